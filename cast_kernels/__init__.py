@@ -1,0 +1,28 @@
+"""Fused kernels for two-stream video transformers: B-CAST forward and backward, one op over all backends."""
+
+# torch comes first: the native core then binds to the OpenMP runtime that torch has loaded, one thread pool for both.
+import torch  # noqa: F401
+
+from cast_kernels import backends, reference
+from cast_kernels.backends import BackendError
+from cast_kernels.modules.bcast import BCAST, explain
+from cast_kernels.ops.bcast import bcast
+from cast_kernels.problem import DIRECTIONS, WINDOWS, Direction, Parameters, Problem, Stream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BCAST",
+    "DIRECTIONS",
+    "WINDOWS",
+    "BackendError",
+    "Direction",
+    "Parameters",
+    "Problem",
+    "Stream",
+    "__version__",
+    "backends",
+    "bcast",
+    "explain",
+    "reference",
+]

@@ -1,0 +1,74 @@
+"""Which backend runs a problem, and why not the others: the one place that decides.
+
+Selection never looks at anything but the :class:`~cast_kernels.problem.Problem`, so what
+:func:`explain` prints is what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cast_kernels.cpu.bcast as cpu_bcast
+import cast_kernels.eager.bcast as eager_bcast
+from cast_kernels.problem import Problem, Verdict
+
+#: Backends in order of preference; "auto" takes the first that can run the problem.
+BACKENDS: dict[str, Callable[[Problem], Verdict]] = {
+    "cpu": cpu_bcast.can_run,
+    "eager": eager_bcast.can_run,
+}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this problem."""
+
+
+def check_name(backend: str) -> str:
+    """Return the name, or raise ValueError naming the allowed ones."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
+    return backend
+
+
+def can_run(backend: str, problem: Problem) -> Verdict:
+    """Whether `backend` can run `problem`, and the reason in words.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if check_name(backend) == "auto":
+        raise ValueError(f"'auto' is a choice among backends, not one; ask for one of {', '.join(map(repr, BACKENDS))}")
+    return BACKENDS[backend](problem)
+
+
+def select(backend: str, problem: Problem) -> str:
+    """The name of the backend that runs `problem`.
+
+    "auto" means the first of :data:`BACKENDS` that can. A named backend is taken or refused, never replaced.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the named backend cannot run the problem; the message says why and what to do.
+    """
+    if check_name(backend) == "auto":
+        return next(name for name in BACKENDS if BACKENDS[name](problem).ok)
+    verdict = BACKENDS[backend](problem)
+    if not verdict.ok:
+        raise BackendError(
+            f"backend={backend!r} cannot run this problem: {verdict.reason}. "
+            "Use backend='auto' to take the fastest one that can, or cast_kernels.explain(...) to see all of them."
+        )
+    return backend
+
+
+def explain(backend: str, problem: Problem) -> str:
+    """Every backend with yes or no and its reason, and which one `backend` selects, as text."""
+    lines = [str(problem)]
+    for name, ask in BACKENDS.items():
+        verdict = ask(problem)
+        lines.append(f"  {name:<6} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
+    try:
+        lines.append(f"backend={backend!r} runs: {select(backend, problem)}")
+    except BackendError as error:
+        lines.append(str(error))
+    return "\n".join(lines)

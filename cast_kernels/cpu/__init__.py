@@ -1,0 +1,1 @@
+"""Backend `cpu`: native C++ kernels."""

@@ -1,0 +1,88 @@
+"""B-CAST in PyTorch operators, the best that eager mode offers: what a user has without our kernels.
+
+Against the published code: scores are never stored (scaled_dot_product_attention), the CLS row is never
+concatenated before the up-projection, and heads are views instead of copies where the operators allow it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cast_kernels.problem import Direction, Parameters, Problem, Stream, Verdict
+
+
+def can_run(problem: Problem) -> Verdict:
+    """Eager PyTorch runs every problem that passes the op's own checks."""
+    return Verdict(True, "PyTorch operators run every shape, dtype and device")
+
+
+def bcast(
+    problem: Problem,
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Both streams after the exchange; shapes as in :func:`cast_kernels.bcast`."""
+    u_s = _down(spatial, parameters.spatial, eps)
+    u_t = _down(temporal, parameters.temporal, eps)
+    patches = u_s[:, :, 1:]
+    spatial_out, temporal_out = spatial, temporal
+    if parameters.t2s is not None and problem.t2s_window is not None:
+        asked = _cross_attention(patches, u_t, parameters.t2s, problem.num_heads, problem.t2s_window)
+        hidden = torch.cat([F.gelu(u_s[:, :, :1]).to(asked.dtype), F.gelu(asked)], dim=2)
+        spatial_out = _add(spatial, _up(hidden, parameters.spatial), spatial_scale)
+    if parameters.s2t is not None and problem.s2t_window is not None:
+        asked = _cross_attention(u_t, patches, parameters.s2t, problem.num_heads, problem.s2t_window)
+        temporal_out = _add(temporal, _up(F.gelu(asked), parameters.temporal), temporal_scale)
+    return spatial_out, temporal_out
+
+
+def _down(x: Tensor, p: Stream, eps: float) -> Tensor:
+    return F.layer_norm(F.linear(x, p.down_weight, p.down_bias), p.norm_weight.shape, p.norm_weight, p.norm_bias, eps)
+
+
+def _up(hidden: Tensor, p: Stream) -> Tensor:
+    assert p.up_weight is not None
+    return F.linear(hidden, p.up_weight, p.up_bias)
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale * branch; the scale is [B, tokens] or [B, 1]. The sum keeps the residual stream's dtype."""
+    if scale is not None:
+        branch = branch * scale[:, None, :, None].to(branch.dtype)
+    return (x + branch).to(x.dtype)
+
+
+def _cross_attention(asking: Tensor, answering: Tensor, p: Direction, num_heads: int, window: str) -> Tensor:
+    """[B, T, N, d] x2 -> [B, T, N, d]. Projections run on the streams' own layout; only heads are regrouped."""
+    batch, frames, patches, dim = asking.shape
+    head_dim = dim // num_heads
+    rows = {"time": (frames, 1), "space": (1, patches), "space-time": (frames, patches)}[window]
+    if p.q_pos is not None:
+        asking = asking + p.q_pos.view(*rows, dim)
+    if p.kv_pos is not None:
+        answering = answering + p.kv_pos.view(*rows, dim)
+    q = F.linear(asking, p.q_weight, p.q_bias)
+    k, v = F.linear(answering, p.kv_weight, p.kv_bias).split(dim, dim=-1)
+
+    def heads(x: Tensor) -> Tensor:  # -> [groups.., heads, W, head_dim]
+        x = x.unflatten(-1, (num_heads, head_dim))
+        if window == "time":
+            return x.permute(0, 2, 3, 1, 4)  # [B, N, h, T, c]
+        if window == "space":
+            return x.permute(0, 1, 3, 2, 4)  # [B, T, h, N, c]
+        return x.flatten(1, 2).transpose(1, 2)  # [B, h, T*N, c]
+
+    mixed = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
+    if window == "time":
+        mixed = mixed.permute(0, 3, 1, 2, 4)
+    elif window == "space":
+        mixed = mixed.permute(0, 1, 3, 2, 4)
+    else:
+        mixed = mixed.transpose(1, 2)
+    return F.linear(mixed.reshape(batch, frames, patches, dim), p.proj_weight, p.proj_bias)

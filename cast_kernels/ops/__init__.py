@@ -1,0 +1,1 @@
+"""Ops: argument checks, registered operators and the public functions. One file a stem."""

@@ -1,0 +1,341 @@
+"""The op `bcast`: public function, argument checks, and the registered operator that kernel backends share.
+
+Read from the bottom up for the machinery, from the top down for the use:
+
+    bcast()                         checks the arguments, selects a backend
+      -> eager: PyTorch operators, seen through by compilers and autograd
+      -> kernels: torch.ops.cast_kernels.bcast (schema, fake, autograd, FLOP formula)
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import cast_kernels.cpu.bcast as cpu_bcast
+import cast_kernels.eager.bcast as eager_bcast
+from cast_kernels import backends
+from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem
+
+#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
+KERNELS: dict[str, ModuleType] = {"cpu": cpu_bcast}
+
+
+def bcast(
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    *,
+    num_heads: int,
+    windows: tuple[str, str] = ("time", "space"),
+    eps: float = EPS,
+    spatial_scale: Tensor | None = None,
+    temporal_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """B-CAST: both streams exchange information through a bottleneck (paper section 3.3).
+
+    Args:
+        spatial: [B, T, 1+N, D]; token 0 of each frame is CLS. Any strides.
+        temporal: [B, T, N, D], same dtype and device. Any strides.
+        parameters: weights; a direction that is None is left out.
+        num_heads: heads of the cross-attention; divides d.
+        windows: shape of the (t2s, s2t) windows, see :data:`cast_kernels.WINDOWS`.
+        eps: LayerNorm epsilon.
+        spatial_scale: factor of the spatial branch before the residual sum, [B] or [B, 1+N]; constant.
+        temporal_scale: factor of the temporal branch, [B]; constant.
+        backend: "auto", or the one that must run.
+
+    Returns:
+        Both streams with their branch added, in the dtype they came in; a stream that receives nothing is
+        returned as it came. Under autocast, backends that compute in float32 do so.
+
+    Raises:
+        ValueError: a shape, size or device that does not fit.
+        TypeError: dtypes that are mixed or not floating.
+        BackendError: `backend` cannot run this problem.
+    """
+    problem = pose(spatial, temporal, parameters, num_heads, windows)
+    spatial_scale = _scale("spatial_scale", spatial_scale, problem, 1 + problem.patches, spatial)
+    temporal_scale = _scale("temporal_scale", temporal_scale, problem, 1, temporal)
+    chosen = backends.select(backend, problem)
+    if parameters.t2s is None and parameters.s2t is None:
+        return spatial, temporal
+    if chosen == "eager":
+        return eager_bcast.bcast(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
+    return _run_kernel(chosen, problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
+
+
+def pose(
+    spatial: Tensor, temporal: Tensor, parameters: Parameters, num_heads: int, windows: tuple[str, str]
+) -> Problem:
+    """Check the arguments of :func:`bcast` and return the problem they pose.
+
+    Raises:
+        ValueError, TypeError: as :func:`bcast`.
+    """
+    for name, x in (("spatial", spatial), ("temporal", temporal)):
+        if x.ndim != 4:
+            layout = "[B, T, 1+N, D]" if name == "spatial" else "[B, T, N, D]"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {layout}, 4 dimensions")
+    batch, frames, patches, dim = temporal.shape
+    if tuple(spatial.shape) != (batch, frames, patches + 1, dim):
+        raise ValueError(
+            f"spatial has shape {tuple(spatial.shape)} and temporal {tuple(temporal.shape)}; with this temporal, "
+            f"spatial must be {(batch, frames, patches + 1, dim)}: same B, T and D, and one CLS token before the N patches"
+        )
+    if len(windows) != 2 or any(w not in WINDOWS for w in windows):
+        raise ValueError(f"windows is {windows!r}; it must be two (t2s, s2t) out of {', '.join(map(repr, WINDOWS))}")
+    bottleneck = parameters.spatial.down_weight.shape[0]
+    if num_heads < 1 or bottleneck % num_heads:
+        raise ValueError(f"num_heads is {num_heads}; it must divide the bottleneck's {bottleneck} channels")
+    problem = Problem(
+        batch, frames, patches, dim, bottleneck, num_heads,
+        windows[0] if parameters.t2s is not None else None,
+        windows[1] if parameters.s2t is not None else None,
+        spatial.dtype, spatial.device.type, _autocast_dtype(spatial),
+    )  # fmt: skip
+    _check_parameters(problem, parameters)
+    _check_kinds(problem, spatial, temporal, parameters)
+    return problem
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _check_parameters(problem: Problem, parameters: Parameters) -> None:
+    """Every parameter has the shape that the streams and the bottleneck imply."""
+    dim, d = problem.dim, problem.bottleneck_dim
+    stream = {"down_weight": (d, dim), "down_bias": (d,), "norm_weight": (d,), "norm_bias": (d,)}
+    up = {"up_weight": (dim, d), "up_bias": (dim,)}
+    cross = {"q_weight": (d, d), "q_bias": (d,), "kv_weight": (2 * d, d), "kv_bias": (2 * d,)}
+    cross |= {"proj_weight": (d, d), "proj_bias": (d,)}
+    owners = (
+        ("spatial", parameters.spatial, stream | (up if parameters.t2s else {}), None),
+        ("temporal", parameters.temporal, stream | (up if parameters.s2t else {}), None),
+        ("t2s", parameters.t2s, cross, problem.t2s_window),
+        ("s2t", parameters.s2t, cross, problem.s2t_window),
+    )
+    for owner, tensors, shapes, window in owners:
+        if tensors is None:
+            continue
+        for field, shape in shapes.items():
+            _check_shape(f"{owner}.{field}", getattr(tensors, field), shape)
+        if window is not None:
+            length = WINDOWS[window](problem.frames, problem.patches)
+            for field in ("q_pos", "kv_pos"):
+                table = getattr(tensors, field)
+                if table is not None and tuple(table.shape) != (length, d):
+                    raise ValueError(
+                        f"{owner}.{field} has shape {tuple(table.shape)}, but the streams have {problem.frames} frames "
+                        f"of {problem.patches} patches: a {window!r} window then holds {length} tokens of {d} channels, "
+                        f"so the table must be {(length, d)}"
+                    )
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        raise ValueError(f"{name} is missing; it must be a tensor of shape {shape}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with these streams it must be {shape}")
+
+
+def _check_kinds(problem: Problem, spatial: Tensor, temporal: Tensor, parameters: Parameters) -> None:
+    """One device, one floating dtype. Under autocast the floating dtypes may differ, as for PyTorch's operators."""
+    tensors = [spatial, temporal, *(p for p in parameters.flat() if p is not None)]
+    devices = sorted({str(x.device) for x in tensors})
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on {' and '.join(devices)}; all streams and parameters must be on one device")
+    dtypes = sorted({str(x.dtype) for x in tensors})
+    if not all(x.is_floating_point() for x in tensors):
+        raise TypeError(f"dtypes are {', '.join(dtypes)}; streams and parameters must be floating point")
+    if problem.autocast is None and len(dtypes) > 1:
+        raise TypeError(
+            f"dtypes are mixed: spatial {spatial.dtype}, temporal {temporal.dtype}, all tensors {', '.join(dtypes)}; "
+            "convert them to one (module.to(dtype)), or run under torch.autocast"
+        )
+
+
+def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like: Tensor) -> Tensor | None:
+    """The scale as [B, tokens] in float32 or the stream's dtype; [B] means the same factor for every token."""
+    if scale is None:
+        return None
+    shape = tuple(scale.shape)
+    if shape not in ((problem.batch,), (problem.batch, tokens)):
+        allowed = f"[B] = {(problem.batch,)}" + (f" or [B, 1+N] = {(problem.batch, tokens)}" if tokens > 1 else "")
+        raise ValueError(f"{name} has shape {shape}; it must be {allowed}")
+    if not scale.is_floating_point():
+        raise TypeError(f"{name} is {scale.dtype}; it must be floating point")
+    if scale.device != like.device:
+        raise ValueError(f"{name} lies on {scale.device}, the streams on {like.device}; move it there")
+    if scale.requires_grad:
+        raise ValueError(f"{name} requires a gradient, but drop-path factors are constants; pass {name}.detach()")
+    return scale.reshape(problem.batch, -1).expand(problem.batch, tokens).to(like.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registered operator. The opaque third output is what the backend keeps for backward, [B, saved_per_clip].
+
+_LIBRARY = torch.library.Library("cast_kernels", "DEF")
+_LIBRARY.define(
+    "bcast(Tensor spatial, Tensor temporal, Tensor?[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
+    "int num_heads, str t2s_window, str s2t_window, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_contiguous_strides,),
+)
+_LIBRARY.define(
+    "bcast_backward(Tensor spatial, Tensor temporal, Tensor?[] parameters, Tensor saved, Tensor? spatial_scale, "
+    "Tensor? temporal_scale, Tensor grad_spatial_out, Tensor grad_temporal_out, int num_heads, str t2s_window, "
+    "str s2t_window, float eps, bool[] wanted, str backend) -> Tensor[]",
+    tags=(torch.Tag.needs_contiguous_strides,),
+)
+
+
+def _run_kernel(
+    backend: str,
+    problem: Problem,
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Call the registered operator; under autocast in float32, which every kernel backend accumulates in."""
+    flat = parameters.flat()
+    kept = (spatial.dtype, temporal.dtype)
+    if problem.autocast is not None:
+        spatial, temporal = spatial.float(), temporal.float()
+        flat = [p if p is None else p.float() for p in flat]
+        spatial_scale = spatial_scale if spatial_scale is None else spatial_scale.float()
+        temporal_scale = temporal_scale if temporal_scale is None else temporal_scale.float()
+    needs_grad = any(x is not None and x.requires_grad for x in (spatial, temporal, *flat))
+    spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
+        spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
+        problem.s2t_window or "", eps, torch.is_grad_enabled() and needs_grad, backend,
+    )  # fmt: skip
+    return (
+        spatial_out.to(kept[0]) if parameters.t2s is not None else spatial.to(kept[0]),
+        temporal_out.to(kept[1]) if parameters.s2t is not None else temporal.to(kept[1]),
+    )
+
+
+def _problem(temporal: Tensor, flat: list[Tensor | None], num_heads: int, t2s: str, s2t: str) -> Problem:
+    down = flat[0]
+    assert down is not None
+    sizes = (*temporal.shape, down.shape[0], num_heads)
+    return Problem(*sizes, t2s or None, s2t or None, temporal.dtype, temporal.device.type)
+
+
+def _forward(
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
+    return KERNELS[backend].forward(
+        problem, spatial, temporal, Parameters.from_flat(parameters), spatial_scale, temporal_scale, eps, save
+    )
+
+
+def _forward_fake(
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
+    kept = KERNELS[backend].saved_per_clip(problem) if save else 0
+    return (
+        spatial.new_empty(spatial.shape if t2s_window else (0,)),
+        temporal.new_empty(temporal.shape if s2t_window else (0,)),
+        spatial.new_empty((problem.batch, kept)),
+    )
+
+
+def _backward(
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], saved: Tensor, spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
+    s2t_window: str, eps: float, wanted: list[bool], backend: str,
+) -> list[Tensor]:  # fmt: skip
+    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
+    grads = KERNELS[backend].backward(
+        problem, spatial, temporal, Parameters.from_flat(parameters), saved, spatial_scale, temporal_scale, eps,
+        grad_spatial_out, grad_temporal_out, tuple(wanted),
+    )  # fmt: skip
+    return [grad if grad is not None else spatial.new_empty((0,)) for grad in grads]
+
+
+def _backward_fake(
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], saved: Tensor, spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
+    s2t_window: str, eps: float, wanted: list[bool], backend: str,
+) -> list[Tensor]:  # fmt: skip
+    primals = [spatial, temporal, *parameters]
+    return [
+        spatial.new_empty(x.shape if want and x is not None else (0,)) for x, want in zip(primals, wanted, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, backend = inputs
+    ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
+    ctx.call = (num_heads, t2s, s2t, eps, backend)
+    ctx.wanted = [x is not None and x.requires_grad for x in (spatial, temporal, *flat)]
+
+
+def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
+    num_heads, t2s, s2t, eps, backend = ctx.call
+    grads = torch.ops.cast_kernels.bcast_backward(
+        spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
+        t2s, s2t, eps, ctx.wanted, backend,
+    )  # fmt: skip
+    kept = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
+    return kept[0], kept[1], kept[2:], *(None,) * 8
+
+
+_LIBRARY.impl("bcast", _forward, "CPU")
+_LIBRARY.impl("bcast_backward", _backward, "CPU")
+torch.library.register_fake("cast_kernels::bcast", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("cast_kernels::bcast_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("cast_kernels::bcast", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def flops(problem: Problem) -> int:
+    """Floating-point operations of one forward (two per multiply-add), matrix products only, as torch counts them."""
+    tokens, dim, d = problem.batch * problem.frames * problem.patches, problem.dim, problem.bottleneck_dim
+    cls = problem.batch * problem.frames
+    total = 2 * d * dim * (2 * tokens + cls)
+    for window, rows in ((problem.t2s_window, tokens + cls), (problem.s2t_window, tokens)):
+        if window is not None:
+            length = WINDOWS[window](problem.frames, problem.patches)
+            total += 2 * tokens * d * (4 * d + 2 * length) + 2 * rows * d * dim
+    return total
+
+
+def _shaped_problem(spatial: Any, temporal: Any, parameters: Any, num_heads: int, t2s: str, s2t: str) -> Problem:
+    return Problem(*temporal, parameters[0][0], num_heads, t2s or None, s2t or None, torch.float32, "meta")
+
+
+@register_flop_formula(torch.ops.cast_kernels.bcast)
+def _forward_flops(
+    spatial: Any, temporal: Any, parameters: Any, spatial_scale: Any, temporal_scale: Any, num_heads: int, t2s: str,
+    s2t: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return flops(_shaped_problem(temporal, parameters, num_heads, t2s, s2t))
+
+
+@register_flop_formula(torch.ops.cast_kernels.bcast_backward)
+def _backward_flops(
+    spatial: Any, temporal: Any, parameters: Any, saved: Any, spatial_scale: Any, temporal_scale: Any,
+    grad_spatial_out: Any, grad_temporal_out: Any, num_heads: int, t2s: str, s2t: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Two products for each of the forward's, by input and by weight; what attention recomputes is not counted."""
+    return 2 * flops(_shaped_problem(temporal, parameters, num_heads, t2s, s2t))

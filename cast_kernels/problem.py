@@ -1,0 +1,117 @@
+"""What a B-CAST problem is: its sizes, its windows, and the order in which its parameters travel.
+
+Everything that decides whether and how a backend runs is in :class:`Problem`; everything that a kernel
+reads besides the two streams is in :class:`Parameters`. Both are shared by all backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Window shape -> number of tokens that attend together, from (frames, patches).
+WINDOWS: dict[str, Callable[[int, int], int]] = {
+    "time": lambda frames, patches: frames,
+    "space": lambda frames, patches: patches,
+    "space-time": lambda frames, patches: frames * patches,
+}
+
+#: The two ways information flows: temporal to spatial, spatial to temporal.
+DIRECTIONS = ("t2s", "s2t")
+
+#: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).
+EPS = 1e-6
+
+
+class Stream(NamedTuple):
+    """Parameters of one stream. `up_*` are absent where the stream receives nothing."""
+
+    down_weight: Tensor  # [d, D]
+    down_bias: Tensor  # [d]
+    norm_weight: Tensor  # [d]
+    norm_bias: Tensor  # [d]
+    up_weight: Tensor | None  # [D, d]
+    up_bias: Tensor | None  # [D]
+
+
+class Direction(NamedTuple):
+    """Parameters of one direction's cross-attention; W is the window's length."""
+
+    q_pos: Tensor | None  # [W, d], added to the asking stream
+    kv_pos: Tensor | None  # [W, d], added to the answering stream, so to keys and values
+    q_weight: Tensor  # [d, d]
+    q_bias: Tensor  # [d]
+    kv_weight: Tensor  # [2d, d], keys first
+    kv_bias: Tensor  # [2d]
+    proj_weight: Tensor  # [d, d]
+    proj_bias: Tensor  # [d]
+
+
+class Parameters(NamedTuple):
+    """All parameters of one B-CAST. A direction that is absent is None."""
+
+    spatial: Stream
+    temporal: Stream
+    t2s: Direction | None
+    s2t: Direction | None
+
+    def flat(self) -> list[Tensor | None]:
+        """The tensors in the order of :data:`PARAMETER_NAMES`, None where one is absent."""
+        t2s = self.t2s or (None,) * len(Direction._fields)
+        s2t = self.s2t or (None,) * len(Direction._fields)
+        return [*self.spatial, *self.temporal, *t2s, *s2t]
+
+    @classmethod
+    def from_flat(cls, tensors: Sequence[Tensor | None]) -> Parameters:
+        """The inverse of :meth:`flat`."""
+        n, m = len(Stream._fields), len(Direction._fields)
+        t2s, s2t = tensors[2 * n : 2 * n + m], tensors[2 * n + m :]
+        return cls(
+            Stream(*tensors[:n]),  # type: ignore[arg-type]
+            Stream(*tensors[n : 2 * n]),  # type: ignore[arg-type]
+            Direction(*t2s) if t2s[2] is not None else None,  # type: ignore[arg-type]
+            Direction(*s2t) if s2t[2] is not None else None,  # type: ignore[arg-type]
+        )
+
+
+#: The canonical order: 6 + 6 stream tensors, then 8 + 8 direction tensors. csrc/cpu/bcast.h repeats it.
+PARAMETER_NAMES: tuple[str, ...] = tuple(
+    f"{owner}_{field}"
+    for owner, kind in (("spatial", Stream), ("temporal", Stream), ("t2s", Direction), ("s2t", Direction))
+    for field in kind._fields
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call's sizes and circumstances: all that backend selection may look at.
+
+    Sizes may be symbolic under torch.compile. A window is None where its direction is absent.
+    """
+
+    batch: int
+    frames: int
+    patches: int
+    dim: int
+    bottleneck_dim: int
+    num_heads: int
+    t2s_window: str | None
+    s2t_window: str | None
+    dtype: torch.dtype
+    device: str  # device type: "cpu", "cuda", "meta"
+    autocast: torch.dtype | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.bottleneck_dim // self.num_heads
+
+
+class Verdict(NamedTuple):
+    """Whether a backend can run a problem, and the reason in words either way."""
+
+    ok: bool
+    reason: str
