@@ -1,0 +1,116 @@
+"""`CASTBlock`: one block of each expert, their adapters, and the exchange between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cast.config import CASTConfig
+from cast.layers import (
+    CLIP_EPS,
+    VMAE_EPS,
+    Adapter,
+    CLIPAttention,
+    CLIPMlp,
+    VideoMAEAttention,
+    VideoMAEMlp,
+    drop_factor,
+    init_linears,
+)
+from cast_kernels import BCAST
+
+
+class CASTBlock(BCAST):
+    """Self-attention, B-CAST, FFN on both streams (paper section 3.2, equations 3-5, as the published code computes).
+
+    It is a B-CAST rather than having one, because published checkpoints keep the exchange's tensors
+    directly under `blocks.i.`: so names need no translation anywhere.
+    """
+
+    def __init__(self, config: CASTConfig, index: int, backend: str = "auto") -> None:
+        super().__init__(
+            dim=config.embed_dim,
+            bottleneck_dim=config.bottleneck_dim,
+            num_heads=config.num_heads,
+            num_frames=config.exchange_frames,
+            num_patches=config.num_patches,
+            windows=config.windows,
+            directions=config.directions if config.exchanges(index) else (),
+            positions=config.positions,
+            backend=backend,
+        )
+        dim, heads, mlp, adapter = config.embed_dim, config.num_heads, config.mlp_dim, config.adapter_dim
+        self.drop_rate = config.drop_rate(index)
+        self.drop_path_mode = config.drop_path_mode
+
+        self.clip_ln_1 = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.clip_attn = CLIPAttention(dim, heads)
+        self.S_Adapter = Adapter(dim, adapter)
+        self.clip_ln_2 = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.clip_mlp = CLIPMlp(dim, mlp)
+        self.S_MLP_Adapter = Adapter(dim, adapter)
+
+        self.norm1 = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.attn = VideoMAEAttention(dim, heads)
+        self.T_Adapter = Adapter(dim, adapter)
+        self.norm2 = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.mlp = VideoMAEMlp(dim, mlp)
+        self.T_MLP_Adapter = Adapter(dim, adapter)
+
+        init_linears(self)
+        self.reset_bcast_parameters()
+
+    def forward(self, spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """spatial [B, T, 1+N, D] and temporal [B, T, N, D], contiguous -> the same."""
+        spatial = self._attend_spatial(spatial)
+        temporal = self._attend_temporal(temporal)
+        spatial, temporal = self.exchange(spatial, temporal, self._drop_spatial(spatial), self._drop_temporal(temporal))
+        return self._ffn_spatial(spatial), self._ffn_temporal(temporal)
+
+    def _attend_spatial(self, spatial: Tensor) -> Tensor:
+        """Within each frame; the adapter has a skip of its own and no drop path."""
+        attended = self.clip_attn(self.clip_ln_1(spatial).flatten(0, 1)).view_as(spatial)
+        return spatial + attended + self.S_Adapter(attended)
+
+    def _attend_temporal(self, temporal: Tensor) -> Tensor:
+        """Over all T*N tokens of a clip."""
+        attended = self.attn(self.norm1(temporal).flatten(1, 2)).view_as(temporal)
+        return temporal + attended + self.T_Adapter(attended)
+
+    def _ffn_spatial(self, spatial: Tensor) -> Tensor:
+        normed = self.clip_ln_2(spatial)
+        factor = self._drop_spatial(spatial)
+        if factor is not None:
+            factor = factor[:, None, None, None] if factor.dim() == 1 else factor[:, None, :, None]
+        return _add_half(spatial + self.clip_mlp(normed), self.S_MLP_Adapter(normed), factor)
+
+    def _ffn_temporal(self, temporal: Tensor) -> Tensor:
+        normed = self.norm2(temporal)
+        factor = self._drop_temporal(temporal)
+        if factor is not None:
+            factor = factor[:, None, None, None]
+        return _add_half(temporal + self.mlp(normed), self.T_MLP_Adapter(normed), factor)
+
+    def _drop_spatial(self, spatial: Tensor) -> Tensor | None:
+        """A new draw for the spatial stream: [B], or [B, 1+N] with equal rows, or None where nothing is dropped."""
+        if not (self.training and self.drop_rate):
+            return None
+        batch, _, tokens, _ = spatial.shape
+        if self.drop_path_mode == "sample":
+            return drop_factor((batch,), self.drop_rate, spatial)
+        # The published code draws along the first dimension of a token-first layout.
+        return drop_factor((tokens,), self.drop_rate, spatial).expand(batch, tokens)
+
+    def _drop_temporal(self, temporal: Tensor) -> Tensor | None:
+        """A new draw for the temporal stream: [B], or None where nothing is dropped."""
+        if not (self.training and self.drop_rate):
+            return None
+        return drop_factor((temporal.shape[0],), self.drop_rate, temporal)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, drop_rate={self.drop_rate:.3g}"
+
+
+def _add_half(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    """x + DropPath(0.5 * branch): the published scale of the adapters beside the FFN."""
+    return torch.add(x, branch if factor is None else branch * factor, alpha=0.5)

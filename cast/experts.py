@@ -1,0 +1,163 @@
+"""The two experts alone: CLIP's image tower and VideoMAE's encoder, under the names of their own checkpoints.
+
+CAST holds their layers inside its blocks; these modules serve to train small experts, to check weights,
+and as baselines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cast.config import CASTConfig, make_config
+from cast.layers import (
+    CLIP_EPS,
+    VMAE_EPS,
+    CLIPAttention,
+    CLIPMlp,
+    TubeletEmbedding,
+    VideoMAEAttention,
+    VideoMAEMlp,
+    embed_frames,
+    init_linears,
+    sincos_table,
+)
+
+
+class CLIPBlock(nn.Module):
+    """[frames, 1+N, D] -> the same."""
+
+    def __init__(self, config: CASTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
+        self.attn = CLIPAttention(config.embed_dim, config.num_heads)
+        self.ln_2 = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
+        self.mlp = CLIPMlp(config.embed_dim, config.mlp_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class VideoMAEBlock(nn.Module):
+    """[B, T*N, D] -> the same."""
+
+    def __init__(self, config: CASTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
+        self.attn = VideoMAEAttention(config.embed_dim, config.num_heads)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
+        self.mlp = VideoMAEMlp(config.embed_dim, config.mlp_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Expert(nn.Module):
+    """What both experts share: heads, and a forward that ends in them."""
+
+    def __init__(self, config: CASTConfig, heads: Mapping[str, int] | None) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = nn.ModuleDict({name: nn.Linear(config.embed_dim, n) for name, n in (heads or {}).items()})
+
+    def tokens(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits by head, [B, classes]; without heads, the pooled features [B, D] under the name `features`."""
+        features = self.features(x)
+        return {name: head(features) for name, head in self.heads.items()} or {"features": features}
+
+
+class SpatialExpert(_Expert):
+    """CLIP's image tower (ViT, QuickGELU), with the names of OpenAI's and open_clip's `visual`.
+
+    Args:
+        variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
+        heads: name -> classes; linear heads on the pooled features, to train the expert alone.
+        overrides: fields of CASTConfig.
+    """
+
+    def __init__(
+        self, variant: str | CASTConfig = "base", heads: Mapping[str, int] | None = None, **overrides: Any
+    ) -> None:
+        super().__init__(make_config(variant, **overrides), heads)
+        config, dim = self.config, self.config.embed_dim
+        self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
+        self.conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
+        self.ln_pre = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(CLIPBlock(config) for _ in range(config.depth))
+        self.ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
+        init_linears(self)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Frames [B, 3, H, W], normalised -> [B, 1+N, D] after the last block, before `ln_post`."""
+        size = self.config.image_size
+        check_shape("frames", x, (3, size, size))
+        x = embed_frames(x, self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre)
+        for block in self.transformer.get_submodule("resblocks").children():
+            x = block(x)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        """Frames [B, 3, H, W] -> `ln_post` of CLS, [B, D], before CLIP's projection to text space."""
+        return self.ln_post(self.tokens(x)[:, 0])
+
+
+class TemporalExpert(_Expert):
+    """VideoMAE's encoder (joint space-time ViT), with the names of the official fine-tuning code.
+
+    Args:
+        variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
+        heads: name -> classes; linear heads on the pooled features, to train the expert alone.
+        overrides: fields of CASTConfig.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self, variant: str | CASTConfig = "base", heads: Mapping[str, int] | None = None, **overrides: Any
+    ) -> None:
+        super().__init__(make_config(variant, **overrides), heads)
+        config, dim = self.config, self.config.embed_dim
+        self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
+        table = sincos_table(config.exchange_frames * config.num_patches, dim)
+        self.register_buffer("pos_embed", table, persistent=False)
+        self.blocks = nn.ModuleList(VideoMAEBlock(config) for _ in range(config.depth))
+        self.fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
+        init_linears(self)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Clips [B, 3, frames, H, W], normalised -> [B, T*N, D] after the last block, before `fc_norm`."""
+        config = self.config
+        check_shape("clips", x, (3, config.num_frames, config.image_size, config.image_size))
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        """Clips [B, 3, frames, H, W] -> `fc_norm` of the mean over all tokens, [B, D]."""
+        return self.fc_norm(self.tokens(x).mean(1))
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    """[B, *expected] and floating-point, or a ValueError / TypeError that says what came."""
+    if tuple(x.shape[1:]) != expected or x.dim() != 1 + len(expected):
+        wanted = ", ".join(map(str, ("B", *expected)))
+        raise ValueError(
+            f"{name} have shape {list(x.shape)}; this model takes [{wanted}] (batch, channels"
+            f"{', frames' if len(expected) == 4 else ''}, height, width)"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{name} are {x.dtype}; the model takes normalised floating-point pixels")

@@ -1,0 +1,134 @@
+"""The layers that experts and blocks share, under the parameter names of the published checkpoints."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: LayerNorm epsilon of CLIP's and of VideoMAE's norms.
+CLIP_EPS, VMAE_EPS = 1e-5, 1e-6
+
+
+class CLIPAttention(nn.Module):
+    """CLIP's multi-head self-attention, [batch, tokens, D] -> the same, with one packed input projection."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(_attend(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads))
+
+
+class VideoMAEAttention(nn.Module):
+    """VideoMAE's multi-head self-attention, [batch, tokens, D] -> the same; queries and values have a bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        return self.proj(_attend(F.linear(x, self.qkv.weight, bias), self.num_heads))
+
+
+def _attend(qkv: Tensor, num_heads: int) -> Tensor:
+    """[batch, tokens, 3D], queries, keys, values in this order -> [batch, tokens, D], scores never in memory."""
+    # Fused attention takes four dimensions only; more would fall back to materialised scores.
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class CLIPMlp(nn.Module):
+    """CLIP's FFN with QuickGELU, x * sigmoid(1.702 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(dim, hidden)
+        self.c_proj = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.c_fc(x)
+        return self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+
+
+class VideoMAEMlp(nn.Module):
+    """VideoMAE's FFN with exact GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Adapter(nn.Module):
+    """Down, exact GELU, up, without a skip; the up-projection starts at zero (paper section 3.2)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.D_fc1 = nn.Linear(dim, hidden)
+        self.D_fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.D_fc2(F.gelu(self.D_fc1(x)))
+
+
+class TubeletEmbedding(nn.Module):
+    """VideoMAE's patch embedding: [B, 3, frames, H, W] -> [B, T*N, D], tokens ordered by time, row, column."""
+
+    def __init__(self, dim: int, tubelet: int, patch: int) -> None:
+        super().__init__()
+        size = (tubelet, patch, patch)
+        self.proj = nn.Conv3d(3, dim, kernel_size=size, stride=size)
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.proj(video).flatten(2).transpose(1, 2)
+
+
+def embed_frames(frames: Tensor, conv: nn.Conv2d, cls: Tensor, positions: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """CLIP's embedding: [frames, 3, H, W] -> [frames, 1+N, D], CLS first, patches row-major, normalised."""
+    patches = conv(frames).flatten(2).transpose(1, 2)
+    cls = cls.to(patches.dtype).expand(len(frames), 1, -1)
+    return norm(torch.cat((cls, patches), dim=1) + positions)
+
+
+def sincos_table(length: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+    """[1, length, dim] fp32: VideoMAE's fixed positions, computed in fp64 and rounded once.
+
+    Channel j of position p is sin (even j) or cos (odd j) of p / 10000^(2 * floor(j / 2) / dim).
+    """
+    position = torch.arange(length, dtype=torch.float64, device=device)[:, None]
+    channel = torch.arange(dim, dtype=torch.float64, device=device)
+    angle = position / 10000 ** (2 * (channel // 2) / dim)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def init_linears(module: nn.Module) -> None:
+    """Every Linear: truncated normal with std 0.02, bias 0; adapters' up-projections: 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, Adapter):
+            nn.init.zeros_(layer.D_fc2.weight)
+            nn.init.zeros_(layer.D_fc2.bias)
+
+
+def drop_factor(shape: tuple[int, ...], rate: float, like: Tensor) -> Tensor:
+    """One drop-path draw: 0 with probability `rate`, else 1 / (1 - rate), in the dtype and on the device of `like`."""
+    keep = 1 - rate
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
