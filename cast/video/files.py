@@ -1,0 +1,88 @@
+"""Opening video files, and one clear sentence for every file that is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+PathLike = str | os.PathLike[str]
+
+#: FFmpeg also turns these into pictures: text as a terminal would draw it, and lists of other files.
+_NOT_VIDEO = {
+    "tty": "a text file",
+    "hls": "a playlist",
+    "concat": "a playlist",
+    "dash": "a playlist",
+    "sdp": "a playlist",
+}
+#: First bytes of the common containers, to tell a damaged video from a file that never was one: (offset, bytes).
+_SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"), (0, b"RIFF"), (0, b"\0\0\1\xba"))
+
+
+class VideoError(ValueError):
+    """A file that can't be read as a video; the message is one line that begins with the path."""
+
+    def __init__(self, path: PathLike, reason: str) -> None:
+        super().__init__(f"{os.fspath(path)}: {reason}")
+        self.path, self.reason = os.fspath(path), reason
+
+    def __reduce__(self) -> tuple[type[VideoError], tuple[str, str]]:
+        # DataLoader workers send their errors to the main process by pickling them.
+        return type(self), (self.path, self.reason)
+
+
+@contextmanager
+def open_video(path: PathLike, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first real video stream; whatever FFmpeg raises inside becomes a `VideoError`."""
+    check_file(path)
+    try:
+        # "file:" keeps names with colons from being read as protocols; the whitelist keeps a playlist off the network.
+        with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
+            stream = _video_stream(path, container)
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = threads
+            yield container, stream
+    except av.FFmpegError as error:
+        raise VideoError(path, _explain(path, error.strerror or str(error))) from error
+
+
+def check_file(path: PathLike) -> None:
+    """Raise `VideoError` unless `path` is a readable file with something in it."""
+    file = Path(path)
+    if not file.exists():
+        raise VideoError(path, "no such file")
+    if file.is_dir():
+        raise VideoError(path, "is a directory, not a video file")
+    if not file.is_file():
+        raise VideoError(path, "is not a regular file")
+    if not os.access(file, os.R_OK):
+        raise VideoError(path, "can't be read: permission denied")
+    if file.stat().st_size == 0:
+        raise VideoError(path, "is empty (0 bytes)")
+
+
+def _video_stream(path: PathLike, container: InputContainer) -> VideoStream:
+    name = container.format.name
+    if name in _NOT_VIDEO:
+        raise VideoError(path, f"is {_NOT_VIDEO[name]}, not a video")
+    if name == "image2" or name.endswith("_pipe"):
+        raise VideoError(path, "is a still image, not a video")
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
+            return stream
+    kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+    raise VideoError(path, f"holds no video, only {' and '.join(kinds) or 'headers'}")
+
+
+def _explain(path: PathLike, error: str) -> str:
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if any(head[offset:].startswith(magic) for offset, magic in _SIGNATURES):
+        return f"is truncated or damaged (FFmpeg: {error})"
+    return f"is not a video that FFmpeg can read ({error})"

@@ -1,0 +1,236 @@
+"""Exact frames of a video file, by index.
+
+`read(path, [0, 7, 7, 30])` returns the frames that a player would show as number 0, 7, 7 and 30, whatever the
+distance between key frames, the frame rate, or the cuts made without re-encoding. Positions are never computed
+from a frame rate: they come from the timestamps in the file.
+
+How. A first pass over the packets decodes nothing and notes when each picture is shown; packets that an edit list
+cuts away are left out. Frame `i` is then the i-th smallest timestamp. To read, we seek to the last key frame at or
+before the first wanted picture, by that key frame's *decoding* time (seeking by presentation time misses when
+B-frames meet a variable rate), and decode until the last wanted one. This serves the MP4 and Matroska families.
+Elsewhere packets don't tell reliably what will be shown (AVI, MPEG-TS, raw streams, GIF, ...), so those files are
+decoded from their start: slower, just as exact. A damaged packet is an error: no concealed picture is ever returned.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from cast.video.files import PathLike, VideoError, check_file, open_video
+
+__all__ = ["VideoError", "frame_count", "read"]
+
+#: Indices kept in memory, least recently used dropped first; one of a 300-frame clip takes about 3 kB.
+CACHED_FILES = 4096
+
+
+@dataclass(frozen=True)
+class _Times:
+    """When the frames of a file are shown, and where decoding may start; in the stream's time units."""
+
+    pts: np.ndarray  # int64 [count], ascending
+    keys: np.ndarray  # int64 [keys, 2]: presentation and decoding time of every key frame, ascending
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What a file shows. Without `times` the file is decoded from its start and frames are counted."""
+
+    count: int
+    times: _Times | None = None
+
+
+class _Packet(NamedTuple):
+    pts: int | None
+    dts: int | None
+    is_key: bool
+    cut_away: bool  # by an edit list: needed to decode others, never shown
+
+
+_indices: OrderedDict[tuple[str, int, int], _Index] = OrderedDict()
+_lock = threading.Lock()
+
+
+def frame_count(path: PathLike, threads: int = 0) -> int:
+    """Number of frames that the file presents.
+
+    Args:
+        path: a local video file.
+        threads: decoding threads, 0 lets FFmpeg choose. Use 1 inside DataLoader workers.
+
+    Raises:
+        VideoError: the file is missing, empty, truncated, no video, or without a single frame.
+    """
+    return _index(path, threads).count
+
+
+def read(path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
+    """The frames `indices` (0-based, any order, repeats allowed) as uint8 RGB `[T, H, W, 3]`.
+
+    A rotation by a multiple of 90 degrees in the file's metadata is applied, so frames are upright. Mirroring and
+    non-square pixels are not undone.
+
+    Args:
+        path: a local video file.
+        indices: T frame numbers, each in `0 .. frame_count(path) - 1`.
+        threads: decoding threads, 0 lets FFmpeg choose. Use 1 inside DataLoader workers.
+
+    Raises:
+        VideoError: the file can't be read as a video, or has no such frame.
+    """
+    wanted = [int(i) for i in indices]
+    if not wanted:
+        raise VideoError(path, "no frame was asked for: indices is empty")
+    frames = _decode(path, wanted, _index(path, threads), threads)
+    if len(frames) < len(set(wanted)):
+        # Some packet gave no picture: from now on count what the decoder shows of this file, not its packets.
+        frames = _decode(path, wanted, _remember(path, _count_by_decoding(path, threads)), threads)
+    sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames.values()})
+    if len(sizes) > 1:
+        raise VideoError(path, f"changes its picture size midway ({', '.join(sizes)}); re-encode it to one size")
+    return np.stack([frames[i] for i in wanted])
+
+
+def _index(path: PathLike, threads: int) -> _Index:
+    check_file(path)
+    key = _key(path)
+    with _lock:
+        if key in _indices:
+            _indices.move_to_end(key)
+            return _indices[key]
+    return _remember(path, _index_packets(path) or _count_by_decoding(path, threads))
+
+
+def _remember(path: PathLike, index: _Index) -> _Index:
+    with _lock:
+        _indices[_key(path)] = index
+        while len(_indices) > CACHED_FILES:
+            _indices.popitem(last=False)
+    return index
+
+
+def _key(path: PathLike) -> tuple[str, int, int]:
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size
+
+
+def _index_packets(path: PathLike) -> _Index | None:
+    """The index from one pass over the packets, or None where they don't tell what will be shown."""
+    with open_video(path, threads=1) as (container, stream):
+        if not container.format.name.startswith(("mov", "matroska")):
+            return None
+        packets, end = _demux(path, container, stream)
+        _check_complete(path, container, stream, packets, end)
+
+    shown = [packet.pts for packet in packets if packet.pts is not None and not packet.cut_away]
+    untimed = any(packet.pts is None for packet in packets)
+    if untimed or not packets[0].is_key or len(set(shown)) < len(shown):
+        return None
+    keys = sorted((packet.pts, packet.dts) for packet in packets if packet.is_key and packet.dts is not None)
+    times = _Times(np.sort(np.array(shown, dtype=np.int64)), np.array(keys, dtype=np.int64).reshape(-1, 2))
+    return _Index(len(shown), times)
+
+
+def _demux(path: PathLike, container: InputContainer, stream: VideoStream) -> tuple[list[_Packet], float]:
+    """The stream's packets, and when the last packet of any stream ends, in seconds."""
+    packets: list[_Packet] = []
+    end = 0.0
+    for packet in container.demux():
+        if packet.size == 0:  # the demuxer's farewell, one per stream
+            continue
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * (packet.time_base or 0)))
+        if packet.stream.index == stream.index:
+            _check_packet(path, packet)
+            packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+    return packets, end
+
+
+def _check_packet(path: PathLike, packet: Packet) -> None:
+    if packet.is_corrupt:
+        raise VideoError(path, "is truncated or damaged (a packet is incomplete)")
+
+
+def _check_complete(
+    path: PathLike, container: InputContainer, stream: VideoStream, packets: list[_Packet], end: float
+) -> None:
+    """Compare what is there with what the file's own header or index promises."""
+    if container.format.name.startswith("mov") and len(packets) < len(stream.index_entries):
+        raise VideoError(path, f"is truncated: {len(packets)} of {len(stream.index_entries)} frames are there")
+    if container.format.name.startswith("matroska") and container.duration is not None:
+        times = np.sort(np.array([packet.pts for packet in packets if packet.pts is not None], dtype=np.int64))
+        # The header's duration may or may not count how long the last picture stays.
+        slack = 0.1 + 2 * float(int(np.diff(times).max(initial=0)) * (stream.time_base or 0))
+        promised = container.duration / av.time_base
+        if end < promised - slack:
+            raise VideoError(path, f"is truncated: {end:.1f} of {promised:.1f} seconds are there")
+    if not packets:
+        raise VideoError(path, "holds a video stream without a single frame")
+
+
+def _count_by_decoding(path: PathLike, threads: int) -> _Index:
+    with open_video(path, threads) as (container, stream):
+        count = sum(1 for _ in _decode_from_start(path, container, stream))
+    if count == 0:
+        raise VideoError(path, "holds a video stream without a single frame")
+    return _Index(count)
+
+
+def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) -> dict[int, np.ndarray]:
+    """The wanted frames by frame number, as far as the decoder shows them."""
+    bad = [i for i in wanted if not 0 <= i < index.count]
+    if bad:
+        raise VideoError(path, f"has frames 0 to {index.count - 1}, but frame {bad[0]} was asked for")
+    numbers = set(wanted)
+    with open_video(path, threads) as (container, stream):
+        if index.times is None:
+            frames: Iterator[tuple[int, VideoFrame]] = enumerate(_decode_from_start(path, container, stream))
+        else:
+            frames = _from_key_frame(container, stream, index.times, min(numbers))
+        found: dict[int, np.ndarray] = {}
+        for number, frame in frames:
+            if number in numbers:
+                if frame.is_corrupt:
+                    raise VideoError(path, f"is damaged: frame {number} can't be decoded whole")
+                found[number] = _upright_rgb(frame)
+            if number >= max(numbers):
+                break
+    return found
+
+
+def _decode_from_start(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for packet in container.demux(stream):
+        _check_packet(path, packet)
+        yield from packet.decode()
+
+
+def _from_key_frame(
+    container: InputContainer, stream: VideoStream, times: _Times, first: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with their numbers, from the last key frame that is shown at or before frame `first`."""
+    key = int(np.searchsorted(times.keys[:, 0], times.pts[first], side="right")) - 1
+    container.seek(int(times.keys[key, 1] if key >= 0 else times.pts[0]), stream=stream, backward=True)
+    number_of = {pts: number for number, pts in enumerate(times.pts.tolist())}
+    for frame in container.decode(stream):
+        # A frame without a number is one that no packet announced.
+        yield -1 if frame.pts is None else number_of.get(frame.pts, -1), frame
+
+
+def _upright_rgb(frame: VideoFrame) -> np.ndarray:
+    picture = frame.to_ndarray(format="rgb24")
+    quarter_turns = round(frame.rotation / 90)
+    if quarter_turns % 4 and frame.rotation % 90 == 0:
+        picture = np.rot90(picture, quarter_turns)
+    return np.ascontiguousarray(picture)
