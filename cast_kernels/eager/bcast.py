@@ -70,19 +70,18 @@ def _cross_attention(asking: Tensor, answering: Tensor, p: Direction, num_heads:
     q = F.linear(asking, p.q_weight, p.q_bias)
     k, v = F.linear(answering, p.kv_weight, p.kv_bias).split(dim, dim=-1)
 
-    def heads(x: Tensor) -> Tensor:  # -> [groups.., heads, W, head_dim]
+    def grouped(x: Tensor) -> Tensor:
+        """[groups, heads, W, head_dim]. Four dimensions: with five, inductor's CPU attention returns wrong shapes."""
         x = x.unflatten(-1, (num_heads, head_dim))
         if window == "time":
-            return x.permute(0, 2, 3, 1, 4)  # [B, N, h, T, c]
+            return x.permute(0, 2, 3, 1, 4).flatten(0, 1)
         if window == "space":
-            return x.permute(0, 1, 3, 2, 4)  # [B, T, h, N, c]
-        return x.flatten(1, 2).transpose(1, 2)  # [B, h, T*N, c]
+            return x.flatten(0, 1).transpose(1, 2)
+        return x.flatten(1, 2).transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
+    mixed = F.scaled_dot_product_attention(grouped(q), grouped(k), grouped(v))
     if window == "time":
-        mixed = mixed.permute(0, 3, 1, 2, 4)
-    elif window == "space":
-        mixed = mixed.permute(0, 1, 3, 2, 4)
+        mixed = mixed.unflatten(0, (batch, patches)).permute(0, 3, 1, 2, 4)
     else:
         mixed = mixed.transpose(1, 2)
     return F.linear(mixed.reshape(batch, frames, patches, dim), p.proj_weight, p.proj_bias)

@@ -86,7 +86,7 @@ def pose(
     if tuple(spatial.shape) != (batch, frames, patches + 1, dim):
         raise ValueError(
             f"spatial has shape {tuple(spatial.shape)} and temporal {tuple(temporal.shape)}; with this temporal, "
-            f"spatial must be {(batch, frames, patches + 1, dim)}: same B, T and D, and one CLS token before the N patches"
+            f"spatial must be {(batch, frames, patches + 1, dim)}: same B, T and D, a CLS token before the N patches"
         )
     if len(windows) != 2 or any(w not in WINDOWS for w in windows):
         raise ValueError(f"windows is {windows!r}; it must be two (t2s, s2t) out of {', '.join(map(repr, WINDOWS))}")
@@ -136,7 +136,7 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
                 if table is not None and tuple(table.shape) != (length, d):
                     raise ValueError(
                         f"{owner}.{field} has shape {tuple(table.shape)}, but the streams have {problem.frames} frames "
-                        f"of {problem.patches} patches: a {window!r} window then holds {length} tokens of {d} channels, "
+                        f"of {problem.patches} patches: a {window!r} window holds {length} tokens of {d} channels, "
                         f"so the table must be {(length, d)}"
                     )
 

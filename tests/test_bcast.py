@@ -1,0 +1,366 @@
+"""The op `bcast`: mathematics, every backend against fp64, and the contract with PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bcast_cases import CASES, PAPER, Case, assert_at_most_twice_eager, run
+
+import cast_kernels
+from cast_kernels import backends
+
+KERNELS = ["cpu"]
+kernels = pytest.mark.parametrize("backend", KERNELS)
+
+
+# --- mathematics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_eager_equals_reference_in_fp64(case: Case) -> None:
+    ours, exact = run(case, torch.float64, "eager"), run(case, torch.float64, None)
+    assert ours.keys() == exact.keys()
+    for name, truth in exact.items():
+        torch.testing.assert_close(ours[name], truth, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("windows", [("time", "space"), ("space-time", "time")], ids="+".join)
+def test_reference_gradcheck(windows: tuple[str, str]) -> None:
+    case = Case(batch=1, frames=2, patches=2, dim=4, bottleneck=4, heads=2, windows=windows, scaled=True)
+    module = case.module(torch.float64)
+    flat = [p.detach().requires_grad_() for p in module.gathered().flat() if p is not None]
+    scales = case.scales(torch.float64)
+
+    def call(spatial: torch.Tensor, temporal: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cast_kernels.reference.bcast(
+            spatial, temporal, cast_kernels.Parameters.from_flat(parameters), num_heads=2, windows=windows,
+            spatial_scale=scales[0], temporal_scale=scales[1],
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(call, (*case.inputs(torch.float64, grad=True), *flat))
+
+
+@kernels
+@pytest.mark.parametrize("case", [*CASES, PAPER], ids=str)
+def test_error_against_fp64_is_at_most_twice_eager(backend: str, case: Case) -> None:
+    ours, eager, exact = (
+        run(case, torch.float32, backend),
+        run(case, torch.float32, "eager"),
+        run(case, torch.float64, None),
+    )
+    assert_at_most_twice_eager(ours, eager, exact)
+
+
+@pytest.mark.parametrize("backend", ["eager", *KERNELS])
+def test_autocast_error_is_at_most_twice_eager(backend: str) -> None:
+    case = Case(patches=11, dim=64, bottleneck=32, heads=2)
+    exact = run(case, torch.float64, None)
+    explicit, ours = run(case, torch.float32, None, torch.bfloat16), run(case, torch.float32, backend, torch.bfloat16)
+    assert_at_most_twice_eager(ours, explicit, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_run_and_stay(dtype: torch.dtype) -> None:
+    case = Case()
+    outputs = case.module(dtype)(*case.inputs(dtype))
+    assert [x.dtype for x in outputs] == [dtype, dtype]
+    truth = case.module(torch.float64)(*case.inputs(torch.float64))
+    for ours, exact in zip(outputs, truth, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=0.15, rtol=0.1)
+
+
+def test_module_is_the_identity_at_initialisation() -> None:
+    module = cast_kernels.BCAST(32, 16, 4, 3, 5)
+    spatial, temporal = torch.randn(2, 3, 6, 32), torch.randn(2, 3, 5, 32)
+    for before, after in zip((spatial, temporal), module(spatial, temporal), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("directions", "changed"), [(("t2s",), (True, False)), (("s2t",), (False, True)), ((), (False, False))]
+)
+def test_a_direction_changes_its_own_stream_only(directions: tuple[str, ...], changed: tuple[bool, bool]) -> None:
+    case = Case(directions=directions)
+    inputs = case.inputs()
+    outputs = case.module()(*inputs)
+    assert tuple(not torch.equal(x, y) for x, y in zip(inputs, outputs, strict=True)) == changed
+
+
+def test_cls_row_sees_no_attention() -> None:
+    """CLS goes down, LayerNorm, GELU, up; it neither attends nor is attended to."""
+    case = Case(frames=2, patches=5)
+    module, (spatial, temporal) = case.module(torch.float64), case.inputs(torch.float64)
+    s, t = module(spatial, temporal)
+    other_cls = spatial.clone()
+    other_cls[:, :, 0] += 1.0
+    s2, t2 = module(other_cls, temporal)
+    assert torch.equal(t, t2)
+    assert torch.equal(s[:, :, 1:], s2[:, :, 1:])
+    p = module.gathered().spatial
+    hidden = torch.nn.functional.layer_norm(
+        spatial[:, :, 0] @ p.down_weight.T + p.down_bias, (24,), p.norm_weight, p.norm_bias, 1e-6
+    )
+    expected = spatial[:, :, 0] + torch.nn.functional.gelu(hidden) @ p.up_weight.T + p.up_bias
+    torch.testing.assert_close(s[:, :, 0], expected)
+
+
+# --- the contract with PyTorch ---------------------------------------------------------------------------------------
+
+
+def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ...]:
+    spatial, temporal = case.inputs(grad=grad)
+    flat = [p if p is None else p.detach().requires_grad_(grad) for p in case.module().gathered().flat()]
+    tokens, clips = case.scales()
+    scales = (None, None) if tokens is None or clips is None else (tokens, clips[:, None])
+    windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]
+    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, grad, backend)
+
+
+@kernels
+@pytest.mark.parametrize("case", [Case(), Case(scaled=True), Case(directions=("t2s",), positions=False)], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(backend: str, case: Case, grad: bool) -> None:
+    torch.library.opcheck(torch.ops.cast_kernels.bcast, operator_arguments(case, backend, grad), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", *KERNELS])
+def test_compile_fullgraph_with_dynamic_batch(backend: str) -> None:
+    torch._dynamo.reset()
+    module = Case().module(backend=backend)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 5):
+        inputs, same = (Case(batch=batch).inputs(grad=True) for _ in range(2))
+        with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+            got = compiled(*inputs)
+        want = module(*same)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
+        torch.autograd.backward(got, got)
+        torch.autograd.backward(want, want)
+        for x, y in zip(inputs, same, strict=True):
+            torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["eager", *KERNELS])
+def test_export_round_trip(backend: str, tmp_path: object) -> None:
+    case = Case()
+    module = case.module(backend=backend).eval()
+    program = torch.export.export(module, case.inputs(), dynamic_shapes=None)
+    torch.export.save(program, f"{tmp_path}/bcast.pt2")
+    loaded = torch.export.load(f"{tmp_path}/bcast.pt2").module()
+    for x, y in zip(loaded(*case.inputs()), module(*case.inputs()), strict=True):
+        torch.testing.assert_close(x, y)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert ("cast_kernels.bcast.default" in called) == (backend != "eager")
+
+
+@kernels
+def test_non_contiguous_and_expanded_inputs(backend: str) -> None:
+    case = Case()
+    module = case.module(backend=backend)
+    spatial, temporal = case.inputs()
+    want = module(spatial, temporal)
+    strided = (
+        spatial.transpose(1, 2).contiguous().transpose(1, 2),
+        temporal.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    )
+    assert not any(x.is_contiguous() for x in strided)
+    for x, y in zip(module(*strided), want, strict=True):
+        assert torch.equal(x, y)
+    one = tuple(x[:1].expand(2, -1, -1, -1).detach().requires_grad_() for x in (spatial, temporal))
+    out = module(*one)
+    # .sum() hands autograd an expanded gradient with stride 0
+    sum(x.sum() for x in out).backward()
+    assert torch.equal(out[0][0], out[0][1])
+    assert torch.equal(one[0].grad[0], one[0].grad[1])
+    assert float(one[1].grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("backend", ["eager", *KERNELS])
+def test_zero_size_batch(backend: str) -> None:
+    case = Case(batch=0)
+    module, inputs = case.module(backend=backend), case.inputs(grad=True)
+    outputs = module(*inputs)
+    assert [tuple(x.shape) for x in outputs] == [(0, 3, 8, 40), (0, 3, 7, 40)]
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    assert all(p.grad is not None and float(p.grad.abs().sum()) == 0 for p in module.parameters())
+
+
+@kernels
+@pytest.mark.parametrize(
+    "trained",
+    ["none", "inputs", "cross_s_down.weight", "t2s_cross.t2s_q.weight", "cross_t_up.bias", "s2t_cross.clip_space_pos"],
+)
+def test_frozen_subsets_get_the_same_gradients(backend: str, trained: str) -> None:
+    case = Case()
+    full = run(case, torch.float32, backend)
+    module = case.module(backend=backend)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    inputs = case.inputs(grad=trained == "inputs")
+    outputs = module(*inputs)
+    assert all(x.requires_grad == (trained != "none") for x in outputs)
+    if trained == "none":
+        return
+    generator = torch.Generator().manual_seed(3000 + case.seed)
+    torch.autograd.backward(outputs, [torch.randn(x.shape, generator=generator) for x in outputs])
+    got = {f"grad.{n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    got |= {f"grad.{n}": x.grad for n, x in zip(("spatial", "temporal"), inputs, strict=True) if x.grad is not None}
+    assert set(got) == ({"grad.spatial", "grad.temporal"} if trained == "inputs" else {f"grad.{trained}"})
+    for name, grad in got.items():
+        assert torch.equal(grad.double(), full[name]), name
+
+
+@kernels
+def test_one_output_used_gives_the_gradients_of_that_output(backend: str) -> None:
+    case = Case()
+    grads = []
+    for name in (backend, "eager"):
+        module, inputs = case.module(backend=name), case.inputs(grad=True)
+        module(*inputs)[0].square().sum().backward()
+        grads.append([x.grad for x in inputs] + [p.grad for p in module.parameters() if p.grad is not None])
+    for x, y in zip(grads[0][:2], grads[1][:2], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
+
+
+@kernels
+def test_fifty_runs_give_the_same_bits(backend: str) -> None:
+    case = Case(batch=2, frames=4, patches=33, dim=64, bottleneck=32, heads=4)
+    first = run(case, torch.float32, backend)
+    for _ in range(49):
+        again = run(case, torch.float32, backend)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+@kernels
+def test_thread_count_does_not_change_a_bit(backend: str) -> None:
+    case, threads = Case(batch=2, frames=4, patches=33, dim=64, bottleneck=32, heads=4), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(case, torch.float32, backend))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+@kernels
+def test_nothing_is_kept_for_backward_without_grad(backend: str) -> None:
+    case = Case()
+    packed: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):
+        with torch.no_grad():
+            case.module(backend=backend)(*case.inputs(grad=True))
+        assert packed == []
+        case.module(backend=backend)(*case.inputs(grad=True))
+    assert packed
+
+
+@kernels
+def test_flop_formula_equals_what_pytorch_counts(backend: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for case in CASES[:12]:
+        counts = []
+        for name in (backend, "eager"):
+            with torch.device("meta"):
+                module = cast_kernels.BCAST(
+                    case.dim,
+                    case.bottleneck,
+                    case.heads,
+                    case.frames,
+                    case.patches,
+                    case.windows,
+                    case.directions,
+                    backend=name,
+                )
+                inputs = (
+                    torch.empty(2, case.frames, case.patches + 1, case.dim),
+                    torch.empty(2, case.frames, case.patches, case.dim),
+                )
+            with FlopCounterMode(display=False) as counter:
+                module(*inputs)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0, case
+
+
+# --- selection and bad input -----------------------------------------------------------------------------------------
+
+
+def test_explain_names_every_backend_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case()
+    text = cast_kernels.explain(case.module(), *case.inputs())
+    assert capsys.readouterr().out.strip() == text
+    assert all(name in text for name in backends.BACKENDS)
+    assert "runs: cpu" in text
+    text = cast_kernels.explain(case.module(torch.float64), *case.inputs(torch.float64))
+    assert "float64" in text
+    assert "runs: eager" in text
+
+
+@kernels
+def test_a_backend_that_cannot_run_says_why(backend: str) -> None:
+    case = Case()
+    with pytest.raises(cast_kernels.BackendError, match="float64"):
+        case.module(torch.float64, backend)(*case.inputs(torch.float64))
+
+
+def test_repr_shows_the_backend_that_runs() -> None:
+    assert "backend='auto' -> 'cpu'" in repr(Case().module())
+    assert "backend='auto' -> 'eager'" in repr(Case().module(torch.float64))
+    assert "backend='eager'" in repr(Case().module(backend="eager"))
+
+
+BAD_CALLS = {
+    "rank": (lambda s, t: (s[0], t), ValueError, r"spatial has shape \(3, 8, 40\).*4 dimensions"),
+    "tokens": (lambda s, t: (s[:, :, 1:], t), ValueError, r"spatial must be \(2, 3, 8, 40\)"),
+    "frames": (lambda s, t: (s[:, :2], t[:, :2]), ValueError, r"t2s.q_pos has shape \(3, 24\).*2 frames.*\(2, 24\)"),
+    "patches": (lambda s, t: (s[:, :, :6], t[:, :, :5]), ValueError, r"s2t.q_pos has shape \(7, 24\).*5 patches"),
+    "dim": (
+        lambda s, t: (s[..., :32], t[..., :32]),
+        ValueError,
+        r"spatial.down_weight has shape \(24, 40\).*\(24, 32\)",
+    ),
+    "mixed dtypes": (lambda s, t: (s.double(), t), TypeError, "dtypes are mixed.*float64"),
+    "integers": (lambda s, t: (s.int(), t.int()), TypeError, "must be floating point"),
+    "devices": (lambda s, t: (s.to("meta"), t), ValueError, "tensors lie on cpu and meta"),
+    "scale shape": (lambda s, t: (s, t, torch.ones(3)), ValueError, r"spatial_scale has shape \(3,\).*\[B\] = \(2,\)"),
+    "scale dtype": (
+        lambda s, t: (s, t, None, torch.ones(2, dtype=torch.int64)),
+        TypeError,
+        "temporal_scale is torch.int64",
+    ),
+    "scale grad": (
+        lambda s, t: (s, t, torch.ones(2, requires_grad=True)),
+        ValueError,
+        "drop-path factors are constants",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_say_what_came_and_what_is_allowed(name: str) -> None:
+    spoil, error, message = BAD_CALLS[name]
+    case = Case()
+    with pytest.raises(error, match=message):
+        case.module()(*spoil(*case.inputs()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 5}, "bottleneck_dim 384 is not divisible by num_heads 5"),
+        ({"windows": ("time", "spacetime")}, "'space-time'"),
+        ({"windows": "time"}, "it must be two"),
+        ({"directions": ("s2s",)}, "'t2s', 's2t'"),
+        ({"directions": ("t2s", "t2s")}, "each once"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"bottleneck_dim": 1.5}, "must be an integer"),
+        ({"backend": "gpu"}, "allowed: 'auto', 'cpu', 'eager'"),
+    ],
+)
+def test_bad_constructions_say_what_is_allowed(arguments: dict[str, object], message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        cast_kernels.BCAST(**arguments)
