@@ -2,6 +2,6 @@
 
 from cast.config import VARIANTS, CASTConfig
 from cast.experts import SpatialExpert, TemporalExpert
-from cast.model import CAST
+from cast.model import CAST, load_official_checkpoint
 
-__all__ = ["CAST", "VARIANTS", "CASTConfig", "SpatialExpert", "TemporalExpert"]
+__all__ = ["CAST", "VARIANTS", "CASTConfig", "SpatialExpert", "TemporalExpert", "load_official_checkpoint"]

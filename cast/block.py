@@ -17,7 +17,7 @@ from cast.layers import (
     drop_factor,
     init_linears,
 )
-from cast_kernels import BCAST
+from cast_kernels import BCAST, backends
 
 
 class CASTBlock(BCAST):
@@ -106,6 +106,12 @@ class CASTBlock(BCAST):
         if not (self.training and self.drop_rate):
             return None
         return drop_factor((temporal.shape[0],), self.drop_rate, temporal)
+
+    def running(self) -> str:
+        """The backend that runs a batch of the parameters' own dtype and device."""
+        if self.backend != "auto":
+            return self.backend
+        return backends.select(self.backend, self.problem())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_rate={self.drop_rate:.3g}"

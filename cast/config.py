@@ -12,6 +12,9 @@ from cast_kernels import DIRECTIONS, WINDOWS
 #: Head layouts of the published models: one head over both experts, or noun and verb apart (Fig. 9).
 COMPOSITIONAL = frozenset({"verb", "noun"})
 
+#: Room for the rounding error of a ratio that was computed from two widths.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class CASTConfig:
@@ -108,7 +111,7 @@ class CASTConfig:
         if len(self.windows) != 2 or any(window not in WINDOWS for window in self.windows):
             raise ValueError(f"windows is {self.windows!r}; it must be two (t2s, s2t) out of {', '.join(WINDOWS)}")
         width = self.embed_dim / self.down_ratio if self.down_ratio > 0 else 0
-        if width < 1 or width != int(width) or int(width) % self.num_heads:
+        if width < 1 or abs(width - self.bottleneck_dim) > _ROUNDING or self.bottleneck_dim % self.num_heads:
             raise ValueError(
                 f"down_ratio {self.down_ratio!r} makes a bottleneck of {width:g} channels out of {self.embed_dim}; "
                 f"it must be a whole multiple of num_heads {self.num_heads}"
@@ -145,17 +148,17 @@ class CASTConfig:
     @property
     def bottleneck_dim(self) -> int:
         """d, width inside the exchange."""
-        return int(self.embed_dim / self.down_ratio)
+        return round(self.embed_dim / self.down_ratio)
 
     @property
     def mlp_dim(self) -> int:
         """Hidden width of the experts' FFNs."""
-        return int(self.embed_dim * self.mlp_ratio)
+        return int(self.embed_dim * self.mlp_ratio + _ROUNDING)
 
     @property
     def adapter_dim(self) -> int:
         """Hidden width of the adapters."""
-        return int(self.embed_dim * self.adapter_ratio)
+        return int(self.embed_dim * self.adapter_ratio + _ROUNDING)
 
     @property
     def classes(self) -> dict[str, int]:

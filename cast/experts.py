@@ -25,6 +25,10 @@ from cast.layers import (
     init_linears,
     sincos_table,
 )
+from cast.weights.assign import assign
+from cast.weights.clip import read_clip
+from cast.weights.source import Source
+from cast.weights.videomae import read_videomae
 
 
 class CLIPBlock(nn.Module):
@@ -100,6 +104,20 @@ class SpatialExpert(_Expert):
         self.ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
         init_linears(self)
 
+    def load(self, source: Source, trust_pickle: bool = False) -> SpatialExpert:
+        """Take CLIP's weights: OpenAI's TorchScript archive, or open_clip, timm, transformers, SpatialExpert layout.
+
+        Args:
+            source: path, state dict or module.
+            trust_pickle: whether a torch file may run code while it loads; never needed for TorchScript archives.
+
+        Raises:
+            ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file.
+        """
+        target = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("heads.")}
+        assign("CLIP checkpoint", target, *read_clip(source, trust_pickle))
+        return self
+
     def tokens(self, x: Tensor) -> Tensor:
         """Frames [B, 3, H, W], normalised -> [B, 1+N, D] after the last block, before `ln_post`."""
         size = self.config.image_size
@@ -136,6 +154,24 @@ class TemporalExpert(_Expert):
         self.blocks = nn.ModuleList(VideoMAEBlock(config) for _ in range(config.depth))
         self.fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
         init_linears(self)
+
+    def load(self, source: Source, trust_pickle: bool = False) -> TemporalExpert:
+        """Take VideoMAE's weights: official (pre-trained or fine-tuned), transformers or TemporalExpert layout.
+
+        Args:
+            source: path, state dict or module.
+            trust_pickle: whether a torch file may run code while it loads.
+
+        Raises:
+            ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file. `fc_norm`
+                may be absent, as it is after pre-training, and is then left as it was.
+        """
+        given, unknown = read_videomae(source, trust_pickle)
+        target = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("heads.")}
+        if not any(key.startswith("fc_norm.") for key in given):
+            target = {key: tensor for key, tensor in target.items() if not key.startswith("fc_norm.")}
+        assign("VideoMAE checkpoint", target, given, unknown)
+        return self
 
     def tokens(self, x: Tensor) -> Tensor:
         """Clips [B, 3, frames, H, W], normalised -> [B, T*N, D] after the last block, before `fc_norm`."""

@@ -94,7 +94,8 @@ class TubeletEmbedding(nn.Module):
         self.proj = nn.Conv3d(3, dim, kernel_size=size, stride=size)
 
     def forward(self, video: Tensor) -> Tensor:
-        return self.proj(video).flatten(2).transpose(1, 2)
+        # Contiguous once here: every residual after it would keep the convolution's channel-first strides.
+        return self.proj(video).flatten(2).transpose(1, 2).contiguous()
 
 
 def embed_frames(frames: Tensor, conv: nn.Conv2d, cls: Tensor, positions: Tensor, norm: nn.LayerNorm) -> Tensor:

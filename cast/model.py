@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cast.block import CASTBlock
@@ -14,6 +18,12 @@ from cast.config import CASTConfig, make_config
 from cast.experts import check_shape
 from cast.heads import apply_heads, build_heads
 from cast.layers import CLIP_EPS, VMAE_EPS, TubeletEmbedding, embed_frames, sincos_table
+from cast.weights.assign import assign, check
+from cast.weights.clip import read_clip
+from cast.weights.official import infer_config, read_official
+from cast.weights.source import Source, read_tensors
+from cast.weights.videomae import read_videomae
+from cast_kernels import backends
 
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
@@ -107,6 +117,7 @@ class CAST(nn.Module):
 
     def fuse(self, backend: str = "auto") -> CAST:
         """Let the exchange run in the fastest backend that can (or the one named), from the next call on."""
+        backends.check_name(backend)
         for block in self.blocks:
             assert isinstance(block, CASTBlock)
             block.backend = backend
@@ -115,3 +126,111 @@ class CAST(nn.Module):
     def unfuse(self) -> CAST:
         """Let the exchange run in eager PyTorch from the next call on: the same mathematics."""
         return self.fuse("eager")
+
+    def load_experts(
+        self, clip: Source | None = None, videomae: Source | None = None, trust_pickle: bool = False
+    ) -> CAST:
+        """Put pre-trained experts into the blocks. Adapters, exchange, `vmae_fc_norm` and heads stay as they are.
+
+        Args:
+            clip: CLIP's image tower: OpenAI's TorchScript archive, or open_clip, timm, transformers or
+                SpatialExpert layout. QuickGELU is assumed, as OpenAI trained it.
+            videomae: VideoMAE: official layout (pre-trained or fine-tuned), transformers or TemporalExpert.
+            trust_pickle: whether a torch file may run code while it loads; never needed for TorchScript archives.
+
+        Raises:
+            ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file.
+            FileNotFoundError, TypeError: no such file, or a source of another kind.
+        """
+        own = self.state_dict()
+        if clip is not None:
+            given, unknown = read_clip(clip, trust_pickle)
+            target = {theirs: own[ours] for theirs, ours in _clip_keys(own).items()}
+            assign("CLIP checkpoint", target, given, unknown)
+        if videomae is not None:
+            given, unknown = read_videomae(videomae, trust_pickle)
+            # CAST pools with a norm of its own, trained from scratch; the published code drops VideoMAE's too.
+            given = {key: tensor for key, tensor in given.items() if not key.startswith("fc_norm.")}
+            target = {key: tensor for key, tensor in own.items() if _VIDEOMAE.match(key)}
+            assign("VideoMAE checkpoint", target, given, unknown)
+        return self
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` (official names) into a directory, made if need be."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
+        # Under another name first: a kill in between leaves the old checkpoint whole.
+        save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
+        (path / "config.json.part").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(path / f"{name}.part", path / name)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], fused: bool = True) -> CAST:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode and in the dtype that it had.
+
+        Raises:
+            FileNotFoundError: `config.json` or `model.safetensors` is not there.
+            ValueError: tensors that do not fit the configuration; all are listed.
+        """
+        path = Path(directory)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} has no config.json; save_pretrained writes one beside model.safetensors")
+        config = CASTConfig(**json.loads((path / "config.json").read_text()))
+        return cls._holding(str(path), config, read_tensors(path / "model.safetensors"), fused)
+
+    @classmethod
+    def _holding(cls, what: str, config: CASTConfig, tensors: Mapping[str, Tensor], fused: bool) -> CAST:
+        """A model around these very tensors, which saves initialising what is overwritten."""
+        with torch.device("meta"):
+            model = cls(config, fused=fused)
+        check(what, model.state_dict(), tensors)
+        model.load_state_dict(tensors, assign=True)
+        model.pos_embed = sincos_table(model.pos_embed.shape[1], config.embed_dim).to(model.clip_ln_pre.weight)
+        return model.eval()
+
+    def extra_repr(self) -> str:
+        """The configuration in a line, and where the exchange runs."""
+        runs = {block.running() for block in self.blocks if isinstance(block, CASTBlock) and block.directions}
+        return f"heads={self.config.classes}, exchange runs on: {', '.join(sorted(runs)) or 'nothing, there is none'}"
+
+
+def load_official_checkpoint(
+    source: Source, num_heads: int | None = None, fused: bool = True, trust_pickle: bool = False
+) -> CAST:
+    """A published CAST checkpoint as a working fp32 model, in evaluation mode.
+
+    Sizes, heads, windows and layers with exchange are read off the tensors' shapes and names.
+
+    Args:
+        source: path or state dict in the official layout: plain, under 'model' or 'module' (DeepSpeed), with or
+            without prefixes.
+        num_heads: attention heads, which leave no trace in any shape; D / 64 if None.
+        fused: whether the exchange may run in a compiled kernel.
+        trust_pickle: whether a torch file may run code while it loads.
+
+    Raises:
+        ValueError: not the official layout, missing keys, unknown keys, other shapes (all are listed).
+        FileNotFoundError, TypeError: no such file, or a source of another kind.
+    """
+    tensors = read_official(source, trust_pickle)
+    config = infer_config(tensors, num_heads)
+    # A copy, so that training the model does not change the caller's tensors.
+    own = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
+    return CAST._holding("CAST checkpoint", config, own, fused)
+
+
+#: VideoMAE's part of CAST's state dict, under the same names.
+_VIDEOMAE = re.compile(r"patch_embed\.|blocks\.\d+\.(norm1|norm2|attn|mlp)\.")
+_CLIP = re.compile(r"(?:blocks\.(\d+)\.)?clip_(.+)")
+
+
+def _clip_keys(own: Mapping[str, Tensor]) -> dict[str, str]:
+    """OpenAI's name -> CAST's name, for CLIP's part of CAST's state dict."""
+    names = {}
+    for key in own:
+        if match := _CLIP.fullmatch(key):
+            layer, rest = match.groups()
+            names[rest if layer is None else f"transformer.resblocks.{layer}.{rest}"] = key
+    return names

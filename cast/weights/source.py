@@ -1,0 +1,117 @@
+"""From whatever a caller has (path, state dict, module) to a flat dictionary of tensors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cast.weights.torchscript import is_torchscript, read_torchscript
+
+Source = str | os.PathLike[str] | Mapping[str, object] | nn.Module
+
+#: Where training codes keep the weights inside a checkpoint: plain torch, VideoMAE, DeepSpeed.
+_CONTAINERS = ("state_dict", "model", "module")
+#: What a directory may hold, in order of preference: safetensors, transformers, DeepSpeed.
+_FILES = ("model.safetensors", "pytorch_model.bin", "mp_rank_00_model_states.pt")
+#: Prefixes that wrappers leave on keys: data parallelism, torch.compile.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def read_tensors(source: Source, trust_pickle: bool = False) -> dict[str, Tensor]:
+    """Tensors by name, containers and wrappers' prefixes taken off.
+
+    Args:
+        source: a file (safetensors, torch, TorchScript archive), a directory with one, a state dict, a module.
+        trust_pickle: whether a torch file may run code while it loads. Only for files whose author you trust; not
+            needed for files that hold nothing but tensors and plain containers, nor for TorchScript archives,
+            whose tensors are read without running their program.
+
+    Raises:
+        FileNotFoundError: no such file, or a directory without a known one.
+        ValueError: a file that cannot be read, or not without running its code.
+        TypeError: a source of another kind, or a state dict with something other than tensors.
+    """
+    if isinstance(source, nn.Module):
+        found: Mapping[str, object] = source.state_dict()
+    elif isinstance(source, Mapping):
+        found = source
+    elif isinstance(source, str | os.PathLike):
+        found = _read_file(_resolve(Path(source)), trust_pickle)
+    else:
+        raise TypeError(f"weights came as {type(source).__name__}; give a path, a state dict or a module")
+    found = _open_containers(found)
+    strange = sorted(str(key) for key, value in found.items() if not isinstance(value, Tensor))
+    if strange:
+        raise TypeError(f"the state dict holds something other than tensors under: {', '.join(strange)}")
+    tensors = {str(key): value.detach() for key, value in found.items() if isinstance(value, Tensor)}
+    return strip_prefixes(tensors, _WRAPPERS)
+
+
+def strip_prefixes(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
+    """Take the prefixes off every key that has them, repeatedly.
+
+    Raises:
+        ValueError: two keys become the same.
+    """
+    stripped: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key
+        while prefix := next((p for p in prefixes if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        if name in stripped:
+            raise ValueError(f"the checkpoint has {name!r} twice, with and without a prefix; which one is meant?")
+        stripped[name] = tensor
+    return stripped
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_dir():
+        for name in _FILES:
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"{path} has none of {', '.join(_FILES)}; name the file itself")
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    return path
+
+
+def _read_file(path: Path, trust_pickle: bool) -> Mapping[str, object]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if is_torchscript(path):
+            return read_torchscript(path)
+        # Published checkpoints carry their training arguments; a Namespace is a bag of attributes and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # torch and safetensors raise many types on damaged files, KeyError among them
+        raise ValueError(f"cannot read {path}: {_reason(error, trust_pickle)}") from None
+    if isinstance(content, nn.Module):
+        return content.state_dict()
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict or a checkpoint with one")
+    return content
+
+
+def _reason(error: Exception, trust_pickle: bool) -> str:
+    """One line; torch's own would advise to change arguments that are not ours."""
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and refused and not trust_pickle:
+        return (
+            f"it holds more than tensors ({refused[1]}), and reading that runs code that its author chose. If you "
+            "trust the author, pass trust_pickle=True; else have it converted to safetensors"
+        )
+    return f"damaged, or no checkpoint ({type(error).__name__}: {(str(error) or 'empty').splitlines()[0]})"
+
+
+def _open_containers(found: Mapping[str, object]) -> Mapping[str, object]:
+    inner = next((found[name] for name in _CONTAINERS if isinstance(found.get(name), Mapping)), None)
+    return found if inner is None else _open_containers(inner)  # type: ignore[arg-type]

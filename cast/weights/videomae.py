@@ -1,0 +1,48 @@
+"""VideoMAE's encoder in three layouts: official, transformers, and our TemporalExpert (the official one)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cast.weights.rename import KeyMap, translate
+from cast.weights.source import Source, read_tensors, strip_prefixes
+
+_WB = r"(weight|bias)"
+
+_OFFICIAL: KeyMap = [
+    (rf"patch_embed\.proj\.{_WB}", r"patch_embed.proj.\1"),
+    (rf"blocks\.(\d+)\.(norm1|norm2|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_WB}", r"blocks.\1.\2.\3"),
+    (r"blocks\.(\d+)\.attn\.(q_bias|v_bias|qkv\.weight)", r"blocks.\1.attn.\2"),
+    (rf"fc_norm\.{_WB}", r"fc_norm.\1"),
+    # The pre-training decoder, the norm before it, and classifiers.
+    (rf"norm\.{_WB}|decoder\..*|encoder_to_decoder\.weight|mask_token|heads?\..*", None),
+]
+
+_LAYER = r"encoder\.layer\.(\d+)\."
+
+_HUGGING_FACE: KeyMap = [
+    (rf"embeddings\.patch_embeddings\.projection\.{_WB}", r"patch_embed.proj.\1"),
+    (rf"{_LAYER}attention\.attention\.(q)uery\.weight", r"blocks.\1.attn.qkv.weight[\2]"),
+    (rf"{_LAYER}attention\.attention\.(k)ey\.weight", r"blocks.\1.attn.qkv.weight[\2]"),
+    (rf"{_LAYER}attention\.attention\.(v)alue\.weight", r"blocks.\1.attn.qkv.weight[\2]"),
+    (rf"{_LAYER}attention\.attention\.(?:q_bias|query\.bias)", r"blocks.\1.attn.q_bias"),
+    (rf"{_LAYER}attention\.attention\.(?:v_bias|value\.bias)", r"blocks.\1.attn.v_bias"),
+    # A key bias adds the same to all scores of a query, so softmax does not see it.
+    (rf"{_LAYER}attention\.attention\.key\.bias", None),
+    (rf"{_LAYER}attention\.output\.dense\.{_WB}", r"blocks.\1.attn.proj.\2"),
+    (rf"{_LAYER}intermediate\.dense\.{_WB}", r"blocks.\1.mlp.fc1.\2"),
+    (rf"{_LAYER}output\.dense\.{_WB}", r"blocks.\1.mlp.fc2.\2"),
+    (rf"{_LAYER}layernorm_before\.{_WB}", r"blocks.\1.norm1.\2"),
+    (rf"{_LAYER}layernorm_after\.{_WB}", r"blocks.\1.norm2.\2"),
+    (rf"fc_norm\.{_WB}", r"fc_norm.\1"),
+    (rf"layernorm\.{_WB}|decoder\..*|encoder_to_decoder\.weight|mask_token|position_embeddings", None),
+    (rf"classifier\.{_WB}", None),
+]
+
+
+def read_videomae(source: Source, trust_pickle: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """VideoMAE's encoder under its official names without prefix, and the keys that no layout knows."""
+    tensors = strip_prefixes(read_tensors(source, trust_pickle), ("videomae.",))
+    if any("encoder.layer." in key for key in tensors):
+        return translate(tensors, _HUGGING_FACE)
+    return translate(strip_prefixes(tensors, ("backbone.", "encoder.")), _OFFICIAL)
