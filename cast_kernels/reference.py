@@ -83,8 +83,8 @@ def group(x: Tensor, window: str) -> Tensor:
 def ungroup(x: Tensor, window: str, batch: int, frames: int, patches: int) -> Tensor:
     """The inverse of :func:`group`."""
     if window == "time":
-        return x.reshape(batch, patches, frames, -1).transpose(1, 2)
-    return x.reshape(batch, frames, patches, -1)
+        return x.reshape(batch, patches, frames, x.shape[-1]).transpose(1, 2)
+    return x.reshape(batch, frames, patches, x.shape[-1])
 
 
 def _cross_attention(asking: Tensor, answering: Tensor, p: Any, num_heads: int, window: str) -> Tensor:

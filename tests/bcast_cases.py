@@ -102,17 +102,24 @@ def run(case: Case, dtype: torch.dtype, backend: str | None, autocast: torch.dty
 
 
 def assert_at_most_twice_eager(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Every tensor's largest error against fp64 is at most twice eager's in the same dtype.
+    """Every tensor's error against fp64 is at most twice eager's in the same dtype.
 
-    Below half a unit in the last place of the tensor's largest entry no arithmetic of that dtype can be asked
-    for more, so that is the floor (fp32: 6e-8).
+    The error is the root mean square over the tensor: the largest single error of a 24-element gradient differs
+    by more than a factor of two between two equally good summation orders (seen between two eager formulations).
+    A single wrong element cannot hide: the largest error may be at most four times eager's. Below half a unit in
+    the last place of the tensor's own size no arithmetic can be asked for more, so that is the floor.
     """
     assert ours.keys() == eager.keys() == exact.keys()
     rows, failed = [], False
     for name, truth in exact.items():
+        errors = [x[name] - truth for x in (ours, eager)]
+        rms, allowed_rms = (float(e.square().mean().sqrt()) for e in errors)
+        top, allowed_top = (float(e.abs().max()) for e in errors)
         floor = 2**-24 * float(truth.abs().max())
-        error, allowed = (float((x[name] - truth).abs().max()) for x in (ours, eager))
-        bad = not error <= max(2 * allowed, floor)
+        bad = not (rms <= max(2 * allowed_rms, floor) and top <= max(4 * allowed_top, 4 * floor))
         failed |= bad
-        rows.append(f"{'FAIL' if bad else 'ok  '} {name:<32} ours {error:.3e}  eager {allowed:.3e}  floor {floor:.1e}")
+        rows.append(
+            f"{'FAIL' if bad else 'ok  '} {name:<32} rms {rms:.2e} (eager {allowed_rms:.2e})  "
+            f"max {top:.2e} (eager {allowed_top:.2e})  floor {floor:.1e}"
+        )
     assert not failed, "\n" + "\n".join(rows)

@@ -109,7 +109,7 @@ def test_cls_row_sees_no_attention() -> None:
 
 def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ...]:
     spatial, temporal = case.inputs(grad=grad)
-    flat = [p if p is None else p.detach().requires_grad_(grad) for p in case.module().gathered().flat()]
+    flat = [torch.empty(0) if p is None else p.detach().requires_grad_(grad) for p in case.module().gathered().flat()]
     tokens, clips = case.scales()
     scales = (None, None) if tokens is None or clips is None else (tokens, clips[:, None])
     windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]

@@ -80,8 +80,6 @@ def _cross_attention(asking: Tensor, answering: Tensor, p: Direction, num_heads:
         return x.flatten(1, 2).transpose(1, 2)
 
     mixed = F.scaled_dot_product_attention(grouped(q), grouped(k), grouped(v))
-    if window == "time":
-        mixed = mixed.unflatten(0, (batch, patches)).permute(0, 3, 1, 2, 4)
-    else:
-        mixed = mixed.transpose(1, 2)
+    by_time = window == "time"
+    mixed = mixed.unflatten(0, (batch, patches)).permute(0, 3, 1, 2, 4) if by_time else mixed.transpose(1, 2)
     return F.linear(mixed.reshape(batch, frames, patches, dim), p.proj_weight, p.proj_bias)

@@ -183,15 +183,16 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The registered operator. The opaque third output is what the backend keeps for backward, [B, saved_per_clip].
+# An absent parameter travels as an empty tensor: torch.library's autograd takes no None inside a list of tensors.
 
 _LIBRARY = torch.library.Library("cast_kernels", "DEF")
 _LIBRARY.define(
-    "bcast(Tensor spatial, Tensor temporal, Tensor?[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
+    "bcast(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
     "int num_heads, str t2s_window, str s2t_window, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
-    "bcast_backward(Tensor spatial, Tensor temporal, Tensor?[] parameters, Tensor saved, Tensor? spatial_scale, "
+    "bcast_backward(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor saved, Tensor? spatial_scale, "
     "Tensor? temporal_scale, Tensor grad_spatial_out, Tensor grad_temporal_out, int num_heads, str t2s_window, "
     "str s2t_window, float eps, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
@@ -209,14 +210,15 @@ def _run_kernel(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Call the registered operator; under autocast in float32, which every kernel backend accumulates in."""
-    flat = parameters.flat()
+    absent = spatial.new_empty(0)
+    flat = [absent if p is None else p for p in parameters.flat()]
     kept = (spatial.dtype, temporal.dtype)
     if problem.autocast is not None:
         spatial, temporal = spatial.float(), temporal.float()
-        flat = [p if p is None else p.float() for p in flat]
+        flat = [p.float() for p in flat]
         spatial_scale = spatial_scale if spatial_scale is None else spatial_scale.float()
         temporal_scale = temporal_scale if temporal_scale is None else temporal_scale.float()
-    needs_grad = any(x is not None and x.requires_grad for x in (spatial, temporal, *flat))
+    needs_grad = any(x.requires_grad for x in (spatial, temporal, *flat))
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
         spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
         problem.s2t_window or "", eps, torch.is_grad_enabled() and needs_grad, backend,
@@ -227,26 +229,28 @@ def _run_kernel(
     )
 
 
-def _problem(temporal: Tensor, flat: list[Tensor | None], num_heads: int, t2s: str, s2t: str) -> Problem:
-    down = flat[0]
-    assert down is not None
-    sizes = (*temporal.shape, down.shape[0], num_heads)
+def _present(flat: list[Tensor]) -> Parameters:
+    return Parameters.from_flat([p if p.numel() else None for p in flat])
+
+
+def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str) -> Problem:
+    sizes = (*temporal.shape, flat[0].shape[0], num_heads)
     return Problem(*sizes, t2s or None, s2t or None, temporal.dtype, temporal.device.type)
 
 
 def _forward(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], spatial_scale: Tensor | None,
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     return KERNELS[backend].forward(
-        problem, spatial, temporal, Parameters.from_flat(parameters), spatial_scale, temporal_scale, eps, save
+        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, save
     )
 
 
 def _forward_fake(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], spatial_scale: Tensor | None,
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -260,34 +264,32 @@ def _forward_fake(
 
 
 def _backward(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], saved: Tensor, spatial_scale: Tensor | None,
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
     s2t_window: str, eps: float, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     grads = KERNELS[backend].backward(
-        problem, spatial, temporal, Parameters.from_flat(parameters), saved, spatial_scale, temporal_scale, eps,
+        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps,
         grad_spatial_out, grad_temporal_out, tuple(wanted),
     )  # fmt: skip
     return [grad if grad is not None else spatial.new_empty((0,)) for grad in grads]
 
 
 def _backward_fake(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor | None], saved: Tensor, spatial_scale: Tensor | None,
+    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
     s2t_window: str, eps: float, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     primals = [spatial, temporal, *parameters]
-    return [
-        spatial.new_empty(x.shape if want and x is not None else (0,)) for x, want in zip(primals, wanted, strict=True)
-    ]
+    return [spatial.new_empty(x.shape if want else (0,)) for x, want in zip(primals, wanted, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, backend = inputs
     ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
     ctx.call = (num_heads, t2s, s2t, eps, backend)
-    ctx.wanted = [x is not None and x.requires_grad for x in (spatial, temporal, *flat)]
+    ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
 
 
 def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -329,7 +331,7 @@ def _forward_flops(
     spatial: Any, temporal: Any, parameters: Any, spatial_scale: Any, temporal_scale: Any, num_heads: int, t2s: str,
     s2t: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    return flops(_shaped_problem(temporal, parameters, num_heads, t2s, s2t))
+    return flops(_shaped_problem(spatial, temporal, parameters, num_heads, t2s, s2t))
 
 
 @register_flop_formula(torch.ops.cast_kernels.bcast_backward)
@@ -338,4 +340,4 @@ def _backward_flops(
     grad_spatial_out: Any, grad_temporal_out: Any, num_heads: int, t2s: str, s2t: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Two products for each of the forward's, by input and by weight; what attention recomputes is not counted."""
-    return 2 * flops(_shaped_problem(temporal, parameters, num_heads, t2s, s2t))
+    return 2 * flops(_shaped_problem(spatial, temporal, parameters, num_heads, t2s, s2t))
