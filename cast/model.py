@@ -172,12 +172,17 @@ class CAST(nn.Module):
 
         Raises:
             FileNotFoundError: `config.json` or `model.safetensors` is not there.
-            ValueError: tensors that do not fit the configuration; all are listed.
+            ValueError: no JSON, or tensors that do not fit the configuration; all are listed.
+            TypeError: a configuration with fields that CASTConfig does not have.
         """
         path = Path(directory)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} has no config.json; save_pretrained writes one beside model.safetensors")
-        config = CASTConfig(**json.loads((path / "config.json").read_text()))
+        try:
+            fields = json.loads((path / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path / 'config.json'} is no JSON: {error}") from None
+        config = make_config(**fields)
         return cls._holding(str(path), config, read_tensors(path / "model.safetensors"), fused)
 
     @classmethod

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import cast
+
+#: Golden files and the heads of their models.
+GOLDEN = {"cast_compositional_tiny": {"noun": 300, "verb": 97}, "cast_one_head_tiny": {"action": 7}}
 
 SMALL: dict[str, Any] = {
     "image_size": 16,
@@ -42,6 +48,25 @@ def small_video(model: cast.CAST, batch: int = 2, seed: int = 1, dtype: torch.dt
     config = model.config
     size = (batch, 3, config.num_frames, config.image_size, config.image_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def read_golden(name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """A golden file's metadata and tensors."""
+    with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def open_clip_model() -> nn.Module:
+    """open_clip's CLIP at the size of SMALL, randomised, in evaluation mode."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16}
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
+    return randomise(open_clip.model.CLIP(6, vision, text, quick_gelu=True)).eval()
 
 
 def published_block(

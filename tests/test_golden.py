@@ -4,28 +4,15 @@ Every logit, every block's two outputs and every gradient, with the exchange fus
 tensor is its largest absolute difference over its largest absolute value.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from cast_models import GOLDEN, read_golden, under
 from torch import Tensor
 
 import cast
 
-GOLDEN = Path(__file__).parent / "golden"
-FILES = {"cast_compositional_tiny": {"noun": 300, "verb": 97}, "cast_one_head_tiny": {"action": 7}}
 TOLERANCE = 1e-5
-
-
-def read(name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def assert_close(name: str, ours: Tensor, golden: Tensor) -> None:
@@ -39,9 +26,9 @@ def fused(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-@pytest.mark.parametrize(("name", "heads"), FILES.items(), ids=FILES)
+@pytest.mark.parametrize(("name", "heads"), GOLDEN.items(), ids=GOLDEN)
 def test_golden(name: str, heads: dict[str, int], fused: bool) -> None:
-    metadata, tensors = read(name)
+    metadata, tensors = read_golden(name)
     model = cast.CAST(
         heads=heads,
         fused=fused,

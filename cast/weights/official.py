@@ -82,9 +82,9 @@ def _exchange(tensors: Mapping[str, Tensor], dim: int, depth: int) -> dict:
     windows = dict(zip(("t2s", "s2t"), CASTConfig.windows, strict=True))
     frames, positions = None, False
     for direction in directions:
-        axes = [axis for axis in ("time", "space") if f"{block}{direction}_cross.clip_{axis}_pos" in tensors]
+        axes = [axis for axis in ("space", "time") if f"{block}{direction}_cross.clip_{axis}_pos" in tensors]
         if axes:
-            windows[direction], positions = "-".join(axes), True
+            windows[direction], positions = "-".join(axes), True  # a space-time window has both tables
         if "time" in axes:
             frames = tensors[f"{block}{direction}_cross.clip_time_pos"].shape[0]
     return {

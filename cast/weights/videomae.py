@@ -35,7 +35,7 @@ _HUGGING_FACE: KeyMap = [
     (rf"{_LAYER}layernorm_before\.{_WB}", r"blocks.\1.norm1.\2"),
     (rf"{_LAYER}layernorm_after\.{_WB}", r"blocks.\1.norm2.\2"),
     (rf"fc_norm\.{_WB}", r"fc_norm.\1"),
-    (rf"layernorm\.{_WB}|decoder\..*|encoder_to_decoder\.weight|mask_token|position_embeddings", None),
+    (rf"layernorm\.{_WB}|decoder\..*|encoder_to_decoder\.weight|mask_token", None),
     (rf"classifier\.{_WB}", None),
 ]
 
