@@ -1,0 +1,128 @@
+"""The rules of docs/architecture.md: who imports whom, and where a stranger finds an op."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: Modules (by longest matching prefix) -> prefixes of our own modules that they may import.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "cast_kernels.reference": (),
+    "cast_kernels.problem": (),
+    "cast_kernels.eager": ("cast_kernels.problem",),
+    "cast_kernels.cpu": ("cast_kernels.problem", "cast_kernels.cpu", "cast_kernels._native", "cast_kernels._C"),
+    "cast_kernels._native": ("cast_kernels._C",),
+    "cast_kernels.backends": ("cast_kernels.problem", "cast_kernels.eager", "cast_kernels.cpu"),
+    "cast_kernels.ops": ("cast_kernels.problem", "cast_kernels.backends", "cast_kernels.eager", "cast_kernels.cpu"),
+    "cast_kernels.modules": ("cast_kernels.problem", "cast_kernels.backends", "cast_kernels.ops"),
+    "cast_kernels": ("cast_kernels",),
+    "cast.optional": (),
+    "cast.video": ("cast.video", "cast.optional"),
+    "cast.config": ("cast_kernels",),
+    "cast.layers": ("cast_kernels", "cast.config"),
+    "cast.experts": ("cast_kernels", "cast.config", "cast.layers", "cast.weights"),
+    "cast.block": ("cast_kernels", "cast.config", "cast.layers"),
+    "cast.heads": ("cast_kernels", "cast.config", "cast.layers"),
+    "cast.weights": ("cast_kernels", "cast.config", "cast.weights"),
+    "cast.model": (
+        "cast_kernels",
+        "cast.config",
+        "cast.layers",
+        "cast.block",
+        "cast.heads",
+        "cast.weights",
+        "cast.experts",
+    ),
+    "cast.demo": ("cast", "cast_kernels"),
+    "cast.cli": ("cast",),
+    "cast": ("cast", "cast_kernels"),
+}
+#: Rooms that the whole of `cast` outside them must not enter.
+PRIVATE = {"cast.demo": ("cast.demo", "cast.cli")}
+
+
+def modules(package: str) -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Every module of ours that the file imports, at any depth, as dotted names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("cast", "cast_kernels")}
+
+
+def inside(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+ALL = modules("cast_kernels") | modules("cast")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_imports_point_downwards(name: str) -> None:
+    rule = max((key for key in ALLOWED if inside(name, (key,))), key=len)
+    for target in imported(ALL[name]):
+        assert inside(target, ALLOWED[rule]), f"{name} imports {target}; {rule} may import {ALLOWED[rule]}"
+        for room, owners in PRIVATE.items():
+            assert not inside(target, (room,)) or inside(name, owners), f"{name} enters {room}"
+
+
+@pytest.mark.parametrize("name", modules("cast"))
+def test_the_model_package_uses_public_kernels_only(name: str) -> None:
+    import cast_kernels
+
+    for target in imported(ALL[name]):
+        if target.startswith("cast_kernels."):
+            first = target.split(".")[1]
+            assert first in cast_kernels.__all__, f"{name} imports {target}: not a public name of cast_kernels"
+
+
+def test_the_native_core_knows_no_torch() -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert sources
+    for path in sources:
+        includes = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', path.read_text())
+        assert not [i for i in includes if re.match(r"(torch|ATen|c10)/", i)], path
+        if path.name != "bindings.cpp":
+            assert not [i for i in includes if i.startswith(("Python.h", "pybind11"))], path
+
+
+def test_an_op_is_found_by_its_stem() -> None:
+    stems = [p.stem for p in (ROOT / "cast_kernels/ops").glob("*.py") if p.stem != "__init__"]
+    assert stems
+    for stem in stems:
+        places = [
+            f"cast_kernels/eager/{stem}.py",
+            f"cast_kernels/cpu/{stem}.py",
+            f"csrc/cpu/{stem}*.h",
+            f"tests/test_{stem}.py",
+            f"benchmarks/bench_{stem}.py",
+            f"docs/ops/{stem}.md",
+        ]
+        assert [place for place in places if not list(ROOT.glob(place))] == []
+        assert f"def {stem}(" in (ROOT / "cast_kernels/reference.py").read_text()
+
+
+def test_no_file_outgrows_its_reader() -> None:
+    files = [p for d in ("cast", "cast_kernels", "csrc", "benchmarks", "tests") for p in (ROOT / d).rglob("*")]
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in files
+        if p.suffix in (".py", ".h", ".cpp") and (n := len(p.read_text().splitlines())) > 450
+    }
+    assert long == {}
