@@ -95,7 +95,7 @@ def read(path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) 
         raise VideoError(path, "no frame was asked for: indices is empty")
     frames = _decode(path, wanted, _index(path, threads), threads)
     if len(frames) < len(set(wanted)):
-        # Some packet gave no picture: from now on count what the decoder shows of this file, not its packets.
+        # The decoder contradicts the packets: from now on count what it shows of this file.
         frames = _decode(path, wanted, _remember(path, _count_by_decoding(path, threads)), threads)
     sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames.values()})
     if len(sizes) > 1:
@@ -176,7 +176,7 @@ def _check_complete(
         promised = container.duration / av.time_base
         if end < promised - slack:
             raise VideoError(path, f"is truncated: {end:.1f} of {promised:.1f} seconds are there")
-    if not packets:
+    if all(packet.cut_away for packet in packets):
         raise VideoError(path, "holds a video stream without a single frame")
 
 
@@ -219,13 +219,22 @@ def _decode_from_start(path: PathLike, container: InputContainer, stream: VideoS
 def _from_key_frame(
     container: InputContainer, stream: VideoStream, times: _Times, first: int
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames with their numbers, from the last key frame that is shown at or before frame `first`."""
+    """Frames with their numbers, from the last key frame that is shown at or before frame `first`.
+
+    Ends at the first frame that the packets did not announce, or announced and the decoder skips.
+    """
     key = int(np.searchsorted(times.keys[:, 0], times.pts[first], side="right")) - 1
-    container.seek(int(times.keys[key, 1] if key >= 0 else times.pts[0]), stream=stream, backward=True)
+    key_pts, key_dts = times.keys[key].tolist() if key >= 0 else (times.pts[0], times.pts[0])
+    container.seek(int(key_dts), stream=stream, backward=True)
+    expected = int(np.searchsorted(times.pts, key_pts))
     number_of = {pts: number for number, pts in enumerate(times.pts.tolist())}
     for frame in container.decode(stream):
-        # A frame without a number is one that no packet announced.
-        yield -1 if frame.pts is None else number_of.get(frame.pts, -1), frame
+        number = None if frame.pts is None else number_of.get(frame.pts)
+        if number is None or number > expected:
+            return
+        if number == expected:  # earlier ones hang on pictures before the key frame
+            yield number, frame
+            expected += 1
 
 
 def _upright_rgb(frame: VideoFrame) -> np.ndarray:

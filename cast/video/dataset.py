@@ -1,0 +1,115 @@
+"""Clips with labels for a DataLoader, and all views of one video for testing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cast.video.annotations import Sample
+from cast.video.reader import frame_count, read
+from cast.video.sampling import Sampling, train_indices, view_indices
+from cast.video.transforms import Transform, to_clip, view_transform
+
+
+class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
+    """One clip per video: `(video, labels)`, video `[3, frames, size, size]` as the transform leaves it.
+
+    Training clips are random, but a function of (seed, epoch, index) alone: not of the number of workers, the order
+    of reading or what ran before. Call `set_epoch` before each epoch; it reaches persistent workers too.
+    Validation clips take the middles of the video's segments (uniform) or its middle window (dense).
+
+    Args:
+        samples: the videos, for example from `cast.video.annotations.read_compositional`.
+        transform: from uint8 `[T, 3, H, W]` to `[T, 3, size, size]`; see `cast.video.transforms`.
+        train: draw frames at random.
+        sampling: "uniform" or "dense"; see `cast.video.sampling`.
+        frames: frames of a clip.
+        seed: source of all randomness, together with epoch and index.
+        threads: decoding threads. DataLoader workers are processes already, so more than 1 slows them down.
+
+    Raises:
+        ValueError: there are no samples, or files of theirs are missing; the message counts them and names three.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Transform,
+        train: bool,
+        sampling: Sampling = "uniform",
+        frames: int = 16,
+        seed: int = 0,
+        threads: int = 1,
+    ) -> None:
+        missing = [sample.path for sample in samples if not sample.path.is_file()]
+        if not samples or missing:
+            names = ", ".join(str(path) for path in missing[:3])
+            raise ValueError(f"{len(missing)} of {len(samples)} videos are missing: {names or 'there are no samples'}")
+        self.samples = list(samples)
+        self.transform, self.train, self.sampling = transform, train, sampling
+        self.frames, self.seed, self.threads = frames, seed, threads
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that random draws depend on."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other clips from now on; the same ones whenever the same epoch is set."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, int]]:
+        sample = self.samples[index]
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        length = frame_count(sample.path, self.threads)
+        if self.train:
+            indices = train_indices(length, rng, self.sampling, self.frames)
+        else:
+            indices = view_indices(length, 0, 1, self.sampling, self.frames)
+        frames = read(sample.path, indices, self.threads)
+        # torchvision draws from torch's global generator: give it a seed of this clip, and leave it as it was.
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(int(rng.integers(2**63)))
+            return to_clip(frames, self.transform), dict(sample.labels)
+
+
+def views_of(
+    path: str | os.PathLike[str],
+    size: int = 224,
+    sampling: Sampling = "uniform",
+    views: int | None = None,
+    crops: int = 3,
+    frames: int = 16,
+    threads: int = 0,
+) -> Iterator[Tensor]:
+    """All views of one video for the published test protocol, one `[3, frames, size, size]` at a time.
+
+    Average the softmax of the model's logits over them.
+
+    Args:
+        path: a video file.
+        size: side of a crop in pixels.
+        sampling: "uniform" or "dense".
+        views: temporal views; if None the published number, 2 for uniform and 5 for dense sampling.
+        crops: spatial crops of each.
+        frames: frames of a view.
+        threads: decoding threads, 0 lets FFmpeg choose.
+
+    Raises:
+        VideoError: the file can't be read as a video.
+    """
+    views = {"uniform": 2, "dense": 5}[sampling] if views is None else views
+    length = frame_count(path, threads)
+    for view in range(views):
+        pictures = read(path, view_indices(length, view, views, sampling, frames), threads)
+        for crop in range(crops):
+            yield to_clip(pictures, view_transform(size, crop, crops))

@@ -1,0 +1,90 @@
+"""From decoded frames to what the model takes, with torchvision.transforms.v2.
+
+A transform here is any callable from uint8 `[T, 3, H, W]` (a `torchvision.tv_tensors.Video`) to `[T, 3, size, size]`,
+so a `torchvision.transforms.v2.Compose` of your own fits. torchvision is imported only when one is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: ImageNet's statistics of RGB in 0..1; both experts take them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def train_transform(
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = False,
+    normalise: bool = True,
+) -> Transform:
+    """A random crop resized to `size` and, with `flip`, mirrored half of the time; the same for all frames of a clip.
+
+    Args:
+        size: side of the result in pixels.
+        scale: smallest and largest share of the picture's area that a crop takes.
+        ratio: smallest and largest width over height of a crop.
+        flip: mirror left and right at random. Leave off where direction is part of the label.
+        normalise: give float32 with ImageNet's mean and deviation; if not, uint8.
+    """
+    from torchvision.transforms import v2
+
+    steps: list[Callable] = [v2.RandomResizedCrop(size, scale, ratio, antialias=False)]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps + _normalisation(normalise))
+
+
+def view_transform(size: int = 224, crop: int = 0, crops: int = 1, normalise: bool = True) -> Transform:
+    """The shorter side resized to `size`, then one of `crops` square crops along the longer side.
+
+    One crop is the centre; three are left, centre, right (or top, centre, bottom), the published test protocol.
+
+    Args:
+        size: side of the result in pixels.
+        crop: which crop, `0 .. crops - 1`.
+        crops: how many there are, evenly spaced from one end to the other.
+        normalise: give float32 with ImageNet's mean and deviation; if not, uint8.
+    """
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional as F
+
+    if crops < 1 or not 0 <= crop < crops:
+        raise ValueError(f"crop is {crop} of {crops} crops; it must be from 0 to crops - 1")
+    # The published protocol resizes without antialiasing, so the experts' figures hold for that.
+    steps: list[Callable] = [v2.Resize(size, antialias=False)]
+
+    def cut(video: Tensor) -> Tensor:
+        height, width = video.shape[-2:]
+        share = crop / (crops - 1) if crops > 1 else 0.5
+        return F.crop(video, int(share * (height - size)), int(share * (width - size)), size, size)
+
+    steps.append(v2.Lambda(cut))
+    return v2.Compose(steps + _normalisation(normalise))
+
+
+def _normalisation(normalise: bool) -> list[Callable]:
+    from torchvision.transforms import v2
+
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)] if normalise else []
+
+
+def to_clip(frames: np.ndarray, transform: Transform) -> Tensor:
+    """Decoded frames, uint8 `[T, H, W, 3]` -> the model's `[3, T, size, size]`, contiguous."""
+    from torchvision import tv_tensors
+
+    video = tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    clip = transform(video)
+    if clip.ndim != 4 or clip.shape[:2] != video.shape[:2]:
+        raise ValueError(
+            f"the transform made {list(clip.shape)} of {list(video.shape)}; it must keep the first two, [T, 3, H, W]"
+        )
+    return clip.as_subclass(Tensor).transpose(0, 1).contiguous()
