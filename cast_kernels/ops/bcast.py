@@ -234,8 +234,11 @@ def _present(flat: list[Tensor]) -> Parameters:
 
 
 def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str) -> Problem:
-    sizes = (*temporal.shape, flat[0].shape[0], num_heads)
-    return Problem(*sizes, t2s or None, s2t or None, temporal.dtype, temporal.device.type)
+    batch, frames, patches, dim = temporal.shape
+    bottleneck = flat[0].shape[0]
+    return Problem(
+        batch, frames, patches, dim, bottleneck, num_heads, t2s or None, s2t or None, temporal.dtype, temporal.device.type
+    )  # fmt: skip
 
 
 def _forward(
@@ -323,7 +326,10 @@ def flops(problem: Problem) -> int:
 
 
 def _shaped_problem(spatial: Any, temporal: Any, parameters: Any, num_heads: int, t2s: str, s2t: str) -> Problem:
-    return Problem(*temporal, parameters[0][0], num_heads, t2s or None, s2t or None, torch.float32, "meta")
+    batch, frames, patches, dim = temporal
+    bottleneck = parameters[0][0]
+    windows = (t2s or None, s2t or None)
+    return Problem(batch, frames, patches, dim, bottleneck, num_heads, *windows, torch.float32, "meta")
 
 
 @register_flop_formula(torch.ops.cast_kernels.bcast)
