@@ -237,7 +237,8 @@ def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t
     batch, frames, patches, dim = temporal.shape
     bottleneck = flat[0].shape[0]
     return Problem(
-        batch, frames, patches, dim, bottleneck, num_heads, t2s or None, s2t or None, temporal.dtype, temporal.device.type
+        batch, frames, patches, dim, bottleneck, num_heads, t2s or None, s2t or None,
+        temporal.dtype, temporal.device.type,
     )  # fmt: skip
 
 
