@@ -28,13 +28,10 @@ _SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"
 class VideoError(ValueError):
     """A file that can't be read as a video; the message is one line that begins with the path."""
 
-    def __init__(self, path: PathLike, reason: str) -> None:
-        super().__init__(f"{os.fspath(path)}: {reason}")
-        self.path, self.reason = os.fspath(path), reason
 
-    def __reduce__(self) -> tuple[type[VideoError], tuple[str, str]]:
-        # DataLoader workers send their errors to the main process by pickling them.
-        return type(self), (self.path, self.reason)
+def video_error(path: PathLike, reason: str) -> VideoError:
+    """The error that says of `path` why it can't be read."""
+    return VideoError(f"{os.fspath(path)}: {reason}")
 
 
 @contextmanager
@@ -49,35 +46,35 @@ def open_video(path: PathLike, threads: int) -> Iterator[tuple[InputContainer, V
             stream.codec_context.thread_count = threads
             yield container, stream
     except av.FFmpegError as error:
-        raise VideoError(path, _explain(path, error.strerror or str(error))) from error
+        raise video_error(path, _explain(path, error.strerror or str(error))) from error
 
 
 def check_file(path: PathLike) -> None:
     """Raise `VideoError` unless `path` is a readable file with something in it."""
     file = Path(path)
     if not file.exists():
-        raise VideoError(path, "no such file")
+        raise video_error(path, "no such file")
     if file.is_dir():
-        raise VideoError(path, "is a directory, not a video file")
+        raise video_error(path, "is a directory, not a video file")
     if not file.is_file():
-        raise VideoError(path, "is not a regular file")
+        raise video_error(path, "is not a regular file")
     if not os.access(file, os.R_OK):
-        raise VideoError(path, "can't be read: permission denied")
+        raise video_error(path, "can't be read: permission denied")
     if file.stat().st_size == 0:
-        raise VideoError(path, "is empty (0 bytes)")
+        raise video_error(path, "is empty (0 bytes)")
 
 
 def _video_stream(path: PathLike, container: InputContainer) -> VideoStream:
     name = container.format.name
     if name in _NOT_VIDEO:
-        raise VideoError(path, f"is {_NOT_VIDEO[name]}, not a video")
+        raise video_error(path, f"is {_NOT_VIDEO[name]}, not a video")
     if name == "image2" or name.endswith("_pipe"):
-        raise VideoError(path, "is a still image, not a video")
+        raise video_error(path, "is a still image, not a video")
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
             return stream
     kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
-    raise VideoError(path, f"holds no video, only {' and '.join(kinds) or 'headers'}")
+    raise video_error(path, f"holds no video, only {' and '.join(kinds) or 'headers'}")
 
 
 def _explain(path: PathLike, error: str) -> str:

@@ -28,7 +28,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from cast.video.files import PathLike, VideoError, check_file, open_video
+from cast.video.files import PathLike, VideoError, check_file, open_video, video_error
 
 __all__ = ["VideoError", "frame_count", "read"]
 
@@ -92,14 +92,14 @@ def read(path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) 
     """
     wanted = [int(i) for i in indices]
     if not wanted:
-        raise VideoError(path, "no frame was asked for: indices is empty")
+        raise video_error(path, "no frame was asked for: indices is empty")
     frames = _decode(path, wanted, _index(path, threads), threads)
     if len(frames) < len(set(wanted)):
         # The decoder contradicts the packets: from now on count what it shows of this file.
         frames = _decode(path, wanted, _remember(path, _count_by_decoding(path, threads)), threads)
     sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames.values()})
     if len(sizes) > 1:
-        raise VideoError(path, f"changes its picture size midway ({', '.join(sizes)}); re-encode it to one size")
+        raise video_error(path, f"changes its picture size midway ({', '.join(sizes)}); re-encode it to one size")
     return np.stack([frames[i] for i in wanted])
 
 
@@ -160,7 +160,7 @@ def _demux(path: PathLike, container: InputContainer, stream: VideoStream) -> tu
 
 def _check_packet(path: PathLike, packet: Packet) -> None:
     if packet.is_corrupt:
-        raise VideoError(path, "is truncated or damaged (a packet is incomplete)")
+        raise video_error(path, "is truncated or damaged (a packet is incomplete)")
 
 
 def _check_complete(
@@ -168,23 +168,23 @@ def _check_complete(
 ) -> None:
     """Compare what is there with what the file's own header or index promises."""
     if container.format.name.startswith("mov") and len(packets) < len(stream.index_entries):
-        raise VideoError(path, f"is truncated: {len(packets)} of {len(stream.index_entries)} frames are there")
+        raise video_error(path, f"is truncated: {len(packets)} of {len(stream.index_entries)} frames are there")
     if container.format.name.startswith("matroska") and container.duration is not None:
         times = np.sort(np.array([packet.pts for packet in packets if packet.pts is not None], dtype=np.int64))
         # The header's duration may or may not count how long the last picture stays.
         slack = 0.1 + 2 * float(int(np.diff(times).max(initial=0)) * (stream.time_base or 0))
         promised = container.duration / av.time_base
         if end < promised - slack:
-            raise VideoError(path, f"is truncated: {end:.1f} of {promised:.1f} seconds are there")
+            raise video_error(path, f"is truncated: {end:.1f} of {promised:.1f} seconds are there")
     if all(packet.cut_away for packet in packets):
-        raise VideoError(path, "holds a video stream without a single frame")
+        raise video_error(path, "holds a video stream without a single frame")
 
 
 def _count_by_decoding(path: PathLike, threads: int) -> _Index:
     with open_video(path, threads) as (container, stream):
         count = sum(1 for _ in _decode_from_start(path, container, stream))
     if count == 0:
-        raise VideoError(path, "holds a video stream without a single frame")
+        raise video_error(path, "holds a video stream without a single frame")
     return _Index(count)
 
 
@@ -192,7 +192,7 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
     """The wanted frames by frame number, as far as the decoder shows them."""
     bad = [i for i in wanted if not 0 <= i < index.count]
     if bad:
-        raise VideoError(path, f"has frames 0 to {index.count - 1}, but frame {bad[0]} was asked for")
+        raise video_error(path, f"has frames 0 to {index.count - 1}, but frame {bad[0]} was asked for")
     numbers = set(wanted)
     with open_video(path, threads) as (container, stream):
         if index.times is None:
@@ -203,7 +203,7 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
         for number, frame in frames:
             if number in numbers:
                 if frame.is_corrupt:
-                    raise VideoError(path, f"is damaged: frame {number} can't be decoded whole")
+                    raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
                 found[number] = _upright_rgb(frame)
             if number >= max(numbers):
                 break

@@ -7,6 +7,7 @@ so a `torchvision.transforms.v2.Compose` of your own fits. torchvision is import
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,20 +56,25 @@ def view_transform(size: int = 224, crop: int = 0, crops: int = 1, normalise: bo
         normalise: give float32 with ImageNet's mean and deviation; if not, uint8.
     """
     from torchvision.transforms import v2
-    from torchvision.transforms.v2 import functional as F
 
     if crops < 1 or not 0 <= crop < crops:
         raise ValueError(f"crop is {crop} of {crops} crops; it must be from 0 to crops - 1")
+    share = crop / (crops - 1) if crops > 1 else 0.5
     # The published protocol resizes without antialiasing, so the experts' figures hold for that.
-    steps: list[Callable] = [v2.Resize(size, antialias=False)]
-
-    def cut(video: Tensor) -> Tensor:
-        height, width = video.shape[-2:]
-        share = crop / (crops - 1) if crops > 1 else 0.5
-        return F.crop(video, int(share * (height - size)), int(share * (width - size)), size, size)
-
-    steps.append(v2.Lambda(cut))
+    steps: list[Callable] = [v2.Resize(size, antialias=False), _Cut(size, share)]
     return v2.Compose(steps + _normalisation(normalise))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A square of side `size`, at `share` (0 to 1) of the way along whichever side is longer."""
+
+    size: int
+    share: float
+
+    def __call__(self, video: Tensor) -> Tensor:
+        top, left = (int(self.share * (side - self.size)) for side in video.shape[-2:])
+        return video[..., top : top + self.size, left : left + self.size]
 
 
 def _normalisation(normalise: bool) -> list[Callable]:
