@@ -1,10 +1,112 @@
-"""Backend `cpu`: what the native core can run."""
+"""Backend `cpu`: B-CAST in native C++, float32, forward and backward.
+
+This side checks nothing twice: shapes are the op's business, pointers and scratch memory the core's. It
+only makes tensors contiguous, allocates results and hands addresses over.
+"""
 
 from __future__ import annotations
 
-from cast_kernels.problem import Problem, Verdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_kernels import _native
+from cast_kernels.problem import Parameters, Problem, Verdict
+
+_WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
 
 
 def can_run(problem: Problem) -> Verdict:
-    """Whether the native core can run the problem, and why not."""
-    return Verdict(False, "the native core is not built")
+    """Whether the native core can run the problem, and the reason in words either way."""
+    if problem.device not in ("cpu", "meta"):
+        return Verdict(False, f"the streams are on {problem.device}; the native core runs on cpu")
+    if problem.autocast is None and problem.dtype != torch.float32:
+        return Verdict(False, f"the streams are {problem.dtype}; the native core computes in torch.float32")
+    module, reason = _native.load()
+    if module is None:
+        return Verdict(False, reason)
+    return Verdict(True, f"native core, {module.isa()} instructions")
+
+
+def saved_per_clip(problem: Problem) -> int:
+    """Floats that backward needs of one clip; `csrc/cpu/problem.h` lays them out. Sizes may be symbolic."""
+    directions = [problem.t2s_window is not None, problem.s2t_window is not None]
+    if not any(directions):
+        return 0
+    tokens, d = problem.frames * problem.patches, problem.bottleneck_dim
+    rows = (tokens + problem.frames, tokens)
+    floats = _align(16 * d + 64)
+    for present, own_rows in zip(directions, rows, strict=True):
+        floats += _align(own_rows * d) + _align(own_rows)
+        if present:
+            floats += 4 * _align(tokens * d) + 2 * _align(tokens * problem.num_heads) + _align(own_rows * d)
+    return floats
+
+
+def forward(
+    problem: Problem,
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both streams with their branch added, and what backward needs.
+
+    Args:
+        problem: the sizes, float32 on the CPU.
+        spatial: [B, T, 1+N, D], any strides, as are all tensors here.
+        temporal: [B, T, N, D].
+        parameters: as :class:`~cast_kernels.problem.Parameters` describes.
+        spatial_scale: [B, 1+N], multiplies the spatial branch, or None.
+        temporal_scale: [B, 1], multiplies the temporal branch, or None.
+        eps: LayerNorm epsilon.
+        save: whether backward will follow.
+
+    Returns:
+        The streams' outputs (empty for a stream that receives nothing) and `saved` [B, saved_per_clip] (or [B, 0]).
+    """
+    core = _native.core()
+    inputs = _Addresses()
+    spatial_out = torch.empty(spatial.shape if problem.t2s_window is not None else (0,))
+    temporal_out = torch.empty(temporal.shape if problem.s2t_window is not None else (0,))
+    saved = torch.empty((problem.batch, saved_per_clip(problem) if save else 0))
+    core.bcast_forward(
+        _native_problem(core, problem, eps), inputs(spatial), inputs(temporal), inputs(spatial_scale),
+        inputs(temporal_scale), [inputs(p) for p in parameters.flat()], spatial_out.data_ptr(),
+        temporal_out.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return spatial_out, temporal_out, saved
+
+
+def _align(floats: int) -> int:
+    return (floats + 15) // 16 * 16
+
+
+def _native_problem(core: Any, problem: Problem, eps: float) -> Any:
+    native = core.Problem(
+        problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
+        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps,
+    )  # fmt: skip
+    assert core.saved_per_clip(native) == saved_per_clip(problem), "the two sides disagree about `saved`"
+    return native
+
+
+class _Addresses:
+    """Addresses of contiguous float32 versions of tensors, kept alive as long as this object."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise TypeError(f"the native core takes torch.float32 on cpu, not {tensor.dtype} on {tensor.device}")
+        self._alive.append(tensor)
+        return tensor.data_ptr()

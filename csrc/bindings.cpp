@@ -1,0 +1,84 @@
+// Python sees pointers as integers: no torch header, so one build serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/bcast.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace cast::cpu;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Addresses = std::array<Address, 28>;
+
+const float* input(Address a) { return reinterpret_cast<const float*>(a); }
+float* output(Address a) { return reinterpret_cast<float*>(a); }
+
+template <class T>
+T tensors(const Addresses& addresses) {
+  T result;
+  std::memcpy(&result, addresses.data(), sizeof(result));
+  return result;
+}
+
+int checked_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1");
+  return threads;
+}
+
+Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck, i64 heads, int t2s_window,
+                     int s2t_window, float eps) {
+  const Problem p{batch, frames, patches, dim, bottleneck, heads, {t2s_window, s2t_window}, eps};
+  check_problem(p);
+  return p;
+}
+
+void forward(const Problem& p, Address spatial, Address temporal, Address spatial_scale, Address temporal_scale,
+             const Addresses& parameters, Address spatial_out, Address temporal_out, Address saved, int threads) {
+  const ForwardCall call{p,
+                         tensors<Parameters>(parameters),
+                         {input(spatial), input(temporal)},
+                         {input(spatial_scale), input(temporal_scale)},
+                         {output(spatial_out), output(temporal_out)},
+                         output(saved),
+                         checked_threads(threads)};
+  const py::gil_scoped_release release;
+  run_forward(call);
+}
+
+double fma_ceiling(int threads, double seconds) {
+  checked_threads(threads);
+  const py::gil_scoped_release release;
+  return measure_fma_ceiling(threads, seconds);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native B-CAST kernels on raw pointers.";
+  py::class_<Problem>(m, "Problem")
+      .def(py::init(&make_problem), py::arg("batch"), py::arg("frames"), py::arg("patches"), py::arg("dim"),
+           py::arg("bottleneck"), py::arg("heads"), py::arg("t2s_window"), py::arg("s2t_window"), py::arg("eps"));
+  m.def("saved_per_clip", &saved_per_clip, py::arg("problem"), "Floats that backward needs of one clip.");
+  m.def("bcast_forward", &forward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
+        py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("spatial_out"),
+        py::arg("temporal_out"), py::arg("saved"), py::arg("threads"));
+  m.def("isa", [] { return std::string(selected_kernels().name); },
+        "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
+  m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");
+  m.def("measure_fma_ceiling", &fma_ceiling, py::arg("threads"), py::arg("seconds"),
+        "Measured multiply-add ceiling of the level in use, GFLOP/s.");
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

@@ -1,0 +1,19 @@
+// The native B-CAST as the bindings see it: checks, scratch memory, and the selected instruction-set level.
+#pragma once
+
+#include "problem.h"
+
+namespace cast::cpu {
+
+// Throws std::invalid_argument if the sizes do not make a B-CAST.
+void check_problem(const Problem& problem);
+
+i64 saved_per_clip(const Problem& problem);  // floats
+
+// Throws std::invalid_argument for a missing pointer, std::bad_alloc if scratch memory cannot be had.
+void run_forward(const ForwardCall& call);
+
+// Multiply-add ceiling in GFLOP/s of the selected level with `threads` threads, measured for about `seconds`.
+double measure_fma_ceiling(int threads, double seconds);
+
+}  // namespace cast::cpu

@@ -1,0 +1,32 @@
+// The table of entry points that one instruction-set level exports.
+#pragma once
+
+#include "problem.h"
+
+namespace cast::cpu {
+
+struct Kernels {
+  const char* name;
+  i64 (*forward_workspace)(const Problem&, bool save, int threads);  // floats
+  void (*forward)(const ForwardCall&, float* workspace);
+  double (*fma_flops)(i64 rounds);  // does `rounds` rounds of independent multiply-adds; returns their flops
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// The best level that this processor, the build and CAST_KERNELS_CPU_ISA allow. Throws std::invalid_argument for an
+// unknown value of the variable.
+const Kernels& selected_kernels();
+
+// Names of the levels in this build, comma-separated.
+const char* built_levels();
+
+}  // namespace cast::cpu

@@ -1,0 +1,43 @@
+// LayerNorm over one row, forward and backward, and the adds of position tables.
+#pragma once
+
+#include "simd.h"
+
+CAST_ISA_BEGIN
+
+// sum over the row of f(vector, column); f must return zero in lanes past the row's end.
+template <class F>
+CAST_INLINE float row_sum(i64 d, const F& f) {
+  vec sum = vec{};
+  for (i64 c = 0; c < d; c += kLanes) sum += f(c);
+  return sum_of(sum);
+}
+
+// n = normed * gamma + beta with normed = (x - mean) * rstd. `normed` may be null or equal to x; `n` may equal x.
+inline float normalise_row(const float* x, i64 d, const float* gamma, const float* beta, float eps, float* n,
+                           float* normed) {
+  const float mean = row_sum(d, [&](i64 c) { return load_first(x + c, d - c); }) / float(d);
+  const float variance = row_sum(d, [&](i64 c) {
+                           const vec centred = load_first(x + c, d - c) - mean;
+                           return d - c >= kLanes ? centred * centred : zero_from(centred * centred, d - c);
+                         }) / float(d);
+  const float rstd = 1.0f / __builtin_sqrtf(variance + eps);
+  for (i64 c = 0; c < d; c += kLanes) {
+    const i64 lanes = d - c;
+    const vec hat = (load_first(x + c, lanes) - mean) * rstd;
+    if (normed) store_first(normed + c, hat, lanes);
+    store_first(n + c, hat * load_first(gamma + c, lanes) + load_first(beta + c, lanes), lanes);
+  }
+  return rstd;
+}
+
+inline void add_rows(const float* a, const float* b, i64 d, float* sum) {
+  for (i64 c = 0; c < d; c += kLanes)
+    store_first(sum + c, load_first(a + c, d - c) + load_first(b + c, d - c), d - c);
+}
+
+inline void gelu_rows(float* x, i64 floats) {
+  for (i64 i = 0; i < floats; i += kLanes) store_first(x + i, gelu(load_first(x + i, floats - i)), floats - i);
+}
+
+CAST_ISA_END

@@ -1,0 +1,23 @@
+// Scratch memory of one call.
+#pragma once
+
+#include <cstddef>
+
+namespace cast::cpu {
+
+// `floats` uninitialised floats, 2 MiB aligned. One buffer per process is kept between calls, because mapping and
+// zeroing tens of MiB anew costs milliseconds; a call that finds it taken gets its own. Throws std::bad_alloc.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t floats);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+  std::size_t bytes_;
+};
+
+}  // namespace cast::cpu

@@ -1,0 +1,104 @@
+"""Builds the native core with CMake and Ninja, and records what was built, what was not, and why.
+
+`CAST_KERNELS_BUILD_CPU` and `CAST_KERNELS_BUILD_CUDA` take `0` (leave it out), `1` (its failure fails the install) or
+`auto` (the default: try; a part that cannot be built is left out and recorded for `cast-kernels info`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CHOICES = ("auto", "0", "1")
+
+
+def requested(part: str) -> str:
+    """The value of the part's environment variable; exits with the allowed ones if it is none of them."""
+    name = f"CAST_KERNELS_BUILD_{part}"
+    value = os.environ.get(name) or "auto"
+    if value not in CHOICES:
+        sys.exit(f"error: {name} is {value!r}; allowed: {', '.join(CHOICES)}")
+    return value
+
+
+class BuildNative(build_ext):
+    """Runs CMake where setuptools would run a compiler, and writes `cast_kernels/_build.json`."""
+
+    def run(self) -> None:
+        wishes = {part: requested(part) for part in ("CPU", "CUDA")}
+        module = Path(self.get_ext_fullpath("cast_kernels._C")).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.unlink(missing_ok=True)  # a stale one would outlive CAST_KERNELS_BUILD_CPU=0
+        cpu = self._cpu(wishes["CPU"], module)
+        if not cpu["built"]:
+            self.extensions = []  # or setuptools would look for the file
+        record = {"cpu": cpu, "cuda": self._cuda(wishes["CUDA"])}
+        (module.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def _cpu(self, wish: str, module: Path) -> dict[str, Any]:
+        if wish == "0":
+            return {"requested": wish, "built": False, "reason": "CAST_KERNELS_BUILD_CPU=0 left it out"}
+        try:
+            parts = self._cmake(module)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = _cause(error)
+            if wish == "1":
+                sys.exit(f"error: CAST_KERNELS_BUILD_CPU=1, but the native core cannot be built: {reason}")
+            print(f"warning: the native core was not built: {reason}", file=sys.stderr)
+            return {"requested": wish, "built": False, "reason": reason}
+        return {"requested": wish, "built": True, "reason": "", **parts}
+
+    def _cmake(self, module: Path) -> dict[str, Any]:
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "cast_kernels"
+        shutil.rmtree(build, ignore_errors=True)  # a cache of another environment's cmake or pybind11 is worthless
+        build.mkdir(parents=True)
+        cmake = shutil.which("cmake") or "cmake"
+        configure = [
+            cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_BUILD_TYPE=Release",
+        ]  # fmt: skip
+        for command in (configure, [cmake, "--build", str(build)]):
+            _run(command)
+        shutil.copy2(build / module.name, module)
+        return json.loads((build / "parts.json").read_text())
+
+    def _cuda(self, wish: str) -> dict[str, Any]:
+        if wish == "1":
+            sys.exit("error: CAST_KERNELS_BUILD_CUDA=1, but this version has no CUDA sources to build; use auto or 0")
+        reason = "CAST_KERNELS_BUILD_CUDA=0 left it out" if wish == "0" else "this version has no CUDA sources"
+        return {"requested": wish, "built": False, "reason": reason}
+
+
+def _run(command: list[str]) -> None:
+    print("+", " ".join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, output=done.stdout)
+
+
+def _cause(error: OSError | subprocess.CalledProcessError) -> str:
+    """The first line that names an error, or what the system said."""
+    if isinstance(error, OSError):
+        return f"cannot run {error.filename or 'cmake'}: {error.strerror or error}"
+    lines = [line.strip() for line in (error.output or "").splitlines()]
+    for number, line in enumerate(lines):
+        if "error" in line.lower():
+            # CMake puts the text of an error on the lines after "CMake Error at ...".
+            follow = next((x for x in lines[number + 1 :] if x), "") if line.startswith("CMake Error") else ""
+            return f"{line} {follow}".strip()
+    return f"{' '.join(error.cmd[:2])} ended with status {error.returncode}"
+
+
+setup(ext_modules=[Extension("cast_kernels._C", sources=[])], cmdclass={"build_ext": BuildNative})
