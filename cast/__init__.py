@@ -1,7 +1,31 @@
 """CAST, the two-stream video transformer: model, weights, and the main job from an mp4 file to verb and noun."""
 
-from cast.config import VARIANTS, CASTConfig
-from cast.experts import SpatialExpert, TemporalExpert
-from cast.model import CAST, load_official_checkpoint
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cast.config import VARIANTS, CASTConfig
+    from cast.experts import SpatialExpert, TemporalExpert
+    from cast.model import CAST, load_official_checkpoint
 
 __all__ = ["CAST", "VARIANTS", "CASTConfig", "SpatialExpert", "TemporalExpert", "load_official_checkpoint"]
+
+# On first use, so that `cast --help` and reading a video's frames need not load PyTorch (two seconds).
+_HOMES = {
+    "CAST": "cast.model",
+    "CASTConfig": "cast.config",
+    "SpatialExpert": "cast.experts",
+    "TemporalExpert": "cast.experts",
+    "VARIANTS": "cast.config",
+    "load_official_checkpoint": "cast.model",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

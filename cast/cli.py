@@ -1,0 +1,138 @@
+"""The command `cast`. One function is one subcommand.
+
+A function's parameters become the options, its docstring the help: positional-only parameters are positional,
+`bool` ones are switches. Imports stay inside the functions, so that `cast --help` need not load PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from cast.optional import MissingExtraError
+
+
+def predict(
+    video: Path,
+    /,
+    checkpoint: Path,
+    top: int = 5,
+    json: bool = False,
+    sampling: Literal["uniform", "dense"] = "uniform",
+) -> None:
+    """Name the action in one video file.
+
+    Takes all views of the published test protocol, every frame decoded exactly, and averages the model's
+    probabilities over them.
+
+    Args:
+        video: any video file that FFmpeg reads
+        checkpoint: directory that save_pretrained wrote; class names come from labels.json in it
+        top: how many guesses to show
+        json: print JSON instead of a table
+        sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense)
+    """
+    from cast.predict import main
+
+    main(video, checkpoint, top, json, sampling)
+
+
+def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
+    """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
+
+    Args:
+        out: directory for videos, checkpoints, metrics.json and report.html
+        seeds: how many times to train, each with another seed
+    """
+    from cast.demo import main
+
+    main(out=out, seeds=seeds)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (predict, demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 after an error, 130 after an interrupt. Bad usage exits with 2."""
+    parser, commands = _parser()
+    namespace = parser.parse_args(arguments)
+    command = commands[namespace.subcommand]
+    options = namespace[namespace.subcommand].as_dict()
+    positional = [options.pop(name) for name, kind in _kinds(command).items() if kind == "positional"]
+    try:
+        command(*positional, **options)
+    except (ValueError, OSError, MissingExtraError) as error:
+        print(f"cast {namespace.subcommand}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"cast {namespace.subcommand}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Help(DefaultHelpFormatter):
+    """Help with defaults, without the types that jsonargparse also prints."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        show = action.option_strings and action.nargs != 0 and not action.required
+        return f"{action.help} (default: %(default)s)" if show else action.help or ""
+
+
+def _parser() -> tuple[ArgumentParser, dict[str, Callable[..., None]]]:
+    parser = ArgumentParser(
+        prog="cast",
+        description="CAST, the two-stream video transformer: from a video file to an action.",
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"cast {_version()}")
+    subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
+    for command in COMMANDS:
+        help_text = parse_docstring(inspect.getdoc(command) or "").short_description
+        subcommands.add_subcommand(command.__name__, _command_parser(command), help=help_text)
+    return parser, {command.__name__: command for command in COMMANDS}
+
+
+def _command_parser(command: Callable[..., None]) -> ArgumentParser:
+    docstring = parse_docstring(inspect.getdoc(command) or "")
+    helps = {parameter.arg_name: parameter.description for parameter in docstring.params}
+    parser = ArgumentParser(description=docstring.description, formatter_class=_Help)
+    kinds = _kinds(command)
+    for name, kind in kinds.items():
+        if kind == "positional":
+            parser.add_argument(name, metavar=name.upper(), help=helps[name])
+    parser.add_function_arguments(
+        command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
+    )
+    for name, kind in kinds.items():
+        if kind == "switch":
+            parser.add_argument(f"--{name}", action="store_true", help=helps[name])
+    return parser
+
+
+def _kinds(command: Callable[..., None]) -> dict[str, Literal["positional", "switch", "option"]]:
+    kinds: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            kinds[name] = "positional"
+        else:
+            kinds[name] = "switch" if parameter.annotation is bool else "option"
+    return kinds
+
+
+def _version() -> str:
+    try:
+        return metadata.version("cast-kernels")
+    except metadata.PackageNotFoundError:
+        return "(not installed: run from its source tree)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
