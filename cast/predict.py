@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -103,10 +104,11 @@ def predict(
     if top < 1:
         raise ValueError(f"top is {top}; it must be at least 1")
     model.eval()
-    config, device = model.config, next(model.parameters()).device
+    config, parameter = model.config, next(model.parameters())
     # One view at a time: six of the base model's would need six times its memory.
     logits = [
-        model(clip[None].to(device)) for clip in views_of(video, config.image_size, sampling, frames=config.num_frames)
+        model(clip[None].to(parameter))
+        for clip in views_of(video, config.image_size, sampling, frames=config.num_frames)
     ]
     probabilities = {head: average_views(torch.cat([view[head] for view in logits])).cpu() for head in logits[0]}
     guesses = {head: _best(probabilities[head], labels[head], top) for head in _ordered(probabilities)}
@@ -134,7 +136,7 @@ def _best_pairs(verb: Tensor, noun: Tensor, labels: Mapping[str, Sequence[str]],
 
 def table(prediction: Prediction) -> Table:
     """The guesses side by side, probabilities in percent."""
-    result = Table(title=f"{Path(prediction.video).name}: {prediction.frames} frames, {prediction.views} views")
+    result = Table()
     result.add_column("", justify="right", style="dim")
     for head in prediction.guesses:
         result.add_column(head, overflow="fold")
@@ -142,7 +144,11 @@ def table(prediction: Prediction) -> Table:
     for row in range(max(map(len, prediction.guesses.values()))):
         cells = [str(row + 1)]
         for guesses in prediction.guesses.values():
-            cells += [guesses[row].label, f"{100 * guesses[row].probability:.1f}"] if row < len(guesses) else ["", ""]
+            cells += (
+                [escape(guesses[row].label), f"{100 * guesses[row].probability:.1f}"]
+                if row < len(guesses)
+                else ["", ""]
+            )
         result.add_row(*cells, style="bold" if row == 0 else None)
     return result
 
@@ -159,10 +165,17 @@ def main(
     frame_count(video)  # a bad file should not have to wait for the model
     if not Path(checkpoint).is_dir():
         raise ValueError(f"{os.fspath(checkpoint)}: no such directory; give one that save_pretrained wrote")
-    model = CAST.from_pretrained(checkpoint)
+    try:
+        model = CAST.from_pretrained(checkpoint)
+    except TypeError as error:  # a configuration with unknown fields
+        raise ValueError(f"{Path(checkpoint) / 'config.json'}: {error}") from None
     labels = load_labels(checkpoint, model.config.classes)
     prediction = predict(model.to("cuda" if torch.cuda.is_available() else "cpu"), video, labels, top, sampling)
     if as_json:
         print(prediction.to_json())
     else:
-        Console().print(table(prediction))
+        console = Console()
+        console.print(
+            f"{Path(video).name}: {prediction.frames} frames, {prediction.views} views", highlight=False, markup=False
+        )
+        console.print(table(prediction))
