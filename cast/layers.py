@@ -101,7 +101,7 @@ class TubeletEmbedding(nn.Module):
 def embed_frames(frames: Tensor, conv: nn.Conv2d, cls: Tensor, positions: Tensor, norm: nn.LayerNorm) -> Tensor:
     """CLIP's embedding: [frames, 3, H, W] -> [frames, 1+N, D], CLS first, patches row-major, normalised."""
     patches = conv(frames).flatten(2).transpose(1, 2)
-    cls = cls.to(patches.dtype).expand(len(frames), 1, -1)
+    cls = cls.to(patches.dtype).expand(frames.shape[0], 1, -1)
     return norm(torch.cat((cls, patches), dim=1) + positions)
 
 

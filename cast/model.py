@@ -104,7 +104,7 @@ class CAST(nn.Module):
 
     def embed(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video -> spatial [B, T, 1+N, D] and temporal [B, T, N, D] before the first block."""
-        config, batch = self.config, len(video)
+        config, batch = self.config, video.shape[0]
         check_shape("videos", video, (3, config.num_frames, config.image_size, config.image_size))
         # The last frame of each tubelet: the 2nd, 4th, ... of 16 (the paper's "even" frames).
         frames = video[:, :, config.tubelet_size - 1 :: config.tubelet_size].transpose(1, 2).flatten(0, 1)

@@ -249,6 +249,16 @@ def test_compile_in_one_graph(fused: bool) -> None:
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if n in expected}, expected)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_export_with_any_batch(fused: bool) -> None:
+    model = small_model(fused=fused).float()
+    video = small_video(model, dtype=torch.float32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (video,), dynamic_shapes=({0: batch},)).module()
+    other = small_video(model, batch=5, dtype=torch.float32)
+    torch.testing.assert_close(exported(other), model(other))
+
+
 def test_fp64_and_gradient_check() -> None:
     model = small_model(depth=1, image_size=8, num_frames=4)
     names = ["blocks.0.cross_s_down.weight", "blocks.0.S_Adapter.D_fc1.bias", "head.weight"]

@@ -213,6 +213,17 @@ def test_torchscript_archive_loads_without_running(archive: Path, monkeypatch: p
     assert torch.equal(model.blocks[1].clip_attn.in_proj_weight, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:")
+def test_torchscript_views_share_a_storage(tmp_path: Path) -> None:
+    module = torch.nn.Module()
+    whole = torch.randn(4, 6)
+    for name, tensor in {"whole": whole, "turned": whole.t(), "part": whole[1:, ::2], "ids": torch.arange(3)}.items():
+        module.register_buffer(name, tensor)
+    torch.jit.script(module).save(tmp_path / "views.pt")
+    tensors = read_torchscript(tmp_path / "views.pt")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in module.state_dict().items())
+
+
 class Trap:
     """Writes a file when it is unpickled."""
 
@@ -307,12 +318,14 @@ def test_saved_file_has_the_official_layout(tmp_path: Path) -> None:
     assert torch.equal(again(video)["action"], model.eval()(video)["action"])
 
 
-def test_round_trip_keeps_the_dtype(tmp_path: Path) -> None:
-    model = small_model()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_round_trip_keeps_the_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = small_model().to(dtype)
     model.save_pretrained(tmp_path)
     loaded = cast.CAST.from_pretrained(tmp_path)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
-    assert torch.equal(loaded(small_video(model))["action"], model(small_video(model))["action"])
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    video = small_video(model, dtype=dtype)
+    assert torch.equal(loaded(video)["action"], model(video)["action"])
 
 
 def test_bad_directory(tmp_path: Path) -> None:
