@@ -1,9 +1,7 @@
-"""The native core, or the reason why there is none."""
+"""The native core, or the reason why there is none. Everything is settled at import, so that compilers see constants."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,20 +10,38 @@ from typing import Any
 # The core links to libgomp.so.1; with torch loaded first it binds to torch's copy: one OpenMP runtime, one thread pool.
 import torch  # noqa: F401
 
-#: Written by setup.py beside the compiled module.
-RECORD = Path(__file__).with_name("_build.json")
-
 BUILD_COMMAND = "CAST_KERNELS_BUILD_CPU=1 pip install -v --no-deps --force-reinstall ."
 
 
-@functools.cache
-def load() -> tuple[ModuleType | None, str]:
-    """The compiled module `cast_kernels._C`, or None and why it cannot be used."""
+def _read_record() -> dict[str, Any]:
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("cast_kernels._C"), ""
+        from cast_kernels import _C
     except ImportError as error:
-        cause = record().get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error})"
+        cause = RECORD.get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error})"
         return None, f"the native core is not built: {cause}; to build it, run in a checkout: {BUILD_COMMAND}"
+    return _C, ""
+
+
+def _isa() -> tuple[str, str]:
+    try:
+        return (CORE.isa() if CORE is not None else ""), ""
+    except ValueError as error:
+        return "", str(error)
+
+
+#: What setup.py recorded of the build; empty if it never ran.
+RECORD: dict[str, Any] = _read_record()
+
+#: The compiled module `cast_kernels._C`, or None and why it cannot be used.
+CORE, REASON = _load()
+
+#: The instruction-set level in use, or "" and why there is none (CAST_KERNELS_CPU_ISA names no level).
+ISA, ISA_ERROR = _isa()
 
 
 def core() -> ModuleType:
@@ -34,13 +50,6 @@ def core() -> ModuleType:
     Raises:
         RuntimeError: it is not built; the message says why and how to build it.
     """
-    module, reason = load()
-    if module is None:
-        raise RuntimeError(reason)
-    return module
-
-
-@functools.cache
-def record() -> dict[str, Any]:
-    """What setup.py recorded of the build; empty if it never ran."""
-    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    if CORE is None:
+        raise RuntimeError(REASON)
+    return CORE

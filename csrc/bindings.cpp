@@ -54,6 +54,22 @@ void forward(const Problem& p, Address spatial, Address temporal, Address spatia
   run_forward(call);
 }
 
+void backward(const Problem& p, Address spatial, Address temporal, Address spatial_scale, Address temporal_scale,
+              const Addresses& parameters, Address saved, Address grad_spatial_out, Address grad_temporal_out,
+              Address grad_spatial, Address grad_temporal, const Addresses& gradients, int threads) {
+  const BackwardCall call{p,
+                          tensors<Parameters>(parameters),
+                          {input(spatial), input(temporal)},
+                          {input(spatial_scale), input(temporal_scale)},
+                          input(saved),
+                          {input(grad_spatial_out), input(grad_temporal_out)},
+                          {output(grad_spatial), output(grad_temporal)},
+                          tensors<Gradients>(gradients),
+                          checked_threads(threads)};
+  const py::gil_scoped_release release;
+  run_backward(call);
+}
+
 double fma_ceiling(int threads, double seconds) {
   checked_threads(threads);
   const py::gil_scoped_release release;
@@ -71,6 +87,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("bcast_forward", &forward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
         py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("spatial_out"),
         py::arg("temporal_out"), py::arg("saved"), py::arg("threads"));
+  m.def("bcast_backward", &backward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
+        py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("saved"),
+        py::arg("grad_spatial_out"), py::arg("grad_temporal_out"), py::arg("grad_spatial"), py::arg("grad_temporal"),
+        py::arg("grad_params"), py::arg("threads"));
   m.def("isa", [] { return std::string(selected_kernels().name); },
         "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
   m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");

@@ -6,7 +6,6 @@ only makes tensors contiguous, allocates results and hands addresses over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,15 +18,20 @@ _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
 
 
 def can_run(problem: Problem) -> Verdict:
-    """Whether the native core can run the problem, and the reason in words either way."""
+    """Whether the native core can run the problem, and the reason in words either way.
+
+    Raises:
+        ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
+    """
     if problem.device not in ("cpu", "meta"):
         return Verdict(False, f"the streams are on {problem.device}; the native core runs on cpu")
     if problem.autocast is None and problem.dtype != torch.float32:
         return Verdict(False, f"the streams are {problem.dtype}; the native core computes in torch.float32")
-    module, reason = _native.load()
-    if module is None:
-        return Verdict(False, reason)
-    return Verdict(True, f"native core, {module.isa()} instructions")
+    if _native.CORE is None:
+        return Verdict(False, _native.REASON)
+    if _native.ISA_ERROR:
+        raise ValueError(_native.ISA_ERROR)
+    return Verdict(True, f"native core, {_native.ISA} instructions")
 
 
 def saved_per_clip(problem: Problem) -> int:
@@ -37,11 +41,11 @@ def saved_per_clip(problem: Problem) -> int:
         return 0
     tokens, d = problem.frames * problem.patches, problem.bottleneck_dim
     rows = (tokens + problem.frames, tokens)
-    floats = _align(16 * d + 64)
+    floats = 16 * d + 64
     for present, own_rows in zip(directions, rows, strict=True):
-        floats += _align(own_rows * d) + _align(own_rows)
+        floats += own_rows * d + own_rows
         if present:
-            floats += 4 * _align(tokens * d) + 2 * _align(tokens * problem.num_heads) + _align(own_rows * d)
+            floats += 4 * tokens * d + 2 * tokens * problem.num_heads + own_rows * d
     return floats
 
 
@@ -83,8 +87,50 @@ def forward(
     return spatial_out, temporal_out, saved
 
 
-def _align(floats: int) -> int:
-    return (floats + 15) // 16 * 16
+def backward(
+    problem: Problem,
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    saved: Tensor,
+    spatial_scale: Tensor | None,
+    temporal_scale: Tensor | None,
+    eps: float,
+    grad_spatial_out: Tensor,
+    grad_temporal_out: Tensor,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of the two inputs and the 28 parameters, None where not wanted.
+
+    Args:
+        saved: what :func:`forward` returned with `save`.
+        grad_spatial_out: [B, T, 1+N, D]; not read if the spatial stream received nothing.
+        grad_temporal_out: [B, T, N, D]; not read if the temporal stream received nothing.
+        wanted: for the inputs and each of :data:`~cast_kernels.problem.PARAMETER_NAMES`, whether to compute it.
+
+    The other arguments are those of :func:`forward`.
+    """
+    core = _native.core()
+    inputs = _Addresses()
+    directions = (problem.t2s_window is not None, problem.s2t_window is not None)
+    flat = parameters.flat()
+    # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
+    unwritten = {4, 5} if not directions[0] else set()
+    unwritten |= {10, 11} if not directions[1] else set()
+    grads = [
+        (torch.zeros if problem.batch == 0 or i - 2 in unwritten else torch.empty)(x.shape)
+        if want and x is not None
+        else None
+        for i, (x, want) in enumerate(zip([spatial, temporal, *flat], wanted, strict=True))
+    ]
+    addresses = [0 if g is None else g.data_ptr() for g in grads]
+    core.bcast_backward(
+        _native_problem(core, problem, eps), inputs(spatial), inputs(temporal), inputs(spatial_scale),
+        inputs(temporal_scale), [inputs(p) for p in flat], inputs(saved),
+        inputs(grad_spatial_out if directions[0] else None), inputs(grad_temporal_out if directions[1] else None),
+        addresses[0], addresses[1], addresses[2:], torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
 
 
 def _native_problem(core: Any, problem: Problem, eps: float) -> Any:

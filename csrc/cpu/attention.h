@@ -9,7 +9,8 @@
 
 CAST_ISA_BEGIN
 
-constexpr int kKeyBlock = 256;
+constexpr i64 kKeyBlock = 256;
+constexpr i64 kSumChain = 16;  // terms added before a sum moves up a level: keeps rounding error small
 constexpr int kMaxQueries = kScoreVecs * kLanes;
 
 struct AttentionScratch {
@@ -103,12 +104,17 @@ inline void attend_block(const HeadRows& h, float scale_log2, const AttentionScr
       total[c] = first ? total[c] * factor : vec{};
       maximum[c] = peak[c];
     }
-    for (i64 j = 0; j < keys; ++j)
-      for (int c = 0; c < Vecs; ++c) {
-        const vec weight = exp2(load(s.scores + j * width + c * kLanes) - maximum[c]);
-        store(s.scores + j * width + c * kLanes, weight);
-        total[c] += weight;
-      }
+    // Short chains: one chain over all keys doubles the error of gradients that sum over the rows of a window.
+    for (i64 chain = 0; chain < keys; chain += kSumChain) {
+      vec part[Vecs] = {};
+      for (i64 j = chain; j < min_of(chain + kSumChain, keys); ++j)
+        for (int c = 0; c < Vecs; ++c) {
+          const vec weight = exp2(load(s.scores + j * width + c * kLanes) - maximum[c]);
+          store(s.scores + j * width + c * kLanes, weight);
+          part[c] += weight;
+        }
+      for (int c = 0; c < Vecs; ++c) total[c] += part[c];
+    }
     const float* values = h.value + first * h.head_dim;
     if (first + kKeyBlock < h.keys || first)
       weigh_values<Vecs>(s.scores, h.queries, values, keys, h.head_dim, [&](i64 i, i64 c, vec v, i64) {

@@ -70,6 +70,17 @@ void run_forward(const ForwardCall& call) {
   kernels.forward(call, workspace.data());
 }
 
+void run_backward(const BackwardCall& call) {
+  const Problem& p = call.problem;
+  if (p.batch == 0 || !has_any_direction(p)) return;
+  check_pointers(p, call.parameters, call.input);
+  require(call.saved, "what forward saved is missing");
+  for (int s = 0; s < 2; ++s) require(!has_direction(p, s) || call.grad_output[s], "an output gradient is missing");
+  const Kernels& kernels = selected_kernels();
+  const Workspace workspace(kernels.backward_workspace(p, call.threads));
+  kernels.backward(call, workspace.data());
+}
+
 double measure_fma_ceiling(int threads, double seconds) {
   const Kernels& kernels = selected_kernels();
   double elapsed = 0;

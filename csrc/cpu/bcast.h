@@ -12,6 +12,8 @@ i64 saved_per_clip(const Problem& problem);  // floats
 
 // Throws std::invalid_argument for a missing pointer, std::bad_alloc if scratch memory cannot be had.
 void run_forward(const ForwardCall& call);
+// Writes every gradient whose pointer is not null; an empty batch writes nothing.
+void run_backward(const BackwardCall& call);
 
 // Multiply-add ceiling in GFLOP/s of the selected level with `threads` threads, measured for about `seconds`.
 double measure_fma_ceiling(int threads, double seconds);

@@ -113,15 +113,6 @@ inline ForwardScratch forward_scratch(const ForwardPlan& plan, float* at) {
   return s;
 }
 
-// The block's rows themselves, or a zero-padded copy where the last tile would read past them.
-CAST_INLINE const float* whole_tiles(const float* rows, i64 count, i64 width, float* copy) {
-  const i64 padded = round_up(count, kTileRows);
-  if (padded == count) return rows;
-  __builtin_memcpy(copy, rows, sizeof(float) * size_t(count * width));
-  __builtin_memset(copy + count * width, 0, sizeof(float) * size_t((padded - count) * width));
-  return copy;
-}
-
 // to[head-major slot of row] = input W^T + bias for the rows that have a slot.
 inline void project(const ForwardRun& run, int direction, const float* input, i64 rows, const Panels& weight,
                     const float* bias, const i64* slots, float* to) {
@@ -202,11 +193,6 @@ inline void up_and_residual(const ForwardRun& run, int stream, const float* hidd
   });
 }
 
-CAST_INLINE float scale_of(const ForwardCall& call, int stream, i64 clip, i64 n) {
-  if (!call.scale[stream]) return 1.0f;
-  return call.scale[stream][stream == kSpatial ? clip * (call.problem.patches + 1) + n + 1 : clip];
-}
-
 inline void forward_queries(const ForwardRun& run, int direction, i64 task, const ForwardScratch& s) {
   const Problem& p = run.call.problem;
   const ClipLayout& layout = run.plan.layout;
@@ -235,7 +221,7 @@ inline void forward_queries(const ForwardRun& run, int direction, i64 task, cons
     const i64 row = row_of(p, direction, token);
     s.row_table[r] = clip * clip_rows(p, direction) + row;
     s.slot_table[r] = layout.activation[direction] + row * d;
-    s.row_scale[r] = scale_of(run.call, direction, clip, token % p.patches);
+    s.row_scale[r] = branch_scale(p, run.call.scale, direction, clip, token % p.patches);
     if (run.plan.save)
       __builtin_memcpy(region + layout.attended[direction] + token * d, s.a + r * d, sizeof(float) * size_t(d));
   }
@@ -257,7 +243,7 @@ inline void forward_cls(const ForwardRun& run, i64 first, i64 rows, const Forwar
   for (i64 r = 0; r < rows; ++r) {
     const i64 local = (first + r) / p.frames, t = (first + r) % p.frames, clip = run.first_clip + local;
     s.row_table[r] = clip * clip_rows(p, kSpatial) + t * frame_rows(p, kSpatial);
-    s.row_scale[r] = scale_of(run.call, kSpatial, clip, -1);
+    s.row_scale[r] = branch_scale(p, run.call.scale, kSpatial, clip, -1);
     __builtin_memcpy(s.a + r * d, run.state + local * layout.total + layout.cls + t * layout.cls_stride,
                      sizeof(float) * size_t(d));
   }
@@ -273,6 +259,9 @@ inline void bcast_forward(const ForwardCall& call, float* workspace) {
   float* scratch = state + plan.state;
   const i64 all[2] = {row_blocks_per_clip(p, 0), row_blocks_per_clip(p, 1)};
 
+  if (plan.save)
+    for (i64 clip = 1; clip <= p.batch; ++clip)
+      __builtin_memset(call.saved + clip * plan.layout.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));
   for (i64 first = 0; first < p.batch; first += plan.clips_in_flight) {
     const i64 clips = min_of(plan.clips_in_flight, p.batch - first);
     const ForwardRun run{call, plan, weights, call.saved ? call.saved + first * plan.layout.total : state, first};

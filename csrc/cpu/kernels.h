@@ -9,6 +9,8 @@ struct Kernels {
   const char* name;
   i64 (*forward_workspace)(const Problem&, bool save, int threads);  // floats
   void (*forward)(const ForwardCall&, float* workspace);
+  i64 (*backward_workspace)(const Problem&, int threads);
+  void (*backward)(const BackwardCall&, float* workspace);
   double (*fma_flops)(i64 rounds);  // does `rounds` rounds of independent multiply-adds; returns their flops
 };
 

@@ -31,6 +31,22 @@ inline float normalise_row(const float* x, i64 d, const float* gamma, const floa
   return rstd;
 }
 
+// du = rstd * (g - mean(g) - normed * mean(g * normed)) with g = dn * gamma; dn * normed and dn are added to the
+// partial sums of gamma's and beta's gradients.
+inline void normalise_row_backward(const float* dn, const float* normed, float rstd, i64 d, const float* gamma,
+                                   float* du, float* dgamma, float* dbeta) {
+  const auto scaled = [&](i64 c) { return load_first(dn + c, d - c) * load_first(gamma + c, d - c); };
+  const float mean = row_sum(d, scaled) / float(d);
+  const float slope = row_sum(d, [&](i64 c) { return scaled(c) * load_first(normed + c, d - c); }) / float(d);
+  for (i64 c = 0; c < d; c += kLanes) {
+    const i64 lanes = d - c;
+    const vec grad = load_first(dn + c, lanes), hat = load_first(normed + c, lanes);
+    store_first(dgamma + c, load_first(dgamma + c, lanes) + grad * hat, lanes);
+    store_first(dbeta + c, load_first(dbeta + c, lanes) + grad, lanes);
+    store_first(du + c, (scaled(c) - mean - hat * slope) * rstd, lanes);
+  }
+}
+
 inline void add_rows(const float* a, const float* b, i64 d, float* sum) {
   for (i64 c = 0; c < d; c += kLanes)
     store_first(sum + c, load_first(a + c, d - c) + load_first(b + c, d - c), d - c);

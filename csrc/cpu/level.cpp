@@ -1,4 +1,5 @@
 // Compiled once per instruction-set level with that level's flags and CAST_ISA set to its name.
+#include "bcast_backward.h"
 #include "bcast_forward.h"
 #include "kernels.h"
 
@@ -22,5 +23,6 @@ double fma_flops(i64 rounds) {
 CAST_ISA_END
 
 namespace cast::cpu::CAST_ISA {
-const Kernels kernels = {CAST_ISA_NAME, forward_workspace, bcast_forward, fma_flops};
+const Kernels kernels = {CAST_ISA_NAME,      forward_workspace, bcast_forward,
+                         backward_workspace, bcast_backward,    fma_flops};
 }

@@ -110,15 +110,16 @@ struct ClipLayout {
 };
 
 // Row tiles and vectors may read (never use) up to this much past the last matrix.
-static inline i64 read_slack(const Problem& p) { return align16(16 * p.bottleneck + 64); }
+static inline i64 read_slack(const Problem& p) { return 16 * p.bottleneck + 64; }
 
 static inline i64 take(i64& cursor, i64 floats) {
   const i64 at = cursor;
-  cursor += align16(floats);
+  cursor += floats;
   return at;
 }
 
-// What backward needs of a clip. cast_kernels/cpu/bcast.py computes the same total in Python.
+// What backward needs of a clip, without gaps up to the slack at the end, which forward zeroes: every float of it is
+// defined. cast_kernels/cpu/bcast.py computes the same total in Python.
 static inline ClipLayout saved_layout(const Problem& p) {
   ClipLayout l{};
   i64 at = 0;
