@@ -57,8 +57,8 @@ class CASTBlock(BCAST):
         self.mlp = VideoMAEMlp(dim, mlp)
         self.T_MLP_Adapter = Adapter(dim, adapter)
 
-        init_linears(self)
-        self.reset_bcast_parameters()
+        init_linears(self.clip_attn, self.S_Adapter, self.clip_mlp, self.S_MLP_Adapter)
+        init_linears(self.attn, self.T_Adapter, self.mlp, self.T_MLP_Adapter)
 
     def forward(self, spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """spatial [B, T, 1+N, D] and temporal [B, T, N, D], contiguous -> the same."""

@@ -19,8 +19,7 @@ def build_heads(config: CASTConfig) -> dict[str, nn.Module]:
         linears = {"head": nn.Linear(dim, sum(classes.values()))}
         adapters = {f"{name}_last_Adapter": Adapter(dim, config.adapter_dim) for name in ("noun", "verb")}
         modules = {**adapters, **linears}
-    for module in modules.values():
-        init_linears(module)
+    init_linears(*modules.values())
     for linear in linears.values():
         linear.weight.data.mul_(config.init_scale)
     return modules
