@@ -24,7 +24,8 @@ from typing import Any
 import av
 import numpy as np
 
-from cast.demo.scene import NOUNS, SIZE, SPLITS, VERBS, Split, plan, render
+from cast.demo.files import write_bytes, write_json, write_text
+from cast.demo.scene import NOUNS, SPLITS, VERBS, Split, plan, render
 
 #: Written last; a directory that has it is complete.
 MANIFEST = "dataset.json"
@@ -37,8 +38,8 @@ _CHUNK = 40
 class Sizes:
     """Clips of each split. Multiples of 120 hold every action equally often."""
 
-    plain: int = 2400
-    train: int = 3000
+    plain: int = 1800
+    train: int = 2400
     val: int = 1200
 
     def of(self, split: Split) -> int:
@@ -89,14 +90,14 @@ def make_dataset(
     for count in _run(partial(_write_clips, root, seed), jobs, workers or os.cpu_count() or 1):
         done += count
         progress(done, total)
-    for name, text in annotations(sizes, seed).items():
-        (root / name).write_text(text)
+    for name, text in annotation_files(sizes, seed).items():
+        write_text(root / name, text)
     manifest = wanted | {"sha256": digest(root)}
-    _write(root / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_json(root / MANIFEST, manifest)
     return manifest
 
 
-def annotations(sizes: Sizes, seed: int) -> dict[str, str]:
+def annotation_files(sizes: Sizes, seed: int) -> dict[str, str]:
     """Every text file of the data set, name -> content."""
     files: dict[str, str] = {"classes.json": json.dumps({"verb": VERBS, "noun": NOUNS}, indent=2) + "\n"}
     scenes = ["video_id,thing,scan,tiles,verb,quarter"]
@@ -155,15 +156,8 @@ def to_yuv420(frames: np.ndarray) -> np.ndarray:
 def _write_clips(root: Path, seed: int, job: tuple[Split, range]) -> int:
     split, indices = job
     for index in indices:
-        _write(root / split / f"{video_id(split, index)}.mp4", encode(render(seed, split, index)))
+        write_bytes(root / split / f"{video_id(split, index)}.mp4", encode(render(seed, split, index)))
     return len(indices)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing, also when the process is killed in between."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _run(work: Callable[[Any], int], jobs: Sequence[Any], workers: int) -> Iterator[int]:

@@ -1,0 +1,120 @@
+"""Proof by linear probes that the demo's labels leak nowhere, and that what is needed to tell them is there.
+
+Each probe is standardisation, principal components and logistic regression on grey pixels. Those that look at the
+whole frame must stay near chance. Those that are told where the actor is show that its motion carries the verb, but
+only in the order of its frames; those that are told where the decoy or the bystander is must stay at chance again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cast.demo.clips import CachedClips
+from cast.demo.dataset import read_scenes
+from cast.demo.scene import NOUNS, VERBS
+from cast.optional import require
+
+#: Chance in percent.
+CHANCE = {"verb": 100 / len(VERBS), "pair": 200 / len(VERBS), "noun": 100 / len(NOUNS), "direction": 50.0}
+
+Features = Callable[[np.ndarray], np.ndarray]  # [clips, frames, H, W] -> [clips, features]
+
+
+def one_frame(pixels: np.ndarray) -> np.ndarray:
+    """The middle frame."""
+    return pixels[:, pixels.shape[1] // 2].reshape(len(pixels), -1)
+
+
+def order_free(pixels: np.ndarray) -> np.ndarray:
+    """What does not change when the frames are shuffled: mean, deviation, minimum, maximum of each pixel."""
+    parts = [pixels.mean(1), pixels.std(1), pixels.min(1), pixels.max(1)]
+    return np.concatenate([part.reshape(len(pixels), -1) for part in parts], axis=1)
+
+
+def ordered_frames(pixels: np.ndarray) -> np.ndarray:
+    """Every fourth frame minus the clip's mean: motion, in order."""
+    return (pixels - pixels.mean(1, keepdims=True))[:, ::4].reshape(len(pixels), -1)
+
+
+FEATURES: dict[str, Features] = {
+    "one frame": one_frame,
+    "order-free statistics": order_free,
+    "ordered frames": ordered_frames,
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """One probe's validation accuracies in percent: verb, its pair ignoring direction, direction, noun."""
+
+    where: str  # "whole frame", or whose quarter the probe is told
+    features: str
+    accuracy: Mapping[str, float]
+
+
+def controls(train: CachedClips, val: CachedClips, directory: Any) -> list[Control]:
+    """All probes, trained on `train`, measured on `val`.
+
+    `direction` is the share with the right verb among clips whose pair was told right: a coin flip without order.
+    """
+    scenes = read_scenes(directory)
+    grey = {name: clips.pixels.float().mean(2).numpy() for name, clips in (("train", train), ("val", val))}
+    results = []
+    for where in ("whole frame", "actor", "decoy", "bystander"):
+        views = {
+            name: grey[name] if where == "whole frame" else _quarters(grey[name], clips, scenes, where)
+            for name, clips in (("train", train), ("val", val))
+        }
+        for name, features in FEATURES.items():
+            x, y = features(views["train"]), features(views["val"])
+            answers = {head: _probe(x, train.labels[head].numpy(), y) for head in ("verb", "noun")}
+            truths = {head: val.labels[head].numpy() for head in answers}
+            results.append(Control(where, name, _accuracy(answers, truths)))
+    return results
+
+
+def shared_scans(directory: Any) -> set[int]:
+    """Digit scans seen both in training (or by an expert) and in validation."""
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+    for name, things in read_scenes(directory).items():
+        seen[name.startswith("val_")].update(int(thing["scan"]) for thing in things.values())
+    return seen[True] & seen[False]
+
+
+def _quarters(pixels: np.ndarray, clips: CachedClips, scenes: Any, role: str) -> np.ndarray:
+    """The quarter of the frame that a thing acts in, [clips, frames, H/2, W/2]."""
+    height, width = (side // 2 for side in pixels.shape[2:])
+    cut = np.empty((*pixels.shape[:2], height, width), pixels.dtype)
+    for number, sample in enumerate(clips.samples):
+        row, column = divmod(scenes[sample.path.stem][role]["quarter"], 2)
+        part = pixels[number, :, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        cut[number] = part
+    return cut
+
+
+def _probe(train: np.ndarray, labels: np.ndarray, val: np.ndarray) -> np.ndarray:
+    """Predicted labels [clips] of `val`."""
+    pipeline = require("sklearn.pipeline", "demo")
+    scale = require("sklearn.preprocessing", "demo").StandardScaler()
+    components = require("sklearn.decomposition", "demo").PCA(120, svd_solver="randomized", random_state=0)
+    classify = require("sklearn.linear_model", "demo").LogisticRegression(C=0.03, max_iter=300)
+    model = pipeline.make_pipeline(scale, components, classify)
+    answers: np.ndarray = model.fit(train, labels).predict(val)
+    return answers
+
+
+def _accuracy(answers: Mapping[str, np.ndarray], truths: Mapping[str, np.ndarray]) -> dict[str, float]:
+    verb = answers["verb"] == truths["verb"]
+    pair = answers["verb"] // 2 == truths["verb"] // 2
+    noun = answers["noun"] == truths["noun"]
+    direction = verb.sum() / max(pair.sum(), 1)
+    return {
+        "verb": 100 * float(verb.mean()),
+        "pair": 100 * float(pair.mean()),
+        "direction": 100 * float(direction),
+        "noun": 100 * float(noun.mean()),
+    }
