@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from video_files import numbers, picture, trim, write_audio, write_video
 
+from cast.video import reader
 from cast.video.reader import VideoError, frame_count, read
 
 
@@ -64,6 +68,8 @@ def test_every_frame_is_the_one_asked_for(tmp_path: Path, name: str, threads: in
     for _ in range(8):
         asked = [rng.randrange(count) for _ in range(rng.choice([1, 2, 16]))]  # any order, with repeats
         np.testing.assert_array_equal(read(path, asked, threads), everything[asked])
+    # Right frames by the slow way would be no credit to the index.
+    assert (reader._index(path, threads).times is not None) == (path.suffix in {".mp4", ".mkv", ".webm"})
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.52, 2.0), (1.04, 4.6), (3.0, 4.0), (2.32, 2.4)])
@@ -183,8 +189,8 @@ def text(path: Path) -> Path:
 def without_frames(path: Path) -> Path:
     """A header that announces a video, and not one packet."""
     source = write_video(path.with_name("source.mp4"), count=2)
-    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
-        writer.add_stream_from_template(reader.streams.video[0])
+    with av.open(str(source)) as source_file, av.open(str(path), "w") as writer:
+        writer.add_stream_from_template(source_file.streams.video[0])
         writer.start_encoding()
     return path
 
@@ -202,6 +208,11 @@ BAD = {
     "text called mp4": ("video.mp4", text, "is not a video that FFmpeg can read"),
     "still image": ("picture.png", still, "is a still image, not a video"),
     "audio only": ("song.m4a", write_audio, "holds no video, only audio"),
+    "song with a cover": (
+        "song.mp3",
+        lambda path: write_audio(path, "libmp3lame", cover=True),
+        "holds no video, only audio",
+    ),
     "no frames": ("video.mp4", without_frames, "holds no video"),
     "all frames cut away": ("video.mp4", all_cut_away, "holds a video stream without a single frame"),
     "truncated mp4, index lost": ("video.mp4", lambda path: half(write_video(path)), "is truncated or damaged"),
@@ -237,6 +248,45 @@ def test_a_file_cut_between_two_packets_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: places[40]])
     with pytest.raises(VideoError, match="is truncated: 40 of 60 frames are there"):
         frame_count(path)
+
+
+@pytest.mark.parametrize("asked", [30, 31])
+def test_a_damaged_frame_and_those_built_on_it_are_refused(tmp_path: Path, asked: int) -> None:
+    path = write_video(tmp_path / "video.mp4", codec="mpeg4", b_frames=0)
+    with av.open(str(path)) as container:
+        place = [packet.pos + packet.size // 2 for packet in container.demux(video=0) if packet.size][30]
+    data = bytearray(path.read_bytes())
+    data[place : place + 4] = bytes(255 - byte for byte in data[place : place + 4])
+    path.write_bytes(data)
+    assert numbers(read(path, range(24))) == list(range(24))
+    with pytest.raises(VideoError, match="is damaged: frame 30 can't be decoded whole"):
+        read(path, [asked])
+
+
+def test_a_playlist_does_not_reach_for_the_network(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        calls: list[bool] = []
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):  # the server closes when the test ends
+                server.accept()[0].close()
+                calls.append(True)
+
+        listener = threading.Thread(target=answer, daemon=True)
+        listener.start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/part.ts"
+        playlist = tmp_path / "video.m3u8"
+        playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n")
+        with pytest.raises(VideoError):
+            frame_count(playlist)
+        listener.join(0.2)
+        assert not calls
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "video.mp4").rename(tmp_path / "take:1 %d.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert frame_count("take:1 %d.mp4") == 60
 
 
 @pytest.mark.parametrize("asked", [[-1], [60], [3, 1000]])

@@ -50,6 +50,7 @@ def test_uniform_training_draws_once_per_segment() -> None:
     assert (draws >= segments).all()
     assert (draws < segments + 6).all()
     assert all(len(np.unique(column)) == 6 for column in draws.T)  # every frame of a segment has its chance
+    assert len(np.unique((draws - segments)[0])) > 1  # each segment draws for itself
     assert draws.max() == 95  # the 4 frames after 16 whole segments are never picked
 
 

@@ -73,13 +73,22 @@ def trim(source: Path, target: Path, start: float, stop: float) -> Path:
     return target
 
 
-def write_audio(path: Path) -> Path:
-    """One second of silence in AAC."""
+def write_audio(path: Path, codec: str = "aac", cover: bool = False) -> Path:
+    """One second of silence, with `cover` beside a picture of the kind that music players show."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        for _ in range(43):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound = container.add_stream(codec, rate=44100)
+        if cover:
+            art = container.add_stream("mjpeg")
+            art.height, art.width, art.pix_fmt = HEIGHT, WIDTH, "yuvj420p"
+            art.disposition = av.stream.Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(picture(3), format="rgb24")))
+            container.mux(art.encode())
+        if not sound.codec_context.is_open:
+            sound.codec_context.open()
+        for _ in range(40):
+            silence = np.zeros((1, sound.codec_context.frame_size), np.float32)
+            frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
             frame.sample_rate = 44100
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
     return path

@@ -39,8 +39,9 @@ def open_video(path: PathLike, threads: int) -> Iterator[tuple[InputContainer, V
     """The container and its first real video stream; whatever FFmpeg raises inside becomes a `VideoError`."""
     check_file(path)
     try:
-        # "file:" keeps names with colons from being read as protocols; the whitelist keeps a playlist off the network.
-        with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
+        # "file:" keeps a name with a colon from being read as a protocol, and with it FFmpeg refuses playlists that
+        # point to the network.
+        with av.open(f"file:{os.fspath(path)}") as container:
             stream = _video_stream(path, container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads

@@ -201,9 +201,9 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
             frames = _from_key_frame(container, stream, index.times, min(numbers))
         found: dict[int, np.ndarray] = {}
         for number, frame in frames:
+            if frame.is_corrupt:  # later frames are built on it
+                raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
             if number in numbers:
-                if frame.is_corrupt:
-                    raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
                 found[number] = _upright_rgb(frame)
             if number >= max(numbers):
                 break
