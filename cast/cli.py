@@ -48,6 +48,8 @@ def predict(
 def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
+    Downloads nothing and needs no GPU. A run that was killed goes on where it was when it is started again.
+
     Args:
         out: directory for videos, checkpoints, metrics.json and report.html
         seeds: how many times to train, each with another seed
