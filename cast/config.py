@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -68,14 +69,19 @@ class CASTConfig:
     init_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        heads = dict(self.heads)
+        try:
+            heads = dict(self.heads)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"heads is {self.heads!r}; it must give a number of classes by name, such as {{'action': 400}}"
+            ) from None
         if len(heads) != len(self.heads):
             raise ValueError(f"heads is {self.heads!r}; every name may come once")
         self._set("heads", tuple(sorted(heads.items())))
-        self._set("windows", tuple(self.windows))
+        self._set("windows", _items("windows", self.windows))
         self._set("directions", tuple(d for d in DIRECTIONS if d in _names("directions", self.directions, DIRECTIONS)))
         if self.exchange_layers is not None:
-            self._set("exchange_layers", tuple(sorted(set(self.exchange_layers))))
+            self._set("exchange_layers", tuple(sorted(set(_items("exchange_layers", self.exchange_layers)))))
         self._check_sizes()
         self._check_exchange()
         self._check_heads()
@@ -98,6 +104,10 @@ class CASTConfig:
                     f"{whole} {getattr(self, whole)} is not divisible by {part} {getattr(self, part)}; "
                     f"choose a {whole} that is a multiple of it"
                 )
+        for name in ("mlp_ratio", "adapter_ratio", "down_ratio", "drop_path", "head_dropout", "init_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; it must be a finite number")
         for name, rate in (("drop_path", self.drop_path), ("head_dropout", self.head_dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name} is {rate!r}; a rate lies in [0, 1)")
@@ -217,7 +227,18 @@ def make_config(
     return CASTConfig(**(base | overrides))
 
 
-def _names(what: str, given: Sequence[str], allowed: Sequence[str]) -> Sequence[str]:
-    if isinstance(given, str) or not set(given) <= set(allowed) or len(set(given)) != len(given):
+def _items(what: str, given: Any) -> tuple[Any, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"{what} is {given!r}; it must be a tuple")
+    return tuple(given)
+
+
+def _names(what: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    if (
+        isinstance(given, str)
+        or not isinstance(given, Iterable)
+        or not set(given) <= set(allowed)
+        or len(set(given)) != len(given)
+    ):
         raise ValueError(f"{what} is {given!r}; it must be a tuple with any of {', '.join(map(repr, allowed))}")
     return given

@@ -189,6 +189,8 @@ class TemporalExpert(_Expert):
 
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
     """[B, *expected] and floating-point, or a ValueError / TypeError that says what came."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} came as {type(x).__name__}; the model takes a tensor")
     if tuple(x.shape[1:]) != expected or x.dim() != 1 + len(expected):
         wanted = ", ".join(map(str, ("B", *expected)))
         raise ValueError(

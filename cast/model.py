@@ -104,7 +104,7 @@ class CAST(nn.Module):
 
     def embed(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video -> spatial [B, T, 1+N, D] and temporal [B, T, N, D] before the first block."""
-        config, batch = self.config, video.shape[0]
+        config = self.config
         check_shape("videos", video, (3, config.num_frames, config.image_size, config.image_size))
         # The last frame of each tubelet: the 2nd, 4th, ... of 16 (the paper's "even" frames).
         frames = video[:, :, config.tubelet_size - 1 :: config.tubelet_size].transpose(1, 2).flatten(0, 1)
@@ -113,7 +113,7 @@ class CAST(nn.Module):
         )
         temporal = self.patch_embed(video) + self.pos_embed
         grid = (config.exchange_frames, config.num_patches)
-        return spatial.unflatten(0, (batch, grid[0])), temporal.unflatten(1, grid)
+        return spatial.unflatten(0, (video.shape[0], grid[0])), temporal.unflatten(1, grid)
 
     def fuse(self, backend: str = "auto") -> CAST:
         """Let the exchange run in the fastest backend that can (or the one named), from the next call on."""
@@ -143,16 +143,21 @@ class CAST(nn.Module):
             FileNotFoundError, TypeError: no such file, or a source of another kind.
         """
         own = self.state_dict()
+        loads: list[tuple[str, dict[str, Tensor], dict[str, Tensor], list[str]]] = []
         if clip is not None:
             given, unknown = read_clip(clip, trust_pickle)
             target = {theirs: own[ours] for theirs, ours in _clip_keys(own).items()}
-            assign("CLIP checkpoint", target, given, unknown)
+            loads.append(("CLIP checkpoint", target, given, unknown))
         if videomae is not None:
             given, unknown = read_videomae(videomae, trust_pickle)
             # CAST pools with a norm of its own, trained from scratch; the published code drops VideoMAE's too.
             given = {key: tensor for key, tensor in given.items() if not key.startswith("fc_norm.")}
             target = {key: tensor for key, tensor in own.items() if _VIDEOMAE.match(key)}
-            assign("VideoMAE checkpoint", target, given, unknown)
+            loads.append(("VideoMAE checkpoint", target, given, unknown))
+        for load in loads:  # both, before either changes the model
+            check(*load)
+        for load in loads:
+            assign(*load)
         return self
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -160,7 +165,7 @@ class CAST(nn.Module):
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
-        # Under another name first: a kill in between leaves the old checkpoint whole.
+        # Under other names first: a kill while writing leaves the old checkpoint whole.
         save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
         (path / "config.json.part").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         for name in ("model.safetensors", "config.json"):
@@ -182,6 +187,10 @@ class CAST(nn.Module):
             fields = json.loads((path / "config.json").read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path / 'config.json'} is no JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{path / 'config.json'} holds a {type(fields).__name__}; expected CASTConfig's fields by name"
+            )
         config = make_config(**fields)
         return cls._holding(str(path), config, read_tensors(path / "model.safetensors"), fused)
 

@@ -66,14 +66,19 @@ def load_labels(directory: PathLike, classes: Mapping[str, int]) -> dict[str, li
         names = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    for head, count in classes.items():
-        given = names.get(head) if isinstance(names, dict) else None
-        if not isinstance(given, list) or len(given) != count:
-            found = f"{len(given)} names" if isinstance(given, list) else "none"
-            raise ValueError(
-                f"{path}: must have a list of {count} names for {head!r}, as the model has; it has {found}"
-            )
+    _check_names(str(path), names, classes)
     return {head: [str(name) for name in names[head]] for head in classes}
+
+
+def _check_names(what: str, names: object, classes: Mapping[str, int]) -> None:
+    for head, count in classes.items():
+        given = names.get(head) if isinstance(names, Mapping) else None
+        number = len(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
+        if number != count:
+            found = "none" if number is None else f"{number} names"
+            raise ValueError(
+                f"{what}: must have a list of {count} names for {head!r}, as the model has; it has {found}"
+            )
 
 
 @torch.inference_mode()
@@ -99,10 +104,11 @@ def predict(
 
     Raises:
         VideoError: the file can't be read as a video.
-        ValueError: `top` is below 1.
+        ValueError: `top` is below 1, or `labels` lacks a head or has another number of names than it has classes.
     """
     if top < 1:
         raise ValueError(f"top is {top}; it must be at least 1")
+    _check_names("labels", labels, model.config.classes)
     model.eval()
     config, parameter = model.config, next(model.parameters())
     # One view at a time: six of the base model's would need six times its memory.

@@ -368,6 +368,13 @@ def test_unknown_override_names_the_closest() -> None:
         ({"num_heads": 7}, "embed_dim 768 is not divisible by num_heads 7"),
         ({"down_ratio": 5}, "bottleneck of 153.6 channels"),
         ({"windows": ("time", "spaces")}, r"out of time, space, space-time"),
+        ({"windows": None}, "windows is None; it must be a tuple"),
+        ({"exchange_layers": 3}, "exchange_layers is 3; it must be a tuple"),
+        ({"directions": None}, "directions is None; it must be a tuple"),
+        ({"heads": ["verb", "noun"]}, "it must give a number of classes by name"),
+        ({"mlp_ratio": "4"}, "mlp_ratio is '4'; it must be a finite number"),
+        ({"drop_path": "0.1"}, "drop_path is '0.1'; it must be a finite number"),
+        ({"down_ratio": math.nan}, "down_ratio is nan; it must be a finite number"),
         ({"directions": "t2s"}, "any of 't2s', 's2t'"),
         ({"exchange_layers": (12,)}, "blocks count from 0 to 11"),
         ({"drop_path": 1.0}, r"drop_path is 1.0; a rate lies in \[0, 1\)"),
@@ -379,10 +386,15 @@ def test_bad_configuration(arguments: dict[str, Any], message: str) -> None:
         cast.CAST(**arguments)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 6, 16, 8), (2, 3, 8, 16, 16), (2, 6, 3, 16, 16), (3, 6, 16, 16), (3,)])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 16, 8), (2, 3, 8, 16, 16), (2, 6, 3, 16, 16), (3, 6, 16, 16), (3,), ()])
 def test_bad_video_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"videos have shape .*this model takes \[B, 3, 6, 16, 16\]"):
         small_model()(torch.zeros(shape))
+
+
+def test_video_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="videos came as list; the model takes a tensor"):
+        small_model()([1.0])
 
 
 def test_integer_video() -> None:

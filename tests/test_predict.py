@@ -140,5 +140,10 @@ def test_bad_requests_are_refused(compositional: Path, video: Path, tmp_path: Pa
         main(video, compositional, top=0)
     with pytest.raises(ValueError, match="none: no such directory; give one that save_pretrained wrote"):
         main(video, tmp_path / "none")
+    model = cast.CAST.from_pretrained(compositional)
+    with pytest.raises(ValueError, match="labels: must have a list of 4 names for 'noun', as the model has; it has 2"):
+        predict(model, video, {"verb": VERBS, "noun": NOUNS[:2]})
+    with pytest.raises(ValueError, match="sampling is 'sparse'; it must be 'uniform' or 'dense'"):
+        predict(model, video, {"verb": VERBS, "noun": NOUNS}, sampling="sparse")
     with pytest.raises(VideoError, match="no such file"):
         main(tmp_path / "none.mp4", compositional)

@@ -127,6 +127,8 @@ def test_official_misfits_are_listed(golden: Weights) -> None:
     assert "clip_ln_pre.bias is [7], the model has [32]" in message
     with pytest.raises(ValueError, match="no CAST checkpoint in the official layout: clip_positional_embedding"):
         cast.load_official_checkpoint({"weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="num_heads is 0"):
+        infer_config(weights, num_heads=0)
     with pytest.raises(ValueError, match="no head in the checkpoint"):
         infer_config({key: value for key, value in weights.items() if "head" not in key}, num_heads=4)
 
@@ -183,6 +185,16 @@ def test_failed_load_changes_nothing() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_bad_videomae_leaves_clip_as_it_was() -> None:
+    model = cast.CAST(**SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    clip, videomae = randomise(cast.SpatialExpert(**SMALL), seed=3), cast.TemporalExpert(**SMALL).state_dict()
+    del videomae["blocks.0.attn.v_bias"]
+    with pytest.raises(ValueError, match=r"missing keys: blocks\.0\.attn\.v_bias"):
+        model.load_experts(clip=clip, videomae=videomae)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 # -- files
 
 
@@ -217,7 +229,8 @@ def test_torchscript_archive_loads_without_running(archive: Path, monkeypatch: p
 def test_torchscript_views_share_a_storage(tmp_path: Path) -> None:
     module = torch.nn.Module()
     whole = torch.randn(4, 6)
-    for name, tensor in {"whole": whole, "turned": whole.t(), "part": whole[1:, ::2], "ids": torch.arange(3)}.items():
+    views = {"whole": whole, "turned": whole.t(), "part": whole[1:, ::2]}
+    for name, tensor in (views | {"ids": torch.arange(3), "empty": torch.empty(0, 3)}).items():
         module.register_buffer(name, tensor)
     torch.jit.script(module).save(tmp_path / "views.pt")
     tensors = read_torchscript(tmp_path / "views.pt")
@@ -337,6 +350,9 @@ def test_bad_directory(tmp_path: Path) -> None:
         cast.CAST.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        cast.CAST.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[2]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list; expected CASTConfig's fields"):
         cast.CAST.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"depth": 1}')
     with pytest.raises(

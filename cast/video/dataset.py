@@ -15,6 +15,9 @@ from cast.video.reader import frame_count, read
 from cast.video.sampling import Sampling, train_indices, view_indices
 from cast.video.transforms import Transform, to_clip, view_transform
 
+#: Temporal views of the published test protocol.
+PUBLISHED_VIEWS = {"uniform": 2, "dense": 5}
+
 
 class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
     """One clip per video: `(video, labels)`, video `[3, frames, size, size]` as the transform leaves it.
@@ -106,8 +109,11 @@ def views_of(
 
     Raises:
         VideoError: the file can't be read as a video.
+        ValueError: no such sampling.
     """
-    views = {"uniform": 2, "dense": 5}[sampling] if views is None else views
+    if sampling not in PUBLISHED_VIEWS:
+        raise ValueError(f"sampling is {sampling!r}; it must be {' or '.join(map(repr, PUBLISHED_VIEWS))}")
+    views = PUBLISHED_VIEWS[sampling] if views is None else views
     length = frame_count(path, threads)
     for view in range(views):
         pictures = read(path, view_indices(length, view, views, sampling, frames), threads)

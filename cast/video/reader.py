@@ -9,7 +9,10 @@ cuts away are left out. Frame `i` is then the i-th smallest timestamp. To read, 
 before the first wanted picture, by that key frame's *decoding* time (seeking by presentation time misses when
 B-frames meet a variable rate), and decode until the last wanted one. This serves the MP4 and Matroska families.
 Elsewhere packets don't tell reliably what will be shown (AVI, MPEG-TS, raw streams, GIF, ...), so those files are
-decoded from their start: slower, just as exact. A damaged packet is an error: no concealed picture is ever returned.
+decoded from their start: slower, just as exact.
+
+Damage that the container or the decoder notices is an error: a concealed picture is not returned. Most video
+streams carry no checksums, though: changed bytes that still decode pass as wrong pixels (docs/video.md has counts).
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def read(path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) 
         threads: decoding threads, 0 lets FFmpeg choose. Use 1 inside DataLoader workers.
 
     Raises:
-        VideoError: the file can't be read as a video, or has no such frame.
+        VideoError: the file can't be read as a video, has no such frame, or the decoder reports damage before it.
     """
     wanted = [int(i) for i in indices]
     if not wanted:

@@ -78,6 +78,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, identity: Any) -> Tensor:
         _, dtype, key, _, size = identity
+        if not size:  # frombuffer refuses an empty buffer
+            return torch.empty(0, dtype=dtype)
         return torch.frombuffer(bytearray(self.storage_bytes(key)), dtype=dtype, count=size)
 
 
