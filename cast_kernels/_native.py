@@ -1,4 +1,4 @@
-"""The native core, or the reason why there is none. Everything is settled at import, so that compilers see constants."""
+"""The native core, or why there is none. Everything is settled at import, so that compilers see constants."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _read_record() -> dict[str, Any]:
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from cast_kernels import _C
+        import cast_kernels._C as core
     except ImportError as error:
         cause = RECORD.get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error})"
         return None, f"the native core is not built: {cause}; to build it, run in a checkout: {BUILD_COMMAND}"
-    return _C, ""
+    return core, ""
 
 
 def _isa() -> tuple[str, str]:
