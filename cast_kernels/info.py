@@ -1,0 +1,71 @@
+"""What was built, what was not and why, what runs here, and the commands that would change it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cast_kernels import __version__, _native, backends
+from cast_kernels.problem import Problem
+
+#: The problem that backends are asked about: the paper's size, on the CPU, in float32.
+_TYPICAL = Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.float32, "cpu")
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `cast-kernels info` shows, ready for JSON."""
+    record = _native.RECORD
+    cpu = {"built": _native.CORE is not None} | {k: v for k, v in record.get("cpu", {}).items() if k != "built"}
+    if not cpu["built"]:
+        cpu |= {"reason": _native.REASON, "change_with": _native.BUILD_COMMAND}
+    elif cpu.get("levels_missing") or not cpu.get("openmp", True):
+        cpu["change_with"] = f"install a newer GCC with OpenMP, then: {_native.BUILD_COMMAND}"
+    cuda = {"built": False, "reason": "setup.py has not run here"} | record.get("cuda", {})
+    return {
+        "cast_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "cuda": cuda,
+        "runs": {
+            "instruction_set": _native.ISA or _native.ISA_ERROR or "none, the native core is not built",
+            "cap": os.environ.get("CAST_KERNELS_CPU_ISA", "none (CAST_KERNELS_CPU_ISA sets one)"),
+            "threads": torch.get_num_threads(),
+        },
+        "backends": {name: list(backends.can_run(name, _TYPICAL)) for name in backends.BACKENDS},
+    }
+
+
+def render(info: dict[str, Any]) -> Table:
+    """The same as a table for people."""
+    table = Table(title=f"cast_kernels {info['cast_kernels']}", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("torch, python", f"{info['torch']}, {info['python']}")
+    for part in ("cpu", "cuda"):
+        built = info[part]["built"]
+        table.add_row(f"native {part}", "built" if built else f"not built: {info[part]['reason']}")
+        if built:
+            rest = info[part]
+            levels = ", ".join(rest.get("levels", [])) or "not recorded"
+            missing = f"; the compiler lacks {', '.join(rest['levels_missing'])}" if rest.get("levels_missing") else ""
+            table.add_row("  compiler", str(rest.get("compiler", "not recorded")))
+            table.add_row("  levels", levels + missing)
+            table.add_row("  OpenMP", "yes" if rest.get("openmp") else "no: one thread only")
+        if "change_with" in info[part]:
+            table.add_row("  to change it", info[part]["change_with"])
+    runs = info["runs"]
+    table.add_row("runs with", f"{runs['instruction_set']}, {runs['threads']} threads, cap: {runs['cap']}")
+    for name, (ok, reason) in info["backends"].items():
+        table.add_row(f"backend {name}", f"{'yes' if ok else 'no'}: {reason}")
+    return table
+
+
+def show() -> None:
+    """Print the table."""
+    Console().print(render(collect()))
