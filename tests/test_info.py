@@ -1,0 +1,107 @@
+"""What the installation says of itself, and the build's switches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cast_kernels import _native, info
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_json_tells_what_was_built_and_what_runs() -> None:
+    done = python("from cast_kernels.cli import main; raise SystemExit(main(['info', '--json']))")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["cpu"]["built"] == (_native.CORE is not None)
+    assert told["runs"]["instruction_set"] == _native.ISA
+    assert not told["cuda"]["built"]
+    assert "no CUDA sources" in told["cuda"]["reason"]
+    assert told["backends"]["cpu"][0]
+    assert told["backends"]["eager"][0]
+
+
+def test_a_missing_core_names_the_reason_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "CORE", None)
+    monkeypatch.setattr(_native, "REASON", "the native core is not built: no compiler")
+    monkeypatch.setattr(_native, "ISA", "")
+    told = info.collect()
+    assert told["cpu"]["reason"] == "the native core is not built: no compiler"
+    assert "CAST_KERNELS_BUILD_CPU=1 pip install" in told["cpu"]["change_with"]
+    assert told["backends"]["cpu"] == [False, "the native core is not built: no compiler"]
+
+
+@pytest.mark.parametrize("level", ["baseline", *(_native.RECORD.get("cpu", {}).get("levels", []))])
+def test_the_instruction_set_can_be_capped(level: str) -> None:
+    done = python("from cast_kernels import _native; print(_native.ISA)", CAST_KERNELS_CPU_ISA=level)
+    levels = ["baseline", "avx2", "avx512"]
+    assert done.returncode == 0, done.stderr
+    assert levels.index(done.stdout.strip()) <= levels.index(level)
+
+
+def test_an_unknown_level_is_refused() -> None:
+    code = """
+import torch, cast_kernels
+cast_kernels.BCAST(8, 4, 1, 2, 3)(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 3, 8))
+"""
+    done = python(code, CAST_KERNELS_CPU_ISA="mmx")
+    assert done.returncode != 0
+    assert "CAST_KERNELS_CPU_ISA" in done.stderr
+    assert "avx2" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps to see what is loaded")
+def test_there_is_one_openmp_runtime() -> None:
+    code = """
+import cast_kernels, torch
+cast_kernels.BCAST(8, 4, 1, 2, 3)(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 3, 8))
+print({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line and ".so" in line})
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert len(eval(done.stdout)) == 1, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CAST_KERNELS_BUILD_CPU": "yes"}, "CAST_KERNELS_BUILD_CPU is 'yes'; allowed: auto, 0, 1"),
+        ({"CAST_KERNELS_BUILD_CPU": "0", "CAST_KERNELS_BUILD_CUDA": "1"}, "no CUDA sources to build"),
+        ({"CAST_KERNELS_BUILD_CPU": "1", "CXX": "/no/compiler"}, "CAST_KERNELS_BUILD_CPU=1, but the native core"),
+    ],
+)
+def test_the_build_fails_when_told_to(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    done = build(tmp_path, variables)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [({"CAST_KERNELS_BUILD_CPU": "0"}, "left it out"), ({"CXX": "/no/compiler"}, "compiler")],
+)
+def test_the_install_survives_without_the_core(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
+    done = build(tmp_path, variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "lib/cast_kernels/_build.json").read_text())
+    assert not record["cpu"]["built"]
+    assert reason in record["cpu"]["reason"]
+    assert list(tmp_path.glob("lib/cast_kernels/_C*")) == []
+
+
+def build(directory: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(directory / "lib"), "--build-temp", str(directory / "temp")]
+    return subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
