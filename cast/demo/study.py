@@ -33,8 +33,8 @@ class Budget:
     """How long everything trains. `models` is the same for all four models."""
 
     stills: int = 12_000
-    spatial: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch_size=32, lr=2e-3, warmup=0.5))
-    temporal: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch_size=16, lr=2e-3, warmup=0.5))
+    spatial: Recipe = field(default_factory=lambda: Recipe(epochs=10, batch_size=32, lr=2e-3, warmup=0.5))
+    temporal: Recipe = field(default_factory=lambda: Recipe(epochs=10, batch_size=8, lr=1e-3, warmup=0.5))
     models: Recipe = field(default_factory=lambda: Recipe(epochs=6, batch_size=16, lr=2e-3, warmup=0.5))
 
 

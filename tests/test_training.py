@@ -1,0 +1,268 @@
+"""The training loop: schedule, parameter groups, and checkpoints that survive a kill with the same result."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cast.evaluation import average, probabilities
+from cast.training import Checkpoints, Progress, Recipe, train
+
+RECIPE = Recipe(epochs=3, batch_size=4, lr=1e-2, warmup=1, checkpoint_every=2)
+
+
+class Points:
+    """Twenty-two points in the plane, labelled by quadrant; training jitters them by epoch."""
+
+    def __init__(self, heads: tuple[str, ...] = ("verb", "noun")) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.points, self.heads = torch.randn(22, 2, generator=generator), heads
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen = self.points[torch.from_numpy(indices)]
+        labels = {head: (chosen[:, number] > 0).long() for number, head in enumerate(self.heads)}
+        return chosen + 0.01 * max(epoch, 0), labels
+
+
+class Net(nn.Module):
+    """Has dropout, so that a wrong generator state after resuming would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Dropout(0.3))
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.heads = nn.ModuleDict({"verb": nn.Linear(16, 2), "noun": nn.Linear(16, 2)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.frozen(self.body(x))
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def run(directory: Path, stop_at: int | None = None, recipe: Recipe = RECIPE) -> tuple[Net, Progress]:
+    net = Net()
+
+    def on_step(progress: Progress, figures: dict[str, float]) -> None:
+        if progress.step == stop_at:
+            raise Killed
+
+    return net, train(net, Points(), recipe, directory, on_step)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_schedule_rises_linearly_then_falls_as_a_cosine_to_zero() -> None:
+    recipe = Recipe(epochs=10, batch_size=1, lr=2.0, warmup=2)
+    rates = [recipe.rate(step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
+    assert recipe.rate(30, 5) == pytest.approx(1.0)
+    assert recipe.rate(50, 5) == pytest.approx(0.0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_it_learns_and_leaves_frozen_parameters_alone(tmp_path: Path) -> None:
+    net, progress = run(tmp_path, recipe=Recipe(epochs=30, batch_size=4, lr=1e-2))
+    assert progress.history[0]["loss"] > 1 > 0.75 > progress.history[-1]["loss"]
+    assert progress.history[-1]["verb"] > 70
+    assert len(progress.history) == 30
+    assert same(net.frozen, Net().frozen)
+    assert not net.training
+
+
+def test_vectors_and_position_tables_do_not_decay(tmp_path: Path) -> None:
+    class Silent(nn.Module):
+        """Gradients are zero, so only weight decay moves anything."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+            self.clip_time_pos = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            zero = sum(p.sum() for p in self.parameters()) * 0.0
+            return {"verb": x + zero}
+
+    net = Silent()
+    train(net, Points(("verb",)), RECIPE, tmp_path)
+    assert (net.matrix < 1).all()
+    assert (net.vector == 1).all()
+    assert (net.clip_time_pos == 1).all()
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 7, 14])
+def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path: Path, stop_at: int) -> None:
+    whole, expected = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", stop_at=stop_at)
+    torch.manual_seed(12345)  # whatever the next process does before
+    resumed, progress = run(tmp_path / "broken")
+    assert same(whole, resumed)
+    assert progress.history == expected.history
+    assert progress.step == expected.step == 15
+
+
+def test_a_finished_run_is_read_not_repeated(tmp_path: Path) -> None:
+    whole, expected = run(tmp_path)
+    again, progress = run(tmp_path, stop_at=15)
+    assert same(whole, again)
+    assert progress == expected
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run(tmp_path / "whole")
+    replace_file, saves = os.replace, []
+
+    def die(source: object, target: object) -> None:
+        saves.append(target)
+        if len(saves) == 3:
+            raise Killed
+        replace_file(source, target)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(Killed):
+        run(tmp_path / "broken")
+    monkeypatch.undo()
+    assert (tmp_path / "broken" / "unfinished").is_dir()
+    assert [path.name for path in (tmp_path / "broken").glob("step-*")] == ["step-00000004"]
+    resumed, _ = run(tmp_path / "broken")
+    assert same(whole, resumed)
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
+
+
+def test_sigkill_at_any_moment_and_again(tmp_path: Path) -> None:
+    """A real process, killed twice, ends with the weights of one that was left alone."""
+    code = (
+        "import sys, time, torch; sys.path.insert(0, sys.argv[2]); import test_training as t;"
+        "from cast.training import train; net = t.Net();"
+        "train(net, t.Points(), t.RECIPE, sys.argv[1], lambda p, f: time.sleep(0.15));"
+        "torch.save(net.state_dict(), sys.argv[1] + '.pt')"
+    )
+    directory = tmp_path / "killed"
+    command = [sys.executable, "-c", code, str(directory), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for least in (2, 6):
+        process = subprocess.Popen(command, env=environment)
+        try:
+            deadline = time.monotonic() + 120
+            while not any(int(path.name[5:]) >= least for path in directory.glob("step-*")):
+                assert process.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline, "no checkpoint appeared"
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    subprocess.run(command, env=environment, check=True)
+    whole, _ = run(tmp_path / "whole")
+    killed = torch.load(tmp_path / "killed.pt", weights_only=True)
+    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Same global batch on two processes (gloo): same weights up to the order of additions."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[2]); import test_training as t;"
+        "from cast.training import train; net = t.Net(); net.body[2].p = 0.0;"
+        "train(net, t.Points(), t.RECIPE, sys.argv[1]);"
+        "torch.save(net.state_dict(), sys.argv[1] + '.pt')"
+    )
+    script = tmp_path / "two.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    subprocess.run(
+        [*command, str(tmp_path / "two"), str(Path(__file__).parent)], env=environment, check=True, timeout=120
+    )
+    net = Net()
+    net.body[2].p = 0.0
+    train(net, Points(), RECIPE, tmp_path / "one")
+    for name, tensor in torch.load(tmp_path / "two.pt", weights_only=True).items():
+        torch.testing.assert_close(tensor, net.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match="choose another directory"):
+        run(tmp_path, recipe=replace(RECIPE, lr=0.5))
+
+
+def test_heads_and_labels_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"heads \['noun', 'verb'\].*labels \['verb'\]"):
+        train(Net(), Points(("verb",)), RECIPE, tmp_path)
+
+
+def test_divergence_is_an_error(tmp_path: Path) -> None:
+    net = Net()
+    net.heads["verb"].bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        train(net, Points(), RECIPE, tmp_path)
+    assert not list(tmp_path.glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"lr": 0.0}, "lr"),
+        ({"warmup": 9}, "warmup"),
+    ],
+)
+def test_recipes_that_make_no_sense(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, **wrong)
+
+
+def test_too_few_samples_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="22 samples make no batch of 23"):
+        run(tmp_path, recipe=replace(RECIPE, batch_size=23))
+
+
+def test_probabilities_do_not_depend_on_the_batch_size() -> None:
+    net = Net()
+    whole, truths = probabilities(net, Points(), batch_size=22)
+    parts, _ = probabilities(net, Points(), batch_size=5)
+    torch.testing.assert_close(whole, parts)
+    assert torch.equal(truths["verb"], (Points().points[:, 0] > 0).long())
+    torch.testing.assert_close(whole["noun"].sum(1), torch.ones(22))
+    first, _ = probabilities(net, Points(), batch_size=5, limit=7)
+    torch.testing.assert_close(first["verb"], whole["verb"][:7])
+
+
+def test_an_ensemble_is_the_mean_of_probabilities() -> None:
+    a, b = {"verb": torch.tensor([[0.9, 0.1]])}, {"verb": torch.tensor([[0.3, 0.7]])}
+    torch.testing.assert_close(average([a, b])["verb"], torch.tensor([[0.6, 0.4]]))
+    with pytest.raises(ValueError, match="same heads"):
+        average([a, {"noun": b["verb"]}])
+    with pytest.raises(ValueError, match="same heads"):
+        average([])
+
+
+def test_checkpoints_of_an_empty_directory(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    assert Checkpoints(tmp_path, Accelerator(), RECIPE).load() is None
