@@ -7,7 +7,7 @@ only in the order of its frames; those that are told where the decoy or the byst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ FEATURES: dict[str, Features] = {
 }
 
 
+#: Where a probe may look: everywhere, or in the quarter of one of the things.
+PLACES = ("whole frame", "actor", "decoy", "bystander")
+
+
 @dataclass(frozen=True)
 class Control:
     """One probe's validation accuracies in percent: verb, its pair ignoring direction, direction, noun."""
@@ -56,7 +60,7 @@ class Control:
     accuracy: Mapping[str, float]
 
 
-def controls(train: CachedClips, val: CachedClips, directory: Any) -> list[Control]:
+def controls(train: CachedClips, val: CachedClips, directory: Any, places: Sequence[str] = PLACES) -> list[Control]:
     """All probes, trained on `train`, measured on `val`.
 
     `direction` is the share with the right verb among clips whose pair was told right: a coin flip without order.
@@ -64,7 +68,7 @@ def controls(train: CachedClips, val: CachedClips, directory: Any) -> list[Contr
     scenes = read_scenes(directory)
     grey = {name: clips.pixels.float().mean(2).numpy() for name, clips in (("train", train), ("val", val))}
     results = []
-    for where in ("whole frame", "actor", "decoy", "bystander"):
+    for where in places:
         views = {
             name: grey[name] if where == "whole frame" else _quarters(grey[name], clips, scenes, where)
             for name, clips in (("train", train), ("val", val))
@@ -101,7 +105,7 @@ def _probe(train: np.ndarray, labels: np.ndarray, val: np.ndarray) -> np.ndarray
     pipeline = require("sklearn.pipeline", "demo")
     scale = require("sklearn.preprocessing", "demo").StandardScaler()
     components = require("sklearn.decomposition", "demo").PCA(120, svd_solver="randomized", random_state=0)
-    classify = require("sklearn.linear_model", "demo").LogisticRegression(C=0.03, max_iter=300)
+    classify = require("sklearn.linear_model", "demo").LogisticRegression(C=0.03, max_iter=2000)
     model = pipeline.make_pipeline(scale, components, classify)
     answers: np.ndarray = model.fit(train, labels).predict(val)
     return answers
