@@ -119,6 +119,8 @@ inline void project(const ForwardRun& run, int direction, const float* input, i6
   const HeadMajorRow heads = head_major_row(run.call.problem, direction);
   gemm(input, weight.depth, rows, weight, [&](i64 row, i64 column, vec v, i64 lanes) {
     if (slots[row] >= 0) heads.put(to + slots[row], column, v + load_first(bias + column, lanes), lanes);
+  }, [&](i64 row, i64 column) {
+    if (slots[row] >= 0) heads.prefetch(to + slots[row], column);
   });
 }
 
@@ -190,6 +192,9 @@ inline void up_and_residual(const ForwardRun& run, int stream, const float* hidd
     const i64 at = row_table[row] * D + column;
     const vec branch = (v + load_first(bias + column, lanes)) * row_scale[row];
     store_first(out + at, load_first(x + at, lanes) + branch, lanes);
+  }, [&](i64 row, i64 column) {
+    __builtin_prefetch(x + row_table[row] * D + column);
+    prefetch_row(out + row_table[row] * D + column);
   });
 }
 

@@ -48,6 +48,14 @@ CAST_INLINE void emit(const vec (&acc)[R][C], i64 row, i64 rows, i64 column, i64
   }
 }
 
+// Asks for the lines of a tile that will be written, while there is a whole product of time for them to arrive.
+CAST_INLINE void prefetch_row(const float* at) {
+  for (int c = 0; c < kTileColumns; c += 16) __builtin_prefetch(at + c, 1, 3);
+}
+CAST_INLINE void prefetch_tile(const float* at, i64 stride, i64 rows) {
+  for (i64 r = 0; r < rows; ++r) prefetch_row(at + r * stride);
+}
+
 // A right operand packed in panels [columns / kTileColumns][depth][kTileColumns], zero behind the last column.
 struct Panels {
   const float* data;
@@ -64,14 +72,16 @@ constexpr i64 kDepthBlock = 384;
 
 // out(row, column, value, lanes) for every vector of a @ b. Reads whole row tiles: `a` must be readable up to
 // round_up(rows, kTileRows) rows; what the surplus rows hold is never used.
-template <class Out>
-void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out) {
+// before(row, column) runs before each row's part of a tile is computed: the place for prefetches.
+template <class Out, class Before>
+void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out, const Before& before) {
   const i64 chains = ceil_div(b.depth, kDepthBlock), chain = ceil_div(b.depth, max_of(chains, i64(1)));
   for (i64 column = 0; column < b.columns; column += kTileColumns) {
     const float* panel = b.data + column / kTileColumns * b.panel_stride;
     for (i64 row = 0; row < rows; row += kTileRows) {
       vec acc[kTileRows][kTileVecs];
       const float* left = a + row * lda;
+      for (i64 r = row; r < min_of(row + kTileRows, rows); ++r) before(r, column);
       multiply(acc, left, lda, 1, panel, kTileColumns, min_of(chain, b.depth));
       for (i64 k = chain; k < b.depth; k += chain) {
         float partial[kTileRows * kTileColumns];
@@ -84,6 +94,11 @@ void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out) {
       emit(acc, row, rows, column, b.columns, out);
     }
   }
+}
+
+template <class Out>
+CAST_INLINE void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out) {
+  gemm(a, lda, rows, b, out, [](i64, i64) {});
 }
 
 CAST_ISA_END

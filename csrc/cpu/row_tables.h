@@ -82,6 +82,9 @@ struct HeadMajorRow {
     for (i64 i = 0; i < lanes; ++i)
       base[(column + i) / head_dim * head_stride + (column + i) % head_dim] = values[i];
   }
+  CAST_INLINE void prefetch(const float* base, i64 column) const {
+    __builtin_prefetch(base + column / head_dim * head_stride + column % head_dim, 1, 3);
+  }
 };
 CAST_INLINE HeadMajorRow head_major_row(const Problem& p, int direction) {
   return {head_dim(p), window_length(p, direction) * head_dim(p)};

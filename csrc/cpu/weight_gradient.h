@@ -11,27 +11,36 @@ CAST_ISA_BEGIN
 
 constexpr i64 kChunk = 192;      // rows a chunk: one panel of the right operand stays in L1
 constexpr i64 kOutBlock = 384;   // rows of the weight a task owns
-constexpr i64 kInBlock = 192;    // columns of the weight a task owns
+constexpr i64 kInBlock = 384;    // columns of the weight a task owns
+constexpr i64 kRightPanels = 4;  // packed together, so that a row is read by several lines at a time
 constexpr i64 kStripStride = kChunk * kTileRows + kLanes;  // whole vectors are stored, the last one spills over
 
 struct WeightScratch {
-  float *left, *right, *row, *chain, *chunk;
+  float *left, *right, *chain, *chunk;
 };
 
 CAST_INLINE i64 weight_scratch_size() {
-  return align16(ceil_div(kOutBlock, kTileRows) * kStripStride + 16) + align16(kChunk * kTileColumns) +
-         3 * align16(kOutBlock + 16);
+  return align16(ceil_div(kOutBlock, kTileRows) * kStripStride + 16) + align16(kRightPanels * kChunk * kTileColumns) +
+         2 * align16(kOutBlock);
 }
 
 CAST_INLINE WeightScratch weight_scratch(float* at) {
   WeightScratch s;
   s.left = at;
   s.right = s.left + align16(ceil_div(kOutBlock, kTileRows) * kStripStride + 16);
-  s.row = s.right + align16(kChunk * kTileColumns);
-  s.chain = s.row + align16(kOutBlock + 16);
-  s.chunk = s.chain + align16(kOutBlock + 16);
+  s.chain = s.right + align16(kRightPanels * kChunk * kTileColumns);
+  s.chunk = s.chain + align16(kOutBlock);
   return s;
 }
+
+// The rows of one chunk. A left row that is null counts as zero; `right` and `position` are offsets into the layer's
+// input and into its position table (negative: nothing to read).
+struct ChunkRows {
+  i64 count;
+  const float* left[kChunk];
+  float factor[kChunk];
+  i64 right[kChunk], position[kChunk];
+};
 
 struct WeightBlock {
   i64 out, outs, in, ins;
@@ -49,52 +58,85 @@ CAST_INLINE void add_into(float* sum, const float* values, i64 count) {
     store_first(sum + c, load_first(sum + c, count - c) + load_first(values + c, count - c), count - c);
 }
 
-// left strips [outs / kTileRows][chunk][kTileRows] of `rows` rows; with bias sums if `sum_rows`.
-// row_at(r) is row r's first output, or null for a row that counts as zero; factor_at(r) multiplies it.
-template <class RowAt, class FactorAt>
-inline void pack_left(const WeightScratch& s, i64 rows, i64 outs, bool sum_rows, const RowAt& row_at,
-                      const FactorAt& factor_at) {
-  if (sum_rows) __builtin_memset(s.chunk, 0, sizeof(float) * size_t(outs));
-  for (i64 r = 0; r < rows; ++r) {
-    const float* from = row_at(r);
-    const float factor = factor_at(r);
-    // A copy with slack: vectors may then read past the last output.
-    for (i64 c = 0; c < outs; c += kLanes)
-      store(s.row + c, from ? load_first(from + c, outs - c) * factor : vec{});
-    for (i64 strip = 0; strip * kTileRows < outs; ++strip) {
-      float* to = s.left + strip * kStripStride + r * kTileRows;
-      for (int c = 0; c < kTileRows; c += kLanes) store(to + c, load(s.row + strip * kTileRows + c));
-    }
-    if (!sum_rows) continue;
-    if (r % kSumChain == 0)
-      __builtin_memcpy(s.chain, s.row, sizeof(float) * size_t(outs));
-    else
-      add_into(s.chain, s.row, outs);
-    if (r % kSumChain == kSumChain - 1 || r == rows - 1) add_into(s.chunk, s.chain, outs);
+// left strips [outs / kTileRows][chunk][kTileRows] of rows first .. end, each times its factor.
+inline void pack_left(const WeightScratch& s, const ChunkRows& rows, i64 first, i64 end, i64 outs) {
+  // Whole vectors are read as long as they stay inside the row.
+  const i64 whole = max_of(i64(0), (outs - round_up(kTileRows, kLanes)) / kTileRows);
+  for (i64 r = first; r < end; ++r) {
+    const float* from = rows.left[r];
+    const float factor = rows.factor[r];
+    float* to = s.left + r * kTileRows;
+    for (i64 strip = 0; strip * kTileRows < outs; ++strip, to += kStripStride)
+      for (int c = 0; c < kTileRows; c += kLanes) {
+        const i64 at = strip * kTileRows + c;
+        if (!from)
+          store(to + c, vec{});
+        else if (strip < whole)
+          store(to + c, load(from + at) * factor);
+        else
+          store(to + c, load_first(from + at, max_of(outs - at, i64(0))) * factor);
+      }
   }
 }
 
-// One chunk's share of a block of the weight's gradient. value_at(r, column, lanes) is the right operand; `add` is
-// false for the first chunk of all.
+// Adds rows first .. end, each times its factor, to s.chunk, in one chain of additions.
+inline void sum_left(const WeightScratch& s, const ChunkRows& rows, i64 first, i64 end, i64 outs) {
+  __builtin_memset(s.chain, 0, sizeof(float) * size_t(outs));
+  for (i64 r = first; r < end; ++r)
+    for (i64 c = 0; rows.left[r] && c < outs; c += kLanes)
+      store_first(s.chain + c,
+                  load_first(s.chain + c, outs - c) + load_first(rows.left[r] + c, outs - c) * rows.factor[r],
+                  outs - c);
+  add_into(s.chunk, s.chain, outs);
+}
+
+// Packs the chunk's left rows if `pack`, leaves their sum in s.chunk if `sum`; a few rows at a time, so that the second
+// use finds them in L1.
+__attribute__((noinline)) void take_left(const WeightScratch& s, const ChunkRows& rows, i64 outs, bool pack, bool sum) {
+  if (sum) __builtin_memset(s.chunk, 0, sizeof(float) * size_t(outs));
+  for (i64 first = 0; first < rows.count; first += kSumChain) {
+    const i64 end = min_of(first + kSumChain, rows.count);
+    if (sum) sum_left(s, rows, first, end, outs);
+    if (pack) pack_left(s, rows, first, end, outs);
+  }
+}
+
+// right panels [.][chunk][kTileColumns] of columns from, from + 1, ..., to - 1; zero behind the last.
 template <class ValueAt>
-inline void add_chunk(const WeightScratch& s, i64 rows, const WeightBlock& block, i64 ins, float* gradient, bool add,
-                      const ValueAt& value_at) {
-  for (i64 column = 0; column < block.ins; column += kTileColumns) {
-    for (i64 r = 0; r < rows; ++r)
+__attribute__((noinline)) void pack_right(float* right, i64 rows, i64 from, i64 to, const ValueAt& value_at) {
+  for (i64 r = 0; r < rows; ++r) {
+    float* panel = right + r * kTileColumns;
+    for (i64 column = from; column < to; column += kTileColumns, panel += kChunk * kTileColumns)
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVecs; ++c) {
         const i64 at = column + c * kLanes;
-        store(s.right + r * kTileColumns + c * kLanes,
-              at < block.ins ? value_at(r, block.in + at, min_of(kLanes, block.ins - at)) : vec{});
+        store(panel + c * kLanes, at + kLanes <= to ? value_at(r, at, i64(kLanes))
+                                                    : at < to ? value_at(r, at, to - at) : vec{});
       }
-    for (i64 out = 0; out < block.outs; out += kTileRows) {
-      float* to = gradient + (block.out + out) * ins + block.in;
-      vec acc[kTileRows][kTileVecs];
-      multiply(acc, s.left + out / kTileRows * kStripStride, 1, kTileRows, s.right, kTileColumns, rows);
-      emit(acc, out, block.outs, column, block.ins, [&](i64 r, i64 c, vec v, i64 lanes) {
-        float* at = to + (r - out) * ins + c;
-        store_first(at, add ? load_first(at, lanes) + v : v, lanes);
-      });
+  }
+}
+
+// One chunk's share of a block of the weight's gradient. value_at(r, column, lanes) is the right operand's row r; `add`
+// is false for the first chunk of all.
+template <class ValueAt>
+__attribute__((noinline)) void add_chunk(const WeightScratch& s, i64 rows, const WeightBlock& block, i64 ins, float* gradient, bool add,
+                      const ValueAt& value_at) {
+  const i64 end = block.in + block.ins;
+  for (i64 group = block.in; group < end; group += kRightPanels * kTileColumns) {
+    const i64 group_end = min_of(group + kRightPanels * kTileColumns, end);
+    pack_right(s.right, rows, group, group_end, value_at);
+    for (i64 column = group; column < group_end; column += kTileColumns) {
+      const float* right = s.right + (column - group) * kChunk;
+      for (i64 out = 0; out < block.outs; out += kTileRows) {
+        float* to = gradient + (block.out + out) * ins;
+        vec acc[kTileRows][kTileVecs];
+        if (add) prefetch_tile(to + column, ins, min_of(kTileRows, block.outs - out));
+        multiply(acc, s.left + out / kTileRows * kStripStride, 1, kTileRows, right, kTileColumns, rows);
+        emit(acc, out, block.outs, column, end, [&](i64 r, i64 c, vec v, i64 lanes) {
+          float* at = to + (r - out) * ins + c;
+          store_first(at, add ? load_first(at, lanes) + v : v, lanes);
+        });
+      }
     }
   }
 }

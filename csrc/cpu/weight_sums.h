@@ -80,41 +80,56 @@ inline LeftRows left_rows(const BackwardRun& run, const SumJob& job, i64 clip) {
   }
 }
 
-// The right operand of one chunk, handed to add_chunk in the form that the layer's input needs.
-inline void add_layer_chunk(const BackwardRun& run, const SumJob& job, i64 clip, i64 first, i64 rows,
+// Where rows first .. first + count of a clip find the layer's output gradient, its input and its position.
+inline void list_rows(const BackwardRun& run, const SumJob& job, const LeftRows& left, i64 clip, i64 first, i64 count,
+                      i64 first_out, ChunkRows& rows) {
+  const Problem& p = run.call.problem;
+  const i64 width = job.ins;
+  const bool has_table = job.kind == kQuery || job.kind == kKeyValue;
+  rows.count = count;
+  for (i64 r = 0; r < count; ++r) {
+    const i64 row = first + r;
+    const Token at = token_at(p, left.stream, row);
+    const bool cls = at.n < 0;
+    rows.left[r] = cls && left.skip_cls ? nullptr : left.data + row * left.stride + first_out;
+    rows.factor[r] =
+        job.kind == kUp ? branch_scale(p, run.call.scale, left.stream, run.first_clip + clip, at.n) : 1.0f;
+    rows.right[r] = job.kind != kProj ? row * width : cls ? -1 : (at.t * p.patches + at.n) * width;
+    rows.position[r] = has_table && !cls ? slot_of(p, job.index, at.t, at.n).index * width : -1;
+  }
+}
+
+// The layer's input of one chunk, handed to add_chunk in the form that the layer reads.
+inline void add_layer_chunk(const BackwardRun& run, const SumJob& job, i64 clip, const ChunkRows& rows,
                             const WeightBlock& block, bool add, const WeightScratch& s) {
   const Problem& p = run.call.problem;
-  const i64 d = p.bottleneck;
   const float* saved = run.saved(clip);
   const auto finish = [&](const auto& value_at) {
-    add_chunk(s, rows, block, job.ins, job.weight, add, value_at);
+    add_chunk(s, rows.count, block, job.ins, job.weight, add, value_at);
   };
   if (job.kind == kDown) {
-    const float* x = run.call.input[job.index] + ((run.first_clip + clip) * clip_rows(p, job.index) + first) * p.dim;
-    return finish([&](i64 r, i64 c, i64 lanes) { return load_first(x + r * p.dim + c, lanes); });
+    const float* x = run.call.input[job.index] + (run.first_clip + clip) * clip_rows(p, job.index) * p.dim;
+    return finish([&](i64 r, i64 c, i64 lanes) { return load_first(x + rows.right[r] + c, lanes); });
   }
   if (job.kind == kUp) {
-    const float* x = saved + run.plan.saved.activation[job.index] + first * d;
-    return finish([&](i64 r, i64 c, i64 lanes) { return gelu(load_first(x + r * d + c, lanes)); });
+    const float* x = saved + run.plan.saved.activation[job.index];
+    return finish([&](i64 r, i64 c, i64 lanes) { return gelu(load_first(x + rows.right[r] + c, lanes)); });
   }
   if (job.kind == kProj) {
     const float* x = saved + run.plan.saved.attended[job.index];
     return finish([&](i64 r, i64 c, i64 lanes) {
-      const Token at = token_at(p, job.index, first + r);
-      return at.n < 0 ? vec{} : load_first(x + (at.t * p.patches + at.n) * d + c, lanes);
+      return rows.right[r] < 0 ? vec{} : load_first(x + rows.right[r] + c, lanes);
     });
   }
   const int stream = job.kind == kQuery ? job.index : 1 - job.index;
   const auto& direction = run.call.parameters.direction[job.index];
-  const auto& own = run.call.parameters.stream[stream];
   const float* table = job.kind == kQuery ? direction.q_pos : direction.kv_pos;
-  const float* x = saved + run.plan.saved.normed[stream] + first * d;
+  const float* gamma = run.call.parameters.stream[stream].norm_weight;
+  const float* beta = run.call.parameters.stream[stream].norm_bias;
+  const float* x = saved + run.plan.saved.normed[stream];
   finish([&](i64 r, i64 c, i64 lanes) {
-    const vec n = load_first(x + r * d + c, lanes) * load_first(own.norm_weight + c, lanes) +
-                  load_first(own.norm_bias + c, lanes);
-    const Token at = token_at(p, stream, first + r);
-    if (!table || at.n < 0) return n;
-    return n + load_first(table + slot_of(p, job.index, at.t, at.n).index * d + c, lanes);
+    const vec n = load_first(x + rows.right[r] + c, lanes) * load_first(gamma + c, lanes) + load_first(beta + c, lanes);
+    return table && rows.position[r] >= 0 ? n + load_first(table + rows.position[r] + c, lanes) : n;
   });
 }
 
@@ -128,25 +143,14 @@ inline void sum_layer(const BackwardRun& run, const SumJob& job, i64 task, const
     const LeftRows left = left_rows(run, job, clip);
     const i64 all = clip_rows(p, left.stream), chunk = ceil_div(all, ceil_div(all, kChunk));
     for (i64 first = 0; first < all; first += chunk) {
-      const i64 rows = min_of(chunk, all - first);
-      pack_left(
-          s, rows, block.outs, sum_bias,
-          [&](i64 r) {
-            const bool zero = left.skip_cls && token_at(p, left.stream, first + r).n < 0;
-            return zero ? nullptr : left.data + (first + r) * left.stride + block.out;
-          },
-          [&](i64 r) {
-            if (job.kind != kUp) return 1.0f;
-            const i64 n = token_at(p, left.stream, first + r).n;
-            return branch_scale(p, run.call.scale, left.stream, run.first_clip + clip, n);
-          });
+      ChunkRows rows;
+      list_rows(run, job, left, clip, first, min_of(chunk, all - first), block.out, rows);
+      take_left(s, rows, block.outs, job.weight != nullptr, sum_bias);
       if (sum_bias) {
-        if (add)
-          add_into(job.bias + block.out, s.chunk, block.outs);
-        else
-          __builtin_memcpy(job.bias + block.out, s.chunk, sizeof(float) * size_t(block.outs));
+        if (!add) __builtin_memset(job.bias + block.out, 0, sizeof(float) * size_t(block.outs));
+        add_into(job.bias + block.out, s.chunk, block.outs);
       }
-      if (job.weight) add_layer_chunk(run, job, clip, first, rows, block, add, s);
+      if (job.weight) add_layer_chunk(run, job, clip, rows, block, add, s);
       add = true;
     }
   }
