@@ -19,10 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from cast_kernels import info as report  # loads torch, which --help need not wait for
 
-    if options.info.json:
-        print(json_module.dumps(report.collect(), indent=2))
-    else:
-        report.show()
+    try:
+        if options.info.json:
+            print(json_module.dumps(report.collect(), indent=2))
+        else:
+            report.show()
+    except ValueError as error:  # an environment variable that names no choice
+        print(f"cast-kernels: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
