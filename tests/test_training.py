@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cast.evaluation import average, probabilities
-from cast.training import Checkpoints, Progress, Recipe, train
+from cast.training import Checkpoints, Progress, Recipe, layer_scale, train
 
 RECIPE = Recipe(epochs=3, batch_size=4, lr=1e-2, warmup=1, checkpoint_every=2)
 
@@ -230,6 +231,7 @@ def test_divergence_is_an_error(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"lr": 0.0}, "lr"),
         ({"warmup": 9}, "warmup"),
+        ({"layer_decay": 0.0}, "layer_decay"),
     ],
 )
 def test_recipes_that_make_no_sense(wrong: dict[str, float], message: str) -> None:
@@ -265,4 +267,51 @@ def test_an_ensemble_is_the_mean_of_probabilities() -> None:
 def test_checkpoints_of_an_empty_directory(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
-    assert Checkpoints(tmp_path, Accelerator(), RECIPE).load() is None
+    assert Checkpoints(tmp_path, Accelerator(), {}).load() is None
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    fewer = Points()
+    fewer.points = fewer.points[:21]
+    with pytest.raises(ValueError, match=r"of another training.*'samples': 22.*'samples': 21"):
+        train(Net(), fewer, RECIPE, tmp_path)
+    other = Net()
+    other.frozen.requires_grad_(True)
+    with pytest.raises(ValueError, match="of another training"):
+        train(other, Points(), RECIPE, tmp_path)
+
+
+def test_layer_decay_is_the_published_one() -> None:
+    """14 values for 12 blocks: 0.75^(12-i) in block i, embeddings one step slower, the rest at 1."""
+    names = {
+        "blocks.0.cross_s_down.weight": 0.75**12,
+        "blocks.11.T_MLP_Adapter.D_fc1.weight": 0.75,
+        "clip_conv1.weight": 0.75**13,
+        "patch_embed.proj.weight": 0.75**13,
+        "clip_ln_post.weight": 1.0,
+        "noun_last_Adapter.D_fc1.weight": 1.0,
+        "head_verb.weight": 1.0,
+    }
+    assert {name: layer_scale(name, 12, 0.75) for name in names} == names
+    assert round(layer_scale("blocks.0.attn.qkv.weight", 12, 0.75), 4) == 0.0317
+
+
+def test_layer_decay_slows_the_blocks_down() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+            self.head = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"verb": self.head(self.blocks[1](self.blocks[0](x)))}
+
+    torch.manual_seed(0)
+    net, recipe = Deep(), Recipe(epochs=1, batch_size=22, lr=1e-2, warmup=0, weight_decay=0.0, layer_decay=0.5)
+    before = [p.detach().clone() for p in net.parameters()]
+    with tempfile.TemporaryDirectory() as directory:
+        train(net, Points(("verb",)), recipe, directory)
+    # Adam's first step is the learning rate in every coordinate.
+    steps = [float((p - old).abs().max()) for p, old in zip(net.parameters(), before, strict=True)]
+    assert steps == pytest.approx([0.25e-2, 0.5e-2, 1e-2], rel=1e-3)
