@@ -57,6 +57,7 @@ def run(out: Path, seeds: int, sizes: Sizes, budget: Budget, console: Console) -
     trained = CAST.from_pretrained(out / "seed-0" / "cast")
     times = step_times(trained, data.train, budget.models.batch_size)
     metrics = summarise(outcomes) | {
+        "command": f"cast demo --out {out} --seeds {seeds}",
         "step_ms": {"fused": times.medians[0], "eager": times.medians[1], "fused_backend": times.fused_backend},
         "dataset": manifest,
         "controls": [asdict(control) for control in checks],
