@@ -73,11 +73,13 @@ def make_dataset(
         ValueError: the directory holds a data set with another seed or other sizes.
     """
     root, sizes = Path(directory), sizes or Sizes()
-    wanted = {"seed": seed, "sizes": {split: sizes.of(split) for split in SPLITS}}
+    wanted: dict[str, Any] = {"seed": seed, "sizes": {split: sizes.of(split) for split in SPLITS}}
     if (root / MANIFEST).exists():
         found: dict[str, Any] = json.loads((root / MANIFEST).read_text())
         if {key: found.get(key) for key in wanted} != wanted:
             raise ValueError(f"{root} holds a data set made with {found}; wanted is {wanted}: choose another directory")
+        total = sum(wanted["sizes"].values())
+        progress(total, total)
         return found
     jobs = [
         (split, range(start, min(start + _CHUNK, sizes.of(split))))

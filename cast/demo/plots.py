@@ -30,7 +30,7 @@ def balance(outcomes: Sequence[Outcome]) -> str:
         nouns = [outcome.metrics[model]["noun"] for outcome in outcomes]
         verbs = [outcome.metrics[model]["verb"] for outcome in outcomes]
         axes.scatter(nouns, verbs, s=60, color=COLOURS[model], marker=_MARKERS[model], edgecolors="white", zorder=3)
-        place = statistics.fmean(nouns), statistics.fmean(verbs)
+        place = statistics.fmean(nouns), max(verbs)
         axes.annotate(_TITLES[model], place, (0, 9), textcoords="offset points", ha="center", color=COLOURS[model])
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="noun accuracy, %", ylabel="verb accuracy, %", aspect="equal")
     return _svg(figure)

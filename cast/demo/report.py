@@ -62,8 +62,9 @@ $samples
 <div class="pair"><div><h2>Experts</h2>$experts</div>
 <div><h2>Step time</h2>$steps<p class="note">$steps_note</p></div></div>
 <h2>Controls</h2>
-<p>Linear probes on grey pixels, in percent. Probes of the whole frame, the decoy or the bystander must stay near
-chance; told where the actor is, motion in order tells its verb and order-free motion only its pair.</p>
+<p>Linear probes on grey pixels, in percent. Without the order of frames, direction must stay a coin flip; decoy and
+bystander must stay at chance; motion must not tell the noun; told where the actor is, motion in order tells its verb.
+</p>
 $controls
 <h2>How this was made</h2>
 $made
