@@ -8,8 +8,7 @@
 
 CAST_ISA_BEGIN
 
-constexpr int kSuperBlock = 96;
-static_assert(kSuperBlock % kMaxQueries == 0, "a super-block is whole query blocks");
+constexpr i64 kSuperBlock = (112 + kMaxQueries - 1) / kMaxQueries * kMaxQueries;
 constexpr i64 kScoreStride = kSuperBlock + 16;  // row tiles read past the last query
 
 struct AttentionBackwardScratch {
@@ -51,6 +50,8 @@ inline void score_gradients(const HeadGradient& h, i64 first_query, i64 queries,
   constexpr i64 width = Vecs * kLanes;
   transpose_rows<Vecs>(h.query + first_query * h.head_dim, h.head_dim, queries, h.head_dim, scale_log2, s.queries);
   transpose_rows<Vecs>(h.grad + first_query * h.head_dim, h.head_dim, queries, h.head_dim, 1.0f, s.grads);
+  // The softmax of a single score is constant: its slope is zero exactly, not the difference of two roundings.
+  const float slope = h.window == 1 ? 0.0f : 1.0f;
   vec maximum[Vecs], inverse[Vecs], delta[Vecs];
   for (int c = 0; c < Vecs; ++c) {
     const i64 at = first_query + c * kLanes, lanes = max_of(queries - c * kLanes, i64(0));
@@ -78,21 +79,18 @@ inline void score_gradients(const HeadGradient& h, i64 first_query, i64 queries,
 #pragma GCC unroll 4
       for (int c = 0; c < Vecs; ++c)
         store(slopes + r * kScoreStride + c * kLanes,
-              load(weights + r * kScoreStride + c * kLanes) * (acc[r][c] - delta[c]));
+              load(weights + r * kScoreStride + c * kLanes) * (acc[r][c] - delta[c]) * slope);
   }
 }
 
-// delta[i] = grad_i . attended_i. Products are added in the order in which `score_gradients` adds grad_i . value_j, so
-// that a window of one token, where attended is the value, gets a slope of exactly zero.
+// delta[i] = grad_i . attended_i
 inline void row_products(const float* attended, i64 attended_stride, const float* grad, i64 window, i64 head_dim,
-                         const AttentionBackwardScratch& s, float* delta) {
-  for (i64 i = 0; i < window; i += kLanes) {
-    const i64 rows = min_of(kLanes, window - i);
-    transpose_rows<1>(attended + i * attended_stride, attended_stride, rows, head_dim, 1.0f, s.queries);
-    transpose_rows<1>(grad + i * head_dim, head_dim, rows, head_dim, 1.0f, s.grads);
+                         float* delta) {
+  for (i64 i = 0; i < window; ++i) {
+    const float *x = attended + i * attended_stride, *y = grad + i * head_dim;
     vec sum = vec{};
-    for (i64 c = 0; c < head_dim; ++c) sum += load(s.queries + c * kLanes) * load(s.grads + c * kLanes);
-    store_first(delta + i, sum, rows);
+    for (i64 c = 0; c < head_dim; c += kLanes) sum += load_first(x + c, head_dim - c) * load_first(y + c, head_dim - c);
+    delta[i] = sum_of(sum);
   }
 }
 
@@ -130,10 +128,11 @@ inline void key_gradients(const HeadGradient& h, const AttentionBackwardScratch&
 
 inline void attend_backward(const HeadGradient& h, const AttentionBackwardScratch& s) {
   const float scale = 1.0f / __builtin_sqrtf(float(h.head_dim)), scale_log2 = 1.44269504088896f * scale;
+  const i64 step = round_up(ceil_div(h.window, ceil_div(h.window, kSuperBlock)), kLanes);
   for (i64 first_key = 0; first_key < h.window; first_key += kKeyBlock) {
     const i64 keys = min_of(kKeyBlock, h.window - first_key);
-    for (i64 query = 0; query < h.window; query += kSuperBlock) {
-      const i64 queries = min_of(kSuperBlock, h.window - query);
+    for (i64 query = 0; query < h.window; query += step) {
+      const i64 queries = min_of(step, h.window - query);
       for (i64 i = 0; i < queries; i += kMaxQueries) {
         const i64 left = min_of(kMaxQueries, queries - i);
         if (left > kLanes)

@@ -32,10 +32,15 @@ inline void backward_output(const BackwardRun& run, int stream, i64 task, float*
   gemm(grad, D, block.rows, run.weights.up[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
     const i64 at = row * d + column;
     store_first(activation + at, v * factor[row] * gelu_slope(load_first(before_gelu + at, lanes)), lanes);
+  }, [&](i64 row, i64 column) {
+    __builtin_prefetch(before_gelu + row * d + column);
+    prefetch_row(activation + row * d + column);
   });
   const HeadMajorRow heads = head_major_row(p, stream);
   gemm(activation, d, block.rows, run.weights.proj[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
     if (slots[row] >= 0) heads.put(attended + slots[row], column, v, lanes);
+  }, [&](i64 row, i64 column) {
+    if (slots[row] >= 0) heads.prefetch(attended + slots[row], column);
   });
 }
 
@@ -80,7 +85,7 @@ inline void backward_attention(const BackwardRun& run, int direction, i64 index,
       const i64 head = head_matrix(p, direction, g, h);
       const float* grad = stage + stage_at.attended[direction] + head;
       const float* attended = saved + layout.attended[direction] + token_of(p, direction, g, 0) * d + h * hd;
-      row_products(attended, token_stride * d, grad, window, hd, buffers, delta);
+      row_products(attended, token_stride * d, grad, window, hd, delta);
       float* answer = stage + stage_at.projected[other] + stage_at.key_column[other] + h * hd;
       attend_backward({saved + layout.query[direction] + head, saved + layout.key[direction] + head,
                        saved + layout.value[direction] + head, grad, saved + layout.row_max[direction] + head / hd,
@@ -125,6 +130,9 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
   gemm(down, d, block.rows, run.weights.down[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
     const i64 at = row * D + column;
     store_first(grad_input + at, residual ? v + load_first(residual + at, lanes) : v, lanes);
+  }, [&](i64 row, i64 column) {
+    if (residual) __builtin_prefetch(residual + row * D + column);
+    prefetch_row(grad_input + row * D + column);
   });
 }
 

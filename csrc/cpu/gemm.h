@@ -34,18 +34,19 @@ CAST_INLINE void multiply(vec (&acc)[R][C], const float* a, i64 row_stride, i64 
 // Hands each accumulator of the tile's valid part to out(row, column, value, lanes that count).
 template <int R, int C, class Out>
 CAST_INLINE void emit(const vec (&acc)[R][C], i64 row, i64 rows, i64 column, i64 columns, const Out& out) {
+  if (row + R <= rows && column + C * kLanes <= columns) {  // literal lanes: the partial-vector branches fold away
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    if (row + r >= rows) break;
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const i64 at = column + c * kLanes;
-      if (at + kLanes <= columns)
-        out(row + r, at, acc[r][c], i64(kLanes));
-      else if (at < columns)
-        out(row + r, at, acc[r][c], columns - at);
-    }
+      for (int c = 0; c < C; ++c) out(row + r, column + c * kLanes, acc[r][c], i64(kLanes));
+    return;
   }
+  float values[R * C * kLanes];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(values + (r * C + c) * kLanes, acc[r][c]);
+  for (i64 r = 0; r < min_of(R, rows - row); ++r)
+    for (i64 c = 0; c < min_of(C * kLanes, columns - column); c += kLanes)
+      out(row + r, column + c, load(values + r * C * kLanes + c), min_of(kLanes, columns - column - c));
 }
 
 // Asks for the lines of a tile that will be written, while there is a whole product of time for them to arrive.
@@ -72,25 +73,39 @@ constexpr i64 kDepthBlock = 384;
 
 // out(row, column, value, lanes) for every vector of a @ b. Reads whole row tiles: `a` must be readable up to
 // round_up(rows, kTileRows) rows; what the surplus rows hold is never used.
+// The tile as the sum of chains, each added to memory that stays in L1.
+CAST_INLINE void multiply_chains(vec (&acc)[kTileRows][kTileVecs], const float* left, i64 lda, const float* panel,
+                                 i64 depth, i64 chain) {
+  float sum[kTileRows * kTileColumns];
+  i64 k = 0;
+  do {
+    multiply(acc, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, min_of(chain, depth - k));
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVecs; ++c) {
+        float* at = sum + r * kTileColumns + c * kLanes;
+        if (k) acc[r][c] += load(at);
+        store(at, acc[r][c]);
+      }
+    k += chain;
+  } while (k < depth);
+}
+
 // before(row, column) runs before each row's part of a tile is computed: the place for prefetches.
 template <class Out, class Before>
 void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out, const Before& before) {
-  const i64 chains = ceil_div(b.depth, kDepthBlock), chain = ceil_div(b.depth, max_of(chains, i64(1)));
+  const i64 chains = ceil_div(b.depth, kDepthBlock), chain = ceil_div(b.depth, chains);
   for (i64 column = 0; column < b.columns; column += kTileColumns) {
     const float* panel = b.data + column / kTileColumns * b.panel_stride;
     for (i64 row = 0; row < rows; row += kTileRows) {
-      vec acc[kTileRows][kTileVecs];
       const float* left = a + row * lda;
       for (i64 r = row; r < min_of(row + kTileRows, rows); ++r) before(r, column);
-      multiply(acc, left, lda, 1, panel, kTileColumns, min_of(chain, b.depth));
-      for (i64 k = chain; k < b.depth; k += chain) {
-        float partial[kTileRows * kTileColumns];
-        for (int r = 0; r < kTileRows; ++r)
-          for (int c = 0; c < kTileVecs; ++c) store(partial + r * kTileColumns + c * kLanes, acc[r][c]);
-        multiply(acc, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, min_of(chain, b.depth - k));
-        for (int r = 0; r < kTileRows; ++r)
-          for (int c = 0; c < kTileVecs; ++c) acc[r][c] += load(partial + r * kTileColumns + c * kLanes);
-      }
+      vec acc[kTileRows][kTileVecs];
+      if (chains == 1)
+        multiply(acc, left, lda, 1, panel, kTileColumns, b.depth);
+      else
+        multiply_chains(acc, left, lda, panel, b.depth, chain);
       emit(acc, row, rows, column, b.columns, out);
     }
   }

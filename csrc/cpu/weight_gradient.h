@@ -16,20 +16,19 @@ constexpr i64 kRightPanels = 4;  // packed together, so that a row is read by se
 constexpr i64 kStripStride = kChunk * kTileRows + kLanes;  // whole vectors are stored, the last one spills over
 
 struct WeightScratch {
-  float *left, *right, *chain, *chunk;
+  float *left, *right, *chunk;
 };
 
 CAST_INLINE i64 weight_scratch_size() {
   return align16(ceil_div(kOutBlock, kTileRows) * kStripStride + 16) + align16(kRightPanels * kChunk * kTileColumns) +
-         2 * align16(kOutBlock);
+         align16(kOutBlock);
 }
 
 CAST_INLINE WeightScratch weight_scratch(float* at) {
   WeightScratch s;
   s.left = at;
   s.right = s.left + align16(ceil_div(kOutBlock, kTileRows) * kStripStride + 16);
-  s.chain = s.right + align16(kRightPanels * kChunk * kTileColumns);
-  s.chunk = s.chain + align16(kOutBlock);
+  s.chunk = s.right + align16(kRightPanels * kChunk * kTileColumns);
   return s;
 }
 
@@ -81,13 +80,23 @@ inline void pack_left(const WeightScratch& s, const ChunkRows& rows, i64 first, 
 
 // Adds rows first .. end, each times its factor, to s.chunk, in one chain of additions.
 inline void sum_left(const WeightScratch& s, const ChunkRows& rows, i64 first, i64 end, i64 outs) {
-  __builtin_memset(s.chain, 0, sizeof(float) * size_t(outs));
-  for (i64 r = first; r < end; ++r)
-    for (i64 c = 0; rows.left[r] && c < outs; c += kLanes)
-      store_first(s.chain + c,
-                  load_first(s.chain + c, outs - c) + load_first(rows.left[r] + c, outs - c) * rows.factor[r],
-                  outs - c);
-  add_into(s.chunk, s.chain, outs);
+  constexpr int vecs = 4;
+  i64 c = 0;
+  for (; c + vecs * kLanes <= outs; c += vecs * kLanes) {
+    vec sum[vecs] = {};
+    for (i64 r = first; r < end; ++r)
+      if (rows.left[r])
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; ++v) sum[v] += load(rows.left[r] + c + v * kLanes) * rows.factor[r];
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; ++v) store(s.chunk + c + v * kLanes, load(s.chunk + c + v * kLanes) + sum[v]);
+  }
+  for (; c < outs; c += kLanes) {
+    vec sum = vec{};
+    for (i64 r = first; r < end; ++r)
+      if (rows.left[r]) sum += load_first(rows.left[r] + c, outs - c) * rows.factor[r];
+    store_first(s.chunk + c, load_first(s.chunk + c, outs - c) + sum, outs - c);
+  }
 }
 
 // Packs the chunk's left rows if `pack`, leaves their sum in s.chunk if `sum`; a few rows at a time, so that the second
