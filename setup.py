@@ -49,7 +49,7 @@ class BuildNative(build_ext):
             return {"requested": wish, "built": False, "reason": "CAST_KERNELS_BUILD_CPU=0 left it out"}
         try:
             parts = self._cmake(module)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             reason = _cause(error)
             if wish == "1":
                 sys.exit(f"error: CAST_KERNELS_BUILD_CPU=1, but the native core cannot be built: {reason}")
@@ -88,8 +88,10 @@ def _run(command: list[str]) -> None:
         raise subprocess.CalledProcessError(done.returncode, command, output=done.stdout)
 
 
-def _cause(error: OSError | subprocess.CalledProcessError) -> str:
+def _cause(error: ImportError | OSError | subprocess.CalledProcessError) -> str:
     """The first line that names an error, or what the system said."""
+    if isinstance(error, ImportError):
+        return f"{error}; without build isolation, the build requirements of pyproject.toml must be installed"
     if isinstance(error, OSError):
         return f"cannot run {error.filename or 'cmake'}: {error.strerror or error}"
     lines = [line.strip() for line in (error.output or "").splitlines()]

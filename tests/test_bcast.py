@@ -8,6 +8,7 @@ from bcast_cases import CASES, PAPER, Case, assert_at_most_twice_eager, run
 
 import cast_kernels
 from cast_kernels import backends
+from cast_kernels.cpu import bcast as cpu_bcast
 
 KERNELS = ["cpu"]
 kernels = pytest.mark.parametrize("backend", KERNELS)
@@ -37,7 +38,7 @@ def test_reference_gradcheck(windows: tuple[str, str]) -> None:
             spatial_scale=scales[0], temporal_scale=scales[1],
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(call, (*case.inputs(torch.float64, grad=True), *flat))
+    assert torch.autograd.gradcheck(call, (*case.inputs(torch.float64, grad=True), *flat), fast_mode=True)
 
 
 @kernels
@@ -113,7 +114,8 @@ def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ..
     tokens, clips = case.scales()
     scales = (None, None) if tokens is None or clips is None else (tokens, clips[:, None])
     windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]
-    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, grad, backend)
+    kept = cpu_bcast.saved_per_clip(case.module().problem()) if grad else 0
+    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, backend)
 
 
 @kernels

@@ -182,13 +182,15 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator. The opaque third output is what the backend keeps for backward, [B, saved_per_clip].
+# The registered operator. The opaque third output is what the backend keeps for backward, [B, kept]; `kept` is an
+# argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another layout
+# of `saved` must not be used.
 # An absent parameter travels as an empty tensor: torch.library's autograd takes no None inside a list of tensors.
 
 _LIBRARY = torch.library.Library("cast_kernels", "DEF")
 _LIBRARY.define(
     "bcast(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
-    "int num_heads, str t2s_window, str s2t_window, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)",
+    "int num_heads, str t2s_window, str s2t_window, float eps, SymInt kept, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
@@ -212,20 +214,21 @@ def _run_kernel(
     """Call the registered operator; under autocast in float32, which every kernel backend accumulates in."""
     absent = spatial.new_empty(0)
     flat = [absent if p is None else p for p in parameters.flat()]
-    kept = (spatial.dtype, temporal.dtype)
+    dtypes = (spatial.dtype, temporal.dtype)
     if problem.autocast is not None:
         spatial, temporal = spatial.float(), temporal.float()
         flat = [p.float() for p in flat]
         spatial_scale = spatial_scale if spatial_scale is None else spatial_scale.float()
         temporal_scale = temporal_scale if temporal_scale is None else temporal_scale.float()
-    needs_grad = any(x.requires_grad for x in (spatial, temporal, *flat))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))
+    kept = KERNELS[backend].saved_per_clip(problem) if needs_grad else 0
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
         spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
-        problem.s2t_window or "", eps, torch.is_grad_enabled() and needs_grad, backend,
+        problem.s2t_window or "", eps, kept, backend,
     )  # fmt: skip
     return (
-        spatial_out.to(kept[0]) if parameters.t2s is not None else spatial.to(kept[0]),
-        temporal_out.to(kept[1]) if parameters.s2t is not None else temporal.to(kept[1]),
+        spatial_out.to(dtypes[0]) if parameters.t2s is not None else spatial.to(dtypes[0]),
+        temporal_out.to(dtypes[1]) if parameters.s2t is not None else temporal.to(dtypes[1]),
     )
 
 
@@ -244,26 +247,24 @@ def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t
 
 def _forward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, save: bool,
+    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     return KERNELS[backend].forward(
-        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, save
+        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, kept > 0
     )
 
 
 def _forward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, save: bool,
+    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
-    kept = KERNELS[backend].saved_per_clip(problem) if save else 0
     return (
         spatial.new_empty(spatial.shape if t2s_window else (0,)),
         temporal.new_empty(temporal.shape if s2t_window else (0,)),
-        spatial.new_empty((problem.batch, kept)),
+        spatial.new_empty((spatial.shape[0], kept)),
     )
 
 
