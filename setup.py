@@ -63,10 +63,11 @@ class BuildNative(build_ext):
         build = Path(self.build_temp).resolve() / "cast_kernels"
         shutil.rmtree(build, ignore_errors=True)  # a cache of another environment's cmake or pybind11 is worthless
         build.mkdir(parents=True)
-        cmake = shutil.which("cmake") or "cmake"
+        cmake = _tool("cmake")
         configure = [
-            cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_BUILD_TYPE=Release",
+            cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-S", str(ROOT), "-B", str(build),
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_BUILD_TYPE=Release",
         ]  # fmt: skip
         for command in (configure, [cmake, "--build", str(build)]):
             _run(command)
@@ -78,6 +79,14 @@ class BuildNative(build_ext):
             sys.exit("error: CAST_KERNELS_BUILD_CUDA=1, but this version has no CUDA sources to build; use auto or 0")
         reason = "CAST_KERNELS_BUILD_CUDA=0 left it out" if wish == "0" else "this version has no CUDA sources"
         return {"requested": wish, "built": False, "reason": reason}
+
+
+def _tool(name: str) -> str:
+    """The program's path: on PATH, or beside this interpreter, where pip puts it."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise FileNotFoundError(2, "there is no such program; pip install cmake ninja", name)
+    return found
 
 
 def _run(command: list[str]) -> None:

@@ -146,6 +146,7 @@ RAW = [
     Case(directions=("t2s",), seed=62),
     Case(directions=("s2t",), windows=("time", "space-time"), seed=63),
     Case(batch=5, frames=8, patches=25, dim=64, bottleneck=32, heads=4, seed=64),
+    Case(batch=1, dim=47, bottleneck=21, heads=3, seed=65),  # rows that end one float before a whole vector
     LONG[0],
     LONG[3],
     LONG[5],

@@ -1,0 +1,76 @@
+"""The package as others get it: from the source tree to an sdist, from that to a wheel, used outside the tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(command: list[str], cwd: Path, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("CAST_KERNELS_")} | variables
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that neither old results in the tree help nor new ones are left there."""
+    work = tmp_path_factory.mktemp("build")
+    tree = work / "tree"
+    compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+    for name in ("cast", "cast_kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=compiled)
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    call([sys.executable, "setup.py", "-q", "sdist", "-d", str(work)], tree)
+    (sdist,) = work.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
+    call([*pip, "-w", str(work), str(sdist)], work, CAST_KERNELS_BUILD_CPU="1")
+    return next(work.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_sdist_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith(("csrc", "tests", "build"))]
+        archive.extractall(tmp_path / "site")
+    code = """
+import json, cast, cast_kernels, torch
+from cast_kernels import info
+outputs = cast_kernels.BCAST(8, 4, 1, 2, 3, backend="cpu")(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 3, 8))
+print(json.dumps([cast_kernels.__file__, info.collect()["cpu"], outputs[0].sum().item()]))
+"""
+    told = call([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    where, cpu, total = json.loads(told)
+    assert Path(where).is_relative_to(tmp_path / "site")
+    assert cpu["built"]
+    assert "baseline" in cpu["levels"]
+    assert total == 64.0, "a new B-CAST is the identity"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm to read symbols")
+def test_no_level_shares_code_with_another(tmp_path: Path) -> None:
+    """A weak symbol of an AVX-512 object could replace the baseline's copy and crash an older processor."""
+    sources = [str(ROOT / "csrc/cpu/level.cpp"), "-c", "-std=c++17", "-fPIC", "-fopenmp", "-O1"]
+    compiler = os.environ.get("CXX", "c++")
+    for level, flags in (("baseline", []), ("avx2", ["-mavx2", "-mfma"])):
+        if level != "baseline" and os.uname().machine != "x86_64":
+            continue
+        target = tmp_path / f"{level}.o"
+        names = [f"-DCAST_ISA={level}", f'-DCAST_ISA_NAME="{level}"']
+        call([compiler, *sources, *flags, *names, "-o", str(target)], tmp_path)
+        symbols = [line.split() for line in call(["nm", str(target)], tmp_path).splitlines()]
+        exported = [words[-1] for words in symbols if words[-2] not in "Ubdrta"]
+        assert len(exported) == 1, exported
+        assert level in exported[0]
