@@ -186,7 +186,14 @@ def test_fuse_and_unfuse_switch_a_live_model() -> None:
     assert (
         fused_gradients.keys() == eager_gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     )
-    torch.testing.assert_close(fused_gradients, eager_gradients, rtol=1e-4, atol=1e-4)
+    exact = gradients(model.double(), video.double())
+    model.float()
+    for name, gradient in eager_gradients.items():
+        # Entries go up to 4e3, and eager with one thread differs from eager with two by 1.2e-4: no fixed bound is
+        # right. Ours may have twice eager's error against fp64, so the two may lie three times that error apart.
+        error = (gradient - exact[name]).abs().max()
+        floor = 2e-6 * exact[name].abs().max()  # a few roundings of fp32
+        assert (fused_gradients[name] - gradient).abs().max() <= 3 * torch.maximum(error, floor), name
     assert {block.backend for block in model.fuse().blocks} == {"auto"}
     torch.testing.assert_close(model(video), fused, rtol=0, atol=0)
     with pytest.raises(ValueError, match="eager"):

@@ -94,7 +94,7 @@ inline void row_products(const float* attended, i64 attended_stride, const float
   }
 }
 
-// out(row, column, value, lanes) of left^T-or-left @ right for row tiles of attention's small matrices.
+// out(row, column, vectors, lanes) of left^T-or-left @ right for row tiles of attention's small matrices.
 template <class Out>
 inline void small_gemm(const float* left, i64 row_stride, i64 depth_stride, i64 rows, const float* right, i64 ldb,
                        i64 columns, i64 depth, const Out& out) {
@@ -111,13 +111,16 @@ inline void key_gradients(const HeadGradient& h, const AttentionBackwardScratch&
                           i64 first_key, i64 keys, float scale, bool first, bool last) {
   const i64 stride = round_up(h.head_dim, kTileColumns);
   const auto collect = [&](float* sums, float* result, float factor) {
-    return [=, &h](i64 j, i64 c, vec v, i64 lanes) {
-      float* sum = sums + j * stride + c;
-      if (!first) v += load(sum);
-      if (last)
-        store_first(result + h.answering[first_key + j] + c, v * factor, lanes);
-      else
-        store(sum, v);
+    return [=, &h](i64 j, i64 column, auto& row, i64 lanes) {
+      float* sum = sums + j * stride + column;
+      float* to = result + h.answering[first_key + j] + column;
+      each(row, lanes, [=](i64 c, vec v, i64 n) {
+        if (!first) v += load(sum + c);
+        if (last)
+          store_first(to + c, v * factor, n);
+        else
+          store(sum + c, v);
+      });
     };
   };
   small_gemm(s.weights, kScoreStride, 1, keys, h.grad + first_query * h.head_dim, h.head_dim, h.head_dim, queries,
@@ -142,10 +145,11 @@ inline void attend_backward(const HeadGradient& h, const AttentionBackwardScratc
       }
       key_gradients(h, s, query, queries, first_key, keys, scale, query == 0, query + queries == h.window);
       small_gemm(s.slopes, 1, kScoreStride, queries, h.key + first_key * h.head_dim, h.head_dim, h.head_dim, keys,
-                 [&](i64 i, i64 c, vec v, i64 lanes) {
-                   float* to = h.dquery + h.asking[query + i] + c;
-                   v = v * scale;
-                   store_first(to, first_key ? load_first(to, lanes) + v : v, lanes);
+                 [&](i64 i, i64 column, auto& row, i64 lanes) {
+                   float* to = h.dquery + h.asking[query + i] + column;
+                   each(row, lanes, [=](i64 c, vec v, i64 n) {
+                     store_first(to + c, first_key ? load_first(to + c, n) + v * scale : v * scale, n);
+                   });
                  });
     }
   }

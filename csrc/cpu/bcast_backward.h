@@ -29,19 +29,30 @@ inline void backward_output(const BackwardRun& run, int stream, i64 task, float*
   }
   const i64 first_row = (run.first_clip + block.clip) * clip_rows(p, stream) + block.first;
   const float* grad = whole_tiles(run.call.grad_output[stream] + first_row * D, block.rows, D, scratch);
-  gemm(grad, D, block.rows, run.weights.up[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
-    const i64 at = row * d + column;
-    store_first(activation + at, v * factor[row] * gelu_slope(load_first(before_gelu + at, lanes)), lanes);
-  }, [&](i64 row, i64 column) {
-    __builtin_prefetch(before_gelu + row * d + column);
-    prefetch_row(activation + row * d + column);
-  });
+  const float* factors = factor;
+  gemm(
+      grad, D, block.rows, run.weights.up[stream], nullptr,
+      [=](i64 row, i64 column, auto& v, i64 lanes) {
+        const i64 at = row * d + column;
+        const float scale = factors[row];
+        each(v, lanes, [=](i64 c, vec y, i64 n) {
+          store_first(activation + at + c, y * scale * gelu_slope(load_first(before_gelu + at + c, n)), n);
+        });
+      },
+      [=](i64 row, i64 column) {
+        __builtin_prefetch(before_gelu + row * d + column);
+        prefetch_row(activation + row * d + column);
+      });
   const HeadMajorRow heads = head_major_row(p, stream);
-  gemm(activation, d, block.rows, run.weights.proj[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
-    if (slots[row] >= 0) heads.put(attended + slots[row], column, v, lanes);
-  }, [&](i64 row, i64 column) {
-    if (slots[row] >= 0) heads.prefetch(attended + slots[row], column);
-  });
+  const i64* slot = slots;
+  gemm(
+      activation, d, block.rows, run.weights.proj[stream], nullptr,
+      [=](i64 row, i64 column, auto& v, i64 lanes) {
+        if (slot[row] >= 0) heads.put(attended + slot[row], column, v, lanes);
+      },
+      [=](i64 row, i64 column) {
+        if (slot[row] >= 0) heads.prefetch(attended + slot[row], column);
+      });
 }
 
 struct AttentionTask {
@@ -110,9 +121,8 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
   const auto is_cls = [&](i64 r) { return token_at(p, stream, block.first + r).n < 0; };
   for (i64 r = 0; r < block.rows; ++r)
     if (is_cls(r)) __builtin_memset(projected + r * width, 0, sizeof(float) * size_t(width));
-  gemm(projected, width, block.rows, run.weights.projected[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
-    store_first(dn + row * d + column, v, lanes);
-  });
+  gemm(projected, width, block.rows, run.weights.projected[stream], nullptr,
+       [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(dn + row * d + column, v, lanes); });
   __builtin_memset(sums, 0, sizeof(float) * size_t(2 * d));
   for (i64 r = 0; r < block.rows; ++r) {
     const i64 row = block.first + r;
@@ -127,13 +137,18 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
   const i64 first_row = (run.first_clip + block.clip) * clip_rows(p, stream) + block.first;
   const float* residual = has_direction(p, stream) ? run.call.grad_output[stream] + first_row * D : nullptr;
   float* grad_input = run.call.grad_input[stream] + first_row * D;
-  gemm(down, d, block.rows, run.weights.down[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
-    const i64 at = row * D + column;
-    store_first(grad_input + at, residual ? v + load_first(residual + at, lanes) : v, lanes);
-  }, [&](i64 row, i64 column) {
-    if (residual) __builtin_prefetch(residual + row * D + column);
-    prefetch_row(grad_input + row * D + column);
-  });
+  gemm(
+      down, d, block.rows, run.weights.down[stream], nullptr,
+      [=](i64 row, i64 column, auto& v, i64 lanes) {
+        const i64 at = row * D + column;
+        if (!residual) return store_row(grad_input + at, v, lanes);
+        each(v, lanes,
+             [=](i64 c, vec y, i64 n) { store_first(grad_input + at + c, y + load_first(residual + at + c, n), n); });
+      },
+      [=](i64 row, i64 column) {
+        if (residual) __builtin_prefetch(residual + row * D + column);
+        prefetch_row(grad_input + row * D + column);
+      });
 }
 
 inline void bcast_backward(const BackwardCall& call, float* workspace) {

@@ -117,11 +117,14 @@ inline ForwardScratch forward_scratch(const ForwardPlan& plan, float* at) {
 inline void project(const ForwardRun& run, int direction, const float* input, i64 rows, const Panels& weight,
                     const float* bias, const i64* slots, float* to) {
   const HeadMajorRow heads = head_major_row(run.call.problem, direction);
-  gemm(input, weight.depth, rows, weight, [&](i64 row, i64 column, vec v, i64 lanes) {
-    if (slots[row] >= 0) heads.put(to + slots[row], column, v + load_first(bias + column, lanes), lanes);
-  }, [&](i64 row, i64 column) {
-    if (slots[row] >= 0) heads.prefetch(to + slots[row], column);
-  });
+  gemm(
+      input, weight.depth, rows, weight, bias,
+      [=](i64 row, i64 column, auto& v, i64 lanes) {
+        if (slots[row] >= 0) heads.put(to + slots[row], column, v, lanes);
+      },
+      [=](i64 row, i64 column) {
+        if (slots[row] >= 0) heads.prefetch(to + slots[row], column);
+      });
 }
 
 // input rows for a projection: n, or n + the position table's row.
@@ -152,9 +155,8 @@ inline void forward_rows(const ForwardRun& run, int stream, i64 task, const Forw
   float* region = run.state + block.clip * layout.total;
 
   const float* x = whole_tiles(run.call.input[stream] + first_row * D, block.rows, D, s.input);
-  gemm(x, D, block.rows, run.weights.down[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
-    store_first(s.a + row * d + column, v + load_first(own.down_bias + column, lanes), lanes);
-  });
+  gemm(x, D, block.rows, run.weights.down[stream], own.down_bias,
+       [=, to = s.a](i64 row, i64 column, auto& v, i64 lanes) { store_row(to + row * d + column, v, lanes); });
   for (i64 r = 0; r < block.rows; ++r) {
     const i64 row = block.first + r;
     float* normed = run.plan.save ? region + layout.normed[stream] + row * d : nullptr;
@@ -188,14 +190,17 @@ inline void up_and_residual(const ForwardRun& run, int stream, const float* hidd
   const float* bias = run.call.parameters.stream[stream].up_bias;
   const float* x = run.call.input[stream];
   float* out = run.call.output[stream];
-  gemm(hidden, d, rows, run.weights.up[stream], [&](i64 row, i64 column, vec v, i64 lanes) {
-    const i64 at = row_table[row] * D + column;
-    const vec branch = (v + load_first(bias + column, lanes)) * row_scale[row];
-    store_first(out + at, load_first(x + at, lanes) + branch, lanes);
-  }, [&](i64 row, i64 column) {
-    __builtin_prefetch(x + row_table[row] * D + column);
-    prefetch_row(out + row_table[row] * D + column);
-  });
+  gemm(
+      hidden, d, rows, run.weights.up[stream], bias,
+      [=](i64 row, i64 column, auto& v, i64 lanes) {
+        const i64 at = row_table[row] * D + column;
+        const float scale = row_scale[row];
+        each(v, lanes, [=](i64 c, vec y, i64 n) { store_first(out + at + c, load_first(x + at + c, n) + y * scale, n); });
+      },
+      [=](i64 row, i64 column) {
+        __builtin_prefetch(x + row_table[row] * D + column);
+        prefetch_row(out + row_table[row] * D + column);
+      });
 }
 
 inline void forward_queries(const ForwardRun& run, int direction, i64 task, const ForwardScratch& s) {
@@ -231,11 +236,12 @@ inline void forward_queries(const ForwardRun& run, int direction, i64 task, cons
       __builtin_memcpy(region + layout.attended[direction] + token * d, s.a + r * d, sizeof(float) * size_t(d));
   }
   const float* bias = run.call.parameters.direction[direction].proj_bias;
-  gemm(s.a, d, rows, run.weights.proj[direction], [&](i64 row, i64 column, vec v, i64 lanes) {
-    const vec value = v + load_first(bias + column, lanes);
-    store_first(s.b + row * d + column, value, lanes);
-    if (run.plan.save) store_first(region + s.slot_table[row] + column, value, lanes);
-  });
+  float* kept = run.plan.save ? region : nullptr;
+  gemm(s.a, d, rows, run.weights.proj[direction], bias,
+       [=, to = s.b, slots = s.slot_table](i64 row, i64 column, auto& v, i64 lanes) {
+         store_row(to + row * d + column, v, lanes);
+         if (kept) store_row(kept + slots[row] + column, v, lanes);
+       });
   gelu_rows(s.b, rows * d);
   up_and_residual(run, direction, s.b, rows, s.row_table, s.row_scale);
 }

@@ -5,16 +5,16 @@
 
 CAST_ISA_BEGIN
 
-// acc[r][c] = sum over k < depth of a[r * row_stride + k * depth_stride] * b[k * ldb + c * kLanes ...].
+// acc[r][c] = start[c] + sum over k < depth of a[r * row_stride + k * depth_stride] * b[k * ldb + c * kLanes ...].
 // Strides that are literals at the call fold into the addresses. Measured with one thread: 98 % of the multiply-add
 // ceiling for depth 384 and 768; neither prefetch nor blocking the panel for L1 gained anything.
 template <int R, int C>
-CAST_INLINE void multiply(vec (&acc)[R][C], const float* a, i64 row_stride, i64 depth_stride, const float* b, i64 ldb,
-                          i64 depth) {
+CAST_INLINE void multiply(vec (&acc)[R][C], const vec (&start)[C], const float* a, i64 row_stride, i64 depth_stride,
+                          const float* b, i64 ldb, i64 depth) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = vec{};
+    for (int c = 0; c < C; ++c) acc[r][c] = start[c];
 #pragma GCC unroll 4
   for (i64 k = 0; k < depth; ++k) {
     vec right[C];
@@ -31,22 +31,45 @@ CAST_INLINE void multiply(vec (&acc)[R][C], const float* a, i64 row_stride, i64 
   }
 }
 
-// Hands each accumulator of the tile's valid part to out(row, column, value, lanes that count).
+template <int R, int C>
+CAST_INLINE void multiply(vec (&acc)[R][C], const float* a, i64 row_stride, i64 depth_stride, const float* b, i64 ldb,
+                          i64 depth) {
+  const vec zero[C] = {};
+  multiply(acc, zero, a, row_stride, depth_stride, b, ldb, depth);
+}
+
+// f(offset, vector, lanes that count) for each vector of a row of a tile, of which `lanes` count.
+template <int C, class F>
+CAST_INLINE void each(const vec (&row)[C], i64 lanes, const F& f) {
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    if (lanes >= (c + 1) * kLanes)
+      f(i64(c * kLanes), row[c], i64(kLanes));
+    else if (lanes > c * kLanes)
+      f(i64(c * kLanes), row[c], lanes - c * kLanes);
+  }
+}
+template <int C>
+CAST_INLINE void store_row(float* to, const vec (&row)[C], i64 lanes) {
+  each(row, lanes, [=](i64 c, vec v, i64 n) { store_first(to + c, v, n); });
+}
+
+// out(row, column, the row's vectors, lanes that count) for the tile's valid part.
 template <int R, int C, class Out>
 CAST_INLINE void emit(const vec (&acc)[R][C], i64 row, i64 rows, i64 column, i64 columns, const Out& out) {
   if (row + R <= rows && column + C * kLanes <= columns) {  // literal lanes: the partial-vector branches fold away
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) out(row + r, column + c * kLanes, acc[r][c], i64(kLanes));
+    for (int r = 0; r < R; ++r) out(row + r, column, acc[r], i64(C * kLanes));
     return;
   }
   float values[R * C * kLanes];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) store(values + (r * C + c) * kLanes, acc[r][c]);
-  for (i64 r = 0; r < min_of(R, rows - row); ++r)
-    for (i64 c = 0; c < min_of(C * kLanes, columns - column); c += kLanes)
-      out(row + r, column + c, load(values + r * C * kLanes + c), min_of(kLanes, columns - column - c));
+  for (i64 r = 0; r < min_of(R, rows - row); ++r) {
+    vec part[C];
+    for (int c = 0; c < C; ++c) part[c] = load(values + (r * C + c) * kLanes);
+    out(row + r, column, part, min_of(C * kLanes, columns - column));
+  }
 }
 
 // Asks for the lines of a tile that will be written, while there is a whole product of time for them to arrive.
@@ -71,49 +94,57 @@ CAST_INLINE i64 packed_size(i64 depth, i64 columns) { return panel_count(columns
 // rounding error to that of blocked library GEMMs.
 constexpr i64 kDepthBlock = 384;
 
-// out(row, column, value, lanes) for every vector of a @ b. Reads whole row tiles: `a` must be readable up to
-// round_up(rows, kTileRows) rows; what the surplus rows hold is never used.
 // The tile as the sum of chains, each added to memory that stays in L1.
-CAST_INLINE void multiply_chains(vec (&acc)[kTileRows][kTileVecs], const float* left, i64 lda, const float* panel,
-                                 i64 depth, i64 chain) {
+CAST_INLINE void multiply_chains(vec (&acc)[kTileRows][kTileVecs], const vec (&start)[kTileVecs], const float* left,
+                                 i64 lda, const float* panel, i64 depth, i64 chain) {
   float sum[kTileRows * kTileColumns];
-  i64 k = 0;
-  do {
+  multiply(acc, start, left, lda, 1, panel, kTileColumns, chain);
+  for (i64 k = chain; k < depth; k += chain) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVecs; ++c) store(sum + r * kTileColumns + c * kLanes, acc[r][c]);
     multiply(acc, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, min_of(chain, depth - k));
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int c = 0; c < kTileVecs; ++c) {
-        float* at = sum + r * kTileColumns + c * kLanes;
-        if (k) acc[r][c] += load(at);
-        store(at, acc[r][c]);
-      }
-    k += chain;
-  } while (k < depth);
+      for (int c = 0; c < kTileVecs; ++c) acc[r][c] += load(sum + r * kTileColumns + c * kLanes);
+  }
 }
 
-// before(row, column) runs before each row's part of a tile is computed: the place for prefetches.
+// out(row, column, vectors, lanes) for every part of a row of a @ b + bias (bias may be null).
+// Reads whole row tiles: `a` must be readable up to round_up(rows, kTileRows) rows; what the surplus rows hold is never
+// used. before(row, column) runs before each row's part of a tile is computed: the place for prefetches.
 template <class Out, class Before>
-void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out, const Before& before) {
-  const i64 chains = ceil_div(b.depth, kDepthBlock), chain = ceil_div(b.depth, chains);
-  for (i64 column = 0; column < b.columns; column += kTileColumns) {
-    const float* panel = b.data + column / kTileColumns * b.panel_stride;
+__attribute__((noinline)) void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const float* bias,
+                                    const Out& out_at_caller, const Before& before_at_caller) {
+  const Out out = out_at_caller;  // copies, so that stores through float pointers cannot seem to change them
+  const Before before = before_at_caller;
+  const Panels right = b;
+  const i64 chains = ceil_div(right.depth, kDepthBlock), chain = ceil_div(right.depth, chains);
+  for (i64 column = 0; column < right.columns; column += kTileColumns) {
+    const float* panel = right.data + column / kTileColumns * right.panel_stride;
+    vec start[kTileVecs] = {};
+    for (int c = 0; bias && c < kTileVecs; ++c) {
+      const i64 at = column + c * kLanes;
+      start[c] = load_first(bias + at, max_of(right.columns - at, i64(0)));
+    }
     for (i64 row = 0; row < rows; row += kTileRows) {
       const float* left = a + row * lda;
       for (i64 r = row; r < min_of(row + kTileRows, rows); ++r) before(r, column);
       vec acc[kTileRows][kTileVecs];
       if (chains == 1)
-        multiply(acc, left, lda, 1, panel, kTileColumns, b.depth);
+        multiply(acc, start, left, lda, 1, panel, kTileColumns, right.depth);
       else
-        multiply_chains(acc, left, lda, panel, b.depth, chain);
-      emit(acc, row, rows, column, b.columns, out);
+        multiply_chains(acc, start, left, lda, panel, right.depth, chain);
+      emit(acc, row, rows, column, right.columns, out);
     }
   }
 }
 
 template <class Out>
-CAST_INLINE void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const Out& out) {
-  gemm(a, lda, rows, b, out, [](i64, i64) {});
+CAST_INLINE void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const float* bias, const Out& out) {
+  gemm(a, lda, rows, b, bias, out, [](i64, i64) {});
 }
 
 CAST_ISA_END

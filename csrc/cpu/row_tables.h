@@ -70,17 +70,21 @@ CAST_INLINE i64 head_matrix(const Problem& p, int direction, i64 group, i64 head
   return (group * p.heads + head) * window_length(p, direction) * head_dim(p);
 }
 
-// Stores a vector of columns of one row to a head-major matrix; the fast path needs whole vectors inside a head.
+// Stores a part of a row to a head-major matrix: at once where it lies inside one head, else float by float.
 struct HeadMajorRow {
   i64 head_dim, head_stride;  // head_stride: floats between the same row of two heads
-  CAST_INLINE void put(float* base, i64 column, vec v, i64 lanes) const {
+  template <int C>
+  CAST_INLINE void put(float* base, i64 column, const vec (&row)[C], i64 lanes) const {
     const i64 head = column / head_dim, inside = column % head_dim;
-    float* to = base + head * head_stride + inside;
-    if (inside + lanes <= head_dim) return store_first(to, v, lanes);
-    float values[kLanes];
-    store(values, v);
-    for (i64 i = 0; i < lanes; ++i)
-      base[(column + i) / head_dim * head_stride + (column + i) % head_dim] = values[i];
+    if (inside + lanes <= head_dim) return store_row(base + head * head_stride + inside, row, lanes);
+    each(row, lanes, [this, base, column](i64 c, vec v, i64 n) {
+      float values[kLanes];
+      store(values, v);
+      for (i64 i = 0; i < n; ++i) {
+        const i64 at = column + c + i;
+        base[at / head_dim * head_stride + at % head_dim] = values[i];
+      }
+    });
   }
   CAST_INLINE void prefetch(const float* base, i64 column) const {
     __builtin_prefetch(base + column / head_dim * head_stride + column % head_dim, 1, 3);

@@ -42,7 +42,7 @@ static_assert(kRowBlock % kTileRows == 0, "a row block is whole tiles");
 
 typedef float vec __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t ivec __attribute__((vector_size(kLanes * 4)));
-typedef float unaligned_vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float unaligned_vec __attribute__((vector_size(kLanes * 4), aligned(4)));
 
 CAST_INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 CAST_INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }

@@ -141,9 +141,9 @@ __attribute__((noinline)) void add_chunk(const WeightScratch& s, i64 rows, const
         vec acc[kTileRows][kTileVecs];
         if (add) prefetch_tile(to + column, ins, min_of(kTileRows, block.outs - out));
         multiply(acc, s.left + out / kTileRows * kStripStride, 1, kTileRows, right, kTileColumns, rows);
-        emit(acc, out, block.outs, column, end, [&](i64 r, i64 c, vec v, i64 lanes) {
+        emit(acc, out, block.outs, column, end, [=](i64 r, i64 c, auto& row, i64 lanes) {
           float* at = to + (r - out) * ins + c;
-          store_first(at, add ? load_first(at, lanes) + v : v, lanes);
+          each(row, lanes, [=](i64 v, vec x, i64 n) { store_first(at + v, add ? load_first(at + v, n) + x : x, n); });
         });
       }
     }

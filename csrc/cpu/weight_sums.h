@@ -237,8 +237,8 @@ inline void finish_positions(const BackwardCall& call, const BackwardPlan& plan,
       const i64 rows = window_length(p, a);
       parallel_for(ceil_div(rows, kRowBlock), call.threads, [&](i64 task, int) {
         const i64 first = task * kRowBlock;
-        gemm(rows_at + first * weight.depth, weight.depth, min_of(kRowBlock, rows - first), weight,
-             [&](i64 row, i64 column, vec v, i64 lanes) { store_first(result + (first + row) * d + column, v, lanes); });
+        gemm(rows_at + first * weight.depth, weight.depth, min_of(kRowBlock, rows - first), weight, nullptr,
+             [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(result + (first + row) * d + column, v, lanes); });
       });
     };
     product(sums.query, query, wanted.q_pos);
