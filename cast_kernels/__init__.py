@@ -7,7 +7,7 @@ from cast_kernels import backends, reference
 from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain
 from cast_kernels.ops.bcast import bcast
-from cast_kernels.problem import DIRECTIONS, WINDOWS, Direction, Parameters, Problem, Stream
+from cast_kernels.problem import DIRECTIONS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "Direction",
     "Parameters",
     "Problem",
+    "Recompute",
     "Stream",
     "__version__",
     "backends",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,18 @@ WINDOWS: dict[str, Callable[[int, int], int]] = {
 
 #: The two ways information flows: temporal to spatial, spatial to temporal.
 DIRECTIONS = ("t2s", "s2t")
+
+
+class Recompute(str, Enum):
+    """What backward computes again instead of finding it kept by forward; the gradients' bits do not depend on it.
+
+    Each op's documentation says what the three mean for it, in bytes and in time.
+    """
+
+    NOTHING = "nothing"  # keep every intermediate that backward reads: fastest
+    CHEAP = "cheap"  # keep what is dear to compute and small: the default
+    ALL = "all"  # keep the inputs and no more than row statistics: smallest
+
 
 #: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).
 EPS = 1e-6

@@ -23,6 +23,6 @@ double fma_flops(i64 rounds) {
 CAST_ISA_END
 
 namespace cast::cpu::CAST_ISA {
-const Kernels kernels = {CAST_ISA_NAME,      forward_workspace, bcast_forward,
-                         backward_workspace, bcast_backward,    fma_flops};
+const Kernels kernels = {CAST_ISA_NAME, bcast_packed_size,  bcast_pack,     forward_workspace,
+                         bcast_forward, backward_workspace, bcast_backward, fma_flops};
 }
