@@ -7,16 +7,31 @@ from cast_kernels import backends, reference
 from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain
 from cast_kernels.ops.bcast import bcast
-from cast_kernels.problem import DIRECTIONS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
+from cast_kernels.ops.ffn import ffn
+from cast_kernels.problem import (
+    ACTIVATIONS,
+    DIRECTIONS,
+    WINDOWS,
+    Direction,
+    FFNParameters,
+    FFNProblem,
+    Parameters,
+    Problem,
+    Recompute,
+    Stream,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATIONS",
     "BCAST",
     "DIRECTIONS",
     "WINDOWS",
     "BackendError",
     "Direction",
+    "FFNParameters",
+    "FFNProblem",
     "Parameters",
     "Problem",
     "Recompute",
@@ -25,5 +40,6 @@ __all__ = [
     "backends",
     "bcast",
     "explain",
+    "ffn",
     "reference",
 ]

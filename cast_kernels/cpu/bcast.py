@@ -6,7 +6,6 @@ tensors contiguous and float32, allocates results, keeps packed weights and hand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cast_kernels import _native
 from cast_kernels.cpu import packed
+from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
 from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
 
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
@@ -29,17 +29,7 @@ def can_run(problem: Problem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    if problem.device not in ("cpu", "meta"):
-        return Verdict(False, f"the streams are on {problem.device}; the native core runs on cpu")
-    if problem.autocast is None and problem.dtype not in DTYPES:
-        return Verdict(
-            False, f"the streams are {problem.dtype}; the native core takes {' and '.join(map(str, DTYPES))}"
-        )
-    if _native.CORE is None:
-        return Verdict(False, _native.REASON)
-    if _native.ISA_ERROR:
-        raise ValueError(_native.ISA_ERROR)
-    return Verdict(True, f"native core, {_native.ISA} instructions")
+    return verdict(problem.device, problem.dtype, problem.autocast, DTYPES)
 
 
 def saved_per_clip(problem: Problem, recompute: str) -> int:
@@ -88,20 +78,20 @@ def forward(
     """
     core = _native.core()
     native = _native_problem(core, problem, eps, recompute or "all")
-    alive = _Alive()
-    weights = [alive.address(p) for p in parameters.flat()]
+    alive = Addresses(upcast=True)
+    weights = [alive(p) for p in parameters.flat()]
     if recompute:
         packed.drop(parameters.spatial.down_weight)
         panels = None
     else:
         present = [p for p in parameters.flat() if p is not None and p.ndim == 2]
         panels = packed.get(present, lambda: _pack(core, native, weights))
-    spatial_out = _float32(spatial.shape if problem.t2s_window is not None else (0,))
-    temporal_out = _float32(temporal.shape if problem.s2t_window is not None else (0,))
-    saved = _float32((problem.batch, saved_per_clip(problem, recompute or "all")))
+    spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
+    temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
+    saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
     core.bcast_forward(
-        native, alive.address(spatial), alive.address(temporal), alive.address(spatial_scale),
-        alive.address(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
+        native, alive(spatial), alive(temporal), alive(spatial_scale),
+        alive(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
         _RECOMPUTE_CODES[recompute or "all"], 0 if panels is None else panels.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return spatial_out.to(spatial.dtype), temporal_out.to(temporal.dtype), saved
@@ -132,26 +122,26 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core = _native.core()
-    alive = _Alive()
+    alive = Addresses(upcast=True)
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
     primals = [spatial, temporal, *parameters.flat()]
     # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
     unwritten = {6, 7} if not directions[0] else set()
     unwritten |= {12, 13} if not directions[1] else set()
     grads = [
-        (_zeros if problem.batch == 0 or i in unwritten else _float32)(x.shape) if want and x is not None else None
+        (zeros if problem.batch == 0 or i in unwritten else float32)(x.shape) if want and x is not None else None
         for i, (x, want) in enumerate(zip(primals, wanted, strict=True))
     ]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     core.bcast_backward(
-        _native_problem(core, problem, eps, recompute), alive.address(spatial), alive.address(temporal),
-        alive.address(spatial_scale), alive.address(temporal_scale), [alive.address(p) for p in primals[2:]],
-        alive.address(saved), _RECOMPUTE_CODES[recompute],
-        alive.address(grad_spatial_out if directions[0] else None),
-        alive.address(grad_temporal_out if directions[1] else None),
+        _native_problem(core, problem, eps, recompute), alive(spatial), alive(temporal),
+        alive(spatial_scale), alive(temporal_scale), [alive(p) for p in primals[2:]],
+        alive(saved), _RECOMPUTE_CODES[recompute],
+        alive(grad_spatial_out if directions[0] else None),
+        alive(grad_temporal_out if directions[1] else None),
         addresses[0], addresses[1], addresses[2:], torch.get_num_threads(),
     )  # fmt: skip
-    return [None if g is None else g.to(x.dtype) for g, x in zip(grads, primals, strict=True)]
+    return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, primals, strict=True)]
 
 
 def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> Any:
@@ -165,30 +155,6 @@ def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> 
 
 
 def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
-    panels = _float32((core.bcast_packed_size(native),))
+    panels = float32((core.bcast_packed_size(native),))
     core.bcast_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
     return panels
-
-
-def _float32(shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _zeros(shape: Sequence[int]) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float32, device="cpu")
-
-
-class _Alive:
-    """Contiguous float32 versions of tensors, kept as long as this object, by their addresses."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-
-    def address(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        tensor = tensor.detach().to(torch.float32).contiguous()
-        if tensor.device.type != "cpu":
-            raise TypeError(f"the native core takes tensors on cpu, not on {tensor.device}")
-        self._tensors.append(tensor)
-        return tensor.data_ptr()
