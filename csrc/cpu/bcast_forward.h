@@ -221,9 +221,10 @@ inline void forward_queries(const ForwardRun& run, int direction, i64 task, cons
       const HeadRows matrix{region + layout.query[direction] + head + block.first_index * hd,
                             region + layout.key[direction] + head, region + layout.value[direction] + head,
                             block.indices, window, hd};
-      attend(matrix, scale_log2, scratch, s.a + g * block.indices * d + h * hd, d,
-             run.plan.save ? region + layout.row_max[direction] + statistic : nullptr,
-             run.plan.save ? region + layout.inverse_sum[direction] + statistic : nullptr);
+      attend(matrix, scale_log2, scratch,
+             {s.a + g * block.indices * d + h * hd, d,
+              run.plan.save ? region + layout.row_max[direction] + statistic : nullptr,
+              run.plan.save ? region + layout.inverse_sum[direction] + statistic : nullptr});
     }
   for (i64 r = 0; r < rows; ++r) {
     const i64 token = token_of(p, direction, block.first_group + r / block.indices,

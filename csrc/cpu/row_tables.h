@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "problem.h"
 
 CAST_ISA_BEGIN
 
