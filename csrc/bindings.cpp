@@ -1,12 +1,4 @@
-// Python sees pointers as integers: no torch header, so one build serves every torch version.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
-#include <cstring>
-#include <stdexcept>
-#include <string>
+#include "bindings.h"
 
 #include "cpu/bcast.h"
 #include "cpu/kernels.h"
@@ -16,23 +8,7 @@ using namespace cast::cpu;
 
 namespace {
 
-using Address = std::uintptr_t;
 using Addresses = std::array<Address, 28>;
-
-const float* input(Address a) { return reinterpret_cast<const float*>(a); }
-float* output(Address a) { return reinterpret_cast<float*>(a); }
-
-template <class T>
-T tensors(const Addresses& addresses) {
-  T result;
-  std::memcpy(&result, addresses.data(), sizeof(result));
-  return result;
-}
-
-int checked_threads(int threads) {
-  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1");
-  return threads;
-}
 
 Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck, i64 heads, int t2s_window,
                      int s2t_window, float eps) {
@@ -79,7 +55,7 @@ double fma_ceiling(int threads, double seconds) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native B-CAST kernels on raw pointers.";
+  m.doc() = "Native kernels on raw pointers.";
   py::class_<Problem>(m, "Problem")
       .def(py::init(&make_problem), py::arg("batch"), py::arg("frames"), py::arg("patches"), py::arg("dim"),
            py::arg("bottleneck"), py::arg("heads"), py::arg("t2s_window"), py::arg("s2t_window"), py::arg("eps"));
@@ -91,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("saved"),
         py::arg("grad_spatial_out"), py::arg("grad_temporal_out"), py::arg("grad_spatial"), py::arg("grad_temporal"),
         py::arg("grad_params"), py::arg("threads"));
+  bind_ffn(m);
   m.def("isa", [] { return std::string(selected_kernels().name); },
         "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
   m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");

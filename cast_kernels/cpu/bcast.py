@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
+from cast_kernels.cpu.common import Addresses, verdict
 from cast_kernels.problem import Parameters, Problem, Verdict
 
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
@@ -23,15 +24,7 @@ def can_run(problem: Problem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    if problem.device not in ("cpu", "meta"):
-        return Verdict(False, f"the streams are on {problem.device}; the native core runs on cpu")
-    if problem.autocast is None and problem.dtype != torch.float32:
-        return Verdict(False, f"the streams are {problem.dtype}; the native core computes in torch.float32")
-    if _native.CORE is None:
-        return Verdict(False, _native.REASON)
-    if _native.ISA_ERROR:
-        raise ValueError(_native.ISA_ERROR)
-    return Verdict(True, f"native core, {_native.ISA} instructions")
+    return verdict(problem.device, problem.dtype, problem.autocast)
 
 
 def saved_per_clip(problem: Problem) -> int:
@@ -75,7 +68,7 @@ def forward(
         The streams' outputs (empty for a stream that receives nothing) and `saved` [B, saved_per_clip] (or [B, 0]).
     """
     core = _native.core()
-    inputs = _Addresses()
+    inputs = Addresses()
     spatial_out = torch.empty(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = torch.empty(temporal.shape if problem.s2t_window is not None else (0,))
     saved = torch.empty((problem.batch, saved_per_clip(problem) if save else 0))
@@ -111,7 +104,7 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core = _native.core()
-    inputs = _Addresses()
+    inputs = Addresses()
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
     flat = parameters.flat()
     # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
@@ -140,19 +133,3 @@ def _native_problem(core: Any, problem: Problem, eps: float) -> Any:
     )  # fmt: skip
     assert core.saved_per_clip(native) == saved_per_clip(problem), "the two sides disagree about `saved`"
     return native
-
-
-class _Addresses:
-    """Addresses of contiguous float32 versions of tensors, kept alive as long as this object."""
-
-    def __init__(self) -> None:
-        self._alive: list[Tensor] = []
-
-    def __call__(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        tensor = tensor.detach().contiguous()
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise TypeError(f"the native core takes torch.float32 on cpu, not {tensor.dtype} on {tensor.device}")
-        self._alive.append(tensor)
-        return tensor.data_ptr()

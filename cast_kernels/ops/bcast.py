@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
 from cast_kernels import backends
+from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_shape
 from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
@@ -97,18 +98,12 @@ def pose(
         batch, frames, patches, dim, bottleneck, num_heads,
         windows[0] if parameters.t2s is not None else None,
         windows[1] if parameters.s2t is not None else None,
-        spatial.dtype, spatial.device.type, _autocast_dtype(spatial),
+        spatial.dtype, spatial.device.type, autocast_dtype(spatial),
     )  # fmt: skip
     _check_parameters(problem, parameters)
-    _check_kinds(problem, spatial, temporal, parameters)
+    streams = {"spatial": spatial, "temporal": temporal}
+    check_kinds(streams, parameters.flat(), problem.autocast is not None)
     return problem
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _check_parameters(problem: Problem, parameters: Parameters) -> None:
@@ -128,7 +123,7 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
         if tensors is None:
             continue
         for field, shape in shapes.items():
-            _check_shape(f"{owner}.{field}", getattr(tensors, field), shape)
+            check_shape(f"{owner}.{field}", getattr(tensors, field), shape)
         if window is not None:
             length = WINDOWS[window](problem.frames, problem.patches)
             for field in ("q_pos", "kv_pos"):
@@ -139,29 +134,6 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
                         f"of {problem.patches} patches: a {window!r} window holds {length} tokens of {d} channels, "
                         f"so the table must be {(length, d)}"
                     )
-
-
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is None:
-        raise ValueError(f"{name} is missing; it must be a tensor of shape {shape}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with these streams it must be {shape}")
-
-
-def _check_kinds(problem: Problem, spatial: Tensor, temporal: Tensor, parameters: Parameters) -> None:
-    """One device, one floating dtype. Under autocast the floating dtypes may differ, as for PyTorch's operators."""
-    tensors = [spatial, temporal, *(p for p in parameters.flat() if p is not None)]
-    devices = sorted({str(x.device) for x in tensors})
-    if len(devices) > 1:
-        raise ValueError(f"tensors lie on {' and '.join(devices)}; all streams and parameters must be on one device")
-    dtypes = sorted({str(x.dtype) for x in tensors})
-    if not all(x.is_floating_point() for x in tensors):
-        raise TypeError(f"dtypes are {', '.join(dtypes)}; streams and parameters must be floating point")
-    if problem.autocast is None and len(dtypes) > 1:
-        raise TypeError(
-            f"dtypes are mixed: spatial {spatial.dtype}, temporal {temporal.dtype}, all tensors {', '.join(dtypes)}; "
-            "convert them to one (module.to(dtype)), or run under torch.autocast"
-        )
 
 
 def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like: Tensor) -> Tensor | None:

@@ -1,6 +1,7 @@
 // The table of entry points that one instruction-set level exports.
 #pragma once
 
+#include "ffn_problem.h"
 #include "problem.h"
 
 namespace cast::cpu {
@@ -11,6 +12,10 @@ struct Kernels {
   void (*forward)(const ForwardCall&, float* workspace);
   i64 (*backward_workspace)(const Problem&, int threads);
   void (*backward)(const BackwardCall&, float* workspace);
+  i64 (*ffn_packed_size)(const FFNProblem&);  // floats
+  void (*ffn_pack)(const FFNProblem&, const FFNParameters&, float* to, int threads);
+  i64 (*ffn_forward_workspace)(const FFNProblem&, bool packed, int threads);
+  void (*ffn_forward)(const FFNForwardCall&, float* workspace);
   double (*fma_flops)(i64 rounds);  // does `rounds` rounds of independent multiply-adds; returns their flops
 };
 

@@ -4,11 +4,9 @@
 // inline function could be merged by the linker into its AVX-512 copy and crash an older machine.
 #pragma once
 
-#include <cstdint>
+#include "base.h"
 
 namespace cast::cpu {
-
-using i64 = std::int64_t;
 
 // Streams and the directions that ask from them share an index: direction 0 (t2s) asks from stream 0 (spatial) and
 // is answered by stream 1, direction 1 (s2t) the other way round.
@@ -95,8 +93,6 @@ static inline i64 token_of(const Problem& p, int direction, i64 group, i64 index
   return group * p.patches + index;  // space: (t, n); space-time: group is 0
 }
 
-static inline i64 align16(i64 floats) { return (floats + 15) / 16 * 16; }
-
 // Offsets in floats inside one clip's region. Queries, keys and values lie [group][head][index][head_dim], so one
 // head of one window is one contiguous matrix.
 struct ClipLayout {
@@ -111,12 +107,6 @@ struct ClipLayout {
 
 // Row tiles and vectors may read (never use) up to this much past the last matrix.
 static inline i64 read_slack(const Problem& p) { return 16 * p.bottleneck + 64; }
-
-static inline i64 take(i64& cursor, i64 floats) {
-  const i64 at = cursor;
-  cursor += floats;
-  return at;
-}
 
 // What backward needs of a clip, without gaps up to the slack at the end, which forward zeroes: every float of it is
 // defined. cast_kernels/cpu/bcast.py computes the same total in Python.
