@@ -3,6 +3,7 @@
 #include "bcast_forward.h"
 #include "ffn_forward.h"
 #include "kernels.h"
+#include "self_attention_backward.h"
 
 CAST_ISA_BEGIN
 
@@ -33,5 +34,11 @@ const Kernels kernels = {CAST_ISA_NAME,
                          ffn_pack,
                          ffn_forward_workspace,
                          ffn_forward,
+                         self_attention_packed_floats,
+                         self_attention_pack,
+                         self_attention_workspace,
+                         self_attention_forward,
+                         self_attention_backward_workspace,
+                         self_attention_backward,
                          fma_flops};
 }

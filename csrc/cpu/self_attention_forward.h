@@ -37,7 +37,7 @@ CAST_INLINE SelfQueries self_queries(const SelfAttentionProblem& p, const SelfQu
 struct SelfWeights {
   Panels qkv, proj, down, up;
 };
-CAST_INLINE i64 self_attention_packed(const SelfAttentionProblem& p) {
+CAST_INLINE i64 self_attention_packed_floats(const SelfAttentionProblem& p) {
   return packed_size(p.dim, 3 * p.dim) + packed_size(p.dim, p.dim) + packed_size(p.dim, p.adapter) +
          packed_size(p.adapter, p.dim) + 64;
 }
@@ -92,7 +92,7 @@ CAST_INLINE bool keeps_qkv(const SelfAttentionProblem& p, bool save) { return sa
 
 inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool packed, bool save, int threads) {
   const i64 state = keeps_qkv(p, save) ? 0 : align16(self_group_rows(p) * 3 * p.dim + read_slack(p));
-  return (packed ? 0 : align16(self_attention_packed(p))) + state + self_scratch_size(p) * threads;
+  return (packed ? 0 : align16(self_attention_packed_floats(p))) + state + self_scratch_size(p) * threads;
 }
 
 // Queries, keys and values of `count` rows from `first` on of a group whose input is `x` and whose matrices are `qkv`.
@@ -198,7 +198,7 @@ inline void self_attention_forward(const SelfAttentionForward& call, float* work
   if (!packed) {
     packed = workspace;
     self_attention_pack(p, call.parameters, packed, call.threads);
-    workspace += align16(self_attention_packed(p));
+    workspace += align16(self_attention_packed_floats(p));
   }
   float* state = workspace;
   float* scratch = state + (keep ? 0 : align16(self_group_rows(p) * 3 * D + read_slack(p)));
