@@ -1,7 +1,7 @@
 """What a problem is, op by op: its sizes, and the order in which its parameters travel.
 
 Everything that decides whether and how a backend runs is in the op's problem (:class:`Problem` for B-CAST,
-:class:`FFNProblem`); everything that a kernel reads besides the streams is in its parameters. All backends share both.
+:class:`FFNProblem`, :class:`SelfAttentionProblem`); everything that a kernel reads besides the streams is in its parameters. All backends share both.
 """
 
 from __future__ import annotations
@@ -154,6 +154,39 @@ class FFNProblem:
     hidden: int
     adapter: int  # 0: no adapter
     activation: str
+    recompute: Recompute
+    dtype: torch.dtype
+    device: str  # device type
+    autocast: torch.dtype | None = None
+
+
+class SelfAttentionParameters(NamedTuple):
+    """Parameters of one expert block's self-attention. Without an adapter its four tensors are None.
+
+    The order is that of `csrc/cpu/self_attention.h`.
+    """
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    qkv_weight: Tensor  # [3D, D], queries, keys, values
+    qkv_bias: Tensor | None  # [3D]
+    proj_weight: Tensor  # [D, D]
+    proj_bias: Tensor  # [D]
+    down_weight: Tensor | None = None  # [A, D]
+    down_bias: Tensor | None = None  # [A]
+    up_weight: Tensor | None = None  # [D, A]
+    up_bias: Tensor | None = None  # [D]
+
+
+@dataclass(frozen=True)
+class SelfAttentionProblem:
+    """One self-attention call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
+
+    batch: int
+    tokens: int  # that attend together
+    dim: int
+    num_heads: int
+    adapter: int  # 0: no adapter
     recompute: Recompute
     dtype: torch.dtype
     device: str  # device type
