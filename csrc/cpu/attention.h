@@ -13,7 +13,8 @@ CAST_ISA_BEGIN
 constexpr i64 kKeyBlock = 128;  // P^T of a query block and a panel of values stay in a 32 KiB L1
 constexpr i64 kSumChain = 16;   // terms added before a sum moves up a level: keeps rounding error small
 constexpr int kMaxQueries = kScoreVecs * kLanes;
-constexpr i64 kQueryGroup = (96 + kMaxQueries - 1) / kMaxQueries * kMaxQueries;  // queries that share a block of keys
+// Queries that share a block of keys. With 96 instead of 192, attention over 1568 keys took 3 to 5 % longer.
+constexpr i64 kQueryGroup = (192 + kMaxQueries - 1) / kMaxQueries * kMaxQueries;
 
 struct AttentionScratch {
   float* queries;   // [query block][head_dim][kMaxQueries], scaled

@@ -52,11 +52,7 @@ inline void self_backward_output(const SelfBackwardRun& run, i64 task, float* sc
   if (!self_wanted(run.call).inner) return;
   for (i64 r = 0; r < count; ++r)
     slots[r] = (first + r) / p.tokens * p.tokens * D + (first + r) % p.tokens * hd;
-  const HeadMajorRow heads{hd, p.tokens * hd};
-  gemm(
-      grad, D, count, run.weights.proj, nullptr,
-      [=, to = run.grad_attended](i64 row, i64 column, auto& v, i64 lanes) { heads.put(to + slots[row], column, v, lanes); },
-      [=, to = run.grad_attended](i64 row, i64 column) { heads.prefetch(to + slots[row], column); });
+  to_heads(grad, D, count, run.weights.proj, nullptr, hd, p.tokens * hd, slots, run.grad_attended);
 }
 
 inline void self_backward_attention(const SelfBackwardRun& run, i64 task, float* scratch) {

@@ -13,24 +13,32 @@
 
 CAST_ISA_BEGIN
 
-// How the queries of a group of entries are cut into tasks: several whole entries, or a part of one. A part is a whole
-// query group, the last part also takes what would be less than half of one.
+// How the queries of a group of entries are cut into tasks: several whole entries, or a part of one. Parts are whole
+// query groups, or halves of them where that would leave too few tasks; the last part also takes what would be less than
+// half a part. Results do not depend on the cut: every query is on its own.
 struct SelfQueryCut {
-  i64 entries, parts;
+  i64 entries, part, parts;
 };
-CAST_INLINE SelfQueryCut self_query_cut(const SelfAttentionProblem& p) {
-  if (p.tokens < kQueryGroup) return {kQueryGroup / p.tokens, 1};
-  return {1, (p.tokens + kQueryGroup / 2) / kQueryGroup};
-}
+constexpr i64 kSmallPart = (kQueryGroup / 2 + kMaxQueries - 1) / kMaxQueries * kMaxQueries;
 constexpr i64 kMostQueryRows = (kQueryGroup + kQueryGroup / 2 + kTileRows - 1) / kTileRows * kTileRows;
 static_assert(kMostQueryRows >= kRowBlock, "one buffer serves both phases");
+
+CAST_INLINE SelfQueryCut self_query_cut(const SelfAttentionProblem& p, int threads) {
+  const auto cut = [&](i64 part) {
+    if (p.tokens < part) return SelfQueryCut{part / p.tokens, p.tokens, 1};
+    return SelfQueryCut{1, part, (p.tokens + part / 2) / part};
+  };
+  const SelfQueryCut wide = cut(kQueryGroup);
+  const i64 tasks = ceil_div(entries_in_flight(p), wide.entries) * wide.parts;
+  return tasks >= 4 * threads ? wide : cut(kSmallPart);
+}
 
 struct SelfQueries {
   i64 entry, entries, first, tokens;  // tokens of each entry, from `first`
 };
 CAST_INLINE SelfQueries self_queries(const SelfAttentionProblem& p, const SelfQueryCut& cut, i64 entries, i64 task) {
-  const i64 entry = task / cut.parts * cut.entries, part = task % cut.parts, first = part * kQueryGroup;
-  const i64 end = part == cut.parts - 1 ? p.tokens : first + kQueryGroup;
+  const i64 entry = task / cut.parts * cut.entries, part = task % cut.parts, first = part * cut.part;
+  const i64 end = part == cut.parts - 1 ? p.tokens : first + cut.part;
   return {entry, min_of(cut.entries, entries - entry), first, end - first};
 }
 
@@ -69,22 +77,22 @@ inline void self_attention_pack(const SelfAttentionProblem& p, const SelfAttenti
 
 CAST_INLINE i64 self_group_rows(const SelfAttentionProblem& p) { return entries_in_flight(p) * p.tokens; }
 
-// One thread: row offsets, two [rows, dim] buffers, the adapter's and attention's.
+// One thread: row offsets, [rows, dim] of attention's output, a block of the adapter's rows, attention's scratch.
 struct SelfScratch {
   i64* slots;
   float *a, *b, *hidden, *attention;
 };
 CAST_INLINE i64 self_scratch_size(const SelfAttentionProblem& p) {
-  return align16(2 * kMostQueryRows) + 2 * align16(kMostQueryRows * p.dim) + align16(kMostQueryRows * p.adapter) +
-         attention_scratch_size(head_dim(p)) + 64;
+  return align16(2 * kRowBlock) + align16(kMostQueryRows * p.dim) + align16(kRowBlock * p.dim) +
+         align16(kRowBlock * p.adapter) + attention_scratch_size(head_dim(p)) + 64;
 }
 CAST_INLINE SelfScratch self_scratch(const SelfAttentionProblem& p, float* at) {
   SelfScratch s;
   s.slots = reinterpret_cast<i64*>(at);
-  s.a = at + align16(2 * kMostQueryRows);
+  s.a = at + align16(2 * kRowBlock);
   s.b = s.a + align16(kMostQueryRows * p.dim);
-  s.hidden = s.b + align16(kMostQueryRows * p.dim);
-  s.attention = s.hidden + align16(kMostQueryRows * p.adapter);
+  s.hidden = s.b + align16(kRowBlock * p.dim);
+  s.attention = s.hidden + align16(kRowBlock * p.adapter);
   return s;
 }
 
@@ -93,6 +101,26 @@ CAST_INLINE bool keeps_qkv(const SelfAttentionProblem& p, bool save) { return sa
 inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool packed, bool save, int threads) {
   const i64 state = keeps_qkv(p, save) ? 0 : align16(self_group_rows(p) * 3 * p.dim + read_slack(p));
   return (packed ? 0 : align16(self_attention_packed_floats(p))) + state + self_scratch_size(p) * threads;
+}
+
+// A product whose columns belong to heads, row r at to + slots[r] and `matrix` floats from head to head. Whole panels to
+// a head are multiplied head by head: no division to find a column's place.
+inline void to_heads(const float* a, i64 lda, i64 rows, const Panels& weight, const float* bias, i64 head_dim,
+                     i64 matrix, const i64* slots, float* to) {
+  if (head_dim % kTileColumns == 0) {
+    for (i64 column = 0; column < weight.columns; column += head_dim, to += matrix) {
+      const Panels head{weight.data + column / kTileColumns * weight.panel_stride, weight.depth, head_dim,
+                        weight.panel_stride};
+      gemm(
+          a, lda, rows, head, bias ? bias + column : nullptr,
+          [=](i64 row, i64 c, auto& v, i64 lanes) { store_row(to + slots[row] + c, v, lanes); },
+          [=](i64 row, i64 c) { prefetch_row(to + slots[row] + c); });
+    }
+    return;
+  }
+  const HeadMajorRow heads{head_dim, matrix};
+  gemm(a, lda, rows, weight, bias,
+       [=](i64 row, i64 column, auto& v, i64 lanes) { heads.put(to + slots[row], column, v, lanes); });
 }
 
 // Queries, keys and values of `count` rows from `first` on of a group whose input is `x` and whose matrices are `qkv`.
@@ -108,11 +136,7 @@ inline void project_qkv(const SelfAttentionProblem& p, const SelfAttentionParame
       store_first(normed + r * D + c, normalised(x + row * D, s, w.norm_weight, w.norm_bias, c, D - c), D - c);
     slots[r] = row / p.tokens * p.tokens * 3 * D + row % p.tokens * hd;
   }
-  const HeadMajorRow heads{hd, p.tokens * hd};
-  gemm(
-      normed, D, count, weight, w.qkv_bias,
-      [=](i64 row, i64 column, auto& v, i64 lanes) { heads.put(qkv + slots[row], column, v, lanes); },
-      [=](i64 row, i64 column) { heads.prefetch(qkv + slots[row], column); });
+  to_heads(normed, D, count, weight, w.qkv_bias, hd, p.tokens * hd, slots, qkv);
 }
 
 struct SelfRun {
@@ -144,24 +168,20 @@ inline void attend_heads(const SelfRun& run, const SelfQueries& block, const Sel
     }
 }
 
-inline void self_queries_forward(const SelfRun& run, const SelfQueryCut& cut, i64 task, const SelfScratch& s) {
+// Output projection, adapter and residual of `rows` rows of attention's output, from row `row` of the batch.
+inline void self_output(const SelfRun& run, const float* attended, i64 row, i64 rows, const SelfScratch& s) {
   const SelfAttentionProblem& p = run.call.problem;
   const SelfAttentionParameters& w = run.call.parameters;
-  const SelfQueries block = self_queries(p, cut, run.entries, task);
-  const i64 D = p.dim, A = p.adapter, rows = block.entries * block.tokens;
-  const i64 row = run.first_row() + block.entry * p.tokens + block.first;
+  const i64 D = p.dim, A = p.adapter;
   const float* x = run.call.input + row * D;
   float *y = run.call.output + row * D, *saved = run.call.saved;
   const auto prefetch = [=](i64 r, i64 column) {
     __builtin_prefetch(x + r * D + column);
     prefetch_row(y + r * D + column);
   };
-
-  attend_heads(run, block, s);
-  if (saved) __builtin_memcpy(saved + run.layout.attended + row * D, s.a, sizeof(float) * size_t(rows * D));
   if (!A) {
     gemm(
-        s.a, D, rows, run.weights.proj, w.proj_bias,
+        attended, D, rows, run.weights.proj, w.proj_bias,
         [=](i64 r, i64 column, auto& v, i64 lanes) {
           const i64 at = r * D + column;
           each(v, lanes, [=](i64 c, vec a, i64 n) { store_first(y + at + c, load_first(x + at + c, n) + a, n); });
@@ -169,7 +189,7 @@ inline void self_queries_forward(const SelfRun& run, const SelfQueryCut& cut, i6
         prefetch);
     return;
   }
-  gemm(s.a, D, rows, run.weights.proj, w.proj_bias,
+  gemm(attended, D, rows, run.weights.proj, w.proj_bias,
        [=, to = s.b](i64 r, i64 column, auto& v, i64 lanes) { store_row(to + r * D + column, v, lanes); });
   gemm(s.b, D, rows, run.weights.down, w.down_bias,
        [=, to = s.hidden](i64 r, i64 column, auto& v, i64 lanes) { store_row(to + r * A + column, v, lanes); });
@@ -189,6 +209,19 @@ inline void self_queries_forward(const SelfRun& run, const SelfQueryCut& cut, i6
       prefetch);
 }
 
+inline void self_queries_forward(const SelfRun& run, const SelfQueryCut& cut, i64 task, const SelfScratch& s) {
+  const SelfAttentionProblem& p = run.call.problem;
+  const SelfQueries block = self_queries(p, cut, run.entries, task);
+  const i64 D = p.dim, rows = block.entries * block.tokens;
+  const i64 row = run.first_row() + block.entry * p.tokens + block.first;
+  attend_heads(run, block, s);
+  if (run.call.saved)
+    __builtin_memcpy(run.call.saved + run.layout.attended + row * D, s.a, sizeof(float) * size_t(rows * D));
+  // Blocks of whole tiles, about equal, so that the left operand stays in L2.
+  const i64 step = round_up(ceil_div(rows, ceil_div(rows, kRowBlock)), kTileRows);
+  for (i64 r = 0; r < rows; r += step) self_output(run, s.a + r * D, row + r, min_of(step, rows - r), s);
+}
+
 inline void self_attention_forward(const SelfAttentionForward& call, float* workspace) {
   const SelfAttentionProblem& p = call.problem;
   const SelfAttentionSaved layout = saved_layout(p);
@@ -204,7 +237,7 @@ inline void self_attention_forward(const SelfAttentionForward& call, float* work
   float* scratch = state + (keep ? 0 : align16(self_group_rows(p) * 3 * D + read_slack(p)));
   PackJobs unused{};
   const SelfWeights weights = self_weights(p, call.parameters, packed, unused);
-  const SelfQueryCut cut = self_query_cut(p);
+  const SelfQueryCut cut = self_query_cut(p, call.threads);
   if (call.saved)
     __builtin_memset(call.saved + layout.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));
 
