@@ -16,6 +16,8 @@ struct Kernels {
   void (*ffn_pack)(const FFNProblem&, const FFNParameters&, float* to, int threads);
   i64 (*ffn_forward_workspace)(const FFNProblem&, bool packed, int threads);
   void (*ffn_forward)(const FFNForwardCall&, float* workspace);
+  i64 (*ffn_backward_workspace)(const FFNBackwardCall&);
+  void (*ffn_backward)(const FFNBackwardCall&, float* workspace);
   double (*fma_flops)(i64 rounds);  // does `rounds` rounds of independent multiply-adds; returns their flops
 };
 

@@ -1,6 +1,7 @@
 // Compiled once per instruction-set level with that level's flags and CAST_ISA set to its name.
 #include "bcast_backward.h"
 #include "bcast_forward.h"
+#include "ffn_backward.h"
 #include "ffn_forward.h"
 #include "kernels.h"
 
@@ -33,5 +34,7 @@ const Kernels kernels = {CAST_ISA_NAME,
                          ffn_pack,
                          ffn_forward_workspace,
                          ffn_forward,
+                         ffn_backward_workspace,
+                         ffn_backward,
                          fma_flops};
 }
