@@ -26,6 +26,8 @@ CAST_ISA_END
 
 namespace cast::cpu::CAST_ISA {
 const Kernels kernels = {CAST_ISA_NAME,
+                         bcast_packed_size,
+                         bcast_pack,
                          forward_workspace,
                          bcast_forward,
                          backward_workspace,
