@@ -24,6 +24,18 @@ WINDOWS: dict[str, Callable[[int, int], int]] = {
 #: The two ways information flows: temporal to spatial, spatial to temporal.
 DIRECTIONS = ("t2s", "s2t")
 
+
+class Recompute(str, Enum):
+    """What backward computes again instead of finding it kept by forward; the gradients' bits do not depend on it.
+
+    Each op's documentation says what the three mean for it, in bytes and in time.
+    """
+
+    NOTHING = "nothing"  # keep every intermediate that backward reads: fastest
+    CHEAP = "cheap"  # keep what is dear to compute and small: the default
+    ALL = "all"  # keep the inputs and no more than row statistics: smallest
+
+
 #: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).
 EPS = 1e-6
 
@@ -109,18 +121,6 @@ class Problem:
     @property
     def head_dim(self) -> int:
         return self.bottleneck_dim // self.num_heads
-
-
-class Recompute(str, Enum):
-    """What backward computes again instead of forward keeping it: memory against time, never other bits.
-
-    Each op's documentation says what its three settings keep. Backends that leave this to PyTorch's autograd
-    ignore it.
-    """
-
-    NOTHING = "nothing"  # keep every intermediate that backward reads
-    CHEAP = "cheap"  # keep what is expensive for its size
-    ALL = "all"  # keep the inputs, and at most a few numbers a row
 
 
 #: Activations of the FFN: exact (erf) GELU, and x * sigmoid(1.702 x).

@@ -44,6 +44,14 @@ inline float normalise_row(const float* x, i64 d, const float* gamma, const floa
   return s.rstd;
 }
 
+// n = normed * gamma + beta, with the bits of normalise_row.
+inline void scale_and_shift_row(const float* normed, i64 d, const float* gamma, const float* beta, float* n) {
+  for (i64 c = 0; c < d; c += kLanes) {
+    const i64 lanes = d - c;
+    store_first(n + c, load_first(normed + c, lanes) * load_first(gamma + c, lanes) + load_first(beta + c, lanes), lanes);
+  }
+}
+
 // du = rstd * (g - mean(g) - normed * mean(g * normed)) with g = dn * gamma; dn * normed and dn are added to the
 // partial sums of gamma's and beta's gradients.
 inline void normalise_row_backward(const float* dn, const float* normed, float rstd, i64 d, const float* gamma,

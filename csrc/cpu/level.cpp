@@ -1,6 +1,7 @@
 // Compiled once per instruction-set level with that level's flags and CAST_ISA set to its name.
 #include "bcast_backward.h"
 #include "bcast_forward.h"
+#include "ffn_backward.h"
 #include "ffn_forward.h"
 #include "kernels.h"
 #include "self_attention_backward.h"
@@ -26,6 +27,8 @@ CAST_ISA_END
 
 namespace cast::cpu::CAST_ISA {
 const Kernels kernels = {CAST_ISA_NAME,
+                         bcast_packed_size,
+                         bcast_pack,
                          forward_workspace,
                          bcast_forward,
                          backward_workspace,
@@ -34,6 +37,8 @@ const Kernels kernels = {CAST_ISA_NAME,
                          ffn_pack,
                          ffn_forward_workspace,
                          ffn_forward,
+                         ffn_backward_workspace,
+                         ffn_backward,
                          self_attention_packed_floats,
                          self_attention_pack,
                          self_attention_workspace,
