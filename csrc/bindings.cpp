@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_spatial_out"), py::arg("grad_temporal_out"), py::arg("grad_spatial"), py::arg("grad_temporal"),
         py::arg("grad_params"), py::arg("threads"));
   bind_ffn(m);
+  bind_self_attention(m);
   m.def("isa", [] { return std::string(selected_kernels().name); },
         "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
   m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");

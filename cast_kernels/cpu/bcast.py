@@ -19,9 +19,6 @@ from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
 _RECOMPUTE_CODES = {"nothing": 0, "cheap": 1, "all": 2}
 
-#: What streams and parameters may be; bfloat16 is widened on the way in and rounded once on the way out.
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 def can_run(problem: Problem) -> Verdict:
     """Whether the native core can run the problem, and the reason in words either way.
@@ -29,7 +26,7 @@ def can_run(problem: Problem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    return verdict(problem.device, problem.dtype, problem.autocast, DTYPES)
+    return verdict(problem.device, problem.dtype, problem.autocast)
 
 
 def saved_per_clip(problem: Problem, recompute: str) -> int:
@@ -65,7 +62,7 @@ def forward(
 
     Args:
         problem: the sizes, on the CPU.
-        spatial: [B, T, 1+N, D], any strides and any of :data:`DTYPES`, as are all tensors here.
+        spatial: [B, T, 1+N, D], any strides, float32 or bfloat16, as are all tensors here.
         temporal: [B, T, N, D].
         parameters: as :class:`~cast_kernels.problem.Parameters` describes.
         spatial_scale: [B, 1+N], multiplies the spatial branch, or None.
@@ -81,7 +78,7 @@ def forward(
     """
     core = _native.core()
     native = _native_problem(core, problem, eps, recompute or "all", bf16)
-    alive = Addresses(upcast=True)
+    alive = Addresses()
     weights = [alive(p) for p in parameters.flat()]
     if recompute:
         packed.drop(parameters.spatial.down_weight)
@@ -126,7 +123,7 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core = _native.core()
-    alive = Addresses(upcast=True)
+    alive = Addresses()
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
     primals = [spatial, temporal, *parameters.flat()]
     # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
