@@ -2,8 +2,8 @@
 
     pytest benchmarks/ --benchmark-only -k model
 
-A row's speed-up is taken against `fused=False` of the same group, and shown only if every result (logits; loss and
-every gradient) is within twice that row's error against fp64. All weights are random, nothing is zero.
+A row's speed-up is taken against `fused=False` of the same group, and shown only if every result (logits, and in
+training every gradient) is within twice that row's error against fp64. All weights are random, nothing is zero.
 """
 
 from __future__ import annotations

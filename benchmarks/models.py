@@ -79,21 +79,24 @@ class Training:
         self.call = model if call is None else call
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
-    def backward(self) -> Tensor:
-        """Leave fresh gradients in the parameters; returns the loss."""
+    def backward(self) -> dict[str, Tensor]:
+        """Leave fresh gradients in the parameters; returns the logits by head."""
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.call(self.video)
         loss = torch.stack([F.cross_entropy(logits[name], label) for name, label in self.labels.items()]).sum()
         loss.backward()
-        return loss.detach()
+        return {name: x.detach() for name, x in logits.items()}
 
     def step(self) -> None:
         self.backward()
         self.optimizer.step()
 
     def results(self) -> dict[str, Tensor]:
-        """The loss and every gradient, before any optimiser step."""
-        named = {"loss": self.backward()}
+        """The logits and every gradient, before any optimiser step.
+
+        Not the loss: it is one number, and the error of one number says nothing about the arithmetic behind it.
+        """
+        named = self.backward()
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None
@@ -108,7 +111,7 @@ def exact_logits(variant: str | cast.CASTConfig, video: Tensor) -> dict[str, Ten
 
 
 def exact_training(variant: str | cast.CASTConfig, video: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss and gradients in fp64; each block is computed twice, which keeps memory at one block's activations."""
+    """Logits and gradients in fp64; each block is computed twice, which keeps memory at one block's activations."""
     model = make_model(variant, fused=False).double()
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ import cast_kernels
 RESULTS = Path("runs/benchmarks.json")
 
 #: Packages whose versions a reader must know.
-PACKAGES = ("torch", "openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
+PACKAGES = ("openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
 
 Row = dict[str, Any]
 
@@ -87,6 +87,7 @@ def environment(command: str) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cast_kernels": cast_kernels.__version__,
         "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         **{name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
