@@ -228,7 +228,7 @@ def test_a_process_that_fails_is_a_missing_row(tmp_path: Path, monkeypatch: pyte
     python.write_text("#!/bin/sh\necho first >&2\necho 'MemoryError: too much' >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(Unavailable, match="^MemoryError: too much$"):
+    with pytest.raises(Unavailable, match=r"^MemoryError: too much$"):
         measure_apart("tiny", 2, {"fused": True})
 
 
