@@ -36,7 +36,7 @@ BATCHES = [1, 2, 6]
 #: Work -> samples of each row, at most.
 SAMPLES = {"forward": 15, "forward+backward": 9}
 #: Seconds for all samples of a group; slow groups have fewer samples.
-GROUP_SECONDS = 20.0
+GROUP_SECONDS = 10.0
 
 Streams = tuple[Tensor, Tensor]
 

@@ -38,7 +38,7 @@ GROUPS = {
     "training memory fp32 B=2": [*PLAIN],
 }
 #: Samples of each row, at most, and seconds for all samples of a group.
-SAMPLES, GROUP_SECONDS = 9, 100.0
+SAMPLES, GROUP_SECONDS = 9, 70.0
 
 
 def inference(name: str, video: Tensor, dtype: torch.dtype = torch.float32) -> Candidate:

@@ -20,7 +20,7 @@ from torch import Tensor
 NOISE_CORES = 0.12
 #: One sample repeats its call until this many seconds have passed, so that /proc/stat's 10 ms ticks resolve it.
 SAMPLE_SECONDS = 0.15
-#: A first call that took longer than this is not repeated to learn how long a call takes.
+#: A call that takes longer than this is a sample already the first time, as the machine has no minutes to spare.
 SLOW_SECONDS = 2.0
 
 
@@ -48,7 +48,7 @@ def interleave(
     """Time every step in turn, A B C A B C ..., so that a change of the machine's clock or load meets all alike.
 
     Args:
-        steps: name -> call.
+        steps: name -> call. Every one has been called before, so that nothing is left to compile.
         samples: of each step, at most.
         seconds: that all samples together may take; there are fewer of slow steps, but at least one of each.
 
@@ -56,23 +56,19 @@ def interleave(
         name -> {"min_ms", "median_ms", "samples", "clean", "all_ms"}: minimum and median over clean samples where
         there are at least three of them, else over all; `all_ms` has every sample in the order of measuring.
     """
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     durations = {}
     for name, step in steps.items():
-        durations[name] = _seconds(step)  # compiles, allocates, warms caches
-        if durations[name] < SLOW_SECONDS:
-            durations[name] = _seconds(step)
+        first = _sample(step, 1)
+        if first[0] >= 1e3 * SLOW_SECONDS:
+            seen[name].append(first)
+        durations[name] = (seen[name] or [_sample(step, 1)])[0][0] / 1e3
     repeats = {name: max(1, round(SAMPLE_SECONDS / duration)) for name, duration in durations.items()}
-    per_round = sum(repeats[name] * durations[name] for name in steps)
-    rounds = int(max(1, min(samples, seconds // per_round)))
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    left = seconds - sum(durations[name] for name in steps if seen[name])
+    fit = left // sum(repeats[name] * durations[name] for name in steps)
+    for _ in range(int(max(0 if all(seen.values()) else 1, min(samples, fit)))):
         for name, step in steps.items():
-            busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
-            for _ in range(repeats[name]):
-                step()
-            wall = time.perf_counter() - start
-            others = max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own)) / wall
-            seen[name].append((1e3 * wall / repeats[name], others))
+            seen[name].append(_sample(step, repeats[name]))
     result = {}
     for name, values in seen.items():
         clean = [ms for ms, others in values if others < NOISE_CORES]
@@ -84,10 +80,14 @@ def interleave(
     return result
 
 
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def _sample(step: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Milliseconds of one call, and how many cores other processes kept busy meanwhile."""
+    busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
+    for _ in range(repeats):
+        step()
+    wall = time.perf_counter() - start
+    others = max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own)) / wall
+    return 1e3 * wall / repeats, others
 
 
 @contextmanager

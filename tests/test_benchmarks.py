@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -22,6 +23,7 @@ from cast_kernels.ops.bcast import flops as bcast_flops
 pytest.importorskip("cast_kernels._C", reason="the native core measures the machine's ceiling")
 
 import compare as compare_module
+import measure
 import peers
 from baselines import OneDNNLinears
 from bench_bcast import OURS as BCAST_OURS
@@ -201,8 +203,8 @@ def test_base_model_has_the_paper_s_multiply_adds() -> None:
 
 
 def test_a_training_step_is_more_than_two_forwards_and_less_than_three() -> None:
-    # Frozen weights need no gradient, inputs of every layer do.
-    config = cast.CASTConfig(depth=1)
+    # Frozen weights need no gradient; inputs of every layer do, but of the first block's.
+    config = dataclasses.replace(SMALL, depth=6)
     assert 2 < count_flops(config, 1, training=True) / count_flops(config, 1) < 3
 
 
@@ -238,6 +240,20 @@ def test_slow_steps_get_fewer_samples_but_at_least_one() -> None:
     rows = interleave({"quick": lambda: time.sleep(0.01)}, 3, seconds=10.0)
     assert rows["quick"]["samples"] == len(rows["quick"]["all_ms"]) == 3
     assert rows["quick"]["min_ms"] >= 10
+
+
+def test_a_step_that_takes_seconds_is_not_called_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.01)
+    calls: list[str] = []
+
+    def step(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.02)
+
+    rows = interleave({"a": lambda: step("a"), "b": lambda: step("b")}, 9, seconds=0.05)
+    assert calls == ["a", "b"]
+    assert {row["samples"] for row in rows.values()} == {1}
+    assert all(row["min_ms"] == row["median_ms"] >= 20 for row in rows.values())
 
 
 def test_time_limit_stops_a_loop_and_gives_the_timer_back() -> None:
