@@ -22,6 +22,8 @@ NOISE_CORES = 0.12
 SAMPLE_SECONDS = 0.15
 #: A call that takes longer than this is a sample already the first time, as the machine has no minutes to spare.
 SLOW_SECONDS = 2.0
+#: Samples of each quicker step, whatever the time allowed for the group.
+FEWEST = 3
 
 
 class Unavailable(RuntimeError):
@@ -42,15 +44,14 @@ def _own_seconds() -> float:
     return times.user + times.system
 
 
-def interleave(
-    steps: dict[str, Callable[[], object]], samples: int, seconds: float = float("inf")
-) -> dict[str, dict[str, Any]]:
+def interleave(steps: dict[str, Callable[[], object]], samples: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Time every step in turn, A B C A B C ..., so that a change of the machine's clock or load meets all alike.
 
     Args:
         steps: name -> call. Every one has been called before, so that nothing is left to compile.
         samples: of each step, at most.
-        seconds: that all samples together may take; there are fewer of slow steps, but at least one of each.
+        seconds: that all samples together may take; there are fewer of slow steps, but at least one of those that
+            take longer than :data:`SLOW_SECONDS` and :data:`FEWEST` of the others.
 
     Returns:
         name -> {"min_ms", "median_ms", "samples", "clean", "all_ms"}: minimum and median over clean samples where
@@ -66,9 +67,10 @@ def interleave(
     repeats = {name: max(1, round(SAMPLE_SECONDS / duration)) for name, duration in durations.items()}
     left = seconds - sum(durations[name] for name in steps if seen[name])
     fit = left // sum(repeats[name] * durations[name] for name in steps)
-    for _ in range(int(max(0 if all(seen.values()) else 1, min(samples, fit)))):
-        for name, step in steps.items():
-            seen[name].append(_sample(step, repeats[name]))
+    rounds, quick = int(max(0, min(samples, fit))), [name for name in steps if not seen[name]]
+    for turn in range(max(rounds, min(samples, FEWEST) if quick else 0)):
+        for name in steps if turn < rounds else quick:
+            seen[name].append(_sample(steps[name], repeats[name]))
     result = {}
     for name, values in seen.items():
         clean = [ms for ms, others in values if others < NOISE_CORES]

@@ -233,9 +233,9 @@ def test_a_process_that_fails_is_a_missing_row(tmp_path: Path, monkeypatch: pyte
         measure_apart("tiny", 2, {"fused": True})
 
 
-def test_slow_steps_get_fewer_samples_but_at_least_one() -> None:
-    steps = {"slow": lambda: time.sleep(0.16), "quick": lambda: None}
-    assert {row["samples"] for row in interleave(steps, 9, seconds=0.01).values()} == {1}
+def test_little_time_means_few_samples() -> None:
+    steps = {"long": lambda: time.sleep(0.16), "short": lambda: None}
+    assert {row["samples"] for row in interleave(steps, 9, seconds=0.01).values()} == {measure.FEWEST}
     rows = interleave({"quick": lambda: time.sleep(0.01)}, 3, seconds=10.0)
     assert rows["quick"]["samples"] == len(rows["quick"]["all_ms"]) == 3
     assert rows["quick"]["min_ms"] >= 10
@@ -249,10 +249,11 @@ def test_a_step_that_takes_seconds_is_not_called_for_nothing(monkeypatch: pytest
         calls.append(name)
         time.sleep(0.02)
 
-    rows = interleave({"a": lambda: step("a"), "b": lambda: step("b")}, 9, seconds=0.05)
+    steps = {"a": lambda: step("a"), "b": lambda: step("b"), "quick": lambda: None}
+    rows = interleave(steps, 9, seconds=0.05)
     assert calls == ["a", "b"]
-    assert {row["samples"] for row in rows.values()} == {1}
-    assert all(row["min_ms"] == row["median_ms"] >= 20 for row in rows.values())
+    assert [row["samples"] for row in rows.values()] == [1, 1, measure.FEWEST]
+    assert all(rows[name]["min_ms"] == rows[name]["median_ms"] >= 20 for name in "ab")
 
 
 def test_time_limit_stops_a_loop_and_gives_the_timer_back() -> None:
