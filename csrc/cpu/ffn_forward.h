@@ -15,7 +15,7 @@ struct FFNForwardPlan {
 };
 
 inline FFNForwardPlan plan_ffn_forward(const FFNProblem& p, bool packed) {
-  FFNForwardPlan plan{ffn_cut(p, 2, 1), packed ? 0 : ffn_packed_size(p), 0};
+  FFNForwardPlan plan{ffn_cut(p), packed ? 0 : ffn_packed_size(p), 0};
   const i64 rows = plan.cut.rows;
   plan.scratch = 2 * align16(rows * p.dim) + align16(rows * kHiddenChunk) + align16(rows) + 64;
   return plan;
