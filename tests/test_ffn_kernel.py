@@ -23,7 +23,7 @@ from cast_kernels.ops.ffn import pose
 
 pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: {_native.REASON}")
 
-ORDER = ["baseline", "avx2", "avx512"]
+ORDER = ["baseline", "avx2", "avx512", "avx512_bf16"]
 BUILT = _native.CORE.built_levels().split(",") if _native.CORE is not None else []
 USABLE = [level for level in BUILT if ORDER.index(level) <= ORDER.index(_native.ISA)]
 

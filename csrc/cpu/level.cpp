@@ -4,6 +4,7 @@
 #include "ffn_backward.h"
 #include "ffn_forward.h"
 #include "kernels.h"
+#include "self_attention_backward.h"
 
 CAST_ISA_BEGIN
 
@@ -38,5 +39,11 @@ const Kernels kernels = {CAST_ISA_NAME,
                          ffn_forward,
                          ffn_backward_workspace,
                          ffn_backward,
+                         self_attention_packed_floats,
+                         self_attention_pack,
+                         self_attention_workspace,
+                         self_attention_forward,
+                         self_attention_backward_workspace,
+                         self_attention_backward,
                          fma_flops};
 }
