@@ -17,8 +17,8 @@ struct FFNCut {
   i64 rows, tasks;
 };
 
-// Measured with one thread on a busy Zen 3 (512 KiB), forward at D = 768, F = 3072, A = 192, in GFLOP/s: 87 for 30 rows,
-// 91 for 48 and for 96; 90 with chunks of 192 columns. More rows would leave fewer tasks to balance threads with.
+// Measured with one thread on a busy Zen 3 (512 KiB), forward at D = 768, F = 3072, A = 192, in GFLOP/s: 87 for 30
+// rows, 91 for 48 and for 96; 90 with chunks of 192 columns. More rows would leave fewer tasks to balance threads with.
 CAST_INLINE FFNCut ffn_cut(const FFNProblem& p) {
 #if defined(__AVX512F__)
   constexpr i64 cache = 768 * 1024 / 4;
