@@ -22,8 +22,8 @@ CAST_INLINE i64 layer_gradient_tasks(const LayerGradient& g) {
   return g.bias ? ceil_div(g.outs, kOutBlock) : 0;
 }
 
-// Task `task` of the layer's gradient, (+)= over `rows` rows. value_at(row, column, lanes) is the layer's input, a vector
-// of which `lanes` count; `add` is false for the first rows of all; `scratch` holds weight_scratch_size() floats.
+// Task `task` of the layer's gradient, (+)= over `rows` rows. value_at(row, column, lanes) is the layer's input, a
+// vector of which `lanes` count; `add` is false for the first rows of all; `scratch` holds weight_scratch_size() floats.
 template <class ValueAt>
 void add_layer_gradient(const LayerGradient& g, i64 rows, i64 task, bool add, float* scratch, const ValueAt& value_at) {
   const WeightScratch s = weight_scratch(scratch);
