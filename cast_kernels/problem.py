@@ -1,7 +1,8 @@
 """What a problem is, op by op: its sizes, and the order in which its parameters travel.
 
 Everything that decides whether and how a backend runs is in the op's problem (:class:`Problem` for B-CAST,
-:class:`FFNProblem`, :class:`SelfAttentionProblem`); everything that a kernel reads besides the streams is in its parameters. All backends share both.
+:class:`FFNProblem`, :class:`SelfAttentionProblem`); everything that a kernel reads besides the streams is in its
+parameters. All backends share both.
 """
 
 from __future__ import annotations
