@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -26,15 +26,15 @@ WINDOWS: dict[str, Callable[[int, int], int]] = {
 DIRECTIONS = ("t2s", "s2t")
 
 
-class Recompute(str, Enum):
-    """What backward computes again instead of finding it kept by forward; the gradients' bits do not depend on it.
+class Recompute(StrEnum):
+    """What backward computes again instead of finding it kept by forward: memory against time, never other bits.
 
-    Each op's documentation says what the three mean for it, in bytes and in time.
+    Each op's documentation says what the three mean for it. Backends that leave this to PyTorch's autograd ignore it.
     """
 
     NOTHING = "nothing"  # keep every intermediate that backward reads: fastest
-    CHEAP = "cheap"  # keep what is dear to compute and small: the default
-    ALL = "all"  # keep the inputs and no more than row statistics: smallest
+    CHEAP = "cheap"  # keep what is dear to compute for its size: the default
+    ALL = "all"  # keep the inputs and no more than a few numbers a row: smallest
 
 
 #: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).

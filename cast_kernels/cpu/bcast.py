@@ -56,6 +56,7 @@ def forward(
     temporal_scale: Tensor | None,
     eps: float,
     recompute: str,
+    bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both streams with their branch added, and what backward needs.
 
@@ -68,27 +69,29 @@ def forward(
         temporal_scale: [B, 1], multiplies the temporal branch, or None.
         eps: LayerNorm epsilon.
         recompute: a value of :class:`~cast_kernels.problem.Recompute`, or "" where no backward will follow.
+        bf16: whether dense products may round their operands to bfloat16; only processors with instructions for
+            it make use of that.
 
     Returns:
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
         [B, saved_per_clip], float32.
     """
     core = _native.core()
-    native = _native_problem(core, problem, eps, recompute or "all")
-    inputs = Addresses()
-    weights = [inputs(p) for p in parameters.flat()]
+    native = _native_problem(core, problem, eps, recompute or "all", bf16)
+    alive = Addresses()
+    weights = [alive(p) for p in parameters.flat()]
     if recompute:
         packed.drop(parameters.spatial.down_weight)
         panels = None
     else:
         present = [p for p in parameters.flat() if p is not None and p.ndim == 2]
-        panels = packed.get(present, lambda: _pack(core, native, weights))
+        panels = packed.get(present, bf16, lambda: _pack(core, native, weights))
     spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
     saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
     core.bcast_forward(
-        native, inputs(spatial), inputs(temporal), inputs(spatial_scale),
-        inputs(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
+        native, alive(spatial), alive(temporal), alive(spatial_scale),
+        alive(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
         _RECOMPUTE_CODES[recompute or "all"], 0 if panels is None else panels.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return spatial_out.to(spatial.dtype), temporal_out.to(temporal.dtype), saved
@@ -104,6 +107,7 @@ def backward(
     temporal_scale: Tensor | None,
     eps: float,
     recompute: str,
+    bf16: bool,
     grad_spatial_out: Tensor,
     grad_temporal_out: Tensor,
     wanted: tuple[bool, ...],
@@ -119,7 +123,7 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core = _native.core()
-    inputs = Addresses()
+    alive = Addresses()
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
     primals = [spatial, temporal, *parameters.flat()]
     # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
@@ -131,20 +135,20 @@ def backward(
     ]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     core.bcast_backward(
-        _native_problem(core, problem, eps, recompute), inputs(spatial), inputs(temporal),
-        inputs(spatial_scale), inputs(temporal_scale), [inputs(p) for p in primals[2:]],
-        inputs(saved), _RECOMPUTE_CODES[recompute],
-        inputs(grad_spatial_out if directions[0] else None),
-        inputs(grad_temporal_out if directions[1] else None),
+        _native_problem(core, problem, eps, recompute, bf16), alive(spatial), alive(temporal),
+        alive(spatial_scale), alive(temporal_scale), [alive(p) for p in primals[2:]],
+        alive(saved), _RECOMPUTE_CODES[recompute],
+        alive(grad_spatial_out if directions[0] else None),
+        alive(grad_temporal_out if directions[1] else None),
         addresses[0], addresses[1], addresses[2:], torch.get_num_threads(),
     )  # fmt: skip
     return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, primals, strict=True)]
 
 
-def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> Any:
+def _native_problem(core: Any, problem: Problem, eps: float, recompute: str, bf16: bool) -> Any:
     native = core.Problem(
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
-        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps,
+        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps, bf16,
     )  # fmt: skip
     native_size = core.saved_per_clip(native, _RECOMPUTE_CODES[recompute])
     assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"

@@ -40,6 +40,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 
 // The best level that this processor, the build and CAST_KERNELS_CPU_ISA allow. Throws std::invalid_argument for an
 // unknown value of the variable.

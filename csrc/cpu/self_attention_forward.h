@@ -107,10 +107,9 @@ inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool packed, 
 // a head are multiplied head by head: no division to find a column's place.
 inline void to_heads(const float* a, i64 lda, i64 rows, const Panels& weight, const float* bias, i64 head_dim,
                      i64 matrix, const i64* slots, float* to) {
-  if (head_dim % kTileColumns == 0) {
+  if (head_dim % kTileColumns == 0 && !weight.bf16) {  // in bfloat16, `a` would be rounded once a head
     for (i64 column = 0; column < weight.columns; column += head_dim, to += matrix) {
-      const Panels head{weight.data + column / kTileColumns * weight.panel_stride, weight.depth, head_dim,
-                        weight.panel_stride};
+      const Panels head = column_slice(weight, column, head_dim);
       gemm(
           a, lda, rows, head, bias ? bias + column : nullptr,
           [=](i64 row, i64 c, auto& v, i64 lanes) { store_row(to + slots[row] + c, v, lanes); },
