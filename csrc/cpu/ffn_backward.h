@@ -156,14 +156,15 @@ inline FFNSums list_ffn_sums(const FFNBackwardRun& run) {
     const auto& wanted = run.call.gradients.branch[b];
     if (!p.width[b]) continue;
     sums.in[b] = {p.width[b],  p.dim,   wanted.in_weight, wanted.in_bias, run.stage + run.plan.stage.grad[b],
-                  p.width[b], nullptr};
+                  p.width[b], nullptr, p.bf16};
     sums.out[b] = {p.dim,
                    p.width[b],
                    wanted.out_weight,
                    wanted.out_bias,
                    run.call.grad_y + first * p.dim,
                    p.dim,
-                   b == kAdapter ? run.stage + run.plan.stage.factor : nullptr};
+                   b == kAdapter ? run.stage + run.plan.stage.factor : nullptr,
+                   p.bf16};
     sums.tasks += layer_gradient_tasks(sums.in[b]) + layer_gradient_tasks(sums.out[b]);
   }
   sums.tasks += run.call.gradients.norm_weight || run.call.gradients.norm_bias;

@@ -68,8 +68,9 @@ inline FFNForwardWeights ffn_forward_weights(const FFNProblem& p, const FFNParam
                                              PackJobs* jobs) {
   FFNForwardWeights w{};
   const auto next = [&](i64 depth, i64 columns, const float* weight) {
-    const Panels panels{packed, depth, columns, depth * kTileColumns, false};
-    if (jobs) add_pack_job(*jobs, weight, const_cast<float*>(packed), depth, columns, depth * kTileColumns, true);
+    const Panels panels{packed, depth, columns, depth * kTileColumns, kHasBf16 && p.bf16};
+    if (jobs) add_pack_job(*jobs, weight, const_cast<float*>(packed), depth, columns, depth * kTileColumns, true,
+                            panels.bf16);
     packed += packed_size(depth, columns);
     return panels;
   };

@@ -99,10 +99,10 @@ inline LayerGradient self_layer(const SelfBackwardRun& run, int which) {
   const SelfAttentionProblem& p = run.call.problem;
   const SelfAttentionGradients& g = run.call.gradients;
   const i64 D = p.dim, A = p.adapter;
-  if (which == kSelfQkv) return {3 * D, D, g.qkv_weight, g.qkv_bias, run.grad_qkv, 3 * D, nullptr};
-  if (which == kSelfProj) return {D, D, g.proj_weight, g.proj_bias, run.da(), D, nullptr};
-  if (which == kSelfDown) return {A, D, g.down_weight, g.down_bias, run.grad_hidden, A, nullptr};
-  return {D, A, g.up_weight, g.up_bias, run.grad_output, D, nullptr};
+  if (which == kSelfQkv) return {3 * D, D, g.qkv_weight, g.qkv_bias, run.grad_qkv, 3 * D, nullptr, p.bf16};
+  if (which == kSelfProj) return {D, D, g.proj_weight, g.proj_bias, run.da(), D, nullptr, p.bf16};
+  if (which == kSelfDown) return {A, D, g.down_weight, g.down_bias, run.grad_hidden, A, nullptr, p.bf16};
+  return {D, A, g.up_weight, g.up_bias, run.grad_output, D, nullptr, p.bf16};
 }
 
 inline void self_sum_layer(const SelfBackwardRun& run, int which, i64 task, float* scratch) {
