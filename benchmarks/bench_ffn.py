@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from measure import bytes_kept_for_backward, interleave, rms_error
+from compare import Candidate, compare
+from measure import bytes_kept_for_backward
+from report import recorded_time, replay
 from torch import Tensor
 
 import cast_kernels
-from cast_kernels import _C, FFNParameters
+from cast_kernels import FFNParameters
 
 ROWS, DIM, HIDDEN, ADAPTER = 1568, 768, 3072, 192
 BASELINE = "eager"
@@ -29,6 +31,8 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "cast_kernels, cpu, recompute nothing": partial(cast_kernels.ffn, backend="cpu", recompute="nothing"),
 }
 SAMPLES = {"forward": 9, "forward+backward": 7}
+#: That the samples of one group may take together.
+GROUP_SECONDS = 120.0
 #: Forward's products; with backward, twice the adapter's and once the frozen FFN's on top.
 FORWARD_FLOPS = 4 * ROWS * DIM * (HIDDEN + ADAPTER)
 FLOPS = {"forward": FORWARD_FLOPS, "forward+backward": 2 * FORWARD_FLOPS + 4 * ROWS * DIM * ADAPTER}
@@ -71,58 +75,57 @@ class Variant:
     def forward_backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.training_forward(), [self.x, *self.trained], self.grad)
 
-    def results(self) -> dict[str, Tensor]:
-        grads = {f"grad.{i}": grad for i, grad in enumerate(self.forward_backward())}
-        return {"y": self.forward()} | grads
+    def results(self, backward: bool) -> dict[str, Tensor]:
+        named = {"y": self.forward()}
+        if backward:
+            named |= {f"grad.{i}": grad for i, grad in enumerate(self.forward_backward())}
+        return named
+
+    def kept_mib(self) -> float:
+        """MiB that autograd keeps from forward to backward, the input included, parameters not."""
+        return bytes_kept_for_backward(self.training_forward, self.weights) / 2**20
 
 
 def _reference(x: Tensor, parameters: FFNParameters, **arguments: Any) -> Tensor:
     return cast_kernels.reference.ffn(x, parameters, **arguments)
 
 
+def build(name: str, activation: str, backward: bool) -> Candidate:
+    """One row's candidate; all rows have the same weights and inputs."""
+    variant = Variant(CALLS[name], torch.float32, activation)
+    step = variant.forward_backward if backward else variant.forward
+    return Candidate(step, partial(variant.results, backward), variant.kept_mib if backward else None)
+
+
 @cache
 def measure_group(activation: str, work: str) -> dict[str, dict[str, Any]]:
-    """All variants of one activation and one kind of work, interleaved: name -> row of the table."""
-    variants = {name: Variant(call, torch.float32, activation) for name, call in CALLS.items()}
-    exact = Variant(_reference, torch.float64, activation).results()
-    errors = {name: rms_error(variant.results(), exact) for name, variant in variants.items()}
+    """All rows of one activation and one kind of work, interleaved: name -> row of the table."""
     backward = work == "forward+backward"
-    # Before and after, the best of several: a neighbour that takes a core for a moment must not lower the ceiling.
-    ceilings = [_C.measure_fma_ceiling(torch.get_num_threads(), 0.2) for _ in range(3)]
-    steps: dict[str, Callable[[], object]] = {
-        name: v.forward_backward if backward else v.forward for name, v in variants.items()
+    exact = Variant(_reference, torch.float64, activation).results(backward)
+    builders: dict[str, Callable[[], Candidate]] = {
+        name: partial(build, name, activation, backward) for name in rows_of(work)
     }
-    times = interleave(steps, SAMPLES[work])
-    ceiling = max(ceilings + [_C.measure_fma_ceiling(torch.get_num_threads(), 0.2) for _ in range(3)])
-    rows: dict[str, dict[str, Any]] = {}
-    for name, variant in variants.items():
-        gflops = FLOPS[work] / times[name]["median_ms"] / 1e6
-        worst = max(e / errors[BASELINE][k] for k, e in errors[name].items())
-        kept = bytes_kept_for_backward(variant.training_forward, variant.weights) / 2**20 if backward else None
-        rows[name] = times[name] | {
-            "speedup": times[BASELINE]["median_ms"] / times[name]["median_ms"] if worst <= 2 else None,
-            "gflops": gflops,
-            "of_ceiling": gflops / ceiling,
-            "ceiling_gflops": ceiling,
-            "kept_mib": kept,
-            "error": errors[name]["y"],
-            "worst_error_over_eager": worst,
-            "correct": worst <= 2,
-        }
-    return rows
+    return compare(builders, exact, BASELINE, FLOPS[work], SAMPLES[work], GROUP_SECONDS)
+
+
+def rows_of(work: str) -> list[str]:
+    """Forward alone keeps nothing, whatever `recompute` says."""
+    return [name for name in CALLS if work != "forward" or "recompute" not in name]
+
+
+ROWS_OF_ALL = [(a, work, name) for a in cast_kernels.ACTIVATIONS for work in SAMPLES for name in rows_of(work)]
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", list(CALLS))
-@pytest.mark.parametrize("work", list(SAMPLES))
-@pytest.mark.parametrize("activation", cast_kernels.ACTIVATIONS)
+@pytest.mark.benchmark(timer=recorded_time)
+@pytest.mark.parametrize(("activation", "work", "name"), ROWS_OF_ALL)
 def test_ffn(activation: str, work: str, name: str, benchmark: Any, report: Any) -> None:
-    """One row. Its figures come from its group's interleaved run; pytest-benchmark then times it alone as well."""
+    """One row of its group's interleaved run."""
     row = measure_group(activation, work)[name]
-    report.add(f"FFN 768/3072, adapter 192, {ROWS} rows, fp32, {activation}, {work}", name, row)
+    report.add(f"ffn {activation} {work}: 768/3072, adapter 192, {ROWS} rows, fp32", name, row)
     benchmark.group = f"ffn {activation} {work}"
-    benchmark.extra_info.update(row)
-    variant = Variant(CALLS[name], torch.float32, activation)
-    benchmark.pedantic(variant.forward_backward if "backward" in work else variant.forward, rounds=3, warmup_rounds=1)
+    replay(benchmark, row)
+    if "missing" in row:
+        pytest.skip(row["missing"])
     if name.startswith("cast_kernels"):  # a peer that misses the bound is shown without a speed-up; we must not miss it
         assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times eager's"

@@ -44,19 +44,22 @@ def test_reference_gradcheck(activation: str) -> None:
     assert torch.autograd.gradcheck(call, (case.x(torch.float64, grad=True), *flat), fast_mode=True)
 
 
-def test_the_reference_is_the_block_of_the_model() -> None:
-    """What CAST's expert blocks compute around `clip_mlp` and `S_MLP_Adapter`."""
-    from cast.layers import Adapter, CLIPMlp
-
+def test_the_reference_is_the_published_block() -> None:
+    """CLIP's block as published: modules in sequence, the adapter on the same normalised rows at half its size."""
     case = Case(activation="quick_gelu")
     p = case.parameters(torch.float64)
-    mlp, adapter = CLIPMlp(33, 35).double(), Adapter(33, 5).double()
+    norm, first, second, down, up = (
+        torch.nn.LayerNorm(33), torch.nn.Linear(33, 35), torch.nn.Linear(35, 33), torch.nn.Linear(33, 5),
+        torch.nn.Linear(5, 33),
+    )  # fmt: skip
+    modules = torch.nn.ModuleList([norm, first, second, down, up]).double()
     with torch.no_grad():
-        for parameter, value in zip([*mlp.parameters(), *adapter.parameters()], p[2:], strict=True):
+        for parameter, value in zip(modules.parameters(), p, strict=True):
             parameter.copy_(value)
         x = case.x(torch.float64)
-        normed = torch.nn.functional.layer_norm(x, (33,), p.norm_weight, p.norm_bias, 1e-5)
-        expected = x + mlp(normed) + 0.5 * adapter(normed)
+        hidden = first(norm(x))
+        expected = x + second(hidden * torch.sigmoid(1.702 * hidden))
+        expected = expected + 0.5 * up(torch.nn.GELU()(down(norm(x))))
     ours = cast_kernels.reference.ffn(x, p, activation="quick_gelu", eps=1e-5)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
