@@ -66,7 +66,7 @@ def forward(
         panels = None
     else:
         matrices = (parameters.qkv_weight, parameters.proj_weight, parameters.down_weight, parameters.up_weight)
-        panels = packed.get([m for m in matrices if m is not None], lambda: _pack(core, native, weights))
+        panels = packed.get([m for m in matrices if m is not None], False, lambda: _pack(core, native, weights))
     y = float32(x.shape)
     # An empty batch runs no kernel that would write the little that is kept whatever the batch.
     saved = (zeros if problem.batch == 0 else float32)((saved_size(problem) if save else 0,))
