@@ -266,7 +266,18 @@ def operator_arguments(case: Case, backend: str, grad: bool, recompute: str, dty
     x = case.x(dtype, grad)
     flat = [torch.empty(0, dtype=dtype) if p is None else p for p in case.parameters(dtype, grad)]
     kept = cpu_ffn.saved_per_row(pose(x, case.parameters(dtype), case.activation, recompute)) if grad else 0
-    return (x, flat, case.row_scale(dtype), case.activation, 1e-5, 0.5, recompute, kept, backend)
+    return (
+        x,
+        flat,
+        case.row_scale(dtype),
+        case.activation,
+        1e-5,
+        0.5,
+        recompute,
+        dtype == torch.bfloat16,
+        kept,
+        backend,
+    )
 
 
 @kernels

@@ -38,22 +38,19 @@ def test_reference_gradcheck(adapter: int) -> None:
     assert torch.autograd.gradcheck(call, (case.x(torch.float64, grad=True), *flat), fast_mode=True)
 
 
-def test_reference_is_the_block_of_the_model() -> None:
-    """Attention and adapter as `cast.layers` has them, under the published parameter names."""
-    from cast.layers import Adapter, CLIPAttention
-
-    case, attention, adapter = Case(), CLIPAttention(40, 5), Adapter(40, 27)
+def test_reference_is_what_pytorchs_modules_make_of_it() -> None:
+    case = Case()
+    attention = torch.nn.MultiheadAttention(40, 5, batch_first=True)
     p = case.parameters()
     attention.load_state_dict(
         {"in_proj_weight": p.qkv_weight, "in_proj_bias": p.qkv_bias, "out_proj.weight": p.proj_weight,
          "out_proj.bias": p.proj_bias}
     )  # fmt: skip
-    adapter.load_state_dict(
-        {"D_fc1.weight": p.down_weight, "D_fc1.bias": p.down_bias, "D_fc2.weight": p.up_weight, "D_fc2.bias": p.up_bias}
-    )
     x = case.x()
-    attended = attention(torch.nn.functional.layer_norm(x, (40,), p.norm_weight, p.norm_bias, 1e-5))
-    want = x + attended + adapter(attended)
+    normed = torch.nn.functional.layer_norm(x, (40,), p.norm_weight, p.norm_bias, 1e-5)
+    attended = attention(normed, normed, normed, need_weights=False)[0]
+    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(attended, p.down_weight, p.down_bias))
+    want = x + attended + torch.nn.functional.linear(hidden, p.up_weight, p.up_bias)
     torch.testing.assert_close(cast_kernels.reference.self_attention(x, p, num_heads=5, eps=1e-5), want)
 
 
@@ -187,7 +184,7 @@ def test_subsets_get_the_same_gradients(backend: str, recompute: str, wanted: tu
 def test_opcheck(backend: str, case: Case, grad: bool, recompute: str) -> None:
     flat = [torch.empty(0) if p is None else p.requires_grad_(grad) for p in case.parameters()]
     kept = cpu.saved_size(case.problem(recompute)) if grad else 0
-    arguments = (case.x(grad=grad), flat, case.heads, 1e-5, recompute, kept, backend)
+    arguments = (case.x(grad=grad), flat, case.heads, 1e-5, recompute, False, kept, backend)
     torch.library.opcheck(torch.ops.cast_kernels.self_attention, arguments, atol=1e-5, rtol=1e-4)
 
 

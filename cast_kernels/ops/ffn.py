@@ -161,7 +161,7 @@ def _run_kernel(
     eps: float,
     adapter_scale: float,
 ) -> Tensor:
-    """Call the registered operator on x [rows, D]; under autocast kernels take tensors of several dtypes as they are."""
+    """Call the registered operator on x [rows, D]; under autocast dtypes may be mixed."""
     absent = x.new_empty(0)
     flat = [absent if p is None else p for p in parameters]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))

@@ -120,8 +120,8 @@ def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
 
 _LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "self_attention(Tensor x, Tensor[] parameters, int num_heads, float eps, str recompute, bool bf16, SymInt kept, str backend) "
-    "-> (Tensor, Tensor)",
+    "self_attention(Tensor x, Tensor[] parameters, int num_heads, float eps, str recompute, bool bf16, SymInt kept, "
+    "str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
