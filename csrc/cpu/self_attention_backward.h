@@ -155,12 +155,15 @@ inline void self_attention_backward(const SelfAttentionBackward& call, float* wo
   for (i64 first = 0; first < p.batch; first += entries_in_flight(p)) {
     const SelfBackwardRun run = self_backward_run(call, weights, stage, first);
     const i64 blocks = ceil_div(run.rows, kRowBlock);
+    // Lambdas, not function names: a call through a pointer could throw for all the compiler knows, and the level would
+    // refer to the C++ runtime's symbols.
     const auto phase = [&](i64 tasks, const auto& body) {
-      parallel_for(tasks, call.threads, [&](i64 task, int thread) { body(run, task, scratch + thread * scratch_size); });
+      parallel_for(tasks, call.threads, [&](i64 task, int thread) { body(task, scratch + thread * scratch_size); });
     };
-    phase(blocks, self_backward_output);
-    if (wanted.inner) phase(run.entries * p.heads, self_backward_attention);
-    if (wanted.norm) phase(blocks, self_backward_input);
+    phase(blocks, [&](i64 task, float* own) { self_backward_output(run, task, own); });
+    if (wanted.inner)
+      phase(run.entries * p.heads, [&](i64 task, float* own) { self_backward_attention(run, task, own); });
+    if (wanted.norm) phase(blocks, [&](i64 task, float* own) { self_backward_input(run, task, own); });
     self_backward_sums(run, scratch, scratch_size);
   }
 }
