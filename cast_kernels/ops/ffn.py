@@ -251,7 +251,7 @@ def _forward_flops(x: Any, parameters: Any, *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.cast_kernels.ffn_backward)
 def _backward_flops(
     x: Any, parameters: Any, saved: Any, row_scale: Any, grad_y: Any, activation: Any, eps: Any, adapter_scale: Any,
-    recompute: Any, wanted: Any, *_: Any, **__: Any,
+    recompute: Any, bf16: Any, wanted: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
     rows, dim = x

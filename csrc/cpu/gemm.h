@@ -144,7 +144,7 @@ CAST_INLINE Panels depth_slice(const Panels& p, i64 first, i64 depth) {
 
 // Longest chain of additions into one accumulator: sums of longer depth are made of several chains, which brings the
 // rounding error to that of blocked library GEMMs.
-constexpr i64 kDepthBlock = 384;
+constexpr i64 kDepthBlock = 256;
 
 // The tile as the sum of chains, product(acc, start, first depth, depth) each, added in memory that stays in L1.
 template <class Product>
