@@ -55,6 +55,7 @@ __attribute__((noinline)) void score_keys(const float* keys, i64 count, i64 head
   constexpr i64 width = Vecs * kLanes;
   for (i64 j = 0; j < count; j += rows) {
     vec acc[rows][Vecs];
+    announce_reads(keys + j * head_dim, min_of(rows, count - j), head_dim, head_dim);
     multiply(acc, keys + j * head_dim, head_dim, 1, queries, width, head_dim);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
@@ -73,6 +74,7 @@ __attribute__((noinline)) void weigh_values(const float* weights, i64 queries, c
   for (i64 column = 0; column < head_dim; column += kTileColumns)
     for (i64 i = 0; i < queries; i += rows) {
       vec acc[rows][kTileVecs];
+      announce_reads(values + column, keys, head_dim, min_of(kTileColumns, head_dim - column));
       multiply(acc, weights + i, 1, width, values + column, head_dim, keys);
       emit(acc, i, queries, column, head_dim, out);
     }

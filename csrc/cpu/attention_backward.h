@@ -62,6 +62,7 @@ inline void score_gradients(const HeadGradient& h, i64 first_query, i64 queries,
   for (i64 j = 0; j < keys; j += rows) {
     vec acc[rows][Vecs];
     float* weights = s.weights + j * kScoreStride + column;
+    announce_reads(h.key + (first_key + j) * h.head_dim, min_of(rows, keys - j), h.head_dim, h.head_dim);
     multiply(acc, h.key + (first_key + j) * h.head_dim, h.head_dim, 1, s.queries, width, h.head_dim);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
@@ -72,6 +73,7 @@ inline void score_gradients(const HeadGradient& h, i64 first_query, i64 queries,
         float* at = weights + r * kScoreStride + c * kLanes;
         store(at, exp2(load(at) - maximum[c]) * inverse[c]);
       }
+    announce_reads(h.value + (first_key + j) * h.head_dim, min_of(rows, keys - j), h.head_dim, h.head_dim);
     multiply(acc, h.value + (first_key + j) * h.head_dim, h.head_dim, 1, s.grads, width, h.head_dim);
     float* slopes = s.slopes + j * kScoreStride + column;
 #pragma GCC unroll 8
@@ -101,6 +103,7 @@ inline void small_gemm(const float* left, i64 row_stride, i64 depth_stride, i64 
   for (i64 column = 0; column < columns; column += kTileColumns)
     for (i64 row = 0; row < rows; row += kTileRows) {
       vec acc[kTileRows][kTileVecs];
+      announce_reads(right + column, depth, ldb, min_of(kTileColumns, columns - column));
       multiply(acc, left + row * row_stride, row_stride, depth_stride, right + column, ldb, depth);
       emit(acc, row, rows, column, columns, out);
     }

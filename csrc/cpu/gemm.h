@@ -1,7 +1,7 @@
 // The register tile and the loop over it. Every product of B-CAST, attention included, runs through `multiply`.
 #pragma once
 
-#include "simd.h"
+#include "announce.h"
 
 CAST_ISA_BEGIN
 
@@ -9,8 +9,8 @@ CAST_ISA_BEGIN
 // Strides that are literals at the call fold into the addresses. Measured with one thread: 98 % of the multiply-add
 // ceiling for depth 384 and 768; neither prefetch nor blocking the panel for L1 gained anything.
 template <int R, int C>
-CAST_INLINE void multiply(vec (&acc)[R][C], const vec (&start)[C], const float* a, i64 row_stride, i64 depth_stride,
-                          const float* b, i64 ldb, i64 depth) {
+CAST_TILE void multiply(vec (&acc)[R][C], const vec (&start)[C], const float* a, i64 row_stride, i64 depth_stride,
+                        const float* b, i64 ldb, i64 depth) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -131,6 +131,8 @@ __attribute__((noinline)) void gemm(const float* a, i64 lda, i64 rows, const Pan
     }
     for (i64 row = 0; row < rows; row += kTileRows) {
       const float* left = a + row * lda;
+      announce_reads(left, min_of(kTileRows, rows - row), lda, right.depth);
+      announce_reads(panel, right.depth, kTileColumns, kTileColumns);
       for (i64 r = row; r < min_of(row + kTileRows, rows); ++r) before(r, column);
       vec acc[kTileRows][kTileVecs];
       if (chains == 1)

@@ -1,0 +1,12 @@
+// Every op of the native core, each tested by the file of its name.
+#pragma once
+
+#include "trial.h"
+
+namespace cast::test {
+
+Op bcast_op();
+
+inline std::vector<Op> all_ops() { return {bcast_op()}; }
+
+}  // namespace cast::test
