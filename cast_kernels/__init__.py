@@ -7,22 +7,39 @@ from cast_kernels import backends, reference
 from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain
 from cast_kernels.ops.bcast import bcast
-from cast_kernels.problem import DIRECTIONS, WINDOWS, Direction, Parameters, Problem, Stream
+from cast_kernels.ops.ffn import ffn
+from cast_kernels.problem import (
+    ACTIVATIONS,
+    DIRECTIONS,
+    WINDOWS,
+    Direction,
+    FFNParameters,
+    FFNProblem,
+    Parameters,
+    Problem,
+    Recompute,
+    Stream,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATIONS",
     "BCAST",
     "DIRECTIONS",
     "WINDOWS",
     "BackendError",
     "Direction",
+    "FFNParameters",
+    "FFNProblem",
     "Parameters",
     "Problem",
+    "Recompute",
     "Stream",
     "__version__",
     "backends",
     "bcast",
     "explain",
+    "ffn",
     "reference",
 ]

@@ -1,21 +1,30 @@
-"""Which backend runs a problem, and why not the others: the one place that decides.
+"""Which backend runs a problem, and why not the others: the one place that decides, for every op.
 
-Selection never looks at anything but the :class:`~cast_kernels.problem.Problem`, so what
-:func:`explain` prints is what happens.
+Selection never looks at anything but the problem, so what :func:`explain` prints is what happens. The problem's type
+says which op is asked about.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cast_kernels.cpu.bcast as cpu_bcast
+import cast_kernels.cpu.ffn as cpu_ffn
 import cast_kernels.eager.bcast as eager_bcast
-from cast_kernels.problem import Problem, Verdict
+import cast_kernels.eager.ffn as eager_ffn
+from cast_kernels.problem import FFNProblem, Problem, Verdict
 
 #: Backends in order of preference; "auto" takes the first that can run the problem.
-BACKENDS: dict[str, Callable[[Problem], Verdict]] = {
-    "cpu": cpu_bcast.can_run,
-    "eager": eager_bcast.can_run,
+BACKENDS: tuple[str, ...] = ("cpu", "eager")
+
+#: The problem of any op.
+AnyProblem = Problem | FFNProblem
+
+#: Type of the problem -> backend -> its `can_run`. Every op has every backend: one that cannot run it says so.
+_CAN_RUN: dict[type, dict[str, Callable[[Any], Verdict]]] = {
+    Problem: {"cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
+    FFNProblem: {"cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
 }
 
 
@@ -30,7 +39,7 @@ def check_name(backend: str) -> str:
     return backend
 
 
-def can_run(backend: str, problem: Problem) -> Verdict:
+def can_run(backend: str, problem: AnyProblem) -> Verdict:
     """Whether `backend` can run `problem`, and the reason in words.
 
     Raises:
@@ -38,10 +47,10 @@ def can_run(backend: str, problem: Problem) -> Verdict:
     """
     if check_name(backend) == "auto":
         raise ValueError(f"'auto' is a choice among backends, not one; ask for one of {', '.join(map(repr, BACKENDS))}")
-    return BACKENDS[backend](problem)
+    return _CAN_RUN[type(problem)][backend](problem)
 
 
-def select(backend: str, problem: Problem) -> str:
+def select(backend: str, problem: AnyProblem) -> str:
     """The name of the backend that runs `problem`.
 
     "auto" means the first of :data:`BACKENDS` that can. A named backend is taken or refused, never replaced.
@@ -51,8 +60,8 @@ def select(backend: str, problem: Problem) -> str:
         BackendError: the named backend cannot run the problem; the message says why and what to do.
     """
     if check_name(backend) == "auto":
-        return next(name for name in BACKENDS if BACKENDS[name](problem).ok)
-    verdict = BACKENDS[backend](problem)
+        return next(name for name in BACKENDS if can_run(name, problem).ok)
+    verdict = can_run(backend, problem)
     if not verdict.ok:
         raise BackendError(
             f"backend={backend!r} cannot run this problem: {verdict.reason}. "
@@ -61,11 +70,11 @@ def select(backend: str, problem: Problem) -> str:
     return backend
 
 
-def explain(backend: str, problem: Problem) -> str:
+def explain(backend: str, problem: AnyProblem) -> str:
     """Every backend with yes or no and its reason, and which one `backend` selects, as text."""
     lines = [str(problem)]
-    for name, ask in BACKENDS.items():
-        verdict = ask(problem)
+    for name in BACKENDS:
+        verdict = can_run(name, problem)
         lines.append(f"  {name:<6} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
     try:
         lines.append(f"backend={backend!r} runs: {select(backend, problem)}")

@@ -1,13 +1,14 @@
-"""What a B-CAST problem is: its sizes, its windows, and the order in which its parameters travel.
+"""What a problem is, op by op: its sizes, and the order in which its parameters travel.
 
-Everything that decides whether and how a backend runs is in :class:`Problem`; everything that a kernel
-reads besides the two streams is in :class:`Parameters`. Both are shared by all backends.
+Everything that decides whether and how a backend runs is in the op's problem (:class:`Problem` for B-CAST,
+:class:`FFNProblem`); everything that a kernel reads besides the streams is in its parameters. All backends share both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ WINDOWS: dict[str, Callable[[int, int], int]] = {
 
 #: The two ways information flows: temporal to spatial, spatial to temporal.
 DIRECTIONS = ("t2s", "s2t")
+
 
 #: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).
 EPS = 1e-6
@@ -108,6 +110,55 @@ class Problem:
     @property
     def head_dim(self) -> int:
         return self.bottleneck_dim // self.num_heads
+
+
+class Recompute(StrEnum):
+    """What backward computes again instead of forward keeping it: memory against time, never other bits.
+
+    Each op's documentation says what its three settings keep. Backends that leave this to PyTorch's autograd
+    ignore it.
+    """
+
+    NOTHING = "nothing"  # keep every intermediate that backward reads
+    CHEAP = "cheap"  # keep what is expensive for its size
+    ALL = "all"  # keep the inputs, and at most a few numbers a row
+
+
+#: Activations of the FFN: exact (erf) GELU, and x * sigmoid(1.702 x).
+ACTIVATIONS = ("gelu", "quick_gelu")
+
+
+class FFNParameters(NamedTuple):
+    """Parameters of one expert block's FFN. Without an adapter its four tensors are None.
+
+    The order is that of `csrc/cpu/ffn.h`.
+    """
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    fc1_weight: Tensor  # [F, D]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [D, F]
+    fc2_bias: Tensor  # [D]
+    down_weight: Tensor | None = None  # [A, D]
+    down_bias: Tensor | None = None  # [A]
+    up_weight: Tensor | None = None  # [D, A]
+    up_bias: Tensor | None = None  # [D]
+
+
+@dataclass(frozen=True)
+class FFNProblem:
+    """One FFN call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
+
+    rows: int  # tokens: the product of all leading dimensions
+    dim: int
+    hidden: int
+    adapter: int  # 0: no adapter
+    activation: str
+    recompute: Recompute
+    dtype: torch.dtype
+    device: str  # device type
+    autocast: torch.dtype | None = None
 
 
 class Verdict(NamedTuple):

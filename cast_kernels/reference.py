@@ -102,3 +102,36 @@ def _cross_attention(asking: Tensor, answering: Tensor, p: Any, num_heads: int, 
     weights = torch.softmax(q @ k.transpose(-2, -1) * head_dim**-0.5, dim=-1)
     mixed = (weights @ v).transpose(1, 2).flatten(-2)
     return ungroup(F.linear(mixed, p.proj_weight, p.proj_bias), window, batch, frames, patches)
+
+
+def ffn(
+    x: Tensor,
+    parameters: Any,
+    *,
+    activation: str = "gelu",
+    eps: float,
+    adapter_scale: float = 0.5,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """The second half of an expert's block: FFN and adapter side by side (paper section 3.2, equations 4 and 5).
+
+    Args:
+        x: [..., D].
+        parameters: the fields of :class:`cast_kernels.problem.FFNParameters`.
+        activation: "gelu" (erf) or "quick_gelu", x * sigmoid(1.702 x).
+        eps: LayerNorm epsilon.
+        adapter_scale: factor of the adapter's branch.
+        row_scale: broadcastable to x.shape[:-1], multiplies the adapter's branch.
+
+    Returns:
+        x + FFN(LN(x)) + row_scale * adapter_scale * Adapter(LN(x)), [..., D].
+    """
+    p = parameters
+    normed = F.layer_norm(x, p.norm_weight.shape, p.norm_weight, p.norm_bias, eps)
+    hidden = F.linear(normed, p.fc1_weight, p.fc1_bias)
+    hidden = F.gelu(hidden) if activation == "gelu" else hidden * torch.sigmoid(1.702 * hidden)
+    y = x + F.linear(hidden, p.fc2_weight, p.fc2_bias)
+    if p.down_weight is not None:
+        branch = F.linear(F.gelu(F.linear(normed, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)
+        y = y + adapter_scale * branch * (1.0 if row_scale is None else row_scale.expand(x.shape[:-1]).unsqueeze(-1))
+    return y

@@ -1,12 +1,4 @@
-// Python sees pointers as integers: no torch header, so one build serves every torch version.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
-#include <cstring>
-#include <stdexcept>
-#include <string>
+#include "bindings.h"
 
 #include "cpu/bcast.h"
 #include "cpu/kernels.h"
@@ -16,22 +8,13 @@ using namespace cast::cpu;
 
 namespace {
 
-using Address = std::uintptr_t;
 using Addresses = std::array<Address, 28>;
 
-const float* input(Address a) { return reinterpret_cast<const float*>(a); }
-float* output(Address a) { return reinterpret_cast<float*>(a); }
-
-template <class T>
-T tensors(const Addresses& addresses) {
-  T result;
-  std::memcpy(&result, addresses.data(), sizeof(result));
-  return result;
-}
-
-int checked_threads(int threads) {
-  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1");
-  return threads;
+Recompute checked_recompute(int recompute) {
+  if (recompute < kNothing || recompute > kAll)
+    throw std::invalid_argument("recompute is " + std::to_string(recompute) +
+                                ", but must be 0 (nothing), 1 (cheap) or 2 (all)");
+  return Recompute(recompute);
 }
 
 Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck, i64 heads, int t2s_window,
@@ -42,32 +25,42 @@ Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck
 }
 
 void forward(const Problem& p, Address spatial, Address temporal, Address spatial_scale, Address temporal_scale,
-             const Addresses& parameters, Address spatial_out, Address temporal_out, Address saved, int threads) {
+             const Addresses& parameters, Address spatial_out, Address temporal_out, Address saved, int recompute,
+             Address packed, int threads) {
   const ForwardCall call{p,
                          tensors<Parameters>(parameters),
                          {input(spatial), input(temporal)},
                          {input(spatial_scale), input(temporal_scale)},
                          {output(spatial_out), output(temporal_out)},
                          output(saved),
+                         checked_recompute(recompute),
+                         input(packed),
                          checked_threads(threads)};
   const py::gil_scoped_release release;
   run_forward(call);
 }
 
 void backward(const Problem& p, Address spatial, Address temporal, Address spatial_scale, Address temporal_scale,
-              const Addresses& parameters, Address saved, Address grad_spatial_out, Address grad_temporal_out,
+              const Addresses& parameters, Address saved, int recompute, Address grad_spatial_out, Address grad_temporal_out,
               Address grad_spatial, Address grad_temporal, const Addresses& gradients, int threads) {
   const BackwardCall call{p,
                           tensors<Parameters>(parameters),
                           {input(spatial), input(temporal)},
                           {input(spatial_scale), input(temporal_scale)},
                           input(saved),
+                          checked_recompute(recompute),
                           {input(grad_spatial_out), input(grad_temporal_out)},
                           {output(grad_spatial), output(grad_temporal)},
                           tensors<Gradients>(gradients),
                           checked_threads(threads)};
   const py::gil_scoped_release release;
   run_backward(call);
+}
+
+void pack(const Problem& p, const Addresses& parameters, Address to, int threads) {
+  checked_threads(threads);
+  const py::gil_scoped_release release;
+  run_pack(p, tensors<Parameters>(parameters), output(to), threads);
 }
 
 double fma_ceiling(int threads, double seconds) {
@@ -79,18 +72,23 @@ double fma_ceiling(int threads, double seconds) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native B-CAST kernels on raw pointers.";
+  m.doc() = "Native kernels on raw pointers.";
   py::class_<Problem>(m, "Problem")
       .def(py::init(&make_problem), py::arg("batch"), py::arg("frames"), py::arg("patches"), py::arg("dim"),
            py::arg("bottleneck"), py::arg("heads"), py::arg("t2s_window"), py::arg("s2t_window"), py::arg("eps"));
-  m.def("saved_per_clip", &saved_per_clip, py::arg("problem"), "Floats that backward needs of one clip.");
+  m.def(
+      "saved_per_clip", [](const Problem& p, int recompute) { return saved_per_clip(p, checked_recompute(recompute)); },
+      py::arg("problem"), py::arg("recompute"), "Floats that forward keeps of one clip for backward.");
+  m.def("bcast_packed_size", &packed_size, py::arg("problem"), "Floats of the packed weights.");
+  m.def("bcast_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));
   m.def("bcast_forward", &forward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
         py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("spatial_out"),
-        py::arg("temporal_out"), py::arg("saved"), py::arg("threads"));
+        py::arg("temporal_out"), py::arg("saved"), py::arg("recompute"), py::arg("packed"), py::arg("threads"));
   m.def("bcast_backward", &backward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
-        py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("saved"),
+        py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("saved"), py::arg("recompute"),
         py::arg("grad_spatial_out"), py::arg("grad_temporal_out"), py::arg("grad_spatial"), py::arg("grad_temporal"),
         py::arg("grad_params"), py::arg("threads"));
+  bind_ffn(m);
   m.def("isa", [] { return std::string(selected_kernels().name); },
         "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
   m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");

@@ -60,6 +60,25 @@ def test_autocast_error_is_at_most_twice_eager(backend: str) -> None:
     assert_at_most_twice_eager(ours, explicit, exact)
 
 
+@kernels
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], Case(patches=11, dim=64, bottleneck=32, heads=2)], ids=str)
+def test_bf16_error_is_at_most_twice_eager(backend: str, case: Case) -> None:
+    """Streams and weights in bfloat16, outputs and gradients too."""
+    ours, eager = run(case, torch.bfloat16, backend), run(case, torch.bfloat16, "eager")
+    assert_at_most_twice_eager(ours, eager, run(case, torch.float64, None))
+
+
+@kernels
+def test_bf16_keeps_the_streams_as_they_came(backend: str) -> None:
+    """For backward: not a widened copy."""
+    case, kept = Case(), []
+    module = case.module(torch.bfloat16, backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        outputs = module(*case.inputs(torch.bfloat16, grad=True))
+    assert [x.dtype for x in outputs] == [torch.bfloat16] * 2
+    assert {x.dtype for x in kept if x.shape[:1] != (case.batch,) or x.ndim == 4} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_run_and_stay(dtype: torch.dtype) -> None:
     case = Case()
@@ -68,6 +87,41 @@ def test_other_dtypes_run_and_stay(dtype: torch.dtype) -> None:
     truth = case.module(torch.float64)(*case.inputs(torch.float64))
     for ours, exact in zip(outputs, truth, strict=True):
         torch.testing.assert_close(ours.double(), exact, atol=0.15, rtol=0.1)
+
+
+@kernels
+def test_recompute_trades_memory_for_work_and_changes_no_bit(backend: str) -> None:
+    case = Case(batch=1, frames=8, patches=196, dim=64, bottleneck=32, heads=2)
+    module = case.module(backend=backend)
+    gradients, kept = {}, {}
+    for recompute in cast_kernels.Recompute:
+        module.recompute, sizes = recompute, {}
+        inputs = case.inputs(grad=True)
+        skip = {x.data_ptr() for x in [*inputs, *module.parameters()]}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, skip=skip, sizes=sizes: (x.data_ptr() in skip or sizes.update({x.data_ptr(): x.nbytes}), x)[1],
+            lambda x: x,
+        ):
+            outputs = module(*inputs)
+        gradients[recompute] = torch.autograd.grad(outputs, [*inputs, *module.parameters()], list(outputs))
+        kept[recompute] = sum(sizes.values())
+    nothing, cheap, everything = (kept[r] for r in cast_kernels.Recompute)
+    streams = sum(x.nbytes for x in case.inputs())
+    assert everything <= 0.03 * streams  # besides the streams themselves
+    assert everything < cheap < 0.5 * nothing
+    for recompute, found in gradients.items():
+        for x, y in zip(found, gradients[cast_kernels.Recompute.NOTHING], strict=True):
+            assert torch.equal(x, y), recompute
+
+
+def test_recompute_takes_its_three_values_only() -> None:
+    for recompute in ("nothing", "cheap", "all", cast_kernels.Recompute.ALL):
+        assert cast_kernels.BCAST(recompute=recompute).recompute in {"nothing", "cheap", "all"}
+    with pytest.raises(ValueError, match="recompute is 'some'; allowed: 'nothing', 'cheap', 'all'"):
+        cast_kernels.BCAST(recompute="some")
+    case = Case()
+    with pytest.raises(ValueError, match="recompute is None"):
+        cast_kernels.bcast(*case.inputs(), case.module().gathered(), num_heads=case.heads, recompute=None)  # type: ignore[arg-type]
 
 
 def test_module_is_the_identity_at_initialisation() -> None:
@@ -114,8 +168,9 @@ def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ..
     tokens, clips = case.scales()
     scales = (None, None) if tokens is None or clips is None else (tokens, clips[:, None])
     windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]
-    kept = cpu_bcast.saved_per_clip(case.module().problem()) if grad else 0
-    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, backend)
+    recompute = "cheap" if grad else ""
+    kept = cpu_bcast.saved_per_clip(case.module().problem(), recompute) if grad else 0
+    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, recompute, backend)
 
 
 @kernels

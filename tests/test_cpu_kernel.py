@@ -106,7 +106,9 @@ class Guarded:
         )
 
 
-def raw_call(case: Case, threads: int, fill: float, given_fill: float) -> dict[str, Tensor]:
+def raw_call(
+    case: Case, threads: int, fill: float, given_fill: float, recompute: str = "nothing", prepack: bool = False
+) -> dict[str, Tensor]:
     """Forward and backward on guarded memory: results pre-filled with `fill`, inputs surrounded by `given_fill`."""
     core = _native.core()
     codes = [{"time": 0, "space": 1, "space-time": 2}[w] for w in case.windows]
@@ -119,17 +121,22 @@ def raw_call(case: Case, threads: int, fill: float, given_fill: float) -> dict[s
     flat = [None if p is None else given.take(tuple(p.shape), p.detach()) for p in case.module().gathered().flat()]
     addresses = [0 if p is None else p.data_ptr() for p in flat]
     outputs = [made.take(tuple(x.shape)) if c >= 0 else None for x, c in zip(streams, codes, strict=True)]
-    saved = made.take((case.batch, core.saved_per_clip(native)))
+    mode = cpu._RECOMPUTE_CODES[recompute]
+    saved = made.take((case.batch, core.saved_per_clip(native, mode)))
+    packed = made.take((core.bcast_packed_size(native),)) if prepack else None
+    if packed is not None:
+        core.bcast_pack(native, addresses, packed.data_ptr(), threads)
     core.bcast_forward(
         native, *(x.data_ptr() for x in streams), *scales, addresses,
-        *(0 if x is None else x.data_ptr() for x in outputs), saved.data_ptr(), threads,
+        *(0 if x is None else x.data_ptr() for x in outputs), saved.data_ptr(), mode,
+        0 if packed is None else packed.data_ptr(), threads,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     grads = [given.take(tuple(x.shape), torch.randn(x.shape, generator=generator)) for x in streams]
     input_grads = [made.take(tuple(x.shape)) for x in streams]
     parameter_grads = [None if p is None else made.take(tuple(p.shape)) for p in flat]
     core.bcast_backward(
-        native, *(x.data_ptr() for x in streams), *scales, addresses, saved.data_ptr(),
+        native, *(x.data_ptr() for x in streams), *scales, addresses, saved.data_ptr(), mode,
         *(x.data_ptr() if c >= 0 else 0 for x, c in zip(grads, codes, strict=True)),
         *(x.data_ptr() for x in input_grads), [0 if g is None else g.data_ptr() for g in parameter_grads], threads,
     )  # fmt: skip
@@ -153,10 +160,11 @@ RAW = [
 ]
 
 
+@pytest.mark.parametrize("recompute", ["nothing", "cheap", "all"])
 @pytest.mark.parametrize("case", RAW, ids=str)
-def test_results_are_written_whole_and_nothing_else_is(case: Case) -> None:
+def test_results_are_written_whole_and_nothing_else_is(case: Case, recompute: str) -> None:
     """NaN around the inputs reaches no result, NaN in the results' memory is all overwritten, guards stay."""
-    plain, poisoned = raw_call(case, 2, 0.0, 0.0), raw_call(case, 2, math.nan, math.nan)
+    plain, poisoned = raw_call(case, 2, 0.0, 0.0, recompute), raw_call(case, 2, math.nan, math.nan, recompute)
     for name, x in poisoned.items():
         assert torch.equal(x, plain[name]), f"{name} depends on memory outside the inputs, or is not written whole"
 
@@ -167,6 +175,15 @@ def test_bits_do_not_depend_on_threads(case: Case) -> None:
     for threads in (2, 3, 7):
         for name, x in raw_call(case, threads, 0.0, 0.0).items():
             assert torch.equal(x, one[name]), f"{name} with {threads} threads"
+
+
+@pytest.mark.parametrize("case", RAW, ids=str)
+def test_bits_do_not_depend_on_what_is_kept_or_packed(case: Case) -> None:
+    kept = raw_call(case, 2, 0.0, 0.0)
+    for recompute, prepack in (("cheap", False), ("all", True)):
+        again = raw_call(case, 2, math.nan, math.nan, recompute, prepack)
+        for name in kept.keys() - {"saved"}:
+            assert torch.equal(again[name], kept[name]), f"{name}, recompute={recompute}"
 
 
 def test_a_clip_does_not_depend_on_its_batch() -> None:
@@ -213,11 +230,14 @@ def test_not_a_number_spreads_as_in_the_reference(windows: tuple[str, str], valu
         assert y.isnan().any()
 
 
+@pytest.mark.parametrize("recompute", ["nothing", "cheap", "all"])
 @pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
-def test_both_sides_agree_on_what_is_saved(case: Case) -> None:
+def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     problem = cast_kernels.ops.bcast.pose(*case.inputs(), case.module().gathered(), case.heads, case.windows)
-    native = cpu._native_problem(_native.core(), problem, 1e-6)
-    assert _native.core().saved_per_clip(native) == cpu.saved_per_clip(problem)
+    native = cpu._native_problem(_native.core(), problem, 1e-6, recompute)
+    assert _native.core().saved_per_clip(native, cpu._RECOMPUTE_CODES[recompute]) == cpu.saved_per_clip(
+        problem, recompute
+    )
 
 
 def test_an_empty_batch_gives_empty_outputs_and_zero_gradients() -> None:
@@ -241,7 +261,7 @@ def test_other_threads_run_while_the_core_computes() -> None:
         core_call = cpu.forward
         problem = cast_kernels.ops.bcast.pose(*inputs, module.gathered(), 4, ("time", "space"))
         span.append(time.perf_counter())
-        core_call(problem, *inputs, module.gathered(), None, None, 1e-6, False)
+        core_call(problem, *inputs, module.gathered(), None, None, 1e-6, "")
         span.append(time.perf_counter())
 
     worker, ticks = threading.Thread(target=compute), []
@@ -300,13 +320,17 @@ def test_missing_pointers_and_threads_are_refused() -> None:
     native = core.Problem(1, 2, 3, 8, 4, 2, 0, 1, 1e-6)
     x = torch.zeros(1000)
     with pytest.raises(ValueError, match="spatial input is missing"):
-        core.bcast_forward(native, 0, 0, 0, 0, [0] * 28, 0, 0, 0, 1)
+        core.bcast_forward(native, 0, 0, 0, 0, [0] * 28, 0, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="down or norm parameter of the spatial stream is missing"):
-        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 1)
+        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="threads is 0"):
-        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0)
+        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="recompute is 3"):
+        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 3, 0, 1)
+    with pytest.raises(ValueError, match="place for what backward needs"):
+        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 1, 0, 1)
     with pytest.raises(ValueError, match="what forward saved is missing"):
-        core.bcast_backward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, 0, 0, 0, 0, 0, [0] * 28, 1)
+        core.bcast_backward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, 0, 0, 0, 0, 0, 0, [0] * 28, 1)
 
 
 def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
@@ -314,12 +338,12 @@ def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
     x = torch.zeros(1)
     native = core.Problem(1, 2, 3, 1 << 44, 4, 2, 0, 1, 1e-6)
     with pytest.raises(MemoryError):
-        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 1)
+        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 2, 0, 1)
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"device": "cuda"}, "on cuda"), ({"dtype": torch.bfloat16}, "torch.bfloat16"), ({}, "native core, ")],
+    [({"device": "cuda"}, "on cuda"), ({"dtype": torch.float64}, "torch.float64"), ({}, "native core, ")],
 )
 def test_can_run_says_why(changed: dict[str, object], reason: str) -> None:
     fields = {"dtype": torch.float32, "device": "cpu"} | changed

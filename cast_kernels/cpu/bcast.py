@@ -1,7 +1,7 @@
-"""Backend `cpu`: B-CAST in native C++, float32, forward and backward.
+"""Backend `cpu`: B-CAST in native C++, forward and backward, computing in float32.
 
-This side checks nothing twice: shapes are the op's business, pointers and scratch memory the core's. It
-only makes tensors contiguous, allocates results and hands addresses over.
+This side checks nothing twice: shapes are the op's business, pointers and scratch memory the core's. It only makes
+tensors contiguous and float32, allocates results, keeps packed weights and hands addresses over.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.problem import Parameters, Problem, Verdict
+from cast_kernels.cpu import packed
+from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
+from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
 
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
+_RECOMPUTE_CODES = {"nothing": 0, "cheap": 1, "all": 2}
+
+#: What streams and parameters may be; bfloat16 is widened on the way in and rounded once on the way out.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def can_run(problem: Problem) -> Verdict:
@@ -23,29 +29,24 @@ def can_run(problem: Problem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    if problem.device not in ("cpu", "meta"):
-        return Verdict(False, f"the streams are on {problem.device}; the native core runs on cpu")
-    if problem.autocast is None and problem.dtype != torch.float32:
-        return Verdict(False, f"the streams are {problem.dtype}; the native core computes in torch.float32")
-    if _native.CORE is None:
-        return Verdict(False, _native.REASON)
-    if _native.ISA_ERROR:
-        raise ValueError(_native.ISA_ERROR)
-    return Verdict(True, f"native core, {_native.ISA} instructions")
+    return verdict(problem.device, problem.dtype, problem.autocast, DTYPES)
 
 
-def saved_per_clip(problem: Problem) -> int:
-    """Floats that backward needs of one clip; `csrc/cpu/problem.h` lays them out. Sizes may be symbolic."""
-    directions = [problem.t2s_window is not None, problem.s2t_window is not None]
-    if not any(directions):
+def saved_per_clip(problem: Problem, recompute: str) -> int:
+    """Floats that forward keeps of one clip; `csrc/cpu/clip.h` lays them out. Sizes may be symbolic."""
+    windows = (problem.t2s_window, problem.s2t_window)
+    if windows == (None, None) or recompute == Recompute.ALL:
         return 0
+    everything = recompute == Recompute.NOTHING
     tokens, d = problem.frames * problem.patches, problem.bottleneck_dim
     rows = (tokens + problem.frames, tokens)
     floats = 16 * d + 64
-    for present, own_rows in zip(directions, rows, strict=True):
+    for window, own_rows in zip(windows, rows, strict=True):
         floats += own_rows * d + own_rows
-        if present:
-            floats += 4 * tokens * d + 2 * tokens * problem.num_heads + own_rows * d
+        if window is not None:
+            floats += 2 * tokens * problem.num_heads + own_rows * d + (4 * tokens * d if everything else 0)
+    if not everything:  # attention's result, but for the shorter of two windows
+        floats += tokens * d
     return floats
 
 
@@ -57,34 +58,43 @@ def forward(
     spatial_scale: Tensor | None,
     temporal_scale: Tensor | None,
     eps: float,
-    save: bool,
+    recompute: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both streams with their branch added, and what backward needs.
 
     Args:
-        problem: the sizes, float32 on the CPU.
-        spatial: [B, T, 1+N, D], any strides, as are all tensors here.
+        problem: the sizes, on the CPU.
+        spatial: [B, T, 1+N, D], any strides and any of :data:`DTYPES`, as are all tensors here.
         temporal: [B, T, N, D].
         parameters: as :class:`~cast_kernels.problem.Parameters` describes.
         spatial_scale: [B, 1+N], multiplies the spatial branch, or None.
         temporal_scale: [B, 1], multiplies the temporal branch, or None.
         eps: LayerNorm epsilon.
-        save: whether backward will follow.
+        recompute: a value of :class:`~cast_kernels.problem.Recompute`, or "" where no backward will follow.
 
     Returns:
-        The streams' outputs (empty for a stream that receives nothing) and `saved` [B, saved_per_clip] (or [B, 0]).
+        The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
+        [B, saved_per_clip], float32.
     """
     core = _native.core()
-    inputs = _Addresses()
-    spatial_out = torch.empty(spatial.shape if problem.t2s_window is not None else (0,))
-    temporal_out = torch.empty(temporal.shape if problem.s2t_window is not None else (0,))
-    saved = torch.empty((problem.batch, saved_per_clip(problem) if save else 0))
+    native = _native_problem(core, problem, eps, recompute or "all")
+    alive = Addresses(upcast=True)
+    weights = [alive(p) for p in parameters.flat()]
+    if recompute:
+        packed.drop(parameters.spatial.down_weight)
+        panels = None
+    else:
+        present = [p for p in parameters.flat() if p is not None and p.ndim == 2]
+        panels = packed.get(present, lambda: _pack(core, native, weights))
+    spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
+    temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
+    saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
     core.bcast_forward(
-        _native_problem(core, problem, eps), inputs(spatial), inputs(temporal), inputs(spatial_scale),
-        inputs(temporal_scale), [inputs(p) for p in parameters.flat()], spatial_out.data_ptr(),
-        temporal_out.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
+        native, alive(spatial), alive(temporal), alive(spatial_scale),
+        alive(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
+        _RECOMPUTE_CODES[recompute or "all"], 0 if panels is None else panels.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return spatial_out, temporal_out, saved
+    return spatial_out.to(spatial.dtype), temporal_out.to(temporal.dtype), saved
 
 
 def backward(
@@ -96,14 +106,15 @@ def backward(
     spatial_scale: Tensor | None,
     temporal_scale: Tensor | None,
     eps: float,
+    recompute: str,
     grad_spatial_out: Tensor,
     grad_temporal_out: Tensor,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients of the two inputs and the 28 parameters, None where not wanted.
+    """Gradients of the two inputs and the 28 parameters in their dtypes, None where not wanted.
 
     Args:
-        saved: what :func:`forward` returned with `save`.
+        saved: what :func:`forward` returned with the same `recompute`.
         grad_spatial_out: [B, T, 1+N, D]; not read if the spatial stream received nothing.
         grad_temporal_out: [B, T, N, D]; not read if the temporal stream received nothing.
         wanted: for the inputs and each of :data:`~cast_kernels.problem.PARAMETER_NAMES`, whether to compute it.
@@ -111,48 +122,39 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core = _native.core()
-    inputs = _Addresses()
+    alive = Addresses(upcast=True)
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
-    flat = parameters.flat()
+    primals = [spatial, temporal, *parameters.flat()]
     # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
-    unwritten = {4, 5} if not directions[0] else set()
-    unwritten |= {10, 11} if not directions[1] else set()
+    unwritten = {6, 7} if not directions[0] else set()
+    unwritten |= {12, 13} if not directions[1] else set()
     grads = [
-        (torch.zeros if problem.batch == 0 or i - 2 in unwritten else torch.empty)(x.shape)
-        if want and x is not None
-        else None
-        for i, (x, want) in enumerate(zip([spatial, temporal, *flat], wanted, strict=True))
+        (zeros if problem.batch == 0 or i in unwritten else float32)(x.shape) if want and x is not None else None
+        for i, (x, want) in enumerate(zip(primals, wanted, strict=True))
     ]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     core.bcast_backward(
-        _native_problem(core, problem, eps), inputs(spatial), inputs(temporal), inputs(spatial_scale),
-        inputs(temporal_scale), [inputs(p) for p in flat], inputs(saved),
-        inputs(grad_spatial_out if directions[0] else None), inputs(grad_temporal_out if directions[1] else None),
+        _native_problem(core, problem, eps, recompute), alive(spatial), alive(temporal),
+        alive(spatial_scale), alive(temporal_scale), [alive(p) for p in primals[2:]],
+        alive(saved), _RECOMPUTE_CODES[recompute],
+        alive(grad_spatial_out if directions[0] else None),
+        alive(grad_temporal_out if directions[1] else None),
         addresses[0], addresses[1], addresses[2:], torch.get_num_threads(),
     )  # fmt: skip
-    return grads
+    return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, primals, strict=True)]
 
 
-def _native_problem(core: Any, problem: Problem, eps: float) -> Any:
+def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> Any:
     native = core.Problem(
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
         _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps,
     )  # fmt: skip
-    assert core.saved_per_clip(native) == saved_per_clip(problem), "the two sides disagree about `saved`"
+    native_size = core.saved_per_clip(native, _RECOMPUTE_CODES[recompute])
+    assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"
     return native
 
 
-class _Addresses:
-    """Addresses of contiguous float32 versions of tensors, kept alive as long as this object."""
-
-    def __init__(self) -> None:
-        self._alive: list[Tensor] = []
-
-    def __call__(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        tensor = tensor.detach().contiguous()
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise TypeError(f"the native core takes torch.float32 on cpu, not {tensor.dtype} on {tensor.device}")
-        self._alive.append(tensor)
-        return tensor.data_ptr()
+def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
+    panels = float32((core.bcast_packed_size(native),))
+    core.bcast_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
+    return panels

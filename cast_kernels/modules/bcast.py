@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from cast_kernels import backends
-from cast_kernels.ops.bcast import bcast, pose
-from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Stream
+from cast_kernels.ops.bcast import bcast, check_recompute, pose
+from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
 
 #: direction -> (expert whose tokens ask, expert whose tokens answer); the published tables carry these names.
 _ROLES = {"t2s": ("clip", "vmae"), "s2t": ("vmae", "clip")}
@@ -87,9 +87,10 @@ class BCAST(nn.Module):
         directions: any of `t2s` and `s2t`; with neither, the module is the identity and has no parameters.
         positions: whether positional embeddings are added (paper table 8).
         backend: `auto`, or the name of the one that must run. May be set at any time.
+        recompute: what backward computes again, see :class:`cast_kernels.Recompute`. May be set at any time.
 
     Raises:
-        ValueError: a size below 1, heads that do not divide, an unknown window, direction or backend.
+        ValueError: a size below 1, heads that do not divide, an unknown window, direction, backend or recompute.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class BCAST(nn.Module):
         directions: tuple[str, ...] = DIRECTIONS,
         positions: bool = True,
         backend: str = "auto",
+        recompute: Recompute | str = Recompute.CHEAP,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "bottleneck_dim": bottleneck_dim, "num_heads": num_heads}
@@ -112,6 +114,7 @@ class BCAST(nn.Module):
         self.windows = (windows[0], windows[1])
         self.directions = tuple(d for d in DIRECTIONS if d in directions)
         self.backend = backends.check_name(backend)
+        self.recompute = check_recompute(recompute)
         if self.directions:
             self.cross_s_down = nn.Linear(dim, bottleneck_dim)
             self.cross_t_down = nn.Linear(dim, bottleneck_dim)
@@ -164,6 +167,7 @@ class BCAST(nn.Module):
             windows=self.windows,
             spatial_scale=spatial_scale,
             temporal_scale=temporal_scale,
+            recompute=self.recompute,
             backend=self.backend,
         )
 

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
 from cast_kernels import backends
-from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem
+from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_shape
+from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem, Recompute
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
 KERNELS: dict[str, ModuleType] = {"cpu": cpu_bcast}
@@ -35,6 +36,7 @@ def bcast(
     eps: float = EPS,
     spatial_scale: Tensor | None = None,
     temporal_scale: Tensor | None = None,
+    recompute: Recompute | str = Recompute.CHEAP,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """B-CAST: both streams exchange information through a bottleneck (paper section 3.3).
@@ -48,6 +50,8 @@ def bcast(
         eps: LayerNorm epsilon.
         spatial_scale: factor of the spatial branch before the residual sum, [B] or [B, 1+N]; constant.
         temporal_scale: factor of the temporal branch, [B]; constant.
+        recompute: what backward computes again instead of finding it kept, see :class:`cast_kernels.Recompute`;
+            kernel backends obey it, in `eager` PyTorch keeps what its operators keep.
         backend: "auto", or the one that must run.
 
     Returns:
@@ -55,10 +59,11 @@ def bcast(
         returned as it came. Under autocast, backends that compute in float32 do so.
 
     Raises:
-        ValueError: a shape, size or device that does not fit.
+        ValueError: a shape, size or device that does not fit, or no value of Recompute.
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
+    recompute = check_recompute(recompute)
     problem = pose(spatial, temporal, parameters, num_heads, windows)
     spatial_scale = _scale("spatial_scale", spatial_scale, problem, 1 + problem.patches, spatial)
     temporal_scale = _scale("temporal_scale", temporal_scale, problem, 1, temporal)
@@ -67,7 +72,15 @@ def bcast(
         return spatial, temporal
     if chosen == "eager":
         return eager_bcast.bcast(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
-    return _run_kernel(chosen, problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
+    return _run_kernel(chosen, problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps, recompute)
+
+
+def check_recompute(recompute: Recompute | str) -> str:
+    """The value of the enum, or ValueError naming the allowed ones."""
+    allowed = [r.value for r in Recompute]
+    if recompute not in allowed:
+        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, allowed))}")
+    return Recompute(recompute).value
 
 
 def pose(
@@ -97,18 +110,12 @@ def pose(
         batch, frames, patches, dim, bottleneck, num_heads,
         windows[0] if parameters.t2s is not None else None,
         windows[1] if parameters.s2t is not None else None,
-        spatial.dtype, spatial.device.type, _autocast_dtype(spatial),
+        spatial.dtype, spatial.device.type, autocast_dtype(spatial),
     )  # fmt: skip
     _check_parameters(problem, parameters)
-    _check_kinds(problem, spatial, temporal, parameters)
+    streams = {"spatial": spatial, "temporal": temporal}
+    check_kinds(streams, parameters.flat(), problem.autocast is not None)
     return problem
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _check_parameters(problem: Problem, parameters: Parameters) -> None:
@@ -128,7 +135,7 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
         if tensors is None:
             continue
         for field, shape in shapes.items():
-            _check_shape(f"{owner}.{field}", getattr(tensors, field), shape)
+            check_shape(f"{owner}.{field}", getattr(tensors, field), shape)
         if window is not None:
             length = WINDOWS[window](problem.frames, problem.patches)
             for field in ("q_pos", "kv_pos"):
@@ -139,29 +146,6 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
                         f"of {problem.patches} patches: a {window!r} window holds {length} tokens of {d} channels, "
                         f"so the table must be {(length, d)}"
                     )
-
-
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is None:
-        raise ValueError(f"{name} is missing; it must be a tensor of shape {shape}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with these streams it must be {shape}")
-
-
-def _check_kinds(problem: Problem, spatial: Tensor, temporal: Tensor, parameters: Parameters) -> None:
-    """One device, one floating dtype. Under autocast the floating dtypes may differ, as for PyTorch's operators."""
-    tensors = [spatial, temporal, *(p for p in parameters.flat() if p is not None)]
-    devices = sorted({str(x.device) for x in tensors})
-    if len(devices) > 1:
-        raise ValueError(f"tensors lie on {' and '.join(devices)}; all streams and parameters must be on one device")
-    dtypes = sorted({str(x.dtype) for x in tensors})
-    if not all(x.is_floating_point() for x in tensors):
-        raise TypeError(f"dtypes are {', '.join(dtypes)}; streams and parameters must be floating point")
-    if problem.autocast is None and len(dtypes) > 1:
-        raise TypeError(
-            f"dtypes are mixed: spatial {spatial.dtype}, temporal {temporal.dtype}, all tensors {', '.join(dtypes)}; "
-            "convert them to one (module.to(dtype)), or run under torch.autocast"
-        )
 
 
 def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like: Tensor) -> Tensor | None:
@@ -182,21 +166,22 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator. The opaque third output is what the backend keeps for backward, [B, kept]; `kept` is an
-# argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another layout
-# of `saved` must not be used.
+# The registered operator. The opaque third output is what the backend keeps for backward, [B, kept], float32; `kept`
+# is an argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another
+# layout of `saved` must not be used. `recompute` is "" where no backward will follow.
 # An absent parameter travels as an empty tensor: torch.library's autograd takes no None inside a list of tensors.
 
 _LIBRARY = torch.library.Library("cast_kernels", "DEF")
 _LIBRARY.define(
     "bcast(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
-    "int num_heads, str t2s_window, str s2t_window, float eps, SymInt kept, str backend) -> (Tensor, Tensor, Tensor)",
+    "int num_heads, str t2s_window, str s2t_window, float eps, SymInt kept, str recompute, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
     "bcast_backward(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor saved, Tensor? spatial_scale, "
     "Tensor? temporal_scale, Tensor grad_spatial_out, Tensor grad_temporal_out, int num_heads, str t2s_window, "
-    "str s2t_window, float eps, bool[] wanted, str backend) -> Tensor[]",
+    "str s2t_window, float eps, str recompute, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 
@@ -210,25 +195,21 @@ def _run_kernel(
     spatial_scale: Tensor | None,
     temporal_scale: Tensor | None,
     eps: float,
+    recompute: str,
 ) -> tuple[Tensor, Tensor]:
-    """Call the registered operator; under autocast in float32, which every kernel backend accumulates in."""
+    """Call the registered operator. Dtypes may be mixed under autocast: kernels take each tensor as it is."""
     absent = spatial.new_empty(0)
     flat = [absent if p is None else p for p in parameters.flat()]
-    dtypes = (spatial.dtype, temporal.dtype)
-    if problem.autocast is not None:
-        spatial, temporal = spatial.float(), temporal.float()
-        flat = [p.float() for p in flat]
-        spatial_scale = spatial_scale if spatial_scale is None else spatial_scale.float()
-        temporal_scale = temporal_scale if temporal_scale is None else temporal_scale.float()
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))
-    kept = KERNELS[backend].saved_per_clip(problem) if needs_grad else 0
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))):
+        recompute = ""
+    kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
         spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
-        problem.s2t_window or "", eps, kept, backend,
+        problem.s2t_window or "", eps, kept, recompute, backend,
     )  # fmt: skip
     return (
-        spatial_out.to(dtypes[0]) if parameters.t2s is not None else spatial.to(dtypes[0]),
-        temporal_out.to(dtypes[1]) if parameters.s2t is not None else temporal.to(dtypes[1]),
+        spatial_out if parameters.t2s is not None else spatial,
+        temporal_out if parameters.s2t is not None else temporal,
     )
 
 
@@ -248,64 +229,65 @@ def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t
 def _forward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    backend: str,
+    recompute: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     return KERNELS[backend].forward(
-        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, kept > 0
+        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, recompute
     )
 
 
 def _forward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    backend: str,
+    recompute: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         spatial.new_empty(spatial.shape if t2s_window else (0,)),
         temporal.new_empty(temporal.shape if s2t_window else (0,)),
-        spatial.new_empty((spatial.shape[0], kept)),
+        spatial.new_empty((spatial.shape[0], kept), dtype=torch.float32),
     )
 
 
 def _backward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, wanted: list[bool], backend: str,
+    s2t_window: str, eps: float, recompute: str, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     grads = KERNELS[backend].backward(
-        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps,
+        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps, recompute,
         grad_spatial_out, grad_temporal_out, tuple(wanted),
     )  # fmt: skip
-    return [grad if grad is not None else spatial.new_empty((0,)) for grad in grads]
+    primals = [spatial, temporal, *parameters]
+    return [grad if grad is not None else x.new_empty((0,)) for grad, x in zip(grads, primals, strict=True)]
 
 
 def _backward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, wanted: list[bool], backend: str,
+    s2t_window: str, eps: float, recompute: str, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     primals = [spatial, temporal, *parameters]
-    return [spatial.new_empty(x.shape if want else (0,)) for x, want in zip(primals, wanted, strict=True)]
+    return [x.new_empty(x.shape if want else (0,)) for x, want in zip(primals, wanted, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, backend = inputs
+    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, recompute, backend = inputs
     ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
-    ctx.call = (num_heads, t2s, s2t, eps, backend)
+    ctx.call = (num_heads, t2s, s2t, eps, recompute, backend)
     ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
 
 
 def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
-    num_heads, t2s, s2t, eps, backend = ctx.call
+    num_heads, t2s, s2t, eps, recompute, backend = ctx.call
     grads = torch.ops.cast_kernels.bcast_backward(
         spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
-        t2s, s2t, eps, ctx.wanted, backend,
+        t2s, s2t, eps, recompute, ctx.wanted, backend,
     )  # fmt: skip
     kept = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return kept[0], kept[1], kept[2:], *(None,) * 8
+    return kept[0], kept[1], kept[2:], *(None,) * 9
 
 
 _LIBRARY.impl("bcast", _forward, "CPU")

@@ -2,10 +2,7 @@
 #pragma once
 
 #include "attention_backward.h"
-#include "layernorm.h"
-#include "pack.h"
-#include "row_tables.h"
-#include "threads.h"
+#include "forward_plan.h"
 #include "weight_gradient.h"
 
 CAST_ISA_BEGIN
@@ -44,8 +41,10 @@ inline StageLayout stage_layout(const Problem& p) {
 
 struct BackwardPlan {
   Problem problem;
-  ClipLayout saved;
+  ClipLayout kept, own;     // of a clip: in `saved`, and what is repeated into the workspace
   StageLayout stage;
+  ForwardPlan forward;      // of the repetitions
+  WeightsWanted repeated;   // what they need
   i64 clips_in_flight;
   i64 weights, position_sums, scratch;  // floats
 };
@@ -63,23 +62,43 @@ CAST_INLINE i64 backward_scratch_size(const Problem& p) {
   return max_of(max_of(rows, attention), max_of(weight_scratch_size(), sums)) + 64;
 }
 
-inline BackwardPlan plan_backward(const Problem& p, int threads) {
-  BackwardPlan plan{p, saved_layout(p), stage_layout(p), 1, 64, 0, 0};
-  i64 tasks = row_blocks_per_clip(p, 0) + row_blocks_per_clip(p, 1);
+CAST_INLINE WeightsWanted repeated_weights(Recompute recompute) {
+  return {recompute == kAll, recompute != kNothing, recompute == kAll, false};
+}
+
+inline BackwardPlan plan_backward(const Problem& p, Recompute recompute, int threads) {
+  const ClipLayout kept = kept_layout(p, recompute), own = backward_layout(p, recompute);
+  BackwardPlan plan{p, kept, own, stage_layout(p), plan_forward(p, kept, own, threads), repeated_weights(recompute),
+                    0, 64, 0, 0};
   for (int s = 0; s < 2; ++s) {
     plan.weights += packed_size(plan.stage.width[s], p.bottleneck) + packed_size(p.bottleneck, p.dim);
     if (!has_direction(p, s)) continue;
     plan.weights += packed_size(p.dim, p.bottleneck) + packed_size(p.bottleneck, p.bottleneck);
     plan.position_sums += 3 * align16(padded_rows(window_length(p, s)) * p.bottleneck);
   }
-  plan.clips_in_flight = min_of(p.batch, max_of(1, ceil_div(8 * i64(threads), tasks)));
+  plan.clips_in_flight = plan.forward.clips_in_flight;
   plan.scratch = backward_scratch_size(p);
+  if (recompute != kNothing) plan.scratch = max_of(plan.scratch, plan.forward.scratch);
   return plan;
 }
 
-inline i64 backward_workspace(const Problem& p, int threads) {
-  const BackwardPlan plan = plan_backward(p, threads);
-  return plan.weights + plan.position_sums + plan.clips_in_flight * plan.stage.total + plan.scratch * threads;
+// Where the parts of backward's workspace begin.
+struct BackwardRegions {
+  i64 forward_weights, position_sums, clips, stages, scratch, total;
+};
+inline BackwardRegions backward_regions(const BackwardPlan& plan, int threads) {
+  BackwardRegions r;
+  r.forward_weights = plan.weights;
+  r.position_sums = r.forward_weights + forward_weights_size(plan.problem, plan.repeated);
+  r.clips = r.position_sums + plan.position_sums;
+  r.stages = r.clips + plan.clips_in_flight * plan.own.total;
+  r.scratch = r.stages + plan.clips_in_flight * plan.stage.total;
+  r.total = r.scratch + plan.scratch * threads;
+  return r;
+}
+
+inline i64 backward_workspace(const Problem& p, Recompute recompute, int threads) {
+  return backward_regions(plan_backward(p, recompute, threads), threads).total;
 }
 
 struct BackwardWeights {
@@ -122,12 +141,16 @@ struct BackwardRun {
   const BackwardCall& call;
   const BackwardPlan& plan;
   const BackwardWeights& weights;
-  float* stages;          // region of the first clip in flight
+  float *own, *stages;  // regions of the first clip in flight
   float* position_sums;
   i64 first_clip, clips;
 
-  const float* saved(i64 clip) const { return call.saved + (first_clip + clip) * plan.saved.total; }
-  float* stage(i64 clip) const { return stages + clip * plan.stage.total; }
+  // What was kept is only read, through const pointers below; join() serves forward too, which writes it.
+  float* saved() const { return const_cast<float*>(call.saved) + first_clip * plan.kept.total; }
+  Clip clip(i64 local) const {
+    return join(plan.kept, saved() + local * plan.kept.total, plan.own, own + local * plan.own.total);
+  }
+  float* stage(i64 local) const { return stages + local * plan.stage.total; }
 };
 
 CAST_ISA_END

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "clip.h"
 #include "kernels.h"
 #include "workspace.h"
 
@@ -16,12 +17,16 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void check_pointers(const Problem& p, const Parameters& parameters, const float* const input[2]) {
-  static const char* const stream_names[2] = {"spatial", "temporal"};
+const char* const stream_names[2] = {"spatial", "temporal"};
+
+void check_inputs(const float* const input[2]) {
+  for (int s = 0; s < 2; ++s) require(input[s], std::string(stream_names[s]) + " input is missing");
+}
+
+void check_parameters(const Problem& p, const Parameters& parameters) {
   static const char* const direction_names[2] = {"t2s", "s2t"};
   for (int s = 0; s < 2; ++s) {
     const auto& own = parameters.stream[s];
-    require(input[s], std::string(stream_names[s]) + " input is missing");
     require(own.down_weight && own.down_bias && own.norm_weight && own.norm_bias,
             std::string("a down or norm parameter of the ") + stream_names[s] + " stream is missing");
     if (!has_direction(p, s)) continue;
@@ -58,27 +63,40 @@ void check_problem(const Problem& p) {
             "window is " + std::to_string(window) + ", but must be -1 (absent), 0 (time), 1 (space) or 2 (space-time)");
 }
 
-i64 saved_per_clip(const Problem& p) { return saved_layout(p).total; }
+i64 saved_per_clip(const Problem& p, Recompute recompute) { return kept_layout(p, recompute).total; }
+
+i64 packed_size(const Problem& p) { return has_any_direction(p) ? selected_kernels().bcast_packed_size(p) : 0; }
+
+void run_pack(const Problem& p, const Parameters& parameters, float* to, int threads) {
+  if (!has_any_direction(p)) return;
+  check_parameters(p, parameters);
+  require(to, "the place for packed weights is missing");
+  selected_kernels().bcast_pack(p, parameters, to, threads);
+}
 
 void run_forward(const ForwardCall& call) {
   const Problem& p = call.problem;
   if (p.batch == 0 || !has_any_direction(p)) return;
-  check_pointers(p, call.parameters, call.input);
+  check_inputs(call.input);
+  check_parameters(p, call.parameters);
   for (int s = 0; s < 2; ++s) require(!has_direction(p, s) || call.output[s], "an output is missing");
+  require(call.saved || saved_per_clip(p, call.recompute) == 0, "the place for what backward needs is missing");
   const Kernels& kernels = selected_kernels();
-  const Workspace workspace(kernels.forward_workspace(p, call.saved != nullptr, call.threads));
-  kernels.forward(call, workspace.data());
+  const Workspace workspace(
+      kernels.bcast_forward_workspace(p, call.recompute, call.packed != nullptr, call.threads));
+  kernels.bcast_forward(call, workspace.data());
 }
 
 void run_backward(const BackwardCall& call) {
   const Problem& p = call.problem;
   if (p.batch == 0 || !has_any_direction(p)) return;
-  check_pointers(p, call.parameters, call.input);
-  require(call.saved, "what forward saved is missing");
+  check_inputs(call.input);
+  check_parameters(p, call.parameters);
+  require(call.saved || saved_per_clip(p, call.recompute) == 0, "what forward saved is missing");
   for (int s = 0; s < 2; ++s) require(!has_direction(p, s) || call.grad_output[s], "an output gradient is missing");
   const Kernels& kernels = selected_kernels();
-  const Workspace workspace(kernels.backward_workspace(p, call.threads));
-  kernels.backward(call, workspace.data());
+  const Workspace workspace(kernels.bcast_backward_workspace(p, call.recompute, call.threads));
+  kernels.bcast_backward(call, workspace.data());
 }
 
 double measure_fma_ceiling(int threads, double seconds) {

@@ -1,12 +1,13 @@
 // B-CAST backward: forward's phases mirrored, then the sums over rows.
 //
+// 0 both:      what forward did not keep, once more
 // 1 rows:      output gradient -> up -> GELU -> projection -> gradient of attention's output
 // 2 attention: -> gradients of queries, keys, values
 // 3 rows:      -> stream projections -> LayerNorm -> down -> input gradient
 // 4 sums:      weights, biases, LayerNorm parameters, position tables (weight_sums.h)
 #pragma once
 
-#include "backward_plan.h"
+#include "bcast_forward.h"
 #include "weight_sums.h"
 
 CAST_ISA_BEGIN
@@ -15,7 +16,7 @@ inline void backward_output(const BackwardRun& run, int stream, i64 task, float*
   const Problem& p = run.call.problem;
   const i64 D = p.dim, d = p.bottleneck;
   const RowBlock block = row_block(p, stream, task);
-  const float* before_gelu = run.saved(block.clip) + run.plan.saved.activation[stream] + block.first * d;
+  const float* before_gelu = run.clip(block.clip)[kActivation][stream] + block.first * d;
   float* stage = run.stage(block.clip);
   float* activation = stage + run.plan.stage.activation[stream] + block.first * d;
   float* attended = stage + run.plan.stage.attended[stream];
@@ -74,10 +75,9 @@ inline void backward_attention(const BackwardRun& run, int direction, i64 index,
   const Problem& p = run.call.problem;
   const i64 d = p.bottleneck, hd = head_dim(p), window = window_length(p, direction);
   const int other = 1 - direction;
-  const ClipLayout& layout = run.plan.saved;
   const StageLayout& stage_at = run.plan.stage;
   const AttentionTask task = attention_task(p, direction, index);
-  const float* saved = run.saved(task.clip);
+  const Clip clip = run.clip(task.clip);
   float* stage = run.stage(task.clip);
   i64* asking = reinterpret_cast<i64*>(scratch);
   i64* answering = reinterpret_cast<i64*>(scratch + align16(2 * window));
@@ -95,12 +95,12 @@ inline void backward_attention(const BackwardRun& run, int direction, i64 index,
     for (i64 h = task.first_head; h < task.first_head + task.heads; ++h) {
       const i64 head = head_matrix(p, direction, g, h);
       const float* grad = stage + stage_at.attended[direction] + head;
-      const float* attended = saved + layout.attended[direction] + token_of(p, direction, g, 0) * d + h * hd;
+      const float* attended = clip[kAttended][direction] + token_of(p, direction, g, 0) * d + h * hd;
       row_products(attended, token_stride * d, grad, window, hd, delta);
       float* answer = stage + stage_at.projected[other] + stage_at.key_column[other] + h * hd;
-      attend_backward({saved + layout.query[direction] + head, saved + layout.key[direction] + head,
-                       saved + layout.value[direction] + head, grad, saved + layout.row_max[direction] + head / hd,
-                       saved + layout.inverse_sum[direction] + head / hd, delta, window, hd,
+      attend_backward({clip[kQuery][direction] + head, clip[kKey][direction] + head,
+                       clip[kValue][direction] + head, grad, clip[kRowMax][direction] + head / hd,
+                       clip[kInverseSum][direction] + head / hd, delta, window, hd,
                        stage + stage_at.projected[direction] + h * hd, answer, answer + d, asking, answering},
                       buffers);
     }
@@ -111,7 +111,8 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
   const Problem& p = run.call.problem;
   const i64 D = p.dim, d = p.bottleneck, width = run.plan.stage.width[stream];
   const RowBlock block = row_block(p, stream, task);
-  const float* saved = run.saved(block.clip);
+  const Clip clip = run.clip(block.clip);
+  const float *normed = clip[kNormed][stream], *rstd = clip[kRstd][stream];
   float* stage = run.stage(block.clip);
   float* projected = stage + run.plan.stage.projected[stream] + block.first * width;
   float* down = stage + run.plan.stage.down[stream] + block.first * d;
@@ -129,8 +130,7 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
     // CLS reaches GELU without attention: its activation gradient is the normalised value's.
     const bool from_output = has_direction(p, stream) && is_cls(r);
     const float* grad = from_output ? stage + run.plan.stage.activation[stream] + row * d : dn + r * d;
-    normalise_row_backward(grad, saved + run.plan.saved.normed[stream] + row * d,
-                           saved[run.plan.saved.rstd[stream] + row], d, run.call.parameters.stream[stream].norm_weight,
+    normalise_row_backward(grad, normed + row * d, rstd[row], d, run.call.parameters.stream[stream].norm_weight,
                            down + r * d, sums, sums + d);
   }
   if (!run.call.grad_input[stream]) return;
@@ -151,13 +151,61 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
       });
 }
 
+// s.a = the block's normalised rows, as normalise_rows left them there in forward.
+inline void restore_rows(const ForwardRun& run, int stream, const RowBlock& block, const ForwardScratch& s) {
+  const i64 d = run.problem.bottleneck;
+  const auto& own = run.parameters.stream[stream];
+  const float* normed = run.clip(block.clip)[kNormed][stream] + block.first * d;
+  for (i64 r = 0; r < block.rows; ++r) scale_and_shift_row(normed + r * d, d, own.norm_weight, own.norm_bias, s.a + r * d);
+}
+
+inline void repeat_attended(const ForwardRun& run, int direction, i64 task, const ForwardScratch& s) {
+  const QueryBlock block = query_block(run.problem, direction, run.plan.cut[direction], task);
+  attend_queries(run, direction, block, s, nullptr, nullptr);
+  keep_attended(run.problem, direction, block, s.a, run.clip(block.clip)[kAttended][direction]);
+}
+
+// Phase 0 where the normalised rows and activations were kept: projections, and the attention of the shorter window.
+inline void repeat_cheap(const ForwardRun& run, i64 clips, int threads, float* scratch) {
+  const Problem& p = run.problem;
+  const ForwardPlan& plan = run.plan;
+  const auto own = [&](int thread) { return forward_scratch(plan, scratch + thread * plan.scratch); };
+  const i64 first = clips * row_blocks_per_clip(p, 0);
+  parallel_for(first + clips * row_blocks_per_clip(p, 1), threads, [&](i64 task, int thread) {
+    const int stream = task < first ? 0 : 1;
+    const RowBlock block = row_block(p, stream, stream ? task - first : task);
+    restore_rows(run, stream, block, own(thread));
+    project_rows(run, stream, block, own(thread));
+  });
+  const int direction = cheaper_direction(p);
+  if (direction == kAbsent) return;
+  parallel_for(clips * plan.cut[direction].tasks_per_clip, threads,
+               [&](i64 task, int thread) { repeat_attended(run, direction, task, own(thread)); });
+}
+
+// Phase 0: the fields of the clips in flight that forward did not keep, with the bits that they had.
+inline void repeat_forward(const BackwardRun& run, const ForwardWeights& weights, float* scratch) {
+  const BackwardCall& call = run.call;
+  if (call.recompute == kNothing) return;
+  ForwardPlan plan = run.plan.forward;
+  plan.scratch = run.plan.scratch;
+  const ForwardRun forward{call.problem, call.parameters, call.input, call.scale, nullptr,
+                           plan,         weights,         run.saved(), run.own,   run.first_clip};
+  if (call.recompute == kAll)
+    forward_clips(forward, run.clips, call.threads, scratch);
+  else
+    repeat_cheap(forward, run.clips, call.threads, scratch);
+}
+
 inline void bcast_backward(const BackwardCall& call, float* workspace) {
   const Problem& p = call.problem;
-  const BackwardPlan plan = plan_backward(p, call.threads);
+  const BackwardPlan plan = plan_backward(p, call.recompute, call.threads);
+  const BackwardRegions at = backward_regions(plan, call.threads);
   const BackwardWeights weights = pack_backward(call, plan.stage, workspace);
-  float* position_sums = workspace + plan.weights;
-  float* stages = position_sums + plan.position_sums;
-  float* scratch = stages + plan.clips_in_flight * plan.stage.total;
+  const ForwardWeights forward_weights =
+      pack_forward(p, call.parameters, plan.repeated, workspace + at.forward_weights, call.threads);
+  float* position_sums = workspace + at.position_sums;
+  float* scratch = workspace + at.scratch;
   const auto both = [&](i64 first_count, i64 second_count, const auto& body) {
     parallel_for(first_count + second_count, call.threads, [&](i64 task, int thread) {
       const int which = task < first_count ? 0 : 1;
@@ -169,7 +217,8 @@ inline void bcast_backward(const BackwardCall& call, float* workspace) {
 
   for (i64 first = 0; first < p.batch; first += plan.clips_in_flight) {
     const i64 clips = min_of(plan.clips_in_flight, p.batch - first);
-    const BackwardRun run{call, plan, weights, stages, position_sums, first, clips};
+    const BackwardRun run{call, plan, weights, workspace + at.clips, workspace + at.stages, position_sums, first, clips};
+    repeat_forward(run, forward_weights, scratch);
     both(has[0] ? clips * blocks[0] : 0, has[1] ? clips * blocks[1] : 0,
          [&](int stream, i64 task, float* own) { backward_output(run, stream, task, own); });
     // s2t first: with the published windows its tasks are the longer ones.

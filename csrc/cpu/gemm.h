@@ -80,6 +80,15 @@ CAST_INLINE void prefetch_tile(const float* at, i64 stride, i64 rows) {
   for (i64 r = 0; r < rows; ++r) prefetch_row(at + r * stride);
 }
 
+// The block's rows themselves, or a zero-padded copy where the last tile would read past them.
+CAST_INLINE const float* whole_tiles(const float* rows, i64 count, i64 width, float* copy) {
+  const i64 padded = round_up(count, kTileRows);
+  if (padded == count) return rows;
+  __builtin_memcpy(copy, rows, sizeof(float) * size_t(count * width));
+  __builtin_memset(copy + count * width, 0, sizeof(float) * size_t((padded - count) * width));
+  return copy;
+}
+
 // A right operand packed in panels [columns / kTileColumns][depth][kTileColumns], zero behind the last column.
 struct Panels {
   const float* data;

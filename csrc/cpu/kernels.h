@@ -1,16 +1,24 @@
 // The table of entry points that one instruction-set level exports.
 #pragma once
 
+#include "ffn_problem.h"
 #include "problem.h"
 
 namespace cast::cpu {
 
 struct Kernels {
   const char* name;
-  i64 (*forward_workspace)(const Problem&, bool save, int threads);  // floats
-  void (*forward)(const ForwardCall&, float* workspace);
-  i64 (*backward_workspace)(const Problem&, int threads);
-  void (*backward)(const BackwardCall&, float* workspace);
+  // Sizes in floats.
+  i64 (*bcast_packed_size)(const Problem&);
+  void (*bcast_pack)(const Problem&, const Parameters&, float* to, int threads);
+  i64 (*bcast_forward_workspace)(const Problem&, Recompute, bool packed, int threads);
+  void (*bcast_forward)(const ForwardCall&, float* workspace);
+  i64 (*bcast_backward_workspace)(const Problem&, Recompute, int threads);
+  void (*bcast_backward)(const BackwardCall&, float* workspace);
+  i64 (*ffn_packed_size)(const FFNProblem&);
+  void (*ffn_pack)(const FFNProblem&, const FFNParameters&, float* to, int threads);
+  i64 (*ffn_forward_workspace)(const FFNProblem&, bool packed, int threads);
+  void (*ffn_forward)(const FFNForwardCall&, float* workspace);
   double (*fma_flops)(i64 rounds);  // does `rounds` rounds of independent multiply-adds; returns their flops
 };
 

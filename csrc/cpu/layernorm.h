@@ -13,22 +13,43 @@ CAST_INLINE float row_sum(i64 d, const F& f) {
   return sum_of(sum);
 }
 
-// n = normed * gamma + beta with normed = (x - mean) * rstd. `normed` may be null or equal to x; `n` may equal x.
-inline float normalise_row(const float* x, i64 d, const float* gamma, const float* beta, float eps, float* n,
-                           float* normed) {
+struct RowStatistics {
+  float mean, rstd;
+};
+inline RowStatistics row_statistics(const float* x, i64 d, float eps) {
   const float mean = row_sum(d, [&](i64 c) { return load_first(x + c, d - c); }) / float(d);
   const float variance = row_sum(d, [&](i64 c) {
                            const vec centred = load_first(x + c, d - c) - mean;
                            return d - c >= kLanes ? centred * centred : zero_from(centred * centred, d - c);
                          }) / float(d);
-  const float rstd = 1.0f / __builtin_sqrtf(variance + eps);
+  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
+// `lanes` values of n = (x - mean) * rstd * gamma + beta from column c.
+CAST_INLINE vec normalised(const float* x, RowStatistics s, const float* gamma, const float* beta, i64 c, i64 lanes) {
+  const vec hat = (load_first(x + c, lanes) - s.mean) * s.rstd;
+  return hat * load_first(gamma + c, lanes) + load_first(beta + c, lanes);
+}
+
+// n = normed * gamma + beta with normed = (x - mean) * rstd. `normed` may be null or equal to x; `n` may equal x.
+inline float normalise_row(const float* x, i64 d, const float* gamma, const float* beta, float eps, float* n,
+                           float* normed) {
+  const RowStatistics s = row_statistics(x, d, eps);
   for (i64 c = 0; c < d; c += kLanes) {
     const i64 lanes = d - c;
-    const vec hat = (load_first(x + c, lanes) - mean) * rstd;
+    const vec hat = (load_first(x + c, lanes) - s.mean) * s.rstd;
     if (normed) store_first(normed + c, hat, lanes);
     store_first(n + c, hat * load_first(gamma + c, lanes) + load_first(beta + c, lanes), lanes);
   }
-  return rstd;
+  return s.rstd;
+}
+
+// n = normed * gamma + beta, with the bits of normalise_row.
+inline void scale_and_shift_row(const float* normed, i64 d, const float* gamma, const float* beta, float* n) {
+  for (i64 c = 0; c < d; c += kLanes) {
+    const i64 lanes = d - c;
+    store_first(n + c, load_first(normed + c, lanes) * load_first(gamma + c, lanes) + load_first(beta + c, lanes), lanes);
+  }
 }
 
 // du = rstd * (g - mean(g) - normed * mean(g * normed)) with g = dn * gamma; dn * normed and dn are added to the

@@ -1,6 +1,7 @@
 // Compiled once per instruction-set level with that level's flags and CAST_ISA set to its name.
 #include "bcast_backward.h"
 #include "bcast_forward.h"
+#include "ffn_forward.h"
 #include "kernels.h"
 
 CAST_ISA_BEGIN
@@ -23,6 +24,16 @@ double fma_flops(i64 rounds) {
 CAST_ISA_END
 
 namespace cast::cpu::CAST_ISA {
-const Kernels kernels = {CAST_ISA_NAME,      forward_workspace, bcast_forward,
-                         backward_workspace, bcast_backward,    fma_flops};
+const Kernels kernels = {CAST_ISA_NAME,
+                         bcast_packed_size,
+                         bcast_pack,
+                         forward_workspace,
+                         bcast_forward,
+                         backward_workspace,
+                         bcast_backward,
+                         ffn_packed_size,
+                         ffn_pack,
+                         ffn_forward_workspace,
+                         ffn_forward,
+                         fma_flops};
 }

@@ -1,19 +1,20 @@
-// What one B-CAST call is: sizes, parameter pointers and the layout of what forward keeps for backward.
+// What one B-CAST call is: sizes, parameter pointers, and where a token lies in its window.
 //
 // Included by every instruction-set level, so only plain data and internal-linkage functions live here: a shared
 // inline function could be merged by the linker into its AVX-512 copy and crash an older machine.
 #pragma once
 
-#include <cstdint>
+#include "base.h"
 
 namespace cast::cpu {
-
-using i64 = std::int64_t;
 
 // Streams and the directions that ask from them share an index: direction 0 (t2s) asks from stream 0 (spatial) and
 // is answered by stream 1, direction 1 (s2t) the other way round.
 enum : int { kSpatial = 0, kTemporal = 1 };
 enum : int { kAbsent = -1, kTime = 0, kSpace = 1, kSpaceTime = 2 };
+
+// What backward computes again instead of finding it kept; clip.h says which fields that means.
+enum Recompute : int { kNothing = 0, kCheap = 1, kAll = 2 };
 
 struct Problem {
   i64 batch, frames, patches, dim, bottleneck, heads;
@@ -48,7 +49,9 @@ struct ForwardCall {
   const float* input[2];
   const float* scale[2];  // [B, 1+N] and [B], or null
   float* output[2];       // null where the stream receives nothing
-  float* saved;           // [B, saved_layout().total], or null
+  float* saved;           // [B, kept_layout().total], or null
+  Recompute recompute;    // says what `saved` holds
+  const float* packed;    // the weights as `pack` lays them out, or null: packed in this call
   int threads;
 };
 
@@ -57,7 +60,8 @@ struct BackwardCall {
   Parameters parameters;
   const float* input[2];
   const float* scale[2];
-  const float* saved;
+  const float* saved;  // null if nothing was kept
+  Recompute recompute;
   const float* grad_output[2];
   float* grad_input[2];
   Gradients gradients;
@@ -95,70 +99,7 @@ static inline i64 token_of(const Problem& p, int direction, i64 group, i64 index
   return group * p.patches + index;  // space: (t, n); space-time: group is 0
 }
 
-static inline i64 align16(i64 floats) { return (floats + 15) / 16 * 16; }
-
-// Offsets in floats inside one clip's region. Queries, keys and values lie [group][head][index][head_dim], so one
-// head of one window is one contiguous matrix.
-struct ClipLayout {
-  i64 query[2], key[2], value[2];     // T*N*d
-  i64 row_max[2], inverse_sum[2];     // [group][head][index], base-2 softmax statistics
-  i64 attended[2];                    // [T*N, d], before the output projection
-  i64 activation[2];                  // [clip_rows, d], before GELU; CLS rows hold the normalised CLS
-  i64 normed[2], rstd[2];             // [clip_rows, d] before gamma and beta; [clip_rows]
-  i64 cls, cls_stride;                // normalised CLS of frame t at cls + t * cls_stride
-  i64 total;
-};
-
-// Row tiles and vectors may read (never use) up to this much past the last matrix.
+// Row tiles and vectors may read (never use) up to this much past the last matrix of a region.
 static inline i64 read_slack(const Problem& p) { return 16 * p.bottleneck + 64; }
-
-static inline i64 take(i64& cursor, i64 floats) {
-  const i64 at = cursor;
-  cursor += floats;
-  return at;
-}
-
-// What backward needs of a clip, without gaps up to the slack at the end, which forward zeroes: every float of it is
-// defined. cast_kernels/cpu/bcast.py computes the same total in Python.
-static inline ClipLayout saved_layout(const Problem& p) {
-  ClipLayout l{};
-  i64 at = 0;
-  const i64 tokens = patch_tokens(p), d = p.bottleneck;
-  for (int a = 0; a < 2; ++a) {
-    if (!has_direction(p, a)) continue;
-    l.query[a] = take(at, tokens * d);
-    l.key[a] = take(at, tokens * d);
-    l.value[a] = take(at, tokens * d);
-    l.attended[a] = take(at, tokens * d);
-    l.row_max[a] = take(at, tokens * p.heads);
-    l.inverse_sum[a] = take(at, tokens * p.heads);
-    l.activation[a] = take(at, clip_rows(p, a) * d);
-  }
-  for (int s = 0; s < 2 && has_any_direction(p); ++s) {
-    l.normed[s] = take(at, clip_rows(p, s) * d);
-    l.rstd[s] = take(at, clip_rows(p, s));
-  }
-  l.cls = l.activation[kSpatial];
-  l.cls_stride = frame_rows(p, kSpatial) * d;
-  l.total = at + (has_any_direction(p) ? read_slack(p) : 0);
-  return l;
-}
-
-// The same without what only backward reads: forward reuses one such region per clip in flight.
-static inline ClipLayout scratch_layout(const Problem& p) {
-  ClipLayout l{};
-  i64 at = 0;
-  const i64 tokens = patch_tokens(p), d = p.bottleneck;
-  for (int a = 0; a < 2; ++a) {
-    if (!has_direction(p, a)) continue;
-    l.query[a] = take(at, tokens * d);
-    l.key[a] = take(at, tokens * d);
-    l.value[a] = take(at, tokens * d);
-  }
-  l.cls = take(at, p.frames * d);
-  l.cls_stride = d;
-  l.total = at + read_slack(p);
-  return l;
-}
 
 }  // namespace cast::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "problem.h"
 
 CAST_ISA_BEGIN
 
@@ -92,15 +93,6 @@ struct HeadMajorRow {
 };
 CAST_INLINE HeadMajorRow head_major_row(const Problem& p, int direction) {
   return {head_dim(p), window_length(p, direction) * head_dim(p)};
-}
-
-// The block's rows themselves, or a zero-padded copy where the last tile would read past them.
-CAST_INLINE const float* whole_tiles(const float* rows, i64 count, i64 width, float* copy) {
-  const i64 padded = round_up(count, kTileRows);
-  if (padded == count) return rows;
-  __builtin_memcpy(copy, rows, sizeof(float) * size_t(count * width));
-  __builtin_memset(copy + count * width, 0, sizeof(float) * size_t((padded - count) * width));
-  return copy;
 }
 
 // The factor of a token's branch; n is -1 for CLS.

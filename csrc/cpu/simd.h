@@ -4,10 +4,9 @@
 // no symbol of one level can stand in for another's.
 #pragma once
 
-#include <cstdint>
 #include <cstring>
 
-#include "problem.h"
+#include "base.h"
 
 #define CAST_ISA_BEGIN \
   namespace cast::cpu::CAST_ISA { \
@@ -84,6 +83,7 @@ CAST_INLINE float sum_of(vec v) {
 
 // Comparisons are written so that a NaN in `a` comes out as a NaN.
 CAST_INLINE vec max_of(vec a, vec b) { return a < b ? b : a; }
+CAST_INLINE vec min_of(vec a, vec b) { return a > b ? b : a; }
 
 // 2^x for x <= 127; below -126 the result is 2^-126, which every caller adds to a sum of at least one. The
 // polynomial is a minimax fit on [-1/2, 1/2], relative error 1.9e-9 before rounding. Adding 1.5 * 2^23 rounds to an
@@ -131,6 +131,22 @@ CAST_INLINE vec gelu(vec x) { return x * normal(x).cdf; }
 CAST_INLINE vec gelu_slope(vec x) {
   const Normal n = normal(x);
   return n.cdf + x * n.density;
+}
+
+// QuickGELU, x * sigmoid(1.702 x), and its derivative. With e = exp(-1.702 x), sigmoid is 1 / (1 + e) and 1 - sigmoid is
+// e * sigmoid, which cancels nothing. Up to e = 2^126 the sigmoid is a normal number.
+struct Sigmoid {
+  vec value, rest;  // rest is 1 - value
+};
+CAST_INLINE Sigmoid quick_gelu_gate(vec x) {
+  const vec e = exp2(min_of(x * -2.45546696f, broadcast(126.0f)));  // -1.702 log2(e)
+  const vec value = 1.0f / (1.0f + e);
+  return {value, e * value};
+}
+CAST_INLINE vec quick_gelu(vec x) { return x * quick_gelu_gate(x).value; }
+CAST_INLINE vec quick_gelu_slope(vec x) {
+  const Sigmoid s = quick_gelu_gate(x);
+  return s.value + s.value * s.rest * (1.702f * x);
 }
 
 // Transposes a kLanes x kLanes block by log2(kLanes) rounds of perfect shuffles.

@@ -5,7 +5,7 @@
 
 CAST_ISA_BEGIN
 
-enum SumKind : int { kUp, kDown, kQuery, kKeyValue, kProj, kPositions, kNorm };
+enum SumKind : int { kSumUp, kSumDown, kSumQuery, kSumKeyValue, kSumProj, kSumPositions, kSumNorm };
 
 struct SumJob {
   SumKind kind;
@@ -26,10 +26,10 @@ constexpr i64 kPositionBlock = 8;  // positions whose sums one task owns
 inline void add_sum(SumTasks& list, SumKind kind, int index, i64 outs, i64 ins, float* weight, float* bias) {
   if (!weight && !bias) return;
   list.jobs[list.count++] = {kind, index, outs, ins, weight, bias, list.tasks};
-  if (kind == kPositions)
+  if (kind == kSumPositions)
     list.tasks += ceil_div(outs, kPositionBlock);
   else
-    list.tasks += kind == kNorm ? 1 : weight_blocks(outs, ins);
+    list.tasks += kind == kSumNorm ? 1 : weight_blocks(outs, ins);
 }
 
 inline SumTasks list_sums(const BackwardRun& run) {
@@ -39,15 +39,15 @@ inline SumTasks list_sums(const BackwardRun& run) {
   for (int s = 0; s < 2; ++s) {
     const auto& own = run.call.gradients.stream[s];
     const auto& asks = run.call.gradients.direction[s];
-    add_sum(list, kDown, s, d, D, own.down_weight, own.down_bias);
+    add_sum(list, kSumDown, s, d, D, own.down_weight, own.down_bias);
     if (has_direction(p, s)) {
-      add_sum(list, kUp, s, D, d, own.up_weight, own.up_bias);
-      add_sum(list, kQuery, s, d, d, asks.q_weight, asks.q_bias);
-      add_sum(list, kKeyValue, s, 2 * d, d, asks.kv_weight, asks.kv_bias);
-      add_sum(list, kProj, s, d, d, asks.proj_weight, asks.proj_bias);
-      add_sum(list, kPositions, s, window_length(p, s), d, asks.q_pos, asks.kv_pos);
+      add_sum(list, kSumUp, s, D, d, own.up_weight, own.up_bias);
+      add_sum(list, kSumQuery, s, d, d, asks.q_weight, asks.q_bias);
+      add_sum(list, kSumKeyValue, s, 2 * d, d, asks.kv_weight, asks.kv_bias);
+      add_sum(list, kSumProj, s, d, d, asks.proj_weight, asks.proj_bias);
+      add_sum(list, kSumPositions, s, window_length(p, s), d, asks.q_pos, asks.kv_pos);
     }
-    add_sum(list, kNorm, s, 1, d, own.norm_weight, own.norm_bias);
+    add_sum(list, kSumNorm, s, 1, d, own.norm_weight, own.norm_bias);
   }
   return list;
 }
@@ -66,14 +66,14 @@ inline LeftRows left_rows(const BackwardRun& run, const SumJob& job, i64 clip) {
   const float* stage = run.stage(clip);
   const int other = 1 - job.index;
   switch (job.kind) {
-    case kUp:
+    case kSumUp:
       return {run.call.grad_output[job.index] + (run.first_clip + clip) * clip_rows(p, job.index) * p.dim, p.dim,
               job.index, false};
-    case kDown:
+    case kSumDown:
       return {stage + at.down[job.index], p.bottleneck, job.index, false};
-    case kQuery:
+    case kSumQuery:
       return {stage + at.projected[job.index], at.width[job.index], job.index, true};
-    case kKeyValue:
+    case kSumKeyValue:
       return {stage + at.projected[other] + at.key_column[other], at.width[other], other, true};
     default:
       return {stage + at.activation[job.index], p.bottleneck, job.index, true};
@@ -85,7 +85,7 @@ inline void list_rows(const BackwardRun& run, const SumJob& job, const LeftRows&
                       i64 first_out, ChunkRows& rows) {
   const Problem& p = run.call.problem;
   const i64 width = job.ins;
-  const bool has_table = job.kind == kQuery || job.kind == kKeyValue;
+  const bool has_table = job.kind == kSumQuery || job.kind == kSumKeyValue;
   rows.count = count;
   for (i64 r = 0; r < count; ++r) {
     const i64 row = first + r;
@@ -93,8 +93,8 @@ inline void list_rows(const BackwardRun& run, const SumJob& job, const LeftRows&
     const bool cls = at.n < 0;
     rows.left[r] = cls && left.skip_cls ? nullptr : left.data + row * left.stride + first_out;
     rows.factor[r] =
-        job.kind == kUp ? branch_scale(p, run.call.scale, left.stream, run.first_clip + clip, at.n) : 1.0f;
-    rows.right[r] = job.kind != kProj ? row * width : cls ? -1 : (at.t * p.patches + at.n) * width;
+        job.kind == kSumUp ? branch_scale(p, run.call.scale, left.stream, run.first_clip + clip, at.n) : 1.0f;
+    rows.right[r] = job.kind != kSumProj ? row * width : cls ? -1 : (at.t * p.patches + at.n) * width;
     rows.position[r] = has_table && !cls ? slot_of(p, job.index, at.t, at.n).index * width : -1;
   }
 }
@@ -103,30 +103,30 @@ inline void list_rows(const BackwardRun& run, const SumJob& job, const LeftRows&
 inline void add_layer_chunk(const BackwardRun& run, const SumJob& job, i64 clip, const ChunkRows& rows,
                             const WeightBlock& block, bool add, const WeightScratch& s) {
   const Problem& p = run.call.problem;
-  const float* saved = run.saved(clip);
+  const Clip fields = run.clip(clip);
   const auto finish = [&](const auto& value_at) {
     add_chunk(s, rows.count, block, job.ins, job.weight, add, value_at);
   };
-  if (job.kind == kDown) {
+  if (job.kind == kSumDown) {
     const float* x = run.call.input[job.index] + (run.first_clip + clip) * clip_rows(p, job.index) * p.dim;
     return finish([&](i64 r, i64 c, i64 lanes) { return load_first(x + rows.right[r] + c, lanes); });
   }
-  if (job.kind == kUp) {
-    const float* x = saved + run.plan.saved.activation[job.index];
+  if (job.kind == kSumUp) {
+    const float* x = fields[kActivation][job.index];
     return finish([&](i64 r, i64 c, i64 lanes) { return gelu(load_first(x + rows.right[r] + c, lanes)); });
   }
-  if (job.kind == kProj) {
-    const float* x = saved + run.plan.saved.attended[job.index];
+  if (job.kind == kSumProj) {
+    const float* x = fields[kAttended][job.index];
     return finish([&](i64 r, i64 c, i64 lanes) {
       return rows.right[r] < 0 ? vec{} : load_first(x + rows.right[r] + c, lanes);
     });
   }
-  const int stream = job.kind == kQuery ? job.index : 1 - job.index;
+  const int stream = job.kind == kSumQuery ? job.index : 1 - job.index;
   const auto& direction = run.call.parameters.direction[job.index];
-  const float* table = job.kind == kQuery ? direction.q_pos : direction.kv_pos;
+  const float* table = job.kind == kSumQuery ? direction.q_pos : direction.kv_pos;
   const float* gamma = run.call.parameters.stream[stream].norm_weight;
   const float* beta = run.call.parameters.stream[stream].norm_bias;
-  const float* x = saved + run.plan.saved.normed[stream];
+  const float* x = fields[kNormed][stream];
   finish([&](i64 r, i64 c, i64 lanes) {
     const vec n = load_first(x + rows.right[r] + c, lanes) * load_first(gamma + c, lanes) + load_first(beta + c, lanes);
     return table && rows.position[r] >= 0 ? n + load_first(table + rows.position[r] + c, lanes) : n;
@@ -214,8 +214,8 @@ inline void run_sum(const BackwardRun& run, const SumTasks& list, i64 task, floa
   int j = list.count - 1;
   while (list.jobs[j].first_task > task) --j;
   const SumJob& job = list.jobs[j];
-  if (job.kind == kNorm) return sum_norm(run, job);
-  if (job.kind == kPositions) return sum_positions(run, job, task - job.first_task, scratch);
+  if (job.kind == kSumNorm) return sum_norm(run, job);
+  if (job.kind == kSumPositions) return sum_positions(run, job, task - job.first_task, scratch);
   sum_layer(run, job, task - job.first_task, weight_scratch(scratch));
 }
 

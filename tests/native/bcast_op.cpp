@@ -14,6 +14,8 @@ namespace {
 struct Case {
   Sizes sizes;
   bool positions = true, scaled = false;
+  cpu::Recompute recompute = cpu::kNothing;
+  bool packed = false;  // forward gets weights packed beforehand
 };
 
 constexpr Window kNone = Window::absent, kTime = Window::time, kSpace = Window::space, kAll = Window::space_time;
@@ -131,7 +133,8 @@ class BcastTrial : public Trial {
     std::string text = "bcast";
     for (const i64 size : {s.batch, s.frames, s.patches, s.dim, s.bottleneck, s.heads}) text += " " + std::to_string(size);
     for (const Window w : s.window) text += std::string(" ") + windows[int(w) + 1];
-    return text + (case_.positions ? "" : " no positions") + (case_.scaled ? " scaled" : "");
+    text += std::string(case_.positions ? "" : " no positions") + (case_.scaled ? " scaled" : "");
+    return text + " recompute " + std::to_string(case_.recompute) + (case_.packed ? " packed" : "");
   }
 
   Values<float> run(int threads, Via via) const override { return run(threads, via, ~0u); }
@@ -162,9 +165,15 @@ class BcastTrial : public Trial {
       backward.grad_output[i] = s.present(i) ? copy(given_.grad_output[i]) : nullptr;
       backward.grad_input[i] = memory.take(size);
     }
-    const i64 kept = s.batch * cpu::saved_per_clip(forward.problem);
+    forward.recompute = backward.recompute = case_.recompute;
+    const i64 kept = s.batch * cpu::saved_per_clip(forward.problem, case_.recompute);
     forward.saved = memory.take(kept);
     backward.saved = forward.saved;
+    if (case_.packed) {
+      float* packed = memory.take(cpu::packed_size(forward.problem), Guarded::Start::aligned);
+      cpu::run_pack(forward.problem, forward.parameters, packed, threads);
+      forward.packed = packed;
+    }
     forward.threads = backward.threads = threads;
     call(forward, backward, via);
     if (!memory.intact()) throw Damage{"a guard band was overwritten with " + std::to_string(threads) + " threads"};
@@ -203,12 +212,13 @@ class BcastTrial : public Trial {
     const cpu::Problem& p = forward.problem;
     cpu::ForwardCall unsaved = forward;
     unsaved.saved = nullptr;
+    unsaved.recompute = cpu::kAll;
     const cpu::Kernels& level = cpu::selected_kernels();
     if (via == Via::entry_points) {
       cpu::run_forward(unsaved);
     } else {
-      const Guarded scratch(level.forward_workspace(p, false, forward.threads), Guarded::Start::aligned);
-      level.forward(unsaved, scratch.data());
+      const Guarded scratch(level.bcast_forward_workspace(p, cpu::kAll, unsaved.packed, unsaved.threads), Guarded::Start::aligned);
+      level.bcast_forward(unsaved, scratch.data());
       if (!scratch.intact()) throw Damage{"forward wrote past its scratch memory"};
     }
     std::vector<float> outputs[2];
@@ -222,10 +232,12 @@ class BcastTrial : public Trial {
       cpu::run_forward(forward);
       cpu::run_backward(backward);
     } else {
-      const Guarded scratch(level.forward_workspace(p, true, forward.threads), Guarded::Start::aligned);
-      level.forward(forward, scratch.data());
-      const Guarded more(level.backward_workspace(p, forward.threads), Guarded::Start::aligned);
-      level.backward(backward, more.data());
+      const i64 floats = level.bcast_forward_workspace(p, forward.recompute, forward.packed, forward.threads);
+      const Guarded scratch(floats, Guarded::Start::aligned);
+      level.bcast_forward(forward, scratch.data());
+      const i64 others = level.bcast_backward_workspace(p, backward.recompute, backward.threads);
+      const Guarded more(others, Guarded::Start::aligned);
+      level.bcast_backward(backward, more.data());
       if (!scratch.intact() || !more.intact()) throw Damage{"a pass wrote past its scratch memory"};
     }
     for (int i = 0; i < 2; ++i)
@@ -240,8 +252,13 @@ class BcastTrial : public Trial {
 
 Trials trials(bool few) {
   Trials all;
-  unsigned seed = 1;
-  for (const Case& c : few ? few_cases() : many_cases()) all.push_back(std::make_unique<BcastTrial>(c, seed++));
+  unsigned seed = 0;
+  for (Case c : few ? few_cases() : many_cases()) {
+    ++seed;
+    c.recompute = cpu::Recompute(seed % 3);
+    c.packed = seed % 2;
+    all.push_back(std::make_unique<BcastTrial>(c, seed));
+  }
   return all;
 }
 
@@ -303,6 +320,21 @@ void check_unwanted_gradients() {
   }
 }
 
+void check_what_is_kept() {
+  const Case problem{{2, 3, 7, 40, 24, 3, {kTime, kSpace}}, true, true};
+  const Values<float> kept = BcastTrial(problem, 91).run(2, Via::guarded_workspace);
+  for (const cpu::Recompute recompute : {cpu::kNothing, cpu::kCheap, cpu::kAll})
+    for (const bool packed : {false, true}) {
+      Case other = problem;
+      other.recompute = recompute;
+      other.packed = packed;
+      const BcastTrial trial(other, 91);
+      for (const auto& [name, x] : trial.run(2, Via::guarded_workspace))
+        check(name == "saved" || !std::memcmp(x.data(), kept.at(name).data(), sizeof(float) * x.size()),
+              trial.name() + ": " + name + " depends on what is kept for backward, or on packing beforehand");
+    }
+}
+
 template <class F>
 void check_refused(const F& f, const std::string& message) {
   try {
@@ -333,6 +365,7 @@ void check_refusals() {
 void more() {
   check_plain_backward();
   check_unwanted_gradients();
+  check_what_is_kept();
   check_refusals();
 }
 

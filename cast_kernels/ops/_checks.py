@@ -1,0 +1,46 @@
+"""Argument checks that all ops share. Messages say what came, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in on the tensor's device, or None outside of autocast."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tensor is there and has this shape."""
+    if tensor is None:
+        raise ValueError(f"{name} is missing; it must be a tensor of shape {shape}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with these streams it must be {shape}")
+
+
+def check_kinds(streams: Mapping[str, Tensor], parameters: Iterable[Tensor | None], autocast: bool) -> None:
+    """One device, one floating dtype. Under autocast the floating dtypes may differ, as for PyTorch's operators.
+
+    Raises:
+        ValueError: several devices.
+        TypeError: a dtype that is not floating, or several of them outside of autocast.
+    """
+    tensors = [*streams.values(), *(p for p in parameters if p is not None)]
+    devices = sorted({str(x.device) for x in tensors})
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on {' and '.join(devices)}; all streams and parameters must be on one device")
+    dtypes = sorted({str(x.dtype) for x in tensors})
+    if not all(x.is_floating_point() for x in tensors):
+        raise TypeError(f"dtypes are {', '.join(dtypes)}; streams and parameters must be floating point")
+    if not autocast and len(dtypes) > 1:
+        own = ", ".join(f"{name} {x.dtype}" for name, x in streams.items())
+        raise TypeError(
+            f"dtypes are mixed: {own}, all tensors {', '.join(dtypes)}; "
+            "convert them to one (module.to(dtype)), or run under torch.autocast"
+        )

@@ -1,0 +1,37 @@
+// What the bindings of every op share. Python sees pointers as integers: no torch header, so one build serves every
+// torch version.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace cast::cpu {
+
+using Address = std::uintptr_t;
+
+inline const float* input(Address a) { return reinterpret_cast<const float*>(a); }
+inline float* output(Address a) { return reinterpret_cast<float*>(a); }
+
+// A structure of pointers, from as many addresses in its fields' order.
+template <class T>
+T tensors(const std::array<Address, sizeof(T) / sizeof(void*)>& addresses) {
+  T result;
+  std::memcpy(&result, addresses.data(), sizeof(result));
+  return result;
+}
+
+inline int checked_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1");
+  return threads;
+}
+
+// Each op's part of the module, in bindings_<op>.cpp.
+void bind_ffn(pybind11::module_& m);
+
+}  // namespace cast::cpu

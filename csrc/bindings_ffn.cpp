@@ -1,0 +1,46 @@
+#include "bindings.h"
+
+#include "cpu/ffn.h"
+
+namespace py = pybind11;
+
+namespace cast::cpu {
+namespace {
+
+using Addresses = std::array<Address, 10>;
+
+FFNProblem make_problem(i64 rows, i64 dim, i64 hidden, i64 adapter, int activation, bool keep, float eps,
+                        float adapter_scale) {
+  const FFNProblem p{rows, dim, {hidden, adapter}, activation, keep, eps, adapter_scale};
+  check_problem(p);
+  return p;
+}
+
+void pack(const FFNProblem& p, const Addresses& parameters, Address to, int threads) {
+  checked_threads(threads);
+  const py::gil_scoped_release release;
+  run_ffn_pack(p, tensors<FFNParameters>(parameters), output(to), threads);
+}
+
+void forward(const FFNProblem& p, Address x, const Addresses& parameters, Address row_scale, Address packed, Address y,
+             Address saved, int threads) {
+  const FFNForwardCall call{p,         tensors<FFNParameters>(parameters), input(x), input(row_scale), input(packed),
+                            output(y), output(saved),                      checked_threads(threads)};
+  const py::gil_scoped_release release;
+  run_ffn_forward(call);
+}
+
+}  // namespace
+
+void bind_ffn(pybind11::module_& m) {
+  py::class_<FFNProblem>(m, "FFNProblem")
+      .def(py::init(&make_problem), py::arg("rows"), py::arg("dim"), py::arg("hidden"), py::arg("adapter"),
+           py::arg("activation"), py::arg("keep"), py::arg("eps"), py::arg("adapter_scale"));
+  m.def("ffn_saved_per_row", &ffn_saved_per_row, py::arg("problem"), "Floats that backward needs of one row.");
+  m.def("ffn_packed_size", &ffn_packed_size, py::arg("problem"), "Floats that ffn_pack writes.");
+  m.def("ffn_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));
+  m.def("ffn_forward", &forward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("row_scale"),
+        py::arg("packed"), py::arg("y"), py::arg("saved"), py::arg("threads"));
+}
+
+}  // namespace cast::cpu

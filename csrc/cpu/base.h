@@ -1,0 +1,22 @@
+// Integers and sizes that every op's problem is made of.
+//
+// Included by every instruction-set level, so only internal-linkage functions live here: a shared inline function could
+// be merged by the linker into its AVX-512 copy and crash an older machine.
+#pragma once
+
+#include <cstdint>
+
+namespace cast::cpu {
+
+using i64 = std::int64_t;
+
+static inline i64 align16(i64 floats) { return (floats + 15) / 16 * 16; }
+
+// Hands out consecutive regions: the region's offset, with `cursor` moved behind it.
+static inline i64 take(i64& cursor, i64 floats) {
+  const i64 at = cursor;
+  cursor += floats;
+  return at;
+}
+
+}  // namespace cast::cpu

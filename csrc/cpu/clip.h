@@ -1,0 +1,105 @@
+// The intermediates of one clip: how large they are, which of them forward keeps for backward, and where they lie.
+//
+// Queries, keys and values lie [group][head][index][head_dim], so one head of one window is one contiguous matrix.
+#pragma once
+
+#include "problem.h"
+
+namespace cast::cpu {
+
+enum Field : int {
+  kQuery, kKey, kValue,    // per direction, T*N*d
+  kAttended,               // per direction, [T*N, d], before the output projection
+  kRowMax, kInverseSum,    // per direction, [group][head][index], base-2 softmax statistics
+  kActivation,             // per direction, [clip_rows, d], before GELU; CLS rows hold the normalised CLS
+  kNormed, kRstd,          // per stream, [clip_rows, d] before gamma and beta; [clip_rows]
+  kCls,                    // spatial only, [T, d]: the normalised CLS where kActivation has no place
+  kFields
+};
+
+static inline i64 field_size(const Problem& p, int field, int which) {
+  const i64 matrix = clip_rows(p, which) * p.bottleneck;
+  if (field == kNormed) return has_any_direction(p) ? matrix : 0;
+  if (field == kRstd) return has_any_direction(p) ? clip_rows(p, which) : 0;
+  if (!has_direction(p, which)) return 0;
+  if (field == kActivation) return matrix;
+  if (field == kRowMax || field == kInverseSum) return patch_tokens(p) * p.heads;
+  if (field == kCls) return which == kSpatial ? p.frames * p.bottleneck : 0;
+  return patch_tokens(p) * p.bottleneck;
+}
+
+// The direction whose attention costs less to repeat; none if there is only one.
+static inline int cheaper_direction(const Problem& p) {
+  if (!has_direction(p, 0) || !has_direction(p, 1)) return kAbsent;
+  return window_length(p, 0) <= window_length(p, 1) ? 0 : 1;
+}
+
+// kCheap drops what costs little to repeat: queries, keys and values (12 % of the multiply-adds of forward and backward
+// at the paper's size) and the attention of the shorter window.
+static inline bool is_kept(const Problem& p, Recompute recompute, int field, int which) {
+  if (recompute == kAll || field == kCls) return false;
+  if (recompute == kNothing) return true;
+  if (field == kAttended) return which != cheaper_direction(p);
+  return field > kAttended;
+}
+
+// Offsets in floats inside one clip's region; -1 where a field is not part of it.
+struct ClipLayout {
+  i64 at[kFields][2];
+  i64 total;
+};
+
+template <class Part>
+static inline ClipLayout lay_out(const Problem& p, const Part& is_part) {
+  ClipLayout l{};
+  for (int field = 0; field < kFields; ++field)
+    for (int which = 0; which < 2; ++which) {
+      const i64 size = is_part(field, which) ? field_size(p, field, which) : 0;
+      l.at[field][which] = size ? take(l.total, size) : -1;
+    }
+  if (l.total) l.total += read_slack(p);
+  return l;
+}
+
+// What lies in `saved`: without gaps up to the slack at the end, which forward zeroes, so every float of it is defined.
+// cast_kernels/cpu/bcast.py computes the same total in Python.
+static inline ClipLayout kept_layout(const Problem& p, Recompute recompute) {
+  return lay_out(p, [&](int field, int which) { return is_kept(p, recompute, field, which); });
+}
+
+// What forward needs besides `saved`; `recompute` is kAll if it keeps nothing.
+static inline ClipLayout forward_layout(const Problem& p, Recompute recompute) {
+  return lay_out(p, [&](int field, int which) {
+    if (field == kCls) return !is_kept(p, recompute, kActivation, kSpatial);
+    return field <= kValue && !is_kept(p, recompute, field, which);
+  });
+}
+
+// What backward needs besides `saved`: everything that was not kept.
+static inline ClipLayout backward_layout(const Problem& p, Recompute recompute) {
+  return lay_out(p, [&](int field, int which) { return field != kCls && !is_kept(p, recompute, field, which); });
+}
+
+// One clip's fields, wherever they lie; null where they are in neither region.
+struct Clip {
+  float* at[kFields][2];
+  float* const* operator[](Field field) const { return at[field]; }
+};
+static inline Clip join(const ClipLayout& kept, float* saved, const ClipLayout& own, float* workspace) {
+  Clip clip{};
+  for (int field = 0; field < kFields; ++field)
+    for (int which = 0; which < 2; ++which)
+      clip.at[field][which] = kept.at[field][which] >= 0 ? saved + kept.at[field][which]
+                              : own.at[field][which] >= 0 ? workspace + own.at[field][which]
+                                                          : nullptr;
+  return clip;
+}
+
+// The normalised CLS of frame t.
+static inline float* cls_row(const Problem& p, const Clip& clip, i64 t) {
+  if (float* activation = clip[kActivation][kSpatial])
+    return activation + t * frame_rows(p, kSpatial) * p.bottleneck;
+  return clip[kCls][kSpatial] + t * p.bottleneck;
+}
+
+}  // namespace cast::cpu

@@ -1,0 +1,61 @@
+#include "ffn.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "workspace.h"
+
+namespace cast::cpu {
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_parameters(const FFNProblem& p, const FFNParameters& parameters) {
+  static const char* const names[2] = {"FFN", "adapter"};
+  require(parameters.norm_weight && parameters.norm_bias, "a LayerNorm parameter is missing");
+  for (int b = 0; b < 2; ++b) {
+    const auto& own = parameters.branch[b];
+    require(!p.width[b] || (own.in_weight && own.in_bias && own.out_weight && own.out_bias),
+            std::string("a parameter of the ") + names[b] + " is missing");
+  }
+}
+
+}  // namespace
+
+void check_problem(const FFNProblem& p) {
+  const auto at_least = [](i64 least, i64 value, const char* name) {
+    require(value >= least, std::string(name) + " is " + std::to_string(value) + ", but must be at least " +
+                                std::to_string(least));
+  };
+  at_least(0, p.rows, "rows");
+  at_least(1, p.dim, "dim");
+  at_least(1, p.width[kFFN], "hidden");
+  at_least(0, p.width[kAdapter], "adapter");
+  require(p.activation == kGelu || p.activation == kQuickGelu,
+          "activation is " + std::to_string(p.activation) + ", but must be 0 (GELU) or 1 (QuickGELU)");
+}
+
+i64 ffn_saved_per_row(const FFNProblem& p) { return 2 + (p.keep ? p.width[kFFN] + p.width[kAdapter] : 0); }
+
+i64 ffn_packed_size(const FFNProblem& p) { return selected_kernels().ffn_packed_size(p); }
+
+void run_ffn_pack(const FFNProblem& p, const FFNParameters& parameters, float* to, int threads) {
+  check_parameters(p, parameters);
+  require(to, "the memory to pack into is missing");
+  selected_kernels().ffn_pack(p, parameters, to, threads);
+}
+
+void run_ffn_forward(const FFNForwardCall& call) {
+  const FFNProblem& p = call.problem;
+  if (p.rows == 0) return;
+  check_parameters(p, call.parameters);
+  require(call.x && call.y, "the input or the output is missing");
+  const Kernels& kernels = selected_kernels();
+  const Workspace workspace(kernels.ffn_forward_workspace(p, call.packed != nullptr, call.threads));
+  kernels.ffn_forward(call, workspace.data());
+}
+
+}  // namespace cast::cpu
