@@ -8,6 +8,7 @@ from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain
 from cast_kernels.ops.bcast import bcast
 from cast_kernels.ops.ffn import ffn
+from cast_kernels.ops.self_attention import self_attention
 from cast_kernels.problem import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -18,6 +19,8 @@ from cast_kernels.problem import (
     Parameters,
     Problem,
     Recompute,
+    SelfAttentionParameters,
+    SelfAttentionProblem,
     Stream,
 )
 
@@ -35,6 +38,8 @@ __all__ = [
     "Parameters",
     "Problem",
     "Recompute",
+    "SelfAttentionParameters",
+    "SelfAttentionProblem",
     "Stream",
     "__version__",
     "backends",
@@ -42,4 +47,5 @@ __all__ = [
     "explain",
     "ffn",
     "reference",
+    "self_attention",
 ]

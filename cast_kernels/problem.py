@@ -1,7 +1,8 @@
 """What a problem is, op by op: its sizes, and the order in which its parameters travel.
 
 Everything that decides whether and how a backend runs is in the op's problem (:class:`Problem` for B-CAST,
-:class:`FFNProblem`); everything that a kernel reads besides the streams is in its parameters. All backends share both.
+:class:`FFNProblem`, :class:`SelfAttentionProblem`); everything that a kernel reads besides the streams is in its
+parameters. All backends share both.
 """
 
 from __future__ import annotations
@@ -23,6 +24,17 @@ WINDOWS: dict[str, Callable[[int, int], int]] = {
 
 #: The two ways information flows: temporal to spatial, spatial to temporal.
 DIRECTIONS = ("t2s", "s2t")
+
+
+class Recompute(StrEnum):
+    """What backward computes again instead of finding it kept by forward: memory against time, never other bits.
+
+    Each op's documentation says what the three mean for it. Backends that leave this to PyTorch's autograd ignore it.
+    """
+
+    NOTHING = "nothing"  # keep every intermediate that backward reads: fastest
+    CHEAP = "cheap"  # keep what is dear to compute for its size: the default
+    ALL = "all"  # keep the inputs and no more than a few numbers a row: smallest
 
 
 #: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).
@@ -112,18 +124,6 @@ class Problem:
         return self.bottleneck_dim // self.num_heads
 
 
-class Recompute(StrEnum):
-    """What backward computes again instead of forward keeping it: memory against time, never other bits.
-
-    Each op's documentation says what its three settings keep. Backends that leave this to PyTorch's autograd
-    ignore it.
-    """
-
-    NOTHING = "nothing"  # keep every intermediate that backward reads
-    CHEAP = "cheap"  # keep what is expensive for its size
-    ALL = "all"  # keep the inputs, and at most a few numbers a row
-
-
 #: Activations of the FFN: exact (erf) GELU, and x * sigmoid(1.702 x).
 ACTIVATIONS = ("gelu", "quick_gelu")
 
@@ -155,6 +155,39 @@ class FFNProblem:
     hidden: int
     adapter: int  # 0: no adapter
     activation: str
+    recompute: Recompute
+    dtype: torch.dtype
+    device: str  # device type
+    autocast: torch.dtype | None = None
+
+
+class SelfAttentionParameters(NamedTuple):
+    """Parameters of one expert block's self-attention. Without an adapter its four tensors are None.
+
+    The order is that of `csrc/cpu/self_attention.h`.
+    """
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    qkv_weight: Tensor  # [3D, D], queries, keys, values
+    qkv_bias: Tensor | None  # [3D]
+    proj_weight: Tensor  # [D, D]
+    proj_bias: Tensor  # [D]
+    down_weight: Tensor | None = None  # [A, D]
+    down_bias: Tensor | None = None  # [A]
+    up_weight: Tensor | None = None  # [D, A]
+    up_bias: Tensor | None = None  # [D]
+
+
+@dataclass(frozen=True)
+class SelfAttentionProblem:
+    """One self-attention call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
+
+    batch: int
+    tokens: int  # that attend together
+    dim: int
+    num_heads: int
+    adapter: int  # 0: no adapter
     recompute: Recompute
     dtype: torch.dtype
     device: str  # device type

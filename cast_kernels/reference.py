@@ -135,3 +135,26 @@ def ffn(
         branch = F.linear(F.gelu(F.linear(normed, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)
         y = y + adapter_scale * branch * (1.0 if row_scale is None else row_scale.expand(x.shape[:-1]).unsqueeze(-1))
     return y
+
+
+def self_attention(x: Tensor, parameters: Any, *, num_heads: int, eps: float) -> Tensor:
+    """The first half of an expert's block: attention, then its adapter in series (paper section 3.2, equation 3).
+
+    Args:
+        x: [batch, tokens, D]; the tokens of a batch entry attend together.
+        parameters: the fields of :class:`cast_kernels.problem.SelfAttentionParameters`.
+        num_heads: heads; divides D.
+        eps: LayerNorm epsilon.
+
+    Returns:
+        x + a + Adapter(a) with a = Attention(LN(x)), [batch, tokens, D].
+    """
+    p = parameters
+    normed = F.layer_norm(x, p.norm_weight.shape, p.norm_weight, p.norm_bias, eps)
+    qkv = F.linear(normed, p.qkv_weight, p.qkv_bias)
+    q, k, v = (z.unflatten(-1, (num_heads, -1)).transpose(1, 2) for z in qkv.chunk(3, dim=-1))
+    weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+    a = F.linear((weights @ v).transpose(1, 2).flatten(2), p.proj_weight, p.proj_bias)
+    if p.down_weight is None:
+        return x + a
+    return x + a + F.linear(F.gelu(F.linear(a, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)

@@ -18,8 +18,8 @@ Recompute checked_recompute(int recompute) {
 }
 
 Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck, i64 heads, int t2s_window,
-                     int s2t_window, float eps) {
-  const Problem p{batch, frames, patches, dim, bottleneck, heads, {t2s_window, s2t_window}, eps};
+                     int s2t_window, float eps, bool bf16) {
+  const Problem p{batch, frames, patches, dim, bottleneck, heads, {t2s_window, s2t_window}, eps, bf16};
   check_problem(p);
   return p;
 }
@@ -75,7 +75,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels on raw pointers.";
   py::class_<Problem>(m, "Problem")
       .def(py::init(&make_problem), py::arg("batch"), py::arg("frames"), py::arg("patches"), py::arg("dim"),
-           py::arg("bottleneck"), py::arg("heads"), py::arg("t2s_window"), py::arg("s2t_window"), py::arg("eps"));
+           py::arg("bottleneck"), py::arg("heads"), py::arg("t2s_window"), py::arg("s2t_window"), py::arg("eps"),
+           py::arg("bf16") = false);
   m.def(
       "saved_per_clip", [](const Problem& p, int recompute) { return saved_per_clip(p, checked_recompute(recompute)); },
       py::arg("problem"), py::arg("recompute"), "Floats that forward keeps of one clip for backward.");
@@ -89,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_spatial_out"), py::arg("grad_temporal_out"), py::arg("grad_spatial"), py::arg("grad_temporal"),
         py::arg("grad_params"), py::arg("threads"));
   bind_ffn(m);
+  bind_self_attention(m);
   m.def("isa", [] { return std::string(selected_kernels().name); },
         "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
   m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");

@@ -33,5 +33,6 @@ inline int checked_threads(int threads) {
 
 // Each op's part of the module, in bindings_<op>.cpp.
 void bind_ffn(pybind11::module_& m);
+void bind_self_attention(pybind11::module_& m);
 
 }  // namespace cast::cpu

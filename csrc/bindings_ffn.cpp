@@ -30,6 +30,21 @@ void forward(const FFNProblem& p, Address x, const Addresses& parameters, Addres
   run_ffn_forward(call);
 }
 
+void backward(const FFNProblem& p, Address x, const Addresses& parameters, Address row_scale, Address saved,
+              Address grad_y, Address grad_x, const Addresses& gradients, int threads) {
+  const FFNBackwardCall call{p,
+                             tensors<FFNParameters>(parameters),
+                             input(x),
+                             input(row_scale),
+                             input(saved),
+                             input(grad_y),
+                             output(grad_x),
+                             tensors<FFNGradients>(gradients),
+                             checked_threads(threads)};
+  const py::gil_scoped_release release;
+  run_ffn_backward(call);
+}
+
 }  // namespace
 
 void bind_ffn(pybind11::module_& m) {
@@ -41,6 +56,8 @@ void bind_ffn(pybind11::module_& m) {
   m.def("ffn_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));
   m.def("ffn_forward", &forward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("row_scale"),
         py::arg("packed"), py::arg("y"), py::arg("saved"), py::arg("threads"));
+  m.def("ffn_backward", &backward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("row_scale"),
+        py::arg("saved"), py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_params"), py::arg("threads"));
 }
 
 }  // namespace cast::cpu

@@ -170,7 +170,7 @@ def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ..
     windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]
     recompute = "cheap" if grad else ""
     kept = cpu_bcast.saved_per_clip(case.module().problem(), recompute) if grad else 0
-    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, recompute, backend)
+    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, recompute, False, backend)
 
 
 @kernels

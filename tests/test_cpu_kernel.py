@@ -28,7 +28,7 @@ from cast_kernels.problem import PARAMETER_NAMES, Problem
 
 pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: {_native.REASON}")
 
-ORDER = ["baseline", "avx2", "avx512"]
+ORDER = ["baseline", "avx2", "avx512", "avx512_bf16"]
 BUILT = _native.CORE.built_levels().split(",") if _native.CORE is not None else []
 USABLE = [level for level in BUILT if ORDER.index(level) <= ORDER.index(_native.ISA)]
 
@@ -234,7 +234,7 @@ def test_not_a_number_spreads_as_in_the_reference(windows: tuple[str, str], valu
 @pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
 def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     problem = cast_kernels.ops.bcast.pose(*case.inputs(), case.module().gathered(), case.heads, case.windows)
-    native = cpu._native_problem(_native.core(), problem, 1e-6, recompute)
+    native = cpu._native_problem(_native.core(), problem, 1e-6, recompute, False)
     assert _native.core().saved_per_clip(native, cpu._RECOMPUTE_CODES[recompute]) == cpu.saved_per_clip(
         problem, recompute
     )
@@ -261,7 +261,7 @@ def test_other_threads_run_while_the_core_computes() -> None:
         core_call = cpu.forward
         problem = cast_kernels.ops.bcast.pose(*inputs, module.gathered(), 4, ("time", "space"))
         span.append(time.perf_counter())
-        core_call(problem, *inputs, module.gathered(), None, None, 1e-6, "")
+        core_call(problem, *inputs, module.gathered(), None, None, 1e-6, "", False)
         span.append(time.perf_counter())
 
     worker, ticks = threading.Thread(target=compute), []

@@ -19,9 +19,6 @@ from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
 _RECOMPUTE_CODES = {"nothing": 0, "cheap": 1, "all": 2}
 
-#: What streams and parameters may be; bfloat16 is widened on the way in and rounded once on the way out.
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 def can_run(problem: Problem) -> Verdict:
     """Whether the native core can run the problem, and the reason in words either way.
@@ -29,7 +26,7 @@ def can_run(problem: Problem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    return verdict(problem.device, problem.dtype, problem.autocast, DTYPES)
+    return verdict(problem.device, problem.dtype, problem.autocast)
 
 
 def saved_per_clip(problem: Problem, recompute: str) -> int:
@@ -59,33 +56,36 @@ def forward(
     temporal_scale: Tensor | None,
     eps: float,
     recompute: str,
+    bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both streams with their branch added, and what backward needs.
 
     Args:
         problem: the sizes, on the CPU.
-        spatial: [B, T, 1+N, D], any strides and any of :data:`DTYPES`, as are all tensors here.
+        spatial: [B, T, 1+N, D], any strides, float32 or bfloat16, as are all tensors here.
         temporal: [B, T, N, D].
         parameters: as :class:`~cast_kernels.problem.Parameters` describes.
         spatial_scale: [B, 1+N], multiplies the spatial branch, or None.
         temporal_scale: [B, 1], multiplies the temporal branch, or None.
         eps: LayerNorm epsilon.
         recompute: a value of :class:`~cast_kernels.problem.Recompute`, or "" where no backward will follow.
+        bf16: whether dense products may round their operands to bfloat16; only processors with instructions for
+            it make use of that.
 
     Returns:
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
         [B, saved_per_clip], float32.
     """
     core = _native.core()
-    native = _native_problem(core, problem, eps, recompute or "all")
-    alive = Addresses(upcast=True)
+    native = _native_problem(core, problem, eps, recompute or "all", bf16)
+    alive = Addresses()
     weights = [alive(p) for p in parameters.flat()]
     if recompute:
         packed.drop(parameters.spatial.down_weight)
         panels = None
     else:
         present = [p for p in parameters.flat() if p is not None and p.ndim == 2]
-        panels = packed.get(present, lambda: _pack(core, native, weights))
+        panels = packed.get(present, bf16, lambda: _pack(core, native, weights))
     spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
     saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
@@ -107,6 +107,7 @@ def backward(
     temporal_scale: Tensor | None,
     eps: float,
     recompute: str,
+    bf16: bool,
     grad_spatial_out: Tensor,
     grad_temporal_out: Tensor,
     wanted: tuple[bool, ...],
@@ -122,7 +123,7 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core = _native.core()
-    alive = Addresses(upcast=True)
+    alive = Addresses()
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
     primals = [spatial, temporal, *parameters.flat()]
     # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
@@ -134,7 +135,7 @@ def backward(
     ]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     core.bcast_backward(
-        _native_problem(core, problem, eps, recompute), alive(spatial), alive(temporal),
+        _native_problem(core, problem, eps, recompute, bf16), alive(spatial), alive(temporal),
         alive(spatial_scale), alive(temporal_scale), [alive(p) for p in primals[2:]],
         alive(saved), _RECOMPUTE_CODES[recompute],
         alive(grad_spatial_out if directions[0] else None),
@@ -144,10 +145,10 @@ def backward(
     return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, primals, strict=True)]
 
 
-def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> Any:
+def _native_problem(core: Any, problem: Problem, eps: float, recompute: str, bf16: bool) -> Any:
     native = core.Problem(
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
-        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps,
+        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps, bf16,
     )  # fmt: skip
     native_size = core.saved_per_clip(native, _RECOMPUTE_CODES[recompute])
     assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.cpu.common import Addresses, verdict
+from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute, Verdict
 
 
@@ -22,7 +22,7 @@ def can_run(problem: FFNProblem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    return verdict(problem.device, problem.dtype, problem.autocast, (torch.float32, torch.bfloat16))
+    return verdict(problem.device, problem.dtype, problem.autocast)
 
 
 def saved_per_row(problem: FFNProblem) -> int:
@@ -33,8 +33,8 @@ def saved_per_row(problem: FFNProblem) -> int:
 def pack(problem: FFNProblem, parameters: FFNParameters) -> Tensor:
     """The forward's weights in the order that the level in use reads, float32: `packed` of :func:`forward`."""
     core = _native.core()
-    native, inputs = _native_problem(core, problem, 0.0, 0.0), Addresses(upcast=True)
-    packed = torch.empty(core.ffn_packed_size(native))
+    native, inputs = _native_problem(core, problem, 0.0, 0.0), Addresses()
+    packed = float32((core.ffn_packed_size(native),))
     core.ffn_pack(native, [inputs(p) for p in parameters], packed.data_ptr(), torch.get_num_threads())
     return packed
 
@@ -64,9 +64,9 @@ def forward(
     Returns:
         [rows, D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32.
     """
-    core, inputs = _native.core(), Addresses(upcast=True)
-    y = torch.empty(x.shape)
-    saved = torch.empty((problem.rows, saved_per_row(problem) if save else 0))
+    core, inputs = _native.core(), Addresses()
+    y = float32(x.shape)
+    saved = float32((problem.rows, saved_per_row(problem) if save else 0))
     core.ffn_forward(
         _native_problem(core, problem, eps, adapter_scale), inputs(x), [inputs(p) for p in parameters],
         inputs(row_scale), inputs(packed), y.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
@@ -94,8 +94,8 @@ def backward(
 
     The other arguments are those of :func:`forward`.
     """
-    core, inputs = _native.core(), Addresses(upcast=True)
-    make = torch.zeros if problem.rows == 0 else torch.empty  # without rows the core writes nothing
+    core, inputs = _native.core(), Addresses()
+    make = zeros if problem.rows == 0 else float32  # without rows the core writes nothing
     primals = [x, *parameters]
     grads = [
         make(p.shape) if want and p is not None else None for p, want in zip(primals, wanted, strict=True)

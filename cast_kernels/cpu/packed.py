@@ -21,11 +21,17 @@ _LOCK = threading.Lock()
 _KEPT: Any = WeakTensorKeyDictionary()
 
 
-def get(weights: Sequence[Tensor], pack: Callable[[], Tensor]) -> Tensor:
-    """The packed form of `weights`: the one kept from an earlier call if it still holds, else what `pack` returns."""
+def get(weights: Sequence[Tensor], bf16: bool, pack: Callable[[], Tensor]) -> Tensor:
+    """The packed form of `weights`: the one kept from an earlier call if it still holds, else what `pack` returns.
+
+    Args:
+        weights: all that go into it; the copy lives no longer than the first.
+        bf16: whether it may hold them rounded to bfloat16.
+        pack: makes it.
+    """
     if any(w.is_inference() for w in weights):  # they have no version to go by
         return pack()
-    state = [(w.data_ptr(), w._version, w.shape, w.stride()) for w in weights]
+    state = (bf16, [(w.data_ptr(), w._version, w.shape, w.stride()) for w in weights])
     with _LOCK:
         found = _KEPT.get(weights[0])
     # The same objects too: a new tensor may lie where an old one died, in the same version.

@@ -168,20 +168,21 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
 # ---------------------------------------------------------------------------------------------------------------------
 # The registered operator. The opaque third output is what the backend keeps for backward, [B, kept], float32; `kept`
 # is an argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another
-# layout of `saved` must not be used. `recompute` is "" where no backward will follow.
+# layout of `saved` must not be used. `recompute` is "" where no backward will follow; `bf16` allows dense products to
+# round their operands to bfloat16, as autocast would.
 # An absent parameter travels as an empty tensor: torch.library's autograd takes no None inside a list of tensors.
 
 _LIBRARY = torch.library.Library("cast_kernels", "DEF")
 _LIBRARY.define(
     "bcast(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
     "int num_heads, str t2s_window, str s2t_window, float eps, SymInt kept, str recompute, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "bool bf16, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
     "bcast_backward(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor saved, Tensor? spatial_scale, "
     "Tensor? temporal_scale, Tensor grad_spatial_out, Tensor grad_temporal_out, int num_heads, str t2s_window, "
-    "str s2t_window, float eps, str recompute, bool[] wanted, str backend) -> Tensor[]",
+    "str s2t_window, float eps, str recompute, bool bf16, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 
@@ -203,9 +204,10 @@ def _run_kernel(
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))):
         recompute = ""
     kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
+    bf16 = torch.bfloat16 in (problem.dtype, problem.autocast)
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
         spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
-        problem.s2t_window or "", eps, kept, recompute, backend,
+        problem.s2t_window or "", eps, kept, recompute, bf16, backend,
     )  # fmt: skip
     return (
         spatial_out if parameters.t2s is not None else spatial,
@@ -229,18 +231,18 @@ def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t
 def _forward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    recompute: str, backend: str,
+    recompute: str, bf16: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     return KERNELS[backend].forward(
-        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, recompute
+        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, recompute, bf16
     )
 
 
 def _forward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    recompute: str, backend: str,
+    recompute: str, bf16: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         spatial.new_empty(spatial.shape if t2s_window else (0,)),
@@ -252,11 +254,12 @@ def _forward_fake(
 def _backward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, recompute: str, wanted: list[bool], backend: str,
+    s2t_window: str, eps: float, recompute: str, bf16: bool, wanted: list[bool],
+    backend: str,
 ) -> list[Tensor]:  # fmt: skip
     problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
     grads = KERNELS[backend].backward(
-        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps, recompute,
+        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps, recompute, bf16,
         grad_spatial_out, grad_temporal_out, tuple(wanted),
     )  # fmt: skip
     primals = [spatial, temporal, *parameters]
@@ -266,28 +269,31 @@ def _backward(
 def _backward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, recompute: str, wanted: list[bool], backend: str,
+    s2t_window: str, eps: float, recompute: str, bf16: bool, wanted: list[bool],
+    backend: str,
 ) -> list[Tensor]:  # fmt: skip
     primals = [spatial, temporal, *parameters]
     return [x.new_empty(x.shape if want else (0,)) for x, want in zip(primals, wanted, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, recompute, backend = inputs
+    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, recompute, bf16, backend = (
+        inputs
+    )
     ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
-    ctx.call = (num_heads, t2s, s2t, eps, recompute, backend)
+    ctx.call = (num_heads, t2s, s2t, eps, recompute, bf16, backend)
     ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
 
 
 def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
-    num_heads, t2s, s2t, eps, recompute, backend = ctx.call
+    num_heads, t2s, s2t, eps, recompute, bf16, backend = ctx.call
     grads = torch.ops.cast_kernels.bcast_backward(
         spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
-        t2s, s2t, eps, recompute, ctx.wanted, backend,
+        t2s, s2t, eps, recompute, bf16, ctx.wanted, backend,
     )  # fmt: skip
     kept = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return kept[0], kept[1], kept[2:], *(None,) * 9
+    return kept[0], kept[1], kept[2:], *(None,) * 10
 
 
 _LIBRARY.impl("bcast", _forward, "CPU")

@@ -1,7 +1,8 @@
 // Gradients of softmax attention of one head in one window.
 //
 // As in attention.h lanes run over queries: P^T and dS^T are [key][query]. They are kept for kSuperBlock queries and
-// kKeyBlock keys at a time, so that all five products run at tile speed and memory never grows with the window.
+// kKeyBlock keys at a time, so that all five products run at tile speed and memory never grows with the window. What a
+// super-block of queries needs in another order is copied once, before it walks all keys.
 #pragma once
 
 #include "attention.h"
@@ -12,24 +13,28 @@ constexpr i64 kSuperBlock = (112 + kMaxQueries - 1) / kMaxQueries * kMaxQueries;
 constexpr i64 kScoreStride = kSuperBlock + 16;  // row tiles read past the last query
 
 struct AttentionBackwardScratch {
-  float *queries, *grads;   // [head_dim][kMaxQueries]: scaled queries, output gradients
-  float *weights, *slopes;  // [kKeyBlock + 16][kScoreStride]: P^T, dS^T
-  float *dkey, *dvalue;     // [kKeyBlock][round_up(head_dim, kTileColumns)]: sums over super-blocks
+  float *queries, *grads;    // [query block][head_dim][its width], queries scaled
+  float *weights, *slopes;   // [kKeyBlock + 16][kScoreStride]: P^T, dS^T
+  float *query_panels, *grad_panels, *key_panels;  // of wide heads
+  float* dquery;             // [kSuperBlock][round_up(head_dim, kTileColumns)]: sums over blocks of keys
 };
 
 CAST_INLINE i64 attention_backward_scratch_size(i64 head_dim) {
-  return 2 * align16(head_dim * kMaxQueries) + 2 * align16((kKeyBlock + 16) * kScoreStride) +
-         2 * align16(kKeyBlock * round_up(head_dim, kTileColumns));
+  return 2 * align16(head_dim * kSuperBlock) + 2 * align16((kKeyBlock + 16) * kScoreStride) +
+         (3 * kSuperBlock + kKeyBlock) * round_up(head_dim, kTileColumns) + 64;
 }
 
 CAST_INLINE AttentionBackwardScratch attention_backward_scratch(float* at, i64 head_dim) {
+  const i64 width = round_up(head_dim, kTileColumns);
   AttentionBackwardScratch s;
   s.queries = at;
-  s.grads = s.queries + align16(head_dim * kMaxQueries);
-  s.weights = s.grads + align16(head_dim * kMaxQueries);
+  s.grads = s.queries + align16(head_dim * kSuperBlock);
+  s.weights = s.grads + align16(head_dim * kSuperBlock);
   s.slopes = s.weights + align16((kKeyBlock + 16) * kScoreStride);
-  s.dkey = s.slopes + align16((kKeyBlock + 16) * kScoreStride);
-  s.dvalue = s.dkey + align16(kKeyBlock * round_up(head_dim, kTileColumns));
+  s.query_panels = s.slopes + align16((kKeyBlock + 16) * kScoreStride);
+  s.grad_panels = s.query_panels + kSuperBlock * width;
+  s.dquery = s.grad_panels + kSuperBlock * width;
+  s.key_panels = s.dquery + kSuperBlock * width;
   return s;
 }
 
@@ -42,40 +47,40 @@ struct HeadGradient {
   const i64 *asking, *answering;            // [window], offset of each row
 };
 
-// P^T and dS^T of one block of queries against one block of keys, into columns `column` of the scratch.
+// P^T and dS^T of one block of queries against one block of keys; `at` is the block's first query in the super-block.
 template <int Vecs>
-inline void score_gradients(const HeadGradient& h, i64 first_query, i64 queries, i64 first_key, i64 keys,
-                            float scale_log2, const AttentionBackwardScratch& s, i64 column) {
-  constexpr int rows = Vecs == 1 ? 8 : kScoreRows;
+__attribute__((noinline)) void score_gradients(const HeadGradient& h, i64 first_query, i64 at, i64 queries,
+                                               i64 first_key, i64 keys, const AttentionBackwardScratch& s) {
+  constexpr int rows = score_rows(Vecs);
   constexpr i64 width = Vecs * kLanes;
-  transpose_rows<Vecs>(h.query + first_query * h.head_dim, h.head_dim, queries, h.head_dim, scale_log2, s.queries);
-  transpose_rows<Vecs>(h.grad + first_query * h.head_dim, h.head_dim, queries, h.head_dim, 1.0f, s.grads);
+  const i64 hd = h.head_dim;
   // The softmax of a single score is constant: its slope is zero exactly, not the difference of two roundings.
   const float slope = h.window == 1 ? 0.0f : 1.0f;
   vec maximum[Vecs], inverse[Vecs], delta[Vecs];
   for (int c = 0; c < Vecs; ++c) {
-    const i64 at = first_query + c * kLanes, lanes = max_of(queries - c * kLanes, i64(0));
-    maximum[c] = load_first(h.row_max + at, lanes);
-    inverse[c] = load_first(h.inverse_sum + at, lanes);
-    delta[c] = load_first(h.delta + at, lanes);
+    const i64 row = first_query + at + c * kLanes, lanes = max_of(queries - c * kLanes, i64(0));
+    maximum[c] = load_first(h.row_max + row, lanes);
+    inverse[c] = load_first(h.inverse_sum + row, lanes);
+    delta[c] = load_first(h.delta + row, lanes);
   }
   for (i64 j = 0; j < keys; j += rows) {
     vec acc[rows][Vecs];
-    float* weights = s.weights + j * kScoreStride + column;
-    announce_reads(h.key + (first_key + j) * h.head_dim, min_of(rows, keys - j), h.head_dim, h.head_dim);
-    multiply(acc, h.key + (first_key + j) * h.head_dim, h.head_dim, 1, s.queries, width, h.head_dim);
+    float* weights = s.weights + j * kScoreStride + at;
+    announce_reads(h.key + (first_key + j) * hd, min_of(rows, keys - j), hd, hd);
+    multiply(acc, h.key + (first_key + j) * hd, hd, 1, s.queries + at * hd, width, hd);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < Vecs; ++c) store(weights + r * kScoreStride + c * kLanes, acc[r][c]);
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
       for (int c = 0; c < Vecs; ++c) {
-        float* at = weights + r * kScoreStride + c * kLanes;
-        store(at, exp2(load(at) - maximum[c]) * inverse[c]);
+        float* to = weights + r * kScoreStride + c * kLanes;
+        store(to, exp2(load(to) - maximum[c]) * inverse[c]);
       }
-    announce_reads(h.value + (first_key + j) * h.head_dim, min_of(rows, keys - j), h.head_dim, h.head_dim);
-    multiply(acc, h.value + (first_key + j) * h.head_dim, h.head_dim, 1, s.grads, width, h.head_dim);
-    float* slopes = s.slopes + j * kScoreStride + column;
+    announce_reads(h.value + (first_key + j) * hd, min_of(rows, keys - j), hd, hd);
+    multiply(acc, h.value + (first_key + j) * hd, hd, 1, s.grads + at * hd, width, hd);
+    float* slopes = s.slopes + j * kScoreStride + at;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -98,62 +103,91 @@ inline void row_products(const float* attended, i64 attended_stride, const float
 
 // out(row, column, vectors, lanes) of left^T-or-left @ right for row tiles of attention's small matrices.
 template <class Out>
-inline void small_gemm(const float* left, i64 row_stride, i64 depth_stride, i64 rows, const float* right, i64 ldb,
-                       i64 columns, i64 depth, const Out& out) {
-  for (i64 column = 0; column < columns; column += kTileColumns)
+__attribute__((noinline)) void small_gemm(const float* left, i64 row_stride, i64 depth_stride, i64 rows,
+                                          const RightRows& right_at_caller, i64 columns, i64 depth,
+                                          const Out& out_at_caller) {
+  const Out out = out_at_caller;
+  const RightRows right = right_at_caller;
+  for (i64 column = 0; column < columns; column += kTileColumns) {
+    const float* panel = right.data + column / kTileColumns * right.panel;
     for (i64 row = 0; row < rows; row += kTileRows) {
       vec acc[kTileRows][kTileVecs];
-      announce_reads(right + column, depth, ldb, min_of(kTileColumns, columns - column));
-      multiply(acc, left + row * row_stride, row_stride, depth_stride, right + column, ldb, depth);
+      announce_reads(panel, depth, right.stride, min_of(kTileColumns, columns - column));
+      multiply(acc, left + row * row_stride, row_stride, depth_stride, panel, right.stride, depth);
       emit(acc, row, rows, column, columns, out);
     }
+  }
 }
 
-// Adds one super-block's share to the key and value gradients of a block of keys; the last share goes to the result.
-inline void key_gradients(const HeadGradient& h, const AttentionBackwardScratch& s, i64 first_query, i64 queries,
-                          i64 first_key, i64 keys, float scale, bool first, bool last) {
+// result[row] (+)= v, times `factor` once the sum is whole.
+struct RowSum {
+  float* result;
+  const i64* offsets;
+  float factor;
+  bool first, last;
+  template <int C>
+  CAST_INLINE void operator()(i64 row, i64 column, const vec (&values)[C], i64 lanes) const {
+    float* to = result + offsets[row] + column;
+    each(values, lanes, [this, to](i64 c, vec v, i64 n) {
+      if (!first) v += load_first(to + c, n);
+      store_first(to + c, last ? v * factor : v, n);
+    });
+  }
+};
+
+// A super-block's share of the gradients of a block of keys and values.
+inline void key_gradients(const HeadGradient& h, const AttentionBackwardScratch& s, const RightRows& query,
+                          const RightRows& grad, i64 queries, i64 first_key, i64 keys, float scale, bool first,
+                          bool last) {
+  const i64* offsets = h.answering + first_key;
+  small_gemm(s.weights, kScoreStride, 1, keys, grad, h.head_dim, queries, RowSum{h.dvalue, offsets, 1.0f, first, last});
+  small_gemm(s.slopes, kScoreStride, 1, keys, query, h.head_dim, queries, RowSum{h.dkey, offsets, scale, first, last});
+}
+
+// A block of keys' share of the gradients of a super-block of queries; the last share goes to the result.
+inline void query_gradients(const HeadGradient& h, const AttentionBackwardScratch& s, const RightRows& key,
+                            i64 first_query, i64 queries, i64 keys, float scale, bool first, bool last) {
   const i64 stride = round_up(h.head_dim, kTileColumns);
-  const auto collect = [&](float* sums, float* result, float factor) {
-    return [=, &h](i64 j, i64 column, auto& row, i64 lanes) {
-      float* sum = sums + j * stride + column;
-      float* to = result + h.answering[first_key + j] + column;
-      each(row, lanes, [=](i64 c, vec v, i64 n) {
-        if (!first) v += load(sum + c);
-        if (last)
-          store_first(to + c, v * factor, n);
-        else
-          store(sum + c, v);
-      });
-    };
-  };
-  small_gemm(s.weights, kScoreStride, 1, keys, h.grad + first_query * h.head_dim, h.head_dim, h.head_dim, queries,
-             collect(s.dvalue, h.dvalue, 1.0f));
-  small_gemm(s.slopes, kScoreStride, 1, keys, h.query + first_query * h.head_dim, h.head_dim, h.head_dim, queries,
-             collect(s.dkey, h.dkey, scale));
+  small_gemm(s.slopes, 1, kScoreStride, queries, key, h.head_dim, keys,
+             [=, sums = s.dquery, result = h.dquery, offsets = h.asking + first_query](i64 row, i64 column, auto& values,
+                                                                                       i64 lanes) {
+               float *sum = sums + row * stride + column, *to = result + offsets[row] + column;
+               each(values, lanes, [=](i64 c, vec v, i64 n) {
+                 if (!first) v += load(sum + c);
+                 if (last)
+                   store_first(to + c, v * scale, n);
+                 else
+                   store(sum + c, v);
+               });
+             });
 }
 
 inline void attend_backward(const HeadGradient& h, const AttentionBackwardScratch& s) {
-  const float scale = 1.0f / __builtin_sqrtf(float(h.head_dim)), scale_log2 = 1.44269504088896f * scale;
+  const i64 hd = h.head_dim;
+  const float scale = 1.0f / __builtin_sqrtf(float(hd)), scale_log2 = 1.44269504088896f * scale;
   const i64 step = round_up(ceil_div(h.window, ceil_div(h.window, kSuperBlock)), kLanes);
-  for (i64 first_key = 0; first_key < h.window; first_key += kKeyBlock) {
-    const i64 keys = min_of(kKeyBlock, h.window - first_key);
-    for (i64 query = 0; query < h.window; query += step) {
-      const i64 queries = min_of(step, h.window - query);
-      for (i64 i = 0; i < queries; i += kMaxQueries) {
-        const i64 left = min_of(kMaxQueries, queries - i);
-        if (left > kLanes)
-          score_gradients<kScoreVecs>(h, query + i, left, first_key, keys, scale_log2, s, i);
-        else
-          score_gradients<1>(h, query + i, left, first_key, keys, scale_log2, s, i);
-      }
-      key_gradients(h, s, query, queries, first_key, keys, scale, query == 0, query + queries == h.window);
-      small_gemm(s.slopes, 1, kScoreStride, queries, h.key + first_key * h.head_dim, h.head_dim, h.head_dim, keys,
-                 [&](i64 i, i64 column, auto& row, i64 lanes) {
-                   float* to = h.dquery + h.asking[query + i] + column;
-                   each(row, lanes, [=](i64 c, vec v, i64 n) {
-                     store_first(to + c, first_key ? load_first(to + c, n) + v * scale : v * scale, n);
-                   });
-                 });
+  const bool pack = in_panels(hd) && h.window > kMaxQueries;
+  const auto right = [&](const float* rows, i64 count, float* to) {
+    return pack ? pack_rows(rows, count, hd, to) : RightRows{rows, kTileColumns, hd};
+  };
+  for (i64 query = 0; query < h.window; query += step) {
+    const i64 queries = min_of(step, h.window - query);
+    query_blocks(queries, [&](auto vecs, i64 at, i64 count) {
+      constexpr int width = decltype(vecs)::count;
+      transpose_rows<width>(h.query + (query + at) * hd, hd, count, hd, scale_log2, s.queries + at * hd);
+      transpose_rows<width>(h.grad + (query + at) * hd, hd, count, hd, 1.0f, s.grads + at * hd);
+    });
+    const RightRows query_rows = right(h.query + query * hd, queries, s.query_panels);
+    const RightRows grad_rows = right(h.grad + query * hd, queries, s.grad_panels);
+    const bool last_query = query + queries == h.window;
+    for (i64 first = 0; first < h.window; first += kKeyBlock) {
+      const i64 keys = min_of(kKeyBlock, h.window - first);
+      query_blocks(queries, [&](auto vecs, i64 at, i64 count) {
+        score_gradients<decltype(vecs)::count>(h, query, at, count, first, keys, s);
+      });
+      key_gradients(h, s, query_rows, grad_rows, queries, first, keys, scale, query == 0, last_query);
+      query_gradients(h, s, right(h.key + first * hd, keys, s.key_panels), query, queries, keys, scale, first == 0,
+                      first + keys == h.window);
     }
   }
 }

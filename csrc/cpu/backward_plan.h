@@ -110,10 +110,11 @@ struct BackwardWeights {
 inline BackwardWeights pack_backward(const BackwardCall& call, const StageLayout& stage, float* at) {
   const Problem& p = call.problem;
   const i64 D = p.dim, d = p.bottleneck;
+  const bool bf16 = uses_bf16(p);
   BackwardWeights w{};
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
-    const Panels packed = add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, false);
+    const Panels packed = add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, false, bf16);
     at += packed_size(depth, columns);
     return packed;
   };
@@ -124,12 +125,12 @@ inline BackwardWeights pack_backward(const BackwardCall& call, const StageLayout
     if (has_direction(p, s)) {
       w.up[s] = add(own.up_weight, D, d);
       w.proj[s] = add(call.parameters.direction[s].proj_weight, d, d);
-      add_pack_job(jobs, call.parameters.direction[s].q_weight, at, d, d, stride, false);
+      add_pack_job(jobs, call.parameters.direction[s].q_weight, at, d, d, stride, false, bf16);
     }
     if (has_direction(p, 1 - s))
-      add_pack_job(jobs, call.parameters.direction[1 - s].kv_weight, at + stage.key_column[s] * kTileColumns, 2 * d, d,
-                   stride, false);
-    w.projected[s] = {at, stage.width[s], d, stride};
+      add_pack_job(jobs, call.parameters.direction[1 - s].kv_weight, at + panel_row(stage.key_column[s], bf16), 2 * d,
+                   d, stride, false, bf16);
+    w.projected[s] = {at, stage.width[s], d, stride, bf16};
     at += packed_size(stage.width[s], d);
   }
   parallel_for(jobs.tasks, call.threads, [&](i64 task, int) { run_pack_job(jobs, task); });

@@ -125,8 +125,9 @@ inline void attend_queries(const ForwardRun& run, int direction, const QueryBloc
       const i64 statistic = head / hd + block.first_index;
       const HeadRows matrix{clip[kQuery][direction] + head + block.first_index * hd, clip[kKey][direction] + head,
                             clip[kValue][direction] + head, block.indices, window, hd};
-      attend(matrix, scale_log2, scratch, s.a + g * block.indices * d + h * hd, d,
-             row_max ? row_max + statistic : nullptr, row_max ? inverse_sum + statistic : nullptr);
+      attend(matrix, scale_log2, scratch,
+             {s.a + g * block.indices * d + h * hd, d, row_max ? row_max + statistic : nullptr,
+              row_max ? inverse_sum + statistic : nullptr});
     }
 }
 

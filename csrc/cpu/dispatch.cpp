@@ -12,16 +12,24 @@ struct Level {
   bool supported;
 };
 
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
 // Best first. Every feature that a level's compiler flags enable is asked for, not only its headline one.
 const Level* levels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
   static const Level all[] = {
+#ifdef CAST_HAVE_AVX512_BF16
+      {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+#endif
 #ifdef CAST_HAVE_AVX512
-      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&avx512::kernels, has_avx512()},
 #endif
 #ifdef CAST_HAVE_AVX2
       {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
@@ -31,15 +39,26 @@ const Level* levels() {
   return all;
 }
 
+// In rising order; a cap allows its own level and all before it.
+const char* const kLevelNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+int rank_of(const std::string& name) {
+  int rank = 0;
+  for (const char* known : kLevelNames) {
+    if (name == known) return rank;
+    ++rank;
+  }
+  return -1;
+}
+
 const Kernels& choose() {
   const char* value = std::getenv("CAST_KERNELS_CPU_ISA");
-  const std::string cap = value && *value ? value : "avx512";
-  if (cap != "baseline" && cap != "avx2" && cap != "avx512")
+  const std::string cap = value && *value ? value : "avx512_bf16";
+  if (rank_of(cap) < 0)
     throw std::invalid_argument("CAST_KERNELS_CPU_ISA is '" + cap +
-                                "', but must be one of baseline, avx2, avx512 (or unset, for the best level)");
-  const auto rank = [](const std::string& name) { return name == "avx512" ? 2 : name == "avx2" ? 1 : 0; };
+                                "', but must be one of baseline, avx2, avx512, avx512_bf16 (or unset, for the best)");
   const Level* level = levels();
-  while (!level->supported || rank(level->kernels->name) > rank(cap)) ++level;
+  while (!level->supported || rank_of(level->kernels->name) > rank_of(cap)) ++level;
   return *level->kernels;
 }
 

@@ -58,4 +58,15 @@ void run_ffn_forward(const FFNForwardCall& call) {
   kernels.ffn_forward(call, workspace.data());
 }
 
+void run_ffn_backward(const FFNBackwardCall& call) {
+  const FFNProblem& p = call.problem;
+  if (p.rows == 0) return;
+  check_parameters(p, call.parameters);
+  require(call.x && call.grad_y, "the input or the output gradient is missing");
+  require(call.saved, "what forward saved is missing");
+  const Kernels& kernels = selected_kernels();
+  const Workspace workspace(kernels.ffn_backward_workspace(call));
+  kernels.ffn_backward(call, workspace.data());
+}
+
 }  // namespace cast::cpu

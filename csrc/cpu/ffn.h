@@ -16,5 +16,7 @@ void run_ffn_pack(const FFNProblem& problem, const FFNParameters& parameters, fl
 
 // Throw std::invalid_argument for a missing pointer, std::bad_alloc if scratch memory cannot be had.
 void run_ffn_forward(const FFNForwardCall& call);
+// Writes every gradient whose pointer is not null; no rows write nothing.
+void run_ffn_backward(const FFNBackwardCall& call);
 
 }  // namespace cast::cpu

@@ -43,10 +43,10 @@ CAST_INLINE HiddenChunk hidden_chunk(i64 width, i64 index) {
 }
 
 CAST_INLINE Panels columns_of(const Panels& p, HiddenChunk c) {
-  return {p.data + c.first / kTileColumns * p.panel_stride, p.depth, c.width, p.panel_stride};
+  return column_slice(p, c.first, c.width);
 }
 CAST_INLINE Panels depth_of(const Panels& p, HiddenChunk c) {
-  return {p.data + c.first * kTileColumns, c.width, p.columns, p.panel_stride};
+  return depth_slice(p, c.first, c.width);
 }
 
 // f(activation of a vector) for the branch's activation; the choice is made outside of all loops.
@@ -73,7 +73,7 @@ inline FFNForwardWeights ffn_forward_weights(const FFNProblem& p, const FFNParam
                                              PackJobs* jobs) {
   FFNForwardWeights w{};
   const auto next = [&](i64 depth, i64 columns, const float* weight) {
-    const Panels panels{packed, depth, columns, depth * kTileColumns};
+    const Panels panels{packed, depth, columns, depth * kTileColumns, false};
     if (jobs) add_pack_job(*jobs, weight, const_cast<float*>(packed), depth, columns, depth * kTileColumns, true);
     packed += packed_size(depth, columns);
     return panels;

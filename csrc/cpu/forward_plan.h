@@ -46,6 +46,10 @@ struct ForwardWeights {
   Panels down[2], query[2], key[2], value[2], proj[2], up[2];
 };
 
+// Whether this level runs the problem's dense products in bfloat16. Weights stacked in one panel must begin at even
+// depths.
+CAST_INLINE bool uses_bf16(const Problem& p) { return kHasBf16 && p.bf16 && p.bottleneck % 2 == 0; }
+
 // What a packed copy of the weights serves: forward, or one of backward's repetitions.
 struct WeightsWanted {
   bool down, projections, proj, up;
@@ -59,7 +63,8 @@ inline ForwardWeights place_forward_weights(const Problem& p, const Parameters& 
   ForwardWeights w{};
   const auto add = [&](bool is_wanted, const float* weight, i64 depth, i64 columns) {
     if (!is_wanted) return Panels{};
-    const Panels packed = add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true);
+    const Panels packed =
+        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, uses_bf16(p));
     at += packed_size(depth, columns);
     return packed;
   };

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "announce.h"
+#include "bf16.h"
+#include "workspace.h"
 
 CAST_ISA_BEGIN
 
@@ -36,6 +38,30 @@ CAST_INLINE void multiply(vec (&acc)[R][C], const float* a, i64 row_stride, i64 
                           i64 depth) {
   const vec zero[C] = {};
   multiply(acc, zero, a, row_stride, depth_stride, b, ldb, depth);
+}
+
+// The same product of words: `depth`, and `depth_stride` and `ldb`, count pairs of depths.
+template <int R, int C>
+CAST_INLINE void multiply_pairs(vec (&acc)[R][C], const vec (&start)[C], const std::uint32_t* a, i64 row_stride,
+                                i64 depth_stride, const float* b, i64 ldb, i64 depth) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = start[c];
+#pragma GCC unroll 4
+  for (i64 k = 0; k < depth; ++k) {
+    vec right[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) right[c] = load(b + c * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const std::uint32_t left = a[r * row_stride];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = dot_pairs(acc[r][c], left, right[c]);
+    }
+    a += depth_stride;
+    b += ldb;
+  }
 }
 
 // f(offset, vector, lanes that count) for each vector of a row of a tile, of which `lanes` count.
@@ -89,36 +115,86 @@ CAST_INLINE const float* whole_tiles(const float* rows, i64 count, i64 width, fl
   return copy;
 }
 
-// A right operand packed in panels [columns / kTileColumns][depth][kTileColumns], zero behind the last column.
+// A right operand packed in panels [columns / kTileColumns][depth][kTileColumns], zero behind the last column. In
+// bfloat16 a row of a panel holds words of two depths, and the panel fills only the first half of its place.
 struct Panels {
   const float* data;
   i64 depth, columns;
   i64 panel_stride;  // floats from one panel to the next; more than depth * kTileColumns when `data` is a depth slice
+  bool bf16;
 };
 
 CAST_INLINE i64 panel_count(i64 columns) { return ceil_div(columns, kTileColumns); }
 CAST_INLINE i64 packed_size(i64 depth, i64 columns) { return panel_count(columns) * depth * kTileColumns; }
+// Where depth k begins inside a panel; k is even in bfloat16.
+CAST_INLINE i64 panel_row(i64 k, bool bf16) { return (bf16 ? k / 2 : k) * kTileColumns; }
+
+// Columns first .. first + columns (`first` at a panel's start), and depths first .. first + depth of all columns.
+CAST_INLINE Panels column_slice(const Panels& p, i64 first, i64 columns) {
+  return {p.data + first / kTileColumns * p.panel_stride, p.depth, columns, p.panel_stride, p.bf16};
+}
+CAST_INLINE Panels depth_slice(const Panels& p, i64 first, i64 depth) {
+  return {p.data + panel_row(first, p.bf16), depth, p.columns, p.panel_stride, p.bf16};
+}
 
 // Longest chain of additions into one accumulator: sums of longer depth are made of several chains, which brings the
 // rounding error to that of blocked library GEMMs.
 constexpr i64 kDepthBlock = 384;
 
-// The tile as the sum of chains, each added to memory that stays in L1.
-CAST_INLINE void multiply_chains(vec (&acc)[kTileRows][kTileVecs], const vec (&start)[kTileVecs], const float* left,
-                                 i64 lda, const float* panel, i64 depth, i64 chain) {
+// The tile as the sum of chains, product(acc, start, first depth, depth) each, added in memory that stays in L1.
+template <class Product>
+CAST_INLINE void sum_chains(vec (&acc)[kTileRows][kTileVecs], const vec (&start)[kTileVecs], i64 depth, i64 chain,
+                            const Product& product) {
+  product(acc, start, i64(0), min_of(chain, depth));
+  if (depth <= chain) return;
+  const vec zero[kTileVecs] = {};
   float sum[kTileRows * kTileColumns];
-  multiply(acc, start, left, lda, 1, panel, kTileColumns, chain);
   for (i64 k = chain; k < depth; k += chain) {
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVecs; ++c) store(sum + r * kTileColumns + c * kLanes, acc[r][c]);
-    multiply(acc, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, min_of(chain, depth - k));
+    product(acc, zero, k, min_of(chain, depth - k));
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVecs; ++c) acc[r][c] += load(sum + r * kTileColumns + c * kLanes);
   }
+}
+
+// Every tile of a @ b + bias: tile(acc, start, row, panel), then out; see gemm.
+template <class Tile, class Out, class Before>
+CAST_INLINE void each_tile(i64 rows, const Panels& right, const float* bias, const Out& out, const Before& before,
+                           const Tile& tile) {
+  for (i64 column = 0; column < right.columns; column += kTileColumns) {
+    const float* panel = right.data + column / kTileColumns * right.panel_stride;
+    vec start[kTileVecs] = {};
+    for (int c = 0; bias && c < kTileVecs; ++c) {
+      const i64 at = column + c * kLanes;
+      start[c] = load_first(bias + at, max_of(right.columns - at, i64(0)));
+    }
+    for (i64 row = 0; row < rows; row += kTileRows) {
+      for (i64 r = row; r < min_of(row + kTileRows, rows); ++r) before(r, column);
+      vec acc[kTileRows][kTileVecs];
+      tile(acc, start, row, panel);
+      emit(acc, row, rows, column, right.columns, out);
+    }
+  }
+}
+
+// The left operand is turned into words once, for all panels.
+template <class Out, class Before>
+__attribute__((noinline)) void gemm_bf16(const float* a, i64 lda, i64 rows, const Panels& right, const float* bias,
+                                         const Out& out, const Before& before) {
+  const i64 words = ceil_div(right.depth, 2), tiles = round_up(rows, kTileRows);
+  std::uint32_t* left = reinterpret_cast<std::uint32_t*>(thread_buffer(sizeof(float) * std::size_t(tiles * words)));
+  pair_rows(a, lda, tiles, right.depth, left);
+  const i64 chain = ceil_div(words, ceil_div(right.depth, kDepthBlock));
+  each_tile(rows, right, bias, out, before, [=](auto& acc, auto& start, i64 row, const float* panel) {
+    sum_chains(acc, start, words, chain, [=](auto& part, auto& from, i64 k, i64 depth) {
+      multiply_pairs(part, from, left + row * words + k, words, 1, panel + k * kTileColumns, kTileColumns, depth);
+    });
+  });
 }
 
 // out(row, column, vectors, lanes) for every part of a row of a @ b + bias (bias may be null).
@@ -130,27 +206,17 @@ __attribute__((noinline)) void gemm(const float* a, i64 lda, i64 rows, const Pan
   const Out out = out_at_caller;  // copies, so that stores through float pointers cannot seem to change them
   const Before before = before_at_caller;
   const Panels right = b;
-  const i64 chains = ceil_div(right.depth, kDepthBlock), chain = ceil_div(right.depth, chains);
-  for (i64 column = 0; column < right.columns; column += kTileColumns) {
-    const float* panel = right.data + column / kTileColumns * right.panel_stride;
-    vec start[kTileVecs] = {};
-    for (int c = 0; bias && c < kTileVecs; ++c) {
-      const i64 at = column + c * kLanes;
-      start[c] = load_first(bias + at, max_of(right.columns - at, i64(0)));
-    }
-    for (i64 row = 0; row < rows; row += kTileRows) {
-      const float* left = a + row * lda;
-      announce_reads(left, min_of(kTileRows, rows - row), lda, right.depth);
-      announce_reads(panel, right.depth, kTileColumns, kTileColumns);
-      for (i64 r = row; r < min_of(row + kTileRows, rows); ++r) before(r, column);
-      vec acc[kTileRows][kTileVecs];
-      if (chains == 1)
-        multiply(acc, start, left, lda, 1, panel, kTileColumns, right.depth);
-      else
-        multiply_chains(acc, start, left, lda, panel, right.depth, chain);
-      emit(acc, row, rows, column, right.columns, out);
-    }
-  }
+  if constexpr (kHasBf16)
+    if (right.bf16) return gemm_bf16(a, lda, rows, right, bias, out, before);
+  const i64 chain = ceil_div(right.depth, ceil_div(right.depth, kDepthBlock));
+  each_tile(rows, right, bias, out, before, [=](auto& acc, auto& start, i64 row, const float* panel) {
+    const float* left = a + row * lda;
+    announce_reads(left, min_of(kTileRows, rows - row), lda, right.depth);
+    announce_reads(panel, right.depth, kTileColumns, kTileColumns);
+    sum_chains(acc, start, right.depth, chain, [=](auto& part, auto& from, i64 k, i64 depth) {
+      multiply(part, from, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, depth);
+    });
+  });
 }
 
 template <class Out>

@@ -3,6 +3,7 @@
 
 #include "ffn_problem.h"
 #include "problem.h"
+#include "self_attention.h"
 
 namespace cast::cpu {
 
@@ -19,6 +20,14 @@ struct Kernels {
   void (*ffn_pack)(const FFNProblem&, const FFNParameters&, float* to, int threads);
   i64 (*ffn_forward_workspace)(const FFNProblem&, bool packed, int threads);
   void (*ffn_forward)(const FFNForwardCall&, float* workspace);
+  i64 (*ffn_backward_workspace)(const FFNBackwardCall&);
+  void (*ffn_backward)(const FFNBackwardCall&, float* workspace);
+  i64 (*self_attention_packed_size)(const SelfAttentionProblem&);  // floats
+  void (*self_attention_pack)(const SelfAttentionProblem&, const SelfAttentionParameters&, float* to, int threads);
+  i64 (*self_attention_workspace)(const SelfAttentionProblem&, bool packed, bool save, int threads);
+  void (*self_attention)(const SelfAttentionForward&, float* workspace);
+  i64 (*self_attention_backward_workspace)(const SelfAttentionProblem&, int threads);
+  void (*self_attention_backward)(const SelfAttentionBackward&, float* workspace);
   double (*fma_flops)(i64 rounds);  // does `rounds` rounds of independent multiply-adds; returns their flops
 };
 
@@ -29,6 +38,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 

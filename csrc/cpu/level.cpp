@@ -1,8 +1,10 @@
 // Compiled once per instruction-set level with that level's flags and CAST_ISA set to its name.
 #include "bcast_backward.h"
 #include "bcast_forward.h"
+#include "ffn_backward.h"
 #include "ffn_forward.h"
 #include "kernels.h"
+#include "self_attention_backward.h"
 
 CAST_ISA_BEGIN
 
@@ -35,5 +37,13 @@ const Kernels kernels = {CAST_ISA_NAME,
                          ffn_pack,
                          ffn_forward_workspace,
                          ffn_forward,
+                         ffn_backward_workspace,
+                         ffn_backward,
+                         self_attention_packed_floats,
+                         self_attention_pack,
+                         self_attention_workspace,
+                         self_attention_forward,
+                         self_attention_backward_workspace,
+                         self_attention_backward,
                          fma_flops};
 }

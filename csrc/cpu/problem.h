@@ -20,6 +20,7 @@ struct Problem {
   i64 batch, frames, patches, dim, bottleneck, heads;
   int window[2];
   float eps;
+  bool bf16;  // dense products may round their operands to bfloat16
 };
 
 // T is `const float*` for parameters and `float*` for their gradients (null: not wanted).

@@ -17,6 +17,7 @@ constexpr i64 kStripStride = kChunk * kTileRows + kLanes;  // whole vectors are 
 
 struct WeightScratch {
   float *left, *right, *chunk;
+  bool bf16;  // operands are words of two rows
 };
 
 CAST_INLINE i64 weight_scratch_size() {
@@ -24,8 +25,9 @@ CAST_INLINE i64 weight_scratch_size() {
          align16(kOutBlock);
 }
 
-CAST_INLINE WeightScratch weight_scratch(float* at) {
+CAST_INLINE WeightScratch weight_scratch(float* at, bool bf16 = false) {
   WeightScratch s;
+  s.bf16 = kHasBf16 && bf16;
   s.left = at;
   s.right = s.left + align16(ceil_div(kOutBlock, kTileRows) * kStripStride + 16);
   s.chunk = s.right + align16(kRightPanels * kChunk * kTileColumns);
@@ -57,23 +59,22 @@ CAST_INLINE void add_into(float* sum, const float* values, i64 count) {
     store_first(sum + c, load_first(sum + c, count - c) + load_first(values + c, count - c), count - c);
 }
 
-// left strips [outs / kTileRows][chunk][kTileRows] of rows first .. end, each times its factor.
+// left strips [outs / kTileRows][chunk][kTileRows] of rows first .. end, each times its factor. `first` is even.
 inline void pack_left(const WeightScratch& s, const ChunkRows& rows, i64 first, i64 end, i64 outs) {
   // Whole vectors are read as long as they stay inside the row.
   const i64 whole = max_of(i64(0), (outs - round_up(kTileRows, kLanes)) / kTileRows);
-  for (i64 r = first; r < end; ++r) {
-    const float* from = rows.left[r];
-    const float factor = rows.factor[r];
-    float* to = s.left + r * kTileRows;
+  const auto values = [&](i64 r, i64 strip, i64 at) {
+    const float* from = r < end ? rows.left[r] : nullptr;
+    if (!from) return vec{};
+    return (strip < whole ? load(from + at) : load_first(from + at, max_of(outs - at, i64(0)))) * rows.factor[r];
+  };
+  for (i64 r = first; r < end; r += s.bf16 ? 2 : 1) {
+    float* to = s.left + (s.bf16 ? r / 2 : r) * kTileRows;
     for (i64 strip = 0; strip * kTileRows < outs; ++strip, to += kStripStride)
       for (int c = 0; c < kTileRows; c += kLanes) {
         const i64 at = strip * kTileRows + c;
-        if (!from)
-          store(to + c, vec{});
-        else if (strip < whole)
-          store(to + c, load(from + at) * factor);
-        else
-          store(to + c, load_first(from + at, max_of(outs - at, i64(0))) * factor);
+        const vec v = values(r, strip, at);
+        store(to + c, s.bf16 ? pair_words(v, values(r + 1, strip, at)) : v);
       }
   }
 }
@@ -112,17 +113,32 @@ __attribute__((noinline)) void take_left(const WeightScratch& s, const ChunkRows
 
 // right panels [.][chunk][kTileColumns] of columns from, from + 1, ..., to - 1; zero behind the last.
 template <class ValueAt>
-__attribute__((noinline)) void pack_right(float* right, i64 rows, i64 from, i64 to, const ValueAt& value_at) {
-  for (i64 r = 0; r < rows; ++r) {
-    float* panel = right + r * kTileColumns;
+__attribute__((noinline)) void pack_right(const WeightScratch& s, i64 rows, i64 from, i64 to, const ValueAt& value_at) {
+  const auto values = [&](i64 r, i64 at) {
+    if (at + kLanes <= to) return value_at(r, at, i64(kLanes));
+    return at < to ? value_at(r, at, to - at) : vec{};
+  };
+  for (i64 r = 0; r < rows; r += s.bf16 ? 2 : 1) {
+    float* panel = s.right + panel_row(r, s.bf16);
     for (i64 column = from; column < to; column += kTileColumns, panel += kChunk * kTileColumns)
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVecs; ++c) {
         const i64 at = column + c * kLanes;
-        store(panel + c * kLanes, at + kLanes <= to ? value_at(r, at, i64(kLanes))
-                                                    : at < to ? value_at(r, at, to - at) : vec{});
+        const vec v = values(r, at);
+        store(panel + c * kLanes, s.bf16 ? pair_words(v, r + 1 < rows ? values(r + 1, at) : vec{}) : v);
       }
   }
+}
+
+CAST_INLINE void multiply_rows(vec (&acc)[kTileRows][kTileVecs], const WeightScratch& s, const float* left,
+                               const float* right, i64 rows) {
+  const vec zero[kTileVecs] = {};
+  if constexpr (kHasBf16)
+    if (s.bf16) {
+      const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(left);
+      return multiply_pairs(acc, zero, words, 1, kTileRows, right, kTileColumns, ceil_div(rows, 2));
+    }
+  multiply(acc, zero, left, 1, kTileRows, right, kTileColumns, rows);
 }
 
 // One chunk's share of a block of the weight's gradient. value_at(r, column, lanes) is the right operand's row r; `add`
@@ -133,14 +149,14 @@ __attribute__((noinline)) void add_chunk(const WeightScratch& s, i64 rows, const
   const i64 end = block.in + block.ins;
   for (i64 group = block.in; group < end; group += kRightPanels * kTileColumns) {
     const i64 group_end = min_of(group + kRightPanels * kTileColumns, end);
-    pack_right(s.right, rows, group, group_end, value_at);
+    pack_right(s, rows, group, group_end, value_at);
     for (i64 column = group; column < group_end; column += kTileColumns) {
       const float* right = s.right + (column - group) * kChunk;
       for (i64 out = 0; out < block.outs; out += kTileRows) {
         float* to = gradient + (block.out + out) * ins;
         vec acc[kTileRows][kTileVecs];
         if (add) prefetch_tile(to + column, ins, min_of(kTileRows, block.outs - out));
-        multiply(acc, s.left + out / kTileRows * kStripStride, 1, kTileRows, right, kTileColumns, rows);
+        multiply_rows(acc, s, s.left + out / kTileRows * kStripStride, right, rows);
         emit(acc, out, block.outs, column, end, [=](i64 r, i64 c, auto& row, i64 lanes) {
           float* at = to + (r - out) * ins + c;
           each(row, lanes, [=](i64 v, vec x, i64 n) { store_first(at + v, add ? load_first(at + v, n) + x : x, n); });

@@ -216,7 +216,7 @@ inline void run_sum(const BackwardRun& run, const SumTasks& list, i64 task, floa
   const SumJob& job = list.jobs[j];
   if (job.kind == kSumNorm) return sum_norm(run, job);
   if (job.kind == kSumPositions) return sum_positions(run, job, task - job.first_task, scratch);
-  sum_layer(run, job, task - job.first_task, weight_scratch(scratch));
+  sum_layer(run, job, task - job.first_task, weight_scratch(scratch, uses_bf16(run.call.problem)));
 }
 
 // A position's gradient is its summed query (or key and value) gradient times the projection's weight: the sum over
@@ -230,8 +230,8 @@ inline void finish_positions(const BackwardCall& call, const BackwardPlan& plan,
     const auto& wanted = call.gradients.direction[a];
     const PositionSums sums = position_sums(p, sums_at, a);
     const Panels &asks = weights.projected[a], &answers = weights.projected[1 - a];
-    const Panels query{asks.data, d, d, asks.panel_stride};
-    const Panels key_value{answers.data + plan.stage.key_column[1 - a] * kTileColumns, 2 * d, d, answers.panel_stride};
+    const Panels query = depth_slice(asks, 0, d);
+    const Panels key_value = depth_slice(answers, plan.stage.key_column[1 - a], 2 * d);
     const auto product = [&](const float* rows_at, const Panels& weight, float* result) {
       if (!result) return;
       const i64 rows = window_length(p, a);

@@ -57,4 +57,22 @@ Workspace::~Workspace() {
   std::free(old);
 }
 
+void* thread_buffer(std::size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.bytes < bytes) {
+    std::free(std::exchange(buffer.data, nullptr));
+    buffer.bytes = 0;
+    const std::size_t rounded = (bytes + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, rounded);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = rounded;
+  }
+  return buffer.data;
+}
+
 }  // namespace cast::cpu

@@ -20,4 +20,8 @@ class Workspace {
   std::size_t bytes_;
 };
 
+// `bytes` of memory of the calling thread, 64-byte aligned, contents undefined: the same place until a call that asks
+// for more. Freed when the thread ends. Throws std::bad_alloc.
+void* thread_buffer(std::size_t bytes);
+
 }  // namespace cast::cpu

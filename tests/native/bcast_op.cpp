@@ -120,7 +120,7 @@ Values<T> named(const Sizes& sizes, const BcastResults<T>& r) {
 
 cpu::Problem native(const Sizes& s, double eps) {
   return {s.batch,      s.frames, s.patches, s.dim, s.bottleneck, s.heads, {int(s.window[0]), int(s.window[1])},
-          float(eps)};
+          float(eps), false};
 }
 
 class BcastTrial : public Trial {
@@ -347,15 +347,15 @@ void check_refused(const F& f, const std::string& message) {
 }
 
 void check_refusals() {
-  cpu::Problem p{1, 2, 3, 8, 4, 2, {0, 1}, 1e-6f};
+  cpu::Problem p{1, 2, 3, 8, 4, 2, {0, 1}, 1e-6f, false};
   p.heads = 3;
   check_refused([&] { cpu::check_problem(p); }, "not a multiple of the 3 heads");
-  p = {1, 0, 3, 8, 4, 2, {0, 1}, 1e-6f};
+  p = {1, 0, 3, 8, 4, 2, {0, 1}, 1e-6f, false};
   check_refused([&] { cpu::check_problem(p); }, "frames is 0");
-  p = {1, 2, 3, 8, 4, 2, {0, 5}, 1e-6f};
+  p = {1, 2, 3, 8, 4, 2, {0, 5}, 1e-6f, false};
   check_refused([&] { cpu::check_problem(p); }, "window is 5");
   cpu::ForwardCall forward{};
-  forward.problem = {1, 2, 3, 8, 4, 2, {0, 1}, 1e-6f};
+  forward.problem = {1, 2, 3, 8, 4, 2, {0, 1}, 1e-6f, false};
   forward.threads = 1;
   check_refused([&] { cpu::run_forward(forward); }, "spatial input is missing");
   forward.problem.batch = 0;

@@ -1,0 +1,120 @@
+"""Backend `cpu`: self-attention with its serial adapter in native C++, forward and backward.
+
+Streams and weights are float32 or bfloat16. The core computes in float32; bfloat16 is widened here, without loss, and
+each result is rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_kernels import _native
+from cast_kernels.cpu.common import Addresses, verdict
+from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem, Verdict
+
+_RECOMPUTE_CODES = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Recompute.ALL: 2}
+
+
+def can_run(problem: SelfAttentionProblem) -> Verdict:
+    """Whether the native core can run the problem, and the reason in words either way.
+
+    Raises:
+        ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
+    """
+    return verdict(problem.device, problem.dtype, problem.autocast, (torch.float32, torch.bfloat16))
+
+
+def saved_size(problem: SelfAttentionProblem) -> int:
+    """Floats that backward needs; `csrc/cpu/self_attention.h` lays them out. Sizes may be symbolic."""
+    dim, adapter = problem.dim, problem.adapter
+    row = dim + 2 * problem.num_heads + 2
+    if problem.recompute is not Recompute.ALL:
+        row += 3 * dim
+    if problem.recompute is Recompute.NOTHING and adapter:
+        row += dim + adapter
+    return problem.batch * problem.tokens * row + 16 * max(dim, adapter) + 64
+
+
+def pack(problem: SelfAttentionProblem, parameters: SelfAttentionParameters) -> Tensor:
+    """The forward's weights in the order that the level in use reads, float32: `packed` of :func:`forward`."""
+    core, inputs = _native.core(), Addresses(upcast=True)
+    native = _native_problem(core, problem, 0.0)
+    packed = torch.empty(core.self_attention_packed_size(native))
+    addresses = [inputs(p) for p in parameters]
+    core.self_attention_pack(native, addresses, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def forward(
+    problem: SelfAttentionProblem,
+    x: Tensor,
+    parameters: SelfAttentionParameters,
+    eps: float,
+    save: bool,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream with attention and adapter added, and what backward needs.
+
+    Args:
+        problem: the sizes.
+        x: [batch, tokens, D], any strides, as are all tensors here.
+        parameters: as :class:`~cast_kernels.problem.SelfAttentionParameters` describes.
+        eps: LayerNorm epsilon.
+        save: whether backward will follow.
+        packed: what :func:`pack` made of these parameters, or None to pack them in this call.
+
+    Returns:
+        [batch, tokens, D] in the dtype of `x`, and `saved` [saved_size] (or [0]), float32.
+    """
+    core, inputs = _native.core(), Addresses(upcast=True)
+    y = torch.empty(x.shape)
+    # An empty batch runs no kernel that would write the little that is kept whatever the batch.
+    make = torch.zeros if problem.batch == 0 else torch.empty
+    saved = make(saved_size(problem) if save else 0)
+    core.self_attention_forward(
+        _native_problem(core, problem, eps), inputs(x), [inputs(p) for p in parameters], inputs(packed), y.data_ptr(),
+        saved.data_ptr() if save else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(x.dtype), saved
+
+
+def backward(
+    problem: SelfAttentionProblem,
+    x: Tensor,
+    parameters: SelfAttentionParameters,
+    saved: Tensor,
+    eps: float,
+    grad_y: Tensor,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of x and the ten parameters, None where not wanted, each in its tensor's dtype.
+
+    Args:
+        saved: what :func:`forward` returned with `save`.
+        grad_y: [batch, tokens, D].
+        wanted: for x and each field of the parameters, whether to compute it.
+
+    The other arguments are those of :func:`forward`.
+    """
+    core, inputs = _native.core(), Addresses(upcast=True)
+    make = torch.zeros if problem.batch == 0 else torch.empty  # without rows the core writes nothing
+    primals = [x, *parameters]
+    grads = [make(p.shape) if want and p is not None else None for p, want in zip(primals, wanted, strict=True)]
+    addresses = [0 if g is None else g.data_ptr() for g in grads]
+    core.self_attention_backward(
+        _native_problem(core, problem, eps), inputs(x), [inputs(p) for p in parameters], inputs(saved), inputs(grad_y),
+        addresses[0], addresses[1:], torch.get_num_threads(),
+    )  # fmt: skip
+    return [g if g is None or p is None else g.to(p.dtype) for g, p in zip(grads, primals, strict=True)]
+
+
+def _native_problem(core: Any, problem: SelfAttentionProblem, eps: float) -> Any:
+    native = core.SelfAttentionProblem(
+        problem.batch, problem.tokens, problem.dim, problem.num_heads, problem.adapter,
+        _RECOMPUTE_CODES[problem.recompute], eps,
+    )  # fmt: skip
+    assert core.self_attention_saved(native) == saved_size(problem), "the two sides disagree about `saved`"
+    return native

@@ -1,0 +1,28 @@
+"""Self-attention with its serial adapter in PyTorch operators: what CAST's blocks ran before there was a kernel."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cast_kernels.problem import SelfAttentionParameters, SelfAttentionProblem, Verdict
+
+
+def can_run(problem: SelfAttentionProblem) -> Verdict:
+    """Eager PyTorch runs every problem that passes the op's own checks."""
+    return Verdict(True, "PyTorch operators run every shape, dtype and device")
+
+
+def self_attention(problem: SelfAttentionProblem, x: Tensor, p: SelfAttentionParameters, eps: float) -> Tensor:
+    """x [batch, tokens, D] -> the same; scores are never stored. What is kept for backward is autograd's choice."""
+    normed = F.layer_norm(x, p.norm_weight.shape, p.norm_weight, p.norm_bias, eps)
+    qkv = F.linear(normed, p.qkv_weight, p.qkv_bias)
+    head_dim = problem.dim // problem.num_heads
+    q, k, v = qkv.unflatten(-1, (3, problem.num_heads, head_dim)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    a = F.linear(mixed, p.proj_weight, p.proj_bias)
+    y = x + a
+    if p.down_weight is not None and p.up_weight is not None:
+        y = y + F.linear(F.gelu(F.linear(a, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)
+    # Under autocast the branches have its dtype; the residual keeps the stream's.
+    return y.to(x.dtype)

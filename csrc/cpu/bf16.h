@@ -1,0 +1,67 @@
+// Products of bfloat16 pairs: two multiply-adds per lane and instruction where the processor has them (AVX512_BF16).
+//
+// A word holds the bfloat16 values of two consecutive depths, the lower one in its lower half. Everything but the two
+// operands of a dense product stays float32: sums, statistics, attention, GELU, residuals. Levels without the
+// instruction compute bfloat16 problems with the float32 kernels, which are as fast there and more exact.
+#pragma once
+
+#include "simd.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+CAST_ISA_BEGIN
+
+// CAST_EMULATE_BF16 gives any level the same code with the instruction spelled out, so that packing, tails and strides
+// are tested where no such processor is.
+#if defined(__AVX512BF16__) || defined(CAST_EMULATE_BF16)
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+typedef std::uint32_t uvec __attribute__((vector_size(kLanes * 4)));
+
+// Rounded to nearest even, in the upper half of each lane. Not-a-number stays one.
+CAST_INLINE uvec rounded_bf16(vec x) {
+  const uvec bits = (uvec)x;
+  const uvec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const ivec number = x == x;
+  return (((uvec)number & rounded) | (~(uvec)number & (bits | 0x400000u))) & 0xffff0000u;
+}
+
+// Words of two rows: depth k from `low`, depth k + 1 from `high`.
+CAST_INLINE vec pair_words(vec low, vec high) { return (vec)((rounded_bf16(low) >> 16) | rounded_bf16(high)); }
+
+// sum + low * low + high * high in each lane.
+CAST_INLINE vec dot_pairs(vec sum, std::uint32_t left, vec right) {
+#ifdef __AVX512BF16__
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+#else
+  float low, high;
+  const std::uint32_t low_bits = left << 16, high_bits = left & 0xffff0000u;
+  __builtin_memcpy(&low, &low_bits, 4);
+  __builtin_memcpy(&high, &high_bits, 4);
+  const uvec words = (uvec)right;
+  sum += low * (vec)(words << 16);
+  return sum + high * (vec)(words & 0xffff0000u);
+#endif
+}
+
+// Rows of float32 as rows of words: to[r][k / 2]. `to` has ceil(depth / 2) words a row, zero behind an odd depth.
+inline void pair_rows(const float* from, i64 stride, i64 rows, i64 depth, std::uint32_t* to) {
+  const i64 words = ceil_div(depth, 2);
+  for (i64 r = 0; r < rows; ++r, from += stride, to += words) {
+    std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(to);
+    for (i64 k = 0; k < depth; k += kLanes) {
+      std::uint32_t bits[kLanes];
+      const uvec rounded = rounded_bf16(load_first(from + k, depth - k)) >> 16;
+      __builtin_memcpy(bits, &rounded, sizeof(bits));
+      for (i64 i = 0; i < min_of(kLanes, depth - k); ++i) halves[k + i] = std::uint16_t(bits[i]);
+    }
+    if (depth % 2) halves[depth] = 0;
+  }
+}
+
+CAST_ISA_END

@@ -1,0 +1,76 @@
+#include "self_attention.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "workspace.h"
+
+namespace cast::cpu {
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_parameters(const SelfAttentionProblem& p, const SelfAttentionParameters& w) {
+  require(w.norm_weight && w.norm_bias && w.qkv_weight && w.proj_weight && w.proj_bias,
+          "a LayerNorm, query-key-value or projection parameter is missing");
+  require(!p.adapter || (w.down_weight && w.down_bias && w.up_weight && w.up_bias),
+          "a parameter of the adapter is missing");
+}
+
+}  // namespace
+
+void check_problem(const SelfAttentionProblem& p) {
+  const auto at_least = [](i64 least, i64 value, const char* name) {
+    require(value >= least,
+            std::string(name) + " is " + std::to_string(value) + ", but must be at least " + std::to_string(least));
+  };
+  at_least(0, p.batch, "batch");
+  at_least(1, p.tokens, "tokens");
+  at_least(1, p.dim, "dim");
+  at_least(1, p.heads, "heads");
+  at_least(0, p.adapter, "adapter");
+  require(p.dim % p.heads == 0,
+          "dim is " + std::to_string(p.dim) + ", not a multiple of the " + std::to_string(p.heads) + " heads");
+  require(p.recompute >= kRecomputeNothing && p.recompute <= kRecomputeAll,
+          "recompute is " + std::to_string(p.recompute) + ", but must be 0 (nothing), 1 (cheap) or 2 (all)");
+}
+
+i64 self_attention_saved(const SelfAttentionProblem& p) { return saved_layout(p).total; }
+
+i64 self_attention_packed_size(const SelfAttentionProblem& p) {
+  return selected_kernels().self_attention_packed_size(p);
+}
+
+void pack_self_attention(const SelfAttentionProblem& p, const SelfAttentionParameters& parameters, float* packed,
+                         int threads) {
+  check_parameters(p, parameters);
+  require(packed, "the memory to pack into is missing");
+  selected_kernels().self_attention_pack(p, parameters, packed, threads);
+}
+
+void run_self_attention(const SelfAttentionForward& call) {
+  const SelfAttentionProblem& p = call.problem;
+  check_parameters(p, call.parameters);
+  if (p.batch == 0) return;
+  require(call.input && call.output, "the input or the output is missing");
+  const Kernels& kernels = selected_kernels();
+  const Workspace workspace(
+      kernels.self_attention_workspace(p, call.packed != nullptr, call.saved != nullptr, call.threads));
+  kernels.self_attention(call, workspace.data());
+}
+
+void run_self_attention_backward(const SelfAttentionBackward& call) {
+  const SelfAttentionProblem& p = call.problem;
+  check_parameters(p, call.parameters);
+  if (p.batch == 0) return;
+  require(call.input && call.grad_output, "the input or the output's gradient is missing");
+  require(call.saved, "what forward saved is missing");
+  const Kernels& kernels = selected_kernels();
+  const Workspace workspace(kernels.self_attention_backward_workspace(p, call.threads));
+  kernels.self_attention_backward(call, workspace.data());
+}
+
+}  // namespace cast::cpu
