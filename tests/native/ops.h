@@ -6,7 +6,9 @@
 namespace cast::test {
 
 Op bcast_op();
+Op ffn_op();
+Op self_attention_op();
 
-inline std::vector<Op> all_ops() { return {bcast_op()}; }
+inline std::vector<Op> all_ops() { return {bcast_op(), ffn_op(), self_attention_op()}; }
 
 }  // namespace cast::test
