@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,8 +62,8 @@ def usable(level: str) -> bool:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    levels = "baseline;avx2;avx512" if usable("avx512") else "baseline;avx2"
-    return build(tmp_path_factory.mktemp("plain"), f"-DCAST_KERNELS_LEVELS={levels}")
+    levels = ["baseline", *(level for level in LEVELS[1:] if usable(level))]
+    return build(tmp_path_factory.mktemp("plain"), f"-DCAST_KERNELS_LEVELS={';'.join(levels)}")
 
 
 @pytest.mark.parametrize("level", LEVELS)
