@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import cast_kernels
 
@@ -64,3 +67,13 @@ def _attend(x: Tensor, y: Tensor, p: cast_kernels.Direction, heads: int) -> Tens
     scores = (q * (width // heads) ** -0.5) @ kv[0].transpose(-2, -1)
     mixed = (scores.softmax(dim=-1) @ kv[1]).transpose(1, 2).reshape(windows, length, width)
     return F.linear(mixed, p.proj_weight, p.proj_bias)
+
+
+class OneDNNLinears(TorchFunctionMode):
+    """Within it every linear layer runs in oneDNN instead of PyTorch's own choice of BLAS. Forward only."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from cast.config import CASTConfig
@@ -12,9 +11,12 @@ from cast.layers import (
     Adapter,
     CLIPAttention,
     CLIPMlp,
+    Running,
     VideoMAEAttention,
     VideoMAEMlp,
+    attend,
     drop_factor,
+    feed_forward,
     init_linears,
 )
 from cast_kernels import BCAST, backends
@@ -27,7 +29,7 @@ class CASTBlock(BCAST):
     directly under `blocks.i.`: so names need no translation anywhere.
     """
 
-    def __init__(self, config: CASTConfig, index: int, backend: str = "auto") -> None:
+    def __init__(self, config: CASTConfig, index: int, running: Running | None = None) -> None:
         super().__init__(
             dim=config.embed_dim,
             bottleneck_dim=config.bottleneck_dim,
@@ -37,7 +39,7 @@ class CASTBlock(BCAST):
             windows=config.windows,
             directions=config.directions if config.exchanges(index) else (),
             positions=config.positions,
-            backend=backend,
+            **(running or Running())._asdict(),
         )
         dim, heads, mlp, adapter = config.embed_dim, config.num_heads, config.mlp_dim, config.adapter_dim
         self.drop_rate = config.drop_rate(index)
@@ -69,27 +71,25 @@ class CASTBlock(BCAST):
 
     def _attend_spatial(self, spatial: Tensor) -> Tensor:
         """Within each frame; the adapter has a skip of its own and no drop path."""
-        attended = self.clip_attn(self.clip_ln_1(spatial).flatten(0, 1)).view_as(spatial)
-        return spatial + attended + self.S_Adapter(attended)
+        frames = spatial.flatten(0, 1)
+        return attend(frames, self.clip_ln_1, self.clip_attn, self.S_Adapter, self.running).view_as(spatial)
 
     def _attend_temporal(self, temporal: Tensor) -> Tensor:
         """Over all T*N tokens of a clip."""
-        attended = self.attn(self.norm1(temporal).flatten(1, 2)).view_as(temporal)
-        return temporal + attended + self.T_Adapter(attended)
+        clips = temporal.flatten(1, 2)
+        return attend(clips, self.norm1, self.attn, self.T_Adapter, self.running).view_as(temporal)
 
     def _ffn_spatial(self, spatial: Tensor) -> Tensor:
-        normed = self.clip_ln_2(spatial)
         factor = self._drop_spatial(spatial)
         if factor is not None:
-            factor = factor[:, None, None, None] if factor.dim() == 1 else factor[:, None, :, None]
-        return _add_half(spatial + self.clip_mlp(normed), self.S_MLP_Adapter(normed), factor)
+            factor = factor[:, None, None] if factor.dim() == 1 else factor[:, None, :]
+        return feed_forward(spatial, self.clip_ln_2, self.clip_mlp, self.S_MLP_Adapter, factor, self.running)
 
     def _ffn_temporal(self, temporal: Tensor) -> Tensor:
-        normed = self.norm2(temporal)
         factor = self._drop_temporal(temporal)
         if factor is not None:
-            factor = factor[:, None, None, None]
-        return _add_half(temporal + self.mlp(normed), self.T_MLP_Adapter(normed), factor)
+            factor = factor[:, None, None]
+        return feed_forward(temporal, self.norm2, self.mlp, self.T_MLP_Adapter, factor, self.running)
 
     def _drop_spatial(self, spatial: Tensor) -> Tensor | None:
         """A new draw for the spatial stream: [B], or [B, 1+N] with equal rows, or None where nothing is dropped."""
@@ -107,16 +107,16 @@ class CASTBlock(BCAST):
             return None
         return drop_factor((temporal.shape[0],), self.drop_rate, temporal)
 
-    def running(self) -> str:
-        """The backend that runs a batch of the parameters' own dtype and device."""
+    @property
+    def running(self) -> Running:
+        """How the block's ops run."""
+        return Running(self.backend, self.recompute)
+
+    def chosen_backend(self) -> str:
+        """The backend that runs the exchange for a batch of the parameters' own dtype and device."""
         if self.backend != "auto":
             return self.backend
         return backends.select(self.backend, self.problem())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_rate={self.drop_rate:.3g}"
-
-
-def _add_half(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    """x + DropPath(0.5 * branch): the published scale of the adapters beside the FFN."""
-    return torch.add(x, branch if factor is None else branch * factor, alpha=0.5)

@@ -18,10 +18,13 @@ from cast.layers import (
     VMAE_EPS,
     CLIPAttention,
     CLIPMlp,
+    Running,
     TubeletEmbedding,
     VideoMAEAttention,
     VideoMAEMlp,
+    attend,
     embed_frames,
+    feed_forward,
     init_linears,
     sincos_table,
 )
@@ -34,31 +37,33 @@ from cast.weights.videomae import read_videomae
 class CLIPBlock(nn.Module):
     """[frames, 1+N, D] -> the same."""
 
-    def __init__(self, config: CASTConfig) -> None:
+    def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
+        self.running = running
         self.ln_1 = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
         self.attn = CLIPAttention(config.embed_dim, config.num_heads)
         self.ln_2 = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
         self.mlp = CLIPMlp(config.embed_dim, config.mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = attend(x, self.ln_1, self.attn, None, self.running)
+        return feed_forward(x, self.ln_2, self.mlp, None, None, self.running)
 
 
 class VideoMAEBlock(nn.Module):
     """[B, T*N, D] -> the same."""
 
-    def __init__(self, config: CASTConfig) -> None:
+    def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
+        self.running = running
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
         self.attn = VideoMAEAttention(config.embed_dim, config.num_heads)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
         self.mlp = VideoMAEMlp(config.embed_dim, config.mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = attend(x, self.norm1, self.attn, None, self.running)
+        return feed_forward(x, self.norm2, self.mlp, None, None, self.running)
 
 
 class _Expert(nn.Module):
@@ -87,20 +92,25 @@ class SpatialExpert(_Expert):
     Args:
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
         heads: name -> classes; linear heads on the pooled features, to train the expert alone.
+        fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
         overrides: fields of CASTConfig.
     """
 
     def __init__(
-        self, variant: str | CASTConfig = "base", heads: Mapping[str, int] | None = None, **overrides: Any
+        self,
+        variant: str | CASTConfig = "base",
+        heads: Mapping[str, int] | None = None,
+        fused: bool = True,
+        **overrides: Any,
     ) -> None:
         super().__init__(make_config(variant, **overrides), heads)
-        config, dim = self.config, self.config.embed_dim
+        config, dim, running = self.config, self.config.embed_dim, Running("auto" if fused else "eager")
         self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
         self.conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
         self.ln_pre = nn.LayerNorm(dim, eps=CLIP_EPS)
         self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(CLIPBlock(config) for _ in range(config.depth))
+        self.transformer.resblocks = nn.ModuleList(CLIPBlock(config, running) for _ in range(config.depth))
         self.ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
         init_linears(self)
 
@@ -138,20 +148,25 @@ class TemporalExpert(_Expert):
     Args:
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
         heads: name -> classes; linear heads on the pooled features, to train the expert alone.
+        fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
         overrides: fields of CASTConfig.
     """
 
     pos_embed: Tensor
 
     def __init__(
-        self, variant: str | CASTConfig = "base", heads: Mapping[str, int] | None = None, **overrides: Any
+        self,
+        variant: str | CASTConfig = "base",
+        heads: Mapping[str, int] | None = None,
+        fused: bool = True,
+        **overrides: Any,
     ) -> None:
         super().__init__(make_config(variant, **overrides), heads)
-        config, dim = self.config, self.config.embed_dim
+        config, dim, running = self.config, self.config.embed_dim, Running("auto" if fused else "eager")
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         table = sincos_table(config.exchange_frames * config.num_patches, dim)
         self.register_buffer("pos_embed", table, persistent=False)
-        self.blocks = nn.ModuleList(VideoMAEBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
         self.fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
         init_linears(self)
 

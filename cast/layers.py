@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cast_kernels import FFNParameters, SelfAttentionParameters, ffn, self_attention
 
 #: LayerNorm epsilon of CLIP's and of VideoMAE's norms.
 CLIP_EPS, VMAE_EPS = 1e-5, 1e-6
 
 
 class CLIPAttention(nn.Module):
-    """CLIP's multi-head self-attention, [batch, tokens, D] -> the same, with one packed input projection."""
+    """Parameters of CLIP's multi-head self-attention, with one packed input projection. `attend` runs it."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -21,12 +25,13 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(_attend(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads))
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
+        return self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias
 
 
 class VideoMAEAttention(nn.Module):
-    """VideoMAE's multi-head self-attention, [batch, tokens, D] -> the same; queries and values have a bias."""
+    """Parameters of VideoMAE's multi-head self-attention; queries and values have a bias. `attend` runs it."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -36,41 +41,40 @@ class VideoMAEAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        return self.proj(_attend(F.linear(x, self.qkv.weight, bias), self.num_heads))
-
-
-def _attend(qkv: Tensor, num_heads: int) -> Tensor:
-    """[batch, tokens, 3D], queries, keys, values in this order -> [batch, tokens, D], scores never in memory."""
-    # Fused attention takes four dimensions only; more would fall back to materialised scores.
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.qkv.weight, bias, self.proj.weight, self.proj.bias
 
 
 class CLIPMlp(nn.Module):
-    """CLIP's FFN with QuickGELU, x * sigmoid(1.702 x)."""
+    """Parameters of CLIP's FFN with QuickGELU, x * sigmoid(1.702 x). `feed_forward` runs it."""
+
+    activation = "quick_gelu"
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.c_fc = nn.Linear(dim, hidden)
         self.c_proj = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # silu(1.702 x) / 1.702 is the same function; it keeps one tensor for backward where the product keeps two.
-        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the first and of the second layer."""
+        return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
 
 
 class VideoMAEMlp(nn.Module):
-    """VideoMAE's FFN with exact GELU."""
+    """Parameters of VideoMAE's FFN with exact GELU. `feed_forward` runs it."""
+
+    activation = "gelu"
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the first and of the second layer."""
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
 
 class Adapter(nn.Module):
@@ -83,6 +87,50 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.D_fc2(F.gelu(self.D_fc1(x)))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the down- and of the up-projection."""
+        return self.D_fc1.weight, self.D_fc1.bias, self.D_fc2.weight, self.D_fc2.bias
+
+
+class Running(NamedTuple):
+    """How ops run: which backend, and what backward computes again; see `cast_kernels.bcast`."""
+
+    backend: str = "auto"
+    recompute: str = "cheap"
+
+
+def attend(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    attention: CLIPAttention | VideoMAEAttention,
+    adapter: Adapter | None,
+    running: Running,
+) -> Tensor:
+    """x + a + adapter(a) with a = attention(norm(x)): [batch, tokens, D] -> the same (paper equation 3)."""
+    tensors = () if adapter is None else adapter.tensors()
+    parameters = SelfAttentionParameters(norm.weight, norm.bias, *attention.tensors(), *tensors)
+    return self_attention(x, parameters, num_heads=attention.num_heads, eps=norm.eps, **running._asdict())
+
+
+def feed_forward(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    mlp: CLIPMlp | VideoMAEMlp,
+    adapter: Adapter | None,
+    row_scale: Tensor | None,
+    running: Running,
+) -> Tensor:
+    """x + mlp(n) + row_scale * 0.5 * adapter(n) with n = norm(x): [..., D] -> the same (paper equations 4 and 5).
+
+    The published code halves the adapters beside the FFN. `row_scale` is a drop-path draw, broadcastable to [...].
+    """
+    tensors = () if adapter is None else adapter.tensors()
+    parameters = FFNParameters(norm.weight, norm.bias, *mlp.tensors(), *tensors)
+    return ffn(
+        x, parameters, activation=mlp.activation, eps=norm.eps, adapter_scale=0.5, row_scale=row_scale,
+        **running._asdict(),
+    )  # fmt: skip
 
 
 class TubeletEmbedding(nn.Module):

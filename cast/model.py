@@ -17,13 +17,13 @@ from cast.block import CASTBlock
 from cast.config import CASTConfig, make_config
 from cast.experts import check_shape
 from cast.heads import apply_heads, build_heads
-from cast.layers import CLIP_EPS, VMAE_EPS, TubeletEmbedding, embed_frames, sincos_table
+from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames, sincos_table
 from cast.weights.assign import assign, check
 from cast.weights.clip import read_clip
 from cast.weights.official import infer_config, read_official
 from cast.weights.source import Source, read_tensors
 from cast.weights.videomae import read_videomae
-from cast_kernels import backends
+from cast_kernels import Recompute, backends
 
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
@@ -38,7 +38,9 @@ class CAST(nn.Module):
     Args:
         variant: a name in `cast.VARIANTS`, or a CASTConfig.
         heads: name -> classes: one head under any name ({"action": 400} if None), or {"verb": 97, "noun": 300}.
-        fused: whether the exchange may run in a compiled kernel; if not, it runs in eager PyTorch.
+        fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
+        recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
+            see :class:`cast_kernels.Recompute`.
         overrides: fields of CASTConfig.
 
     Raises:
@@ -53,6 +55,7 @@ class CAST(nn.Module):
         variant: str | CASTConfig = "base",
         heads: Mapping[str, int] | None = None,
         fused: bool = True,
+        recompute: Recompute | str = Recompute.CHEAP,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -63,8 +66,8 @@ class CAST(nn.Module):
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.clip_conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
         self.clip_ln_pre = nn.LayerNorm(dim, eps=CLIP_EPS)
-        backend = "auto" if fused else "eager"
-        self.blocks = nn.ModuleList(CASTBlock(config, index, backend) for index in range(config.depth))
+        running = Running("auto" if fused else "eager", recompute)
+        self.blocks = nn.ModuleList(CASTBlock(config, index, running) for index in range(config.depth))
         self.clip_ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
         self.vmae_fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
         for name, module in build_heads(config).items():
@@ -116,7 +119,7 @@ class CAST(nn.Module):
         return spatial.unflatten(0, (video.shape[0], grid[0])), temporal.unflatten(1, grid)
 
     def fuse(self, backend: str = "auto") -> CAST:
-        """Let the exchange run in the fastest backend that can (or the one named), from the next call on."""
+        """Let all ops run in the fastest backend that can (or the one named), from the next call on."""
         backends.check_name(backend)
         for block in self.blocks:
             assert isinstance(block, CASTBlock)
@@ -124,7 +127,7 @@ class CAST(nn.Module):
         return self
 
     def unfuse(self) -> CAST:
-        """Let the exchange run in eager PyTorch from the next call on: the same mathematics."""
+        """Let all ops run in eager PyTorch from the next call on: the same mathematics."""
         return self.fuse("eager")
 
     def load_experts(
@@ -206,7 +209,7 @@ class CAST(nn.Module):
 
     def extra_repr(self) -> str:
         """The configuration in a line, and where the exchange runs."""
-        runs = {block.running() for block in self.blocks if isinstance(block, CASTBlock) and block.directions}
+        runs = {block.chosen_backend() for block in self.blocks if isinstance(block, CASTBlock) and block.directions}
         return f"heads={self.config.classes}, exchange runs on: {', '.join(sorted(runs)) or 'nothing, there is none'}"
 
 

@@ -24,7 +24,7 @@ def can_run(problem: SelfAttentionProblem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
-    return verdict(problem.device, problem.dtype, problem.autocast, (torch.float32, torch.bfloat16))
+    return verdict(problem.device, problem.dtype, problem.autocast)
 
 
 def saved_size(problem: SelfAttentionProblem) -> int:
@@ -40,7 +40,7 @@ def saved_size(problem: SelfAttentionProblem) -> int:
 
 def pack(problem: SelfAttentionProblem, parameters: SelfAttentionParameters) -> Tensor:
     """The forward's weights in the order that the level in use reads, float32: `packed` of :func:`forward`."""
-    core, inputs = _native.core(), Addresses(upcast=True)
+    core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, 0.0)
     packed = torch.empty(core.self_attention_packed_size(native))
     addresses = [inputs(p) for p in parameters]
@@ -69,7 +69,7 @@ def forward(
     Returns:
         [batch, tokens, D] in the dtype of `x`, and `saved` [saved_size] (or [0]), float32.
     """
-    core, inputs = _native.core(), Addresses(upcast=True)
+    core, inputs = _native.core(), Addresses()
     y = torch.empty(x.shape)
     # An empty batch runs no kernel that would write the little that is kept whatever the batch.
     make = torch.zeros if problem.batch == 0 else torch.empty
@@ -99,7 +99,7 @@ def backward(
 
     The other arguments are those of :func:`forward`.
     """
-    core, inputs = _native.core(), Addresses(upcast=True)
+    core, inputs = _native.core(), Addresses()
     make = torch.zeros if problem.batch == 0 else torch.empty  # without rows the core writes nothing
     primals = [x, *parameters]
     grads = [make(p.shape) if want and p is not None else None for p, want in zip(primals, wanted, strict=True)]

@@ -1,0 +1,136 @@
+"""The whole model as the benchmarks use it: random weights, results in fp64, a training step, and its FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import cast
+
+HEADS = {"verb": 97, "noun": 300}
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def randomise(module: Module, seed: int = 0) -> Module:
+    """Noise on every parameter, reproducibly, so that nothing multiplies by zero and no gain is one.
+
+    Matrices get noise of unit gain, vectors of 0.1, which adapters' and exchange's up-projections need: they start at
+    zero. Two modules with the same parameters get the same values, whatever they were initialised to.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            matrix = parameter.ndim > 1 and not name.endswith("_pos")
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = parameter[0].numel() ** -0.5 if matrix else 0.1
+            parameter.copy_(noise * scale + (1.0 if _is_gain(name, parameter) else 0.0))
+    return module
+
+
+def _is_gain(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 1 and name.endswith("weight")
+
+
+def make_model(variant: str | cast.CASTConfig = "base", **arguments: Any) -> cast.CAST:
+    """A randomised CAST for EPIC-Kitchens' heads in evaluation mode; every call with one variant has the same weights.
+
+    Args:
+        variant: as `cast.CAST` takes it.
+        arguments: more of `cast.CAST`'s: `fused`, fields of CASTConfig.
+    """
+    return randomise(cast.CAST(variant, heads=HEADS, **arguments)).eval()
+
+
+def config_of(variant: str | cast.CASTConfig) -> cast.CASTConfig:
+    """The configuration that :func:`make_model` builds."""
+    with torch.device("meta"):
+        return cast.CAST(variant, heads=HEADS).config
+
+
+def make_batch(config: cast.CASTConfig, batch: int, device: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """A random video [batch, 3, frames, H, W] and labels [batch] by head."""
+    generator = torch.Generator().manual_seed(batch)
+    video = torch.randn(batch, 3, config.num_frames, config.image_size, config.image_size, generator=generator)
+    labels = {name: torch.randint(n, (batch,), generator=generator) for name, n in config.classes.items()}
+    return video.to(device), {name: x.to(device) for name, x in labels.items()}
+
+
+class Training:
+    """A model's training step: forward, cross-entropy over the heads, backward, AdamW on what trains.
+
+    Args:
+        model: holds the parameters.
+        video, labels: as :func:`make_batch` returns them.
+        call: computes the logits; the model itself if None.
+    """
+
+    def __init__(
+        self, model: cast.CAST, video: Tensor, labels: dict[str, Tensor], call: Callable[..., Any] | None = None
+    ) -> None:
+        self.model, self.video, self.labels = model.train(), video, labels
+        self.call = model if call is None else call
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def backward(self) -> dict[str, Tensor]:
+        """Leave fresh gradients in the parameters; returns the logits by head."""
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.call(self.video)
+        loss = torch.stack([F.cross_entropy(logits[name], label) for name, label in self.labels.items()]).sum()
+        loss.backward()
+        return {name: x.detach() for name, x in logits.items()}
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+    def results(self) -> dict[str, Tensor]:
+        """The logits and every gradient, before any optimiser step.
+
+        Not the loss: it is one number, and the error of one number says nothing about the arithmetic behind it.
+        """
+        named = self.backward()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                named[f"grad.{name}"] = parameter.grad
+        return named
+
+
+def exact_logits(variant: str | cast.CASTConfig, video: Tensor) -> dict[str, Tensor]:
+    """The logits in fp64, in PyTorch's own operators."""
+    with torch.no_grad():
+        return make_model(variant, fused=False).double()(video.double())
+
+
+def exact_training(variant: str | cast.CASTConfig, video: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits and gradients in fp64; each block is computed twice, which keeps memory at one block's activations."""
+    model = make_model(variant, fused=False).double()
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return Training(model, video.double(), labels).results()
+
+
+def count_flops(variant: str | cast.CASTConfig, batch: int, training: bool = False) -> int:
+    """Floating-point operations of a forward, or of forward and backward, as torch counts them for `fused=False`.
+
+    Matrix products and convolutions, two operations per multiply-add. On the meta device, because torch has no formula
+    for the CPU's fused attention.
+    """
+    with torch.device("meta"):
+        model = cast.CAST(variant, heads=HEADS, fused=False)
+    video, labels = make_batch(model.config, batch, "meta")
+    with FlopCounterMode(display=False) as counter:
+        if training:
+            Training(model, video, labels).backward()
+        else:
+            with torch.no_grad():
+                model(video)
+    return counter.get_total_flops()
