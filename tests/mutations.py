@@ -190,7 +190,7 @@ def passes(noticed_by: str, tree: Path) -> tuple[bool, str]:
     good, text = call(["cmake", "--build", str(build)], tree)
     if not good:
         raise RuntimeError(text[-2000:])
-    good, text = call([str(build / "tests/native/native_tests"), "--few"], tree)
+    good, text = call([str(build / "tests/native/native_tests"), "--few", "--repeats", "3"], tree)
     signs = ("FAIL", "WARNING: ThreadSanitizer", "==ERROR", "runtime error", "ERROR: AddressSanitizer")
     return good, next((x for x in text.splitlines() if any(sign in x for sign in signs)), text[-200:])
 

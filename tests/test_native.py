@@ -92,12 +92,12 @@ def best() -> str:
 
 
 def test_no_address_or_behaviour_is_undefined(tmp_path: Path) -> None:
-    run(sanitizer("address,undefined", tmp_path), level=best())
+    run(sanitizer("address,undefined", tmp_path), "--repeats", "1", level=best())
 
 
 def test_no_data_race(tmp_path: Path) -> None:
     """Tasks run on std::thread here: ThreadSanitizer does not see the barriers of GCC's OpenMP (csrc/cpu/threads.h)."""
-    run(sanitizer("thread", tmp_path), "--few", level=best())
+    run(sanitizer("thread", tmp_path), "--few", "--repeats", "3", level=best())
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="the baseline of this processor is NEON already")
@@ -108,4 +108,4 @@ def test_the_aarch64_baseline_holds_in_emulation(tmp_path: Path) -> None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user-static)")
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
     program = build(tmp_path, *target)
-    run(program, "--few", before=(emulator, "-L", "/usr/aarch64-linux-gnu"), level="baseline")
+    run(program, "--few", "--repeats", "2", before=(emulator, "-L", "/usr/aarch64-linux-gnu"), level="baseline")

@@ -1,8 +1,9 @@
 // Tests of the native core that need neither Python nor torch, so that they run under sanitizers and emulators.
 //
-//   native_tests [--few] [--level NAME] [--op NAME]
+//   native_tests [--few] [--repeats COUNT] [--level NAME] [--op NAME]
 //
-// --few      a short list of small cases, few repeats: for sanitizers and emulators
+// --few      a short list of small cases: for emulators and ThreadSanitizer
+// --repeats  runs of each case that must give the same bits; 50 unless told
 // --level    fail unless this instruction-set level is the one in use (CAST_KERNELS_CPU_ISA caps it)
 // --op       only this op
 //
@@ -11,6 +12,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -23,13 +25,13 @@ using namespace cast::test;
 namespace {
 
 int usage(const char* why) {
-  std::fprintf(stderr, "%s\nusage: native_tests [--few] [--level NAME] [--op NAME]\n", why);
+  std::fprintf(stderr, "%s\nusage: native_tests [--few] [--repeats COUNT] [--level NAME] [--op NAME]\n", why);
   return 2;
 }
 
-void run(const Op& op, bool few) {
+void run(const Op& op, bool few, int repeats) {
   const Trials trials = op.trials(few);
-  for (const auto& trial : trials) examine(*trial, few);
+  for (const auto& trial : trials) examine(*trial, repeats);
   check_pools(op.name);
   examine_together(trials);
   op.more();
@@ -41,11 +43,14 @@ void run(const Op& op, bool few) {
 
 int main(int count, char** words) {
   bool few = false;
+  int repeats = 50;
   std::string level, only;
   for (int i = 1; i < count; ++i) {
     const bool more = i + 1 < count;
     if (!std::strcmp(words[i], "--few"))
       few = true;
+    else if (!std::strcmp(words[i], "--repeats") && more)
+      repeats = std::atoi(words[++i]);
     else if (!std::strcmp(words[i], "--level") && more)
       level = words[++i];
     else if (!std::strcmp(words[i], "--op") && more)
@@ -59,7 +64,7 @@ int main(int count, char** words) {
     if (!level.empty() && level != used) return usage(("the level in use is " + used + ", not " + level).c_str());
     int found = 0;
     for (const Op& op : all_ops())
-      if (only.empty() || only == op.name) ++found, run(op, few);
+      if (only.empty() || only == op.name) ++found, run(op, few, repeats);
     if (!found) return usage(("there is no op " + only).c_str());
   } catch (const std::exception& error) {
     std::printf("FAIL %s\n", error.what());

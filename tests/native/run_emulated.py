@@ -128,7 +128,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_image(work, given.program, given.kernel, ["--few", "--level", given.level])
+        write_image(work, given.program, given.kernel, ["--few", "--repeats", "2", "--level", given.level])
         start = time.monotonic()
         told = emulate(work, given.model, given.limit)
         print(f"\n{time.monotonic() - start:.0f} s on an emulated {given.model}")

@@ -98,19 +98,18 @@ void check(bool holds, const std::string& what) {
 int checks_made() { return made; }
 int checks_failed() { return failed; }
 
-void examine(const Trial& trial, bool few) {
+void examine(const Trial& trial, int repeats) {
   try {
     const Values<float> first = trial.run(1, Via::guarded_workspace);
     check_written(trial, first);
     check_accuracy(trial, first);
     check_same(trial, first, trial.run(1, Via::entry_points), "through the entry points");
     for (const int threads : {2, 3}) {
-      if (few && threads > 2) break;
       const std::string with = "with " + std::to_string(threads) + " threads";
       check_same(trial, first, trial.run(threads, Via::guarded_workspace), with);
       check_same(trial, first, trial.run(threads, Via::entry_points), with + " through the entry points");
     }
-    for (int repeat = 0; repeat < (few ? 2 : 50); ++repeat)
+    for (int repeat = 0; repeat < repeats; ++repeat)
       check_same(trial, first, trial.run(1 + repeat % 3, Via::entry_points), "in a repeat");
   } catch (const Damage& damage) {
     check(false, trial.name() + ": " + damage.what);

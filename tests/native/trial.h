@@ -46,7 +46,7 @@ struct Op {
 void check(bool holds, const std::string& what);
 
 // Every property in turn; see trial.cpp.
-void examine(const Trial& trial, bool few);
+void examine(const Trial& trial, int repeats);
 
 // The accuracy of all trials examined since the last call, together.
 void check_pools(const std::string& op);
