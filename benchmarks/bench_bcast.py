@@ -27,8 +27,12 @@ from cast_kernels.ops.bcast import flops
 BASELINE = "eager, published code"
 TUNED = "eager, tuned (SDPA)"
 ONEDNN = "eager, tuned + oneDNN linears"  # forward only, as the operator has no gradient
-#: Our rows: name -> arguments of BCAST.
-OURS: dict[str, dict[str, Any]] = {"cast_kernels, cpu": {"backend": "cpu"}}
+#: Our rows: name -> arguments of BCAST. Forward alone repeats nothing, so it has the first of them only.
+OURS: dict[str, dict[str, Any]] = {
+    "cast_kernels, cpu": {"backend": "cpu"},
+    "cast_kernels, cpu, recompute=nothing": {"backend": "cpu", "recompute": "nothing"},
+    "cast_kernels, cpu, recompute=all": {"backend": "cpu", "recompute": "all"},
+}
 NAMES = [BASELINE, TUNED, ONEDNN, "torch.compile, published code", "torch.compile, tuned (SDPA)", *OURS]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -153,7 +157,9 @@ def measure_group(dtype: str, batch: int, work: str) -> dict[str, dict[str, Any]
 
 
 def has_row(name: str, dtype: str, work: str) -> bool:
-    return name != ONEDNN or (dtype, work) == ("fp32", "forward")
+    if name == ONEDNN:
+        return (dtype, work) == ("fp32", "forward")
+    return work != "forward" or "recompute" not in OURS.get(name, {})
 
 
 ROWS = [

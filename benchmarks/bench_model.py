@@ -28,13 +28,14 @@ OPENVINO, ONNX = "OpenVINO f32", "ONNX Runtime f32"
 #: Rows that are a plain model: name -> arguments of `cast.CAST`.
 UNFUSED: dict[str, dict[str, Any]] = {BASELINE: {"fused": False}}
 FUSED: dict[str, dict[str, Any]] = {"fused=True": {"fused": True}}
-PLAIN = UNFUSED | FUSED
+RECOMPUTE = {f"fused=True, recompute={r}": {"fused": True, "recompute": r} for r in ("nothing", "all")}
+PLAIN = UNFUSED | FUSED | RECOMPUTE
 
 #: Group -> its rows, in the order of the table.
 GROUPS = {
     "inference fp32 B=1": [BASELINE, COMPILED, *FUSED, OPENVINO, ONNX],
-    "inference bf16 B=1": [*PLAIN],
-    "training step fp32 B=1": [BASELINE, COMPILED, *FUSED],
+    "inference bf16 B=1": [BASELINE, *FUSED],
+    "training step fp32 B=1": [BASELINE, COMPILED, *FUSED, *RECOMPUTE],
     "training memory fp32 B=2": [*PLAIN],
 }
 #: Samples of each row, at most, and seconds for all samples of a group.
@@ -122,5 +123,7 @@ def test_model(group: str, name: str, benchmark: Any, report: Any) -> None:
     replay(benchmark, row)
     if "missing" in row:
         pytest.skip(row["missing"])
-    if name in FUSED and "correct" in row:  # peers may miss the bound and then show no speed-up; we must not
+    if (
+        name in FUSED | RECOMPUTE and "correct" in row
+    ):  # peers may miss the bound and then show no speed-up; we must not
         assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times that of {BASELINE}"

@@ -120,6 +120,11 @@ class Problem:
     autocast: torch.dtype | None = None
 
     @property
+    def bf16(self) -> bool:
+        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
+        return torch.bfloat16 in (self.dtype, self.autocast)
+
+    @property
     def head_dim(self) -> int:
         return self.bottleneck_dim // self.num_heads
 
@@ -160,6 +165,11 @@ class FFNProblem:
     device: str  # device type
     autocast: torch.dtype | None = None
 
+    @property
+    def bf16(self) -> bool:
+        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
+        return torch.bfloat16 in (self.dtype, self.autocast)
+
 
 class SelfAttentionParameters(NamedTuple):
     """Parameters of one expert block's self-attention. Without an adapter its four tensors are None.
@@ -192,6 +202,11 @@ class SelfAttentionProblem:
     dtype: torch.dtype
     device: str  # device type
     autocast: torch.dtype | None = None
+
+    @property
+    def bf16(self) -> bool:
+        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
+        return torch.bfloat16 in (self.dtype, self.autocast)
 
 
 class Verdict(NamedTuple):

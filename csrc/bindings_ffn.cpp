@@ -10,8 +10,8 @@ namespace {
 using Addresses = std::array<Address, 10>;
 
 FFNProblem make_problem(i64 rows, i64 dim, i64 hidden, i64 adapter, int activation, bool keep, float eps,
-                        float adapter_scale) {
-  const FFNProblem p{rows, dim, {hidden, adapter}, activation, keep, eps, adapter_scale};
+                        float adapter_scale, bool bf16) {
+  const FFNProblem p{rows, dim, {hidden, adapter}, activation, keep, eps, adapter_scale, bf16};
   check_problem(p);
   return p;
 }
@@ -50,7 +50,7 @@ void backward(const FFNProblem& p, Address x, const Addresses& parameters, Addre
 void bind_ffn(pybind11::module_& m) {
   py::class_<FFNProblem>(m, "FFNProblem")
       .def(py::init(&make_problem), py::arg("rows"), py::arg("dim"), py::arg("hidden"), py::arg("adapter"),
-           py::arg("activation"), py::arg("keep"), py::arg("eps"), py::arg("adapter_scale"));
+           py::arg("activation"), py::arg("keep"), py::arg("eps"), py::arg("adapter_scale"), py::arg("bf16") = false);
   m.def("ffn_saved_per_row", &ffn_saved_per_row, py::arg("problem"), "Floats that backward needs of one row.");
   m.def("ffn_packed_size", &ffn_packed_size, py::arg("problem"), "Floats that ffn_pack writes.");
   m.def("ffn_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));

@@ -9,8 +9,9 @@ namespace {
 
 using Addresses = std::array<Address, 10>;
 
-SelfAttentionProblem make_problem(i64 batch, i64 tokens, i64 dim, i64 heads, i64 adapter, int recompute, float eps) {
-  const SelfAttentionProblem p{batch, tokens, dim, heads, adapter, recompute, eps};
+SelfAttentionProblem make_problem(i64 batch, i64 tokens, i64 dim, i64 heads, i64 adapter, int recompute, float eps,
+                                  bool bf16) {
+  const SelfAttentionProblem p{batch, tokens, dim, heads, adapter, recompute, eps, bf16};
   check_problem(p);
   return p;
 }
@@ -49,7 +50,7 @@ void backward(const SelfAttentionProblem& p, Address x, const Addresses& paramet
 void bind_self_attention(pybind11::module_& m) {
   py::class_<SelfAttentionProblem>(m, "SelfAttentionProblem")
       .def(py::init(&make_problem), py::arg("batch"), py::arg("tokens"), py::arg("dim"), py::arg("heads"),
-           py::arg("adapter"), py::arg("recompute"), py::arg("eps"));
+           py::arg("adapter"), py::arg("recompute"), py::arg("eps"), py::arg("bf16") = false);
   m.def("self_attention_saved", &self_attention_saved, py::arg("problem"), "Floats that backward needs.");
   m.def("self_attention_packed_size", &self_attention_packed_size, py::arg("problem"),
         "Floats that self_attention_pack writes.");

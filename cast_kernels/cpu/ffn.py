@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
+from cast_kernels.cpu import packed
 from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute, Verdict
 
@@ -30,15 +31,6 @@ def saved_per_row(problem: FFNProblem) -> int:
     return 2 + (problem.hidden + problem.adapter if problem.recompute is Recompute.NOTHING else 0)
 
 
-def pack(problem: FFNProblem, parameters: FFNParameters) -> Tensor:
-    """The forward's weights in the order that the level in use reads, float32: `packed` of :func:`forward`."""
-    core = _native.core()
-    native, inputs = _native_problem(core, problem, 0.0, 0.0), Addresses()
-    packed = float32((core.ffn_packed_size(native),))
-    core.ffn_pack(native, [inputs(p) for p in parameters], packed.data_ptr(), torch.get_num_threads())
-    return packed
-
-
 def forward(
     problem: FFNProblem,
     x: Tensor,
@@ -47,7 +39,6 @@ def forward(
     eps: float,
     adapter_scale: float,
     save: bool,
-    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream with both branches added, and what backward needs.
 
@@ -59,17 +50,24 @@ def forward(
         eps: LayerNorm epsilon.
         adapter_scale: factor of the adapter's branch.
         save: whether backward will follow.
-        packed: what :func:`pack` made of these parameters, or None to pack them in this call.
 
     Returns:
         [rows, D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32.
     """
     core, inputs = _native.core(), Addresses()
+    native = _native_problem(core, problem, eps, adapter_scale)
+    weights = [inputs(p) for p in parameters]
+    if save:
+        packed.drop(parameters.fc1_weight)
+        panels = None
+    else:
+        matrices = (parameters.fc1_weight, parameters.fc2_weight, parameters.down_weight, parameters.up_weight)
+        panels = packed.get([m for m in matrices if m is not None], problem.bf16, lambda: _pack(core, native, weights))
     y = float32(x.shape)
     saved = float32((problem.rows, saved_per_row(problem) if save else 0))
     core.ffn_forward(
-        _native_problem(core, problem, eps, adapter_scale), inputs(x), [inputs(p) for p in parameters],
-        inputs(row_scale), inputs(packed), y.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
+        native, inputs(x), weights, inputs(row_scale), inputs(panels), y.data_ptr(), saved.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype), saved
 
@@ -111,7 +109,13 @@ def backward(
 def _native_problem(core: Any, problem: FFNProblem, eps: float, adapter_scale: float) -> Any:
     native = core.FFNProblem(
         problem.rows, problem.dim, problem.hidden, problem.adapter, ACTIVATIONS.index(problem.activation),
-        problem.recompute is Recompute.NOTHING, eps, adapter_scale,
+        problem.recompute is Recompute.NOTHING, eps, adapter_scale, problem.bf16,
     )  # fmt: skip
     assert core.ffn_saved_per_row(native) == saved_per_row(problem), "the two sides disagree about `saved`"
     return native
+
+
+def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
+    panels = float32((core.ffn_packed_size(native),))
+    core.ffn_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
+    return panels

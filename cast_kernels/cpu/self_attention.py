@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.cpu.common import Addresses, verdict
+from cast_kernels.cpu import packed
+from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
 from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem, Verdict
 
 _RECOMPUTE_CODES = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Recompute.ALL: 2}
@@ -38,23 +39,12 @@ def saved_size(problem: SelfAttentionProblem) -> int:
     return problem.batch * problem.tokens * row + 16 * max(dim, adapter) + 64
 
 
-def pack(problem: SelfAttentionProblem, parameters: SelfAttentionParameters) -> Tensor:
-    """The forward's weights in the order that the level in use reads, float32: `packed` of :func:`forward`."""
-    core, inputs = _native.core(), Addresses()
-    native = _native_problem(core, problem, 0.0)
-    packed = torch.empty(core.self_attention_packed_size(native))
-    addresses = [inputs(p) for p in parameters]
-    core.self_attention_pack(native, addresses, packed.data_ptr(), torch.get_num_threads())
-    return packed
-
-
 def forward(
     problem: SelfAttentionProblem,
     x: Tensor,
     parameters: SelfAttentionParameters,
     eps: float,
     save: bool,
-    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream with attention and adapter added, and what backward needs.
 
@@ -63,20 +53,26 @@ def forward(
         x: [batch, tokens, D], any strides, as are all tensors here.
         parameters: as :class:`~cast_kernels.problem.SelfAttentionParameters` describes.
         eps: LayerNorm epsilon.
-        save: whether backward will follow.
-        packed: what :func:`pack` made of these parameters, or None to pack them in this call.
+        save: whether backward will follow; if not, the packed weights are kept for the next call.
 
     Returns:
         [batch, tokens, D] in the dtype of `x`, and `saved` [saved_size] (or [0]), float32.
     """
     core, inputs = _native.core(), Addresses()
-    y = torch.empty(x.shape)
+    native = _native_problem(core, problem, eps)
+    weights = [inputs(p) for p in parameters]
+    if save:
+        packed.drop(parameters.qkv_weight)
+        panels = None
+    else:
+        matrices = (parameters.qkv_weight, parameters.proj_weight, parameters.down_weight, parameters.up_weight)
+        panels = packed.get([m for m in matrices if m is not None], problem.bf16, lambda: _pack(core, native, weights))
+    y = float32(x.shape)
     # An empty batch runs no kernel that would write the little that is kept whatever the batch.
-    make = torch.zeros if problem.batch == 0 else torch.empty
-    saved = make(saved_size(problem) if save else 0)
+    saved = (zeros if problem.batch == 0 else float32)((saved_size(problem) if save else 0,))
     core.self_attention_forward(
-        _native_problem(core, problem, eps), inputs(x), [inputs(p) for p in parameters], inputs(packed), y.data_ptr(),
-        saved.data_ptr() if save else 0, torch.get_num_threads(),
+        native, inputs(x), weights, inputs(panels), y.data_ptr(), saved.data_ptr() if save else 0,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype), saved
 
@@ -100,7 +96,7 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     core, inputs = _native.core(), Addresses()
-    make = torch.zeros if problem.batch == 0 else torch.empty  # without rows the core writes nothing
+    make = zeros if problem.batch == 0 else float32  # without rows the core writes nothing
     primals = [x, *parameters]
     grads = [make(p.shape) if want and p is not None else None for p, want in zip(primals, wanted, strict=True)]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
@@ -111,10 +107,16 @@ def backward(
     return [g if g is None or p is None else g.to(p.dtype) for g, p in zip(grads, primals, strict=True)]
 
 
+def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
+    panels = float32((core.self_attention_packed_size(native),))
+    core.self_attention_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
+    return panels
+
+
 def _native_problem(core: Any, problem: SelfAttentionProblem, eps: float) -> Any:
     native = core.SelfAttentionProblem(
         problem.batch, problem.tokens, problem.dim, problem.num_heads, problem.adapter,
-        _RECOMPUTE_CODES[problem.recompute], eps,
+        _RECOMPUTE_CODES[problem.recompute], eps, problem.bf16,
     )  # fmt: skip
     assert core.self_attention_saved(native) == saved_size(problem), "the two sides disagree about `saved`"
     return native

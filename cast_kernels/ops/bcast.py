@@ -204,10 +204,9 @@ def _run_kernel(
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))):
         recompute = ""
     kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
-    bf16 = torch.bfloat16 in (problem.dtype, problem.autocast)
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
         spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
-        problem.s2t_window or "", eps, kept, recompute, bf16, backend,
+        problem.s2t_window or "", eps, kept, recompute, problem.bf16, backend,
     )  # fmt: skip
     return (
         spatial_out if parameters.t2s is not None else spatial,

@@ -142,12 +142,12 @@ def _row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
 _LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
 _LIBRARY.define(
     "ffn(Tensor x, Tensor[] parameters, Tensor? row_scale, str activation, float eps, float adapter_scale, "
-    "str recompute, SymInt kept, str backend) -> (Tensor, Tensor)",
+    "str recompute, bool bf16, SymInt kept, str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
     "ffn_backward(Tensor x, Tensor[] parameters, Tensor saved, Tensor? row_scale, Tensor grad_y, str activation, "
-    "float eps, float adapter_scale, str recompute, bool[] wanted, str backend) -> Tensor[]",
+    "float eps, float adapter_scale, str recompute, bool bf16, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 
@@ -161,68 +161,66 @@ def _run_kernel(
     eps: float,
     adapter_scale: float,
 ) -> Tensor:
-    """Call the registered operator on x [rows, D]; under autocast in float32, which every kernel accumulates in."""
-    absent, dtype = x.new_empty(0), x.dtype
+    """Call the registered operator on x [rows, D]; under autocast dtypes may be mixed."""
+    absent = x.new_empty(0)
     flat = [absent if p is None else p for p in parameters]
-    if problem.autocast is not None:
-        x, flat = x.float(), [p.float() for p in flat]
-        row_scale = None if row_scale is None else row_scale.float()
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))
     kept = KERNELS[backend].saved_per_row(problem) if needs_grad else 0
     y, _ = torch.ops.cast_kernels.ffn(
-        x, flat, row_scale, problem.activation, eps, adapter_scale, problem.recompute.value, kept, backend
+        x, flat, row_scale, problem.activation, eps, adapter_scale, problem.recompute.value, problem.bf16, kept, backend
     )
-    return y.to(dtype)
+    return y
 
 
 def _present(flat: list[Tensor]) -> FFNParameters:
     return FFNParameters(*flat[:6], *(p if p.numel() else None for p in flat[6:]))
 
 
-def _problem(x: Tensor, flat: list[Tensor], activation: str, recompute: str) -> FFNProblem:
+def _problem(x: Tensor, flat: list[Tensor], activation: str, recompute: str, bf16: bool) -> FFNProblem:
     hidden, adapter = flat[2].shape[0], flat[6].shape[0]
     return FFNProblem(
-        x.shape[0], x.shape[1], hidden, adapter, activation, Recompute(recompute), x.dtype, x.device.type
+        x.shape[0], x.shape[1], hidden, adapter, activation, Recompute(recompute), x.dtype, x.device.type,
+        torch.bfloat16 if bf16 else None,
     )  # fmt: skip
 
 
 def _forward(
     x: Tensor, parameters: list[Tensor], row_scale: Tensor | None, activation: str, eps: float, adapter_scale: float,
-    recompute: str, kept: int, backend: str,
+    recompute: str, bf16: bool, kept: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, activation, recompute)
+    problem = _problem(x, parameters, activation, recompute, bf16)
     return KERNELS[backend].forward(problem, x, _present(parameters), row_scale, eps, adapter_scale, kept > 0)
 
 
 def _forward_fake(
     x: Tensor, parameters: list[Tensor], row_scale: Tensor | None, activation: str, eps: float, adapter_scale: float,
-    recompute: str, kept: int, backend: str,
+    recompute: str, bf16: bool, kept: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty((x.shape[0], kept), dtype=torch.float32)
 
 
 def _backward(
     x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, activation: str,
-    eps: float, adapter_scale: float, recompute: str, wanted: list[bool], backend: str,
+    eps: float, adapter_scale: float, recompute: str, bf16: bool, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, activation, recompute)
+    problem = _problem(x, parameters, activation, recompute, bf16)
     grads = KERNELS[backend].backward(
         problem, x, _present(parameters), saved, row_scale, eps, adapter_scale, grad_y, tuple(wanted)
     )
-    return [grad if grad is not None else x.new_empty((0,)) for grad in grads]
+    return [g if g is not None else p.new_empty((0,)) for g, p in zip(grads, [x, *parameters], strict=True)]
 
 
 def _backward_fake(
     x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, activation: str,
-    eps: float, adapter_scale: float, recompute: str, wanted: list[bool], backend: str,
+    eps: float, adapter_scale: float, recompute: str, bf16: bool, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape if want else (0,)) for t, want in zip([x, *parameters], wanted, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, flat, row_scale, activation, eps, adapter_scale, recompute, _, backend = inputs
+    x, flat, row_scale, activation, eps, adapter_scale, recompute, bf16, _, backend = inputs
     ctx.save_for_backward(x, *flat, row_scale, output[1])
-    ctx.call = (activation, eps, adapter_scale, recompute)
+    ctx.call = (activation, eps, adapter_scale, recompute, bf16)
     ctx.wanted = [t.requires_grad for t in (x, *flat)]
     ctx.backend = backend
 
@@ -233,7 +231,7 @@ def _autograd(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
         x, flat, saved, row_scale, grad_y, *ctx.call, ctx.wanted, ctx.backend
     )  # fmt: skip
     given = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return given[0], given[1:], *(None,) * 7
+    return given[0], given[1:], *(None,) * 8
 
 
 _LIBRARY.impl("ffn", _forward, "CPU")

@@ -120,13 +120,13 @@ def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
 
 _LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "self_attention(Tensor x, Tensor[] parameters, int num_heads, float eps, str recompute, SymInt kept, str backend) "
-    "-> (Tensor, Tensor)",
+    "self_attention(Tensor x, Tensor[] parameters, int num_heads, float eps, str recompute, bool bf16, SymInt kept, "
+    "str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
     "self_attention_backward(Tensor x, Tensor[] parameters, Tensor saved, Tensor grad_y, int num_heads, float eps, "
-    "str recompute, bool[] wanted, str backend) -> Tensor[]",
+    "str recompute, bool bf16, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 
@@ -134,63 +134,69 @@ _LIBRARY.define(
 def _run_kernel(
     backend: str, problem: SelfAttentionProblem, x: Tensor, parameters: SelfAttentionParameters, eps: float
 ) -> Tensor:
-    """Call the registered operator; under autocast in float32, which every kernel accumulates in."""
-    absent, dtype = x.new_empty(0), x.dtype
+    """Call the registered operator; dtypes may be mixed under autocast: kernels take each tensor as it is."""
+    absent = x.new_empty(0)
     flat = [absent if p is None else p for p in parameters]
-    if problem.autocast is not None:
-        x, flat = x.float(), [p.float() for p in flat]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))
     kept = KERNELS[backend].saved_size(problem) if needs_grad else 0
     y, _ = torch.ops.cast_kernels.self_attention(
-        x, flat, problem.num_heads, eps, problem.recompute.value, kept, backend
+        x, flat, problem.num_heads, eps, problem.recompute.value, problem.bf16, kept, backend
     )
-    return y.to(dtype)
+    return y
 
 
 def _present(flat: list[Tensor]) -> SelfAttentionParameters:
     return SelfAttentionParameters(*(p if p.numel() else None for p in flat))  # type: ignore[arg-type]
 
 
-def _problem(x: Tensor, flat: list[Tensor], num_heads: int, recompute: str) -> SelfAttentionProblem:
+def _problem(x: Tensor, flat: list[Tensor], num_heads: int, recompute: str, bf16: bool) -> SelfAttentionProblem:
     batch, tokens, dim = x.shape
     return SelfAttentionProblem(
-        batch, tokens, dim, num_heads, flat[6].shape[0], Recompute(recompute), x.dtype, x.device.type
+        batch,
+        tokens,
+        dim,
+        num_heads,
+        flat[6].shape[0],
+        Recompute(recompute),
+        x.dtype,
+        x.device.type,
+        torch.bfloat16 if bf16 else None,
     )
 
 
 def _forward(
-    x: Tensor, parameters: list[Tensor], num_heads: int, eps: float, recompute: str, kept: int, backend: str
+    x: Tensor, parameters: list[Tensor], num_heads: int, eps: float, recompute: str, bf16: bool, kept: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(x, parameters, num_heads, recompute)
+    problem = _problem(x, parameters, num_heads, recompute, bf16)
     return KERNELS[backend].forward(problem, x, _present(parameters), eps, kept > 0)
 
 
 def _forward_fake(
-    x: Tensor, parameters: list[Tensor], num_heads: int, eps: float, recompute: str, kept: int, backend: str
+    x: Tensor, parameters: list[Tensor], num_heads: int, eps: float, recompute: str, bf16: bool, kept: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((kept,), dtype=torch.float32)
 
 
 def _backward(
     x: Tensor, parameters: list[Tensor], saved: Tensor, grad_y: Tensor, num_heads: int, eps: float, recompute: str,
-    wanted: list[bool], backend: str,
+    bf16: bool, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, num_heads, recompute)
+    problem = _problem(x, parameters, num_heads, recompute, bf16)
     grads = KERNELS[backend].backward(problem, x, _present(parameters), saved, eps, grad_y, tuple(wanted))
-    return [grad if grad is not None else x.new_empty((0,)) for grad in grads]
+    return [g if g is not None else p.new_empty((0,)) for g, p in zip(grads, [x, *parameters], strict=True)]
 
 
 def _backward_fake(
     x: Tensor, parameters: list[Tensor], saved: Tensor, grad_y: Tensor, num_heads: int, eps: float, recompute: str,
-    wanted: list[bool], backend: str,
+    bf16: bool, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape if want else (0,)) for t, want in zip([x, *parameters], wanted, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, flat, num_heads, eps, recompute, _, backend = inputs
+    x, flat, num_heads, eps, recompute, bf16, _, backend = inputs
     ctx.save_for_backward(x, *flat, output[1])
-    ctx.call = (num_heads, eps, recompute)
+    ctx.call = (num_heads, eps, recompute, bf16)
     ctx.wanted = [t.requires_grad for t in (x, *flat)]
     ctx.backend = backend
 
@@ -199,7 +205,7 @@ def _autograd(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
     x, *flat, saved = ctx.saved_tensors
     grads = torch.ops.cast_kernels.self_attention_backward(x, flat, saved, grad_y, *ctx.call, ctx.wanted, ctx.backend)
     given = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return given[0], given[1:], *(None,) * 5
+    return given[0], given[1:], *(None,) * 6
 
 
 _LIBRARY.impl("self_attention", _forward, "CPU")

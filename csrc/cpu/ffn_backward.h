@@ -74,7 +74,7 @@ inline void backward_chunk(const FFNBackwardRun& run, int branch, const HiddenCh
     hidden = run.call.saved + run.saved.hidden[branch] + block.first * width + chunk.first;
     hidden_stride = width;
   } else {
-    gemm(s.normed, D, block.rows, columns_of(run.weights.in[branch], chunk),
+    gemm(s.normed, D, block.rows, column_slice(run.weights.in[branch], chunk.first, chunk.width),
          run.call.parameters.branch[branch].in_bias + chunk.first,
          [to = s.hidden, hidden_stride](i64 row, i64 column, auto& v, i64 lanes) {
            store_row(to + row * hidden_stride + column, v, lanes);
@@ -83,12 +83,13 @@ inline void backward_chunk(const FFNBackwardRun& run, int branch, const HiddenCh
   const Rows grad = needs.stage_grad ? Rows{run.stage + stage.grad[branch] + at, width} : Rows{s.grad, chunk.width};
   const Rows value{needs.stage_value ? run.stage + stage.value[branch] + at : nullptr, width};
   if (needs.grad)
-    gemm(grad_y, D, block.rows, columns_of(run.weights.out_grad[branch], chunk), nullptr,
+    gemm(grad_y, D, block.rows, column_slice(run.weights.out_grad[branch], chunk.first, chunk.width), nullptr,
          [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(grad.data + row * grad.stride + column, v, lanes); });
   activation_backward(run, branch, block.rows, chunk.width, hidden, hidden_stride,
                       branch == kAdapter ? run.stage + stage.factor + block.local : nullptr, grad, value);
   if (run.plan.through_norm)
-    gemm(grad.data, grad.stride, block.rows, depth_of(run.weights.in_grad[branch], chunk), nullptr,
+    gemm(grad.data, grad.stride, block.rows, depth_slice(run.weights.in_grad[branch], chunk.first, chunk.width),
+         nullptr,
          [=, sum = s.grad_normed](i64 row, i64 column, auto& v, i64 lanes) {
            float* to = sum + row * D + column;
            each(v, lanes, [=](i64 c, vec part, i64 n) { store_first(to + c, load_first(to + c, n) + part, n); });
@@ -155,14 +156,15 @@ inline FFNSums list_ffn_sums(const FFNBackwardRun& run) {
     const auto& wanted = run.call.gradients.branch[b];
     if (!p.width[b]) continue;
     sums.in[b] = {p.width[b],  p.dim,   wanted.in_weight, wanted.in_bias, run.stage + run.plan.stage.grad[b],
-                  p.width[b], nullptr};
+                  p.width[b], nullptr, p.bf16};
     sums.out[b] = {p.dim,
                    p.width[b],
                    wanted.out_weight,
                    wanted.out_bias,
                    run.call.grad_y + first * p.dim,
                    p.dim,
-                   b == kAdapter ? run.stage + run.plan.stage.factor : nullptr};
+                   b == kAdapter ? run.stage + run.plan.stage.factor : nullptr,
+                   p.bf16};
     sums.tasks += layer_gradient_tasks(sums.in[b]) + layer_gradient_tasks(sums.out[b]);
   }
   sums.tasks += run.call.gradients.norm_weight || run.call.gradients.norm_bias;

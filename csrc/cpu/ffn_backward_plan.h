@@ -56,7 +56,7 @@ inline FFNBackwardPlan plan_ffn_backward(const FFNBackwardCall& call) {
   const FFNProblem& p = call.problem;
   FFNBackwardPlan plan{};
   plan.through_norm = call.grad_x || call.gradients.norm_weight || call.gradients.norm_bias;
-  plan.cut = ffn_cut(p, 3, 2);
+  plan.cut = ffn_cut(p);
   const i64 groups = ceil_div(plan.cut.tasks, max_of(1, kGroupRows / plan.cut.rows));
   plan.group_tasks = ceil_div(plan.cut.tasks, groups);
   const i64 rows = plan.group_tasks * plan.cut.rows;
@@ -91,7 +91,8 @@ inline FFNBackwardWeights pack_ffn_backward(const FFNBackwardCall& call, const F
   FFNBackwardWeights w{};
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns, bool transposed) {
-    const Panels packed = add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, transposed);
+    const Panels packed =
+        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, transposed, kHasBf16 && p.bf16);
     at += packed_size(depth, columns);
     return packed;
   };

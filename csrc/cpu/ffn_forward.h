@@ -15,7 +15,7 @@ struct FFNForwardPlan {
 };
 
 inline FFNForwardPlan plan_ffn_forward(const FFNProblem& p, bool packed) {
-  FFNForwardPlan plan{ffn_cut(p, 2, 1), packed ? 0 : ffn_packed_size(p), 0};
+  FFNForwardPlan plan{ffn_cut(p), packed ? 0 : ffn_packed_size(p), 0};
   const i64 rows = plan.cut.rows;
   plan.scratch = 2 * align16(rows * p.dim) + align16(rows * kHiddenChunk) + align16(rows) + 64;
   return plan;
@@ -110,11 +110,11 @@ inline void ffn_forward_rows(const FFNForwardCall& call, const FFNCut& cut, cons
     for (i64 index = 0; index < chunks; ++index) {
       const HiddenChunk chunk = hidden_chunk(width, index);
       float* kept = call.saved && p.keep ? call.saved + layout.hidden[branch] + first * width + chunk.first : nullptr;
-      ffn_hidden(p, branch, s.normed, rows, columns_of(weights.in[branch], chunk), own.in_bias + chunk.first, s.hidden,
-                 kept, width);
+      const Panels in = column_slice(weights.in[branch], chunk.first, chunk.width);
+      const Panels out = depth_slice(weights.out[branch], chunk.first, chunk.width);
+      ffn_hidden(p, branch, s.normed, rows, in, own.in_bias + chunk.first, s.hidden, kept, width);
       const bool last = branch == kFFN && index == chunks - 1;
-      ffn_output(p, branch, rows, depth_of(weights.out[branch], chunk), index == 0 ? own.out_bias : nullptr, s, x,
-                 last ? call.y + first * D : nullptr);
+      ffn_output(p, branch, rows, out, index == 0 ? own.out_bias : nullptr, s, x, last ? call.y + first * D : nullptr);
     }
   }
 }

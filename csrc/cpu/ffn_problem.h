@@ -15,6 +15,7 @@ struct FFNProblem {
   int activation;  // the FFN's; the adapter's is GELU
   bool keep;       // forward keeps the values before both activations
   float eps, adapter_scale;
+  bool bf16;       // dense products may round their operands to bfloat16
 };
 
 // T is `const float*` for parameters and `float*` for their gradients (null: not wanted).

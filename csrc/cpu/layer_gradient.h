@@ -15,6 +15,7 @@ struct LayerGradient {
   const float* left;     // [rows, outs]: the gradient of the layer's output
   i64 left_stride;
   const float* factor;   // times each row of left, or null
+  bool bf16;             // products may round their operands to bfloat16
 };
 
 CAST_INLINE i64 layer_gradient_tasks(const LayerGradient& g) {
@@ -22,11 +23,11 @@ CAST_INLINE i64 layer_gradient_tasks(const LayerGradient& g) {
   return g.bias ? ceil_div(g.outs, kOutBlock) : 0;
 }
 
-// Task `task` of the layer's gradient, (+)= over `rows` rows. value_at(row, column, lanes) is the layer's input, a vector
-// of which `lanes` count; `add` is false for the first rows of all; `scratch` holds weight_scratch_size() floats.
+// Task `task` of the layer's gradient, (+)= over `rows` rows. value_at(row, column, lanes) is the layer's input, a
+// vector of which `lanes` count; `add` is false for the first rows of all; `scratch` holds weight_scratch_size() floats.
 template <class ValueAt>
 void add_layer_gradient(const LayerGradient& g, i64 rows, i64 task, bool add, float* scratch, const ValueAt& value_at) {
-  const WeightScratch s = weight_scratch(scratch);
+  const WeightScratch s = weight_scratch(scratch, g.bf16);
   // Without a weight the tasks are blocks of the bias: as if there were one column.
   const WeightBlock block = weight_block(g.outs, g.weight ? g.ins : 1, task);
   const bool sum_bias = g.bias && block.in == 0;

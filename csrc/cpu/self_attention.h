@@ -17,6 +17,7 @@ struct SelfAttentionProblem {
   i64 batch, tokens, dim, heads, adapter;  // adapter: its width, 0 where there is none
   int recompute;
   float eps;
+  bool bf16;  // dense products may round their operands to bfloat16
 };
 
 // Field order is SelfAttentionParameters of cast_kernels/problem.py. Null: absent, or a gradient that is not wanted.

@@ -99,10 +99,10 @@ inline LayerGradient self_layer(const SelfBackwardRun& run, int which) {
   const SelfAttentionProblem& p = run.call.problem;
   const SelfAttentionGradients& g = run.call.gradients;
   const i64 D = p.dim, A = p.adapter;
-  if (which == kSelfQkv) return {3 * D, D, g.qkv_weight, g.qkv_bias, run.grad_qkv, 3 * D, nullptr};
-  if (which == kSelfProj) return {D, D, g.proj_weight, g.proj_bias, run.da(), D, nullptr};
-  if (which == kSelfDown) return {A, D, g.down_weight, g.down_bias, run.grad_hidden, A, nullptr};
-  return {D, A, g.up_weight, g.up_bias, run.grad_output, D, nullptr};
+  if (which == kSelfQkv) return {3 * D, D, g.qkv_weight, g.qkv_bias, run.grad_qkv, 3 * D, nullptr, p.bf16};
+  if (which == kSelfProj) return {D, D, g.proj_weight, g.proj_bias, run.da(), D, nullptr, p.bf16};
+  if (which == kSelfDown) return {A, D, g.down_weight, g.down_bias, run.grad_hidden, A, nullptr, p.bf16};
+  return {D, A, g.up_weight, g.up_bias, run.grad_output, D, nullptr, p.bf16};
 }
 
 inline void self_sum_layer(const SelfBackwardRun& run, int which, i64 task, float* scratch) {
@@ -155,12 +155,15 @@ inline void self_attention_backward(const SelfAttentionBackward& call, float* wo
   for (i64 first = 0; first < p.batch; first += entries_in_flight(p)) {
     const SelfBackwardRun run = self_backward_run(call, weights, stage, first);
     const i64 blocks = ceil_div(run.rows, kRowBlock);
+    // Lambdas, not function names: a call through a pointer could throw for all the compiler knows, and the level would
+    // refer to the C++ runtime's symbols.
     const auto phase = [&](i64 tasks, const auto& body) {
-      parallel_for(tasks, call.threads, [&](i64 task, int thread) { body(run, task, scratch + thread * scratch_size); });
+      parallel_for(tasks, call.threads, [&](i64 task, int thread) { body(task, scratch + thread * scratch_size); });
     };
-    phase(blocks, self_backward_output);
-    if (wanted.inner) phase(run.entries * p.heads, self_backward_attention);
-    if (wanted.norm) phase(blocks, self_backward_input);
+    phase(blocks, [&](i64 task, float* own) { self_backward_output(run, task, own); });
+    if (wanted.inner)
+      phase(run.entries * p.heads, [&](i64 task, float* own) { self_backward_attention(run, task, own); });
+    if (wanted.norm) phase(blocks, [&](i64 task, float* own) { self_backward_input(run, task, own); });
     self_backward_sums(run, scratch, scratch_size);
   }
 }

@@ -54,7 +54,8 @@ CAST_INLINE i64 self_attention_packed_floats(const SelfAttentionProblem& p) {
 inline SelfWeights self_weights(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* at,
                                 PackJobs& jobs) {
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
-    const Panels packed = add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true);
+    const Panels packed =
+        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, kHasBf16 && p.bf16);
     at += packed_size(depth, columns);
     return packed;
   };

@@ -133,8 +133,8 @@ CAST_INLINE vec gelu_slope(vec x) {
   return n.cdf + x * n.density;
 }
 
-// QuickGELU, x * sigmoid(1.702 x), and its derivative. With e = exp(-1.702 x), sigmoid is 1 / (1 + e) and 1 - sigmoid is
-// e * sigmoid, which cancels nothing. Up to e = 2^126 the sigmoid is a normal number.
+// QuickGELU, x * sigmoid(1.702 x), and its derivative. With e = exp(-1.702 x), sigmoid is 1 / (1 + e) and 1 - sigmoid
+// is e * sigmoid, which cancels nothing. Up to e = 2^126 the sigmoid is a normal number.
 struct Sigmoid {
   vec value, rest;  // rest is 1 - value
 };
