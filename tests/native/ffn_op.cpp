@@ -93,7 +93,7 @@ class FFNTrial : public Trial {
 
   Values<float> run(int threads, Via via) const override {
     const cpu::FFNProblem p{case_.rows, case_.dim,   {case_.hidden, case_.adapter}, case_.quick,
-                            case_.keep, float(kEps), float(kAdapterScale)};
+                            case_.keep, float(kEps), float(kAdapterScale), false};
     FlatMemory m(given_, p.rows * cpu::ffn_saved_per_row(p));
     cpu::FFNForwardCall forward{p, {}, m.x, m.row_scale, nullptr, m.y, m.saved, threads};
     std::memcpy(&forward.parameters, m.weights, sizeof(m.weights));

@@ -116,7 +116,7 @@ class SelfAttentionTrial : public Trial {
 
   Values<float> run(int threads, Via via) const override {
     const cpu::SelfAttentionProblem p{case_.batch,   case_.tokens,    case_.dim,  case_.heads,
-                                      case_.adapter, case_.recompute, float(kEps)};
+                                      case_.adapter, case_.recompute, float(kEps), false};
     FlatMemory m(given_, cpu::self_attention_saved(p));
     cpu::SelfAttentionForward forward{p, {}, nullptr, m.x, m.y, m.saved, threads};
     std::memcpy(&forward.parameters, m.weights, sizeof(m.weights));
