@@ -68,6 +68,7 @@ __attribute__((noinline)) void score_keys(const float* keys, i64 count, i64 head
   constexpr i64 width = Vecs * kLanes;
   for (i64 j = 0; j < count; j += rows) {
     vec acc[rows][Vecs];
+    announce_reads(keys + j * head_dim, min_of(rows, count - j), head_dim, head_dim);
     multiply(acc, keys + j * head_dim, head_dim, 1, queries, width, head_dim);
     const i64 valid = count - j;
 #pragma GCC unroll 8
@@ -139,6 +140,7 @@ __attribute__((noinline)) void weigh_values(const float* weights, i64 queries, c
     const float* panel = right.data + column / kTileColumns * right.panel;
     for (i64 i = 0; i < queries; i += rows) {
       vec acc[rows][kTileVecs];
+      announce_reads(panel, keys, right.stride, min_of(kTileColumns, head_dim - column));
       multiply(acc, weights + i, 1, width, panel, right.stride, keys);
       emit(acc, i, queries, column, head_dim, out);
     }

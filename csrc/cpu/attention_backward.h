@@ -66,6 +66,7 @@ __attribute__((noinline)) void score_gradients(const HeadGradient& h, i64 first_
   for (i64 j = 0; j < keys; j += rows) {
     vec acc[rows][Vecs];
     float* weights = s.weights + j * kScoreStride + at;
+    announce_reads(h.key + (first_key + j) * hd, min_of(rows, keys - j), hd, hd);
     multiply(acc, h.key + (first_key + j) * hd, hd, 1, s.queries + at * hd, width, hd);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
@@ -77,6 +78,7 @@ __attribute__((noinline)) void score_gradients(const HeadGradient& h, i64 first_
         float* to = weights + r * kScoreStride + c * kLanes;
         store(to, exp2(load(to) - maximum[c]) * inverse[c]);
       }
+    announce_reads(h.value + (first_key + j) * hd, min_of(rows, keys - j), hd, hd);
     multiply(acc, h.value + (first_key + j) * hd, hd, 1, s.grads + at * hd, width, hd);
     float* slopes = s.slopes + j * kScoreStride + at;
 #pragma GCC unroll 8
@@ -110,6 +112,7 @@ __attribute__((noinline)) void small_gemm(const float* left, i64 row_stride, i64
     const float* panel = right.data + column / kTileColumns * right.panel;
     for (i64 row = 0; row < rows; row += kTileRows) {
       vec acc[kTileRows][kTileVecs];
+      announce_reads(panel, depth, right.stride, min_of(kTileColumns, columns - column));
       multiply(acc, left + row * row_stride, row_stride, depth_stride, panel, right.stride, depth);
       emit(acc, row, rows, column, columns, out);
     }

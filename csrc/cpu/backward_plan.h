@@ -92,7 +92,8 @@ inline BackwardRegions backward_regions(const BackwardPlan& plan, int threads) {
   r.position_sums = r.forward_weights + forward_weights_size(plan.problem, plan.repeated);
   r.clips = r.position_sums + plan.position_sums;
   r.stages = r.clips + plan.clips_in_flight * plan.own.total;
-  r.scratch = r.stages + plan.clips_in_flight * plan.stage.total;
+  // The scratch holds 64-bit tables, which an odd number of floats before it would misalign.
+  r.scratch = align16(r.stages + plan.clips_in_flight * plan.stage.total);
   r.total = r.scratch + plan.scratch * threads;
   return r;
 }

@@ -212,7 +212,7 @@ inline ForwardPlan forward_plan_of(const Problem& p, Recompute recompute, int th
 // `recompute` is kAll where nothing is kept; `packed` says whether the call brings its weights packed.
 inline i64 forward_workspace(const Problem& p, Recompute recompute, bool packed, int threads) {
   const ForwardPlan plan = forward_plan_of(p, recompute, threads);
-  return (packed ? 0 : bcast_packed_size(p)) + plan.clips_in_flight * plan.own.total + plan.scratch * threads;
+  return (packed ? 0 : bcast_packed_size(p)) + clips_in_flight_floats(plan) + plan.scratch * threads;
 }
 
 inline void bcast_forward(const ForwardCall& call, float* workspace) {
@@ -227,7 +227,7 @@ inline void bcast_forward(const ForwardCall& call, float* workspace) {
     weights = pack_forward(p, call.parameters, kForwardWeights, workspace, call.threads);
     workspace += bcast_packed_size(p);
   }
-  float* scratch = workspace + plan.clips_in_flight * plan.own.total;
+  float* scratch = workspace + clips_in_flight_floats(plan);
   if (plan.kept.total)
     for (i64 clip = 1; clip <= p.batch; ++clip)
       __builtin_memset(call.saved + clip * plan.kept.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));

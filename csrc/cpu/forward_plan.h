@@ -31,6 +31,11 @@ CAST_INLINE i64 clips_in_flight(const Problem& p, int threads) {
   return min_of(p.batch, max_of(1, ceil_div(8 * i64(threads), tasks)));
 }
 
+// Rounded up: the scratch behind it holds 64-bit tables, and an odd number of floats would misalign them.
+CAST_INLINE i64 clips_in_flight_floats(const ForwardPlan& plan) {
+  return align16(plan.clips_in_flight * plan.own.total);
+}
+
 inline ForwardPlan plan_forward(const Problem& p, const ClipLayout& kept, const ClipLayout& own, int threads) {
   ForwardPlan plan{p, kept, own, {}, kRowBlock, clips_in_flight(p, threads), 0};
   for (int a = 0; a < 2; ++a)

@@ -3,7 +3,10 @@
 
 #include "simd.h"
 
-#ifdef _OPENMP
+#if defined(CAST_STD_THREADS)
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -11,9 +14,25 @@ CAST_ISA_BEGIN
 
 // body(task, thread) for every task, in no order. One thread never enters a parallel region: a forked data-loader
 // worker would wait there for pool threads that did not survive the fork.
+//
+// CAST_STD_THREADS is for ThreadSanitizer alone: GCC's OpenMP library hides its barriers from it, so every correct
+// program would be reported. A new team for every loop is slow, but orders memory exactly as the pool does: what came
+// before the loop, then the tasks in any order, then what comes after. Tasks are dealt out in turn, so that each thread
+// has some and no order arises between them by chance.
 template <class Body>
 void parallel_for(i64 tasks, int threads, const Body& body) {
-#ifdef _OPENMP
+#if defined(CAST_STD_THREADS)
+  if (threads > 1 && tasks > 1) {
+    const int members = int(min_of(threads, tasks));
+    std::vector<std::thread> team;
+    for (int thread = 0; thread < members; ++thread)
+      team.emplace_back([&body, tasks, members, thread] {
+        for (i64 task = thread; task < tasks; task += members) body(task, thread);
+      });
+    for (std::thread& member : team) member.join();
+    return;
+  }
+#elif defined(_OPENMP)
   if (threads > 1 && tasks > 1) {
     const int team = int(min_of(threads, tasks));
 #pragma omp parallel for num_threads(team) schedule(dynamic, 1)
