@@ -224,8 +224,8 @@ def _forward_flops(x: Any, parameters: Any, *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.cast_kernels.self_attention_backward)
 def _backward_flops(
-    x: Any, parameters: Any, saved: Any, grad_y: Any, num_heads: Any, eps: Any, recompute: Any, bf16: Any, wanted: Any, *_: Any,
-    **__: Any,
+    x: Any, parameters: Any, saved: Any, grad_y: Any, num_heads: Any, eps: Any, recompute: Any, bf16: Any, wanted: Any,
+    *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
     batch, tokens, dim = x
