@@ -17,7 +17,7 @@ def can_run(problem: FFNProblem) -> Verdict:
 def ffn(
     problem: FFNProblem, x: Tensor, p: FFNParameters, row_scale: Tensor | None, eps: float, adapter_scale: float
 ) -> Tensor:
-    """x [rows, D] -> the same; `row_scale` is [rows] or None. What is kept for backward is autograd's choice."""
+    """x [..., D] -> the same; `row_scale` is [...] or None. What is kept for backward is autograd's choice."""
     normed = F.layer_norm(x, p.norm_weight.shape, p.norm_weight, p.norm_bias, eps)
     y = x + F.linear(
         _activate(F.linear(normed, p.fc1_weight, p.fc1_bias), problem.activation), p.fc2_weight, p.fc2_bias
@@ -25,7 +25,7 @@ def ffn(
     if p.down_weight is not None and p.up_weight is not None:
         branch = F.linear(F.gelu(F.linear(normed, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)
         if row_scale is not None:
-            branch = branch * row_scale[:, None].to(branch.dtype)
+            branch = branch * row_scale[..., None].to(branch.dtype)
         y = torch.add(y, branch, alpha=adapter_scale)
     # Under autocast the branches have its dtype; the residual keeps the stream's.
     return y.to(x.dtype)

@@ -64,12 +64,11 @@ def ffn(
     problem = pose(x, parameters, activation, recompute)
     row_scale = _row_scale(row_scale, x)
     chosen = backends.select(backend, problem)
-    rows = x.reshape(-1, x.shape[-1])
     if chosen == "eager":
-        y = eager_ffn.ffn(problem, rows, parameters, row_scale, eps, adapter_scale)
-    else:
-        y = _run_kernel(chosen, problem, rows, parameters, row_scale, eps, adapter_scale)
-    return y.view(x.shape)
+        return eager_ffn.ffn(problem, x, parameters, row_scale, eps, adapter_scale)
+    rows = x.reshape(-1, x.shape[-1])
+    flat_scale = None if row_scale is None else row_scale.reshape(-1)
+    return _run_kernel(chosen, problem, rows, parameters, flat_scale, eps, adapter_scale).view(x.shape)
 
 
 def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompute: str = "cheap") -> FFNProblem:
@@ -120,7 +119,7 @@ def _width(name: str, weight: Tensor | None, dim: int) -> int:
 
 
 def _row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The factors as [rows] in the stream's dtype."""
+    """The factors in the shape of x.shape[:-1] and the stream's dtype."""
     if scale is None:
         return None
     lead = x.shape[:-1]
@@ -133,7 +132,7 @@ def _row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
         raise ValueError(f"row_scale lies on {scale.device}, x on {x.device}; move it there")
     if scale.requires_grad:
         raise ValueError("row_scale requires a gradient, but drop-path factors are constants; pass row_scale.detach()")
-    return scale.expand(lead).reshape(-1).to(x.dtype)
+    return scale.expand(lead).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
