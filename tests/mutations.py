@@ -32,6 +32,7 @@ BUILDS = {
 }
 BCAST = "tests/test_bcast.py -k error_against_fp64"
 #: That one compares with eager's own error, so it cannot see a fault that eager shares; this one does.
+BF16 = "tests/test_bf16_products.py"
 REFERENCE_TEST = "tests/test_bcast.py -k eager_equals_reference"
 
 
@@ -48,6 +49,8 @@ FORWARD, BACKWARD = "csrc/cpu/bcast_forward.h", "csrc/cpu/bcast_backward.h"
 SUMS, SIMD, NORM = "csrc/cpu/weight_sums.h", "csrc/cpu/simd.h", "csrc/cpu/layernorm.h"
 PLAN, PROBLEM, PACKED = "csrc/cpu/forward_plan.h", "csrc/cpu/problem.h", "cast_kernels/cpu/packed.py"
 ATTENTION, GRADIENT, WORKSPACE = "csrc/cpu/attention.h", "csrc/cpu/attention_backward.h", "csrc/cpu/workspace.cpp"
+FFN, FFN_BACKWARD, WORDS = "csrc/cpu/ffn_forward.h", "csrc/cpu/ffn_backward.h", "csrc/cpu/bf16.h"
+SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attention_backward.h"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -130,6 +133,35 @@ FAULTS = [
     fault("kept scratch memory taken without the lock", RACE,
           (WORKSPACE, "  {\n    const std::lock_guard<std::mutex> lock(kept().mutex);\n    if (kept().bytes >= bytes_)",
            "  {\n    if (kept().bytes >= bytes_)")),
+    # --- the experts' ops
+    fault("QuickGELU with 1.7", NATIVE, (SIMD, "x * -2.45546696f", "x * -2.45258156f")),
+    fault("FFN's adapter without its scale", NATIVE,
+          (FFN, "s.factor[r] = p.adapter_scale * (call.row_scale", "s.factor[r] = (call.row_scale")),
+    fault("FFN without its residual", NATIVE,
+          (FFN, "load_first(x + at + c, n) + (load_first(sum + at + c, n) + part), n)",
+           "load_first(sum + at + c, n) + part, n)")),
+    fault("FFN's second bias once a chunk", NATIVE, (FFN, "index == 0 ? own.out_bias : nullptr", "own.out_bias")),
+    fault("FFN's drop-path factor not in backward", NATIVE,
+          (FFN_BACKWARD, "p.adapter_scale * (run.call.row_scale ? run.call.row_scale[row] : 1.0f);",
+           "p.adapter_scale;")),
+    fault("FFN's gradient without the residual's", NATIVE,
+          (FFN_BACKWARD, "add_rows(run.call.grad_y + row * D, grad, D, run.call.grad_x + row * D);",
+           "__builtin_memcpy(run.call.grad_x + row * D, grad, sizeof(float) * size_t(D));")),
+    fault("self-attention scaled by the model's width", NATIVE,
+          (SELF, "1.44269504088896f / __builtin_sqrtf(float(hd));",
+           "1.44269504088896f / __builtin_sqrtf(float(p.dim));")),
+    fault("self-attention's keys and values exchanged", NATIVE,
+          (SELF, "*key = query + p.heads * matrix, *value = key + p.heads * matrix;",
+           "*value = query + p.heads * matrix, *key = value + p.heads * matrix;")),
+    fault("self-attention's adapter without its skip", NATIVE,
+          (SELF, "load_first(x + at + c, n) + load_first(projected + at + c, n) + up, n)",
+           "load_first(x + at + c, n) + up, n)")),
+    fault("self-attention's gradient past the adapter only", NATIVE,
+          (SELF_BACKWARD, "store_first(da + at + c, y + load_first(grad + at + c, n), n);",
+           "store_first(da + at + c, y, n);")),
+    fault("depths of a bfloat16 word exchanged", BF16,
+          (WORDS, "(rounded_bf16(low) >> 16) | rounded_bf16(high)", "(rounded_bf16(high) >> 16) | rounded_bf16(low)")),
+    fault("odd depth of a bfloat16 row not padded", BF16, (WORDS, "if (depth % 2) halves[depth] = 0;", "")),
 ]  # fmt: skip
 
 

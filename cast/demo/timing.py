@@ -46,5 +46,5 @@ def step_times(model: CAST, clips: Clips, batch_size: int, repetitions: int = 15
             loss.backward()
             loss.detach().item()  # waits for an accelerator
             times[name].append(1000 * (time.perf_counter() - began))
-    backend = next(iter(models["fused"].blocks)).running()  # type: ignore[operator]
+    backend = next(iter(models["fused"].blocks)).chosen_backend()  # type: ignore[operator]
     return StepTimes(len(videos), times["fused"][1:], times["eager"][1:], str(backend))

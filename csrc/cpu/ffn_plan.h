@@ -7,7 +7,7 @@
 
 CAST_ISA_BEGIN
 
-// Most hidden columns at a time: one chain of the second product (kDepthBlock).
+// Most hidden columns at a time: two chains of the second product.
 constexpr i64 kHiddenChunk = 384;
 static_assert(kHiddenChunk % kTileColumns == 0, "a chunk is whole panels");
 
