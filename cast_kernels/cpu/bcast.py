@@ -42,8 +42,6 @@ def saved_per_clip(problem: Problem, recompute: str) -> int:
         floats += own_rows * d + own_rows
         if window is not None:
             floats += 2 * tokens * problem.num_heads + own_rows * d + (4 * tokens * d if everything else 0)
-    if not everything:  # attention's result, but for the shorter of two windows
-        floats += tokens * d
     return floats
 
 

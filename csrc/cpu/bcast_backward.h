@@ -165,7 +165,7 @@ inline void repeat_attended(const ForwardRun& run, int direction, i64 task, cons
   keep_attended(run.problem, direction, block, s.a, run.clip(block.clip)[kAttended][direction]);
 }
 
-// Phase 0 where the normalised rows and activations were kept: projections, and the attention of the shorter window.
+// Phase 0 where the normalised rows and activations were kept: projections and attention.
 inline void repeat_cheap(const ForwardRun& run, i64 clips, int threads, float* scratch) {
   const Problem& p = run.problem;
   const ForwardPlan& plan = run.plan;
@@ -177,10 +177,11 @@ inline void repeat_cheap(const ForwardRun& run, i64 clips, int threads, float* s
     restore_rows(run, stream, block, own(thread));
     project_rows(run, stream, block, own(thread));
   });
-  const int direction = cheaper_direction(p);
-  if (direction == kAbsent) return;
-  parallel_for(clips * plan.cut[direction].tasks_per_clip, threads,
-               [&](i64 task, int thread) { repeat_attended(run, direction, task, own(thread)); });
+  const i64 s2t = has_direction(p, 1) ? clips * plan.cut[1].tasks_per_clip : 0;
+  const i64 t2s = has_direction(p, 0) ? clips * plan.cut[0].tasks_per_clip : 0;
+  parallel_for(s2t + t2s, threads, [&](i64 task, int thread) {
+    repeat_attended(run, task < s2t ? 1 : 0, task < s2t ? task : task - s2t, own(thread));
+  });
 }
 
 // Phase 0: the fields of the clips in flight that forward did not keep, with the bits that they had.

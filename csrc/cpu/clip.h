@@ -28,19 +28,11 @@ static inline i64 field_size(const Problem& p, int field, int which) {
   return patch_tokens(p) * p.bottleneck;
 }
 
-// The direction whose attention costs less to repeat; none if there is only one.
-static inline int cheaper_direction(const Problem& p) {
-  if (!has_direction(p, 0) || !has_direction(p, 1)) return kAbsent;
-  return window_length(p, 0) <= window_length(p, 1) ? 0 : 1;
-}
-
 // kCheap drops what costs little to repeat: queries, keys and values (12 % of the multiply-adds of forward and backward
-// at the paper's size) and the attention of the shorter window.
-static inline bool is_kept(const Problem& p, Recompute recompute, int field, int which) {
+// at the paper's size) and attention (2 %).
+static inline bool is_kept(Recompute recompute, int field) {
   if (recompute == kAll || field == kCls) return false;
-  if (recompute == kNothing) return true;
-  if (field == kAttended) return which != cheaper_direction(p);
-  return field > kAttended;
+  return recompute == kNothing || field > kAttended;
 }
 
 // Offsets in floats inside one clip's region; -1 where a field is not part of it.
@@ -54,7 +46,7 @@ static inline ClipLayout lay_out(const Problem& p, const Part& is_part) {
   ClipLayout l{};
   for (int field = 0; field < kFields; ++field)
     for (int which = 0; which < 2; ++which) {
-      const i64 size = is_part(field, which) ? field_size(p, field, which) : 0;
+      const i64 size = is_part(field) ? field_size(p, field, which) : 0;
       l.at[field][which] = size ? take(l.total, size) : -1;
     }
   if (l.total) l.total += read_slack(p);
@@ -64,20 +56,20 @@ static inline ClipLayout lay_out(const Problem& p, const Part& is_part) {
 // What lies in `saved`: without gaps up to the slack at the end, which forward zeroes, so every float of it is defined.
 // cast_kernels/cpu/bcast.py computes the same total in Python.
 static inline ClipLayout kept_layout(const Problem& p, Recompute recompute) {
-  return lay_out(p, [&](int field, int which) { return is_kept(p, recompute, field, which); });
+  return lay_out(p, [&](int field) { return is_kept(recompute, field); });
 }
 
 // What forward needs besides `saved`; `recompute` is kAll if it keeps nothing.
 static inline ClipLayout forward_layout(const Problem& p, Recompute recompute) {
-  return lay_out(p, [&](int field, int which) {
-    if (field == kCls) return !is_kept(p, recompute, kActivation, kSpatial);
-    return field <= kValue && !is_kept(p, recompute, field, which);
+  return lay_out(p, [&](int field) {
+    if (field == kCls) return !is_kept(recompute, kActivation);
+    return field <= kValue && !is_kept(recompute, field);
   });
 }
 
 // What backward needs besides `saved`: everything that was not kept.
 static inline ClipLayout backward_layout(const Problem& p, Recompute recompute) {
-  return lay_out(p, [&](int field, int which) { return field != kCls && !is_kept(p, recompute, field, which); });
+  return lay_out(p, [&](int field) { return field != kCls && !is_kept(recompute, field); });
 }
 
 // One clip's fields, wherever they lie; null where they are in neither region.
