@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from measure import bytes_kept_for_backward, interleave, rms_error
+from compare import Candidate, compare
+from measure import bytes_kept_for_backward
+from report import recorded_time, replay
 from torch import Tensor
 
 import cast_kernels
-from cast_kernels import _C, SelfAttentionParameters
+from cast_kernels import SelfAttentionParameters
 
 DIM, HEADS, ADAPTER = 768, 12, 192
 #: [batch, tokens] of one clip in the two experts.
@@ -32,6 +34,8 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "cast_kernels, cpu, recompute all": partial(cast_kernels.self_attention, backend="cpu", recompute="all"),
 }
 SAMPLES = {"forward": 9, "forward+backward": 7}
+#: That the samples of one group may take together.
+GROUP_SECONDS = 60.0
 
 
 def flops(expert: str, work: str) -> int:
@@ -77,55 +81,54 @@ class Variant:
     def forward_backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.training_forward(), [self.x, *self.trained], self.grad)
 
-    def results(self) -> dict[str, Tensor]:
-        grads = {f"grad.{i}": grad for i, grad in enumerate(self.forward_backward())}
-        return {"y": self.forward()} | grads
+    def results(self, backward: bool) -> dict[str, Tensor]:
+        named = {"y": self.forward()}
+        if backward:
+            named |= {f"grad.{i}": grad for i, grad in enumerate(self.forward_backward())}
+        return named
+
+    def kept_mib(self) -> float:
+        """MiB that autograd keeps from forward to backward, the input included, parameters not."""
+        return bytes_kept_for_backward(self.training_forward, self.weights) / 2**20
+
+
+def build(name: str, expert: str, backward: bool) -> Candidate:
+    """One row's candidate; all rows have the same weights and inputs."""
+    variant = Variant(CALLS[name], torch.float32, expert)
+    step = variant.forward_backward if backward else variant.forward
+    return Candidate(step, partial(variant.results, backward), variant.kept_mib if backward else None)
 
 
 @cache
 def measure_group(expert: str, work: str) -> dict[str, dict[str, Any]]:
-    """All variants of one expert and one kind of work, interleaved: name -> row of the table."""
-    variants = {name: Variant(call, torch.float32, expert) for name, call in CALLS.items()}
-    exact = Variant(cast_kernels.reference.self_attention, torch.float64, expert).results()
-    errors = {name: rms_error(variant.results(), exact) for name, variant in variants.items()}
+    """All rows of one expert and one kind of work, interleaved: name -> row of the table."""
     backward = work == "forward+backward"
-    # Before and after, the best of several: a neighbour that takes a core for a moment must not lower the ceiling.
-    ceilings = [_C.measure_fma_ceiling(torch.get_num_threads(), 0.2) for _ in range(3)]
-    steps: dict[str, Callable[[], object]] = {
-        name: v.forward_backward if backward else v.forward for name, v in variants.items()
+    exact = Variant(cast_kernels.reference.self_attention, torch.float64, expert).results(backward)
+    builders: dict[str, Callable[[], Candidate]] = {
+        name: partial(build, name, expert, backward) for name in rows_of(work)
     }
-    times = interleave(steps, SAMPLES[work])
-    ceiling = max(ceilings + [_C.measure_fma_ceiling(torch.get_num_threads(), 0.2) for _ in range(3)])
-    rows: dict[str, dict[str, Any]] = {}
-    for name, variant in variants.items():
-        gflops = flops(expert, work) / times[name]["median_ms"] / 1e6
-        worst = max(e / errors[BASELINE][k] for k, e in errors[name].items())
-        kept = bytes_kept_for_backward(variant.training_forward, variant.weights) / 2**20 if backward else None
-        rows[name] = times[name] | {
-            "speedup": times[BASELINE]["median_ms"] / times[name]["median_ms"] if worst <= 2 else None,
-            "gflops": gflops,
-            "of_ceiling": gflops / ceiling,
-            "ceiling_gflops": ceiling,
-            "kept_mib": kept,
-            "error": errors[name]["y"],
-            "worst_error_over_eager": worst,
-            "correct": worst <= 2,
-        }
-    return rows
+    return compare(builders, exact, BASELINE, flops(expert, work), SAMPLES[work], GROUP_SECONDS)
+
+
+def rows_of(work: str) -> list[str]:
+    """Forward alone keeps nothing, whatever `recompute` says."""
+    return [name for name in CALLS if work != "forward" or "recompute" not in name]
+
+
+ROWS = [(expert, work, name) for expert in SHAPES for work in SAMPLES for name in rows_of(work)]
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", list(CALLS))
-@pytest.mark.parametrize("work", list(SAMPLES))
-@pytest.mark.parametrize("expert", list(SHAPES))
+@pytest.mark.benchmark(timer=recorded_time)
+@pytest.mark.parametrize(("expert", "work", "name"), ROWS)
 def test_self_attention(expert: str, work: str, name: str, benchmark: Any, report: Any) -> None:
-    """One row. Its figures come from its group's interleaved run; pytest-benchmark then times it alone as well."""
+    """One row of its group's interleaved run."""
     row = measure_group(expert, work)[name]
     batch, tokens = SHAPES[expert]
     report.add(f"self-attention 768, 12 heads, adapter 192, {batch} x {tokens} tokens, fp32, {work}", name, row)
     benchmark.group = f"self_attention {expert} {work}"
-    benchmark.extra_info.update(row)
-    variant = Variant(CALLS[name], torch.float32, expert)
-    benchmark.pedantic(variant.forward_backward if "backward" in work else variant.forward, rounds=3, warmup_rounds=1)
+    replay(benchmark, row)
+    if "missing" in row:
+        pytest.skip(row["missing"])
     if name.startswith("cast_kernels"):  # a peer that misses the bound is shown without a speed-up; we must not miss it
         assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times eager's"
