@@ -161,7 +161,6 @@ FAULTS = [
            "store_first(da + at + c, y, n);")),
     fault("depths of a bfloat16 word exchanged", BF16,
           (WORDS, "(rounded_bf16(low) >> 16) | rounded_bf16(high)", "(rounded_bf16(high) >> 16) | rounded_bf16(low)")),
-    fault("odd depth of a bfloat16 row not padded", BF16, (WORDS, "if (depth % 2) halves[depth] = 0;", "")),
 ]  # fmt: skip
 
 
