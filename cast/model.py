@@ -107,18 +107,19 @@ class CAST(nn.Module):
 
     def embed(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video -> spatial [B, T, 1+N, D] and temporal [B, T, N, D] before the first block."""
+        config = self.config
+        check_shape("videos", video, (3, config.num_frames, config.image_size, config.image_size))
         if video.device.type != "cpu" or not self._is_fused():
             return self._embed(video)
         # PyTorch's bfloat16 convolutions take 1.9 s a clip on a processor without such instructions, float32 0.05 s.
         with torch.autocast("cpu", enabled=False):
-            return self._embed(video.to(self.clip_conv1.weight.dtype) if video.is_floating_point() else video)
+            return self._embed(video.to(self.clip_conv1.weight.dtype))
 
     def _is_fused(self) -> bool:
         return any(isinstance(block, CASTBlock) and block.backend != "eager" for block in self.blocks)
 
     def _embed(self, video: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        check_shape("videos", video, (3, config.num_frames, config.image_size, config.image_size))
         # The last frame of each tubelet: the 2nd, 4th, ... of 16 (the paper's "even" frames).
         frames = video[:, :, config.tubelet_size - 1 :: config.tubelet_size].transpose(1, 2).flatten(0, 1)
         spatial = embed_frames(
