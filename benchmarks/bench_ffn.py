@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compare import Candidate, compare
-from measure import bytes_kept_for_backward
+from expert_op import ExpertOp, random_parameters, rows_of
 from report import recorded_time, replay
 from torch import Tensor
 
@@ -38,82 +38,36 @@ FORWARD_FLOPS = 4 * ROWS * DIM * (HIDDEN + ADAPTER)
 FLOPS = {"forward": FORWARD_FLOPS, "forward+backward": 2 * FORWARD_FLOPS + 4 * ROWS * DIM * ADAPTER}
 
 
-def make_parameters() -> FFNParameters:
-    """Every parameter random, so that nothing multiplies by zero."""
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
-
-    return FFNParameters(
-        1 + weight(DIM), weight(DIM), weight(HIDDEN, DIM), weight(HIDDEN), weight(DIM, HIDDEN), weight(DIM),
-        weight(ADAPTER, DIM), weight(ADAPTER), weight(DIM, ADAPTER), weight(DIM),
-    )  # fmt: skip
+SHAPES = [
+    (DIM,), (DIM,), (HIDDEN, DIM), (HIDDEN,), (DIM, HIDDEN), (DIM,),
+    (ADAPTER, DIM), (ADAPTER,), (DIM, ADAPTER), (DIM,),
+]  # fmt: skip
 
 
-class Variant:
-    """One way to compute the op, forward and with the gradients that CAST trains."""
-
-    def __init__(self, call: Callable[..., Tensor], dtype: torch.dtype, activation: str) -> None:
-        generator = torch.Generator().manual_seed(1)
-        x, grad = (torch.randn(ROWS, DIM, generator=generator).to(dtype) for _ in range(2))
-        self.x, self.grad = x, grad
-        self.parameters = FFNParameters(*(p.to(dtype) for p in make_parameters() if p is not None))
-        self.weights = [p for p in self.parameters if p is not None]
-        self.trained = [*self.weights[:2], *self.weights[6:]]
-        self.call = partial(call, activation=activation, eps=1e-6)
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.call(self.x, self.parameters)
-
-    def training_forward(self) -> Tensor:
-        for tensor in (self.x, *self.trained):
-            tensor.requires_grad_(True)
-        return self.call(self.x, self.parameters)
-
-    def forward_backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.training_forward(), [self.x, *self.trained], self.grad)
-
-    def results(self, backward: bool) -> dict[str, Tensor]:
-        named = {"y": self.forward()}
-        if backward:
-            named |= {f"grad.{i}": grad for i, grad in enumerate(self.forward_backward())}
-        return named
-
-    def kept_mib(self) -> float:
-        """MiB that autograd keeps from forward to backward, the input included, parameters not."""
-        return bytes_kept_for_backward(self.training_forward, self.weights) / 2**20
-
-
-def _reference(x: Tensor, parameters: FFNParameters, **arguments: Any) -> Tensor:
-    return cast_kernels.reference.ffn(x, parameters, **arguments)
-
-
-def build(name: str, activation: str, backward: bool) -> Candidate:
-    """One row's candidate; all rows have the same weights and inputs."""
-    variant = Variant(CALLS[name], torch.float32, activation)
-    step = variant.forward_backward if backward else variant.forward
-    return Candidate(step, partial(variant.results, backward), variant.kept_mib if backward else None)
+def build(call: Callable[..., Tensor], activation: str, dtype: torch.dtype = torch.float32) -> ExpertOp:
+    """One way to run the op; all have the same weights and inputs."""
+    call = partial(call, activation=activation, eps=1e-6)
+    return ExpertOp(call, (ROWS, DIM), random_parameters(FFNParameters, SHAPES, dtype))
 
 
 @cache
 def measure_group(activation: str, work: str) -> dict[str, dict[str, Any]]:
     """All rows of one activation and one kind of work, interleaved: name -> row of the table."""
     backward = work == "forward+backward"
-    exact = Variant(_reference, torch.float64, activation).results(backward)
+    exact = build(cast_kernels.reference.ffn, activation, torch.float64).results(backward)
     builders: dict[str, Callable[[], Candidate]] = {
-        name: partial(build, name, activation, backward) for name in rows_of(work)
+        name: lambda name=name: build(CALLS[name], activation).candidate(backward)  # type: ignore[misc]
+        for name in rows_of(CALLS, work)
     }
     return compare(builders, exact, BASELINE, FLOPS[work], SAMPLES[work], GROUP_SECONDS)
 
 
-def rows_of(work: str) -> list[str]:
-    """Forward alone keeps nothing, whatever `recompute` says."""
-    return [name for name in CALLS if work != "forward" or "recompute" not in name]
-
-
-ROWS_OF_ALL = [(a, work, name) for a in cast_kernels.ACTIVATIONS for work in SAMPLES for name in rows_of(work)]
+ROWS_OF_ALL = [
+    (activation, work, name)
+    for activation in cast_kernels.ACTIVATIONS
+    for work in SAMPLES
+    for name in rows_of(CALLS, work)
+]
 
 
 @pytest.mark.timeout(1800)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compare import Candidate, compare
-from measure import bytes_kept_for_backward
+from expert_op import ExpertOp, random_parameters, rows_of
 from report import recorded_time, replay
 from torch import Tensor
 
@@ -46,81 +46,36 @@ def flops(expert: str, work: str) -> int:
     return 2 * batch * tokens * DIM * (forward + (backward if work == "forward+backward" else 0))
 
 
-def make_parameters() -> SelfAttentionParameters:
-    """Every parameter random, so that nothing multiplies by zero."""
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
-
-    return SelfAttentionParameters(
-        1 + weight(DIM), weight(DIM), weight(3 * DIM, DIM), weight(3 * DIM), weight(DIM, DIM), weight(DIM),
-        weight(ADAPTER, DIM), weight(ADAPTER), weight(DIM, ADAPTER), weight(DIM),
-    )  # fmt: skip
+WEIGHTS = [
+    (DIM,), (DIM,), (3 * DIM, DIM), (3 * DIM,), (DIM, DIM), (DIM,),
+    (ADAPTER, DIM), (ADAPTER,), (DIM, ADAPTER), (DIM,),
+]  # fmt: skip
 
 
-class Variant:
-    """One way to compute the op, forward and with the gradients that CAST trains."""
-
-    def __init__(self, call: Callable[..., Tensor], dtype: torch.dtype, expert: str) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x, self.grad = (torch.randn(*SHAPES[expert], DIM, generator=generator).to(dtype) for _ in range(2))
-        self.weights = [p.to(dtype) for p in make_parameters() if p is not None]
-        self.trained = self.weights[6:]
-        self.call = partial(call, num_heads=HEADS, eps=1e-6)
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.call(self.x, SelfAttentionParameters(*self.weights))
-
-    def training_forward(self) -> Tensor:
-        for tensor in (self.x, *self.trained):
-            tensor.requires_grad_(True)
-        return self.call(self.x, SelfAttentionParameters(*self.weights))
-
-    def forward_backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.training_forward(), [self.x, *self.trained], self.grad)
-
-    def results(self, backward: bool) -> dict[str, Tensor]:
-        named = {"y": self.forward()}
-        if backward:
-            named |= {f"grad.{i}": grad for i, grad in enumerate(self.forward_backward())}
-        return named
-
-    def kept_mib(self) -> float:
-        """MiB that autograd keeps from forward to backward, the input included, parameters not."""
-        return bytes_kept_for_backward(self.training_forward, self.weights) / 2**20
-
-
-def build(name: str, expert: str, backward: bool) -> Candidate:
-    """One row's candidate; all rows have the same weights and inputs."""
-    variant = Variant(CALLS[name], torch.float32, expert)
-    step = variant.forward_backward if backward else variant.forward
-    return Candidate(step, partial(variant.results, backward), variant.kept_mib if backward else None)
+def build(call: Callable[..., Tensor], expert: str, dtype: torch.dtype = torch.float32) -> ExpertOp:
+    """One way to run the op; all have the same weights and inputs."""
+    call = partial(call, num_heads=HEADS, eps=1e-6)
+    return ExpertOp(call, (*SHAPES[expert], DIM), random_parameters(SelfAttentionParameters, WEIGHTS, dtype))
 
 
 @cache
 def measure_group(expert: str, work: str) -> dict[str, dict[str, Any]]:
     """All rows of one expert and one kind of work, interleaved: name -> row of the table."""
     backward = work == "forward+backward"
-    exact = Variant(cast_kernels.reference.self_attention, torch.float64, expert).results(backward)
+    exact = build(cast_kernels.reference.self_attention, expert, torch.float64).results(backward)
     builders: dict[str, Callable[[], Candidate]] = {
-        name: partial(build, name, expert, backward) for name in rows_of(work)
+        name: lambda name=name: build(CALLS[name], expert).candidate(backward)  # type: ignore[misc]
+        for name in rows_of(CALLS, work)
     }
     return compare(builders, exact, BASELINE, flops(expert, work), SAMPLES[work], GROUP_SECONDS)
 
 
-def rows_of(work: str) -> list[str]:
-    """Forward alone keeps nothing, whatever `recompute` says."""
-    return [name for name in CALLS if work != "forward" or "recompute" not in name]
-
-
-ROWS = [(expert, work, name) for expert in SHAPES for work in SAMPLES for name in rows_of(work)]
+ROWS_OF_ALL = [(expert, work, name) for expert in SHAPES for work in SAMPLES for name in rows_of(CALLS, work)]
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(timer=recorded_time)
-@pytest.mark.parametrize(("expert", "work", "name"), ROWS)
+@pytest.mark.parametrize(("expert", "work", "name"), ROWS_OF_ALL)
 def test_self_attention(expert: str, work: str, name: str, benchmark: Any, report: Any) -> None:
     """One row of its group's interleaved run."""
     row = measure_group(expert, work)[name]

@@ -100,8 +100,20 @@ PARAMETER_NAMES: tuple[str, ...] = tuple(
 )
 
 
+class _Arithmetic:
+    """What a problem's dtypes mean for its arithmetic."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    @property
+    def bf16(self) -> bool:
+        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
+        return torch.bfloat16 in (self.dtype, self.autocast)
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(_Arithmetic):
     """One call's sizes and circumstances: all that backend selection may look at.
 
     Sizes may be symbolic under torch.compile. A window is None where its direction is absent.
@@ -118,11 +130,6 @@ class Problem:
     dtype: torch.dtype
     device: str  # device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None
-
-    @property
-    def bf16(self) -> bool:
-        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
-        return torch.bfloat16 in (self.dtype, self.autocast)
 
     @property
     def head_dim(self) -> int:
@@ -152,7 +159,7 @@ class FFNParameters(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FFNProblem:
+class FFNProblem(_Arithmetic):
     """One FFN call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
 
     rows: int  # tokens: the product of all leading dimensions
@@ -164,11 +171,6 @@ class FFNProblem:
     dtype: torch.dtype
     device: str  # device type
     autocast: torch.dtype | None = None
-
-    @property
-    def bf16(self) -> bool:
-        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
-        return torch.bfloat16 in (self.dtype, self.autocast)
 
 
 class SelfAttentionParameters(NamedTuple):
@@ -190,7 +192,7 @@ class SelfAttentionParameters(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SelfAttentionProblem:
+class SelfAttentionProblem(_Arithmetic):
     """One self-attention call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
 
     batch: int
@@ -202,11 +204,6 @@ class SelfAttentionProblem:
     dtype: torch.dtype
     device: str  # device type
     autocast: torch.dtype | None = None
-
-    @property
-    def bf16(self) -> bool:
-        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
-        return torch.bfloat16 in (self.dtype, self.autocast)
 
 
 class Verdict(NamedTuple):

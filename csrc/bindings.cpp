@@ -10,13 +10,6 @@ namespace {
 
 using Addresses = std::array<Address, 28>;
 
-Recompute checked_recompute(int recompute) {
-  if (recompute < kNothing || recompute > kAll)
-    throw std::invalid_argument("recompute is " + std::to_string(recompute) +
-                                ", but must be 0 (nothing), 1 (cheap) or 2 (all)");
-  return Recompute(recompute);
-}
-
 Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck, i64 heads, int t2s_window,
                      int s2t_window, float eps, bool bf16) {
   const Problem p{batch, frames, patches, dim, bottleneck, heads, {t2s_window, s2t_window}, eps, bf16};

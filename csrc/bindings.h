@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/base.h"
+
 namespace cast::cpu {
 
 using Address = std::uintptr_t;
@@ -29,6 +31,13 @@ T tensors(const std::array<Address, sizeof(T) / sizeof(void*)>& addresses) {
 inline int checked_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1");
   return threads;
+}
+
+inline Recompute checked_recompute(int recompute) {
+  if (recompute < kNothing || recompute > kAll)
+    throw std::invalid_argument("recompute is " + std::to_string(recompute) +
+                                ", but must be 0 (nothing), 1 (cheap) or 2 (all)");
+  return Recompute(recompute);
 }
 
 // Each op's part of the module, in bindings_<op>.cpp.

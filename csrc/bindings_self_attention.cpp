@@ -11,7 +11,7 @@ using Addresses = std::array<Address, 10>;
 
 SelfAttentionProblem make_problem(i64 batch, i64 tokens, i64 dim, i64 heads, i64 adapter, int recompute, float eps,
                                   bool bf16) {
-  const SelfAttentionProblem p{batch, tokens, dim, heads, adapter, recompute, eps, bf16};
+  const SelfAttentionProblem p{batch, tokens, dim, heads, adapter, checked_recompute(recompute), eps, bf16};
   check_problem(p);
   return p;
 }

@@ -58,7 +58,7 @@ class Case:
 
 
 #: Tokens around tiles, blocks of keys (128) and query groups (192); head widths 8, 5, 64, 13, one; entries in one group
-#: and in several (1600 rows); more than one chain of products (384).
+#: and in several (1600 rows); more than one chain of products (256).
 CASES = [
     Case(seed=1),
     Case(qkv_bias=False, seed=2),

@@ -9,28 +9,23 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from bcast_cases import CASES, Case, run
+from levels import LEVELS, check_level, run_at
 from torch import Tensor
 
 import cast_kernels
 from cast_kernels import _native
 from cast_kernels.cpu import bcast as cpu
+from cast_kernels.cpu.common import RECOMPUTE_CODES
 from cast_kernels.problem import PARAMETER_NAMES, Problem
 
 pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: {_native.REASON}")
 
-ORDER = ["baseline", "avx2", "avx512", "avx512_bf16"]
-BUILT = _native.CORE.built_levels().split(",") if _native.CORE is not None else []
-USABLE = [level for level in BUILT if ORDER.index(level) <= ORDER.index(_native.ISA)]
 
 #: What the shared cases are too small for: windows longer than a block of keys or of rows, and heads of every width.
 LONG = [
@@ -65,17 +60,9 @@ def pooled_ratios(cases: list[Case]) -> dict[str, float]:
     return {name: math.sqrt(a / b) for name, (a, b) in squares.items()}
 
 
-@pytest.mark.parametrize("level", ORDER)
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_as_exact_as_eager(level: str) -> None:
-    if level not in USABLE:
-        pytest.skip(f"{level} is not in this build or not on this processor (usable: {', '.join(USABLE)})")
-    environment = os.environ | {"CAST_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, __file__, level], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    ratios = json.loads(done.stdout)
+    ratios = run_at(level, __file__)
     assert len(ratios) >= 4 + 28, "both outputs, both input gradients, 28 parameter gradients"
     assert all(ratio <= 2.0 for ratio in ratios.values()), ratios
 
@@ -121,7 +108,7 @@ def raw_call(
     flat = [None if p is None else given.take(tuple(p.shape), p.detach()) for p in case.module().gathered().flat()]
     addresses = [0 if p is None else p.data_ptr() for p in flat]
     outputs = [made.take(tuple(x.shape)) if c >= 0 else None for x, c in zip(streams, codes, strict=True)]
-    mode = cpu._RECOMPUTE_CODES[recompute]
+    mode = RECOMPUTE_CODES[recompute]
     saved = made.take((case.batch, core.saved_per_clip(native, mode)))
     packed = made.take((core.bcast_packed_size(native),)) if prepack else None
     if packed is not None:
@@ -235,9 +222,7 @@ def test_not_a_number_spreads_as_in_the_reference(windows: tuple[str, str], valu
 def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     problem = cast_kernels.ops.bcast.pose(*case.inputs(), case.module().gathered(), case.heads, case.windows)
     native = cpu._native_problem(_native.core(), problem, 1e-6, recompute, False)
-    assert _native.core().saved_per_clip(native, cpu._RECOMPUTE_CODES[recompute]) == cpu.saved_per_clip(
-        problem, recompute
-    )
+    assert _native.core().saved_per_clip(native, RECOMPUTE_CODES[recompute]) == cpu.saved_per_clip(problem, recompute)
 
 
 def test_an_empty_batch_gives_empty_outputs_and_zero_gradients() -> None:
@@ -303,7 +288,7 @@ def test_a_forked_worker_computes_with_one_thread() -> None:
     ("changed", "message"),
     [
         ({"batch": -1}, "batch is -1"),
-        ({"frames": 0}, "frames is 0, but must be positive"),
+        ({"frames": 0}, "frames is 0, but must be at least 1"),
         ({"heads": 5}, "not a multiple of the 5 heads"),
         ({"t2s_window": 3}, "window is 3, but must be -1 .absent., 0 .time., 1 .space. or 2"),
     ],
@@ -358,5 +343,5 @@ def test_the_multiply_add_ceiling_is_measured() -> None:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1] == _native.ISA, f"asked for {sys.argv[1]}, runs {_native.ISA}"
+    check_level()
     print(json.dumps(pooled_ratios([*(case for case in CASES if case.patches < 100), *LONG])))

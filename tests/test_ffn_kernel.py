@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from ffn_cases import CASES, Case, run
+from levels import LEVELS, check_level, run_at
 
 from cast_kernels import _native
 from cast_kernels.cpu import ffn as cpu_ffn
 from cast_kernels.ops.ffn import pose
 
 pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: {_native.REASON}")
-
-ORDER = ["baseline", "avx2", "avx512", "avx512_bf16"]
-BUILT = _native.CORE.built_levels().split(",") if _native.CORE is not None else []
-USABLE = [level for level in BUILT if ORDER.index(level) <= ORDER.index(_native.ISA)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -129,21 +122,13 @@ def level_errors() -> dict[str, float]:
     return {name: math.sqrt(a / b) for name, (a, b) in squares.items()}
 
 
-@pytest.mark.parametrize("level", ORDER)
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_as_exact_as_eager(level: str) -> None:
-    if level not in USABLE:
-        pytest.skip(f"{level} is not in this build or not on this processor (usable: {', '.join(USABLE)})")
-    environment = os.environ | {"CAST_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, __file__, level], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    ratios = json.loads(done.stdout)
+    ratios = run_at(level, __file__)
     assert len(ratios) == 12, "the output, the gradient of x and of ten parameters"
     assert all(ratio <= 2.0 for ratio in ratios.values()), ratios
 
 
 if __name__ == "__main__":
-    assert sys.argv[1] == _native.ISA, f"asked for {sys.argv[1]}, runs {_native.ISA}"
+    check_level()
     print(json.dumps(level_errors()))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from levels import LEVELS
 
 from cast_kernels import _native, info
 
@@ -46,9 +47,8 @@ def test_a_missing_core_names_the_reason_and_the_command(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("level", ["baseline", *(_native.RECORD.get("cpu", {}).get("levels", []))])
 def test_the_instruction_set_can_be_capped(level: str) -> None:
     done = python("from cast_kernels import _native; print(_native.ISA)", CAST_KERNELS_CPU_ISA=level)
-    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
     assert done.returncode == 0, done.stderr
-    assert levels.index(done.stdout.strip()) <= levels.index(level)
+    assert LEVELS.index(done.stdout.strip()) <= LEVELS.index(level)
 
 
 def test_an_unknown_level_is_refused() -> None:

@@ -5,15 +5,13 @@ Called as a script with the name of a level, it checks that level: a process cho
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from bcast_cases import assert_at_most_twice_eager
+from levels import LEVELS, check_level, run_at
 from self_attention_cases import CASES, PAPER, Case, run
 
 import cast_kernels
@@ -35,17 +33,9 @@ def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     assert core.self_attention_saved(made) == cpu.saved_size(problem)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_as_exact_as_eager(level: str) -> None:
-    order = ["baseline", "avx2", "avx512"]
-    usable = order[: order.index(_native.ISA) + 1]
-    if level not in usable or level not in _native.core().built_levels().split(","):
-        pytest.skip(f"{level} is not in this build or not on this processor")
-    environment = os.environ | {"CAST_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, __file__, level], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{level} is exact" in done.stdout
+    assert run_at(level, __file__) == "exact"
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -140,16 +130,15 @@ def test_the_core_refuses_what_makes_no_problem() -> None:
         core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 10, 0, x.data_ptr(), 0, 0)
 
 
-def _check_level(level: str) -> None:
-    """Called in a process of its own: a process chooses its level once."""
-    assert level == _native.ISA
+def _check_accuracy() -> None:
     for case in CASES:
         ours, eager, exact = (
             run(case, torch.float32, "cpu"), run(case, torch.float32, "eager"), run(case, torch.float64, None)
         )  # fmt: skip
         assert_at_most_twice_eager(ours, eager, exact)
-    print(f"{level} is exact")
+    print(json.dumps("exact"))
 
 
 if __name__ == "__main__":
-    _check_level(sys.argv[1])
+    check_level()
+    _check_accuracy()

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from cast_kernels import _native
 from cast_kernels.cpu import packed
-from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
+from cast_kernels.cpu.common import RECOMPUTE_CODES, Addresses, float32, verdict, zeros
 from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
 
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
-_RECOMPUTE_CODES = {"nothing": 0, "cheap": 1, "all": 2}
 
 
 def can_run(problem: Problem) -> Verdict:
@@ -78,19 +77,15 @@ def forward(
     native = _native_problem(core, problem, eps, recompute or "all", bf16)
     alive = Addresses()
     weights = [alive(p) for p in parameters.flat()]
-    if recompute:
-        packed.drop(parameters.spatial.down_weight)
-        panels = None
-    else:
-        present = [p for p in parameters.flat() if p is not None and p.ndim == 2]
-        panels = packed.get(present, bf16, lambda: _pack(core, native, weights))
+    matrices = [p for p in parameters.flat() if p is not None and p.ndim == 2]
+    panels = packed.for_call(matrices, bf16, bool(recompute), lambda: _pack(core, native, weights))
     spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
     saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
     core.bcast_forward(
         native, alive(spatial), alive(temporal), alive(spatial_scale),
         alive(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
-        _RECOMPUTE_CODES[recompute or "all"], 0 if panels is None else panels.data_ptr(), torch.get_num_threads(),
+        RECOMPUTE_CODES[recompute or "all"], 0 if panels is None else panels.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return spatial_out.to(spatial.dtype), temporal_out.to(temporal.dtype), saved
 
@@ -135,7 +130,7 @@ def backward(
     core.bcast_backward(
         _native_problem(core, problem, eps, recompute, bf16), alive(spatial), alive(temporal),
         alive(spatial_scale), alive(temporal_scale), [alive(p) for p in primals[2:]],
-        alive(saved), _RECOMPUTE_CODES[recompute],
+        alive(saved), RECOMPUTE_CODES[recompute],
         alive(grad_spatial_out if directions[0] else None),
         alive(grad_temporal_out if directions[1] else None),
         addresses[0], addresses[1], addresses[2:], torch.get_num_threads(),
@@ -148,7 +143,7 @@ def _native_problem(core: Any, problem: Problem, eps: float, recompute: str, bf1
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
         _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps, bf16,
     )  # fmt: skip
-    native_size = core.saved_per_clip(native, _RECOMPUTE_CODES[recompute])
+    native_size = core.saved_per_clip(native, RECOMPUTE_CODES[recompute])
     assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"
     return native
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.problem import Verdict
+from cast_kernels.problem import Recompute, Verdict
 
 #: What streams and parameters may be; bfloat16 is widened on the way in and rounded once on the way out.
 DTYPES = (torch.float32, torch.bfloat16)
+
+#: Recompute in csrc/cpu/base.h.
+RECOMPUTE_CODES: dict[str, int] = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Recompute.ALL: 2}
 
 
 def verdict(device: str, dtype: torch.dtype, autocast: torch.dtype | None) -> Verdict:

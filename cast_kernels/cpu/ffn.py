@@ -57,12 +57,8 @@ def forward(
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps, adapter_scale)
     weights = [inputs(p) for p in parameters]
-    if save:
-        packed.drop(parameters.fc1_weight)
-        panels = None
-    else:
-        matrices = (parameters.fc1_weight, parameters.fc2_weight, parameters.down_weight, parameters.up_weight)
-        panels = packed.get([m for m in matrices if m is not None], problem.bf16, lambda: _pack(core, native, weights))
+    matrices = (parameters.fc1_weight, parameters.fc2_weight, parameters.down_weight, parameters.up_weight)
+    panels = packed.for_call(matrices, problem.bf16, save, lambda: _pack(core, native, weights))
     y = float32(x.shape)
     saved = float32((problem.rows, saved_per_row(problem) if save else 0))
     core.ffn_forward(

@@ -21,6 +21,16 @@ _LOCK = threading.Lock()
 _KEPT: Any = WeakTensorKeyDictionary()
 
 
+def for_call(weights: Sequence[Tensor | None], bf16: bool, trains: bool, pack: Callable[[], Tensor]) -> Tensor | None:
+    """Packed weights for a call. If it `trains`: none, and those that are kept go; else as :func:`get` finds them."""
+    present = [w for w in weights if w is not None]
+    if not trains:
+        return get(present, bf16, pack)
+    with _LOCK:
+        _KEPT.pop(present[0], None)
+    return None
+
+
 def get(weights: Sequence[Tensor], bf16: bool, pack: Callable[[], Tensor]) -> Tensor:
     """The packed form of `weights`: the one kept from an earlier call if it still holds, else what `pack` returns.
 
@@ -41,12 +51,6 @@ def get(weights: Sequence[Tensor], bf16: bool, pack: Callable[[], Tensor]) -> Te
     with _LOCK:
         _KEPT[weights[0]] = (state, [TensorWeakRef(w) for w in weights], packed)
     return packed
-
-
-def drop(weight: Tensor) -> None:
-    """Forget what was packed under this first weight."""
-    with _LOCK:
-        _KEPT.pop(weight, None)
 
 
 def clear() -> None:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from cast_kernels import _native
 from cast_kernels.cpu import packed
-from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
+from cast_kernels.cpu.common import RECOMPUTE_CODES, Addresses, float32, verdict, zeros
 from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem, Verdict
-
-_RECOMPUTE_CODES = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Recompute.ALL: 2}
 
 
 def can_run(problem: SelfAttentionProblem) -> Verdict:
@@ -61,12 +59,8 @@ def forward(
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps)
     weights = [inputs(p) for p in parameters]
-    if save:
-        packed.drop(parameters.qkv_weight)
-        panels = None
-    else:
-        matrices = (parameters.qkv_weight, parameters.proj_weight, parameters.down_weight, parameters.up_weight)
-        panels = packed.get([m for m in matrices if m is not None], problem.bf16, lambda: _pack(core, native, weights))
+    matrices = (parameters.qkv_weight, parameters.proj_weight, parameters.down_weight, parameters.up_weight)
+    panels = packed.for_call(matrices, problem.bf16, save, lambda: _pack(core, native, weights))
     y = float32(x.shape)
     # An empty batch runs no kernel that would write the little that is kept whatever the batch.
     saved = (zeros if problem.batch == 0 else float32)((saved_size(problem) if save else 0,))
@@ -116,7 +110,7 @@ def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
 def _native_problem(core: Any, problem: SelfAttentionProblem, eps: float) -> Any:
     native = core.SelfAttentionProblem(
         problem.batch, problem.tokens, problem.dim, problem.num_heads, problem.adapter,
-        _RECOMPUTE_CODES[problem.recompute], eps, problem.bf16,
+        RECOMPUTE_CODES[problem.recompute], eps, problem.bf16,
     )  # fmt: skip
     assert core.self_attention_saved(native) == saved_size(problem), "the two sides disagree about `saved`"
     return native

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from cast_kernels import backends
-from cast_kernels.ops.bcast import bcast, check_recompute, pose
+from cast_kernels.ops._checks import check_recompute
+from cast_kernels.ops.bcast import bcast, pose
 from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
 
 #: direction -> (expert whose tokens ask, expert whose tokens answer); the published tables carry these names.
@@ -114,7 +115,7 @@ class BCAST(nn.Module):
         self.windows = (windows[0], windows[1])
         self.directions = tuple(d for d in DIRECTIONS if d in directions)
         self.backend = backends.check_name(backend)
-        self.recompute = check_recompute(recompute)
+        self.recompute = check_recompute(recompute).value
         if self.directions:
             self.cross_s_down = nn.Linear(dim, bottleneck_dim)
             self.cross_t_down = nn.Linear(dim, bottleneck_dim)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from cast_kernels.problem import Recompute
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in on the tensor's device, or None outside of autocast."""
@@ -44,3 +46,37 @@ def check_kinds(streams: Mapping[str, Tensor], parameters: Iterable[Tensor | Non
             f"dtypes are mixed: {own}, all tensors {', '.join(dtypes)}; "
             "convert them to one (module.to(dtype)), or run under torch.autocast"
         )
+
+
+def check_recompute(recompute: Recompute | str) -> Recompute:
+    """The value of the enum, or ValueError naming the allowed ones."""
+    allowed = [r.value for r in Recompute]
+    if recompute not in allowed:
+        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, allowed))}")
+    return Recompute(recompute)
+
+
+def check_width(name: str, weight: Tensor | None, dim: int) -> int:
+    """Outputs of a linear layer that reads a stream of `dim` channels, or ValueError."""
+    if weight is None or weight.ndim != 2 or weight.shape[0] < 1:
+        came = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
+        raise ValueError(f"{name} is {came}; it must be [width, D] = (at least 1, {dim})")
+    check_shape(name, weight, (weight.shape[0], dim))
+    return weight.shape[0]
+
+
+def check_adapter(adapter: Mapping[str, Tensor | None], dim: int) -> None:
+    """The adapter's four tensors, in the order down_weight, down_bias, up_weight, up_bias, fit or are all None.
+
+    Raises:
+        ValueError: some are missing, or a shape does not fit.
+    """
+    absent = [name for name, tensor in adapter.items() if tensor is None]
+    if len(absent) == len(adapter):
+        return
+    if absent:
+        raise ValueError(f"{' and '.join(absent)} missing; give all four adapter tensors, or none of them")
+    first, *others = adapter
+    width = check_width(first, adapter[first], dim)
+    for name, shape in zip(others, ((width,), (dim, width), (dim,)), strict=True):
+        check_shape(name, adapter[name], shape)

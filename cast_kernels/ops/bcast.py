@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
 from cast_kernels import backends
-from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_shape
+from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_recompute, check_shape
 from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem, Recompute
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
@@ -63,7 +63,7 @@ def bcast(
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
-    recompute = check_recompute(recompute)
+    recompute = check_recompute(recompute).value
     problem = pose(spatial, temporal, parameters, num_heads, windows)
     spatial_scale = _scale("spatial_scale", spatial_scale, problem, 1 + problem.patches, spatial)
     temporal_scale = _scale("temporal_scale", temporal_scale, problem, 1, temporal)
@@ -73,14 +73,6 @@ def bcast(
     if chosen == "eager":
         return eager_bcast.bcast(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
     return _run_kernel(chosen, problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps, recompute)
-
-
-def check_recompute(recompute: Recompute | str) -> str:
-    """The value of the enum, or ValueError naming the allowed ones."""
-    allowed = [r.value for r in Recompute]
-    if recompute not in allowed:
-        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, allowed))}")
-    return Recompute(recompute).value
 
 
 def pose(

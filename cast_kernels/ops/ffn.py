@@ -19,7 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.ffn as cpu_ffn
 import cast_kernels.eager.ffn as eager_ffn
 from cast_kernels import backends
-from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_shape
+from cast_kernels.ops._checks import (
+    autocast_dtype,
+    check_adapter,
+    check_kinds,
+    check_recompute,
+    check_shape,
+    check_width,
+)
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_row`.
@@ -81,41 +88,24 @@ def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompu
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}")
-    names = [r.value for r in Recompute]
-    if recompute not in names:
-        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, names))}")
+    checked = check_recompute(recompute)
     _check_parameters(x.shape[-1], parameters)
     autocast = autocast_dtype(x)
     check_kinds({"x": x}, parameters, autocast is not None)
     return FFNProblem(
         x.numel() // x.shape[-1], x.shape[-1], parameters.fc1_weight.shape[0],
-        0 if parameters.down_weight is None else parameters.down_weight.shape[0], activation, Recompute(recompute),
+        0 if parameters.down_weight is None else parameters.down_weight.shape[0], activation, checked,
         x.dtype, x.device.type, autocast,
     )  # fmt: skip
 
 
 def _check_parameters(dim: int, p: FFNParameters) -> None:
     """Every parameter has the shape that x's width and the two hidden widths imply; an adapter is there or not."""
-    shapes: dict[str, tuple[int, ...]] = {"norm_weight": (dim,), "norm_bias": (dim,), "fc2_bias": (dim,)}
-    hidden = _width("fc1_weight", p.fc1_weight, dim)
-    shapes |= {"fc1_bias": (hidden,), "fc2_weight": (dim, hidden)}
-    absent = [name for name in FFNParameters._fields[6:] if getattr(p, name) is None]
-    if absent and len(absent) < 4:
-        raise ValueError(f"{' and '.join(absent)} missing; give all four adapter tensors, or none of them")
-    if p.down_weight is not None:
-        width = _width("down_weight", p.down_weight, dim)
-        shapes |= {"down_bias": (width,), "up_weight": (dim, width), "up_bias": (dim,)}
-    for name, shape in shapes.items():
+    hidden = check_width("fc1_weight", p.fc1_weight, dim)
+    shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "fc1_bias": (hidden,), "fc2_weight": (dim, hidden)}
+    for name, shape in (shapes | {"fc2_bias": (dim,)}).items():
         check_shape(name, getattr(p, name), shape)
-
-
-def _width(name: str, weight: Tensor | None, dim: int) -> int:
-    """Outputs of a linear layer that reads the stream."""
-    if weight is None or weight.ndim != 2 or weight.shape[0] < 1:
-        came = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
-        raise ValueError(f"{name} is {came}; it must be [width, D] = (at least 1, {dim})")
-    check_shape(name, weight, (weight.shape[0], dim))
-    return weight.shape[0]
+    check_adapter({name: getattr(p, name) for name in FFNParameters._fields[6:]}, dim)
 
 
 def _row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.self_attention as cpu_self_attention
 import cast_kernels.eager.self_attention as eager_self_attention
 from cast_kernels import backends
-from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_shape
+from cast_kernels.ops._checks import autocast_dtype, check_adapter, check_kinds, check_recompute, check_shape
 from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_size`.
@@ -83,16 +83,12 @@ def pose(
     batch, tokens, dim = x.shape
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads is {num_heads}; it must divide the stream's {dim} channels")
-    names = [r.value for r in Recompute]
-    if recompute not in names:
-        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, names))}")
+    checked = check_recompute(recompute)
     _check_parameters(dim, parameters)
     autocast = autocast_dtype(x)
     check_kinds({"x": x}, parameters, autocast is not None)
     adapter = 0 if parameters.down_weight is None else parameters.down_weight.shape[0]
-    return SelfAttentionProblem(
-        batch, tokens, dim, num_heads, adapter, Recompute(recompute), x.dtype, x.device.type, autocast
-    )
+    return SelfAttentionProblem(batch, tokens, dim, num_heads, adapter, checked, x.dtype, x.device.type, autocast)
 
 
 def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
@@ -101,18 +97,9 @@ def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
     shapes |= {"proj_weight": (dim, dim), "proj_bias": (dim,)}
     if p.qkv_bias is not None:
         shapes["qkv_bias"] = (3 * dim,)
-    absent = [name for name in SelfAttentionParameters._fields[6:] if getattr(p, name) is None]
-    if absent and len(absent) < 4:
-        raise ValueError(f"{' and '.join(absent)} missing; give all four adapter tensors, or none of them")
-    if p.down_weight is not None:
-        if p.down_weight.ndim != 2 or p.down_weight.shape[0] < 1:
-            raise ValueError(
-                f"down_weight has shape {tuple(p.down_weight.shape)}; it must be [A, D] = (at least 1, {dim})"
-            )
-        width = p.down_weight.shape[0]
-        shapes |= {"down_weight": (width, dim), "down_bias": (width,), "up_weight": (dim, width), "up_bias": (dim,)}
     for name, shape in shapes.items():
         check_shape(name, getattr(p, name), shape)
+    check_adapter({name: getattr(p, name) for name in SelfAttentionParameters._fields[6:]}, dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

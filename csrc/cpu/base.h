@@ -1,4 +1,4 @@
-// Integers and sizes that every op's problem is made of.
+// What every op's problem is made of.
 //
 // Included by every instruction-set level, so only internal-linkage functions live here: a shared inline function could
 // be merged by the linker into its AVX-512 copy and crash an older machine.
@@ -9,6 +9,9 @@
 namespace cast::cpu {
 
 using i64 = std::int64_t;
+
+// What backward computes again instead of finding it kept. Each op says which values that means.
+enum Recompute : int { kNothing = 0, kCheap = 1, kAll = 2 };
 
 static inline i64 align16(i64 floats) { return (floats + 15) / 16 * 16; }
 

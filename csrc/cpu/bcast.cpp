@@ -1,21 +1,17 @@
 #include "bcast.h"
 
 #include <chrono>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "clip.h"
 #include "kernels.h"
+#include "require.h"
 #include "workspace.h"
 
 namespace cast::cpu {
 namespace {
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 const char* const stream_names[2] = {"spatial", "temporal"};
 
@@ -47,15 +43,12 @@ double timed_flops(const Kernels& kernels, i64 rounds, double* seconds) {
 }  // namespace
 
 void check_problem(const Problem& p) {
-  const auto positive = [](i64 value, const char* name) {
-    require(value > 0, std::string(name) + " is " + std::to_string(value) + ", but must be positive");
-  };
-  require(p.batch >= 0, "batch is " + std::to_string(p.batch) + ", but must not be negative");
-  positive(p.frames, "frames");
-  positive(p.patches, "patches");
-  positive(p.dim, "dim");
-  positive(p.bottleneck, "bottleneck");
-  positive(p.heads, "heads");
+  require_at_least(0, p.batch, "batch");
+  require_at_least(1, p.frames, "frames");
+  require_at_least(1, p.patches, "patches");
+  require_at_least(1, p.dim, "dim");
+  require_at_least(1, p.bottleneck, "bottleneck");
+  require_at_least(1, p.heads, "heads");
   require(p.bottleneck % p.heads == 0, "bottleneck is " + std::to_string(p.bottleneck) + ", not a multiple of the " +
                                            std::to_string(p.heads) + " heads");
   for (const int window : p.window)

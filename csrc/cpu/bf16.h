@@ -49,19 +49,21 @@ CAST_INLINE vec dot_pairs(vec sum, std::uint32_t left, vec right) {
 #endif
 }
 
+typedef std::uint16_t halfvec __attribute__((vector_size(kLanes * 2)));
+
 // Rows of float32 as rows of words: to[r][k / 2]. `to` has ceil(depth / 2) words a row, zero behind an odd depth.
 inline void pair_rows(const float* from, i64 stride, i64 rows, i64 depth, std::uint32_t* to) {
   const i64 words = ceil_div(depth, 2);
-  for (i64 r = 0; r < rows; ++r, from += stride, to += words) {
-    std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(to);
+  for (i64 r = 0; r < rows; ++r, from += stride, to += words)
     for (i64 k = 0; k < depth; k += kLanes) {
-      std::uint32_t bits[kLanes];
-      const uvec rounded = rounded_bf16(load_first(from + k, depth - k)) >> 16;
-      __builtin_memcpy(bits, &rounded, sizeof(bits));
-      for (i64 i = 0; i < min_of(kLanes, depth - k); ++i) halves[k + i] = std::uint16_t(bits[i]);
+      // Zero behind the last depth, so whole words can be stored.
+      const halfvec halves = __builtin_convertvector(rounded_bf16(load_first(from + k, depth - k)) >> 16, halfvec);
+      std::uint32_t* at = to + k / 2;
+      if (depth - k >= kLanes)
+        __builtin_memcpy(at, &halves, sizeof(halves));
+      else
+        __builtin_memcpy(at, &halves, sizeof(std::uint32_t) * size_t(ceil_div(depth - k, 2)));
     }
-    if (depth % 2) halves[depth] = 0;
-  }
 }
 
 CAST_ISA_END

@@ -1,17 +1,13 @@
 #include "ffn.h"
 
-#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "require.h"
 #include "workspace.h"
 
 namespace cast::cpu {
 namespace {
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void check_parameters(const FFNProblem& p, const FFNParameters& parameters) {
   static const char* const names[2] = {"FFN", "adapter"};
@@ -26,14 +22,10 @@ void check_parameters(const FFNProblem& p, const FFNParameters& parameters) {
 }  // namespace
 
 void check_problem(const FFNProblem& p) {
-  const auto at_least = [](i64 least, i64 value, const char* name) {
-    require(value >= least, std::string(name) + " is " + std::to_string(value) + ", but must be at least " +
-                                std::to_string(least));
-  };
-  at_least(0, p.rows, "rows");
-  at_least(1, p.dim, "dim");
-  at_least(1, p.width[kFFN], "hidden");
-  at_least(0, p.width[kAdapter], "adapter");
+  require_at_least(0, p.rows, "rows");
+  require_at_least(1, p.dim, "dim");
+  require_at_least(1, p.width[kFFN], "hidden");
+  require_at_least(0, p.width[kAdapter], "adapter");
   require(p.activation == kGelu || p.activation == kQuickGelu,
           "activation is " + std::to_string(p.activation) + ", but must be 0 (GELU) or 1 (QuickGELU)");
 }

@@ -13,9 +13,6 @@ namespace cast::cpu {
 enum : int { kSpatial = 0, kTemporal = 1 };
 enum : int { kAbsent = -1, kTime = 0, kSpace = 1, kSpaceTime = 2 };
 
-// What backward computes again instead of finding it kept; clip.h says which fields that means.
-enum Recompute : int { kNothing = 0, kCheap = 1, kAll = 2 };
-
 struct Problem {
   i64 batch, frames, patches, dim, bottleneck, heads;
   int window[2];

@@ -1,17 +1,13 @@
 #include "self_attention.h"
 
-#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "require.h"
 #include "workspace.h"
 
 namespace cast::cpu {
 namespace {
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void check_parameters(const SelfAttentionProblem& p, const SelfAttentionParameters& w) {
   require(w.norm_weight && w.norm_bias && w.qkv_weight && w.proj_weight && w.proj_bias,
@@ -23,19 +19,13 @@ void check_parameters(const SelfAttentionProblem& p, const SelfAttentionParamete
 }  // namespace
 
 void check_problem(const SelfAttentionProblem& p) {
-  const auto at_least = [](i64 least, i64 value, const char* name) {
-    require(value >= least,
-            std::string(name) + " is " + std::to_string(value) + ", but must be at least " + std::to_string(least));
-  };
-  at_least(0, p.batch, "batch");
-  at_least(1, p.tokens, "tokens");
-  at_least(1, p.dim, "dim");
-  at_least(1, p.heads, "heads");
-  at_least(0, p.adapter, "adapter");
+  require_at_least(0, p.batch, "batch");
+  require_at_least(1, p.tokens, "tokens");
+  require_at_least(1, p.dim, "dim");
+  require_at_least(1, p.heads, "heads");
+  require_at_least(0, p.adapter, "adapter");
   require(p.dim % p.heads == 0,
           "dim is " + std::to_string(p.dim) + ", not a multiple of the " + std::to_string(p.heads) + " heads");
-  require(p.recompute >= kRecomputeNothing && p.recompute <= kRecomputeAll,
-          "recompute is " + std::to_string(p.recompute) + ", but must be 0 (nothing), 1 (cheap) or 2 (all)");
 }
 
 i64 self_attention_saved(const SelfAttentionProblem& p) { return saved_layout(p).total; }

@@ -10,12 +10,9 @@
 
 namespace cast::cpu {
 
-// What backward computes again; cast_kernels/problem.py has the same three.
-enum : int { kRecomputeNothing = 0, kRecomputeCheap = 1, kRecomputeAll = 2 };
-
 struct SelfAttentionProblem {
   i64 batch, tokens, dim, heads, adapter;  // adapter: its width, 0 where there is none
-  int recompute;
+  Recompute recompute;
   float eps;
   bool bf16;  // dense products may round their operands to bfloat16
 };
@@ -79,12 +76,12 @@ static inline SelfAttentionSaved saved_layout(const SelfAttentionProblem& p) {
   SelfAttentionSaved l{};
   i64 at = 0;
   const i64 rows = all_rows(p);
-  l.qkv = take(at, p.recompute == kRecomputeAll ? 0 : rows * 3 * p.dim);
+  l.qkv = take(at, p.recompute == kAll ? 0 : rows * 3 * p.dim);
   l.attended = take(at, rows * p.dim);
   l.row_max = take(at, rows * p.heads);
   l.inverse_sum = take(at, rows * p.heads);
   l.statistics = take(at, 2 * rows);
-  const bool adapted = p.adapter > 0 && p.recompute == kRecomputeNothing;
+  const bool adapted = p.adapter > 0 && p.recompute == kNothing;
   l.projected = take(at, adapted ? rows * p.dim : 0);
   l.hidden = take(at, adapted ? rows * p.adapter : 0);
   l.total = at + read_slack(p);

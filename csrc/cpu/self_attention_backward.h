@@ -15,10 +15,10 @@ inline void recompute_rows(const SelfBackwardRun& run, i64 first, i64 count, flo
   const SelfAttentionProblem& p = run.call.problem;
   const SelfAttentionParameters& w = run.call.parameters;
   const i64 D = p.dim, A = p.adapter;
-  if (p.recompute == kRecomputeAll && self_wanted(run.call).inner)
+  if (p.recompute == kAll && self_wanted(run.call).inner)
     project_qkv(p, w, run.weights.again.qkv, run.input, first, count, run.qkv, nullptr, scratch + align16(2 * kRowBlock),
                 reinterpret_cast<i64*>(scratch));
-  if (!A || p.recompute == kRecomputeNothing) return;
+  if (!A || p.recompute == kNothing) return;
   float *projected = run.projected + first * D, *hidden = run.hidden + first * A;
   gemm(run.attended + first * D, D, count, run.weights.again.proj, w.proj_bias,
        [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(projected + row * D + column, v, lanes); });

@@ -97,7 +97,7 @@ CAST_INLINE SelfScratch self_scratch(const SelfAttentionProblem& p, float* at) {
   return s;
 }
 
-CAST_INLINE bool keeps_qkv(const SelfAttentionProblem& p, bool save) { return save && p.recompute != kRecomputeAll; }
+CAST_INLINE bool keeps_qkv(const SelfAttentionProblem& p, bool save) { return save && p.recompute != kAll; }
 
 inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool packed, bool save, int threads) {
   const i64 state = keeps_qkv(p, save) ? 0 : align16(self_group_rows(p) * 3 * p.dim + read_slack(p));
@@ -193,7 +193,7 @@ inline void self_output(const SelfRun& run, const float* attended, i64 row, i64 
        [=, to = s.b](i64 r, i64 column, auto& v, i64 lanes) { store_row(to + r * D + column, v, lanes); });
   gemm(s.b, D, rows, run.weights.down, w.down_bias,
        [=, to = s.hidden](i64 r, i64 column, auto& v, i64 lanes) { store_row(to + r * A + column, v, lanes); });
-  if (saved && p.recompute == kRecomputeNothing) {
+  if (saved && p.recompute == kNothing) {
     __builtin_memcpy(saved + run.layout.projected + row * D, s.b, sizeof(float) * size_t(rows * D));
     __builtin_memcpy(saved + run.layout.hidden + row * A, s.hidden, sizeof(float) * size_t(rows * A));
   }

@@ -34,14 +34,14 @@ inline SelfStage self_stage(const SelfAttentionProblem& p) {
   SelfStage l{};
   i64 at = 0;
   const i64 rows = entries_in_flight(p) * p.tokens;
-  const bool kept = p.recompute == kRecomputeNothing;
+  const bool kept = p.recompute == kNothing;
   const auto part = [&](i64 floats) { return take(at, align16(floats)); };
   l.projected = part(p.adapter && !kept ? rows * p.dim : 0);
   l.hidden = part(p.adapter && !kept ? rows * p.adapter : 0);
   l.grad_hidden = part(rows * p.adapter);
   l.grad_projected = part(p.adapter ? rows * p.dim : 0);
   l.grad_attended = part(rows * p.dim);
-  l.qkv = part(p.recompute == kRecomputeAll ? rows * 3 * p.dim : 0);
+  l.qkv = part(p.recompute == kAll ? rows * 3 * p.dim : 0);
   l.grad_qkv = part(rows * 3 * p.dim);
   l.norm_sums = part(ceil_div(rows, kRowBlock) * 2 * p.dim);
   l.total = at + align16(3 * read_slack(p));  // row tiles read past the last matrix
@@ -82,7 +82,7 @@ inline SelfBackwardWeights pack_self_backward(const SelfAttentionBackward& call,
     return packed;
   };
   if (p.adapter) {
-    if (p.recompute != kRecomputeNothing) {
+    if (p.recompute != kNothing) {
       panels.again.proj = add(w.proj_weight, p.dim, p.dim, true);
       panels.again.down = add(w.down_weight, p.dim, p.adapter, true);
     }
@@ -90,7 +90,7 @@ inline SelfBackwardWeights pack_self_backward(const SelfAttentionBackward& call,
     panels.up = add(w.up_weight, p.dim, p.adapter, false);
   }
   if (self_wanted(call).inner) {
-    if (p.recompute == kRecomputeAll) panels.again.qkv = add(w.qkv_weight, p.dim, 3 * p.dim, true);
+    if (p.recompute == kAll) panels.again.qkv = add(w.qkv_weight, p.dim, 3 * p.dim, true);
     panels.proj = add(w.proj_weight, p.dim, p.dim, false);
     panels.qkv = add(w.qkv_weight, 3 * p.dim, p.dim, false);
   }
@@ -120,13 +120,13 @@ inline SelfBackwardRun self_backward_run(const SelfAttentionBackward& call, cons
   const SelfStage made = self_stage(p);
   const i64 entries = min_of(entries_in_flight(p), p.batch - first_entry), row = first_entry * p.tokens, D = p.dim;
   float* saved = const_cast<float*>(call.saved);  // never written: whoever writes checks `recompute`
-  const bool all = p.recompute == kRecomputeNothing;
+  const bool all = p.recompute == kNothing;
   return {call, weights, first_entry, entries, entries * p.tokens, call.input + row * D, call.grad_output + row * D,
           saved + kept.attended + row * D, saved + kept.row_max + row * p.heads,
           saved + kept.inverse_sum + row * p.heads, saved + kept.statistics + 2 * row,
           all ? saved + kept.projected + row * D : stage + made.projected,
           all ? saved + kept.hidden + row * p.adapter : stage + made.hidden,
-          p.recompute == kRecomputeAll ? stage + made.qkv : saved + kept.qkv + row * 3 * D, stage + made.grad_hidden,
+          p.recompute == kAll ? stage + made.qkv : saved + kept.qkv + row * 3 * D, stage + made.grad_hidden,
           stage + made.grad_projected, stage + made.grad_attended, stage + made.grad_qkv, stage + made.norm_sums};
 }
 

@@ -136,7 +136,7 @@ CAST_INLINE void multiply_rows(vec (&acc)[kTileRows][kTileVecs], const WeightScr
   if constexpr (kHasBf16)
     if (s.bf16) {
       const std::uint32_t* words = reinterpret_cast<const std::uint32_t*>(left);
-      return multiply_pairs(acc, zero, words, 1, kTileRows, right, kTileColumns, ceil_div(rows, 2));
+      return multiply(acc, zero, words, 1, kTileRows, right, kTileColumns, ceil_div(rows, 2));
     }
   multiply(acc, zero, left, 1, kTileRows, right, kTileColumns, rows);
 }
