@@ -10,7 +10,7 @@ namespace {
 struct Case {
   i64 batch, tokens, dim, heads, adapter;
   bool qkv_bias;
-  int recompute;
+  cpu::Recompute recompute;
   bool packed;
 };
 
@@ -150,12 +150,15 @@ class SelfAttentionTrial : public Trial {
 
 Trials trials(bool few) {
   std::vector<Case> cases = {
-      {2, 9, 24, 3, 10, true, 0, false}, {3, 5, 15, 1, 7, false, 1, true}, {1, 60, 16, 2, 0, true, 2, false},
-      {1, 270, 8, 1, 4, true, 1, true},  // longer than a block of keys
+      {2, 9, 24, 3, 10, true, cpu::kNothing, false},
+      {3, 5, 15, 1, 7, false, cpu::kCheap, true},
+      {1, 60, 16, 2, 0, true, cpu::kAll, false},
+      {1, 270, 8, 1, 4, true, cpu::kCheap, true},  // longer than a block of keys
   };
   const std::vector<Case> more = {
-      {2, 197, 48, 4, 20, true, 2, true},  {1, 1, 20, 5, 3, true, 0, false},   {5, 13, 40, 8, 16, false, 2, false},
-      {1, 300, 66, 2, 30, false, 0, true}, {9, 16, 33, 3, 0, true, 1, false},  {1, 20, 400, 4, 90, true, 0, true},
+      {2, 197, 48, 4, 20, true, cpu::kAll, true},     {1, 1, 20, 5, 3, true, cpu::kNothing, false},
+      {5, 13, 40, 8, 16, false, cpu::kAll, false},    {1, 300, 66, 2, 30, false, cpu::kNothing, true},
+      {9, 16, 33, 3, 0, true, cpu::kCheap, false},    {1, 20, 400, 4, 90, true, cpu::kNothing, true},
   };
   if (!few) cases.insert(cases.end(), more.begin(), more.end());
   Trials all;
