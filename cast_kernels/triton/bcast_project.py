@@ -104,9 +104,9 @@ def _attention_input(
     for c in tl.static_range(CHUNKS):
         n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
         if POSITIONS:
-            at = channels(c, CHUNK)
-            here = (mask & (columns > 0))[:, None] & (at < D)[None, :]
-            n += tl.load(positions + position[:, None] * D + at[None, :], mask=here, other=0.0).to(tl.float32)
+            lane = channels(c, CHUNK)
+            here = (mask & (columns > 0))[:, None] & (lane < D)[None, :]
+            n += tl.load(positions + position[:, None] * D + lane[None, :], mask=here, other=0.0).to(tl.float32)
         a += (n.to(COMPUTE),)
     for j in tl.range(0, columns, BN, num_stages=STAGES):
         value = widen(a, weight, j, WIDTH, D, False, BM, BN, CHUNK, CHUNKS)
