@@ -24,19 +24,11 @@ from cast_kernels.triton.blocks import (
     zeros,
 )
 
+#: Arguments that are 1 or a multiple of 16 in some problems only: no kernels of their own for them.
+_SIZES = ["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"]
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "frames",
-        "patches",
-        "spatial_tiles",
-        "t2s_by_frame",
-        "t2s_by_patch",
-        "s2t_by_frame",
-        "s2t_by_patch",
-    ]
-)
+
+@triton.jit(do_not_specialize=_SIZES)
 def project(
     spatial, spatial_z, spatial_q, spatial_kv, spatial_down, spatial_down_bias, spatial_norm, spatial_norm_bias,
     spatial_q_pos, spatial_kv_pos, spatial_q_weight, spatial_q_bias, spatial_kv_weight, spatial_kv_bias,

@@ -23,19 +23,11 @@ from cast_kernels.triton.blocks import (
     zeros,
 )
 
+#: Arguments that are 1 or a multiple of 16 in some problems only: no kernels of their own for them.
+_SIZES = ["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"]
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "frames",
-        "patches",
-        "spatial_tiles",
-        "t2s_by_frame",
-        "t2s_by_patch",
-        "s2t_by_frame",
-        "s2t_by_patch",
-    ]
-)
+
+@triton.jit(do_not_specialize=_SIZES)
 def project_backward(
     spatial_z, spatial_dq, spatial_dkv, spatial_dz, spatial_q_input, spatial_kv_input, spatial_dq_input,
     spatial_dkv_input, spatial_partial, spatial_grad, spatial_grad_out, spatial_down, spatial_norm, spatial_norm_bias,

@@ -42,10 +42,7 @@ def zeros(BM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 def load_weight(weight, out, inner, OUT: tl.constexpr, INNER: tl.constexpr, IN_BY_OUT: tl.constexpr,
                 OUT_EVEN: tl.constexpr, INNER_EVEN: tl.constexpr):  # fmt: skip
     """A tile [inner, out] of a weight that lies as [OUT, INNER], or as [INNER, OUT] where IN_BY_OUT; zero outside."""
-    if IN_BY_OUT:
-        at = inner[:, None] * OUT + out[None, :]
-    else:
-        at = out[None, :] * INNER + inner[:, None]
+    at = inner[:, None] * OUT + out[None, :] if IN_BY_OUT else out[None, :] * INNER + inner[:, None]
     if OUT_EVEN and INNER_EVEN:  # no mask: the tile is inside, and the compiler need not prove it
         return tl.load(weight + at)
     return tl.load(weight + at, mask=(inner < INNER)[:, None] & (out < OUT)[None, :], other=0.0)
