@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_kernels.evidence.cases import DTYPES, Case, run
+from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
 from cast_kernels.evidence.resources import Resources, resources
 from cast_kernels.evidence.targets import Target, target
@@ -61,7 +62,7 @@ class Row:
     target: str
     dtype: str
     kernel: str
-    tile: str  # constexprs, warps, stages
+    tile: str  # constexprs and warps
     cases: tuple[str, ...]  # in which it is launched
     resources: Resources
     dots: int  # matrix products in Triton's IR
@@ -99,14 +100,16 @@ def read(launch: Launch, dtype: str, cases: Iterable[str]) -> Row:
 
 
 def describe_tile(launch: Launch) -> str:
-    """Numbers that were compiled in, by name, with warps and stages."""
-    numbers = {k: v for k, v in launch.constexprs.items() if isinstance(v, int) and not isinstance(v, bool)}
-    tile = " ".join(f"{name}={value}" for name, value in numbers.items() if name.isupper())
-    return f"{tile} w{launch.metadata.num_warps} s{launch.metadata.num_stages}".strip()
+    """What was compiled in, by name: numbers, words and what is true; warps."""
+    parts = []
+    for name, value in launch.constexprs.items():
+        if name.isupper() and value is not None and value is not False:
+            parts.append(name if value is True else f"{name}={value}")
+    return " ".join([*parts, f"warps={launch.metadata.num_warps}"])
 
 
 _DOT = re.compile(
-    r"tt\.dot (?P<operands>[^:]*):\s*tensor<(?:\d+x)+(?P<type>\w+)[^>]*> \* .*-> tensor<[^#>]*(?P<layout>#\w+)?"
+    r"tt\.dot (?P<operands>[^:]*):\s*tensor<(?:\d+x)+(?P<type>\w+).*? \* .*-> tensor<[^#>]*(?P<layout>#\w+)?"
 )
 
 
@@ -173,7 +176,7 @@ def render(goal: Target, rows: Sequence[Row]) -> Table:
 
 def main(targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None, exceptions: Exceptions) -> int:
     """Compile for every target, two at a time, print, and return the exit code: 1 if a gate fails."""
-    console = Console()
+    console = wide_console()
     goals = [target(name) for name in targets]  # a wrong name must not wait for the compiler
     pool = ProcessPoolExecutor(min(2, len(goals)), multiprocessing.get_context("spawn"))
     rows: list[Row] = []

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from cast_kernels.evidence.cases import DTYPES, Case, Error, compare, poisoned_memory, run
+from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator, KernelRuns
 from cast_kernels.evidence.targets import Target, target
@@ -97,7 +97,7 @@ def render_counters(outcome: Outcome) -> Table:
 
 def main(targets: Sequence[str], dtypes: Sequence[str], size: str) -> int:
     """Run, print, and return the exit code: 1 after a fault or an error above the gate."""
-    console, failed = Console(), False
+    console, failed = wide_console(), False
     for goal in [target(name) for name in targets]:
         for dtype in dtypes:
             for case in SIZES[size]:

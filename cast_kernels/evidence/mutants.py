@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from cast_kernels.evidence.cases import DTYPES, Case, poisoned_memory, run
+from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Argument, Launch, offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator
 from cast_kernels.evidence.targets import Target, target
@@ -181,7 +181,7 @@ def render(goal: Target, verdicts: Sequence[Verdict]) -> Table:
 
 def main(targets: Sequence[str], dtypes: Sequence[str], case: Case) -> int:
     """Plant all faults, print the tables; the exit code is 0: what is missed is for the reader to explain."""
-    console = Console()
+    console = wide_console()
     for goal in [target(name) for name in targets]:
         for dtype in dtypes:
             verdicts = judge(goal, case, dtype)

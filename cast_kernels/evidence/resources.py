@@ -45,7 +45,7 @@ class Resources:
     tensor_core_count: int
     async_copies: int  # cp.async
     tma_copies: int
-    instructions: int
+    instructions: int  # without the padding behind the code
 
 
 def resources(asm: Mapping[str, Any], shared_bytes: int, warps: int, target: Target) -> Resources:
@@ -88,7 +88,7 @@ def resources(asm: Mapping[str, Any], shared_bytes: int, warps: int, target: Tar
         tensor_core_count=sum(kinds.values()),
         async_copies=opcodes["LDGSTS"],
         tma_copies=sum(n for opcode, n in opcodes.items() if re.match(r"UTMA(LDG|STG|REDG)", opcode)),
-        instructions=len(code),
+        instructions=len(code) - opcodes["NOP"],
     )
 
 
