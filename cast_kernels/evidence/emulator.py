@@ -21,18 +21,25 @@ import torch
 
 from cast_kernels.evidence.driver import Argument, Launch
 
-#: cudaMalloc and PyTorch's allocator on top of it hand out blocks that begin at multiples of this many bytes.
-_BLOCK_ALIGNMENT = 256
-
 
 class EmulationFault(RuntimeError):
-    """A kernel did what no kernel may: out of bounds, misaligned, a race, a read of what has not arrived."""
+    """A kernel did what no kernel may: out of bounds, misaligned, a race, a read of what has not arrived.
+
+    `kinds` names what was found, each kind once, in the order of appearance.
+    """
 
     def __init__(self, launch: Launch, faults: Iterable[Any]) -> None:
-        self.faults = tuple(faults)
-        lines = [f"{launch.kernel} on {launch.target.name}, grid {launch.grid}: {len(self.faults)} faults"]
-        lines += [f"  {fault}" for fault in self.faults[:10]]
+        found = list(faults)
+        self.kinds = tuple(dict.fromkeys(_kind(fault) for fault in found))
+        lines = [f"{launch.kernel} on {launch.target.name}, grid {launch.grid}: {', '.join(self.kinds)}"]
+        lines += [f"  {fault}" for fault in found[:5]]
+        lines += [f"  and {len(found) - 5} more"] if len(found) > 5 else []
         super().__init__("\n".join(lines))
+
+
+def _kind(fault: Any) -> str:
+    """A race's kind, or the name of the error that ended the launch."""
+    return str(getattr(fault, "kind", type(fault).__name__))
 
 
 @dataclass
@@ -113,10 +120,16 @@ class Emulator:
         memory = self.emulator.Memory()
         values = place(memory, launch.arguments)
         begin = time.perf_counter()
-        report = self.emulator.launch(
-            self._parsed[text], grid=launch.grid, threads=launch.threads, arguments=values, memory=memory,
-            shared_bytes=launch.metadata.shared, target=launch.target.name,
-        )  # fmt: skip
+        try:
+            report = self.emulator.launch(
+                self._parsed[text], grid=launch.grid, threads=launch.threads, arguments=values, memory=memory,
+                shared_bytes=launch.metadata.shared, target=launch.target.name,
+            )  # fmt: skip
+        except self.emulator.Unsupported as error:
+            raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
+        except self.emulator.EmulationError as error:
+            raise EmulationFault(launch, [error]) from error
+        memory.write_back()
         runs = self.runs.setdefault(launch.kernel, KernelRuns(launch.kernel))
         runs.launches += 1
         runs.ctas += report.ctas
@@ -129,11 +142,12 @@ class Emulator:
 def place(memory: Any, arguments: tuple[Argument, ...]) -> list[int | float]:
     """Register the tensors' memory with the emulator -> the arguments' values, addresses for tensors.
 
-    A span lies as far behind a multiple of the block alignment as its tensor does behind the start of its storage.
+    A span lies as far behind a multiple of 256 as its tensor does behind the start of its storage: the blocks that
+    CUDA's allocators hand out begin there.
     """
     placed = []
     for span in spans(arguments):
-        offset = (span.start - span.block) % _BLOCK_ALIGNMENT
+        offset = (span.start - span.block) % 256
         address = memory.register(memory_of(span), "+".join(span.names), offset=offset)
         placed.append((span, address))
     values: list[int | float] = []
@@ -149,8 +163,11 @@ def _address(placed: list[tuple[Span, int]], tensor: torch.Tensor) -> int:
 
 
 def counts(counters: Any) -> Mapping[str, int]:
-    """A report's counters as a mapping."""
-    return counters if isinstance(counters, Mapping) else vars(counters)
+    """A report's counters by name; those that are split by kind get a name each."""
+    flat: dict[str, int] = {}
+    for name, value in vars(counters).items():
+        flat |= {f"{name} {kind}": n for kind, n in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def load_emulator() -> Any:

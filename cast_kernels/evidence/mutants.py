@@ -113,14 +113,9 @@ def try_mutant(capture: _Capture, mutant: Mutant) -> Verdict:
     try:
         Emulator(lambda _: mutant.text).launch(moved)
     except EmulationFault as fault:
-        return Verdict(mutant, fault_kind(fault), 0.0)
+        return Verdict(mutant, fault.kinds[0], 0.0)
     change = max((_change(a, b, capture.after) for a, b in zip(launch.arguments, arguments, strict=True)), default=0.0)
     return Verdict(mutant, "" if change <= THRESHOLD else "values", change)
-
-
-def fault_kind(fault: EmulationFault) -> str:
-    """The kind of the first fault, in the emulator's word for it."""
-    return str(getattr(fault.faults[0], "kind", fault.faults[0]))
 
 
 def _moved(argument: Argument, memory: dict[int, Tensor]) -> Argument:
