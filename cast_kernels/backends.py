@@ -15,19 +15,25 @@ import cast_kernels.cpu.self_attention as cpu_self_attention
 import cast_kernels.eager.bcast as eager_bcast
 import cast_kernels.eager.ffn as eager_ffn
 import cast_kernels.eager.self_attention as eager_self_attention
+import cast_kernels.triton.bcast as triton_bcast
 from cast_kernels.problem import FFNProblem, Problem, SelfAttentionProblem, Verdict
 
 #: Backends in order of preference; "auto" takes the first that can run the problem.
-BACKENDS: tuple[str, ...] = ("cpu", "eager")
+BACKENDS: tuple[str, ...] = ("triton", "cpu", "eager")
 
 #: The problem of any op.
 AnyProblem = Problem | FFNProblem | SelfAttentionProblem
 
+
+def _no_kernel(problem: AnyProblem) -> Verdict:
+    return Verdict(False, "backend 'triton' has no kernel of this op")
+
+
 #: Type of the problem -> backend -> its `can_run`. Every op has every backend: one that cannot run it says so.
 _CAN_RUN: dict[type, dict[str, Callable[[Any], Verdict]]] = {
-    Problem: {"cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
-    FFNProblem: {"cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
-    SelfAttentionProblem: {"cpu": cpu_self_attention.can_run, "eager": eager_self_attention.can_run},
+    Problem: {"triton": triton_bcast.can_run, "cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
+    FFNProblem: {"triton": triton_bcast.can_run, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
+    SelfAttentionProblem: {"triton": triton_bcast.can_run, "cpu": cpu_self_attention.can_run, "eager": eager_self_attention.can_run},
 }
 
 

@@ -107,9 +107,14 @@ class _Arithmetic:
     autocast: torch.dtype | None
 
     @property
+    def compute(self) -> torch.dtype:
+        """What dense products read, as PyTorch's would: autocast's dtype, or the streams'."""
+        return self.autocast or self.dtype
+
+    @property
     def bf16(self) -> bool:
-        """Whether dense products may round their operands to bfloat16, as PyTorch's would."""
-        return torch.bfloat16 in (self.dtype, self.autocast)
+        """Whether dense products may round their operands to bfloat16."""
+        return self.compute == torch.bfloat16
 
 
 @dataclass(frozen=True)

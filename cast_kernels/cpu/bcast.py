@@ -53,7 +53,6 @@ def forward(
     temporal_scale: Tensor | None,
     eps: float,
     recompute: str,
-    bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both streams with their branch added, and what backward needs.
 
@@ -66,19 +65,17 @@ def forward(
         temporal_scale: [B, 1], multiplies the temporal branch, or None.
         eps: LayerNorm epsilon.
         recompute: a value of :class:`~cast_kernels.problem.Recompute`, or "" where no backward will follow.
-        bf16: whether dense products may round their operands to bfloat16; only processors with instructions for
-            it make use of that.
 
     Returns:
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
         [B, saved_per_clip], float32.
     """
     core = _native.core()
-    native = _native_problem(core, problem, eps, recompute or "all", bf16)
+    native = _native_problem(core, problem, eps, recompute or "all")
     alive = Addresses()
     weights = [alive(p) for p in parameters.flat()]
     matrices = [p for p in parameters.flat() if p is not None and p.ndim == 2]
-    panels = packed.for_call(matrices, bf16, bool(recompute), lambda: _pack(core, native, weights))
+    panels = packed.for_call(matrices, problem.bf16, bool(recompute), lambda: _pack(core, native, weights))
     spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
     saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
@@ -100,7 +97,6 @@ def backward(
     temporal_scale: Tensor | None,
     eps: float,
     recompute: str,
-    bf16: bool,
     grad_spatial_out: Tensor,
     grad_temporal_out: Tensor,
     wanted: tuple[bool, ...],
@@ -128,7 +124,7 @@ def backward(
     ]
     addresses = [0 if g is None else g.data_ptr() for g in grads]
     core.bcast_backward(
-        _native_problem(core, problem, eps, recompute, bf16), alive(spatial), alive(temporal),
+        _native_problem(core, problem, eps, recompute), alive(spatial), alive(temporal),
         alive(spatial_scale), alive(temporal_scale), [alive(p) for p in primals[2:]],
         alive(saved), RECOMPUTE_CODES[recompute],
         alive(grad_spatial_out if directions[0] else None),
@@ -138,10 +134,10 @@ def backward(
     return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, primals, strict=True)]
 
 
-def _native_problem(core: Any, problem: Problem, eps: float, recompute: str, bf16: bool) -> Any:
+def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> Any:
     native = core.Problem(
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
-        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps, bf16,
+        _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps, problem.bf16,
     )  # fmt: skip
     native_size = core.saved_per_clip(native, RECOMPUTE_CODES[recompute])
     assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
+import cast_kernels.triton.bcast as triton_bcast
 from cast_kernels import backends
 from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_recompute, check_shape
 from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem, Recompute
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
-KERNELS: dict[str, ModuleType] = {"cpu": cpu_bcast}
+KERNELS: dict[str, ModuleType] = {"triton": triton_bcast, "cpu": cpu_bcast}
 
 
 def bcast(
@@ -160,7 +161,7 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
 # ---------------------------------------------------------------------------------------------------------------------
 # The registered operator. The opaque third output is what the backend keeps for backward, [B, kept], float32; `kept`
 # is an argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another
-# layout of `saved` must not be used. `recompute` is "" where no backward will follow; `bf16` allows dense products to
+# layout of `saved` must not be used. `recompute` is "" where no backward will follow; `compute` is what dense products
 # round their operands to bfloat16, as autocast would.
 # An absent parameter travels as an empty tensor: torch.library's autograd takes no None inside a list of tensors.
 
@@ -168,13 +169,13 @@ _LIBRARY = torch.library.Library("cast_kernels", "DEF")
 _LIBRARY.define(
     "bcast(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
     "int num_heads, str t2s_window, str s2t_window, float eps, SymInt kept, str recompute, "
-    "bool bf16, str backend) -> (Tensor, Tensor, Tensor)",
+    "ScalarType compute, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
     "bcast_backward(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor saved, Tensor? spatial_scale, "
     "Tensor? temporal_scale, Tensor grad_spatial_out, Tensor grad_temporal_out, int num_heads, str t2s_window, "
-    "str s2t_window, float eps, str recompute, bool bf16, bool[] wanted, str backend) -> Tensor[]",
+    "str s2t_window, float eps, str recompute, ScalarType compute, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 
@@ -198,7 +199,7 @@ def _run_kernel(
     kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
         spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
-        problem.s2t_window or "", eps, kept, recompute, problem.bf16, backend,
+        problem.s2t_window or "", eps, kept, recompute, problem.compute, backend,
     )  # fmt: skip
     return (
         spatial_out if parameters.t2s is not None else spatial,
@@ -210,30 +211,32 @@ def _present(flat: list[Tensor]) -> Parameters:
     return Parameters.from_flat([p if p.numel() else None for p in flat])
 
 
-def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str) -> Problem:
+def _problem(
+    temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str, compute: torch.dtype
+) -> Problem:
     batch, frames, patches, dim = temporal.shape
     bottleneck = flat[0].shape[0]
     return Problem(
         batch, frames, patches, dim, bottleneck, num_heads, t2s or None, s2t or None,
-        temporal.dtype, temporal.device.type,
+        temporal.dtype, temporal.device.type, None if compute == temporal.dtype else compute,
     )  # fmt: skip
 
 
 def _forward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    recompute: str, bf16: bool, backend: str,
+    recompute: str, compute: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
+    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window, compute)
     return KERNELS[backend].forward(
-        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, recompute, bf16
+        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, recompute
     )
 
 
 def _forward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    recompute: str, bf16: bool, backend: str,
+    recompute: str, compute: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         spatial.new_empty(spatial.shape if t2s_window else (0,)),
@@ -245,12 +248,12 @@ def _forward_fake(
 def _backward(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, recompute: str, bf16: bool, wanted: list[bool],
+    s2t_window: str, eps: float, recompute: str, compute: torch.dtype, wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window)
+    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window, compute)
     grads = KERNELS[backend].backward(
-        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps, recompute, bf16,
+        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps, recompute,
         grad_spatial_out, grad_temporal_out, tuple(wanted),
     )  # fmt: skip
     primals = [spatial, temporal, *parameters]
@@ -260,7 +263,7 @@ def _backward(
 def _backward_fake(
     spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
     temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, recompute: str, bf16: bool, wanted: list[bool],
+    s2t_window: str, eps: float, recompute: str, compute: torch.dtype, wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
     primals = [spatial, temporal, *parameters]
@@ -268,27 +271,28 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, recompute, bf16, backend = (
+    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, recompute, compute, backend = (
         inputs
     )
     ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
-    ctx.call = (num_heads, t2s, s2t, eps, recompute, bf16, backend)
+    ctx.call = (num_heads, t2s, s2t, eps, recompute, compute, backend)
     ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
 
 
 def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
-    num_heads, t2s, s2t, eps, recompute, bf16, backend = ctx.call
+    num_heads, t2s, s2t, eps, recompute, compute, backend = ctx.call
     grads = torch.ops.cast_kernels.bcast_backward(
         spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
-        t2s, s2t, eps, recompute, bf16, ctx.wanted, backend,
+        t2s, s2t, eps, recompute, compute, ctx.wanted, backend,
     )  # fmt: skip
     kept = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
     return kept[0], kept[1], kept[2:], *(None,) * 10
 
 
-_LIBRARY.impl("bcast", _forward, "CPU")
-_LIBRARY.impl("bcast_backward", _backward, "CPU")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("bcast", _forward, _key)
+    _LIBRARY.impl("bcast_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::bcast", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::bcast_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("cast_kernels::bcast", _autograd, setup_context=_setup_context, lib=_LIBRARY)

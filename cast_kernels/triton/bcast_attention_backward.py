@@ -1,0 +1,122 @@
+"""Kernel `attention_backward`: dQ, dK and dV of one direction's windowed cross-attention.
+
+One launch: programs below `query_tiles` own query rows and walk over keys, the others own key rows and walk over
+queries. Scores are computed twice, and no gradient is ever added to by two programs, so no atomics are needed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cast_kernels.triton.blocks import dot, patch_row
+
+
+@triton.jit(do_not_specialize=["patch_rows", "frames", "patches", "window", "query_tiles"])
+def attention_backward(
+    q, kv, o, lse, do, dq, dkv, partial, patch_rows, frames, patches, window, query_tiles, softmax_scale,
+    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BM rows of one head (the grid's second axis), in window order.
+
+    q, o, do, dq [B*T*N, D], kv, dkv [B*T*N, 2D], lse [B*T*N, HEADS] in base 2, all frame by frame. `partial`
+    [query_tiles, 3D]: column sums of dQ, dK and dV over a program's rows, the bias gradients' first stage.
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    if tile < query_tiles:
+        _queries(
+            q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+            BY_PATCH, D, HEADS, HEAD, BM, BLOCK, STAGES,
+        )  # fmt: skip
+    else:
+        _keys(
+            q, kv, o, lse, do, dkv, partial, tile - query_tiles, head, patch_rows, frames, patches, window,
+            softmax_scale, BY_PATCH, D, HEADS, HEAD, BM, BLOCK, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _range(start, patch_rows, window, BM: tl.constexpr):
+    """The first row and the end of all windows that BM rows from `start` on touch."""
+    last = tl.minimum(start + BM, patch_rows) - 1
+    return start // window * window, tl.minimum(last // window * window + window, patch_rows)
+
+
+@triton.jit
+def _queries(
+    q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    start = tile.to(tl.int64) * BM
+    i = start + tl.arange(0, BM)
+    mask, own = i < patch_rows, i // window
+    row = patch_row(i, frames, patches, BY_PATCH)
+    lane = head * HEAD + tl.arange(0, HEAD)
+    mine = row[:, None] * D + lane[None, :]
+    queries = tl.load(q + mine, mask=mask[:, None], other=0.0)
+    d_out = tl.load(do + mine, mask=mask[:, None], other=0.0)
+    delta = tl.sum(d_out.to(tl.float32) * tl.load(o + mine, mask=mask[:, None], other=0.0).to(tl.float32), 1)
+    level = tl.load(lse + row * HEADS + head, mask=mask, other=0.0)
+    factor = softmax_scale * 1.4426950408889634
+    first, end = _range(start, patch_rows, window, BM)
+    acc = tl.zeros((BM, HEAD), tl.float32)
+    for j in tl.range(0, (end - first).to(tl.int32), BLOCK, num_stages=STAGES):
+        key = first + j + tl.arange(0, BLOCK)
+        inside = key < end
+        at = patch_row(key, frames, patches, BY_PATCH)[:, None] * (2 * D) + lane[None, :]
+        k = tl.load(kv + at, mask=inside[:, None], other=0.0)
+        v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
+        s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32)) * factor
+        together = (own[:, None] == (key // window)[None, :]) & inside[None, :] & mask[:, None]
+        p = tl.where(together, tl.exp2(s - level[:, None]), 0.0)
+        dp = dot(d_out, tl.trans(v), tl.zeros((BM, BLOCK), tl.float32))
+        ds = p * (dp - delta[:, None])
+        acc = dot(ds.to(k.dtype), k, acc)
+    acc *= softmax_scale
+    tl.store(dq + mine, acc.to(dq.dtype.element_ty), mask=mask[:, None])
+    tl.store(partial + tile.to(tl.int64) * (3 * D) + lane, tl.sum(acc, 0))
+
+
+@triton.jit
+def _keys(
+    q, kv, o, lse, do, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    start = tile.to(tl.int64) * BM
+    i = start + tl.arange(0, BM)
+    mask, own = i < patch_rows, i // window
+    row = patch_row(i, frames, patches, BY_PATCH)
+    lane = head * HEAD + tl.arange(0, HEAD)
+    mine = row[:, None] * (2 * D) + lane[None, :]
+    k = tl.load(kv + mine, mask=mask[:, None], other=0.0)
+    v = tl.load(kv + mine + D, mask=mask[:, None], other=0.0)
+    factor = softmax_scale * 1.4426950408889634
+    first, end = _range(start, patch_rows, window, BM)
+    dk = tl.zeros((BM, HEAD), tl.float32)
+    dv = tl.zeros((BM, HEAD), tl.float32)
+    for j in tl.range(0, (end - first).to(tl.int32), BLOCK, num_stages=STAGES):
+        asking = first + j + tl.arange(0, BLOCK)
+        inside = asking < end
+        asking_row = patch_row(asking, frames, patches, BY_PATCH)
+        at = asking_row[:, None] * D + lane[None, :]
+        queries = tl.load(q + at, mask=inside[:, None], other=0.0)
+        d_out = tl.load(do + at, mask=inside[:, None], other=0.0)
+        out = tl.load(o + at, mask=inside[:, None], other=0.0)
+        delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
+        level = tl.load(lse + asking_row * HEADS + head, mask=inside, other=0.0)
+        s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32)) * factor
+        together = (own[:, None] == (asking // window)[None, :]) & inside[None, :] & mask[:, None]
+        p = tl.where(together, tl.exp2(s - level[None, :]), 0.0)
+        dv = dot(p.to(d_out.dtype), d_out, dv)
+        dp = dot(v, tl.trans(d_out), tl.zeros((BM, BLOCK), tl.float32))
+        ds = p * (dp - delta[None, :])
+        dk = dot(ds.to(queries.dtype), queries, dk)
+    dk *= softmax_scale
+    tl.store(dkv + mine, dk.to(dkv.dtype.element_ty), mask=mask[:, None])
+    tl.store(dkv + mine + D, dv.to(dkv.dtype.element_ty), mask=mask[:, None])
+    sums = partial + tile.to(tl.int64) * (3 * D) + lane
+    tl.store(sums + D, tl.sum(dk, 0))
+    tl.store(sums + 2 * D, tl.sum(dv, 0))

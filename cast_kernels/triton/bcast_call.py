@@ -1,0 +1,308 @@
+"""One call of B-CAST: its tensors as the kernels want them, and one method a launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from cast_kernels.problem import WINDOWS, Direction, Parameters, Problem, Stream
+from cast_kernels.triton import sums, tiles, weight_gradient
+from cast_kernels.triton.bcast_attention_backward import attention_backward
+from cast_kernels.triton.bcast_exchange import exchange
+from cast_kernels.triton.bcast_exchange_backward import exchange_backward
+from cast_kernels.triton.bcast_project import project
+from cast_kernels.triton.bcast_project_backward import project_backward
+from cast_kernels.triton.common import architecture
+
+STREAMS = ("spatial", "temporal")
+
+
+class Way(NamedTuple):
+    """One direction's view of the problem."""
+
+    name: str  # t2s or s2t
+    asking: str  # the stream that asks and receives; only the spatial one has CLS
+    answering: str
+    direction: Direction  # matrices in the compute dtype
+    window: str
+    by: tuple[int, int]  # position in the window = frame * by[0] + patch * by[1]
+    length: int  # tokens of a window
+
+
+class Call:
+    """Sizes, operands and launches of one forward or backward.
+
+    `parts`, which the methods share, maps names to flat buffers: those kept for backward, and those that a launch
+    leaves for the next.
+    """
+
+    def __init__(
+        self, problem: Problem, spatial: Tensor, temporal: Tensor, parameters: Parameters,
+        spatial_scale: Tensor | None, temporal_scale: Tensor | None, eps: float,
+    ) -> None:  # fmt: skip
+        self.problem, self.eps = problem, eps
+        self.x = {"spatial": spatial.contiguous(), "temporal": temporal.contiguous()}
+        self.scale = {"spatial": spatial_scale, "temporal": temporal_scale}
+        self.scale = {name: None if s is None else s.float().contiguous() for name, s in self.scale.items()}
+        self.original = parameters
+        self.weights = _computed(parameters, problem.compute)
+        self.ways = _ways(problem, self.weights)
+        positions = {table is not None for way in self.ways.values() for table in way.direction[:2]}
+        if len(positions) > 1:
+            raise ValueError("some position tables are missing; give all of q_pos and kv_pos, or none")
+        self.positions = True in positions
+        self.frames = problem.batch * problem.frames  # of all clips
+        self.patch_rows = self.frames * problem.patches
+        self.rows = {"spatial": self.frames * (problem.patches + 1), "temporal": self.patch_rows}
+        self.arch = architecture()
+
+    def _tile(self, kernel: str) -> tiles.Tile:
+        return tiles.find(self.arch, kernel, self.problem.compute.itemsize * 8, self.problem.bottleneck_dim)
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x["spatial"].new_empty(shape, dtype=dtype or self.problem.compute)
+
+    def _part(self, parts: dict[str, Tensor], name: str, elements: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The part, made if it is not there."""
+        if name not in parts:
+            parts[name] = self._empty(elements, dtype=dtype)
+        return parts[name]
+
+    def _bottleneck(self) -> dict[str, int]:
+        chunk, chunks = tiles.chunking(self.problem.bottleneck_dim)
+        return {"D": self.problem.bottleneck_dim, "CHUNK": chunk, "CHUNKS": chunks}
+
+    def _directions(self) -> dict[str, int | bool]:
+        return {"T2S": "t2s" in self.ways, "S2T": "s2t" in self.ways, "POSITIONS": self.positions}
+
+    def _by(self) -> tuple[int, int, int, int]:
+        return tuple(step for name in ("t2s", "s2t") for step in (self.ways[name].by if name in self.ways else (0, 0)))
+
+    def _roles(self, stream: str) -> tuple[Way | None, Way | None]:
+        """The direction in which the stream asks, and the one in which it answers."""
+        asks = next((way for way in self.ways.values() if way.asking == stream), None)
+        return asks, next((way for way in self.ways.values() if way.answering == stream), None)
+
+    def _directed(self, stream: str) -> tuple[Direction, Direction]:
+        """Tensors of both roles. The kernel reads nothing that matters of an absent one: the other stands in."""
+        asks, answers = self._roles(stream)
+        first = asks or answers
+        assert first is not None
+        return (asks or first).direction, (answers or first).direction
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def project(self, parts: dict[str, Tensor], from_z: bool = False, store_z: bool = False) -> None:
+        """Fill z (unless `from_z`, which reads it), queries, keys and values, and CLS's n."""
+        problem, d = self.problem, self.problem.bottleneck_dim
+        tile = self._tile("project")
+        operands: list[Tensor | None] = []
+        for stream in STREAMS:
+            weights: Stream = getattr(self.weights, stream)
+            q, kv = self._directed(stream)
+            asks, answers = self._roles(stream)
+            z = self._part(parts, f"{stream}_z", self.rows[stream] * d if from_z or store_z else 1)
+            q_out = self._part(parts, f"{asks.name}_q", self.patch_rows * d) if asks else z
+            kv_out = self._part(parts, f"{answers.name}_kv", self.patch_rows * 2 * d) if answers else z
+            operands += [self.x[stream], z, q_out, kv_out, *weights[:4], q.q_pos, kv.kv_pos]
+            operands += [q.q_weight, q.q_bias, kv.kv_weight, kv.kv_bias]
+        cls = self._part(parts, "cls", self.frames * d, torch.float32)
+        spatial_tiles, temporal_tiles = (triton.cdiv(self.rows[stream], tile.rows) for stream in STREAMS)
+        project[(spatial_tiles + temporal_tiles,)](
+            *operands, cls, self.frames, problem.frames, problem.patches, spatial_tiles, self.eps, *self._by(),
+            DIM=problem.dim, **self._bottleneck(), **self._directions(), FROM_Z=from_z, STORE_Z=store_z,
+            BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+
+    def exchange(self, way: Way, parts: dict[str, Tensor], y: Tensor | None, store_lse: bool, store_h: bool) -> None:
+        """Attend in one direction; with `y`, go on to the asking stream's output."""
+        problem, d = self.problem, self.problem.bottleneck_dim
+        tile = self._tile("exchange")
+        weights: Stream = getattr(self.weights, way.asking)
+        x = self.x[way.asking]
+        o = self._part(parts, f"{way.name}_o", self.patch_rows * d)
+        lse = parts.get(f"{way.name}_lse")
+        if store_lse:
+            lse = self._part(parts, f"{way.name}_lse", self.patch_rows * problem.num_heads, torch.float32)
+        scale, per = self._scale(way.asking)
+        rows = self.patch_rows if y is None else self.rows[way.asking]
+        exchange[(triton.cdiv(rows, tile.rows),)](
+            x, x if y is None else y, parts[f"{way.name}_q"], parts[f"{way.name}_kv"], o, o if lse is None else lse,
+            parts[f"{way.name}_h"] if store_h else o, parts["cls"], scale,
+            way.direction.proj_weight, way.direction.proj_bias, weights.up_weight, weights.up_bias,
+            self.patch_rows, self.rows[way.asking], problem.frames, problem.patches, way.length,
+            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", SCALE=per,
+            DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
+            ATTEND_ONLY=y is None, STORE_LSE=store_lse, STORE_H=store_h,
+            BM=tile.rows, BQ=tile.queries, BKEY=tile.keys, BK=tile.k, BN=tile.columns,
+            STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def _scale(self, stream: str) -> tuple[Tensor, str]:
+        """Drop-path factors, and whether there is one a token, one a clip, or none."""
+        scale = self.scale[stream]
+        if scale is None:
+            return self.x[stream], "none"
+        return scale, "token" if stream == "spatial" else "clip"
+
+    # ---- backward ---------------------------------------------------------------------------------------------------
+
+    def gradients(
+        self, parts: dict[str, Tensor], grad_out: dict[str, Tensor], wanted: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """All gradients in the op's order: two inputs, then the parameters; None for a tensor that is absent."""
+        primals = [self.x["spatial"], self.x["temporal"], *self.original.flat()]
+        grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in primals]
+        by_name = Parameters.from_flat(grads[2:])
+        layers: list[weight_gradient.Layer] = []
+        grad_out = {name: grad_out[name].contiguous() for name in STREAMS}
+        parts["dh"] = self._empty(1)
+        for way in self.ways.values():
+            layers += self._exchange_backward(way, parts, grad_out[way.asking], by_name)
+            self._attention_backward(way, parts, getattr(by_name, way.name))
+        layers += self._project_backward(parts, grad_out, grads[:2], by_name, any(wanted[:2]))
+        if self.positions:
+            self._position_gradients(parts, by_name)
+        if any(wanted[2:]):
+            weight_gradient.launch(layers, self._tile("weight_gradient"))
+        for stream, way in (("spatial", "t2s"), ("temporal", "s2t")):
+            unused = getattr(by_name, stream)[4:] if way not in self.ways else ()
+            for grad in unused:  # an up-projection that nothing passed through
+                if grad is not None:
+                    grad.zero_()
+        return grads
+
+    def _exchange_backward(
+        self, way: Way, parts: dict[str, Tensor], grad_y: Tensor, grads: Parameters
+    ) -> list[weight_gradient.Layer]:
+        """dO for the attention; returns the up- and the output projection's weight gradients as layers to do."""
+        problem, d, dim = self.problem, self.problem.bottleneck_dim, self.problem.dim
+        tile = self._tile("exchange_backward")
+        weights: Stream = getattr(self.weights, way.asking)
+        rows, cls_rows = self.rows[way.asking], self.rows[way.asking] - self.patch_rows
+        programs = triton.cdiv(rows, tile.rows)
+        g, dh = self._empty(rows, d), self._empty(self.patch_rows + cls_rows, d)
+        parts[f"{way.name}_do"] = self._empty(self.patch_rows * d)
+        partial = self._empty(programs, dim + d, dtype=torch.float32)
+        h = parts.get(f"{way.name}_h")
+        scale, per = self._scale(way.asking)
+        exchange_backward[(programs,)](
+            grad_y, g if h is None else h, parts[f"{way.name}_o"], parts.get("cls", partial), scale, g, dh,
+            parts[f"{way.name}_do"], partial, way.direction.proj_weight, way.direction.proj_bias, weights.up_weight,
+            self.frames, problem.frames, problem.patches,
+            CLS=way.asking == "spatial", SCALE=per, RECOMPUTE_H=h is None, DIM=dim, **self._bottleneck(),
+            BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        if cls_rows:
+            parts["dh"] = dh
+        stream_grads, own = getattr(grads, way.asking), getattr(grads, way.name)
+        sums.reduce(partial, [stream_grads.up_bias, own.proj_bias])
+        left = grad_y.view(rows, dim).to(problem.compute)
+        o = parts[f"{way.name}_o"].view(self.patch_rows, d)
+        return [
+            weight_gradient.Layer(left, g, stream_grads.up_weight),
+            weight_gradient.Layer(dh[: self.patch_rows], o, own.proj_weight),
+        ]
+
+    def _attention_backward(self, way: Way, parts: dict[str, Tensor], grads: Direction) -> None:
+        """dQ and dKV as parts, and the gradients of their biases."""
+        problem, d = self.problem, self.problem.bottleneck_dim
+        tile = self._tile("attention_backward")
+        programs = triton.cdiv(self.patch_rows, tile.queries)
+        partial = self._empty(programs, 3 * d, dtype=torch.float32)
+        dq = self._part(parts, f"{way.name}_dq", self.patch_rows * d)
+        dkv = self._part(parts, f"{way.name}_dkv", self.patch_rows * 2 * d)
+        attention_backward[(2 * programs, problem.num_heads)](
+            parts[f"{way.name}_q"], parts[f"{way.name}_kv"], parts[f"{way.name}_o"], parts[f"{way.name}_lse"],
+            parts[f"{way.name}_do"], dq, dkv, partial, self.patch_rows, problem.frames, problem.patches, way.length,
+            programs, problem.head_dim**-0.5, BY_PATCH=way.window == "time",
+            D=d, HEADS=problem.num_heads, HEAD=problem.head_dim, BM=tile.queries, BLOCK=tile.keys,
+            STAGES=tile.key_stages, num_warps=tile.warps,
+        )  # fmt: skip
+        sums.reduce(partial, [grads.q_bias, grads.kv_bias])
+
+    def _project_backward(
+        self, parts: dict[str, Tensor], grad_out: dict[str, Tensor], grad_x: list[Tensor | None], grads: Parameters,
+        want_x: bool,
+    ) -> list[weight_gradient.Layer]:  # fmt: skip
+        """dX, and the gradients of norms and down-projections' biases; returns the remaining weights as layers."""
+        problem, d = self.problem, self.problem.bottleneck_dim
+        tile = self._tile("project_backward")
+        programs = {stream: triton.cdiv(self.rows[stream], tile.rows) for stream in STREAMS}
+        operands, layers, partials = [], [], {}
+        for stream, grad in zip(STREAMS, grad_x, strict=True):
+            weights: Stream = getattr(self.weights, stream)
+            own: Stream = getattr(grads, stream)
+            q, kv = self._directed(stream)
+            asks, answers = self._roles(stream)
+            dz = self._empty(self.rows[stream], d)
+            partials[stream] = self._empty(programs[stream], 3 * d, dtype=torch.float32)
+            buffers: dict[str, Tensor] = {}
+            for role, way, width in (("q", asks, d), ("kv", answers, 2 * d)):
+                for kind in ("input", "dinput"):
+                    buffers[f"{role}_{kind}"] = self._empty(self.patch_rows, d) if way else dz
+                buffers[f"d{role}"] = parts[f"{way.name}_d{role}"].view(self.patch_rows, width) if way else dz
+                if way is not None:
+                    parts[f"{way.name}_{role}_dinput"] = buffers[f"{role}_dinput"]
+                    weight = getattr(getattr(grads, way.name), f"{role}_weight")
+                    layers.append(weight_gradient.Layer(buffers[f"d{role}"], buffers[f"{role}_input"], weight))
+            x = self.x[stream].view(-1, problem.dim).to(problem.compute)
+            layers.append(weight_gradient.Layer(dz, x, own.down_weight))
+            out = grad_out[stream] if asks else self.x[stream]
+            operands += [parts[f"{stream}_z"], buffers["dq"], buffers["dkv"], dz, buffers["q_input"]]
+            operands += [buffers["kv_input"], buffers["q_dinput"], buffers["kv_dinput"], partials[stream], grad, out]
+            operands += [*weights[:1], *weights[2:4], q.q_pos, kv.kv_pos, q.q_weight, kv.kv_weight]
+        project_backward[(sum(programs.values()),)](
+            *operands, parts["dh"], self.frames, problem.frames, problem.patches, programs["spatial"], self.eps,
+            *self._by(), DIM=problem.dim, **self._bottleneck(), **self._directions(), WANT_X=want_x,
+            BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        for stream in STREAMS:
+            own = getattr(grads, stream)
+            sums.reduce(partials[stream], [own.norm_weight, own.norm_bias, own.down_bias])
+        return layers
+
+    def _position_gradients(self, parts: dict[str, Tensor], grads: Parameters) -> None:
+        problem = self.problem
+        for way in self.ways.values():
+            own: Direction = getattr(grads, way.name)
+            for role, table in (("q", own.q_pos), ("kv", own.kv_pos)):
+                gradient = parts[f"{way.name}_{role}_dinput"]
+                sums.sum_positions(gradient, table, problem.batch, problem.frames, problem.patches, way.by)
+
+
+def _ways(problem: Problem, parameters: Parameters) -> dict[str, Way]:
+    by = {"time": (1, 0), "space": (0, 1), "space-time": (problem.patches, 1)}
+    ways = {}
+    for name, asking, answering in (("t2s", *STREAMS), ("s2t", *reversed(STREAMS))):
+        direction: Direction | None = getattr(parameters, name)
+        window: str | None = getattr(problem, f"{name}_window")
+        if direction is not None and window is not None:
+            length = WINDOWS[window](problem.frames, problem.patches)
+            ways[name] = Way(name, asking, answering, direction, window, by[window], length)
+    return ways
+
+
+def _computed(parameters: Parameters, compute: torch.dtype) -> Parameters:
+    """The parameters, contiguous; matrices that products read in the compute dtype, rounded in one launch."""
+    flat = [None if p is None else p.detach().contiguous() for p in parameters.flat()]
+    wrong = [i for i, p in enumerate(flat) if p is not None and p.ndim == 2 and p.dtype != compute]
+    wrong = [i for i in wrong if not _is_table(i)]
+    if wrong:
+        rounded = [torch.empty_like(flat[i], dtype=compute) for i in wrong]
+        torch._foreach_copy_(rounded, [flat[i] for i in wrong])
+        for i, matrix in zip(wrong, rounded, strict=True):
+            flat[i] = matrix
+    return Parameters.from_flat(flat)
+
+
+def _is_table(i: int) -> bool:
+    """Whether the i-th parameter is a position table: added in fp32, so never rounded."""
+    n, m = len(Stream._fields), len(Direction._fields)
+    return i >= 2 * n and (i - 2 * n) % m < 2

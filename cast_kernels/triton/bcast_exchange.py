@@ -1,0 +1,127 @@
+"""Kernel `exchange`: windowed cross-attention, its output projection, GELU, the up-projection and the residual.
+
+One launch a direction. A program owns BM rows of the asking stream. It attends for them head by head, leaving O in
+global memory (backward wants it anyway), and after a barrier reads its own rows of O back as the operand of the output
+projection: d channels of O do not fit in registers beside the attention's tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cast_kernels.triton.blocks import add_bias, channels, dot, gelu, narrow, patch_row, rounded, store_row, widen, zeros
+
+
+@triton.jit(do_not_specialize=["patch_rows", "all_rows", "frames", "patches", "window"])
+def exchange(
+    x, y, q, kv, o, lse, h, cls, scale, proj, proj_bias, up, up_bias,
+    patch_rows, all_rows, frames, patches, window, softmax_scale,
+    CLS: tl.constexpr, BY_PATCH: tl.constexpr, SCALE: tl.constexpr,
+    DIM: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    ATTEND_ONLY: tl.constexpr, STORE_LSE: tl.constexpr, STORE_H: tl.constexpr,
+    BM: tl.constexpr, BQ: tl.constexpr, BKEY: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, WIDEN_STAGES: tl.constexpr,
+    KEY_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows in window order; after the `patch_rows` patches come the asking stream's CLS rows, if it has any (CLS).
+
+    q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
+    `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
+    """
+    start = tl.program_id(0).to(tl.int64) * BM
+    if start < patch_rows:
+        for part in tl.static_range(BM // BQ):
+            for head in range(HEADS):
+                _attend(
+                    q, kv, o, lse, start + part * BQ, head, patch_rows, frames, patches, window, softmax_scale,
+                    BY_PATCH, D, HEADS, HEAD, STORE_LSE, BQ, BKEY, KEY_STAGES,
+                )  # fmt: skip
+    if not ATTEND_ONLY:
+        tl.debug_barrier()  # O was written by other threads of this program
+        COMPUTE: tl.constexpr = q.dtype.element_ty
+        i = start + tl.arange(0, BM)
+        mask, is_patch = i < all_rows, i < patch_rows
+        p_row = patch_row(i, frames, patches, BY_PATCH)
+        if CLS:
+            frame = tl.where(is_patch, p_row // patches, i - patch_rows)
+            token = tl.where(is_patch, p_row % patches + 1, 0)
+            row = frame * (patches + 1) + token
+        else:
+            frame, token, row = p_row // patches, p_row % patches, p_row
+        acc = zeros(BM, CHUNK, CHUNKS)
+        acc = narrow(acc, o, p_row * D, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        hidden = add_bias(acc, proj_bias, D, CHUNK, CHUNKS)
+        if CLS:
+            hidden = _with_cls(hidden, cls, i - patch_rows, mask & (i >= patch_rows), D, CHUNK, CHUNKS)
+        kept = rounded(hidden, COMPUTE, CHUNKS)
+        if STORE_H:
+            store_row(h, row * D, mask, kept, D, CHUNK, CHUNKS)
+        g = ()
+        for c in tl.static_range(CHUNKS):
+            g += (gelu(kept[c].to(tl.float32)).to(COMPUTE),)
+        factor = tl.zeros((BM,), tl.float32) + 1.0
+        if SCALE == "token":
+            factor = tl.load(scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
+        if SCALE == "clip":
+            factor = tl.load(scale + frame // frames, mask=mask, other=0.0)
+        for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
+            at = j + tl.arange(0, BN)
+            here = mask[:, None] & (at < DIM)[None, :]
+            branch = widen(g, up, j, DIM, D, False, BM, BN, CHUNK, CHUNKS)
+            branch += tl.load(up_bias + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
+            old = tl.load(x + row[:, None] * DIM + at[None, :], mask=here, other=0.0).to(tl.float32)
+            new = old + factor[:, None] * branch
+            tl.store(y + row[:, None] * DIM + at[None, :], new.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _with_cls(hidden, cls, frame, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows of CLS take n instead: they are neither queries nor keys and skip the output projection."""
+    out = ()
+    for c in tl.static_range(CHUNKS):
+        at = channels(c, CHUNK)
+        n = tl.load(cls + frame[:, None] * D + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0)
+        out += (tl.where(mask[:, None], n, hidden[c]),)
+    return out
+
+
+@triton.jit
+def _attend(
+    q, kv, o, lse, start, head, patch_rows, frames, patches, window, softmax_scale,
+    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, STORE_LSE: tl.constexpr,
+    BQ: tl.constexpr, BKEY: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One head of BQ queries from `start` on, against the keys of every window that they touch; others are masked.
+
+    Windows lie one behind the other in window order, so the keys are one range. Online softmax in base 2.
+    """
+    i = start + tl.arange(0, BQ)
+    mask = i < patch_rows
+    row, own = patch_row(i, frames, patches, BY_PATCH), i // window
+    lane = head * HEAD + tl.arange(0, HEAD)
+    queries = tl.load(q + row[:, None] * D + lane[None, :], mask=mask[:, None], other=0.0)
+    factor = softmax_scale * 1.4426950408889634  # log2(e): exp2 is the hardware's
+    top = tl.full((BQ,), -1e30, tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    acc = tl.zeros((BQ, HEAD), tl.float32)
+    first = start // window * window
+    last = tl.minimum((tl.minimum(start + BQ, patch_rows) - 1) // window * window + window, patch_rows)
+    for j in tl.range(0, (last - first).to(tl.int32), BKEY, num_stages=STAGES):
+        key = first + j + tl.arange(0, BKEY)
+        inside = key < last
+        at = patch_row(key, frames, patches, BY_PATCH)[:, None] * (2 * D) + lane[None, :]
+        k = tl.load(kv + at, mask=inside[:, None], other=0.0)
+        v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
+        s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32)) * factor
+        s = tl.where((own[:, None] == (key // window)[None, :]) & inside[None, :], s, -1e30)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.where(s > -1e29, tl.exp2(s - higher[:, None]), 0.0)  # a block may hold nothing for a row
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        top = higher
+    total = tl.where(mask, total, 1.0)
+    tl.store(o + row[:, None] * D + lane[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=mask[:, None])
+    if STORE_LSE:
+        tl.store(lse + row * HEADS + head, top + tl.log2(total), mask=mask)

@@ -1,0 +1,115 @@
+"""Kernel `project`: down-projection, LayerNorm, positions, and the queries, keys and values of both directions.
+
+One launch for both streams: z = x Wd^T + b, n = LayerNorm(z), Q = (n + q_pos) Wq^T + b, [K V] = (n + kv_pos) Wkv^T + b.
+z is rounded to the compute dtype before its statistics, as a linear layer of that dtype would do: whoever has z has
+the same n again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cast_kernels.triton.blocks import (
+    add_bias,
+    channels,
+    load_row,
+    narrow,
+    normalised,
+    rounded,
+    statistics,
+    store_row,
+    widen,
+    zeros,
+)
+
+
+@triton.jit(do_not_specialize=["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"])
+def project(
+    spatial, spatial_z, spatial_q, spatial_kv, spatial_down, spatial_down_bias, spatial_norm, spatial_norm_bias,
+    spatial_q_pos, spatial_kv_pos, spatial_q_weight, spatial_q_bias, spatial_kv_weight, spatial_kv_bias,
+    temporal, temporal_z, temporal_q, temporal_kv, temporal_down, temporal_down_bias, temporal_norm, temporal_norm_bias,
+    temporal_q_pos, temporal_kv_pos, temporal_q_weight, temporal_q_bias, temporal_kv_weight, temporal_kv_bias,
+    cls, rows, frames, patches, spatial_tiles, eps,
+    t2s_by_frame, t2s_by_patch, s2t_by_frame, s2t_by_patch,
+    DIM: tl.constexpr, D: tl.constexpr, T2S: tl.constexpr, S2T: tl.constexpr, POSITIONS: tl.constexpr,
+    FROM_Z: tl.constexpr, STORE_Z: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr, WIDEN_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Programs below `spatial_tiles` take BM rows of the spatial stream [rows, 1+N, DIM], the others of the temporal.
+
+    `rows` counts frames of all clips (B * T). A patch's position in its window is frame * by_frame + patch * by_patch.
+    Q [B*T*N, D] and KV [B*T*N, 2D] have no row for CLS; its n goes to `cls` [B*T, D] in fp32.
+    """
+    tile = tl.program_id(0)
+    if tile < spatial_tiles:
+        first = 1
+        x, z_out, q_out, kv_out = spatial, spatial_z, spatial_q, spatial_kv
+        down, down_bias, norm, norm_bias = spatial_down, spatial_down_bias, spatial_norm, spatial_norm_bias
+        q_pos, kv_pos, q_weight, q_bias = spatial_q_pos, spatial_kv_pos, spatial_q_weight, spatial_q_bias
+        kv_weight, kv_bias = spatial_kv_weight, spatial_kv_bias
+        q_by_frame, q_by_patch, kv_by_frame, kv_by_patch = t2s_by_frame, t2s_by_patch, s2t_by_frame, s2t_by_patch
+        q_columns, kv_columns = D * T2S, 2 * D * S2T
+    else:
+        first = 0
+        tile -= spatial_tiles
+        x, z_out, q_out, kv_out = temporal, temporal_z, temporal_q, temporal_kv
+        down, down_bias, norm, norm_bias = temporal_down, temporal_down_bias, temporal_norm, temporal_norm_bias
+        q_pos, kv_pos, q_weight, q_bias = temporal_q_pos, temporal_kv_pos, temporal_q_weight, temporal_q_bias
+        kv_weight, kv_bias = temporal_kv_weight, temporal_kv_bias
+        q_by_frame, q_by_patch, kv_by_frame, kv_by_patch = s2t_by_frame, s2t_by_patch, t2s_by_frame, t2s_by_patch
+        q_columns, kv_columns = D * S2T, 2 * D * T2S
+    COMPUTE: tl.constexpr = spatial_z.dtype.element_ty
+    tokens = patches + first
+    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
+    mask = row < rows.to(tl.int64) * tokens
+    frame, patch = row // tokens, (row % tokens).to(tl.int32) - first
+    if FROM_Z:
+        z = load_row(z_out, row * D, mask, D, CHUNK, CHUNKS)
+    else:
+        wide = zeros(BM, CHUNK, CHUNKS)
+        wide = narrow(wide, x, row * DIM, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        z = rounded(add_bias(wide, down_bias, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
+        if STORE_Z:
+            store_row(z_out, row * D, mask, z, D, CHUNK, CHUNKS)
+    mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
+    if T2S:
+        for c in tl.static_range(CHUNKS):
+            at = channels(c, CHUNK)
+            n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
+            tl.store(cls + frame[:, None] * D + at[None, :], n, mask=(mask & (patch < 0))[:, None] & (at < D)[None, :])
+    time = (frame % frames).to(tl.int32)
+    out_row = frame * patches + patch
+    kept = mask & (patch >= 0)
+    q_at, kv_at = time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch
+    _attention_input(
+        q_out, q_columns, D, z, mean, rstd, norm, norm_bias, q_pos, q_at, kept, out_row, q_weight, q_bias,
+        D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
+    )  # fmt: skip
+    _attention_input(
+        kv_out, kv_columns, 2 * D, z, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept, out_row, kv_weight, kv_bias,
+        D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attention_input(
+    out, columns, WIDTH: tl.constexpr, z, mean, rstd, norm, norm_bias, positions, position, mask, row, weight, bias,
+    D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[row] = (n + positions[position]) @ weight^T + bias, the first `columns` of WIDTH (none or all)."""
+    a = ()
+    for c in tl.static_range(CHUNKS):
+        n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
+        if POSITIONS:
+            lane = channels(c, CHUNK)
+            here = (mask & (columns > 0))[:, None] & (lane < D)[None, :]
+            n += tl.load(positions + position[:, None] * D + lane[None, :], mask=here, other=0.0).to(tl.float32)
+        a += (n.to(COMPUTE),)
+    for j in tl.range(0, columns, BN, num_stages=STAGES):
+        value = widen(a, weight, j, WIDTH, D, False, BM, BN, CHUNK, CHUNKS)
+        at = j + tl.arange(0, BN)
+        value += tl.load(bias + at, mask=at < WIDTH, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + row[:, None] * WIDTH + at[None, :], value.to(COMPUTE), mask=mask[:, None] & (at < WIDTH)[None, :])

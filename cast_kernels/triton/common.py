@@ -1,0 +1,64 @@
+"""What every op of backend `triton` shares: whether it can run here, and which GPU it runs on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from cast_kernels.problem import Verdict
+
+#: Compute dtypes. float32 runs as three tf32 products.
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def verdict(device: str, compute: torch.dtype) -> Verdict:
+    """Whether Triton runs kernels on tensors of this device and compute dtype, and the reason in words either way."""
+    if compute not in COMPUTE_DTYPES:
+        return Verdict(False, f"the compute dtype is {compute}; Triton kernels take {', '.join(map(str, COMPUTE_DTYPES))}")
+    if device == "cuda":
+        return _on_gpu()
+    if device == "cpu" and interpreting():
+        return Verdict(True, "Triton's interpreter (TRITON_INTERPRET=1): for tests, it models no GPU")
+    if device == "cpu" and _emulating():
+        return Verdict(True, "an emulated GPU stands in for the driver")
+    return Verdict(False, f"the streams are on {device}; Triton kernels run on cuda")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _emulating() -> bool:
+    """Whether a driver that takes CPU tensors is active. Triton is not imported to find out."""
+    driver = sys.modules.get("triton.runtime.driver")
+    if driver is None:
+        return False
+    return bool(getattr(getattr(driver.driver, "_active", None), "runs_on_cpu", False))
+
+
+def _on_gpu() -> Verdict:
+    try:
+        import triton
+    except ImportError as error:
+        return Verdict(False, f"Triton cannot be imported: {error}; pip install triton")
+    return Verdict(True, f"Triton {triton.__version__}")
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def architecture() -> str:
+    """The GPU that kernels are compiled for, as the tile tables name it: "sm_90", "gfx942"."""
+    if interpreting():
+        return "interpreter"
+    from triton.runtime.driver import driver
+
+    arch = driver.active.get_current_target().arch
+    return arch if isinstance(arch, str) else f"sm_{arch}"
