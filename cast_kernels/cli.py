@@ -1,33 +1,104 @@
-"""The command `cast-kernels`."""
+"""The command `cast-kernels`. Imports stay inside the functions, so that --help need not load PyTorch."""
 
 from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+
+# The choices of options, repeated here so that --help and bad usage need not load PyTorch; tests compare them.
+COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+EMULATE_TARGETS = ("sm_80", "sm_90")
+DTYPES = ("bf16", "fp16", "fp32")
+SIZES = ("small", "paper")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Bad usage exits with 2."""
+    """Run one command and return its exit code: 1 when a gate fails. Bad usage exits with 2."""
     parser = ArgumentParser(prog="cast-kernels", description="Fused kernels for two-stream video transformers.")
-    info = ArgumentParser(description="Show what was built, what was not and why, and what runs here.")
-    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
-    commands.add_subcommand("info", info, help="what was built, what was not and why, and what runs here")
+    for name, (help_line, add_options, _) in COMMANDS.items():
+        command = ArgumentParser(description=help_line[0].upper() + help_line[1:] + ".")
+        add_options(command)
+        commands.add_subcommand(name, command, help=help_line)
     options = parser.parse_args(arguments)
-    from cast_kernels import info as report  # loads torch, which --help need not wait for
-
+    name = options.subcommand
     try:
-        if options.info.json:
-            print(json_module.dumps(report.collect(), indent=2))
-        else:
-            report.show()
+        return COMMANDS[name][2](options[name])
     except ValueError as error:  # an environment variable that names no choice
         print(f"cast-kernels: {error}", file=sys.stderr)
         return 2
+    except (ModuleNotFoundError, RuntimeError) as error:  # no Triton, no disassembler, no emulator
+        print(f"cast-kernels {name}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _info_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _info(options: Namespace) -> int:
+    from cast_kernels import info
+
+    if options.json:
+        print(json_module.dumps(info.collect(), indent=2))
+    else:
+        info.show()
     return 0
+
+
+def _compile_options(parser: ArgumentParser) -> None:
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    _add_choices(parser, "--target", COMPILE_TARGETS, targets, "architectures")
+    _add_choices(parser, "--dtype", DTYPES, DTYPES, "dtypes; further problem kinds are compiled for the first only")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
+
+
+def _compile(options: Namespace) -> int:
+    from cast_kernels.evidence import compile as compiling
+    from cast_kernels.triton.tiles import EXCEPTIONS
+
+    return compiling.main(options.target, options.dtype, options.json, EXCEPTIONS)
+
+
+def _emulate_options(parser: ArgumentParser) -> None:
+    _add_choices(parser, "--target", EMULATE_TARGETS, EMULATE_TARGETS, "architectures")
+    _add_choices(parser, "--dtype", DTYPES, ("bf16",), "dtypes")
+    parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
+    parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
+
+
+def _emulate(options: Namespace) -> int:
+    from cast_kernels.evidence import emulate, mutants
+
+    if options.mutants:
+        return mutants.main(options.target, options.dtype, emulate.SIZES["small"][0])
+    return emulate.main(options.target, options.dtype, options.size)
+
+
+def _add_choices(
+    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...], what: str
+) -> None:
+    parser.add_argument(
+        name, nargs="+", choices=allowed, default=list(default), metavar=name.strip("-").upper(),
+        help=f"{what}, out of {', '.join(allowed)}",
+    )  # fmt: skip
+
+
+#: Name -> help, options, function.
+COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Any], int]]] = {
+    "info": ("what was built, what was not and why, and what runs here", _info_options, _info),
+    "compile": (
+        "compile every kernel for GPUs that need not be here, and check what it takes",
+        _compile_options,
+        _compile,
+    ),
+    "emulate": ("run the compiled kernels on the CPU and check their results", _emulate_options, _emulate),
+}
 
 
 if __name__ == "__main__":

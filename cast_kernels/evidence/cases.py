@@ -1,0 +1,169 @@
+"""Problems with nothing left at its initial value, how one is run, and the measure of its error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import cast_kernels
+
+#: Names of dtypes on the command line.
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and structure of one B-CAST call. The defaults are the paper's with two clips."""
+
+    batch: int = 2
+    frames: int = 8
+    patches: int = 196
+    dim: int = 768
+    bottleneck: int = 384
+    heads: int = 12
+    windows: tuple[str, str] = ("time", "space")
+    directions: tuple[str, ...] = ("t2s", "s2t")
+    positions: bool = True
+    scaled: bool = False  # whether both branches have drop-path factors
+    recompute: str = "cheap"
+    backward: bool = True
+    seed: int = 0
+
+    def __str__(self) -> str:
+        sizes = f"B{self.batch} T{self.frames} N{self.patches} D{self.dim} d{self.bottleneck} h{self.heads}"
+        parts = [sizes, f"{'+'.join(self.directions)} {'/'.join(self.windows)}"]
+        parts += ["" if self.positions else "no positions", "drop-path" if self.scaled else ""]
+        parts += [f"forward, backward, recompute {self.recompute}" if self.backward else "forward"]
+        return ", ".join(part for part in parts if part)
+
+
+def module(case: Case, backend: str) -> cast_kernels.BCAST:
+    """The case's module in float32: random parameters, no zero up-projection, no LayerNorm weight of one."""
+    made = cast_kernels.BCAST(
+        case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
+        case.positions, backend, case.recompute,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1000 + case.seed)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter.shape[-1] if parameter.ndim == 2 and not name.endswith("_pos") else 4
+            parameter.copy_(noise * fan_in**-0.5 + (1.0 if "ln_" in name and "weight" in name else 0.0))
+    return made
+
+
+def run(case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False) -> dict[str, Tensor]:
+    """Outputs, and every gradient if the case asks for them, in float64.
+
+    Args:
+        case: the problem.
+        backend: that must run it; None is the reference.
+        dtype: that inputs and parameters are rounded to.
+        exact: compute in float64 on the rounded numbers.
+    """
+    made = module(case, backend or "eager").to(dtype)
+    generator = torch.Generator().manual_seed(case.seed)
+    shape = (case.batch, case.frames, case.patches, case.dim)
+    spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator).to(dtype)
+    temporal = torch.randn(shape, generator=generator).to(dtype)
+    scales = _scales(case, generator, dtype)
+    if exact:
+        made, spatial, temporal = made.double(), spatial.double(), temporal.double()
+        scales = tuple(x if x is None else x.double() for x in scales)
+    spatial.requires_grad_(case.backward)
+    temporal.requires_grad_(case.backward)
+    with nullcontext() if case.backward else torch.no_grad():
+        if backend is None:
+            outputs = cast_kernels.reference.bcast(
+                spatial, temporal, made.gathered(), num_heads=case.heads, windows=case.windows,
+                spatial_scale=scales[0], temporal_scale=scales[1],
+            )  # fmt: skip
+        else:
+            outputs = made(spatial, temporal, *scales)
+    result = {"spatial": outputs[0], "temporal": outputs[1]}
+    if case.backward:
+        torch.autograd.backward(outputs, [_like(x, generator, dtype) for x in outputs])
+        leaves = {"spatial": spatial, "temporal": temporal} | dict(made.named_parameters())
+        result |= {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {name: x.detach().double() for name, x in result.items()}
+
+
+def _like(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(x.shape, generator=generator).to(dtype).to(x.dtype)
+
+
+def _scales(case: Case, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Drop-path factors with zeros among them: per token position on one stream, per clip on the other."""
+    if not case.scaled:
+        return None, None
+    tokens = torch.bernoulli(torch.full((case.batch, 1 + case.patches), 0.7), generator=generator) / 0.7
+    clips = torch.bernoulli(torch.full((case.batch,), 0.7), generator=generator) / 0.7
+    return tokens.to(dtype), clips.to(dtype)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every new uninitialised tensor with NaN, so that what a kernel leaves unwritten is seen."""
+    settings = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if not torch.empty(1).isnan():
+            raise RuntimeError("set torch.utils.deterministic.fill_uninitialized_memory = True: new memory must be NaN")
+        yield
+    finally:
+        torch.use_deterministic_algorithms(settings[0], warn_only=settings[1])
+
+
+class Error(NamedTuple):
+    """One tensor's error against fp64 beside eager's in the same dtype, both absolute."""
+
+    name: str
+    rms: float
+    eager_rms: float
+    worst: float
+    eager_worst: float
+    floor: float  # half a unit in float32's last place of the tensor's largest value
+
+    @property
+    def ratio(self) -> float:
+        """Our root mean square to eager's; NaN if ours is."""
+        return self.rms / max(self.eager_rms, self.floor)
+
+    @property
+    def ok(self) -> bool:
+        """At most twice eager's root mean square and four times its largest error; false for NaN."""
+        return self.rms <= max(2 * self.eager_rms, self.floor) and self.worst <= 4 * max(self.eager_worst, self.floor)
+
+
+def compare(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> list[Error]:
+    """The errors of every tensor.
+
+    Raises:
+        ValueError: the three do not hold the same tensors.
+    """
+    if not ours.keys() == eager.keys() == exact.keys():
+        names = sorted((ours.keys() | eager.keys() | exact.keys()) - (ours.keys() & eager.keys() & exact.keys()))
+        raise ValueError(f"{', '.join(names)}: not in all of ours, eager and exact")
+    errors = []
+    for name, truth in exact.items():
+        mine, theirs = ours[name] - truth, eager[name] - truth
+        errors.append(
+            Error(
+                name,
+                _rms(mine),
+                _rms(theirs),
+                float(mine.abs().max()),
+                float(theirs.abs().max()),
+                2**-24 * float(truth.abs().max()),
+            )
+        )
+    return errors
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())

@@ -1,0 +1,169 @@
+"""The gates of `cast-kernels compile`: each fails for its reason, an exception allows what it says and no more."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from triton_kernels import product, scale
+
+from cast_kernels.evidence import compile as compiling
+from cast_kernels.evidence.cases import DTYPES
+from cast_kernels.evidence.compile import Row, dots_elsewhere, judge, read, render, tensor_core_dots, unused
+from cast_kernels.evidence.driver import Recorder, offline_driver
+from cast_kernels.evidence.targets import target
+
+
+@dataclass(frozen=True)
+class Allowed:
+    loop_spills: int = 0
+    tensor_core: str = ""
+    reason: str = "measured nowhere yet"
+
+
+def compiled(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Row:
+    """The row of the small product kernel, [256, 512] @ [512, 256]."""
+    a, b = torch.zeros(256, 512, dtype=kind), torch.zeros(512, 256, dtype=kind)
+    with offline_driver(target(name), Recorder()) as recorder:
+        product(a, b, **options)
+    (record,) = recorder.records.values()
+    return read(record.first, "bf16", ["a case"])
+
+
+KEY = ("sm_80", "product_kernel", "bf16")
+
+
+@pytest.fixture(scope="module")
+def good() -> Row:
+    return compiled("sm_80", warps=8)
+
+
+@pytest.fixture(scope="module")
+def spilling() -> Row:
+    return compiled("sm_80", bm=256, stages=2)
+
+
+def test_a_good_kernel_passes(good: Row) -> None:
+    assert judge(good, {}) == good
+    assert good.tile == "N=256 BM=64 BK=32 STAGES=3 warps=8"
+    assert good.dots == 1
+    assert good.failures == ()
+
+
+def test_spills_in_loops_fail(spilling: Row) -> None:
+    count = spilling.resources.loop_spills
+    assert judge(spilling, {}).failures == (f"{count} spill instructions inside loops",)
+
+
+def test_an_exception_allows_its_number(spilling: Row) -> None:
+    count = spilling.resources.loop_spills
+    passed = judge(spilling, {KEY: Allowed(count)})
+    assert passed.failures == ()
+    assert passed.allowed == f"{count} spill instructions inside loops, {count} allowed: measured nowhere yet"
+    failed = judge(spilling, {KEY: Allowed(count - 1)})
+    assert failed.failures == (f"{count} spill instructions inside loops; the exception allows {count - 1}",)
+    assert failed.allowed == ""
+    for key in (("sm_90", *KEY[1:]), (KEY[0], "other", KEY[2]), (*KEY[:2], "fp32")):
+        assert judge(spilling, {key: Allowed(count)}).failures
+
+
+def test_spills_outside_of_loops_pass(good: Row) -> None:
+    outside = replace(good, resources=replace(good.resources, spills=40))
+    assert judge(outside, {}).failures == ()
+
+
+def test_shared_memory_over_the_limit_fails_whatever_is_allowed() -> None:
+    row = compiled("sm_80", bk=128, stages=4)
+    assert row.resources.ctas == 0
+    (failure,) = judge(row, {KEY: Allowed(10**6, "HMMA")}).failures
+    assert failure == f"{row.resources.shared_bytes} bytes of shared memory; sm_80 allows 166912"
+
+
+def test_a_product_off_the_tensor_core_fails() -> None:
+    row = compiled("sm_90", bm=32)
+    assert judge(row, {}).failures == ("HMMA instead of wgmma",)
+    key = ("sm_90", *KEY[1:])
+    assert judge(row, {key: Allowed(tensor_core="HMMA")}).allowed == "HMMA instead of wgmma: measured nowhere yet"
+    assert judge(row, {key: Allowed(tensor_core="HGMMA")}).failures
+    none = replace(row, resources=replace(row.resources, tensor_core="", tensor_core_count=0))
+    assert judge(none, {}).failures == ("no tensor-core instruction instead of wgmma",)
+
+
+def test_a_kernel_without_products_needs_no_tensor_core() -> None:
+    with offline_driver(target("sm_90"), Recorder()) as recorder:
+        scale(torch.zeros(300), 2.0)
+    (record,) = recorder.records.values()
+    row = read(record.first, "fp32", ["a case"])
+    assert row.dots == 0
+    assert judge(row, {}).failures == ()
+
+
+IR = """
+  %1 = tt.dot %a, %b, %c : tensor<64x32xf32> * tensor<32x64xf32> -> tensor<64x64xf32> loc(#loc)
+  %2 = tt.dot %a, %b, %c, inputPrecision = tf32x3 : tensor<64x32xf32> * tensor<32x64xf32> -> tensor<64x64xf32>
+  %3 = tt.dot %a, %b, %c : tensor<64x32xf16> * tensor<32x64xf16> -> tensor<64x64xf32>
+"""
+LAID_OUT = """
+  %1 = tt.dot %a, %b, %c : tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 2}>> * tensor<32x64xbf16, #ttg.dot_op<{opIdx = 1, parent = #mma, kWidth = 2}>> -> tensor<64x64xf32, #mma> loc(#loc)
+  %2 = tt.dot %a, %b, %c : tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0, parent = #blocked1}>> * tensor<32x64xbf16, #ttg.dot_op<{opIdx = 1, parent = #blocked1}>> -> tensor<64x64xf32, #blocked1> loc(#loc)
+"""  # noqa: E501
+
+
+def test_which_products_a_tensor_core_can_take() -> None:
+    assert tensor_core_dots(IR) == ["f32", "f16"]
+
+
+def test_a_product_laid_out_for_ordinary_multipliers_is_seen() -> None:
+    first, second = LAID_OUT.strip().splitlines()
+    assert dots_elsewhere(first) == []
+    assert dots_elsewhere(second) == ["a product of bf16 runs on the ordinary multipliers"]
+
+
+def test_an_exception_that_nothing_needs_is_named(good: Row, spilling: Row) -> None:
+    exceptions = {KEY: Allowed(10**6), ("sm_80", "gone", "bf16"): Allowed(1), ("sm_90", "gone", "bf16"): Allowed(1)}
+    assert unused([judge(spilling, exceptions)], exceptions) == [("sm_80", "gone", "bf16")]
+    assert unused([judge(good, exceptions)], exceptions) == [KEY, ("sm_80", "gone", "bf16")]
+
+
+def test_the_table_shows_every_kernel(good: Row, spilling: Row) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(target("sm_80"), [judge(good, {}), judge(spilling, {})]))
+    lines = [line for line in console.export_text().splitlines() if "product_kernel" in line]
+    assert ["FAIL" in line for line in lines] == [False, True]
+    assert "32 HMMA" in lines[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_exit_code_and_the_json(
+    fails: bool, good: Row, spilling: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The processes are left out: rows come from here."""
+    rows = [good, spilling] if fails else [good]
+
+    class Pool:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def map(self, *_: object) -> list[list[Row]]:
+            return [rows]
+
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", Pool)
+    file = tmp_path / "kernels.json"
+    assert compiling.main(["sm_80"], ["bf16"], file, {}) == int(fails)
+    told = json.loads(file.read_text())
+    assert [row["resources"]["tensor_core"] for row in told] == ["HMMA"] * len(rows)
+    out = capsys.readouterr().out
+    assert f"{len(rows)} compiled kernels, {int(fails)} fail a gate" in out
+    assert ("FAIL  sm_80 product_kernel" in out) == fails
+
+
+def test_dtypes_have_a_kernel_each() -> None:
+    assert {str(dtype) for dtype in DTYPES.values()} == {"torch.bfloat16", "torch.float16", "torch.float32"}

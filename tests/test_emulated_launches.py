@@ -1,0 +1,200 @@
+"""Triton's launches run in emulation: memory of the tensors, results, faults, planted faults."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton_kernels import product, scale, scale_kernel
+
+from cast_kernels.evidence import emulator as launching
+from cast_kernels.evidence import mutants as planting
+from cast_kernels.evidence.cases import poisoned_memory
+from cast_kernels.evidence.driver import Argument, Launch, offline_driver
+from cast_kernels.evidence.emulator import EmulationFault, Emulator, load_emulator, memory_of, place, spans
+from cast_kernels.evidence.targets import target
+
+TARGETS = ("sm_80", "sm_90")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def pointer(tensor: torch.Tensor, name: str = "x") -> Argument:
+    return Argument(name, "*fp32", tensor)
+
+
+class Memory:
+    """Keeps what is registered."""
+
+    def __init__(self) -> None:
+        self.registered: list[tuple[int, str, int]] = []
+
+    def register(self, array: np.ndarray, name: str, offset: int) -> int:
+        self.registered.append((array.size, name, offset))
+        return 0x10000 * len(self.registered) + offset
+
+
+def test_a_span_is_what_the_view_touches() -> None:
+    x = torch.zeros(10, 8)
+    for view, first, last in ((x, 0, 79), (x[2:4], 16, 31), (x[:, 1], 1, 73), (x[3:5, 2:4], 26, 35), (x.t(), 0, 79)):
+        (span,) = spans([pointer(view)])
+        assert (span.start, span.stop) == (x.data_ptr() + 4 * first, x.data_ptr() + 4 * last + 4)
+        assert memory_of(span).size == 4 * (last + 1 - first)
+
+
+def test_memory_is_the_tensor_itself() -> None:
+    x = torch.zeros(4)
+    memory_of(spans([pointer(x)])[0]).view(np.float32)[2] = 7
+    assert x.tolist() == [0, 0, 7, 0]
+
+
+def test_overlapping_views_are_one_buffer_and_neighbours_are_not() -> None:
+    x = torch.zeros(64)
+    parts = [pointer(x[:16], "a"), pointer(x[8:32], "b"), pointer(x[32:48], "c"), pointer(x[20:24], "d")]
+    found = spans([*parts, Argument("n", "i32", 5)])
+    assert [(s.start - x.data_ptr(), s.stop - x.data_ptr(), s.names) for s in found] == [
+        (0, 128, ("a", "b", "d")), (128, 192, ("c",)),
+    ]  # fmt: skip
+
+
+def test_addresses_keep_the_views_alignment() -> None:
+    x, memory = torch.zeros(1024), Memory()
+    values = place(memory, (pointer(x[100:200], "a"), Argument("n", "i32", 5), pointer(x[120:130], "b")))
+    assert memory.registered == [(400, "a+b", 400 % 256)]
+    assert values == [0x10000 + 144, 5, 0x10000 + 144 + 80]
+
+
+def test_an_empty_tensor_has_no_memory() -> None:
+    memory = Memory()
+    assert place(memory, (pointer(torch.zeros(0)),)) == [0]
+    assert memory.registered == []
+
+
+def test_a_pointer_must_be_a_tensor_on_the_cpu() -> None:
+    for wrong in (torch.zeros(3, device="meta"), 4096):
+        with pytest.raises(TypeError, match=r"argument x \(\*fp32\) is .*CPU"):
+            spans([Argument("x", "*fp32", wrong)])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_results_are_right(name: str) -> None:
+    x, a, b = random(300), random(100, 96), random(96, 64)
+    with offline_driver(target(name), Emulator()) as emulator, poisoned_memory():
+        scaled, multiplied = scale(x, 1.5), product(a, b)
+    assert torch.equal(scaled, x.float() * 1.5)
+    exact = a.double() @ b.double()
+    assert (multiplied - exact).abs().max() < 1e-5 * exact.abs().max()
+    runs = emulator.runs["product_kernel"]
+    assert (runs.launches, runs.ctas) == (1, 2)
+    assert runs.counters["tensor_flops"] == 2 * 128 * 96 * 64
+    assert emulator.runs["scale_kernel"].counters["tensor_flops"] == 0
+
+
+def test_views_with_gaps_are_read_and_written_in_place() -> None:
+    whole, out = random(400, dtype=torch.float32), torch.full((400,), -1.0)
+    with offline_driver(target("sm_80"), Emulator()):
+        scale_kernel[(1,)](whole[50:150], out[60:160], 2.0, 100, BLOCK=128)
+    assert torch.equal(out[60:160], whole[50:150] * 2)
+    assert (out[:60] == -1).all()
+    assert (out[160:] == -1).all()
+
+
+@pytest.mark.parametrize(("n", "grid"), [(301, 3), (300, 4)])
+def test_touching_more_than_the_view_is_a_fault(n: int, grid: int) -> None:
+    """The tensor's storage goes on behind the view; the kernel may not."""
+    x, y = random(1024), torch.empty(1024)
+    with offline_driver(target("sm_80"), Emulator()):
+        if n == 300:
+            scale_kernel[(grid,)](x[:300], y[:300], 2.0, n, BLOCK=128)  # a CTA too many, all masked: no fault
+        else:
+            with pytest.raises(EmulationFault, match=r"scale_kernel on sm_80, grid .*: MemoryFault") as caught:
+                scale_kernel[(grid,)](x[:300], y[:300], 2.0, n, BLOCK=128)
+            assert caught.value.kinds == ("MemoryFault",)
+
+
+def test_a_misaligned_access_is_a_fault() -> None:
+    """16-byte vectors, compiled for aligned pointers, on one that is not: launched past Triton's own check."""
+    captured: list[Launch] = []
+    x, y = random(256, dtype=torch.float32), torch.empty(257)
+    with offline_driver(target("sm_80"), SimpleNamespace(enforces_limits=True, launch=captured.append)):
+        scale_kernel[(1,)](x, y[:256], 2.0, 256, BLOCK=256)
+    (launch,) = captured
+    moved = tuple(a._replace(value=y[1:]) if a.name == "y" else a for a in launch.arguments)
+    with pytest.raises(EmulationFault) as caught:
+        Emulator().launch(dataclasses.replace(launch, arguments=moved))
+    assert caught.value.kinds == ("Misaligned",)
+
+
+def without(instruction: str) -> Any:
+    """PTX without every line that holds the instruction."""
+    return lambda launch: "\n".join(line for line in launch.asm["ptx"].splitlines() if instruction not in line)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_race_is_a_fault(name: str) -> None:
+    with offline_driver(target(name), Emulator(without("bar.sync"))), pytest.raises(EmulationFault, match="write-read"):
+        product(random(100, 96), random(96, 64))
+
+
+def test_what_the_emulator_lacks_is_no_fault_of_the_kernel() -> None:
+    def edit(launch: Launch) -> str:
+        return launch.asm["ptx"].replace("ret;", "frobnicate.u32 %r1, %r1;\n\tret;")
+
+    with offline_driver(target("sm_80"), Emulator(edit)), pytest.raises(RuntimeError, match="frobnicate") as caught:
+        scale(random(300), 2.0)
+    assert not isinstance(caught.value, EmulationFault)
+
+
+def test_a_missing_emulator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launching, "__file__", "/a/b/c/d.py")
+    with pytest.raises(ModuleNotFoundError, match="part of the repository"):
+        load_emulator()
+
+
+def test_mutants_take_one_thing_away_each() -> None:
+    ptx = """
+	bar.sync 	0;
+	@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+	@!%p2 st.global.b32 [ %rd1 + 0 ], { %r1 };
+	cp.async.cg.shared.global [ %r42 + 0 ], [ %rd4 + 0 ], 0x10, %r43;
+	cp.async.wait_group 	2;
+	wgmma.wait_group.sync.aligned 0;
+	fence.proxy.async.shared::cta;
+	@%p3 bra 	$L__BB0_3;
+"""
+    found = list(planting.mutants("k", ptx))
+    assert [(m.kind, m.line) for m in found] == [
+        ("barrier", 2), ("mask of a load", 3), ("mask of a store", 4), ("mask of a copy", 5), ("wait", 6), ("wait", 7),
+        ("proxy fence", 8),
+    ]  # fmt: skip
+    lines = [m.text.splitlines()[m.line - 1].strip() for m in found]
+    assert lines == [
+        "", "ld.global.b32 { %r1 }, [ %rd1 + 0 ];", "st.global.b32 [ %rd1 + 0 ], { %r1 };",
+        "cp.async.cg.shared.global [ %r42 + 0 ], [ %rd4 + 0 ], 0x10;", "", "", "",
+    ]  # fmt: skip
+    for m in found:
+        changed = [i for i, (a, b) in enumerate(zip(ptx.splitlines(), m.text.splitlines(), strict=True)) if a != b]
+        assert changed == [m.line - 1]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_planted_faults_are_caught(name: str) -> None:
+    emulator = planting.CapturingEmulator()
+    with offline_driver(target(name), emulator), poisoned_memory():
+        product(random(100, 96), random(96, 64))
+        (capture,) = emulator.captures.values()
+        planted = list(planting.mutants("product_kernel", capture.launch.asm["ptx"]))
+        verdicts = [planting.try_mutant(capture, mutant) for mutant in planted]
+        unchanged = planting.try_mutant(capture, dataclasses.replace(planted[0], text=capture.launch.asm["ptx"]))
+    assert unchanged.caught_by == ""
+    assert unchanged.change == 0.0
+    caught = {v.mutant.kind for v in verdicts if v.caught_by}
+    assert {"barrier", "wait", "mask of a store", "mask of a copy"} <= caught
+    assert sum(bool(v.caught_by) for v in verdicts) > len(verdicts) / 2
