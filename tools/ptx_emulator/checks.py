@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .execute import Machine
 
 
+# granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
+Region = tuple[Array, int, Array | None]
+
+
 @dataclass(frozen=True)
 class Fault:
     """A finding. kind: "write-read", "write-write", "read-write", or one about data in flight.
@@ -61,13 +65,14 @@ class Checker:
         self.flight = np.zeros(self.count, np.int32)
         self.flying = False
         self.operand = np.zeros(self.count, np.int32)
+        self.operands = np.zeros(self.count, np.int16)
         self.fence = np.zeros((1, warps), np.int32)
 
     def _split(self) -> None:
         """Give each CTA its own row."""
         if self.rows != self.m.ctas:
             self.rows = self.m.ctas
-            for name in ("writer", "reader", "reader_too", "flight", "operand"):
+            for name in ("writer", "reader", "reader_too", "flight", "operand", "operands"):
                 setattr(self, name, np.tile(getattr(self, name), self.rows))
             self.seen = np.repeat(self.seen, self.rows, 0)
             self.fence = np.repeat(self.fence, self.rows, 0)
@@ -176,9 +181,10 @@ class Checker:
             tag = self.flight[index]
             if tag.any():
                 self.report("write to a copy in flight", tag > 0, tag, index, warp)
-        tag = self.operand[index]
-        if tag.any():
-            self.report("write to an operand of a pending wgmma", tag > 0, tag, index, warp)
+        if self.m.pending_registers:
+            busy = self.operands[index] > 0
+            if busy.any():
+                self.report("write to an operand of a pending wgmma", busy, self.operand[index], index, warp)
 
     def copy_issued(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
         """A cp.async: from now until it is waited for it may land at any time."""
@@ -217,6 +223,72 @@ class Checker:
             self._split()
         warps = np.broadcast_to(mask, self.m.shape).reshape(self.m.ctas, self.m.warps, 32).any(2)
         self.fence[warps[: self.rows]] = self.m.step
+
+    def note(self, kind: str, here: int, other: int) -> None:
+        """Record a fault about registers."""
+        if (kind, here, other) not in self.faults:
+            code = self.m.kernel.instructions
+            first = int(self.m.cta_numbers[0])
+            self.faults[kind, here, other] = Fault(
+                kind, code[here].text, code[other].text, -1, (-1, -1), self.epoch, first
+            )
+
+    def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
+        """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for yet.
+
+        Adds what it reads to `regions`, for `operands_done`.
+        """
+        base = (chunks[:, None] // self.granule + np.arange(16 // self.granule)).reshape(-1)
+        if not common:
+            self._split()
+        for group in np.flatnonzero(groups.any(0)):
+            ctas = None if common else np.flatnonzero(groups[:, group])
+            rows = self._rows(ctas)
+            self._operand(base + rows * self.count, rows, int(group))
+            regions.append((base, int(group), ctas))
+
+    def _rows(self, ctas: Array | None) -> Array:
+        """Row numbers, [R, 1], of some CTAs, or of all."""
+        return (np.arange(self.rows) if ctas is None else ctas)[:, None]
+
+    def _operand(self, index: Array, row: Array, group: int) -> None:
+        tag = self.writer[index]
+        first = 4 * group
+        if (tag > self.floor).any():
+            for warp in range(first, first + 4):
+                race = self._unseen(tag, row, np.int32(warp))
+                if race.any():
+                    self.report("write-read by wgmma", race, tag, index, np.int32(warp))
+                    break
+        if self.flying:
+            flight = self.flight[index]
+            if flight.any():
+                self.report("wgmma reads a copy in flight", flight > 0, flight, index, np.int32(first))
+        fenced = np.maximum(
+            self.fence[row, np.minimum(tag & 63, self.m.warps - 1)],
+            self.fence[row[:, 0], first : first + 4].max(1)[:, None],
+        )
+        stale = (tag >> 6) > fenced
+        if stale.any():
+            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, np.int32(first))
+        self.operand[index] = np.int32(self.m.step << 6) | first
+        self.operands[index] += 1
+
+    def operands_done(self, regions: list[Region], done: Array) -> None:
+        """The warpgroups `done`, [CTAs, warpgroups], have waited for a product: its operands may be written after a barrier."""
+        for base, group, ctas in regions:
+            finished = done[:, group] if ctas is None else done[ctas, group]
+            if not finished.any():
+                continue
+            if ctas is None and not finished.all():
+                self._split()
+            rows = self._rows(ctas)
+            if not finished.all():
+                rows = rows[finished]
+            index = base + rows * self.count
+            self.operands[index] -= 1
+            for warp in range(4 * group, 4 * group + 4):
+                self.note_readers(index, np.int32(warp))
 
     def barrier_all(self) -> None:
         """Every live thread of every CTA has passed a barrier."""

@@ -15,7 +15,7 @@ from .counters import Counters
 from .decode import SHARED_BASE, UNSIGNED, Action, Array, Decoder, Modifiers
 from .errors import Deadlock, Unsupported
 from .memory import Memory
-from .parser import Instruction, Kernel, Symbol
+from .parser import TYPE_BYTES, Address, Instruction, Kernel, Not, Operand, Pair, Register, Symbol, Vector
 from .shared import SharedMemory
 
 POISON = 0x7FFF_7FFF_7FFF_7FFF  # NaN as f64, as f32, and in every half as f16 and bf16
@@ -52,6 +52,15 @@ class Barrier:
     negated: bool = False
 
 
+@dataclass(frozen=True)
+class Use:
+    """The registers an instruction names, and those it writes. A wgmma names none: it may chain on accumulators."""
+
+    number: int
+    touched: frozenset[int]
+    written: frozenset[int]
+
+
 @dataclass
 class Block:
     """A straight run of instructions and what ends it; `size` counts all of them."""
@@ -60,8 +69,8 @@ class Block:
     body: list[Action] = field(default_factory=list)
     end: Jump | Leave | Barrier | None = None
     size: int = 0
-    registers: frozenset[int] = frozenset()
-    hazards: list[frozenset[int]] = field(default_factory=list)
+    uses: list["Use"] = field(default_factory=list)
+    starts_products: bool = False
 
 
 @dataclass
@@ -141,15 +150,38 @@ def compile_kernel(kernel: Kernel) -> Program:
             else:
                 decoder.current = number
                 action = decode.build(decoder, ins)
+                block.uses.append(_use(number, ins))
+                block.starts_products |= ins.root == "wgmma"
                 block.body.append(action if guard is None else guarded(action, guard, ins.guard_negated))
         blocks.append(block)
     return Program(kernel, decoder, blocks, _granule(code))
 
 
+def _use(number: int, ins: Instruction) -> Use:
+    if ins.root == "wgmma":
+        return Use(number, frozenset(), frozenset())
+    named = [_registers(operand) for operand in ins.operands]
+    touched = frozenset().union(*named) | ({ins.guard.index} if ins.guard else set())
+    writes = ins.root not in ("st", "red", "cp", "stmatrix", "prefetch", "fence")
+    return Use(number, touched, named[0] if named and writes else frozenset())
+
+
+def _registers(operand: Operand) -> frozenset[int]:
+    """The numbers of the registers in an operand."""
+    match operand:
+        case Register(index):
+            return frozenset({index})
+        case Not(inner) | Address(inner, _):
+            return _registers(inner)
+        case Pair(first, second):
+            return _registers(first) | _registers(second)
+        case Vector(parts):
+            return frozenset().union(*map(_registers, parts))
+    return frozenset()
+
+
 def _granule(code: list[Instruction]) -> int:
     """Bytes per unit of race bookkeeping: the narrowest element that the kernel stores to shared memory, at most 4."""
-    from .parser import TYPE_BYTES
-
     sizes = [4]
     for ins in code:
         if ins.root in ("st", "atom", "red") and any(m.startswith("shared") for m in ins.modifiers):
@@ -193,8 +225,9 @@ class Machine:
         self.checker = Checker(self, program.granule) if checks else None
         self.copies: list[Any] = []
         self.copy_group: Array | int = 0
-        self.pending: list[Any] = []
-        self.pending_registers: dict[int, str] = {}
+        self.products: Any = None
+        self.pending_registers: set[int] = set()
+        self.pending_inputs: set[int] = set()
         self.fragments: dict[Any, Any] = {}
         self.r: list[Any] = self._registers(grid)
         self.arrived = np.zeros((self.ctas, BARRIERS), np.int64)
@@ -266,12 +299,29 @@ class Machine:
         if mask is not None:
             warps = int(mask.reshape(-1, 32).any(1).sum())
         self.counters.warp_instructions += warps * block.size
-        if not self.pending_registers:
+        if not self.pending_registers and not block.starts_products:
             for action in block.body:
                 action(self, mask)
-        else:
-            for action in block.body:
-                action(self, mask)
+            return
+        for action, use in zip(block.body, block.uses, strict=True):
+            if self.pending_registers and self.checker is not None:
+                self._check_use(use)
+            action(self, mask)
+
+    def _check_use(self, use: Use) -> None:
+        """Report an instruction that touches registers of a wgmma that has not been waited for."""
+        assert self.checker is not None
+        if not self.pending_registers.isdisjoint(use.touched):
+            self.checker.note("register of a pending wgmma used", use.number, self.wgmma_of(use.touched))
+        if not self.pending_inputs.isdisjoint(use.written):
+            self.checker.note("input register of a pending wgmma overwritten", use.number, self.wgmma_of(use.written))
+
+    def wgmma_of(self, registers: frozenset[int]) -> int:
+        """The number of the pending wgmma that has one of the registers."""
+        for product in self.products.flying if self.products is not None else []:
+            if not registers.isdisjoint(product.registers + product.inputs):
+                return product.number
+        return 0
 
     def _holding(self, end: Jump | Leave | Barrier, mask: Array | None) -> Array | bool:
         """The lanes of the mask for which the guard of a block's end holds; True for all, False for none."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import atomics, copies, convert, floating, integer, loads, matrix, mma, moves, warp  # noqa: F401  (they register instructions)
+from . import atomics, copies, convert, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
 from .checks import Fault
 from .counters import Counters
 from .errors import SharedLimit, Unsupported
