@@ -32,8 +32,12 @@ def _no_kernel(problem: AnyProblem) -> Verdict:
 #: Type of the problem -> backend -> its `can_run`. Every op has every backend: one that cannot run it says so.
 _CAN_RUN: dict[type, dict[str, Callable[[Any], Verdict]]] = {
     Problem: {"triton": triton_bcast.can_run, "cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
-    FFNProblem: {"triton": triton_bcast.can_run, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
-    SelfAttentionProblem: {"triton": triton_bcast.can_run, "cpu": cpu_self_attention.can_run, "eager": eager_self_attention.can_run},
+    FFNProblem: {"triton": _no_kernel, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
+    SelfAttentionProblem: {
+        "triton": triton_bcast.can_run,
+        "cpu": cpu_self_attention.can_run,
+        "eager": eager_self_attention.can_run,
+    },
 }
 
 

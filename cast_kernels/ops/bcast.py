@@ -211,9 +211,7 @@ def _present(flat: list[Tensor]) -> Parameters:
     return Parameters.from_flat([p if p.numel() else None for p in flat])
 
 
-def _problem(
-    temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str, compute: torch.dtype
-) -> Problem:
+def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str, compute: torch.dtype) -> Problem:
     batch, frames, patches, dim = temporal.shape
     bottleneck = flat[0].shape[0]
     return Problem(

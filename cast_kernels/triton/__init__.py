@@ -1,1 +1,1 @@
-"""Backend `triton`: kernels for GPUs. Imports of `triton` stay inside functions of `bcast.py`, so that CPUs need none."""
+"""Backend `triton`: kernels for GPUs. An op's file, such as `bcast.py`, imports `triton` only when it runs."""

@@ -149,7 +149,9 @@ def backward(
 
     primals = [spatial, temporal, *parameters.flat()]
     if problem.batch == 0:
-        return [torch.zeros_like(x) if want and x is not None else None for x, want in zip(primals, wanted, strict=True)]
+        return [
+            torch.zeros_like(x) if want and x is not None else None for x, want in zip(primals, wanted, strict=True)
+        ]
     with on_device(spatial):
         call = Call(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
         parts = _carve(problem, recompute, saved)

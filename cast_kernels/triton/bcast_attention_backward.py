@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cast_kernels.triton.blocks import dot, patch_row
+from cast_kernels.triton.blocks import dot, offset, patch_row
 
 
 @triton.jit(do_not_specialize=["patch_rows", "frames", "patches", "window", "query_tiles"])
@@ -49,23 +49,23 @@ def _queries(
     BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    start = tile.to(tl.int64) * BM
+    start = tile * BM
     i = start + tl.arange(0, BM)
     mask, own = i < patch_rows, i // window
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
-    mine = row[:, None] * D + lane[None, :]
+    mine = offset(row, D)[:, None] + lane[None, :]
     queries = tl.load(q + mine, mask=mask[:, None], other=0.0)
     d_out = tl.load(do + mine, mask=mask[:, None], other=0.0)
     delta = tl.sum(d_out.to(tl.float32) * tl.load(o + mine, mask=mask[:, None], other=0.0).to(tl.float32), 1)
-    level = tl.load(lse + row * HEADS + head, mask=mask, other=0.0)
+    level = tl.load(lse + offset(row, HEADS) + head, mask=mask, other=0.0)
     factor = softmax_scale * 1.4426950408889634
     first, end = _range(start, patch_rows, window, BM)
     acc = tl.zeros((BM, HEAD), tl.float32)
-    for j in tl.range(0, (end - first).to(tl.int32), BLOCK, num_stages=STAGES):
+    for j in tl.range(0, end - first, BLOCK, num_stages=STAGES):
         key = first + j + tl.arange(0, BLOCK)
         inside = key < end
-        at = patch_row(key, frames, patches, BY_PATCH)[:, None] * (2 * D) + lane[None, :]
+        at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
         k = tl.load(kv + at, mask=inside[:, None], other=0.0)
         v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
         s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32)) * factor
@@ -76,7 +76,7 @@ def _queries(
         acc = dot(ds.to(k.dtype), k, acc)
     acc *= softmax_scale
     tl.store(dq + mine, acc.to(dq.dtype.element_ty), mask=mask[:, None])
-    tl.store(partial + tile.to(tl.int64) * (3 * D) + lane, tl.sum(acc, 0))
+    tl.store(partial + tile * (3 * D) + lane, tl.sum(acc, 0))
 
 
 @triton.jit
@@ -85,28 +85,28 @@ def _keys(
     BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    start = tile.to(tl.int64) * BM
+    start = tile * BM
     i = start + tl.arange(0, BM)
     mask, own = i < patch_rows, i // window
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
-    mine = row[:, None] * (2 * D) + lane[None, :]
+    mine = offset(row, 2 * D)[:, None] + lane[None, :]
     k = tl.load(kv + mine, mask=mask[:, None], other=0.0)
     v = tl.load(kv + mine + D, mask=mask[:, None], other=0.0)
     factor = softmax_scale * 1.4426950408889634
     first, end = _range(start, patch_rows, window, BM)
     dk = tl.zeros((BM, HEAD), tl.float32)
     dv = tl.zeros((BM, HEAD), tl.float32)
-    for j in tl.range(0, (end - first).to(tl.int32), BLOCK, num_stages=STAGES):
+    for j in tl.range(0, end - first, BLOCK, num_stages=STAGES):
         asking = first + j + tl.arange(0, BLOCK)
         inside = asking < end
         asking_row = patch_row(asking, frames, patches, BY_PATCH)
-        at = asking_row[:, None] * D + lane[None, :]
+        at = offset(asking_row, D)[:, None] + lane[None, :]
         queries = tl.load(q + at, mask=inside[:, None], other=0.0)
         d_out = tl.load(do + at, mask=inside[:, None], other=0.0)
         out = tl.load(o + at, mask=inside[:, None], other=0.0)
         delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
-        level = tl.load(lse + asking_row * HEADS + head, mask=inside, other=0.0)
+        level = tl.load(lse + offset(asking_row, HEADS) + head, mask=inside, other=0.0)
         s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32)) * factor
         together = (own[:, None] == (asking // window)[None, :]) & inside[None, :] & mask[:, None]
         p = tl.where(together, tl.exp2(s - level[None, :]), 0.0)
@@ -117,6 +117,6 @@ def _keys(
     dk *= softmax_scale
     tl.store(dkv + mine, dk.to(dkv.dtype.element_ty), mask=mask[:, None])
     tl.store(dkv + mine + D, dv.to(dkv.dtype.element_ty), mask=mask[:, None])
-    sums = partial + tile.to(tl.int64) * (3 * D) + lane
+    sums = partial + tile * (3 * D) + lane
     tl.store(sums + D, tl.sum(dk, 0))
     tl.store(sums + 2 * D, tl.sum(dv, 0))

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cast_kernels.problem import WINDOWS, Direction, Parameters, Problem, Stream
+from cast_kernels.problem import PARAMETER_NAMES, WINDOWS, Direction, Parameters, Problem, Stream
 from cast_kernels.triton import sums, tiles, weight_gradient
 from cast_kernels.triton.bcast_attention_backward import attention_backward
 from cast_kernels.triton.bcast_exchange import exchange
@@ -78,8 +78,8 @@ class Call:
     def _directions(self) -> dict[str, int | bool]:
         return {"T2S": "t2s" in self.ways, "S2T": "s2t" in self.ways, "POSITIONS": self.positions}
 
-    def _by(self) -> tuple[int, int, int, int]:
-        return tuple(step for name in ("t2s", "s2t") for step in (self.ways[name].by if name in self.ways else (0, 0)))
+    def _by(self) -> list[int]:
+        return [step for name in ("t2s", "s2t") for step in (self.ways[name].by if name in self.ways else (0, 0))]
 
     def _roles(self, stream: str) -> tuple[Way | None, Way | None]:
         """The direction in which the stream asks, and the one in which it answers."""
@@ -169,8 +169,8 @@ class Call:
             self._position_gradients(parts, by_name)
         if any(wanted[2:]):
             weight_gradient.launch(layers, self._tile("weight_gradient"))
-        for stream, way in (("spatial", "t2s"), ("temporal", "s2t")):
-            unused = getattr(by_name, stream)[4:] if way not in self.ways else ()
+        for stream, receives in (("spatial", "t2s"), ("temporal", "s2t")):
+            unused = getattr(by_name, stream)[4:] if receives not in self.ways else ()
             for grad in unused:  # an up-projection that nothing passed through
                 if grad is not None:
                     grad.zero_()
@@ -234,7 +234,8 @@ class Call:
         problem, d = self.problem, self.problem.bottleneck_dim
         tile = self._tile("project_backward")
         programs = {stream: triton.cdiv(self.rows[stream], tile.rows) for stream in STREAMS}
-        operands, layers, partials = [], [], {}
+        operands: list[Tensor | None] = []
+        layers, partials = [], {}
         for stream, grad in zip(STREAMS, grad_x, strict=True):
             weights: Stream = getattr(self.weights, stream)
             own: Stream = getattr(grads, stream)
@@ -273,6 +274,7 @@ class Call:
         for way in self.ways.values():
             own: Direction = getattr(grads, way.name)
             for role, table in (("q", own.q_pos), ("kv", own.kv_pos)):
+                assert table is not None  # `positions` says that all are there
                 gradient = parts[f"{way.name}_{role}_dinput"]
                 sums.sum_positions(gradient, table, problem.batch, problem.frames, problem.patches, way.by)
 
@@ -292,17 +294,14 @@ def _ways(problem: Problem, parameters: Parameters) -> dict[str, Way]:
 def _computed(parameters: Parameters, compute: torch.dtype) -> Parameters:
     """The parameters, contiguous; matrices that products read in the compute dtype, rounded in one launch."""
     flat = [None if p is None else p.detach().contiguous() for p in parameters.flat()]
-    wrong = [i for i, p in enumerate(flat) if p is not None and p.ndim == 2 and p.dtype != compute]
-    wrong = [i for i in wrong if not _is_table(i)]
-    if wrong:
-        rounded = [torch.empty_like(flat[i], dtype=compute) for i in wrong]
-        torch._foreach_copy_(rounded, [flat[i] for i in wrong])
-        for i, matrix in zip(wrong, rounded, strict=True):
+    matrices = {
+        i: p
+        for i, (name, p) in enumerate(zip(PARAMETER_NAMES, flat, strict=True))
+        if p is not None and p.ndim == 2 and p.dtype != compute and not name.endswith("_pos")  # added in fp32
+    }
+    if matrices:
+        rounded = [torch.empty_like(p, dtype=compute) for p in matrices.values()]
+        torch._foreach_copy_(rounded, list(matrices.values()))
+        for i, matrix in zip(matrices, rounded, strict=True):
             flat[i] = matrix
     return Parameters.from_flat(flat)
-
-
-def _is_table(i: int) -> bool:
-    """Whether the i-th parameter is a position table: added in fp32, so never rounded."""
-    n, m = len(Stream._fields), len(Direction._fields)
-    return i >= 2 * n and (i - 2 * n) % m < 2

@@ -10,7 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cast_kernels.triton.blocks import add_bias, channels, dot, gelu, narrow, patch_row, rounded, store_row, widen, zeros
+from cast_kernels.triton.blocks import (
+    add_bias,
+    channels,
+    dot,
+    gelu,
+    narrow,
+    offset,
+    patch_row,
+    rounded,
+    store_row,
+    widen,
+    zeros,
+)
 
 
 @triton.jit(do_not_specialize=["patch_rows", "all_rows", "frames", "patches", "window"])
@@ -29,7 +41,7 @@ def exchange(
     q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
     `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
     """
-    start = tl.program_id(0).to(tl.int64) * BM
+    start = tl.program_id(0) * BM
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
             for head in range(HEADS):
@@ -50,13 +62,13 @@ def exchange(
         else:
             frame, token, row = p_row // patches, p_row % patches, p_row
         acc = zeros(BM, CHUNK, CHUNKS)
-        acc = narrow(acc, o, p_row * D, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
         hidden = add_bias(acc, proj_bias, D, CHUNK, CHUNKS)
         if CLS:
             hidden = _with_cls(hidden, cls, i - patch_rows, mask & (i >= patch_rows), D, CHUNK, CHUNKS)
         kept = rounded(hidden, COMPUTE, CHUNKS)
         if STORE_H:
-            store_row(h, row * D, mask, kept, D, CHUNK, CHUNKS)
+            store_row(h, row, mask, kept, D, CHUNK, CHUNKS)
         g = ()
         for c in tl.static_range(CHUNKS):
             g += (gelu(kept[c].to(tl.float32)).to(COMPUTE),)
@@ -70,9 +82,9 @@ def exchange(
             here = mask[:, None] & (at < DIM)[None, :]
             branch = widen(g, up, j, DIM, D, False, BM, BN, CHUNK, CHUNKS)
             branch += tl.load(up_bias + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
-            old = tl.load(x + row[:, None] * DIM + at[None, :], mask=here, other=0.0).to(tl.float32)
+            old = tl.load(x + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
             new = old + factor[:, None] * branch
-            tl.store(y + row[:, None] * DIM + at[None, :], new.to(y.dtype.element_ty), mask=here)
+            tl.store(y + offset(row, DIM)[:, None] + at[None, :], new.to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -81,7 +93,7 @@ def _with_cls(hidden, cls, frame, mask, D: tl.constexpr, CHUNK: tl.constexpr, CH
     out = ()
     for c in tl.static_range(CHUNKS):
         at = channels(c, CHUNK)
-        n = tl.load(cls + frame[:, None] * D + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0)
+        n = tl.load(cls + offset(frame, D)[:, None] + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0)
         out += (tl.where(mask[:, None], n, hidden[c]),)
     return out
 
@@ -100,17 +112,17 @@ def _attend(
     mask = i < patch_rows
     row, own = patch_row(i, frames, patches, BY_PATCH), i // window
     lane = head * HEAD + tl.arange(0, HEAD)
-    queries = tl.load(q + row[:, None] * D + lane[None, :], mask=mask[:, None], other=0.0)
+    queries = tl.load(q + offset(row, D)[:, None] + lane[None, :], mask=mask[:, None], other=0.0)
     factor = softmax_scale * 1.4426950408889634  # log2(e): exp2 is the hardware's
     top = tl.full((BQ,), -1e30, tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     acc = tl.zeros((BQ, HEAD), tl.float32)
     first = start // window * window
     last = tl.minimum((tl.minimum(start + BQ, patch_rows) - 1) // window * window + window, patch_rows)
-    for j in tl.range(0, (last - first).to(tl.int32), BKEY, num_stages=STAGES):
+    for j in tl.range(0, last - first, BKEY, num_stages=STAGES):
         key = first + j + tl.arange(0, BKEY)
         inside = key < last
-        at = patch_row(key, frames, patches, BY_PATCH)[:, None] * (2 * D) + lane[None, :]
+        at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
         k = tl.load(kv + at, mask=inside[:, None], other=0.0)
         v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
         s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32)) * factor
@@ -122,6 +134,8 @@ def _attend(
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = higher
     total = tl.where(mask, total, 1.0)
-    tl.store(o + row[:, None] * D + lane[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=mask[:, None])
+    tl.store(
+        o + offset(row, D)[:, None] + lane[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=mask[:, None]
+    )
     if STORE_LSE:
-        tl.store(lse + row * HEADS + head, top + tl.log2(total), mask=mask)
+        tl.store(lse + offset(row, HEADS) + head, top + tl.log2(total), mask=mask)

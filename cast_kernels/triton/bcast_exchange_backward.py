@@ -17,6 +17,7 @@ from cast_kernels.triton.blocks import (
     gelu_gradient,
     load_row,
     narrow,
+    offset,
     rounded,
     store_row,
     widen,
@@ -42,8 +43,8 @@ def exchange_backward(
     first: tl.constexpr = 1 if CLS else 0
     tile = tl.program_id(0)
     tokens = patches + first
-    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
-    mask = row < rows.to(tl.int64) * tokens
+    row = tile * BM + tl.arange(0, BM)
+    mask = row < rows * tokens
     frame, token = row // tokens, row % tokens
     is_patch = mask & (token >= first)
     is_cls = mask & (token < first)
@@ -55,39 +56,39 @@ def exchange_backward(
         factor = tl.load(scale + frame // frames, mask=mask, other=0.0)
     if RECOMPUTE_H:
         acc = zeros(BM, CHUNK, CHUNKS)
-        acc = narrow(acc, o, p_row * D, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
         hidden = add_bias(acc, proj_bias, D, CHUNK, CHUNKS)
         if CLS:
-            n = load_row(cls, frame * D, is_cls, D, CHUNK, CHUNKS)
+            n = load_row(cls, frame, is_cls, D, CHUNK, CHUNKS)
             chosen = ()
             for c in tl.static_range(CHUNKS):
                 chosen += (tl.where(is_cls[:, None], n[c], hidden[c]),)
             hidden = chosen
         kept = rounded(hidden, COMPUTE, CHUNKS)
     else:
-        kept = load_row(h, row * D, mask, D, CHUNK, CHUNKS)
+        kept = load_row(h, row, mask, D, CHUNK, CHUNKS)
     scaled = ()
     for c in tl.static_range(CHUNKS):
         scaled += ((factor[:, None] * gelu(kept[c].to(tl.float32))).to(COMPUTE),)
-    store_row(g, row * D, mask, scaled, D, CHUNK, CHUNKS)
+    store_row(g, row, mask, scaled, D, CHUNK, CHUNKS)
     dg = zeros(BM, CHUNK, CHUNKS)
-    dg = narrow(dg, grad_y, row * DIM, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+    dg = narrow(dg, grad_y, row, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
     gradient = ()
     for c in tl.static_range(CHUNKS):
         gradient += (factor[:, None] * dg[c] * gelu_gradient(kept[c].to(tl.float32)),)
     for c in tl.static_range(CHUNKS):
         column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient[c], is_patch, D)
-    dh_row = tl.where(is_patch, p_row, rows.to(tl.int64) * patches + frame)
+    dh_row = tl.where(is_patch, p_row, rows * patches + frame)
     a = rounded(gradient, COMPUTE, CHUNKS)
-    store_row(dh, dh_row * D, mask, a, D, CHUNK, CHUNKS)
+    store_row(dh, dh_row, mask, a, D, CHUNK, CHUNKS)
     for j in tl.range(0, D, BN, num_stages=WIDEN_STAGES):
         at = j + tl.arange(0, BN)
         value = widen(a, proj, j, D, D, True, BM, BN, CHUNK, CHUNKS)
         here = is_patch[:, None] & (at < D)[None, :]
-        tl.store(do + p_row[:, None] * D + at[None, :], value.to(COMPUTE), mask=here)
+        tl.store(do + offset(p_row, D)[:, None] + at[None, :], value.to(COMPUTE), mask=here)
     for j in range(0, DIM, BN):
         at = j + tl.arange(0, BN)
         here = mask[:, None] & (at < DIM)[None, :]
-        value = tl.load(grad_y + row[:, None] * DIM + at[None, :], mask=here, other=0.0).to(tl.float32)
+        value = tl.load(grad_y + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
         total = tl.sum(factor[:, None] * value, 0)
-        tl.store(partial + tile.to(tl.int64) * (DIM + D) + at, total, mask=at < DIM)
+        tl.store(partial + tile * (DIM + D) + at, total, mask=at < DIM)

@@ -16,6 +16,7 @@ from cast_kernels.triton.blocks import (
     load_row,
     narrow,
     normalised,
+    offset,
     rounded,
     statistics,
     store_row,
@@ -23,8 +24,11 @@ from cast_kernels.triton.blocks import (
     zeros,
 )
 
+#: Arguments that are 1 or a multiple of 16 in some problems only: no kernels of their own for them.
+_SIZES = ["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"]
 
-@triton.jit(do_not_specialize=["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"])
+
+@triton.jit(do_not_specialize=_SIZES)
 def project(
     spatial, spatial_z, spatial_q, spatial_kv, spatial_down, spatial_down_bias, spatial_norm, spatial_norm_bias,
     spatial_q_pos, spatial_kv_pos, spatial_q_weight, spatial_q_bias, spatial_kv_weight, spatial_kv_bias,
@@ -62,24 +66,26 @@ def project(
         q_columns, kv_columns = D * S2T, 2 * D * T2S
     COMPUTE: tl.constexpr = spatial_z.dtype.element_ty
     tokens = patches + first
-    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
-    mask = row < rows.to(tl.int64) * tokens
-    frame, patch = row // tokens, (row % tokens).to(tl.int32) - first
+    row = tile * BM + tl.arange(0, BM)
+    mask = row < rows * tokens
     if FROM_Z:
-        z = load_row(z_out, row * D, mask, D, CHUNK, CHUNKS)
+        z = load_row(z_out, row, mask, D, CHUNK, CHUNKS)
     else:
         wide = zeros(BM, CHUNK, CHUNKS)
-        wide = narrow(wide, x, row * DIM, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        wide = narrow(wide, x, row, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
         z = rounded(add_bias(wide, down_bias, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
         if STORE_Z:
-            store_row(z_out, row * D, mask, z, D, CHUNK, CHUNKS)
+            store_row(z_out, row, mask, z, D, CHUNK, CHUNKS)
     mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
+    frame, patch = row // tokens, row % tokens - first
     if T2S:
         for c in tl.static_range(CHUNKS):
             at = channels(c, CHUNK)
             n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
-            tl.store(cls + frame[:, None] * D + at[None, :], n, mask=(mask & (patch < 0))[:, None] & (at < D)[None, :])
-    time = (frame % frames).to(tl.int32)
+            tl.store(
+                cls + offset(frame, D)[:, None] + at[None, :], n, mask=(mask & (patch < 0))[:, None] & (at < D)[None, :]
+            )
+    time = frame % frames
     out_row = frame * patches + patch
     kept = mask & (patch >= 0)
     q_at, kv_at = time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch
@@ -112,4 +118,8 @@ def _attention_input(
         value = widen(a, weight, j, WIDTH, D, False, BM, BN, CHUNK, CHUNKS)
         at = j + tl.arange(0, BN)
         value += tl.load(bias + at, mask=at < WIDTH, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + row[:, None] * WIDTH + at[None, :], value.to(COMPUTE), mask=mask[:, None] & (at < WIDTH)[None, :])
+        tl.store(
+            out + offset(row, WIDTH)[:, None] + at[None, :],
+            value.to(COMPUTE),
+            mask=mask[:, None] & (at < WIDTH)[None, :],
+        )

@@ -15,6 +15,7 @@ from cast_kernels.triton.blocks import (
     load_row,
     narrow,
     normalised,
+    offset,
     rounded,
     statistics,
     store_row,
@@ -22,8 +23,11 @@ from cast_kernels.triton.blocks import (
     zeros,
 )
 
+#: Arguments that are 1 or a multiple of 16 in some problems only: no kernels of their own for them.
+_SIZES = ["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"]
 
-@triton.jit(do_not_specialize=["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"])
+
+@triton.jit(do_not_specialize=_SIZES)
 def project_backward(
     spatial_z, spatial_dq, spatial_dkv, spatial_dz, spatial_q_input, spatial_kv_input, spatial_dq_input,
     spatial_dkv_input, spatial_partial, spatial_grad, spatial_grad_out, spatial_down, spatial_norm, spatial_norm_bias,
@@ -68,39 +72,35 @@ def project_backward(
         asks, answers = S2T, T2S
     COMPUTE: tl.constexpr = spatial_z.dtype.element_ty
     tokens = patches + first
-    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
-    mask = row < rows.to(tl.int64) * tokens
-    frame, patch = row // tokens, (row % tokens).to(tl.int32) - first
+    row = tile * BM + tl.arange(0, BM)
+    mask = row < rows * tokens
+    frame, patch = row // tokens, row % tokens - first
     is_patch, is_cls = mask & (patch >= 0), mask & (patch < 0)
-    p_row, time = frame * patches + patch, (frame % frames).to(tl.int32)
+    p_row, time = frame * patches + patch, frame % frames
 
     # A direction that is absent contributes masked rows, so zero: only ablations pay for multiplying them.
     asked, answered = is_patch & (asks != 0), is_patch & (answers != 0)
     dn = zeros(BM, CHUNK, CHUNKS)
-    dn = narrow(dn, dq, p_row * D, asked, q_weight, D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+    dn = narrow(dn, dq, p_row, asked, q_weight, D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
     if POSITIONS:
-        store_row(dq_input, p_row * D, asked, dn, D, CHUNK, CHUNKS)
+        store_row(dq_input, p_row, asked, dn, D, CHUNK, CHUNKS)
         more = zeros(BM, CHUNK, CHUNKS)
-        more = narrow(
-            more, dkv, p_row * (2 * D), answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES
-        )
-        store_row(dkv_input, p_row * D, answered, more, D, CHUNK, CHUNKS)
+        more = narrow(more, dkv, p_row, answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        store_row(dkv_input, p_row, answered, more, D, CHUNK, CHUNKS)
         both = ()
         for c in tl.static_range(CHUNKS):
             both += (dn[c] + more[c],)
         dn = both
     else:
-        dn = narrow(
-            dn, dkv, p_row * (2 * D), answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES
-        )
+        dn = narrow(dn, dkv, p_row, answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
     if T2S:
-        cls = load_row(dh, (rows.to(tl.int64) * patches + frame) * D, is_cls, D, CHUNK, CHUNKS)
+        cls = load_row(dh, rows * patches + frame, is_cls, D, CHUNK, CHUNKS)
         both = ()
         for c in tl.static_range(CHUNKS):
             both += (dn[c] + cls[c].to(tl.float32),)
         dn = both
 
-    z = load_row(z_in, row * D, mask, D, CHUNK, CHUNKS)
+    z = load_row(z_in, row, mask, D, CHUNK, CHUNKS)
     mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
     _attention_inputs(
         z, mean, rstd, norm, norm_bias, q_input, kv_input, q_pos, kv_pos, asks, answers, p_row, is_patch,
@@ -109,16 +109,18 @@ def project_backward(
     )  # fmt: skip
     dz = _norm_backward(z, dn, mean, rstd, norm, partial, tile, mask, BM, D, CHUNK, CHUNKS)
     a = rounded(dz, COMPUTE, CHUNKS)
-    store_row(dz_out, row * D, mask, a, D, CHUNK, CHUNKS)
+    store_row(dz_out, row, mask, a, D, CHUNK, CHUNKS)
     if WANT_X:
         receives = asks  # what asks is what receives, so its residual carries a gradient
         for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
             at = j + tl.arange(0, BN)
             here = mask[:, None] & (at < DIM)[None, :]
             value = widen(a, down, j, DIM, D, True, BM, BN, CHUNK, CHUNKS)
-            residual = tl.load(grad_out + row[:, None] * DIM + at[None, :], mask=here & (receives != 0), other=0.0)
+            residual = tl.load(
+                grad_out + offset(row, DIM)[:, None] + at[None, :], mask=here & (receives != 0), other=0.0
+            )
             total = value + residual.to(tl.float32)
-            tl.store(grad + row[:, None] * DIM + at[None, :], total.to(grad.dtype.element_ty), mask=here)
+            tl.store(grad + offset(row, DIM)[:, None] + at[None, :], total.to(grad.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -136,7 +138,7 @@ def _attention_inputs(
             asked, answered = here & (asks != 0), here & (answers != 0)
             q_n += tl.load(q_pos + q_at[:, None] * D + at[None, :], mask=asked, other=0.0).to(tl.float32)
             kv_n += tl.load(kv_pos + kv_at[:, None] * D + at[None, :], mask=answered, other=0.0).to(tl.float32)
-        out = row[:, None] * D + at[None, :]
+        out = offset(row, D)[:, None] + at[None, :]
         tl.store(q_input + out, q_n.to(q_input.dtype.element_ty), mask=here & (asks != 0))
         tl.store(kv_input + out, kv_n.to(kv_input.dtype.element_ty), mask=here & (answers != 0))
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 # Naming in all kernels: BM rows of a program, BK columns of one step of a contraction, BN columns of one output tile.
-# Offsets into rows are int64: 2^31 elements are 1.8 million rows of 1152, which B = 600 clips pass.
+# Row numbers are int32, offsets (row times width) int64: 2^31 elements are 2.8 million rows of 768, which 900 clips
+# pass, while 2^31 rows would not fit in any memory; and a 64-bit division costs a hundred instructions.
 
 
 @triton.jit
@@ -20,6 +21,12 @@ def dot(a, b, acc):
     if a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="tf32x3")
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def offset(row, WIDTH: tl.constexpr):
+    """Where the rows begin in a matrix of WIDTH columns."""
+    return row.to(tl.int64) * WIDTH
 
 
 @triton.jit
@@ -35,10 +42,7 @@ def zeros(BM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 def load_weight(weight, out, inner, OUT: tl.constexpr, INNER: tl.constexpr, IN_BY_OUT: tl.constexpr,
                 OUT_EVEN: tl.constexpr, INNER_EVEN: tl.constexpr):  # fmt: skip
     """A tile [inner, out] of a weight that lies as [OUT, INNER], or as [INNER, OUT] where IN_BY_OUT; zero outside."""
-    if IN_BY_OUT:
-        at = inner[:, None] * OUT + out[None, :]
-    else:
-        at = out[None, :] * INNER + inner[:, None]
+    at = inner[:, None] * OUT + out[None, :] if IN_BY_OUT else out[None, :] * INNER + inner[:, None]
     if OUT_EVEN and INNER_EVEN:  # no mask: the tile is inside, and the compiler need not prove it
         return tl.load(weight + at)
     return tl.load(weight + at, mask=(inner < INNER)[:, None] & (out < OUT)[None, :], other=0.0)
@@ -46,19 +50,20 @@ def load_weight(weight, out, inner, OUT: tl.constexpr, INNER: tl.constexpr, IN_B
 
 @triton.jit
 def narrow(
-    row, x, offsets, mask, weight, WIDTH: tl.constexpr, D: tl.constexpr, IN_BY_OUT: tl.constexpr,
+    row, x, rows, mask, weight, WIDTH: tl.constexpr, D: tl.constexpr, IN_BY_OUT: tl.constexpr,
     COMPUTE: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """row + x @ weight^T: WIDTH channels to d. `offsets` [BM] are where the rows of x begin.
+    """row + x @ weight^T: WIDTH channels to d. `rows` [BM] are the rows of x [*, WIDTH].
 
     The weight lies as [D, WIDTH], or as [WIDTH, D] where IN_BY_OUT: the gradient of a layer that widens.
     """
     for k in tl.range(0, WIDTH, BK, num_stages=STAGES):
         inner = k + tl.arange(0, BK)
         if WIDTH % BK == 0:
-            a = tl.load(x + offsets[:, None] + inner[None, :], mask=mask[:, None], other=0.0)
+            a = tl.load(x + offset(rows, WIDTH)[:, None] + inner[None, :], mask=mask[:, None], other=0.0)
         else:
-            a = tl.load(x + offsets[:, None] + inner[None, :], mask=mask[:, None] & (inner < WIDTH)[None, :], other=0.0)
+            here = mask[:, None] & (inner < WIDTH)[None, :]
+            a = tl.load(x + offset(rows, WIDTH)[:, None] + inner[None, :], mask=here, other=0.0)
         a = a.to(COMPUTE)
         step = ()
         for c in tl.static_range(CHUNKS):
@@ -112,22 +117,22 @@ def rounded(row, DTYPE: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def load_row(x, offsets, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def load_row(x, rows, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Rows of d channels, zero where masked, in their dtype."""
     row = ()
     for c in tl.static_range(CHUNKS):
         at = channels(c, CHUNK)
-        row += (tl.load(x + offsets[:, None] + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0),)
+        row += (tl.load(x + offset(rows, D)[:, None] + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0),)
     return row
 
 
 @triton.jit
-def store_row(x, offsets, mask, row, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def store_row(x, rows, mask, row, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Write rows of d channels, rounded to the dtype of x."""
     for c in tl.static_range(CHUNKS):
         at = channels(c, CHUNK)
         value = row[c].to(x.dtype.element_ty)
-        tl.store(x + offsets[:, None] + at[None, :], value, mask=mask[:, None] & (at < D)[None, :])
+        tl.store(x + offset(rows, D)[:, None] + at[None, :], value, mask=mask[:, None] & (at < D)[None, :])
 
 
 @triton.jit
@@ -181,4 +186,4 @@ def column_sums(partial, tile, start, width, at, value, mask, D: tl.constexpr):
     `at` below D is kept.
     """
     total = tl.sum(tl.where(mask[:, None], value, 0.0), 0)
-    tl.store(partial + tile.to(tl.int64) * width + start + at, total, mask=at < D)
+    tl.store(partial + tile * width + start + at, total, mask=at < D)

@@ -18,7 +18,9 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def verdict(device: str, compute: torch.dtype) -> Verdict:
     """Whether Triton runs kernels on tensors of this device and compute dtype, and the reason in words either way."""
     if compute not in COMPUTE_DTYPES:
-        return Verdict(False, f"the compute dtype is {compute}; Triton kernels take {', '.join(map(str, COMPUTE_DTYPES))}")
+        return Verdict(
+            False, f"the compute dtype is {compute}; Triton kernels take {', '.join(map(str, COMPUTE_DTYPES))}"
+        )
     if device == "cuda":
         return _on_gpu()
     if device == "cpu" and interpreting():

@@ -46,7 +46,7 @@ def position_sums(
     x, partial, clips, frames, patches, splits, by_frame, by_patch, members,
     D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, W, D] = sums of the rows of x [B*T*N, D] that share position frame * by_frame + patch * by_patch.
+    """partial [splits, W, D] = sums of the rows of x [B*T*N, D] at position frame * by_frame + patch * by_patch.
 
     The grid is (W, columns, splits). A position's members are its clips, times what its window leaves out: patches
     where it counts frames, frames where it counts patches.

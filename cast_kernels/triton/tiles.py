@@ -30,11 +30,9 @@ CHUNKS = (128, 64, 32, 16)
 MOST_CHUNKS = 6
 
 
-def chunking(d: int) -> tuple[int, int] | None:
-    """(CHUNK, CHUNKS) that cover d channels with the least padding, the widest chunk among equals; None: no way."""
+def chunking(d: int) -> tuple[int, int]:
+    """(CHUNK, CHUNKS) that cover d channels, at most 768, with the least padding; the widest chunk among equals."""
     covers = [(-(-d // chunk), chunk) for chunk in CHUNKS if -(-d // chunk) <= MOST_CHUNKS]
-    if not covers:
-        return None
     count, chunk = min(covers, key=lambda cover: (cover[0] * cover[1], cover[0]))
     return chunk, count
 

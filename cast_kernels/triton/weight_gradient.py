@@ -97,4 +97,3 @@ def launch(layers: Sequence[Layer], tile: Tile) -> None:
         *(x.left.shape[0] for x in filled), *(x.weight.shape[0] for x in filled), *(x.weight.shape[1] for x in filled),
         *ends[:-1], BM=tile.rows, BN=tile.columns, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-
