@@ -210,11 +210,15 @@ def main(
 def _report(console: Console, rows: Sequence[Row], exceptions: Exceptions) -> None:
     for row in rows:
         if row.allowed:
-            console.print(f"exception  {row.target} {row.kernel} {row.dtype}: {row.allowed}", markup=False)
+            console.print(
+                f"exception  {row.target} {row.kernel} {row.dtype}: {row.allowed}", markup=False, soft_wrap=True
+            )
     for key in unused(rows, exceptions):
-        console.print(f"not needed: the exception for {' '.join(map(str, key))} bits", markup=False)
+        console.print(f"not needed: the exception for {' '.join(map(str, key))} bits", markup=False, soft_wrap=True)
     for row in rows:
         for failure in row.failures:
-            console.print(f"FAIL  {row.target} {row.kernel} [{row.tile}] {row.dtype}: {failure}", markup=False)
+            console.print(
+                f"FAIL  {row.target} {row.kernel} [{row.tile}] {row.dtype}: {failure}", markup=False, soft_wrap=True
+            )
     failed = sum(bool(row.failures) for row in rows)
-    console.print(f"{len(rows)} compiled kernels, {failed} fail a gate", markup=False)
+    console.print(f"{len(rows)} compiled kernels, {failed} fail a gate", markup=False, soft_wrap=True)
