@@ -71,6 +71,7 @@ def _emulate_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--target", EMULATE_TARGETS, EMULATE_TARGETS, "architectures")
     _add_choices(parser, "--dtype", DTYPES, ("bf16",), "dtypes")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
 
 
@@ -79,7 +80,7 @@ def _emulate(options: Namespace) -> int:
 
     if options.mutants:
         return mutants.main(options.target, options.dtype, emulate.SIZES["small"][0])
-    return emulate.main(options.target, options.dtype, options.size)
+    return emulate.main(options.target, options.dtype, options.size, options.json)
 
 
 def _add_choices(

@@ -46,8 +46,8 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32"]) == 0
     assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
     assert calls == [
-        ("emulate", (["sm_80", "sm_90"], ["bf16"], "small")),
-        ("emulate", (["sm_90"], ["fp32"], "paper")),
+        ("emulate", (["sm_80", "sm_90"], ["bf16"], "small", None)),
+        ("emulate", (["sm_90"], ["fp32"], "paper", None)),
         ("mutants", (["sm_80"], ["bf16"], emulate.SIZES["small"][0])),
     ]
 
