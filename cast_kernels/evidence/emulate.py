@@ -127,7 +127,7 @@ def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
         "ok": outcome.ok,
         "fault": outcome.fault,
         "errors": [error._asdict() | {"ratio": error.ratio, "ok": error.ok} for error in outcome.errors],
-        "kernels": [asdict(runs) for runs in outcome.kernels.values()],
+        "kernels": [vars(runs) for runs in outcome.kernels.values()],
     }
 
 
