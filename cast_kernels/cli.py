@@ -79,7 +79,7 @@ def _emulate(options: Namespace) -> int:
     from cast_kernels.evidence import emulate, mutants
 
     if options.mutants:
-        return mutants.main(options.target, options.dtype, emulate.SIZES["small"][0])
+        return mutants.main(options.target, options.dtype, mutants.CASE, options.json)
     return emulate.main(options.target, options.dtype, options.size, options.json)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from triton_kernels import product, scale
 
 from cast_kernels.evidence import compile as compiling
-from cast_kernels.evidence.cases import DTYPES
+from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import Row, dots_elsewhere, judge, read, render, tensor_core_dots, unused
 from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.targets import target
@@ -165,3 +165,15 @@ def test_the_exit_code_and_the_json(
 
 def test_dtypes_have_a_kernel_each() -> None:
     assert {str(dtype) for dtype in DTYPES.values()} == {"torch.bfloat16", "torch.float16", "torch.float32"}
+
+
+def test_what_the_product_launches_is_compiled(tmp_path: Path) -> None:
+    """A kernel that two cases launch is one row; its stages of recompute are rows of their own."""
+    small = Case(2, 3, 7, 64, 32, 2, recompute="all")
+    rows = compiling.compile_target("sm_80", "bf16", [small, replace(small, backward=False)], tmp_path)
+    kernels = {row.kernel for row in rows}
+    assert {"project", "exchange", "exchange_backward", "attention_backward", "weight_gradient"} <= kernels
+    shared = [row for row in rows if len(row.cases) == 2]
+    assert {row.kernel for row in shared} == {"project", "exchange"}
+    assert all(row.resources.tensor_core == "HMMA" for row in rows if row.dots)
+    assert {row.key for row in shared} == {("sm_80", "project", 16), ("sm_80", "exchange", 16)}
