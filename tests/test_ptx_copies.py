@@ -33,8 +33,12 @@ def test_visible_only_after_the_wait() -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3])
 def test_wait_keeps_the_newest_groups(keep: int) -> None:
-    copies = "".join(f"cp.async.cg.shared.global [%r2+{512 * i}], [%d1+{512 * i}], 16; cp.async.commit_group;" for i in range(3))
-    code = f"{SETUP} {copies} cp.async.wait_group {keep};" + "".join(store(f"%d2+{512 * i}", f"%r2+{512 * i}") for i in range(3))
+    copies = "".join(
+        f"cp.async.cg.shared.global [%r2+{512 * i}], [%d1+{512 * i}], 16; cp.async.commit_group;" for i in range(3)
+    )
+    code = f"{SETUP} {copies} cp.async.wait_group {keep};" + "".join(
+        store(f"%d2+{512 * i}", f"%r2+{512 * i}") for i in range(3)
+    )
     source, out = words(384), np.zeros(384, np.uint32)
     report = run(entry(code, 2, outside=TILE), [source, out])
     landed = 128 * max(0, 3 - keep)
@@ -47,7 +51,10 @@ def test_wait_all_needs_no_commit_and_wait_group_does() -> None:
     source = words()
     for wait, whole in (("wait_all", True), ("wait_group 0", False)):
         out = np.zeros(128, np.uint32)
-        run(entry(f"{SETUP} cp.async.cg.shared.global [%r2], [%d1], 16; cp.async.{wait}; {store()}", 2, outside=TILE), [source, out])
+        run(
+            entry(f"{SETUP} cp.async.cg.shared.global [%r2], [%d1], 16; cp.async.{wait}; {store()}", 2, outside=TILE),
+            [source, out],
+        )
         assert (out == source).all() == whole
 
 
@@ -104,5 +111,7 @@ def test_groups_belong_to_threads() -> None:
     source, out = words(512), np.zeros(512, np.uint32)
     run(entry(code, 2, outside=TILE), [source, out], threads=64)
     poison = np.full(512, 0x7FFF7FFF)
-    want = np.where((np.arange(512) < 128), source, poison)  # only warp 0's first copy is in a group that was waited for
+    want = np.where(
+        (np.arange(512) < 128), source, poison
+    )  # only warp 0's first copy is in a group that was waited for
     np.testing.assert_array_equal(out, want)

@@ -22,7 +22,9 @@ def test_load_matrix(count: int, transposed: bool) -> None:
     code = f"""{FILL}
     sub.u32 %r3, 31, %tid0; mad.lo.u32 %r3, %r3, 16, %r1;
     ldmatrix.sync.aligned.m8n8.x{count}{".trans" if transposed else ""}.shared.b16 {{{", ".join(registers)}}}, [%r3+256];
-    mad.wide.u32 %d2, %tid0, 16, %ptr1;""" + "".join(f"st.global.b32 [%d2+{4 * i}], {r};" for i, r in enumerate(registers))
+    mad.wide.u32 %d2, %tid0, 16, %ptr1;""" + "".join(
+        f"st.global.b32 [%d2+{4 * i}], {r};" for i, r in enumerate(registers)
+    )
     tile = np.arange(512, dtype=np.uint16).reshape(64, 8)
     out = np.zeros((32, 4, 2), np.uint16)
     run(entry(code, 2, outside=TILE), [tile, out])
@@ -107,10 +109,16 @@ def mma(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str) -> tuple[np.ndar
         width = array.shape[1]
         loads.append(f"mad.wide.u32 %d1, %tid0, {4 * width}, %ptr{i};")
         loads += [f"ld.global.b32 %r{first + j}, [%d1+{4 * j}];" for j in range(width)]
-    names = ["{" + ", ".join(f"%r{first + j}" for j in range(n)) + "}" for first, n in ((30, 4), (10, left.shape[1]), (20, right.shape[1]))]
-    code = "\n".join(loads) + f"""
+    names = [
+        "{" + ", ".join(f"%r{first + j}" for j in range(n)) + "}"
+        for first, n in ((30, 4), (10, left.shape[1]), (20, right.shape[1]))
+    ]
+    code = (
+        "\n".join(loads)
+        + f"""
     mma.sync.aligned.m16n8k{a.shape[1]}.row.col.f32.{kind}.{kind}.f32 {names[0]}, {names[1]}, {names[2]}, {names[0]};
     mad.wide.u32 %d1, %tid0, 16, %ptr2; st.global.v4.b32 [%d1], {names[0]};"""
+    )
     report = run(entry(code, 3), arrays)
     out = np.zeros((16, 8), np.float32)
     out[rows, columns] = arrays[2]
@@ -171,7 +179,10 @@ def test_a_register_that_changes_is_read_again() -> None:
     np.testing.assert_array_equal(out, want)
 
 
-@pytest.mark.parametrize("types", ["m16n8k16.row.col.f16.f16.f16.f16", "m16n8k32.row.col.s32.s8.s8.s32", "m16n8k16.row.row.f32.bf16.bf16.f32"])
+@pytest.mark.parametrize(
+    "types",
+    ["m16n8k16.row.col.f16.f16.f16.f16", "m16n8k32.row.col.s32.s8.s8.s32", "m16n8k16.row.row.f32.bf16.bf16.f32"],
+)
 def test_other_mma_forms_are_refused(types: str) -> None:
     text = f"mma.sync.aligned.{types} {{%r1, %r2, %r3, %r4}}, {{%r5, %r6, %r7, %r8}}, {{%r9, %r10}}, {{%r1, %r2, %r3, %r4}};"
     with pytest.raises(ptx_emulator.Unsupported, match="mma"):

@@ -9,7 +9,9 @@ LANES = np.arange(32, dtype=np.uint32)
 SHARED = ".shared .align 16 .b8 tile[512];\n"
 
 
-@pytest.mark.parametrize(("width", "vector"), [(8, 1), (16, 1), (32, 1), (64, 1), (8, 4), (16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
+@pytest.mark.parametrize(
+    ("width", "vector"), [(8, 1), (16, 1), (32, 1), (64, 1), (8, 4), (16, 2), (16, 4), (32, 2), (32, 4), (64, 2)]
+)
 def test_global_copy(width: int, vector: int) -> None:
     """Each width and vector, through a negative offset."""
     size = width // 8 * vector
@@ -47,8 +49,13 @@ def test_masked_lanes_are_untouched() -> None:
 
 
 def test_parameters() -> None:
-    text = entry("ld.param.s32 %d1, [n]; ld.param.b32 %f1, [v]; ld.param.u16 %h1, [s]; st.global.b64 [%ptr0], %d1; st.global.b32 [%ptr0+8], %f1; st.global.b16 [%ptr0+12], %h1;", 1)
-    text = text.replace("x0)", "x0, .param .u32 n, .param .f32 v, .param .u16 s, .param .u64 scratch_a, .param .u64 scratch_b)", 1)
+    text = entry(
+        "ld.param.s32 %d1, [n]; ld.param.b32 %f1, [v]; ld.param.u16 %h1, [s]; st.global.b64 [%ptr0], %d1; st.global.b32 [%ptr0+8], %f1; st.global.b16 [%ptr0+12], %h1;",
+        1,
+    )
+    text = text.replace(
+        "x0)", "x0, .param .u32 n, .param .f32 v, .param .u16 s, .param .u64 scratch_a, .param .u64 scratch_b)", 1
+    )
     kernel = ptx_emulator.parse(text).kernels["f"]
     assert kernel.parameters[:4] == [("x0", "u64", 8, 8), ("n", "u32", 4, 4), ("v", "f32", 4, 4), ("s", "u16", 2, 2)]
     out = np.zeros(16, np.uint8)
@@ -113,7 +120,11 @@ def test_shared_bounds(offset: str) -> None:
 
 def test_dynamic_shared_memory_and_its_limit() -> None:
     outside = ".extern .shared .align 16 .b8 dynamic[];\n" + SHARED
-    text = entry("mov.b32 %r1, dynamic; ld.shared.b32 %r2, [%r1+1020]; mov.b32 %r3, tile; ld.shared.b32 %r2, [%r3];", 0, outside=outside)
+    text = entry(
+        "mov.b32 %r1, dynamic; ld.shared.b32 %r2, [%r1+1020]; mov.b32 %r3, tile; ld.shared.b32 %r2, [%r3];",
+        0,
+        outside=outside,
+    )
     run(text, [], shared_bytes=1024)
     with pytest.raises(ptx_emulator.MemoryFault):
         run(text, [], shared_bytes=1020)

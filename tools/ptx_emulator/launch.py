@@ -81,6 +81,7 @@ def launch(
     report = Report(ctas=grid[0] * grid[1] * grid[2])
     batch = max(1, BATCH_LANES // threads)
     numbers = np.arange(report.ctas)
+    faults: dict[tuple[str, int, int], Fault] = {}  # by kind and pair of instructions, the first CTA's
     with np.errstate(all="ignore"):
         for first in range(0, report.ctas, batch):
             machine = Machine(
@@ -96,7 +97,8 @@ def launch(
             )
             machine.run()
             if machine.checker is not None:
-                report.faults += machine.checker.faults.values()
+                faults = {**machine.checker.faults, **faults}
+    report.faults = list(faults.values())
     return report
 
 
