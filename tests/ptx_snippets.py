@@ -18,8 +18,8 @@ def entry(
     params = ", ".join(f".param .u64 .ptr .global .align 1 x{i}" for i in range(parameters))
     loads = "".join(f"ld.param.b64 %ptr{i}, [x{i}];\n" for i in range(parameters))
     return (
-        f"{HEADER}{outside}\n.visible .entry {name}({params})\n{directives}\n{{\n{scratch}\n.reg .b64 %ptr<9>; .reg .b32 %tid0;\n"
-        f"{loads}mov.u32 %tid0, %tid.x;\n{code}\nret;\n}}\n"
+        f"{HEADER}{outside}\n.visible .entry {name}({params})\n{directives}\n{{\n"
+        f"{scratch}\n.reg .b64 %ptr<9>; .reg .b32 %tid0;\n{loads}mov.u32 %tid0, %tid.x;\n{code}\nret;\n}}\n"
     )
 
 

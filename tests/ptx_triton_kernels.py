@@ -102,7 +102,7 @@ def attention(q, k, v, o, n, stride, scale, BQ: tl.constexpr, BK: tl.constexpr, 
 
 def cases() -> dict[str, tuple]:
     """name -> (kernel, types of the run-time arguments, constants, names that are multiples of 16, warps, stages)."""
-    sizes = {name: "i32" for name in ("m", "n", "k", "lda", "ldb", "ldc")}
+    sizes = dict.fromkeys(("m", "n", "k", "lda", "ldb", "ldc"), "i32")
     found = {}
     for kind, ta, tb, precision, warps in (
         ("bf16", False, False, "tf32", 4),
@@ -122,7 +122,7 @@ def cases() -> dict[str, tuple]:
     found["softmax fp16"] = (softmax, {"x": "*fp16", "y": "*fp16", **row}, blocks, ["x", "y"], 4, 1)
     types = {"x": "*bf16", "w": "*bf16", "y": "*bf16", **row, "eps": "fp32"}
     found["layernorm_gelu bf16"] = (layernorm_gelu, types, blocks, ["x", "w", "y", "stride"], 8, 1)
-    pointers = {name: "*bf16" for name in "qkvo"}
+    pointers = dict.fromkeys("qkvo", "*bf16")
     types = {**pointers, "n": "i32", "stride": "i32", "scale": "fp32"}
     found["attention bf16"] = (attention, types, {"BQ": 64, "BK": 64, "D": 32}, [*pointers, "stride"], 4, 2)
     return found

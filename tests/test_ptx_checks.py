@@ -7,7 +7,10 @@ from ptx_snippets import entry, run
 
 SHARED = ".shared .align 16 .b8 tile[4096];\n"
 # %r8: the thread's word, %r7: the same word of the other warp's thread
-SETUP = "mov.b32 %r9, tile; mad.lo.u32 %r8, %tid0, 4, %r9; xor.b32 %r7, %tid0, 32; mad.lo.u32 %r7, %r7, 4, %r9; setp.lt.u32 %p1, %tid0, 32;"
+SETUP = (
+    "mov.b32 %r9, tile; mad.lo.u32 %r8, %tid0, 4, %r9; xor.b32 %r7, %tid0, 32; mad.lo.u32 %r7, %r7, 4, %r9; "
+    "setp.lt.u32 %p1, %tid0, 32;"
+)
 MINE, OTHER = "st.shared.b32 [%r8], %tid0;", "st.shared.b32 [%r7], %tid0;"
 READ_MINE, READ_OTHER = "ld.shared.b32 %r1, [%r8];", "ld.shared.b32 %r1, [%r7];"
 BARRIER = "bar.sync 0;"
@@ -57,7 +60,10 @@ def test_equal_values_are_no_race() -> None:
 
 def test_the_second_of_two_readers_counts() -> None:
     """Warp 0 reads word 0 first, then warp 1 does; warp 0 writes it in the same epoch."""
-    code = "@%p1 ld.shared.b32 %r1, [%r9]; @!%p1 ld.shared.b32 %r1, [%r9]; setp.eq.u32 %p2, %tid0, 0; @%p2 st.shared.b32 [%r9], 1;"
+    code = (
+        "@%p1 ld.shared.b32 %r1, [%r9]; @!%p1 ld.shared.b32 %r1, [%r9]; setp.eq.u32 %p2, %tid0, 0; "
+        "@%p2 st.shared.b32 [%r9], 1;"
+    )
     (fault,) = faults(code)
     assert (fault.kind, fault.warps) == ("read-write", (1, 0))
     assert faults(code.replace("@!%p1 ld.shared.b32 %r1, [%r9];", "")) == []
@@ -65,7 +71,10 @@ def test_the_second_of_two_readers_counts() -> None:
 
 def test_halves_of_a_word_are_no_race() -> None:
     """Two warps store the two 16-bit halves of each word."""
-    code = "shr.u32 %r2, %tid0, 5; and.b32 %r3, %tid0, 31; mad.lo.u32 %r4, %r3, 4, %r9; mad.lo.u32 %r4, %r2, 2, %r4; cvt.u16.u32 %h1, %tid0; st.shared.b16 [%r4], %h1;"
+    code = (
+        "shr.u32 %r2, %tid0, 5; and.b32 %r3, %tid0, 31; mad.lo.u32 %r4, %r3, 4, %r9; "
+        "mad.lo.u32 %r4, %r2, 2, %r4; cvt.u16.u32 %h1, %tid0; st.shared.b16 [%r4], %h1;"
+    )
     assert faults(code) == []
     assert {f.kind for f in faults(code.replace("%r2, 2, %r4", "%r2, 0, %r4"))} == {"write-write"}
 
@@ -79,14 +88,19 @@ def test_races_of_one_cta_only() -> None:
 
 
 def test_addresses_that_differ_between_ctas() -> None:
-    code = f"mov.u32 %r2, %ctaid.x; mad.lo.u32 %r8, %r2, 512, %r8; mad.lo.u32 %r7, %r2, 512, %r7; {MINE} {BARRIER} {READ_OTHER} {BARRIER}"
+    code = (
+        f"mov.u32 %r2, %ctaid.x; mad.lo.u32 %r8, %r2, 512, %r8; mad.lo.u32 %r7, %r2, 512, %r7; "
+        f"{MINE} {BARRIER} {READ_OTHER} {BARRIER}"
+    )
     assert faults(code, grid=4) == []
     assert {f.kind for f in faults(code.replace(BARRIER, "", 1), grid=4)} == {"write-read"}
 
 
 def test_barriers_in_branches_order_only_their_warps() -> None:
-    """Four warps; warps 0 and 1 meet at barrier 1, warps 2 and 3 at barrier 2. What warp 0 wrote warp 1 may read, warp 2 not."""
-    code = """st.shared.b32 [%r8], %tid0; setp.lt.u32 %p2, %tid0, 64; @!%p2 bra $B; bar.sync 1, 64; bra $J; $B: bar.sync 2, 64; $J: """
+    """Four warps; warps 0 and 1 meet at barrier 1, warps 2 and 3 at barrier 2. What warp 0 wrote warp 1 may read, warp
+    2 not."""
+    code = """st.shared.b32 [%r8], %tid0; setp.lt.u32 %p2, %tid0, 64; @!%p2 bra $B; bar.sync 1, 64; bra $J;
+    $B: bar.sync 2, 64; $J: """
     assert faults(code + READ_OTHER, threads=128) == []
     far = "xor.b32 %r6, %tid0, 64; mad.lo.u32 %r6, %r6, 4, %r9; ld.shared.b32 %r1, [%r6];"
     assert {f.kind for f in faults(code + far, threads=128)} == {"write-read"}
@@ -94,7 +108,8 @@ def test_barriers_in_branches_order_only_their_warps() -> None:
 
 
 def test_arrive_orders_one_way() -> None:
-    """The producer's writes are seen by who waits; what the waiting warp writes races with the producer's later read."""
+    """The producer's writes are seen by who waits;
+    what the waiting warp writes races with the producer's later read."""
     code = "@%p1 bra $P; {c0} bar.sync 1, 64; {c1} bra $J; $P: {p0} bar.arrive 1, 64; {p1} $J: mov.b32 %r1, 0;"
     make = lambda **k: code.format(**{"c0": "", "c1": "", "p0": "", "p1": "", **k})  # noqa: E731
     assert faults(make(p0=MINE, c1=READ_OTHER)) == []
@@ -139,7 +154,10 @@ def test_copies_in_flight() -> None:
 
 def test_a_matrix_load_reads_whole_rows() -> None:
     store = "mad.lo.u32 %r5, %tid0, 16, %r9; st.shared.v4.b32 [%r5], {%tid0, %r9, %r9, %r9};"
-    load = "xor.b32 %r6, %tid0, 32; mad.lo.u32 %r6, %r6, 16, %r9; ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r6];"
+    load = (
+        "xor.b32 %r6, %tid0, 32; mad.lo.u32 %r6, %r6, 16, %r9; "
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r6];"
+    )
     assert {f.kind for f in faults(store + load)} == {"write-read"}
     assert faults(store + BARRIER + load) == []
     put = load.replace("ldmatrix", "stmatrix").replace("{%r1, %r2, %r3, %r4}, [%r6]", "[%r6], {%r8, %r8, %r8, %r8}")

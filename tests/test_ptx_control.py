@@ -17,8 +17,8 @@ def go(code: str, threads: int = 64, **options: object) -> tuple[np.ndarray, ptx
 
 def test_uniform_loop() -> None:
     code = (
-        "mov.b32 %r1, 0; mov.b32 %r2, 0;\n$L: add.u32 %r1, %r1, %r2; add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 10; @%p1 bra $L;"
-        + STORE
+        "mov.b32 %r1, 0; mov.b32 %r2, 0;\n$L: add.u32 %r1, %r1, %r2; add.u32 %r2, %r2, 1; "
+        "setp.lt.u32 %p1, %r2, 10; @%p1 bra $L;" + STORE
     )
     out, report = go(code)
     assert (out == 45).all()

@@ -6,7 +6,10 @@ import pytest
 from ptx_snippets import entry, run
 
 TILE = ".shared .align 128 .b8 tile[2048];\n"
-SETUP = "mov.b32 %r1, tile; mad.lo.u32 %r2, %tid0, 16, %r1; mad.wide.u32 %d1, %tid0, 16, %ptr0; mad.wide.u32 %d2, %tid0, 16, %ptr1;"
+SETUP = (
+    "mov.b32 %r1, tile; mad.lo.u32 %r2, %tid0, 16, %r1; mad.wide.u32 %d1, %tid0, 16, %ptr0; "
+    "mad.wide.u32 %d2, %tid0, 16, %ptr1;"
+)
 
 
 def store(target: str = "%d2", source: str = "%r2") -> str:
@@ -82,7 +85,10 @@ def test_a_copy_of_nothing_reads_nothing() -> None:
 
 
 def test_ignored_source() -> None:
-    code = f"{SETUP} setp.lt.u32 %p1, %tid0, 5; cp.async.cg.shared.global [%r2], [%d1], 16, %p1; cp.async.wait_all; {store()}"
+    code = (
+        f"{SETUP} setp.lt.u32 %p1, %tid0, 5; cp.async.cg.shared.global [%r2], [%d1], 16, %p1; "
+        f"cp.async.wait_all; {store()}"
+    )
     source, out = words(), np.ones(128, np.uint32)
     run(entry(code, 2, outside=TILE), [source, out])
     np.testing.assert_array_equal(out, np.where(np.arange(128) < 20, 0, source))
@@ -97,7 +103,8 @@ def test_the_source_is_checked() -> None:
 
 
 def test_the_source_is_read_at_issue() -> None:
-    code = f"""{SETUP} cp.async.cg.shared.global [%r2], [%d1], 16; mov.b32 %r3, 0; st.global.b32 [%d1], %r3; cp.async.wait_all; {store()}"""
+    code = f"""{SETUP} cp.async.cg.shared.global [%r2], [%d1], 16; mov.b32 %r3, 0;
+    st.global.b32 [%d1], %r3; cp.async.wait_all; {store()}"""
     source, out = words(), np.zeros(128, np.uint32)
     run(entry(code, 2, outside=TILE), [source, out])
     np.testing.assert_array_equal(out, words())
@@ -105,7 +112,8 @@ def test_the_source_is_read_at_issue() -> None:
 
 def test_groups_belong_to_threads() -> None:
     """Warp 0 commits twice between its copies and warp 1 once: one newest group kept means different copies."""
-    code = f"""{SETUP} setp.lt.u32 %p1, %tid0, 32; cp.async.cg.shared.global [%r2], [%d1], 16; @%p1 cp.async.commit_group;
+    code = f"""{SETUP} setp.lt.u32 %p1, %tid0, 32; cp.async.cg.shared.global [%r2], [%d1], 16;
+    @%p1 cp.async.commit_group;
     cp.async.cg.shared.global [%r2+1024], [%d1+1024], 16; cp.async.commit_group; cp.async.wait_group 1;
     {store()} {store("%d2+1024", "%r2+1024")}"""
     source, out = words(512), np.zeros(512, np.uint32)

@@ -83,7 +83,10 @@ def test_masked_and_swizzled_wavefronts() -> None:
 
 
 def test_copies_count_both_sides() -> None:
-    code = "mad.lo.u32 %r8, %tid0, 16, %r9; mad.wide.u32 %d1, %tid0, 16, %ptr0; cp.async.cg.shared.global [%r8], [%d1], 16; cp.async.wait_all;"
+    code = (
+        "mad.lo.u32 %r8, %tid0, 16, %r9; mad.wide.u32 %d1, %tid0, 16, %ptr0; "
+        "cp.async.cg.shared.global [%r8], [%d1], 16; cp.async.wait_all;"
+    )
     counters = counted(code, grid=2)
     assert (counters.async_copy_bytes, counters.global_load_sectors, counters.shared_store_wavefronts) == (1024, 32, 8)
 

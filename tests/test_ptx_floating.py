@@ -65,8 +65,8 @@ def rounded(value: Fraction) -> np.float32:
 
 
 def test_fma_rounds_once() -> None:
-    """(1 + 2**-12)**2 - (1 + 2**-11) is 2**-24: separate rounding loses it. And a sum that float64 itself rounds onto the
-    midpoint of two float32 numbers."""
+    """(1 + 2**-12)**2 - (1 + 2**-11) is 2**-24: separate rounding loses it. And a sum that float64 itself rounds onto
+    the midpoint of two float32 numbers."""
     a = np.array([1 + 2**-12, 1 + 2**-23, 1 + 2**-12, 3.0], np.float32)
     b = np.array([1 + 2**-12, 1 + 2**-23, 1 - 2**-12, 7.0], np.float32)
     c = np.array([-(1 + 2**-11), 2**-24 - 2**-47, 2**-60, -21.0], np.float32)
@@ -86,7 +86,8 @@ def test_fma_rounds_once() -> None:
 
 
 def test_fma_is_not_rounded_by_float64_first() -> None:
-    """(1 + 2**-23) * 2**-24 (1 - 2**-23) + 1 + 2**-23 lies below a midpoint of float32 by 2**-70, which float64 drops."""
+    """(1 + 2**-23) * 2**-24 (1 - 2**-23) + 1 + 2**-23 lies below a midpoint of float32 by 2**-70, which float64 drops.
+    (1 + 2**-23) * 2**-24 (1 - 2**-23) + 1 + 2**-23 lies below a midpoint of float32 by 2**-70, which float64 drops."""
     one = np.float32(1 + 2**-23)
     a, b, c = (np.array([v], np.float32) for v in (one, 2**-24 * (1 - 2**-23), one))
     through_float64 = (a.astype(np.float64) * b + c).astype(np.float32)

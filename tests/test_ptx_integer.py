@@ -184,5 +184,5 @@ def test_unknown_names_its_text(text: str) -> None:
 
 
 def test_a_register_of_another_width_is_refused() -> None:
-    with pytest.raises(ptx_emulator.Unsupported, match="add.s32"):
+    with pytest.raises(ptx_emulator.Unsupported, match=r"add\.s32"):
         run(entry("add.s32 %d1, %d2, %d3;", 0), [])

@@ -21,7 +21,8 @@ def test_load_matrix(count: int, transposed: bool) -> None:
     registers = [f"%r{10 + i}" for i in range(count)]
     code = f"""{FILL}
     sub.u32 %r3, 31, %tid0; mad.lo.u32 %r3, %r3, 16, %r1;
-    ldmatrix.sync.aligned.m8n8.x{count}{".trans" if transposed else ""}.shared.b16 {{{", ".join(registers)}}}, [%r3+256];
+    ldmatrix.sync.aligned.m8n8.x{count}{".trans" if transposed else ""}.shared.b16
+    {{{", ".join(registers)}}}, [%r3+256];
     mad.wide.u32 %d2, %tid0, 16, %ptr1;""" + "".join(
         f"st.global.b32 [%d2+{4 * i}], {r};" for i, r in enumerate(registers)
     )
@@ -44,7 +45,8 @@ def test_store_matrix_undoes_load_matrix(count: int, transposed: bool) -> None:
     code = f"""{FILL}
     mad.lo.u32 %r3, %tid0, 16, %r1; ldmatrix.{form} {{{registers}}}, [%r3]; bar.sync 0;
     stmatrix.{form} [%r3+512], {{{registers}}}; bar.sync 0;
-    ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r3+512]; mad.wide.u32 %d2, %tid0, 16, %ptr1; st.global.v4.b32 [%d2], {{%r4, %r5, %r6, %r7}};"""
+    ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r3+512]; mad.wide.u32 %d2, %tid0, 16, %ptr1;
+    st.global.v4.b32 [%d2], {{%r4, %r5, %r6, %r7}};"""
     tile = np.random.default_rng(0).integers(0, 1 << 16, (64, 8)).astype(np.uint16)
     out = np.zeros((32, 8), np.uint16)
     report = run(entry(code, 2, outside=TILE), [tile, out])
@@ -57,9 +59,11 @@ def test_store_matrix_undoes_load_matrix(count: int, transposed: bool) -> None:
 def test_store_matrix_layout() -> None:
     """Lane l's register goes to row l/4, columns 2(l%4) and +1 of the matrix that lane's row address names."""
     code = """
-    mov.b32 %r1, tile; mad.lo.u32 %r3, %tid0, 32, %r1; shl.b32 %r2, %tid0, 16; or.b32 %r2, %r2, %tid0; add.u32 %r2, %r2, 0x1000000;
+    mov.b32 %r1, tile; mad.lo.u32 %r3, %tid0, 32, %r1; shl.b32 %r2, %tid0, 16; or.b32 %r2, %r2, %tid0;
+    add.u32 %r2, %r2, 0x1000000;
     stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r3], {%r2}; bar.sync 0;
-    shl.b32 %r5, %tid0, 3; add.u32 %r5, %r5, %r1; ld.shared.v2.b32 {%r6, %r7}, [%r5]; mad.wide.u32 %d1, %tid0, 8, %ptr0; st.global.v2.b32 [%d1], {%r6, %r7};"""
+    shl.b32 %r5, %tid0, 3; add.u32 %r5, %r5, %r1; ld.shared.v2.b32 {%r6, %r7}, [%r5];
+    mad.wide.u32 %d1, %tid0, 8, %ptr0; st.global.v2.b32 [%d1], {%r6, %r7};"""
     out = np.zeros((8, 16), np.uint16)
     run(entry(code, 1, outside=TILE), [out])
     np.testing.assert_array_equal(out[:, :8:2], LANES.reshape(8, 4))
@@ -83,7 +87,8 @@ SHAPES = [(16, "bf16"), (16, "f16"), (8, "bf16"), (8, "f16"), (8, "tf32"), (4, "
 
 
 def fragments(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Registers [lanes, n] of A [16, k] and B [k, 8] as the document's figures place them, from 16- or 32-bit elements."""
+    """Registers [lanes, n] of A [16, k] and B [k, 8] as the document's figures place them, from 16- or 32-bit
+    elements."""
     g, t, k = LANES // 4, LANES % 4, a.shape[1]
     if a.dtype == np.uint32:
         columns = [t] if k == 4 else [t, t + 4]
@@ -184,6 +189,7 @@ def test_a_register_that_changes_is_read_again() -> None:
     ["m16n8k16.row.col.f16.f16.f16.f16", "m16n8k32.row.col.s32.s8.s8.s32", "m16n8k16.row.row.f32.bf16.bf16.f32"],
 )
 def test_other_mma_forms_are_refused(types: str) -> None:
-    text = f"mma.sync.aligned.{types} {{%r1, %r2, %r3, %r4}}, {{%r5, %r6, %r7, %r8}}, {{%r9, %r10}}, {{%r1, %r2, %r3, %r4}};"
+    c = "{%r1, %r2, %r3, %r4}"
+    text = f"mma.sync.aligned.{types} {c}, {{%r5, %r6, %r7, %r8}}, {{%r9, %r10}}, {c};"
     with pytest.raises(ptx_emulator.Unsupported, match="mma"):
         run(entry(text, 0), [])

@@ -3,7 +3,7 @@
 import numpy as np
 import ptx_emulator
 import pytest
-from ptx_emulator.parser import Address, Literal, Not, Pair, Register, Sink, Symbol, Vector
+from ptx_emulator.syntax import Address, Literal, Not, Pair, Register, Sink, Symbol, Vector
 from ptx_snippets import HEADER, entry, run
 
 
@@ -14,8 +14,14 @@ def one(code: str, **options: object) -> ptx_emulator.Kernel:
 
 def test_nested_scopes_may_repeat_names() -> None:
     """As inlined assembly does: the same register name and the same label twice."""
-    block = "{ .reg .pred p; .reg .b32 %x; setp.ge.u32 p, %tid0, LIMIT; mov.b32 %x, 1; @p bra DONE; mov.b32 %x, 2;\nDONE: add.u32 %r1, %r1, %x; }"
-    code = f"mov.b32 %r1, 0; {block.replace('LIMIT', '8')} {block.replace('LIMIT', '16')} mad.wide.u32 %d1, %tid0, 4, %ptr0; st.global.b32 [%d1], %r1;"
+    block = (
+        "{ .reg .pred p; .reg .b32 %x; setp.ge.u32 p, %tid0, LIMIT; mov.b32 %x, 1; @p bra DONE; "
+        "mov.b32 %x, 2;\nDONE: add.u32 %r1, %r1, %x; }"
+    )
+    code = (
+        f"mov.b32 %r1, 0; {block.replace('LIMIT', '8')} {block.replace('LIMIT', '16')} mad.wide.u32 %d1, "
+        f"%tid0, 4, %ptr0; st.global.b32 [%d1], %r1;"
+    )
     out = np.zeros(32, np.uint32)
     run(entry(code, 1), [out])
     lanes = np.arange(32)
@@ -24,7 +30,8 @@ def test_nested_scopes_may_repeat_names() -> None:
 
 def test_operands() -> None:
     kernel = one(
-        "@!%p1 shfl.sync.up.b32 %r1|%p2, %r2, 0x1, 0, -1; ld.global.v2.b32 {%r1, _}, [%d1+-16]; and.pred %p1, %p2, !%p3; mov.b32 %r1, tile; st.global.b32 [ %d1 + 0 ], 0f3F800000;",
+        "@!%p1 shfl.sync.up.b32 %r1|%p2, %r2, 0x1, 0, -1; ld.global.v2.b32 {%r1, _}, [%d1+-16]; "
+        "and.pred %p1, %p2, !%p3; mov.b32 %r1, tile; st.global.b32 [ %d1 + 0 ], 0f3F800000;",
         outside=".shared .b8 tile[4];",
     )
     shuffle, load, logic, move, store = kernel.instructions[2:7]

@@ -66,7 +66,8 @@ def setup(a: Operand | None, b: Operand) -> tuple[np.ndarray, str]:
         if operand is not None:
             data, leading, stride = operand.place()
             image[start : start + len(data)] = data
-            code += f"mov.b64 {name}, {operand.descriptor(leading, stride)}; add.s64 {name}, {name}, %d2; add.s64 {name}, {name}, {start >> 4};"
+            bits = operand.descriptor(leading, stride) + (start >> 4)
+            code += f"mov.b64 {name}, {bits}; add.s64 {name}, {name}, %d2;"
     return image, code
 
 
@@ -122,7 +123,8 @@ def multiply(
         "".join(f"mov.b32 %acc{i}, 0f{np.float32(start).view(np.uint32):08X};" for i in range(columns // 2))
         + f"""
     setp.ne.u32 %p2, {flag}, 0; wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind} {accumulators}, %d10, %d11, %p2, {", ".join(rest)}{transposed};
+    wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind}
+    {accumulators}, %d10, %d11, %p2, {", ".join(rest)}{transposed};
     wgmma.commit_group.sync.aligned; {more} wgmma.wait_group.sync.aligned 0; {stores}"""
     )
     out = np.zeros((THREADS, columns // 2), np.float32)
@@ -182,7 +184,8 @@ def from_registers(kind: str) -> tuple[np.ndarray, np.ndarray]:
         "".join(f"mov.b32 %acc{i}, 0;" for i in range(16))
         + f"""
     mad.wide.u32 %d5, %tid0, 16, %ptr2; ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%d5]; wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n32k{depth}.f32.{kind}.{kind} {accumulators}, {{%r20, %r21, %r22, %r23}}, %d11, 1, 1, 1{"" if kind == "tf32" else ", 0"};
+    wgmma.mma_async.sync.aligned.m64n32k{depth}.f32.{kind}.{kind}
+    {accumulators}, {{%r20, %r21, %r22, %r23}}, %d11, 1, 1, 1{"" if kind == "tf32" else ", 0"};
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {stores}"""
     )
     out = np.zeros((THREADS, 16), np.float32)
@@ -199,8 +202,12 @@ def test_a_from_registers(kind: str) -> None:
 
 
 def test_chained_products_and_groups() -> None:
-    """Two products on the same accumulators, one group each: waiting for all but one leaves the registers as they were."""
-    again = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%acc0, %acc1, %acc2, %acc3, %acc4, %acc5, %acc6, %acc7}, %d10, %d11, 1, 1, 1, 0, 0; wgmma.commit_group.sync.aligned;"
+    """Two products on the same accumulators, one group each: waiting for all but one leaves the registers as they
+    were."""
+    again = (
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%acc0, %acc1, %acc2, %acc3, %acc4, %acc5, "
+        "%acc6, %acc7}, %d10, %d11, 1, 1, 1, 0, 0; wgmma.commit_group.sync.aligned;"
+    )
     got, want, report = multiply(16, "bf16", 1, 1, (False, False), more=again)
     np.testing.assert_allclose(got, 2 * want, rtol=1e-5, atol=1e-5)
     assert not report.faults
@@ -271,8 +278,10 @@ def test_two_warpgroups_with_operands_of_their_own() -> None:
     image, code = setup(Operand(a, 1, False), Operand(b, 1, False))
     code = code.replace("add.u32 %r2, %r2, 128", "add.u32 %r2, %r2, 256")
     accumulators, stores = result(16)
-    code += f"""shr.u32 %r20, %tid0, 7; mul.lo.u32 %r20, %r20, 512; cvt.u64.u32 %d12, %r20; add.s64 %d10, %d10, %d12; mov.b32 %acc0, 0;
-    wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators}, %d10, %d11, 0, 1, 1, 0, 0;
+    code += f"""shr.u32 %r20, %tid0, 7; mul.lo.u32 %r20, %r20, 512; cvt.u64.u32 %d12, %r20; add.s64 %d10, %d10, %d12;
+    mov.b32 %acc0, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators}, %d10, %d11, 0, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {stores}"""
     out = np.zeros((2, THREADS, 8), np.float32)
     report = run(entry(".reg .f32 %acc<8>;" + code, 2, outside=TILE), [image, out], threads=256)
@@ -292,7 +301,8 @@ def test_one_warpgroup_alone() -> None:
     code += (
         "".join(f"mov.b32 %acc{i}, 0f40400000;" for i in range(8))
         + f"""setp.lt.u32 %p3, %tid0, 128; @%p3 bra $OVER;
-    wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators}, %d10, %d11, 1, 1, 1, 0, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators}, %d10, %d11, 1, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
     $OVER: {stores}"""
     )

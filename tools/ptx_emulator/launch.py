@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import atomics, copies, convert, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
+from . import atomics, convert, copies, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
 from .checks import Fault
 from .counters import Counters
 from .errors import SharedLimit, Unsupported
-from .execute import Machine, Program, compile_kernel
+from .execute import Machine
 from .memory import Memory
-from .parser import Kernel, Parameter
+from .program import Program, compile_kernel
+from .syntax import Kernel, Parameter
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}  # bytes a CTA may have: 163 KiB and 227 KiB
 BATCH_LANES = (
