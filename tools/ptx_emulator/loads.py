@@ -8,8 +8,8 @@ import numpy as np
 from .decode import LOCAL_WINDOW, SHARED_WINDOW, SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, instruction, items
 from .errors import MemoryFault, Unsupported
 from .memory import HEAP_BASE
-from .parser import TYPE_BYTES, Address, Instruction, Symbol
 from .shared import Lanes, gather, lanes_of, pick, place
+from .syntax import TYPE_BYTES, Address, Instruction, Symbol
 
 if TYPE_CHECKING:
     from .execute import Machine

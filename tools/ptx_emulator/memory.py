@@ -26,7 +26,8 @@ class Buffer:
 class Memory:
     """Global memory of the emulated device.
 
-    `register` copies a buffer in and gives it an address; launches work on the copy; `write_back` copies all buffers out.
+    `register` copies a buffer in and gives it an address; launches work on the copy;
+    `write_back` copies all buffers out.
     """
 
     def __init__(self) -> None:
@@ -40,8 +41,13 @@ class Memory:
         heap = np.full(-(-size // ALIGNMENT) * ALIGNMENT, 0xFF, np.uint8)
         if self.buffers:
             heap[: len(self.heap)] = self.heap
-        self.heap = heap
-        self.views = {1: heap, 2: heap.view(np.uint16), 4: heap.view(np.uint32), 8: heap.view(np.uint64)}
+        self.heap: Array = heap
+        self.views: dict[int, Array] = {
+            1: heap,
+            2: heap.view(np.uint16),
+            4: heap.view(np.uint32),
+            8: heap.view(np.uint64),
+        }
 
     def register(self, array: Array, name: str = "") -> int:
         """Map a buffer and return its address, a multiple of 256.
@@ -54,7 +60,8 @@ class Memory:
         """
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
             raise TypeError(
-                f"register takes a NumPy uint8 array, not {getattr(array, 'dtype', type(array).__name__)}: pass x.view(np.uint8)"
+                f"register takes a NumPy uint8 array, not {getattr(array, 'dtype', type(array).__name__)}: "
+                "pass x.view(np.uint8)"
             )
         if array.ndim != 1 or (array.size and not array.flags.c_contiguous):
             raise ValueError(f"register takes a contiguous 1-D array, not shape {array.shape}: pass x.reshape(-1)")
