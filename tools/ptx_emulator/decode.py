@@ -159,6 +159,9 @@ class Decoder:
             return SHARED_BASE + self.kernel.shared_symbols[name]
         if name in self.kernel.local_symbols:
             return self.kernel.local_symbols[name]
+        for parameter in self.kernel.parameter_list:
+            if parameter.name == name:
+                return parameter.offset
         raise Unsupported(f"unsupported: unknown symbol {name} in {ins.text}")
 
     def destination(self, operand: Operand, kind: str, ins: Instruction, *, loose: bool = False) -> int:

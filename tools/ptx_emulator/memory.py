@@ -49,12 +49,13 @@ class Memory:
             8: heap.view(np.uint64),
         }
 
-    def register(self, array: Array, name: str = "") -> int:
-        """Map a buffer and return its address, a multiple of 256.
+    def register(self, array: Array, name: str = "", offset: int = 0) -> int:
+        """Map a buffer and return its address, `offset` bytes above a multiple of 256.
 
         Args:
             array: the buffer's bytes, 1-D uint8, contiguous; of any length, zero included. Its content is copied in.
             name: what faults call the buffer.
+            offset: how far behind such a multiple it begins, for a view into a larger block.
 
         Raises TypeError or ValueError when `array` is something else.
         """
@@ -65,7 +66,9 @@ class Memory:
             )
         if array.ndim != 1 or (array.size and not array.flags.c_contiguous):
             raise ValueError(f"register takes a contiguous 1-D array, not shape {array.shape}: pass x.reshape(-1)")
-        start = self._end
+        if not 0 <= offset < ALIGNMENT:
+            raise ValueError(f"offset={offset}: 0 to {ALIGNMENT - 1}")
+        start = self._end + offset
         self._end = -(-(start + array.size + GUARD) // ALIGNMENT) * ALIGNMENT
         if self._end > len(self.heap):
             self._resize(max(self._end, 2 * len(self.heap) if len(self.heap) < 1 << 28 else self._end))
