@@ -46,6 +46,8 @@ _DEFAULT: dict[str, Tile] = {
     "exchange_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
     "attention_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2, queries=32, keys=32),
     "project_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
+    "adapter_forward": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
+    "adapter_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
     "weight_gradient": Tile(rows=64, k=32, columns=64, warps=4, stages=2),
 }
 
