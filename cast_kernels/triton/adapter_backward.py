@@ -20,7 +20,6 @@ from cast_kernels.triton.blocks import (
     narrow,
     offset,
     rounded,
-    store_row,
     widen,
     zeros,
 )
@@ -54,17 +53,18 @@ def adapter_backward(
         factor *= tl.load(row_scale + row, mask=mask, other=0.0)
     dg = zeros(BM, CHUNK, CHUNKS)
     dg = narrow(dg, grad_y, row, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-    gradient = ()
-    for c in tl.static_range(CHUNKS):
-        gradient += (factor[:, None] * dg[c] * gelu_gradient(hidden[c].to(tl.float32)),)
-    a = rounded(gradient, COMPUTE, CHUNKS)
-    if WANT_PARAMETERS:
-        scaled = ()
-        for c in tl.static_range(CHUNKS):
-            scaled += ((factor[:, None] * gelu(hidden[c].to(tl.float32))).to(COMPUTE),)
-            column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient[c], mask, D)
-        store_row(g, row, mask, scaled, D, CHUNK, CHUNKS)
-        store_row(dh, row, mask, a, D, CHUNK, CHUNKS)
+    a = ()
+    for c in tl.static_range(CHUNKS):  # all of one chunk before the next: fewer registers live
+        value = hidden[c].to(tl.float32)
+        gradient = factor[:, None] * dg[c] * gelu_gradient(value)
+        a += (gradient.to(COMPUTE),)
+        if WANT_PARAMETERS:
+            column = channels(c, CHUNK)
+            here = mask[:, None] & (column < D)[None, :]
+            at = offset(row, D)[:, None] + column[None, :]
+            column_sums(partial, tile, DIM, DIM + D, column, gradient, mask, D)
+            tl.store(g + at, (factor[:, None] * gelu(value)).to(COMPUTE), mask=here)
+            tl.store(dh + at, a[c], mask=here)
     for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
         column = j + tl.arange(0, BN)
         here = mask[:, None] & (column < DIM)[None, :]
