@@ -20,6 +20,7 @@ from cast_kernels.triton.blocks import (
     narrow,
     offset,
     rounded,
+    store_chunk,
     widen,
     zeros,
 )
@@ -45,7 +46,7 @@ def adapter_backward(
     if RECOMPUTE_H:
         acc = zeros(BM, CHUNK, CHUNKS)
         acc = narrow(acc, x, row, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        hidden = rounded(add_bias(acc, down_bias, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
+        hidden = rounded(add_bias(acc, down_bias, mask, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
     else:
         hidden = load_row(h, row, mask, D, CHUNK, CHUNKS)
     factor = tl.zeros((BM,), tl.float32) + scale
@@ -59,12 +60,9 @@ def adapter_backward(
         gradient = factor[:, None] * dg[c] * gelu_gradient(value)
         a += (gradient.to(COMPUTE),)
         if WANT_PARAMETERS:
-            column = channels(c, CHUNK)
-            here = mask[:, None] & (column < D)[None, :]
-            at = offset(row, D)[:, None] + column[None, :]
-            column_sums(partial, tile, DIM, DIM + D, column, gradient, mask, D)
-            tl.store(g + at, (factor[:, None] * gelu(value)).to(COMPUTE), mask=here)
-            tl.store(dh + at, a[c], mask=here)
+            column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient, mask, D)
+            store_chunk(g, row, mask, factor[:, None] * gelu(value), c, D, CHUNK)
+            store_chunk(dh, row, mask, a[c], c, D, CHUNK)
     for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
         column = j + tl.arange(0, BN)
         here = mask[:, None] & (column < DIM)[None, :]

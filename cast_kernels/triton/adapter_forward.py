@@ -25,7 +25,7 @@ def adapter_forward(
     mask = row < rows
     acc = zeros(BM, CHUNK, CHUNKS)
     acc = narrow(acc, x, row, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-    hidden = rounded(add_bias(acc, down_bias, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
+    hidden = rounded(add_bias(acc, down_bias, mask, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
     if STORE_H:
         store_row(h, row, mask, hidden, D, CHUNK, CHUNKS)
     g = ()
