@@ -68,8 +68,8 @@ def adapter_backward(
         here = mask[:, None] & (column < DIM)[None, :]
         at = offset(row, DIM)[:, None] + column[None, :]
         if WANT_PARAMETERS:
-            value = tl.load(grad_y + at, mask=here, other=0.0).to(tl.float32)
-            column_sums(partial, tile, 0, DIM + D, column, factor[:, None] * value, mask, DIM)
+            dy = tl.load(grad_y + at, mask=here, other=0.0).to(tl.float32)
+            column_sums(partial, tile, 0, DIM + D, column, factor[:, None] * dy, mask, DIM)
         if WANT_X:
             total = widen(a, down, j, DIM, D, True, BM, BN, CHUNK, CHUNKS)
             if ADDEND:
