@@ -14,18 +14,21 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.reference": (),
     "cast_kernels.problem": (),
-    "cast_kernels.eager": ("cast_kernels.problem",),
+    "cast_kernels.attention": ("cast_kernels.problem",),
+    "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
+    "cast_kernels.triton": ("cast_kernels.problem", "cast_kernels.attention", "cast_kernels.triton"),
     "cast_kernels.cpu": ("cast_kernels.problem", "cast_kernels.cpu", "cast_kernels._native", "cast_kernels._C"),
     "cast_kernels._native": ("cast_kernels._C",),
-    "cast_kernels.triton": ("cast_kernels.problem", "cast_kernels.triton"),
     "cast_kernels.backends": ("cast_kernels.problem", "cast_kernels.eager", "cast_kernels.cpu", "cast_kernels.triton"),
     "cast_kernels.ops": (
         "cast_kernels.problem",
+        "cast_kernels.attention",
         "cast_kernels.backends",
         "cast_kernels.eager",
         "cast_kernels.cpu",
         "cast_kernels.triton",
         "cast_kernels.ops._checks",
+        "cast_kernels.ops.adapter",
     ),
     "cast_kernels.modules": ("cast_kernels.problem", "cast_kernels.backends", "cast_kernels.ops"),
     "cast_kernels.evidence": ("cast_kernels",),
@@ -56,6 +59,10 @@ PRIVATE = {
     "cast.demo": ("cast.demo", "cast.cli"),
     "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.cli"),
 }
+
+
+#: Ops without a native kernel and benchmark of their own -> the ops whose native kernels contain them.
+NATIVE_INSIDE = {"adapter": ("ffn", "self_attention")}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -129,14 +136,10 @@ def test_an_op_is_found_by_its_stem() -> None:
     stems = [p.stem for p in (ROOT / "cast_kernels/ops").glob("*.py") if not p.stem.startswith("_")]
     assert stems
     for stem in stems:
-        places = [
-            f"cast_kernels/eager/{stem}.py",
-            f"cast_kernels/cpu/{stem}.py",
-            f"csrc/cpu/{stem}*.h",
-            f"tests/test_{stem}.py",
-            f"benchmarks/bench_{stem}.py",
-            f"docs/ops/{stem}.md",
-        ]
+        places = [f"cast_kernels/{backend}/{stem}.py" for backend in ("eager", "triton")]
+        places += [f"tests/test_{stem}.py", f"docs/ops/{stem}.md"]
+        for native in NATIVE_INSIDE.get(stem, (stem,)):
+            places += [f"cast_kernels/cpu/{native}.py", f"csrc/cpu/{native}*.h", f"benchmarks/bench_{native}.py"]
         assert [place for place in places if not list(ROOT.glob(place))] == []
         assert f"def {stem}(" in (ROOT / "cast_kernels/reference.py").read_text()
 
