@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 # The choices of options, repeated here so that --help and bad usage need not load PyTorch; tests compare them.
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
 SIZES = ("small", "paper")
+DEVICES = ("A100", "H100", "H200")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +82,21 @@ def _emulate(options: Namespace) -> int:
     return emulate.main(options.target, options.dtype, options.size)
 
 
+def _predict_options(parser: ArgumentParser) -> None:
+    _add_choices(parser, "--device", DEVICES, DEVICES, "GPUs")
+    parser.add_argument("--batch", nargs="+", type=PositiveInt, default=[1, 6, 32], metavar="B", help="clips")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
+    parser.add_argument(
+        "--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here, and use them again"
+    )
+
+
+def _predict(options: Namespace) -> int:
+    from cast_kernels.evidence import predict
+
+    return predict.main(options.device, options.batch, options.json, options.cache)
+
+
 def _add_choices(
     parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...], what: str
 ) -> None:
@@ -98,6 +115,11 @@ COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Any],
         _compile,
     ),
     "emulate": ("run the compiled kernels on the CPU and check their results", _emulate_options, _emulate),
+    "predict": (
+        "predict how long the kernels take at least, on GPUs that need not be here",
+        _predict_options,
+        _predict,
+    ),
 }
 
 
