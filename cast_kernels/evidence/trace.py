@@ -41,7 +41,7 @@ class Instruction:
 class Block:
     """Instructions that run one behind the other."""
 
-    label: str
+    label: str = ""
     code: list[Instruction] = field(default_factory=list)
     counted: Counters = field(default_factory=Counters)  # of one warp
 
@@ -55,7 +55,8 @@ def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
     program = _program(launch.asm["ptx"], launch.kernel)
     x, y, z = launch.grid
     ctas = x * y * z
-    chosen = sorted({round(i * (ctas - 1) / max(1, samples - 1)) for i in range(min(samples, ctas))})
+    taken = min(samples, ctas)
+    chosen = [round(i * (ctas - 1) / max(1, taken - 1)) for i in range(taken)]
     parameters = {f"{launch.kernel}_param_{i}": _number(a.value) for i, a in enumerate(launch.arguments)}
     passed: Counter[int] = Counter()
     for number in chosen:
@@ -100,20 +101,23 @@ def _program(ptx: str, kernel: str) -> Program:
 def read(ptx: str, kernel: str) -> list[Block]:
     """The entry's blocks in their order; a block ends before a label and behind a branch."""
     body = re.split(rf"\.entry\s+{re.escape(kernel)}\s*\(", ptx, maxsplit=1)[1].split("{", 1)[1]
+    body = re.split(r"^\}", body, maxsplit=1, flags=re.MULTILINE)[0]
     body = re.sub(r"//[^\n]*|\t\.(?:loc|file|pragma)[^\n]*", "", body)
-    blocks = [Block("")]
-    for line in re.split(r"[;{}]\s*(?=[@\n\t .a-z$]|$)|\n", body):
-        text = line.strip()
+    blocks = [Block()]
+    for statement in body.split(";"):
+        text = statement.lstrip("{} \t\n")  # a scope's braces; a vector's are never first
         while found := _LABEL.match(text):
             if not found[1].startswith("$L__tmp"):  # a place for the debugger, not for a branch
-                blocks.append(Block(found[1]))
-            text = text[found.end() :].strip()
-        if not text or text.startswith((".", ")")):
+                if blocks[-1].label or blocks[-1].code:
+                    blocks.append(Block())
+                blocks[-1].label = found[1]
+            text = text[found.end() :].lstrip("{} \t\n")
+        if not text or text.startswith("."):
             continue
         instruction = _instruction(text)
         blocks[-1].code.append(instruction)
         if instruction.opcode[0] in _LEAVING:
-            blocks.append(Block(""))
+            blocks.append(Block())
     for block in blocks:
         block.counted = count(block.code)
     return blocks
@@ -124,7 +128,7 @@ def _instruction(text: str) -> Instruction:
     if text.startswith("@"):
         head, text = text.split(None, 1)
         guard, negated = head.strip("@!"), "!" in head
-    opcode, _, rest = text.partition(" ") if " " in text.split("\t")[0] else text.partition("\t")
+    opcode, rest = [*text.split(None, 1), ""][:2]
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
     return Instruction(tuple(opcode.strip().split(".")), tuple(operands), guard, negated)
 
