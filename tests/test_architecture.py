@@ -17,15 +17,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.eager": ("cast_kernels.problem",),
     "cast_kernels.cpu": ("cast_kernels.problem", "cast_kernels.cpu", "cast_kernels._native", "cast_kernels._C"),
     "cast_kernels._native": ("cast_kernels._C",),
-    "cast_kernels.backends": ("cast_kernels.problem", "cast_kernels.eager", "cast_kernels.cpu"),
+    "cast_kernels.triton": ("cast_kernels.problem", "cast_kernels.triton"),
+    "cast_kernels.backends": ("cast_kernels.problem", "cast_kernels.eager", "cast_kernels.cpu", "cast_kernels.triton"),
     "cast_kernels.ops": (
         "cast_kernels.problem",
         "cast_kernels.backends",
         "cast_kernels.eager",
         "cast_kernels.cpu",
+        "cast_kernels.triton",
         "cast_kernels.ops._checks",
     ),
     "cast_kernels.modules": ("cast_kernels.problem", "cast_kernels.backends", "cast_kernels.ops"),
+    "cast_kernels.evidence": ("cast_kernels",),
     "cast_kernels": ("cast_kernels",),
     "cast.optional": (),
     "cast.video": ("cast.video", "cast.optional"),
@@ -48,8 +51,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast.cli": ("cast",),
     "cast": ("cast", "cast_kernels"),
 }
-#: Rooms that the whole of `cast` outside them must not enter.
-PRIVATE = {"cast.demo": ("cast.demo", "cast.cli")}
+#: Room -> who may enter it.
+PRIVATE = {
+    "cast.demo": ("cast.demo", "cast.cli"),
+    "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.cli"),
+}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -96,6 +102,17 @@ def test_the_model_package_uses_public_kernels_only(name: str) -> None:
         if target.startswith("cast_kernels."):
             first = target.split(".")[1]
             assert first in cast_kernels.__all__, f"{name} imports {target}: not a public name of cast_kernels"
+
+
+@pytest.mark.parametrize("name", modules("cast_kernels/evidence"))
+def test_the_evidence_uses_what_a_user_has(name: str) -> None:
+    """Public names, and the tile tables whose exceptions it judges: what it shows is what the product does."""
+    import cast_kernels
+
+    for target in imported(ALL[name]) - {"cast_kernels"}:
+        public = target.split(".")[1] in cast_kernels.__all__
+        rooms = ("cast_kernels.evidence", "cast_kernels.triton.tiles")
+        assert public or inside(target, rooms), f"{name} imports {target}"
 
 
 def test_the_native_core_knows_no_torch() -> None:

@@ -6,6 +6,7 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,17 @@ def chunking(d: int) -> tuple[int, int]:
     count, chunk = min(covers, key=lambda cover: (cover[0] * cover[1], cover[0]))
     return chunk, count
 
+
+class Allowance(NamedTuple):
+    """What the gates of `cast-kernels compile` allow one kernel, and why the tile is kept all the same."""
+
+    reason: str
+    loop_spills: int = 0  # spill instructions inside loops, at most
+    tensor_core: str = ""  # opcode that may stand for the architecture's own, as "HMMA" on sm_90
+
+
+#: (architecture, kernel, bits of an operand) -> what it is allowed. One that nothing needs is named by the command.
+EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {}
 
 #: (architecture, kernel, bits of an operand) -> tile, for bottlenecks up to 384.
 _TABLE: dict[tuple[str, str, int], Tile] = {}
