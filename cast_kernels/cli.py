@@ -66,7 +66,7 @@ def _compile_options(parser: ArgumentParser) -> None:
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
+    return compiling.main(options.target, options.dtype, options.problems, options.json, options.folder, options.cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
@@ -88,16 +88,15 @@ def _emulate(options: Namespace) -> int:
 def _predict_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--device", DEVICES, DEVICES, "GPUs")
     parser.add_argument("--batch", nargs="+", type=PositiveInt, default=[1, 6, 32], metavar="B", help="clips")
-    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
-    parser.add_argument(
-        "--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here, and use them again"
-    )
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write all of it as JSON")
+    parser.add_argument("--folder", type=Path | None, metavar="DIR", help="also write a JSON a GPU and README.md here")
+    parser.add_argument("--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here for the next time")
 
 
 def _predict(options: Namespace) -> int:
     from cast_kernels.evidence import predict
 
-    return predict.main(options.device, options.batch, options.json, options.cache)
+    return predict.main(options.device, options.batch, options.json, options.folder, options.cache)
 
 
 def _add_choices(

@@ -10,7 +10,7 @@ gaps. Predicted, never measured.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from cast_kernels.evidence.devices import Device
@@ -150,8 +150,3 @@ def uses(launch: Launch, position: int) -> bool:
     """Whether the compiled kernel reads its argument at all: the compiler drops those that it does not need."""
     declared_and_more = re.findall(rf"\b{launch.kernel}_param_{position}\b", launch.asm["ptx"])
     return len(declared_and_more) > 1
-
-
-def total(predictions: Iterable[Prediction]) -> float:
-    """Microseconds of launches one behind the other."""
-    return sum(prediction.us for prediction in predictions)

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 import cast_kernels
-from cast_kernels.evidence import model, trace
+from cast_kernels.evidence import eager_model, model, trace
+from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.devices import Device, device
 from cast_kernels.evidence.driver import Launch, offline_driver
-from cast_kernels.evidence.model import CEILINGS, LABEL, UNCERTAINTY, Prediction
+from cast_kernels.evidence.model import Prediction
+from cast_kernels.evidence.prediction_report import Run
 from cast_kernels.evidence.resources import Resources, resources
-
-#: Phase -> how B-CAST is called. Training keeps for backward what its default recompute level keeps.
-PHASES = ("inference", "forward", "backward")
 
 
 class _Keeper:
@@ -42,24 +40,6 @@ class _Keeper:
         """Those since the last call."""
         taken, self.launches = self.launches, []
         return taken
-
-
-@dataclass(frozen=True)
-class Run:
-    """One phase at one batch size."""
-
-    device: str
-    batch: int
-    phase: str
-    launches: tuple[Prediction, ...]
-
-    @property
-    def us(self) -> float:
-        return model.total(self.launches)
-
-    @property
-    def floor(self) -> float:
-        return sum(launch.floor for launch in self.launches)
 
 
 def predict(name: str, cases: Sequence[Case], cache: Path | None = None) -> list[Run]:
@@ -127,71 +107,35 @@ def _phases(case: Case, keeper: _Keeper) -> Iterable[tuple[str, list[Launch]]]:
     yield "backward", keeper.take()
 
 
-def merge(launches: Sequence[Prediction]) -> list[tuple[int, Prediction]]:
-    """Launches of one kernel that share a ceiling and a grid -> how many, and one of them."""
-    seen: dict[tuple[str, tuple[int, int, int], float], tuple[int, Prediction]] = {}
-    for launch in launches:
-        key = (launch.kernel, launch.grid, launch.us)
-        seen[key] = (seen.get(key, (0, launch))[0] + 1, launch)
-    return list(seen.values())
-
-
-def render(run: Run) -> Table:
-    """One phase as a table for people."""
-    title = f"{run.device}, B={run.batch}, {run.phase}: at least {run.us:.0f} us; {LABEL}"
-    table = Table("kernel", title=title, title_justify="left")
-    for heading in ("launches", "CTAs", "a SM", "waves", "us", "bound by", *CEILINGS, "GFLOP", "DRAM MB", "floor us"):
-        table.add_column(heading, justify="left" if heading == "bound by" else "right")
-    for count, p in merge(run.launches):
-        ctas = p.grid[0] * p.grid[1] * p.grid[2]
-        table.add_row(
-            p.kernel, str(count), str(ctas), str(p.ctas_per_sm), f"{p.waves:.2f}", f"{count * p.us:.1f}", p.bound_by,
-            *(f"{count * getattr(p, name):.1f}" for name in CEILINGS), f"{count * p.flops / 1e9:.2f}",
-            f"{count * p.dram_bytes / 1e6:.1f}", f"{count * p.floor:.1f}",
-        )  # fmt: skip
-    return table
-
-
-def report(runs: Sequence[Run]) -> dict[str, object]:
-    """What is written as JSON."""
-    return {
-        "label": LABEL,
-        "uncertainty": UNCERTAINTY,
-        "runs": [
-            {"device": run.device, "batch": run.batch, "phase": run.phase, "us": run.us, "floor_us": run.floor}
-            | {"launches": [asdict(p) | {"us": p.us, "bound_by": p.bound_by} for p in run.launches]}
-            for run in runs
-        ],
-    }
-
-
-def main(devices: Sequence[str], batches: Sequence[int], json_file: Path | None, cache: Path | None) -> int:
-    """Predict, print, and return the exit code: 1 if a kernel does not fit a device."""
-    console, runs = wide_console(), []
-    for name in devices:
-        runs += predict(name, [replace(Case(), batch=batch) for batch in batches], cache)
-    for run in runs:
-        console.print(render(run))
-    _summarise(runs)
-    if json_file:
-        json_file.write_text(json.dumps(report(runs), indent=1) + "\n")
-    return 1 if any(p.why_not for run in runs for p in run.launches) else 0
-
-
-def _summarise(runs: Sequence[Run]) -> None:
+def main(
+    devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None
+) -> int:
+    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device."""
+    cases = [replace(Case(), batch=batch) for batch in batches]
+    eager = eager_predictions(devices, cases)
+    runs = [run for name in devices for run in predict(name, cases, cache)]
     console = wide_console()
-    times = {(run.device, run.batch, run.phase): run for run in runs}
-    table = Table("device", "B", title=f"microseconds, {LABEL}; +-{UNCERTAINTY:.0%}", title_justify="left")
-    for heading in (*PHASES, "backward / forward", *(f"floor {phase}" for phase in PHASES)):
-        table.add_column(heading, justify="right")
-    for name, batch in dict.fromkeys((run.device, run.batch) for run in runs):
-        three = [times[name, batch, phase] for phase in PHASES]
-        table.add_row(
-            name, str(batch), *(f"{run.us:.0f}" for run in three), f"{three[2].us / three[1].us:.2f}",
-            *(f"{run.floor:.0f}" for run in three),
-        )  # fmt: skip
-    console.print(table)
     for run in runs:
-        for p in run.launches:
-            if p.why_not:
-                console.print(f"FAIL  {run.device} {p.kernel}: {p.why_not}", markup=False)
+        console.print(report.kernels(run))
+    found = report.collect(runs, eager)
+    console.print(report.summary(found))
+    for line in (*report.targets(found), *report.failures(runs)):
+        console.print(line, markup=False, highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    if folder:
+        report.write(found, folder)
+    return 1 if report.failures(runs) else 0
+
+
+def eager_predictions(devices: Sequence[str], cases: Sequence[Case]) -> list[report.Eager]:
+    """Eager's time by its own model, for every device, batch, kind and phase."""
+    found = []
+    for case in cases:
+        for kind in eager_model.KINDS:
+            for phase, operations in zip(("forward", "backward"), eager_model.trace(case, kind), strict=True):
+                moved = sum(operation.bytes for operation in operations)
+                for name in devices:
+                    us = 1e6 * eager_model.seconds(operations, device(name))
+                    found.append(report.Eager(name, case.batch, phase, kind, us, len(operations), moved))
+    return found
