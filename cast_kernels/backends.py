@@ -34,7 +34,7 @@ _CAN_RUN: dict[type, dict[str, Callable[[Any], Verdict]]] = {
     Problem: {"triton": triton_bcast.can_run, "cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
     FFNProblem: {"triton": _no_kernel, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
     SelfAttentionProblem: {
-        "triton": triton_bcast.can_run,
+        "triton": _no_kernel,
         "cpu": cpu_self_attention.can_run,
         "eager": eager_self_attention.can_run,
     },
