@@ -9,7 +9,7 @@ from .decode import LOCAL_WINDOW, SHARED_WINDOW, SIGNED, UNSIGNED, Action, Array
 from .errors import MemoryFault, Unsupported
 from .memory import HEAP_BASE
 from .shared import Lanes, gather, lanes_of, pick, place
-from .syntax import TYPE_BYTES, Address, Instruction, Symbol
+from .syntax import TYPE_BYTES, Instruction
 
 if TYPE_CHECKING:
     from .execute import Machine
