@@ -70,9 +70,9 @@ def _queries(
         at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
         k = tl.load(kv + at, mask=inside[:, None], other=0.0)
         v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
-        s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32)) * factor
+        s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32))
         together = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        p = tl.where(together, tl.exp2(s - level[:, None]), 0.0)
+        p = tl.where(together, tl.exp2(s * factor - level[:, None]), 0.0)
         dp = dot(d_out, tl.trans(v), tl.zeros((BM, BLOCK), tl.float32))
         ds = p * (dp - delta[:, None])
         acc = dot(ds.to(k.dtype), k, acc)
@@ -111,9 +111,9 @@ def _keys(
         out = tl.load(o + at, mask=inside[:, None], other=0.0)
         delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
         level = tl.load(lse + offset(asking_row, HEADS) + head, mask=inside, other=0.0)
-        s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32)) * factor
+        s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32))
         together = (asking[None, :] >= low[:, None]) & (asking[None, :] < high[:, None])
-        p = tl.where(together, tl.exp2(s - level[None, :]), 0.0)
+        p = tl.where(together, tl.exp2(s * factor - level[None, :]), 0.0)
         dv = dot(p.to(d_out.dtype), d_out, dv)
         dp = dot(v, tl.trans(d_out), tl.zeros((BM, BLOCK), tl.float32))
         ds = p * (dp - delta[None, :])

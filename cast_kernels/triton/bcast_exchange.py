@@ -113,10 +113,10 @@ def _attend(
             at = offset(row, 2 * D)[:, None] + lane[None, :]
             k = tl.load(kv + at, mask=mask[:, None], other=0.0)
             v = tl.load(kv + at + D, mask=mask[:, None], other=0.0)
-            s = dot(queries, tl.trans(k), tl.zeros((BQ, BQ), tl.float32)) * factor
+            s = dot(queries, tl.trans(k), tl.zeros((BQ, BQ), tl.float32))
             s = tl.where((i[None, :] >= low[:, None]) & (i[None, :] < high[:, None]), s, -1e30)
-            top = tl.max(s, 1)
-            p = tl.exp2(s - top[:, None])
+            top = tl.max(s, 1) * factor
+            p = tl.exp2(s * factor - top[:, None])  # one fused multiply-add an element
             total = tl.sum(p, 1)
             acc = dot(p.to(v.dtype), v, tl.zeros((BQ, HEAD), tl.float32))
         else:
@@ -128,11 +128,11 @@ def _attend(
                 at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
                 k = tl.load(kv + at, mask=(key < end)[:, None], other=0.0)
                 v = tl.load(kv + at + D, mask=(key < end)[:, None], other=0.0)
-                s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32)) * factor
+                s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32))
                 s = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), s, -1e30)
-                higher = tl.maximum(top, tl.max(s, 1))
+                higher = tl.maximum(top, tl.max(s, 1) * factor)
                 # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes.
-                p = tl.exp2(s - higher[:, None])
+                p = tl.exp2(s * factor - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, 1)
                 acc = dot(p.to(v.dtype), v, acc * shrink[:, None])

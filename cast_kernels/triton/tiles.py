@@ -114,10 +114,11 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ),
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
-        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
+        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
+        exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_90", 16, True): TileSet(
