@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import SHARED_BASE, Array
-from .shared import Lanes
+from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.shared import Lanes
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 # granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
 Region = tuple[Array, int, Array | None]
+
+
+def shortened(text: str, length: int = 100) -> str:
+    """An instruction's text for a message: a wgmma names up to 128 registers."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,10 @@ class Fault:
     cta: int
 
     def __str__(self) -> str:
+        where = "" if self.word < 0 else f"at shared word {self.word} "
         return (
-            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
-            f"`{self.instruction}` after warp {self.warps[0]} in `{self.other}`"
+            f"{self.kind} {where}of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
+            f"`{shortened(self.instruction)}` after warp {self.warps[0]} in `{shortened(self.other)}`"
         )
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import Array
-from .errors import Divergence, MemoryFault, Unsupported
-from .formats import bf16_to_f32, f16_to_f32
+from ptx_emulator.decode import Array
+from ptx_emulator.errors import Divergence, MemoryFault, Unsupported
+from ptx_emulator.formats import bf16_to_f32, f16_to_f32
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 CHUNK = 16  # bytes; swizzling moves chunks, never what is inside one
 SWIZZLE_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .checks import Checker
-from .counters import Counters
-from .decode import SHARED_BASE, Array
-from .errors import Deadlock, Unsupported
-from .memory import Memory
-from .program import Barrier, Block, Jump, Leave, Program, Use
-from .registers import first_registers
-from .shared import SharedMemory
+from ptx_emulator.checks import Checker
+from ptx_emulator.counters import Counters
+from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.errors import Deadlock, Unsupported
+from ptx_emulator.memory import Memory
+from ptx_emulator.program import Barrier, Block, Jump, Leave, Program, Use
+from ptx_emulator.registers import first_registers
+from ptx_emulator.shared import SharedMemory
 
 DONE = np.iinfo(np.int32).max
 BARRIERS = 16

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import SHARED_BASE, Array
-from .errors import MemoryFault, Misaligned
+from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.errors import MemoryFault, Misaligned
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 @dataclass

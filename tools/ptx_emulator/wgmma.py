@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import Action, Array, Decoder, Modifiers, instruction, items
-from .descriptors import Layout, read_operand
-from .errors import Divergence, Unsupported
-from .mma import fragment
-from .syntax import TYPE_BYTES, Instruction, Literal, Not, Register
+from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.descriptors import Layout, read_operand
+from ptx_emulator.errors import Divergence, Unsupported
+from ptx_emulator.mma import fragment
+from ptx_emulator.syntax import TYPE_BYTES, Instruction, Literal, Not, Register
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 GROUP_THREADS = 128
 ROWS = 64
