@@ -81,6 +81,8 @@ def _issue(d: Decoder, ins: Instruction) -> Action:
             wanted = np.where(flag, 0, size)
         else:
             wanted = np.full((1, 1), size) if limit is None else m.r[limit]
+        if mask is not None:  # what an inactive lane holds there means nothing
+            wanted = np.where(mask, wanted, 0)
         data = _read(m, effective(m, source, source_offset), mask, wanted, size, text)
         data = data[:, lanes.thread] if lanes.cta is None else data[lanes.cta, lanes.thread]
         group = m.copy_group

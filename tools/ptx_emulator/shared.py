@@ -39,6 +39,12 @@ class SharedMemory:
         self.flat[4], self.flat[8] = data.view(np.uint32).reshape(-1), data.view(np.uint64).reshape(-1)
         self.bases = {n: (np.arange(ctas, dtype=np.int64) * (self.stride // n))[:, None] for n in (1, 2, 4, 8)}
 
+    def part(self, ctas: Array) -> "SharedMemory":
+        """A copy of some CTAs' memories."""
+        other = SharedMemory(len(ctas), self.size)
+        other.data[:] = self.data[ctas]
+        return other
+
     def check(self, address: Array, size: int, align: int, text: str) -> None:
         """Raise unless each access lies inside the CTA's allocation and is aligned."""
         if address.size == 0:

@@ -249,7 +249,7 @@ def _accumulate(
     keep = ~scale if negated else scale
     if keep.size > 1:
         keep = np.broadcast_to(keep, m.shape).reshape(-1, GROUP_THREADS)
-        if (keep.any(1) != keep.all(1)).any():
+        if ((keep.any(1) != keep.all(1)) & active.reshape(-1)).any():
             raise Divergence(f"scale-d differs within a warpgroup: {text}")
         keep = keep[:, :1, None]
     if keep.any():
