@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 # The choices of options, repeated here so that --help and bad usage load no tool; tests compare them.
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -16,6 +17,7 @@ EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
 PROBLEMS = ("paper", "all")
 SIZES = ("small", "paper")
+DEVICES = ("A100", "H100", "H200")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +66,7 @@ def _compile_options(parser: ArgumentParser) -> None:
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
+    return compiling.main(options.target, options.dtype, options.problems, options.json, options.folder, options.cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
@@ -81,6 +83,20 @@ def _emulate(options: Namespace) -> int:
     if options.mutants:
         return mutants.main(options.target, options.dtype, mutants.CASE, options.json)
     return emulate.main(options.target, options.dtype, options.size, options.json)
+
+
+def _predict_options(parser: ArgumentParser) -> None:
+    _add_choices(parser, "--device", DEVICES, DEVICES, "GPUs")
+    parser.add_argument("--batch", nargs="+", type=PositiveInt, default=[1, 6, 32], metavar="B", help="clips")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write all of it as JSON")
+    parser.add_argument("--folder", type=Path | None, metavar="DIR", help="also write a JSON a GPU and README.md here")
+    parser.add_argument("--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here for the next time")
+
+
+def _predict(options: Namespace) -> int:
+    from cast_kernels.evidence import predict
+
+    return predict.main(options.device, options.batch, options.json, options.folder, options.cache)
 
 
 def _add_choices(
@@ -101,6 +117,11 @@ COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Any],
         _compile,
     ),
     "emulate": ("run the compiled kernels on the CPU and check their results", _emulate_options, _emulate),
+    "predict": (
+        "predict how long the kernels take at least, on GPUs that need not be here",
+        _predict_options,
+        _predict,
+    ),
 }
 
 

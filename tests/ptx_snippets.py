@@ -11,23 +11,29 @@ INPUTS, OUTPUTS = "abce", "oq"
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def entry(code: str, parameters: int, *, name: str = "f", outside: str = "", scratch: str = SCRATCH, directives: str = "") -> str:
+def entry(
+    code: str, parameters: int, *, name: str = "f", outside: str = "", scratch: str = SCRATCH, directives: str = ""
+) -> str:
     """A module with one kernel. Its pointers are in %ptr0, %ptr1, ...; the thread's number is in %tid0."""
     params = ", ".join(f".param .u64 .ptr .global .align 1 x{i}" for i in range(parameters))
     loads = "".join(f"ld.param.b64 %ptr{i}, [x{i}];\n" for i in range(parameters))
     return (
-        f"{HEADER}{outside}\n.visible .entry {name}({params})\n{directives}\n{{\n{scratch}\n.reg .b64 %ptr<9>; .reg .b32 %tid0;\n"
-        f"{loads}mov.u32 %tid0, %tid.x;\n{code}\nret;\n}}\n"
+        f"{HEADER}{outside}\n.visible .entry {name}({params})\n{directives}\n{{\n"
+        f"{scratch}\n.reg .b64 %ptr<9>; .reg .b32 %tid0;\n{loads}mov.u32 %tid0, %tid.x;\n{code}\nret;\n}}\n"
     )
 
 
-def run(text: str, arrays: Sequence[np.ndarray], *, grid: int = 1, threads: int = 32, **options: object) -> ptx_emulator.Report:
+def run(
+    text: str, arrays: Sequence[np.ndarray], *, grid: int = 1, threads: int = 32, **options: object
+) -> ptx_emulator.Report:
     """Launch the only kernel of `text` on arrays, whose contents it changes."""
     (kernel,) = ptx_emulator.parse(text).kernels.values()
     memory = ptx_emulator.Memory()
     addresses = [memory.register(array.view(np.uint8).reshape(-1), name=f"x{i}") for i, array in enumerate(arrays)]
     options.setdefault("target", "sm_90")
-    report = ptx_emulator.launch(kernel, grid=(grid, 1, 1), threads=threads, arguments=addresses, memory=memory, **options)  # type: ignore[arg-type]
+    report = ptx_emulator.launch(
+        kernel, grid=(grid, 1, 1), threads=threads, arguments=addresses, memory=memory, **options
+    )  # type: ignore[arg-type]
     memory.write_back()
     return report
 

@@ -170,7 +170,7 @@ def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ..
     windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]
     recompute = "cheap" if grad else ""
     kept = cpu_bcast.saved_per_clip(case.module().problem(), recompute) if grad else 0
-    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, recompute, False, backend)
+    return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, kept, recompute, torch.float32, backend)
 
 
 @kernels
@@ -415,7 +415,7 @@ def test_bad_calls_say_what_came_and_what_is_allowed(name: str) -> None:
         ({"directions": ("t2s", "t2s")}, "each once"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"bottleneck_dim": 1.5}, "must be an integer"),
-        ({"backend": "gpu"}, "allowed: 'auto', 'cpu', 'eager'"),
+        ({"backend": "gpu"}, "allowed: 'auto', 'triton', 'cpu', 'eager'"),
     ],
 )
 def test_bad_constructions_say_what_is_allowed(arguments: dict[str, object], message: str) -> None:

@@ -221,7 +221,7 @@ def test_not_a_number_spreads_as_in_the_reference(windows: tuple[str, str], valu
 @pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
 def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     problem = cast_kernels.ops.bcast.pose(*case.inputs(), case.module().gathered(), case.heads, case.windows)
-    native = cpu._native_problem(_native.core(), problem, 1e-6, recompute, False)
+    native = cpu._native_problem(_native.core(), problem, 1e-6, recompute)
     assert _native.core().saved_per_clip(native, RECOMPUTE_CODES[recompute]) == cpu.saved_per_clip(problem, recompute)
 
 
@@ -246,7 +246,7 @@ def test_other_threads_run_while_the_core_computes() -> None:
         core_call = cpu.forward
         problem = cast_kernels.ops.bcast.pose(*inputs, module.gathered(), 4, ("time", "space"))
         span.append(time.perf_counter())
-        core_call(problem, *inputs, module.gathered(), None, None, 1e-6, "", False)
+        core_call(problem, *inputs, module.gathered(), None, None, 1e-6, "")
         span.append(time.perf_counter())
 
     worker, ticks = threading.Thread(target=compute), []

@@ -8,7 +8,9 @@ from ptx_snippets import edge_values, entry, lanewise, run, signed
 
 INF, NAN = float("inf"), float("nan")
 # ties to even in bf16 (…8000) and neighbours, overflow, NaN, infinity, denormals
-FLOATS = np.array([1.0, -0.0, NAN, INF, -INF, 3.4e38, 65504.0, 65519.0, 65520.0, 1e-40, 6e-8, 2.98e-8, -1.75], np.float32)
+FLOATS = np.array(
+    [1.0, -0.0, NAN, INF, -INF, 3.4e38, 65504.0, 65519.0, 65520.0, 1e-40, 6e-8, 2.98e-8, -1.75], np.float32
+)
 TIES = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x3F801000, 0x3F803000, 0x3F801001], np.uint32)
 
 
@@ -51,7 +53,10 @@ def test_towards_zero() -> None:
     (got,) = lanewise("cvt.rz.f16.f32 %o, %a;", [x[finite].view(np.uint32)], [np.uint16])
     half = got.view(np.float16).astype(np.float32)
     assert (np.abs(half) <= np.abs(x[finite])).all()
-    assert (np.abs(np.nextafter(got.view(np.float16), np.copysign(np.float16(INF), x[finite].astype(np.float16)))) > np.abs(x[finite])).all()
+    assert (
+        np.abs(np.nextafter(got.view(np.float16), np.copysign(np.float16(INF), x[finite].astype(np.float16))))
+        > np.abs(x[finite])
+    ).all()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
@@ -88,9 +93,21 @@ def test_float_to_integer(kind: str, rounding: str) -> None:
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if kind[0] == "s" else (0, (1 << bits) - 1)
     step = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
     register = max(bits, 16)
-    (got,) = lanewise(f"cvt.{rounding}.{kind}.f32 %o, %a;", [x.view(np.uint32)], [{16: np.uint16, 32: np.uint32, 64: np.uint64}[register]])
+    (got,) = lanewise(
+        f"cvt.{rounding}.{kind}.f32 %o, %a;",
+        [x.view(np.uint32)],
+        [{16: np.uint16, 32: np.uint32, 64: np.uint64}[register]],
+    )
     for value, result in zip(x.tolist(), got.tolist(), strict=True):
-        want = 0 if np.isnan(value) else low if value == -INF else high if value == INF else min(max(int(step(value)), low), high)
+        want = (
+            0
+            if np.isnan(value)
+            else low
+            if value == -INF
+            else high
+            if value == INF
+            else min(max(int(step(value)), low), high)
+        )
         assert result == want & ((1 << register) - 1), f"{value} to {kind}"
 
 
@@ -104,10 +121,14 @@ def test_integer_to_float() -> None:
     assert (got.view(np.float32).astype(np.float64) <= a).all()
     assert got.view(np.float32)[4] == 16777216
     (half,) = lanewise("cvt.rn.bf16.s32 %o, %a;", [np.array([257, 258, 259], np.uint32)], [np.uint16])
-    np.testing.assert_array_equal(half, torch.tensor([256.0, 258.0, 260.0]).bfloat16().view(torch.int16).numpy().view(np.uint16))
+    np.testing.assert_array_equal(
+        half, torch.tensor([256.0, 258.0, 260.0]).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    )
 
 
-@pytest.mark.parametrize(("kind", "source"), [("u64", "u32"), ("s64", "s32"), ("u32", "u64"), ("s32", "s16"), ("u16", "u32"), ("s32", "s8")])
+@pytest.mark.parametrize(
+    ("kind", "source"), [("u64", "u32"), ("s64", "s32"), ("u32", "u64"), ("s32", "s16"), ("u16", "u32"), ("s32", "s8")]
+)
 def test_extension_and_truncation(kind: str, source: str) -> None:
     have, want_bits = int(source[1:]), int(kind[1:])
     a = edge_values(max(have, 16), 64)
@@ -134,7 +155,9 @@ def test_integral_rounding_and_saturation_of_floats() -> None:
     np.testing.assert_array_equal(got.view(np.float32), np.array([0.5, 1, 0, 1, 0, 0], np.float32))
 
 
-@pytest.mark.parametrize("text", ["cvt.rn.satfinite.e4m3x2.f32 %h1, %f1, %f2;", "cvt.rm.f32.f64 %f1, %d1;", "cvt.s32.f32 %r1, %f1;"])
+@pytest.mark.parametrize(
+    "text", ["cvt.rn.satfinite.e4m3x2.f32 %h1, %f1, %f2;", "cvt.rm.f32.f64 %f1, %d1;", "cvt.s32.f32 %r1, %f1;"]
+)
 def test_unknown_conversions_are_refused(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=r"cvt\."):
         run(entry(text, 0), [])

@@ -65,8 +65,8 @@ def rounded(value: Fraction) -> np.float32:
 
 
 def test_fma_rounds_once() -> None:
-    """(1 + 2**-12)**2 - (1 + 2**-11) is 2**-24: separate rounding loses it. And a sum that float64 itself rounds onto the
-    midpoint of two float32 numbers."""
+    """(1 + 2**-12)**2 - (1 + 2**-11) is 2**-24: separate rounding loses it. And a sum that float64 itself rounds onto
+    the midpoint of two float32 numbers."""
     a = np.array([1 + 2**-12, 1 + 2**-23, 1 + 2**-12, 3.0], np.float32)
     b = np.array([1 + 2**-12, 1 + 2**-23, 1 - 2**-12, 7.0], np.float32)
     c = np.array([-(1 + 2**-11), 2**-24 - 2**-47, 2**-60, -21.0], np.float32)
@@ -77,14 +77,17 @@ def test_fma_rounds_once() -> None:
     rng = np.random.default_rng(3)
     a, b, c = (np.append(x, rng.standard_normal(200).astype(np.float32)) for x in (a, b, c))
     (got,) = lanewise("fma.rn.f32 %o, %a, %b, %c;", [bits(a), bits(b), bits(c)], [np.uint32])
-    want = np.array([rounded(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))) for x, y, z in zip(a, b, c, strict=True)])
+    want = np.array(
+        [rounded(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))) for x, y, z in zip(a, b, c, strict=True)]
+    )
     np.testing.assert_array_equal(got.view(np.float32), want)
     separate = (a * b) + c
     assert (separate != want).any(), "the case must tell one rounding from two"
 
 
 def test_fma_is_not_rounded_by_float64_first() -> None:
-    """(1 + 2**-23) * 2**-24 (1 - 2**-23) + 1 + 2**-23 lies below a midpoint of float32 by 2**-70, which float64 drops."""
+    """(1 + 2**-23) * 2**-24 (1 - 2**-23) + 1 + 2**-23 lies below a midpoint of float32 by 2**-70, which float64 drops.
+    (1 + 2**-23) * 2**-24 (1 - 2**-23) + 1 + 2**-23 lies below a midpoint of float32 by 2**-70, which float64 drops."""
     one = np.float32(1 + 2**-23)
     a, b, c = (np.array([v], np.float32) for v in (one, 2**-24 * (1 - 2**-23), one))
     through_float64 = (a.astype(np.float64) * b + c).astype(np.float32)
@@ -147,7 +150,9 @@ def test_halves(name: str, packed: bool, kind: str) -> None:
     """Against float64 rounded once to the half type by torch."""
     dtype = torch.float16 if kind == "f16" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(128, generator=generator).mul(torch.logspace(-3, 3, 128, base=2)).to(dtype) for _ in range(3)]
+    tensors = [
+        torch.randn(128, generator=generator).mul(torch.logspace(-3, 3, 128, base=2)).to(dtype) for _ in range(3)
+    ]
     a, b, c = (t.double() for t in tensors)
     exact = {"add": a + b, "sub": a - b, "mul": a * b, "fma": a * b + c, "max": a.maximum(b), "min": a.minimum(b)}[name]
     # torch converts float64 to half through float32; round to odd first so that the pair of roundings counts as one
@@ -230,7 +235,12 @@ def test_set_and_testp() -> None:
     a = np.array([1, NAN, INF, 1e-40], np.float32)
     (got,) = lanewise("set.gt.u32.f32 %o, %a, 0f00000000;", [bits(a)], [np.uint32])
     assert got.tolist() == [0xFFFFFFFF, 0, 0xFFFFFFFF, 0xFFFFFFFF]
-    for name, want in {"finite": [1, 0, 0, 1], "notanumber": [0, 1, 0, 0], "subnormal": [0, 0, 0, 1], "infinite": [0, 0, 1, 0]}.items():
+    for name, want in {
+        "finite": [1, 0, 0, 1],
+        "notanumber": [0, 1, 0, 0],
+        "subnormal": [0, 0, 0, 1],
+        "infinite": [0, 0, 1, 0],
+    }.items():
         (flag,) = lanewise(f"testp.{name}.f32 %o, %a;", [bits(a)], [bool])
         assert flag.tolist() == [bool(v) for v in want]
 

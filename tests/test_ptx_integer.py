@@ -10,10 +10,14 @@ from ptx_snippets import edge_values, entry, lanewise, run, signed
 WIDTHS = (16, 32, 64)
 
 
-def check(instruction: str, reference: Callable[..., int], arrays: list[np.ndarray], out_bits: int, code: str = "") -> None:
+def check(
+    instruction: str, reference: Callable[..., int], arrays: list[np.ndarray], out_bits: int, code: str = ""
+) -> None:
     """`instruction %o, %a, %b, ...` equals the reference, lane by lane."""
     names = ", ".join(f"%{n}" for n in "abce"[: len(arrays)])
-    (got,) = lanewise(code or f"{instruction} %o, {names};", arrays, [{16: np.uint16, 32: np.uint32, 64: np.uint64}[out_bits]])
+    (got,) = lanewise(
+        code or f"{instruction} %o, {names};", arrays, [{16: np.uint16, 32: np.uint32, 64: np.uint64}[out_bits]]
+    )
     for lane, values in enumerate(zip(*(a.tolist() for a in arrays), strict=True)):
         want = reference(*values) & ((1 << out_bits) - 1)
         assert int(got[lane]) == want, f"{instruction} of {values}: {int(got[lane])}, not {want}"
@@ -119,7 +123,12 @@ def test_funnel_shift(way: str) -> None:
 def test_bit_fields(bits: int) -> None:
     rng = np.random.default_rng(1)
     pick = np.array([0, 1, 5, bits - 1, bits, bits + 3, 255, 256 + 7], np.uint32)
-    a, b, start, length = edge_values(bits), edge_values(bits)[::-1].copy(), rng.choice(pick, 128), rng.choice(pick, 128)
+    a, b, start, length = (
+        edge_values(bits),
+        edge_values(bits)[::-1].copy(),
+        rng.choice(pick, 128),
+        rng.choice(pick, 128),
+    )
 
     def extract(x: int, pos: int, count: int, sign: bool) -> int:
         pos, count = pos & 255, count & 255
@@ -175,5 +184,5 @@ def test_unknown_names_its_text(text: str) -> None:
 
 
 def test_a_register_of_another_width_is_refused() -> None:
-    with pytest.raises(ptx_emulator.Unsupported, match="add.s32"):
+    with pytest.raises(ptx_emulator.Unsupported, match=r"add\.s32"):
         run(entry("add.s32 %d1, %d2, %d3;", 0), [])

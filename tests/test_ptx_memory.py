@@ -9,7 +9,9 @@ LANES = np.arange(32, dtype=np.uint32)
 SHARED = ".shared .align 16 .b8 tile[512];\n"
 
 
-@pytest.mark.parametrize(("width", "vector"), [(8, 1), (16, 1), (32, 1), (64, 1), (8, 4), (16, 2), (16, 4), (32, 2), (32, 4), (64, 2)])
+@pytest.mark.parametrize(
+    ("width", "vector"), [(8, 1), (16, 1), (32, 1), (64, 1), (8, 4), (16, 2), (16, 4), (32, 2), (32, 4), (64, 2)]
+)
 def test_global_copy(width: int, vector: int) -> None:
     """Each width and vector, through a negative offset."""
     size = width // 8 * vector
@@ -17,7 +19,8 @@ def test_global_copy(width: int, vector: int) -> None:
     suffix, operand = (f".v{vector}", "{" + names + "}") if vector > 1 else ("", names)
     code = f"""
     mad.wide.u32 %d1, %tid0, {size}, %ptr0; mad.wide.u32 %d2, %tid0, {size}, %ptr1; add.s64 %d1, %d1, 64;
-    ld.global.nc.L1::evict_last{suffix}.b{width} {operand}, [%d1+-64]; st.global.wb{suffix}.b{width} [%d2], {operand};"""
+    ld.global.nc.L1::evict_last{suffix}.b{width} {operand}, [%d1+-64];
+    st.global.wb{suffix}.b{width} [%d2], {operand};"""
     source = np.random.default_rng(0).integers(0, 256, 32 * size, dtype=np.uint8)
     target = np.zeros_like(source)
     report = run(entry(code, 2), [source, target])
@@ -27,7 +30,8 @@ def test_global_copy(width: int, vector: int) -> None:
 
 def test_sign_and_zero_extension() -> None:
     code = """
-    cvt.u64.u32 %d1, %tid0; add.s64 %d1, %d1, %ptr0; ld.global.s8 %r1, [%d1]; ld.global.u8 %r2, [%d1]; ld.global.s8 %d3, [%d1];
+    cvt.u64.u32 %d1, %tid0; add.s64 %d1, %d1, %ptr0; ld.global.s8 %r1, [%d1]; ld.global.u8 %r2, [%d1];
+    ld.global.s8 %d3, [%d1];
     mad.wide.u32 %d2, %tid0, 16, %ptr1; cvt.u32.u64 %r3, %d3; shr.u64 %d4, %d3, 32; cvt.u32.u64 %r4, %d4;
     st.global.v4.b32 [%d2], {%r1, %r2, %r3, %r4};"""
     source = np.linspace(0, 255, 32).astype(np.uint8)
@@ -47,8 +51,14 @@ def test_masked_lanes_are_untouched() -> None:
 
 
 def test_parameters() -> None:
-    text = entry("ld.param.s32 %d1, [n]; ld.param.b32 %f1, [v]; ld.param.u16 %h1, [s]; st.global.b64 [%ptr0], %d1; st.global.b32 [%ptr0+8], %f1; st.global.b16 [%ptr0+12], %h1;", 1)
-    text = text.replace("x0)", "x0, .param .u32 n, .param .f32 v, .param .u16 s, .param .u64 scratch_a, .param .u64 scratch_b)", 1)
+    text = entry(
+        "ld.param.s32 %d1, [n]; ld.param.b32 %f1, [v]; ld.param.u16 %h1, [s]; st.global.b64 [%ptr0], %d1; "
+        "st.global.b32 [%ptr0+8], %f1; st.global.b16 [%ptr0+12], %h1;",
+        1,
+    )
+    text = text.replace(
+        "x0)", "x0, .param .u32 n, .param .f32 v, .param .u16 s, .param .u64 scratch_a, .param .u64 scratch_b)", 1
+    )
     kernel = ptx_emulator.parse(text).kernels["f"]
     assert kernel.parameters[:4] == [("x0", "u64", 8, 8), ("n", "u32", 4, 4), ("v", "f32", 4, 4), ("s", "u16", 2, 2)]
     out = np.zeros(16, np.uint8)
@@ -97,7 +107,8 @@ def test_misaligned() -> None:
 
 def test_shared_memory() -> None:
     code = """
-    mov.b32 %r1, tile; shl.b32 %r2, %tid0, 4; add.s32 %r1, %r1, %r2; st.shared::cta.v4.b32 [%r1], {%tid0, %r2, %r2, %tid0};
+    mov.b32 %r1, tile; shl.b32 %r2, %tid0, 4; add.s32 %r1, %r1, %r2;
+    st.shared::cta.v4.b32 [%r1], {%tid0, %r2, %r2, %tid0};
     bar.sync 0; xor.b32 %r4, %r1, 16; ld.shared.v2.b32 {%r5, %r6}, [%r4]; add.u32 %r5, %r5, %r6;
     mad.wide.u32 %d1, %tid0, 4, %ptr0; st.global.b32 [%d1], %r5;"""
     out = np.zeros(32, np.uint32)
@@ -113,7 +124,11 @@ def test_shared_bounds(offset: str) -> None:
 
 def test_dynamic_shared_memory_and_its_limit() -> None:
     outside = ".extern .shared .align 16 .b8 dynamic[];\n" + SHARED
-    text = entry("mov.b32 %r1, dynamic; ld.shared.b32 %r2, [%r1+1020]; mov.b32 %r3, tile; ld.shared.b32 %r2, [%r3];", 0, outside=outside)
+    text = entry(
+        "mov.b32 %r1, dynamic; ld.shared.b32 %r2, [%r1+1020]; mov.b32 %r3, tile; ld.shared.b32 %r2, [%r3];",
+        0,
+        outside=outside,
+    )
     run(text, [], shared_bytes=1024)
     with pytest.raises(ptx_emulator.MemoryFault):
         run(text, [], shared_bytes=1020)
@@ -140,7 +155,8 @@ def test_generic_addresses() -> None:
     code = """
     mov.b64 %d1, tile; cvta.shared.u64 %d2, %d1; cvta.to.global.u64 %d3, %ptr0; cvta.global.u64 %d3, %d3;
     mad.wide.u32 %d4, %tid0, 4, %d2; st.b32 [%d4], %tid0; ld.b32 %r1, [%d4];
-    mad.wide.u32 %d5, %tid0, 4, %d3; st.b32 [%d5], %r1; cvta.to.shared.u64 %d6, %d4; ld.shared.b32 %r2, [%d6]; ld.b32 %r3, [%d5];
+    mad.wide.u32 %d5, %tid0, 4, %d3; st.b32 [%d5], %r1; cvta.to.shared.u64 %d6, %d4; ld.shared.b32 %r2, [%d6];
+    ld.b32 %r3, [%d5];
     add.u32 %r3, %r3, %r2; st.global.b32 [%d5], %r3;"""
     out = np.zeros(32, np.uint32)
     run(entry(code, 1, outside=SHARED), [out])
@@ -151,7 +167,8 @@ def test_local_memory() -> None:
     code = """
     .local .align 16 .b8 depot[32];
     mov.b64 %d1, depot; cvta.local.u64 %d2, %d1; mul.lo.u32 %r1, %tid0, 3; st.local.v2.b32 [%d1+8], {%tid0, %r1};
-    ld.b32 %r2, [%d2+8]; ld.local.b32 %r3, [%d1+12]; add.u32 %r2, %r2, %r3; setp.gt.u32 %p1, %tid0, 15; @%p1 st.local.b32 [%d1+12], 7;
+    ld.b32 %r2, [%d2+8]; ld.local.b32 %r3, [%d1+12]; add.u32 %r2, %r2, %r3; setp.gt.u32 %p1, %tid0, 15;
+    @%p1 st.local.b32 [%d1+12], 7;
     ld.local.b32 %r3, [%d1+12]; add.u32 %r2, %r2, %r3; mad.wide.u32 %d3, %tid0, 4, %ptr0; st.global.b32 [%d3], %r2;"""
     out = np.zeros(32, np.uint32)
     run(entry(code, 1), [out])
@@ -183,7 +200,8 @@ def test_atomics_run_lane_after_lane(name: str, kind: str, reference: object) ->
         found.append(memory[place[lane]])
         memory[place[lane]] = dtype(reference(memory[place[lane]], value[lane]))  # type: ignore[operator]
     code = f"""
-    mad.wide.u32 %d1, %tid0, 4, %ptr1; ld.global.b32 %r1, [%d1]; mad.wide.u32 %d2, %tid0, 4, %ptr2; ld.global.b32 %r2, [%d2];
+    mad.wide.u32 %d1, %tid0, 4, %ptr1; ld.global.b32 %r1, [%d1]; mad.wide.u32 %d2, %tid0, 4, %ptr2;
+    ld.global.b32 %r2, [%d2];
     mad.wide.u32 %d3, %r2, 4, %ptr0; atom.global.gpu.relaxed.{name}.{kind} %r3, [%d3], %r1; st.global.b32 [%d1], %r3;"""
     cells = np.arange(10, 15).astype(dtype)
     old = value.copy()
@@ -196,7 +214,8 @@ def test_atomics_run_lane_after_lane(name: str, kind: str, reference: object) ->
 def test_compare_and_swap_and_masked_reduction() -> None:
     code = """
     atom.global.cas.b32 %r1, [%ptr0], 3, 9; setp.lt.u32 %p1, %tid0, 4; @%p1 red.global.add.f32 [%ptr0+4], 0f3F800000;
-    @%p1 red.global.add.noftz.bf16x2 [%ptr0+8], 0x3F803F80; @%p1 red.global.add.v2.f32 [%ptr0+16], {0f40000000, 0f3F800000};"""
+    @%p1 red.global.add.noftz.bf16x2 [%ptr0+8], 0x3F803F80;
+    @%p1 red.global.add.v2.f32 [%ptr0+16], {0f40000000, 0f3F800000};"""
     cells = np.array([3, 0, 0, 0, 0, 0], np.uint32)
     run(entry(code, 1), [cells])
     assert cells[0] == 9
@@ -206,8 +225,10 @@ def test_compare_and_swap_and_masked_reduction() -> None:
 
 def test_shared_atomics() -> None:
     code = """
-    mov.b32 %r1, tile; and.b32 %r2, %tid0, 3; shl.b32 %r2, %r2, 2; add.u32 %r1, %r1, %r2; st.shared.b32 [%r1], 0; bar.sync 0;
-    atom.shared.add.u32 %r3, [%r1], %tid0; bar.sync 0; ld.shared.b32 %r4, [%r1]; mad.wide.u32 %d1, %tid0, 4, %ptr0; st.global.b32 [%d1], %r4;"""
+    mov.b32 %r1, tile; and.b32 %r2, %tid0, 3; shl.b32 %r2, %r2, 2; add.u32 %r1, %r1, %r2; st.shared.b32 [%r1], 0;
+    bar.sync 0;
+    atom.shared.add.u32 %r3, [%r1], %tid0; bar.sync 0; ld.shared.b32 %r4, [%r1];
+    mad.wide.u32 %d1, %tid0, 4, %ptr0; st.global.b32 [%d1], %r4;"""
     out = np.zeros(64, np.uint32)
     report = run(entry(code, 1, outside=SHARED), [out], threads=64)
     np.testing.assert_array_equal(out, np.resize([480, 496, 512, 528], 64))
@@ -227,7 +248,10 @@ def test_zero_sized_buffers_and_bad_ones() -> None:
 
 def test_many_ctas_in_several_batches() -> None:
     """More lanes than one batch holds."""
-    code = "mov.u32 %r1, %ctaid.x; mad.lo.u32 %r2, %r1, 1024, %tid0; mad.wide.u32 %d1, %r2, 4, %ptr0; st.global.b32 [%d1], %r2;"
+    code = (
+        "mov.u32 %r1, %ctaid.x; mad.lo.u32 %r2, %r1, 1024, %tid0; mad.wide.u32 %d1, %r2, 4, %ptr0; "
+        "st.global.b32 [%d1], %r2;"
+    )
     out = np.zeros(1024 * 40, np.uint32)
     report = run(entry(code, 1), [out], grid=40, threads=1024)
     np.testing.assert_array_equal(out, np.arange(len(out)))

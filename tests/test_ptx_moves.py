@@ -10,7 +10,9 @@ LANES = np.arange(32, dtype=np.uint32)
 
 def test_pack_and_unpack() -> None:
     a, b = np.array([0x1111], np.uint16), np.array([0x2222], np.uint16)
-    assert lanewise("mov.b32 %o, {%a, %b};", [a, b], [np.uint32])[0][0] == 0x22221111, "the first element is the low part"
+    assert lanewise("mov.b32 %o, {%a, %b};", [a, b], [np.uint32])[0][0] == 0x22221111, (
+        "the first element is the low part"
+    )
     wide = np.array([0x4444333322221111], np.uint64)
     low, high = lanewise("mov.b64 {%o, %q}, %a;", [wide], [np.uint32, np.uint32])
     assert (low[0], high[0]) == (0x22221111, 0x44443333)
@@ -30,7 +32,9 @@ def test_select() -> None:
 
 def test_guards_leave_other_lanes_alone() -> None:
     a = np.arange(8, dtype=np.uint32)
-    (got,) = lanewise("mov.b32 %o, 7; setp.lt.u32 %p0, %a, 4; @%p0 mov.b32 %o, 1; @!%p0 add.u32 %o, %o, 1;", [a], [np.uint32])
+    (got,) = lanewise(
+        "mov.b32 %o, 7; setp.lt.u32 %p0, %a, 4; @%p0 mov.b32 %o, 1; @!%p0 add.u32 %o, %o, 1;", [a], [np.uint32]
+    )
     assert got.tolist() == [1, 1, 1, 1, 8, 8, 8, 8]
 
 
@@ -73,10 +77,14 @@ def test_shuffle_with_a_source_lane_per_thread() -> None:
 
 
 def test_shuffle_from_an_inactive_lane_is_undefined() -> None:
-    (got,) = lanewise("mov.b32 %o, 5; setp.lt.u32 %p0, %a, 8; @%p0 shfl.sync.bfly.b32 %o, %a, 4, 31, 255;", [LANES], [np.uint32])
+    (got,) = lanewise(
+        "mov.b32 %o, 5; setp.lt.u32 %p0, %a, 8; @%p0 shfl.sync.bfly.b32 %o, %a, 4, 31, 255;", [LANES], [np.uint32]
+    )
     assert got[:8].tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
     assert got[8:].tolist() == [5] * 24
-    (got,) = lanewise("setp.lt.u32 %p0, %a, 8; mov.b32 %o, 0; @%p0 shfl.sync.bfly.b32 %o, %a, 16, 31, 255;", [LANES], [np.uint32])
+    (got,) = lanewise(
+        "setp.lt.u32 %p0, %a, 8; mov.b32 %o, 0; @%p0 shfl.sync.bfly.b32 %o, %a, 16, 31, 255;", [LANES], [np.uint32]
+    )
     assert np.isnan(got[:8].view(np.float32)).all(), "poison, so that a use of it shows"
 
 
@@ -93,7 +101,14 @@ def test_votes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "want"),
-    [("add", "u32", 496), ("min", "s32", 0), ("max", "u32", 31), ("or", "b32", 31), ("and", "b32", 0), ("xor", "b32", 0)],
+    [
+        ("add", "u32", 496),
+        ("min", "s32", 0),
+        ("max", "u32", 31),
+        ("or", "b32", 31),
+        ("and", "b32", 0),
+        ("xor", "b32", 0),
+    ],
 )
 def test_redux(name: str, kind: str, want: int) -> None:
     (got,) = lanewise(f"redux.sync.{name}.{kind} %o, %a, -1;", [LANES], [np.uint32])
@@ -111,12 +126,17 @@ def test_elect_and_activemask() -> None:
 
 
 def test_instructions_without_effect() -> None:
-    quiet = "membar.gl; fence.acq_rel.gpu; griddepcontrol.wait; bar.warp.sync -1; prefetch.global.L2 [%ptr0]; setmaxnreg.inc.sync.aligned.u32 232;"
+    quiet = (
+        "membar.gl; fence.acq_rel.gpu; griddepcontrol.wait; bar.warp.sync -1; prefetch.global.L2 [%ptr0]; "
+        "setmaxnreg.inc.sync.aligned.u32 232;"
+    )
     (got,) = lanewise(f"{quiet} mov.b32 %o, %a;", [LANES], [np.uint32])
     np.testing.assert_array_equal(got, LANES)
 
 
-@pytest.mark.parametrize("text", ["mov.u32 %r1, %clock;", "nosuch.op %r1;", "match.any.sync.b32 %r1, %r2, -1;", "mov.u32 %r1, nowhere;"])
+@pytest.mark.parametrize(
+    "text", ["mov.u32 %r1, %clock;", "nosuch.op %r1;", "match.any.sync.b32 %r1, %r2, -1;", "mov.u32 %r1, nowhere;"]
+)
 def test_unknown(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=text.split()[0]):
         run(entry(text, 0), [])

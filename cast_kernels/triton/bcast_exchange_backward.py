@@ -58,20 +58,24 @@ def exchange_backward(
         acc = zeros(BM, CHUNK, CHUNKS)
         acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
         again = add_bias(acc, proj_bias, is_patch, D, CHUNK, CHUNKS)
-        for c in tl.static_range(CHUNKS):
-            row_h = again[c]
+    for c in tl.static_range(CHUNKS):
+        if RECOMPUTE_H:
+            hidden = again[c]
             if CLS:
-                row_h += load_chunk(cls, frame, is_cls, c, D, CHUNK)
-            store_chunk(h, row, mask, row_h, c, D, CHUNK)
-        tl.debug_barrier()  # h is read back below: beside dg it would not fit in registers
+                hidden += load_chunk(cls, frame, is_cls, c, D, CHUNK)
+            hidden = hidden.to(COMPUTE).to(tl.float32)
+            store_chunk(h, row, mask, hidden, c, D, CHUNK)
+        else:
+            hidden = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
+        store_chunk(g, row, mask, factor[:, None] * gelu(hidden), c, D, CHUNK)
+    tl.debug_barrier()  # h is read back below: beside dg it would not fit in registers
     dg = zeros(BM, CHUNK, CHUNKS)
     dg = narrow(dg, grad_y, row, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
     dh_row = tl.where(is_patch, p_row, rows * patches + frame)
     a = ()
     for c in tl.static_range(CHUNKS):
-        hidden = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
-        store_chunk(g, row, mask, factor[:, None] * gelu(hidden), c, D, CHUNK)
-        gradient = factor[:, None] * dg[c] * gelu_gradient(hidden)
+        kept = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
+        gradient = factor[:, None] * dg[c] * gelu_gradient(kept)
         column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient, is_patch, D)
         store_chunk(dh, dh_row, mask, gradient, c, D, CHUNK)
         a += (gradient.to(COMPUTE),)

@@ -23,7 +23,8 @@ from .errors import (
 )
 from .launch import SHARED_LIMIT, Report, launch
 from .memory import Memory
-from .parser import Instruction, Kernel, Module, parse
+from .parser import parse
+from .syntax import Instruction, Kernel, Module
 
 __all__ = [
     "SHARED_LIMIT",

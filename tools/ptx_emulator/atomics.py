@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import UNSIGNED, Action, Array, Decoder, Modifiers, instruction, items
+from .decode import UNSIGNED, Action, Array, Decoder, Modifiers, choose, instruction, items
 from .errors import Unsupported
 from .floating import typed
 from .formats import FROM_F32, TO_F32
 from .loads import CACHING, ORDERING, count_shared, effective, global_lanes, resolve, shared_lanes, space_of
 from .memory import HEAP_BASE
-from .parser import TYPE_BYTES, Instruction
 from .shared import pick
+from .syntax import TYPE_BYTES, Instruction
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -26,7 +26,7 @@ def _update(name: str, kind: str) -> Update:
     if name == "exch":
         return lambda old, b, c: b
     if name == "cas":
-        return lambda old, b, c: np.where(old == b, c, old)
+        return lambda old, b, c: choose(old == b, c, old)
     if name in ("inc", "dec"):
         if name == "inc":
             return lambda old, b, c: np.where(old >= b, np.zeros_like(old), old + np.ones_like(old))

@@ -1,9 +1,10 @@
 """Finds shared-memory races and reads of data in flight.
 
-Each granule (4 bytes, fewer when the kernel stores narrower elements) remembers its last writer and two of its readers as
-tags `step * 64 + warp`. `seen[row, w, v]` is the last step of warp v that a barrier has made visible to warp w; an access
-races with a later one of another warp when its step is above that. While all CTAs of a batch access the same addresses they
-share one row of tags; the first access that differs gives each CTA its own.
+Each granule (4 bytes, fewer when the kernel stores narrower elements) remembers its last writer and two of its readers
+as tags `step * 64 + warp`. `seen[row, w, v]` is the last step of warp v that a barrier has made visible to warp w;
+an access
+races with a later one of another warp when its step is above that. While all CTAs of a batch access the same addresses
+they share one row of tags; the first access that differs gives each CTA its own.
 """
 
 from collections.abc import Callable
@@ -78,7 +79,8 @@ class Checker:
             self.fence = np.repeat(self.fence, self.rows, 0)
 
     def locate(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
-        """(granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules."""
+        """(granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules.
+        (granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules."""
         first = (lanes.address // self.granule)[None, :, None]
         warp = (lanes.thread >> 5).astype(np.int32)[None, :, None]
         if lanes.cta is not None:
@@ -221,7 +223,7 @@ class Checker:
             return
         if self.m.ctas > 1:
             self._split()
-        warps = np.broadcast_to(mask, self.m.shape).reshape(self.m.ctas, self.m.warps, 32).any(2)
+        warps = np.any(np.broadcast_to(mask, self.m.shape).reshape(self.m.ctas, self.m.warps, 32), axis=2)
         self.fence[warps[: self.rows]] = self.m.step
 
     def note(self, kind: str, here: int, other: int) -> None:
@@ -234,7 +236,8 @@ class Checker:
             )
 
     def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
-        """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for yet.
+        """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for
+        yet.
 
         Adds what it reads to `regions`, for `operands_done`.
         """
@@ -254,28 +257,30 @@ class Checker:
     def _operand(self, index: Array, row: Array, group: int) -> None:
         tag = self.writer[index]
         first = 4 * group
+        group_warp = np.array(first, np.int32)
         if (tag > self.floor).any():
             for warp in range(first, first + 4):
-                race = self._unseen(tag, row, np.int32(warp))
+                race = self._unseen(tag, row, np.array(warp, np.int32))
                 if race.any():
-                    self.report("write-read by wgmma", race, tag, index, np.int32(warp))
+                    self.report("write-read by wgmma", race, tag, index, np.array(warp, np.int32))
                     break
         if self.flying:
             flight = self.flight[index]
             if flight.any():
-                self.report("wgmma reads a copy in flight", flight > 0, flight, index, np.int32(first))
+                self.report("wgmma reads a copy in flight", flight > 0, flight, index, group_warp)
         fenced = np.maximum(
             self.fence[row, np.minimum(tag & 63, self.m.warps - 1)],
             self.fence[row[:, 0], first : first + 4].max(1)[:, None],
         )
         stale = (tag >> 6) > fenced
         if stale.any():
-            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, np.int32(first))
+            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, group_warp)
         self.operand[index] = np.int32(self.m.step << 6) | first
         self.operands[index] += 1
 
     def operands_done(self, regions: list[Region], done: Array) -> None:
-        """The warpgroups `done`, [CTAs, warpgroups], have waited for a product: its operands may be written after a barrier."""
+        """The warpgroups `done`, [CTAs, warpgroups], have waited for a product: its operands may be written after a
+        barrier."""
         for base, group, ctas in regions:
             finished = done[:, group] if ctas is None else done[ctas, group]
             if not finished.any():
@@ -288,7 +293,7 @@ class Checker:
             index = base + rows * self.count
             self.operands[index] -= 1
             for warp in range(4 * group, 4 * group + 4):
-                self.note_readers(index, np.int32(warp))
+                self.note_readers(index, np.array(warp, np.int32))
 
     def barrier_all(self) -> None:
         """Every live thread of every CTA has passed a barrier."""
@@ -312,5 +317,5 @@ def _per_granule(changed: Array, index: Array) -> Array:
     """A flag per lane, [CTAs, n] or [n], as one that broadcasts with the granule index [R, n, k]."""
     changed = changed.reshape(-1, index.shape[1])
     if changed.shape[0] != index.shape[0]:
-        changed = changed.any(0, keepdims=True)
+        changed = np.any(changed, axis=0, keepdims=True)
     return changed[:, :, None]

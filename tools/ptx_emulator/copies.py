@@ -1,7 +1,7 @@
 """cp.async: copies from global to shared memory that land when they are waited for.
 
-Source: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy, Non-bulk copy". The source is read at issue;
-bytes beyond `src-size` are zero.
+Source: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy, Non-bulk copy". The source is read at
+issue; bytes beyond `src-size` are zero.
 """
 
 from dataclasses import dataclass, replace
@@ -13,8 +13,8 @@ from .decode import Action, Array, Decoder, Modifiers, instruction
 from .errors import Unsupported
 from .loads import CACHING, count_shared, effective, global_lanes
 from .memory import HEAP_BASE
-from .parser import Instruction, Literal, Not, Register
 from .shared import Lanes, lanes_of
+from .syntax import Instruction, Literal, Not, Register
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Copy:
-    """A copy in flight. data: [CTAs, n, elements] when the lanes are common, else [n, elements]. group: one number, or one
-    per lane."""
+    """A copy in flight. data: [CTAs, n, elements] when the lanes are common, else [n, elements]. group: one number, or
+    one per lane."""
 
     lanes: Lanes
     data: Array
@@ -155,7 +155,8 @@ def _commit(m: "Machine", mask: Array | None) -> None:
 
 
 def _wait(m: "Machine", mask: Array | None, keep: int, number: int) -> None:
-    """Land every copy of the waiting threads except those of their newest `keep` groups; -1 lands uncommitted ones too."""
+    """Land every copy of the waiting threads except those of their newest `keep` groups;
+    -1 lands uncommitted ones too."""
     m.tick(number)
     copies, m.copies = m.copies, []
     current = m.copy_group
@@ -169,7 +170,8 @@ def _wait(m: "Machine", mask: Array | None, keep: int, number: int) -> None:
         if isinstance(copy.group, int):
             lanes, data, groups = _per_lane(m, copy.lanes, copy.data, copy.group)
             copy = Copy(lanes, data, groups, copy.size)
-        assert copy.lanes.cta is not None and not isinstance(copy.group, int)
+        assert copy.lanes.cta is not None
+        assert not isinstance(copy.group, int)
         place = (copy.lanes.cta, copy.lanes.thread)
         waits = np.broadcast_to(True if mask is None else mask, m.shape)[place]
         newest = current if isinstance(current, int) else current[place]

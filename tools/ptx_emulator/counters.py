@@ -55,7 +55,8 @@ class Counters:
         setattr(self, name + "bytes", getattr(self, name + "bytes") + lanes * size)
 
     def add_shared(self, way: str, addresses: Array, mask: Array | None, size: int, times: int) -> None:
-        """Count an access of `size` bytes a lane. addresses, mask: (n, threads), each row `times` CTAs with equal addresses."""
+        """Count an access of `size` bytes a lane. addresses, mask: (n, threads), each row `times` CTAs with equal
+        addresses."""
         wavefronts, ideal, requests, lanes = _wavefronts(addresses, mask, size)
         name = f"shared_{way}_"
         for field_name, amount in (

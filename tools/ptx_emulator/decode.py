@@ -1,8 +1,9 @@
 """From instructions to closures: each instruction is decoded once, into a function of the machine and a lane mask.
 
-A register holds an unsigned NumPy array of its width, or bool for a predicate, of shape (CTAs or 1, threads or 1): a value
-that is the same for every CTA, or for every thread of a CTA, is kept and computed once. Arrays are never changed in place,
-so an array's identity says that its value is unchanged.
+A register holds an unsigned NumPy array of its width, or bool for a predicate, of shape (CTAs or 1, threads or 1): a
+value
+that is the same for every CTA, or for every thread of a CTA, is kept and computed once. Arrays are never changed in
+place, so an array's identity says that its value is unchanged.
 """
 
 import struct
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import Unsupported
-from .parser import TYPE_BYTES, Address, Instruction, Kernel, Literal, Not, Operand, Register, Special, Symbol, Vector
+from .syntax import TYPE_BYTES, Address, Instruction, Kernel, Literal, Not, Operand, Register, Special, Symbol, Vector
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -132,7 +133,8 @@ class Decoder:
         if isinstance(operand, Register):
             if self.predicate[operand.index] != (kind == "pred") or (self.widths[operand.index] != size and not loose):
                 raise Unsupported(
-                    f"unsupported: a .{kind} operand in a .{self.kernel.registers[operand.index][1]} register: {ins.text}"
+                    f"unsupported: a .{kind} operand in a .{self.kernel.registers[operand.index][1]} register: "
+                    f"{ins.text}"
                 )
             return operand.index
         if isinstance(operand, Literal):
@@ -157,6 +159,9 @@ class Decoder:
             return SHARED_BASE + self.kernel.shared_symbols[name]
         if name in self.kernel.local_symbols:
             return self.kernel.local_symbols[name]
+        for parameter in self.kernel.parameter_list:
+            if parameter.name == name:
+                return parameter.offset
         raise Unsupported(f"unsupported: unknown symbol {name} in {ins.text}")
 
     def destination(self, operand: Operand, kind: str, ins: Instruction, *, loose: bool = False) -> int:
@@ -219,6 +224,11 @@ def literal_bits(text: str, kind: str) -> int:
             return int.from_bytes(struct.pack("<e", float(text)), "little")
         return int.from_bytes(struct.pack("<f", float(text)), "little") >> 16
     return int(text, 8) if len(text) > 1 and text[0] == "0" and text.isdigit() else int(text, 0)
+
+
+def choose(mask: Array, a: Array, b: Array) -> Array:
+    """`a` where the mask holds, else `b`."""
+    return np.where(mask, a, b)
 
 
 def assign(out: int, function: Callable[..., Array], *sources: int) -> Action:

@@ -1,7 +1,8 @@
 """Operands of wgmma in shared memory: the 64-bit matrix descriptor and the layouts it describes.
 
-Source: PTX ISA, "Asynchronous warpgroup level matrix shared memory layout" (descriptor, strides, swizzling modes). Bits 0-13
-start address >> 4, 16-29 leading byte offset >> 4, 32-45 stride byte offset >> 4, 49-51 base offset, 62-63 swizzling.
+Source: PTX ISA, "Asynchronous warpgroup level matrix shared memory layout" (descriptor, strides, swizzling modes). Bits
+0-13 start address >> 4, 16-29 leading byte offset >> 4, 32-45 stride byte offset >> 4, 49-51 base offset, 62-63
+swizzling.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ SWIZZLE_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}
 
 @dataclass(frozen=True)
 class Layout:
-    """An operand of `rows` (M or N) by `depth` (K) elements of `size` bytes; mn_major: consecutive rows are adjacent."""
+    """An operand of `rows` (M or N) by `depth` (K) elements of `size` bytes;
+    mn_major: consecutive rows are adjacent."""
 
     rows: int
     depth: int
@@ -84,7 +86,8 @@ def read_operand(
         chunks = chunk_addresses(descriptor, layout)
         if int(chunks.min()) < 1024 or int(chunks.max()) + CHUNK > m.shared.size:
             raise MemoryFault(
-                f"a matrix descriptor reaches byte {int(chunks.max()) + CHUNK - 1024} of the CTA's {m.shared.size - 1024}: {text}"
+                f"a matrix descriptor reaches byte {int(chunks.max()) + CHUNK - 1024} of the CTA's "
+                f"{m.shared.size - 1024}: {text}"
             )
         where = (values == one) & active
         if m.checker is not None:

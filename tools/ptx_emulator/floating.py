@@ -1,7 +1,7 @@
 """Floating-point arithmetic in f32, f64, f16 and bf16, packed pairs included, and comparisons of every type.
 
-Source: PTX ISA, "Floating-Point Instructions", "Half Precision Floating-Point Instructions", "Comparison and Selection".
-The approximate units (ex2, lg2, rcp, rsqrt, sqrt, tanh, sin, cos, div.full) give correctly rounded-ish IEEE results here, and
+Source: PTX ISA, "Floating-Point Instructions", "Half Precision Floating-Point Instructions", "Comparison and
+Selection". The approximate units (ex2, lg2, rcp, rsqrt, sqrt, tanh, sin, cos, div.full) are as exact here as NumPy, and
 `.ftz` flushes nothing.
 """
 
@@ -14,7 +14,7 @@ from .decode import FLOAT, UNSIGNED, Action, Array, Decoder, Modifiers, assign, 
 from .errors import Unsupported
 from .formats import FROM_F32, TO_F32, fma_f32, fma_f64, sticky
 from .integer import view_type
-from .parser import TYPE_BYTES, Instruction, Pair
+from .syntax import TYPE_BYTES, Instruction, Pair
 
 FLOAT_TYPES = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 Function = Callable[..., Array]
@@ -35,7 +35,8 @@ def _minimum(function: Function, other: Function) -> Function:
 
 
 def _wrap(function: Function, kind: str) -> Function:
-    """A function of float arrays as one of registers of type `kind`; halves are computed in float32 and rounded once."""
+    """A function of float arrays as one of registers of type `kind`;
+    halves are computed in float32 and rounded once."""
     if kind in ("f32", "f64"):
         view, unsigned = FLOAT[TYPE_BYTES[kind]], UNSIGNED[TYPE_BYTES[kind]]
         return lambda *args: function(*(a.view(view) for a in args)).view(unsigned)
@@ -170,7 +171,7 @@ def build_transcendental(d: Decoder, ins: Instruction) -> Action | None:
     kind = _float_type(mods)
     if kind is None:
         return None
-    function: Function = {
+    functions: dict[str, Function] = {
         "sqrt": np.sqrt,
         "rsqrt": _unary(lambda a: 1.0 / np.sqrt(a)),
         "rcp": lambda a: a.dtype.type(1) / a,
@@ -179,8 +180,8 @@ def build_transcendental(d: Decoder, ins: Instruction) -> Action | None:
         "tanh": np.tanh,
         "sin": np.sin,
         "cos": np.cos,
-    }[ins.root]
-    return _operation(d, ins, kind, function, mods)
+    }
+    return _operation(d, ins, kind, functions[ins.root], mods)
 
 
 @instruction("testp")
@@ -193,14 +194,15 @@ def build_test(d: Decoder, ins: Instruction) -> Action | None:
     mods.end()
     view: Any = FLOAT[TYPE_BYTES[kind]]
     tiny = np.finfo(view).tiny
-    function: Function = {
+    functions: dict[str, Function] = {
         "finite": np.isfinite,
         "infinite": np.isinf,
         "number": lambda a: a == a,
         "notanumber": lambda a: a != a,
         "normal": lambda a: np.isfinite(a) & (np.abs(a) >= tiny),
         "subnormal": lambda a: (np.abs(a) < tiny) & (a != 0),
-    }[which]
+    }
+    function = functions[which]
     source = d.source(ins.operands[1], kind, ins)
     return assign(d.destination(ins.operands[0], "pred", ins), lambda a: function(a.view(view)), source)
 

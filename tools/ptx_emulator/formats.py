@@ -1,12 +1,13 @@
 """Bit patterns of bf16, f16 and tf32 as float32 arrays and back, with the roundings PTX names."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from .decode import Array
 
-CANONICAL_NAN = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF)}
+CANONICAL_NAN: dict[int, Any] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF)}
 
 
 def bf16_to_f32(bits: Array) -> Array:
@@ -58,8 +59,8 @@ def f32_to_tf32(value: Array, rounding: str = "rna") -> Array:
 
 
 def sticky(value: Array) -> Array:
-    """Any number as float32 cut towards zero with its last bit set where something was cut, so that a further rounding to
-    16 bits is the only one."""
+    """Any number as float32 cut towards zero with its last bit set where something was cut, so that a further rounding
+    to 16 bits is the only one."""
     exact = (
         value.astype(np.float64) if value.dtype.itemsize < 8 or value.dtype.kind == "f" else value.astype(np.longdouble)
     )
@@ -76,7 +77,8 @@ FROM_F32: dict[str, Callable[..., Array]] = {"bf16": f32_to_bf16, "f16": f32_to_
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     """a*b + c of float32, rounded once.
 
-    The product is exact in float64; only a sum that float64 has rounded onto the midpoint of two float32 numbers would be
+    The product is exact in float64;
+    only a sum that float64 has rounded onto the midpoint of two float32 numbers would be
     rounded twice, and those few are nudged by the sign of the error.
     """
     product = a.astype(np.float64) * b

@@ -1,4 +1,4 @@
-"""Integer arithmetic, logic, shifts and bit fields. Source: PTX ISA, "Integer Arithmetic" and "Logic and Shift Instructions"."""
+"""Integer arithmetic, logic, shifts and bit fields. Source: PTX ISA, "Integer Arithmetic", "Logic and Shift"."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from .decode import SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
 from .errors import Unsupported
-from .parser import TYPE_BYTES, Instruction
+from .syntax import TYPE_BYTES, Instruction
 
 INTEGER_TYPES = {f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)}
 
@@ -154,13 +154,14 @@ def build_logic(d: Decoder, ins: Instruction) -> Action | None:
     types = mods.types()
     mods.end()
     kind = types[0]
-    function: Callable[..., Array] = {
+    functions: dict[str, Callable[..., Array]] = {
         "and": np.bitwise_and,
         "or": np.bitwise_or,
         "xor": np.bitwise_xor,
         "not": np.invert,
         "cnot": lambda a: (a == 0).astype(a.dtype),
-    }[ins.root]
+    }
+    function = functions[ins.root]
     if kind != "pred":
         return _plain(d, ins, kind, function)
     sources = [d.predicate_source(o, ins) for o in ins.operands[1:]]

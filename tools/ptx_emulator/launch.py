@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import atomics, copies, convert, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
+from . import atomics, convert, copies, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
 from .checks import Fault
 from .counters import Counters
 from .errors import SharedLimit, Unsupported
-from .execute import Machine, Program, compile_kernel
+from .execute import Machine
 from .memory import Memory
-from .parser import Kernel, Parameter
+from .program import Program, compile_kernel
+from .syntax import Kernel, Parameter
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}  # bytes a CTA may have: 163 KiB and 227 KiB
 BATCH_LANES = (
@@ -81,6 +82,7 @@ def launch(
     report = Report(ctas=grid[0] * grid[1] * grid[2])
     batch = max(1, BATCH_LANES // threads)
     numbers = np.arange(report.ctas)
+    faults: dict[tuple[str, int, int], Fault] = {}  # by kind and pair of instructions, the first CTA's
     with np.errstate(all="ignore"):
         for first in range(0, report.ctas, batch):
             machine = Machine(
@@ -96,7 +98,8 @@ def launch(
             )
             machine.run()
             if machine.checker is not None:
-                report.faults += machine.checker.faults.values()
+                faults = {**machine.checker.faults, **faults}
+    report.faults = list(faults.values())
     return report
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from .decode import LOCAL_WINDOW, SHARED_WINDOW, SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, instruction, items
 from .errors import MemoryFault, Unsupported
 from .memory import HEAP_BASE
-from .parser import TYPE_BYTES, Address, Instruction, Symbol
 from .shared import Lanes, gather, lanes_of, pick, place
+from .syntax import TYPE_BYTES, Instruction
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -148,21 +148,19 @@ def build_load(d: Decoder, ins: Instruction) -> Action | None:
 
 
 def _parameter(d: Decoder, ins: Instruction, kind: str, outs: list[int], widths: list[int]) -> Action:
-    source = ins.operands[1]
-    if not isinstance(source, Address) or not isinstance(source.base, Symbol):
-        raise Unsupported(f"unsupported: {ins.text}")
-    name = source.base.name
-    start = next((p.offset for p in d.kernel.parameter_list if p.name == name), None)
-    if start is None:
-        raise Unsupported(f"unsupported: {name} is no parameter: {ins.text}")
-    unit, start = TYPE_BYTES[kind], start + source.offset
+    """A load from the parameters, by name or through a register that holds the address of one."""
+    base, offset, _ = d.address(ins.operands[1], ins)
+    unit, bytes_of = TYPE_BYTES[kind], np.arange(TYPE_BYTES[kind])
 
     def load(m: "Machine", mask: Array | None) -> None:
+        address = effective(m, base, offset).astype(np.int64)
         for k, (out, width) in enumerate(zip(outs, widths, strict=True)):
-            first = start + k * unit
-            if first < 0 or first + unit > len(m.parameters):
-                raise MemoryFault(f"byte {first} lies outside the parameters: {ins.text}")
-            value = m.parameters[first : first + unit].copy().view(UNSIGNED[unit]).reshape(1, 1)
+            first = address + k * unit
+            active = first if mask is None else np.broadcast_to(first, m.shape)[np.broadcast_to(mask, m.shape)]
+            if active.size and (active.min() < 0 or active.max() + unit > len(m.parameters)):
+                raise MemoryFault(f"bytes {active.min()} to {active.max()} lie outside the parameters: {ins.text}")
+            inside = np.clip(first, 0, max(len(m.parameters) - unit, 0))
+            value = m.parameters[inside[..., None] + bytes_of].view(UNSIGNED[unit])[..., 0]
             value = _extend(value, kind, width)
             m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
 

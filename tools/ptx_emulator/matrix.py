@@ -1,7 +1,8 @@
 """ldmatrix and stmatrix: 8x8 matrices of 16-bit elements between shared memory and the registers of a warp.
 
-Source: PTX ISA, "Warp-level matrix instructions: ldmatrix, stmatrix". Matrix j takes its row addresses from lanes 8j to 8j+7,
-16 bytes a row; lane l holds row l/4, columns 2(l%4) and 2(l%4)+1, or with `.trans` the same places of the transposed matrix.
+Source: PTX ISA, "Warp-level matrix instructions: ldmatrix, stmatrix". Matrix j takes its row addresses from lanes 8j to
+8j+7, 16 bytes a row; lane l holds row l/4, columns 2(l%4) and 2(l%4)+1, or with `.trans` the same places of the
+transposed matrix.
 """
 
 from typing import TYPE_CHECKING
@@ -11,8 +12,8 @@ import numpy as np
 from .decode import SHARED_BASE, Action, Array, Decoder, Modifiers, instruction, items
 from .errors import Divergence, Unsupported
 from .loads import count_shared, effective
-from .parser import Instruction
 from .shared import Lanes, lanes_of
+from .syntax import Instruction
 
 if TYPE_CHECKING:
     from .execute import Machine

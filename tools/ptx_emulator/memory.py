@@ -26,7 +26,8 @@ class Buffer:
 class Memory:
     """Global memory of the emulated device.
 
-    `register` copies a buffer in and gives it an address; launches work on the copy; `write_back` copies all buffers out.
+    `register` copies a buffer in and gives it an address; launches work on the copy;
+    `write_back` copies all buffers out.
     """
 
     def __init__(self) -> None:
@@ -40,25 +41,34 @@ class Memory:
         heap = np.full(-(-size // ALIGNMENT) * ALIGNMENT, 0xFF, np.uint8)
         if self.buffers:
             heap[: len(self.heap)] = self.heap
-        self.heap = heap
-        self.views = {1: heap, 2: heap.view(np.uint16), 4: heap.view(np.uint32), 8: heap.view(np.uint64)}
+        self.heap: Array = heap
+        self.views: dict[int, Array] = {
+            1: heap,
+            2: heap.view(np.uint16),
+            4: heap.view(np.uint32),
+            8: heap.view(np.uint64),
+        }
 
-    def register(self, array: Array, name: str = "") -> int:
-        """Map a buffer and return its address, a multiple of 256.
+    def register(self, array: Array, name: str = "", offset: int = 0) -> int:
+        """Map a buffer and return its address, `offset` bytes above a multiple of 256.
 
         Args:
             array: the buffer's bytes, 1-D uint8, contiguous; of any length, zero included. Its content is copied in.
             name: what faults call the buffer.
+            offset: how far behind such a multiple it begins, for a view into a larger block.
 
         Raises TypeError or ValueError when `array` is something else.
         """
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
             raise TypeError(
-                f"register takes a NumPy uint8 array, not {getattr(array, 'dtype', type(array).__name__)}: pass x.view(np.uint8)"
+                f"register takes a NumPy uint8 array, not {getattr(array, 'dtype', type(array).__name__)}: "
+                "pass x.view(np.uint8)"
             )
         if array.ndim != 1 or (array.size and not array.flags.c_contiguous):
             raise ValueError(f"register takes a contiguous 1-D array, not shape {array.shape}: pass x.reshape(-1)")
-        start = self._end
+        if not 0 <= offset < ALIGNMENT:
+            raise ValueError(f"offset={offset}: 0 to {ALIGNMENT - 1}")
+        start = self._end + offset
         self._end = -(-(start + array.size + GUARD) // ALIGNMENT) * ALIGNMENT
         if self._end > len(self.heap):
             self._resize(max(self._end, 2 * len(self.heap) if len(self.heap) < 1 << 28 else self._end))

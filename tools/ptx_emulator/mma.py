@@ -1,8 +1,8 @@
 """mma.sync: products of small matrices spread over the registers of a warp.
 
 Source: PTX ISA, "Warp-level matrix instructions: mma", with the fragment layouts of its figures. With g = lane / 4 and
-t = lane % 4: A register r holds row g + 8(r%2); C register i holds row g + 8(i/2), column 2t + i%2; B has column g. The order
-of k is free as long as A and B share it: here k runs over (register, half, t). Sums are float32 products summed in float32.
+t = lane % 4: A register r holds row g + 8(r%2); C register i holds row g + 8(i/2), column 2t + i%2; B has column g.
+The order of k is free as long as A and B share it: here k runs over (register, half, t). Products and sums are float32.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .decode import Action, Array, Decoder, Modifiers, instruction, items
 from .errors import Unsupported
 from .formats import f16_to_f32
 from .matrix import whole_warps
-from .parser import Instruction
+from .syntax import Instruction
 
 if TYPE_CHECKING:
     from .execute import Machine

@@ -1,12 +1,24 @@
-"""mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion"."""
+"""mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion".
+mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion"."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import LOCAL_WINDOW, SHARED_WINDOW, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from .decode import (
+    LOCAL_WINDOW,
+    SHARED_WINDOW,
+    UNSIGNED,
+    Action,
+    Array,
+    Decoder,
+    Modifiers,
+    assign,
+    choose,
+    instruction,
+)
 from .errors import Unsupported
-from .parser import TYPE_BYTES, Instruction, Vector
+from .syntax import TYPE_BYTES, Instruction, Vector
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -81,7 +93,7 @@ def build_select(d: Decoder, ins: Instruction) -> Action | None:
     first, second = (d.source(o, kind, ins) for o in ins.operands[1:3])
     if negated:
         first, second = second, first
-    return assign(d.destination(ins.operands[0], kind, ins), lambda p, a, b: np.where(p, a, b), number, first, second)
+    return assign(d.destination(ins.operands[0], kind, ins), lambda p, a, b: choose(p, a, b), number, first, second)
 
 
 @instruction("slct")
@@ -96,7 +108,7 @@ def build_select_sign(d: Decoder, ins: Instruction) -> Action | None:
     sources = [d.source(o, types[0], ins) for o in ins.operands[1:3]]
     sources.append(d.source(ins.operands[3], types[1], ins))
     out = d.destination(ins.operands[0], types[0], ins)
-    return assign(out, lambda a, b, c: np.where(c.view(view) >= 0, a, b), *sources)
+    return assign(out, lambda a, b, c: choose(c.view(view) >= 0, a, b), *sources)
 
 
 @instruction("createpolicy")

@@ -1,4 +1,4 @@
-"""Instructions by which the threads of a warp exchange values. Source: PTX ISA, "shfl.sync", "vote.sync", "redux.sync"."""
+"""How the threads of a warp exchange values. Source: PTX ISA, "shfl.sync", "vote.sync", "redux.sync", "elect.sync"."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ import numpy as np
 from .decode import UNSIGNED, Action, Array, Decoder, Modifiers, instruction
 from .errors import Unsupported
 from .integer import view_type
-from .parser import Instruction, Pair
+from .syntax import Instruction, Pair
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -51,7 +51,7 @@ def build_shuffle(d: Decoder, ins: Instruction) -> Action | None:
         if vb.size == 1 and vc.size == 1:
             key = (int(vb.flat[0]), int(vc.flat[0]))
             if key not in known:
-                known[key] = source_lane(mode, np.int64(key[0]), np.int64(key[1]))
+                known[key] = source_lane(mode, np.array(key[0]), np.array(key[1]))
             return known[key]
         shape = np.broadcast_shapes(vb.shape, vc.shape, (1, m.threads))
         wide = [np.broadcast_to(v, shape).reshape(-1, 32).astype(np.int64) for v in (vb, vc)]
@@ -200,5 +200,5 @@ def build_warp_barrier(d: Decoder, ins: Instruction) -> Action | None:
     """`bar.warp.sync`: the lanes of a warp are in step already. CTA barriers end a block and never get here."""
     if ins.modifiers[:2] != ("warp", "sync"):
         raise Unsupported(f"unsupported: {ins.text}")
-    nothing: Callable[["Machine", Array | None], None] = lambda m, mask: None  # noqa: E731
+    nothing: Callable[[Machine, Array | None], None] = lambda m, mask: None  # noqa: E731
     return nothing

@@ -1,7 +1,8 @@
 """wgmma: asynchronous products of a warpgroup (four warps) with operands in shared memory.
 
-Source: PTX ISA, "Asynchronous warpgroup level matrix instructions". A product is computed at issue, but its accumulators stay
-apart from the registers until `wgmma.wait_group` has waited for its group, as the hardware promises no earlier moment.
+Source: PTX ISA, "Asynchronous warpgroup level matrix instructions". A product is computed at issue, but its
+accumulators stay apart from the registers until `wgmma.wait_group` has waited for its group: the hardware promises no
+earlier moment.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from .decode import Action, Array, Decoder, Modifiers, instruction, items
 from .descriptors import Layout, read_operand
 from .errors import Divergence, Unsupported
 from .mma import fragment
-from .parser import TYPE_BYTES, Instruction, Literal, Not, Register
+from .syntax import TYPE_BYTES, Instruction, Literal, Not, Register
 
 if TYPE_CHECKING:
     from .execute import Machine
@@ -63,7 +64,7 @@ def active_groups(m: "Machine", mask: Array | None, text: str) -> Array:
     lanes = np.broadcast_to(mask, m.shape).reshape(*state.shape, GROUP_THREADS)
     if (lanes.any(2) != lanes.all(2)).any():
         raise Divergence(f"reached by some threads of a warpgroup only: {text}")
-    return lanes.all(2)
+    return np.all(lanes, axis=2)
 
 
 def from_registers(m: "Machine", registers: tuple[int, ...]) -> Array:
