@@ -1,7 +1,7 @@
 """Backend `triton`: self-attention on a GPU from PyTorch's operators; adapter, skip and residual as one kernel.
 
 LayerNorm, both projections (cuBLAS) and attention (`cast_kernels.attention`: flash kernels) stay PyTorch's, and so does
-their autograd, which does no work for what is frozen. The adapter's kernel takes what eager runs as seven operators.
+their autograd, which does no work for what is frozen. The adapter's kernel takes what eager runs as five operators.
 """
 
 from __future__ import annotations
