@@ -280,7 +280,12 @@ BAD_CALLS = {
     "no tokens": (lambda: (torch.ones(2, 0, 40), changed()), {}, ValueError, "at least one token"),
     "heads": (lambda: (Case().x(), changed()), {"num_heads": 7}, ValueError, "num_heads is 7; it must divide.*40"),
     "recompute": (lambda: (Case().x(), changed()), {"recompute": "some"}, ValueError, "'nothing', 'cheap', 'all'"),
-    "backend": (lambda: (Case().x(), changed()), {"backend": "gpu"}, ValueError, "allowed: 'auto', 'triton', 'cpu', 'eager'"),
+    "backend": (
+        lambda: (Case().x(), changed()),
+        {"backend": "gpu"},
+        ValueError,
+        "allowed: 'auto', 'triton', 'cpu', 'eager'",
+    ),
     "qkv shape": (
         lambda: (Case().x(), changed(qkv_weight=torch.ones(40, 40))),
         {},
