@@ -17,7 +17,7 @@ import cast_kernels
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Tensors made inside are fake and may be on `cuda`; attention is flash attention, which only a GPU would choose."""
+    """Tensors made inside are fake and may be on `cuda`; attention is flash attention, as on a GPU."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         if torch.is_autocast_enabled("cuda"):

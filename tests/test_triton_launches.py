@@ -5,6 +5,7 @@ No kernel runs here. Where launches matter, a driver without a GPU compiles and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -88,10 +89,12 @@ class Journal:
     def __init__(self) -> None:
         self.kernels: list[str] = []
         self.inside: list[bool] = []
+        self.ttir: dict[str, str] = {}
         self.device: torch.device | None = None
 
     def launch(self, launch: Launch) -> None:
         self.kernels.append(launch.kernel)
+        self.ttir[launch.kernel] = launch.asm["ttir"]
         self.inside.append(self.device is not None)
 
     @contextmanager
@@ -123,6 +126,23 @@ def test_launches_of_a_step(cache: Path) -> None:
     with offline_driver(target("sm_80"), Journal(), cache) as journal:
         train()
     assert journal.kernels == FORWARD + BACKWARD
+
+
+def test_kernels_that_walk_over_all_rows_multiply_them_in_64_bits(cache: Path) -> None:
+    """The other kernels run past 2^31 elements in tests/interpreted/test_interpreted_offsets.py."""
+    with offline_driver(target("sm_80"), Journal(), cache) as journal:
+        train()
+    offsets = {
+        "weight_gradient": 2,
+        "reduce_rows": 1,
+        "position_sums": 2,
+    }  # both operands; the partial sums; rows, sums
+    for kernel, count in offsets.items():
+        products = re.findall(r"arith\.muli .* : (?:tensor<\d+x1x)?(i\d+)>?", journal.ttir[kernel])
+        assert products.count("i64") >= count, kernel
+    for kernel in {*FORWARD, *BACKWARD}:
+        assert "tt.addptr" in journal.ttir[kernel]
+        assert re.search(r"tt\.addptr .*xi64>", journal.ttir[kernel]), kernel
 
 
 def test_streams_and_parameters_of_different_dtypes_compile(cache: Path) -> None:
