@@ -19,7 +19,7 @@ from cast.layers import (
     feed_forward,
     init_linears,
 )
-from cast_kernels import BCAST, backends
+from cast_kernels import BCAST, attention, backends
 
 
 class CASTBlock(BCAST):
@@ -30,6 +30,7 @@ class CASTBlock(BCAST):
     """
 
     def __init__(self, config: CASTConfig, index: int, running: Running | None = None) -> None:
+        running = running or Running()
         super().__init__(
             dim=config.embed_dim,
             bottleneck_dim=config.bottleneck_dim,
@@ -39,8 +40,10 @@ class CASTBlock(BCAST):
             windows=config.windows,
             directions=config.directions if config.exchanges(index) else (),
             positions=config.positions,
-            **(running or Running())._asdict(),
+            backend=running.backend,
+            recompute=running.recompute,
         )
+        self.attention = attention.check_name(running.attention)
         dim, heads, mlp, adapter = config.embed_dim, config.num_heads, config.mlp_dim, config.adapter_dim
         self.drop_rate = config.drop_rate(index)
         self.drop_path_mode = config.drop_path_mode
@@ -110,7 +113,7 @@ class CASTBlock(BCAST):
     @property
     def running(self) -> Running:
         """How the block's ops run."""
-        return Running(self.backend, self.recompute)
+        return Running(self.backend, self.recompute, self.attention)
 
     def chosen_backend(self) -> str:
         """The backend that runs the exchange for a batch of the parameters' own dtype and device."""

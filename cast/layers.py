@@ -94,10 +94,14 @@ class Adapter(nn.Module):
 
 
 class Running(NamedTuple):
-    """How ops run: which backend, and what backward computes again; see `cast_kernels.bcast`."""
+    """How ops run: which backend, what backward computes again (see `cast_kernels.bcast`), and what attends.
+
+    See `cast_kernels.attention` for the last.
+    """
 
     backend: str = "auto"
     recompute: str = "cheap"
+    attention: str = "auto"
 
 
 def attend(
@@ -129,7 +133,7 @@ def feed_forward(
     parameters = FFNParameters(norm.weight, norm.bias, *mlp.tensors(), *tensors)
     return ffn(
         x, parameters, activation=mlp.activation, eps=norm.eps, adapter_scale=0.5, row_scale=row_scale,
-        **running._asdict(),
+        recompute=running.recompute, backend=running.backend,
     )  # fmt: skip
 
 

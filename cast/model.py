@@ -41,6 +41,8 @@ class CAST(nn.Module):
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
         recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
             see :class:`cast_kernels.Recompute`.
+        attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
+            `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why.
         overrides: fields of CASTConfig.
 
     Raises:
@@ -56,6 +58,7 @@ class CAST(nn.Module):
         heads: Mapping[str, int] | None = None,
         fused: bool = True,
         recompute: Recompute | str = Recompute.CHEAP,
+        attention: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class CAST(nn.Module):
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.clip_conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
         self.clip_ln_pre = nn.LayerNorm(dim, eps=CLIP_EPS)
-        running = Running("auto" if fused else "eager", recompute)
+        running = Running("auto" if fused else "eager", recompute, attention)
         self.blocks = nn.ModuleList(CASTBlock(config, index, running) for index in range(config.depth))
         self.clip_ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
         self.vmae_fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)

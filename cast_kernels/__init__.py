@@ -3,9 +3,10 @@
 # torch comes first: the native core then binds to the OpenMP runtime that torch has loaded, one thread pool for both.
 import torch  # noqa: F401
 
-from cast_kernels import backends, reference
+from cast_kernels import attention, backends, reference
 from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain
+from cast_kernels.ops.adapter import adapter
 from cast_kernels.ops.bcast import bcast
 from cast_kernels.ops.ffn import ffn
 from cast_kernels.ops.self_attention import self_attention
@@ -13,6 +14,8 @@ from cast_kernels.problem import (
     ACTIVATIONS,
     DIRECTIONS,
     WINDOWS,
+    AdapterParameters,
+    AdapterProblem,
     Direction,
     FFNParameters,
     FFNProblem,
@@ -31,6 +34,8 @@ __all__ = [
     "BCAST",
     "DIRECTIONS",
     "WINDOWS",
+    "AdapterParameters",
+    "AdapterProblem",
     "BackendError",
     "Direction",
     "FFNParameters",
@@ -42,6 +47,8 @@ __all__ = [
     "SelfAttentionProblem",
     "Stream",
     "__version__",
+    "adapter",
+    "attention",
     "backends",
     "bcast",
     "explain",

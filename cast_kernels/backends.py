@@ -12,37 +12,44 @@ from typing import Any
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.cpu.ffn as cpu_ffn
 import cast_kernels.cpu.self_attention as cpu_self_attention
+import cast_kernels.eager.adapter as eager_adapter
 import cast_kernels.eager.bcast as eager_bcast
 import cast_kernels.eager.ffn as eager_ffn
 import cast_kernels.eager.self_attention as eager_self_attention
+import cast_kernels.triton.adapter as triton_adapter
 import cast_kernels.triton.bcast as triton_bcast
-from cast_kernels.problem import FFNProblem, Problem, SelfAttentionProblem, Verdict
+import cast_kernels.triton.ffn as triton_ffn
+import cast_kernels.triton.self_attention as triton_self_attention
+from cast_kernels.problem import AdapterProblem, BackendError, FFNProblem, Problem, SelfAttentionProblem, Verdict
+
+__all__ = ["BACKENDS", "AnyProblem", "BackendError", "can_run", "check_name", "explain", "select"]
 
 #: Backends in order of preference; "auto" takes the first that can run the problem.
 BACKENDS: tuple[str, ...] = ("triton", "cpu", "eager")
 
 #: The problem of any op.
-AnyProblem = Problem | FFNProblem | SelfAttentionProblem
+AnyProblem = Problem | FFNProblem | SelfAttentionProblem | AdapterProblem
 
 
-def _no_kernel(problem: AnyProblem) -> Verdict:
-    return Verdict(False, "backend 'triton' has no kernel of this op")
+def _inside_its_neighbours(problem: AdapterProblem) -> Verdict:
+    return Verdict(False, "the native core has no kernel of the adapter alone: its ffn and self_attention contain it")
 
 
 #: Type of the problem -> backend -> its `can_run`. Every op has every backend: one that cannot run it says so.
 _CAN_RUN: dict[type, dict[str, Callable[[Any], Verdict]]] = {
     Problem: {"triton": triton_bcast.can_run, "cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
-    FFNProblem: {"triton": _no_kernel, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
+    FFNProblem: {"triton": triton_ffn.can_run, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
     SelfAttentionProblem: {
-        "triton": _no_kernel,
+        "triton": triton_self_attention.can_run,
         "cpu": cpu_self_attention.can_run,
         "eager": eager_self_attention.can_run,
     },
+    AdapterProblem: {
+        "triton": triton_adapter.can_run,
+        "cpu": _inside_its_neighbours,
+        "eager": eager_adapter.can_run,
+    },
 }
-
-
-class BackendError(RuntimeError):
-    """The backend that was asked for cannot run this problem."""
 
 
 def check_name(backend: str) -> str:
@@ -70,10 +77,15 @@ def select(backend: str, problem: AnyProblem) -> str:
 
     Raises:
         ValueError: no such backend.
-        BackendError: the named backend cannot run the problem; the message says why and what to do.
+        BackendError: the named backend, or none where "auto" was asked, can run the problem; the message says why.
     """
     if check_name(backend) == "auto":
-        return next(name for name in BACKENDS if can_run(name, problem).ok)
+        verdicts = {name: can_run(name, problem) for name in BACKENDS}
+        chosen = next((name for name, verdict in verdicts.items() if verdict.ok), None)
+        if chosen is None:
+            reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items())
+            raise BackendError(f"no backend can run this problem: {reasons}")
+        return chosen
     verdict = can_run(backend, problem)
     if not verdict.ok:
         raise BackendError(

@@ -1,4 +1,4 @@
-"""The command `cast-kernels`. Imports stay inside the functions, so that --help need not load PyTorch."""
+"""The command `cast-kernels`. Imports stay inside the functions: --help needs no tool."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
-# The choices of options, repeated here so that --help and bad usage need not load PyTorch; tests compare them.
+# The choices of options, repeated here so that --help and bad usage load no tool; tests compare them.
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
+PROBLEMS = ("paper", "all")
 SIZES = ("small", "paper")
+DEVICES = ("A100", "H100", "H200")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,21 +57,23 @@ def _info(options: Namespace) -> int:
 def _compile_options(parser: ArgumentParser) -> None:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     _add_choices(parser, "--target", COMPILE_TARGETS, targets, "architectures")
-    _add_choices(parser, "--dtype", DTYPES, DTYPES, "dtypes; further problem kinds are compiled for the first only")
+    _add_choices(parser, "--dtype", DTYPES, DTYPES, "dtypes")
+    parser.add_argument("--problems", choices=PROBLEMS, default="paper", help="the published size only, or every kind")
     parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
+    parser.add_argument("--cache", type=Path | None, metavar="FOLDER", help="keep compiled kernels here for next time")
 
 
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence import compile as compiling
-    from cast_kernels.triton.tiles import EXCEPTIONS
 
-    return compiling.main(options.target, options.dtype, options.json, EXCEPTIONS)
+    return compiling.main(options.target, options.dtype, options.problems, options.json, options.folder, options.cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--target", EMULATE_TARGETS, EMULATE_TARGETS, "architectures")
     _add_choices(parser, "--dtype", DTYPES, ("bf16",), "dtypes")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
 
 
@@ -76,8 +81,22 @@ def _emulate(options: Namespace) -> int:
     from cast_kernels.evidence import emulate, mutants
 
     if options.mutants:
-        return mutants.main(options.target, options.dtype, emulate.SIZES["small"][0])
-    return emulate.main(options.target, options.dtype, options.size)
+        return mutants.main(options.target, options.dtype, mutants.CASE, options.json)
+    return emulate.main(options.target, options.dtype, options.size, options.json)
+
+
+def _predict_options(parser: ArgumentParser) -> None:
+    _add_choices(parser, "--device", DEVICES, DEVICES, "GPUs")
+    parser.add_argument("--batch", nargs="+", type=PositiveInt, default=[1, 6, 32], metavar="B", help="clips")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write all of it as JSON")
+    parser.add_argument("--folder", type=Path | None, metavar="DIR", help="also write a JSON a GPU and README.md here")
+    parser.add_argument("--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here for the next time")
+
+
+def _predict(options: Namespace) -> int:
+    from cast_kernels.evidence import predict
+
+    return predict.main(options.device, options.batch, options.json, options.folder, options.cache)
 
 
 def _add_choices(
@@ -98,6 +117,11 @@ COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Any],
         _compile,
     ),
     "emulate": ("run the compiled kernels on the CPU and check their results", _emulate_options, _emulate),
+    "predict": (
+        "predict how long the kernels take at least, on GPUs that need not be here",
+        _predict_options,
+        _predict,
+    ),
 }
 
 

@@ -1,8 +1,8 @@
 """What a problem is, op by op: its sizes, and the order in which its parameters travel.
 
 Everything that decides whether and how a backend runs is in the op's problem (:class:`Problem` for B-CAST,
-:class:`FFNProblem`, :class:`SelfAttentionProblem`); everything that a kernel reads besides the streams is in its
-parameters. All backends share both.
+:class:`FFNProblem`, :class:`SelfAttentionProblem`, :class:`AdapterProblem`); everything that a kernel reads besides the
+streams is in its parameters. All backends share both.
 """
 
 from __future__ import annotations
@@ -209,6 +209,34 @@ class SelfAttentionProblem(_Arithmetic):
     dtype: torch.dtype
     device: str  # device type
     autocast: torch.dtype | None = None
+    attention: str = "auto"  # which attention kernel was asked for, see `cast_kernels.attention`
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+class AdapterParameters(NamedTuple):
+    """Parameters of one adapter."""
+
+    down_weight: Tensor  # [A, D]
+    down_bias: Tensor  # [A]
+    up_weight: Tensor  # [D, A]
+    up_bias: Tensor  # [D]
+
+
+@dataclass(frozen=True)
+class AdapterProblem(_Arithmetic):
+    """One adapter call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
+
+    rows: int  # tokens: the product of all leading dimensions
+    dim: int
+    adapter: int
+    skip: bool  # whether the adapter's input is added too
+    recompute: Recompute
+    dtype: torch.dtype  # of the residual stream
+    device: str  # device type
+    autocast: torch.dtype | None = None
 
 
 class Verdict(NamedTuple):
@@ -216,3 +244,7 @@ class Verdict(NamedTuple):
 
     ok: bool
     reason: str
+
+
+class BackendError(RuntimeError):
+    """What was asked for cannot run this problem."""

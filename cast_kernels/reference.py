@@ -158,3 +158,31 @@ def self_attention(x: Tensor, parameters: Any, *, num_heads: int, eps: float) ->
     if p.down_weight is None:
         return x + a
     return x + a + F.linear(F.gelu(F.linear(a, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)
+
+
+def adapter(
+    x: Tensor,
+    parameters: Any,
+    *,
+    residual: Tensor,
+    skip: bool = False,
+    scale: float = 1.0,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """An adapter and the residual it is added to: down, GELU, up (paper section 3.2).
+
+    Args:
+        x: [..., D], the adapter's input.
+        parameters: the fields of :class:`cast_kernels.problem.AdapterParameters`.
+        residual: [..., D].
+        skip: whether x is added too.
+        scale: factor of the adapter's branch.
+        row_scale: broadcastable to x.shape[:-1], multiplies the adapter's branch.
+
+    Returns:
+        residual + [x +] row_scale * scale * (GELU(x Wd^T + bd) Wu^T + bu), [..., D].
+    """
+    p = parameters
+    branch = F.linear(F.gelu(F.linear(x, p.down_weight, p.down_bias)), p.up_weight, p.up_bias)
+    branch = scale * branch * (1.0 if row_scale is None else row_scale.expand(x.shape[:-1]).unsqueeze(-1))
+    return residual + (x + branch if skip else branch)

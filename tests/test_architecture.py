@@ -14,18 +14,24 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.reference": (),
     "cast_kernels.problem": (),
-    "cast_kernels.eager": ("cast_kernels.problem",),
+    "cast_kernels.attention": ("cast_kernels.problem",),
+    "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
+    "cast_kernels.triton": ("cast_kernels.problem", "cast_kernels.attention", "cast_kernels.triton"),
     "cast_kernels.cpu": ("cast_kernels.problem", "cast_kernels.cpu", "cast_kernels._native", "cast_kernels._C"),
     "cast_kernels._native": ("cast_kernels._C",),
-    "cast_kernels.backends": ("cast_kernels.problem", "cast_kernels.eager", "cast_kernels.cpu"),
+    "cast_kernels.backends": ("cast_kernels.problem", "cast_kernels.eager", "cast_kernels.cpu", "cast_kernels.triton"),
     "cast_kernels.ops": (
         "cast_kernels.problem",
+        "cast_kernels.attention",
         "cast_kernels.backends",
         "cast_kernels.eager",
         "cast_kernels.cpu",
+        "cast_kernels.triton",
         "cast_kernels.ops._checks",
+        "cast_kernels.ops.adapter",
     ),
     "cast_kernels.modules": ("cast_kernels.problem", "cast_kernels.backends", "cast_kernels.ops"),
+    "cast_kernels.evidence": ("cast_kernels",),
     "cast_kernels": ("cast_kernels",),
     "cast.optional": (),
     "cast.video": ("cast.video", "cast.optional"),
@@ -48,8 +54,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast.cli": ("cast",),
     "cast": ("cast", "cast_kernels"),
 }
-#: Rooms that the whole of `cast` outside them must not enter.
-PRIVATE = {"cast.demo": ("cast.demo", "cast.cli")}
+#: Room -> who may enter it.
+PRIVATE = {
+    "cast.demo": ("cast.demo", "cast.cli"),
+    "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.cli"),
+}
+
+
+#: Ops without a native kernel and benchmark of their own -> the ops whose native kernels contain them.
+NATIVE_INSIDE = {"adapter": ("ffn", "self_attention")}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -98,6 +111,17 @@ def test_the_model_package_uses_public_kernels_only(name: str) -> None:
             assert first in cast_kernels.__all__, f"{name} imports {target}: not a public name of cast_kernels"
 
 
+@pytest.mark.parametrize("name", modules("cast_kernels/evidence"))
+def test_the_evidence_uses_what_a_user_has(name: str) -> None:
+    """Public names, and the tile tables whose exceptions it judges: what it shows is what the product does."""
+    import cast_kernels
+
+    for target in imported(ALL[name]) - {"cast_kernels"}:
+        public = target.split(".")[1] in cast_kernels.__all__
+        rooms = ("cast_kernels.evidence", "cast_kernels.triton.tiles")
+        assert public or inside(target, rooms), f"{name} imports {target}"
+
+
 def test_the_native_core_knows_no_torch() -> None:
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources
@@ -112,14 +136,10 @@ def test_an_op_is_found_by_its_stem() -> None:
     stems = [p.stem for p in (ROOT / "cast_kernels/ops").glob("*.py") if not p.stem.startswith("_")]
     assert stems
     for stem in stems:
-        places = [
-            f"cast_kernels/eager/{stem}.py",
-            f"cast_kernels/cpu/{stem}.py",
-            f"csrc/cpu/{stem}*.h",
-            f"tests/test_{stem}.py",
-            f"benchmarks/bench_{stem}.py",
-            f"docs/ops/{stem}.md",
-        ]
+        places = [f"cast_kernels/{backend}/{stem}.py" for backend in ("eager", "triton")]
+        places += [f"tests/test_{stem}.py", f"docs/ops/{stem}.md"]
+        for native in NATIVE_INSIDE.get(stem, (stem,)):
+            places += [f"cast_kernels/cpu/{native}.py", f"csrc/cpu/{native}*.h", f"benchmarks/bench_{native}.py"]
         assert [place for place in places if not list(ROOT.glob(place))] == []
         assert f"def {stem}(" in (ROOT / "cast_kernels/reference.py").read_text()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,11 @@ from rich.console import Console
 from triton_kernels import product, scale
 
 from cast_kernels.evidence import compile as compiling
-from cast_kernels.evidence.cases import DTYPES
+from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import Row, dots_elsewhere, judge, read, render, tensor_core_dots, unused
 from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.targets import target
-
-
-@dataclass(frozen=True)
-class Allowed:
-    loop_spills: int = 0
-    tensor_core: str = ""
-    reason: str = "measured nowhere yet"
+from cast_kernels.triton.tiles import Allowance
 
 
 def compiled(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Row:
@@ -35,7 +29,11 @@ def compiled(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> R
     return read(record.first, "bf16", ["a case"])
 
 
-KEY = ("sm_80", "product_kernel", "bf16")
+def allowed(loop_spills: int = 0, tensor_core: str = "") -> Allowance:
+    return Allowance("measured nowhere yet", loop_spills, tensor_core)
+
+
+KEY = ("sm_80", "product_kernel", 16)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +60,14 @@ def test_spills_in_loops_fail(spilling: Row) -> None:
 
 def test_an_exception_allows_its_number(spilling: Row) -> None:
     count = spilling.resources.loop_spills
-    passed = judge(spilling, {KEY: Allowed(count)})
+    passed = judge(spilling, {KEY: allowed(count)})
     assert passed.failures == ()
     assert passed.allowed == f"{count} spill instructions inside loops, {count} allowed: measured nowhere yet"
-    failed = judge(spilling, {KEY: Allowed(count - 1)})
+    failed = judge(spilling, {KEY: allowed(count - 1)})
     assert failed.failures == (f"{count} spill instructions inside loops; the exception allows {count - 1}",)
     assert failed.allowed == ""
-    for key in (("sm_90", *KEY[1:]), (KEY[0], "other", KEY[2]), (*KEY[:2], "fp32")):
-        assert judge(spilling, {key: Allowed(count)}).failures
+    for key in (("sm_90", *KEY[1:]), (KEY[0], "other", KEY[2]), (*KEY[:2], 32)):
+        assert judge(spilling, {key: allowed(count)}).failures
 
 
 def test_spills_outside_of_loops_pass(good: Row) -> None:
@@ -80,7 +78,7 @@ def test_spills_outside_of_loops_pass(good: Row) -> None:
 def test_shared_memory_over_the_limit_fails_whatever_is_allowed() -> None:
     row = compiled("sm_80", bk=128, stages=4)
     assert row.resources.ctas == 0
-    (failure,) = judge(row, {KEY: Allowed(10**6, "HMMA")}).failures
+    (failure,) = judge(row, {KEY: allowed(10**6, "HMMA")}).failures
     assert failure == f"{row.resources.shared_bytes} bytes of shared memory; sm_80 allows 166912"
 
 
@@ -88,8 +86,8 @@ def test_a_product_off_the_tensor_core_fails() -> None:
     row = compiled("sm_90", bm=32)
     assert judge(row, {}).failures == ("HMMA instead of wgmma",)
     key = ("sm_90", *KEY[1:])
-    assert judge(row, {key: Allowed(tensor_core="HMMA")}).allowed == "HMMA instead of wgmma: measured nowhere yet"
-    assert judge(row, {key: Allowed(tensor_core="HGMMA")}).failures
+    assert judge(row, {key: allowed(tensor_core="HMMA")}).allowed == "HMMA instead of wgmma: measured nowhere yet"
+    assert judge(row, {key: allowed(tensor_core="HGMMA")}).failures
     none = replace(row, resources=replace(row.resources, tensor_core="", tensor_core_count=0))
     assert judge(none, {}).failures == ("no tensor-core instruction instead of wgmma",)
 
@@ -125,14 +123,14 @@ def test_a_product_laid_out_for_ordinary_multipliers_is_seen() -> None:
 
 
 def test_an_exception_that_nothing_needs_is_named(good: Row, spilling: Row) -> None:
-    exceptions = {KEY: Allowed(10**6), ("sm_80", "gone", "bf16"): Allowed(1), ("sm_90", "gone", "bf16"): Allowed(1)}
-    assert unused([judge(spilling, exceptions)], exceptions) == [("sm_80", "gone", "bf16")]
-    assert unused([judge(good, exceptions)], exceptions) == [KEY, ("sm_80", "gone", "bf16")]
+    exceptions = {KEY: allowed(10**6), ("sm_80", "gone", 16): allowed(1), ("sm_90", "gone", 16): allowed(1)}
+    assert unused([judge(spilling, exceptions)], exceptions) == [("sm_80", "gone", 16)]
+    assert unused([judge(good, exceptions)], exceptions) == [KEY, ("sm_80", "gone", 16)]
 
 
 def test_the_table_shows_every_kernel(good: Row, spilling: Row) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(render(target("sm_80"), [judge(good, {}), judge(spilling, {})]))
+    console.print(render([judge(good, {}), judge(spilling, {})]))
     lines = [line for line in console.export_text().splitlines() if "product_kernel" in line]
     assert ["FAIL" in line for line in lines] == [False, True]
     assert "32 HMMA" in lines[0]
@@ -157,7 +155,7 @@ def test_the_exit_code_and_the_json(
 
     monkeypatch.setattr(compiling, "ProcessPoolExecutor", Pool)
     file = tmp_path / "kernels.json"
-    assert compiling.main(["sm_80"], ["bf16"], file, {}) == int(fails)
+    assert compiling.main(["sm_80"], ["bf16"], "paper", file, exceptions={}) == int(fails)
     told = json.loads(file.read_text())
     assert [row["resources"]["tensor_core"] for row in told] == ["HMMA"] * len(rows)
     out = capsys.readouterr().out
@@ -167,3 +165,12 @@ def test_the_exit_code_and_the_json(
 
 def test_dtypes_have_a_kernel_each() -> None:
     assert {str(dtype) for dtype in DTYPES.values()} == {"torch.bfloat16", "torch.float16", "torch.float32"}
+
+
+def test_what_the_product_launches_is_compiled(tmp_path: Path) -> None:
+    """A kernel that two cases launch is one row: drop-path makes another `exchange`, the same `project`."""
+    small = Case(2, 3, 7, 64, 32, 2, backward=False)
+    rows = compiling.compile_target("sm_80", "bf16", [small, replace(small, scaled=True)], tmp_path)
+    assert {row.key for row in rows} == {("sm_80", "project", 16), ("sm_80", "exchange", 16)}
+    assert all(row.resources.tensor_core == "HMMA" and row.dots for row in rows)
+    assert sorted((row.kernel, len(row.cases)) for row in rows) == [("exchange", 1)] * 4 + [("project", 2)]

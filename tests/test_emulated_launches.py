@@ -193,8 +193,37 @@ def test_planted_faults_are_caught(name: str) -> None:
         planted = list(planting.mutants("product_kernel", capture.launch.asm["ptx"]))
         verdicts = [planting.try_mutant(capture, mutant) for mutant in planted]
         unchanged = planting.try_mutant(capture, dataclasses.replace(planted[0], text=capture.launch.asm["ptx"]))
-    assert unchanged.caught_by == ""
-    assert unchanged.change == 0.0
+    assert (unchanged.caught_by, unchanged.change) == ("", 0.0)
     caught = {v.mutant.kind for v in verdicts if v.caught_by}
     assert {"barrier", "wait", "mask of a store", "mask of a copy"} <= caught
     assert sum(bool(v.caught_by) for v in verdicts) > len(verdicts) / 2
+    assert {v.why for v in verdicts} <= {"", *planting.HARMLESS}
+
+
+@pytest.mark.parametrize(("n", "why"), [(256, "guard never false"), (300, "")])
+def test_a_guard_is_probed(n: int, why: str) -> None:
+    """Of two CTAs of 128 elements no lane is masked; of three, 84 lanes are, and without the mask they fault."""
+    emulator = planting.CapturingEmulator()
+    with offline_driver(target("sm_80"), emulator):
+        scale(random(n), 2.0)
+        (capture,) = emulator.captures.values()
+        planted = list(planting.mutants("scale_kernel", capture.launch.asm["ptx"]))
+        verdicts = [planting.try_mutant(capture, m) for m in planted]
+        probes = [planting.probe(m) for m in planted]
+        faults = [planting._run(capture, p)[1] for p in probes if p]
+    assert {v.mutant.kind for v in verdicts} == {"mask of a load", "mask of a store"}
+    assert {(v.why, v.caught_by) for v in verdicts} == {(why, "" if why else "MemoryFault")}
+    assert len(faults) == len(planted)
+    assert all((fault is None) == bool(why) for fault in faults)
+
+
+def test_a_masked_load_that_stays_inside_is_told_from_one_that_masks_nothing() -> None:
+    whole = random(384)
+    emulator = planting.CapturingEmulator()
+    with offline_driver(target("sm_80"), emulator):
+        scale_kernel[(3,)](whole, torch.zeros(300), 2.0, 300, BLOCK=128)
+        (capture,) = emulator.captures.values()
+        planted = list(planting.mutants("scale_kernel", capture.launch.asm["ptx"]))
+        verdicts = [planting.try_mutant(capture, m) for m in planted]
+    found = {(v.mutant.kind, v.caught_by, v.why) for v in verdicts}
+    assert found == {("mask of a load", "", "reads inside, uses nothing"), ("mask of a store", "MemoryFault", "")}

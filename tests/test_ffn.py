@@ -275,7 +275,7 @@ def operator_arguments(case: Case, backend: str, grad: bool, recompute: str, dty
         1e-5,
         0.5,
         recompute,
-        dtype == torch.bfloat16,
+        dtype,
         kept,
         backend,
     )

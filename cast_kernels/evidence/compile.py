@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -22,17 +22,21 @@ from cast_kernels.evidence.cases import DTYPES, Case, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
 from cast_kernels.evidence.resources import Resources, resources
-from cast_kernels.evidence.targets import Target, target
+from cast_kernels.evidence.targets import target
+from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 
 _PAPER = Case()
 
-#: The paper's size at every recompute level and for inference, in every dtype.
-EVERY_DTYPE: tuple[Case, ...] = (
-    *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
-    replace(_PAPER, backward=False),
-)
-#: Further kinds, in the first dtype asked for: other windows, head dimensions 16 and 64, a wide bottleneck.
-FIRST_DTYPE: tuple[Case, ...] = (
+#: What is compiled. Paper: the published size at every recompute level and for inference. All: also other windows,
+#: head dimensions 16 and 64, a wide bottleneck, each direction alone, drop-path, no positions.
+PROBLEMS: dict[str, tuple[Case, ...]] = {
+    "paper": (
+        *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
+        replace(_PAPER, backward=False),
+    ),
+}
+PROBLEMS["all"] = (
+    *PROBLEMS["paper"],
     replace(_PAPER, windows=("space-time", "space-time")),
     replace(_PAPER, windows=("space", "time")),
     replace(_PAPER, heads=24),
@@ -43,16 +47,8 @@ FIRST_DTYPE: tuple[Case, ...] = (
 )
 
 
-class Allowance(Protocol):
-    """What an exception in the tile table allows one kernel, and why."""
-
-    loop_spills: int  # spill instructions inside loops
-    tensor_core: str  # opcode that may stand for the target's own, "" for none
-    reason: str
-
-
-#: (architecture, kernel, dtype as on the command line) -> what it is allowed.
-Exceptions = Mapping[tuple[str, str, str], Allowance]
+#: (architecture, kernel, bits of an operand) -> what it is allowed.
+Exceptions = Mapping[tuple[str, str, int], Allowance]
 
 
 @dataclass(frozen=True)
@@ -69,25 +65,28 @@ class Row:
     failures: tuple[str, ...] = field(default=())
     allowed: str = ""  # the exception that was needed, with its reason
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """As the tile table names it."""
+        return self.target, self.kernel, 8 * DTYPES[self.dtype].itemsize
 
-def compile_target(name: str, dtypes: Sequence[str], cache: Path | None = None) -> list[Row]:
-    """Compile what the product launches on one target, and read the result.
+
+def compile_target(name: str, dtype: str, cases: Sequence[Case], cache: Path) -> list[Row]:
+    """Compile what the product launches on one target in one dtype, and read the result.
 
     Args:
         name: of the target.
-        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`; the first also gets :data:`FIRST_DTYPE`.
-        cache: folder of compiled kernels, None for a temporary one.
+        dtype: key of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        cases: run one after another; a kernel that several of them launch is one row.
+        cache: folder of compiled kernels.
     """
-    goal, rows = target(name), []
-    for position, dtype in enumerate(dtypes):
-        found: dict[str, tuple[Record, list[str]]] = {}
-        for case in EVERY_DTYPE + (FIRST_DTYPE if position == 0 else ()):
-            with offline_driver(goal, Recorder(), cache) as recorder:
-                run(case, "triton", DTYPES[dtype])
-            for identity, record in recorder.records.items():
-                found.setdefault(identity, (record, []))[1].append(str(case))
-        rows += [read(record.first, dtype, cases) for record, cases in found.values()]
-    return rows
+    found: dict[str, tuple[Record, list[str]]] = {}
+    for case in cases:
+        with offline_driver(target(name), Recorder(), cache) as recorder:
+            run(case, "triton", DTYPES[dtype])
+        for identity, record in recorder.records.items():
+            found.setdefault(identity, (record, []))[1].append(str(case))
+    return [read(record.first, dtype, launching) for record, launching in found.values()]
 
 
 def read(launch: Launch, dtype: str, cases: Iterable[str]) -> Row:
@@ -129,7 +128,7 @@ def dots_elsewhere(ttgir: str) -> list[str]:
 def judge(row: Row, exceptions: Exceptions) -> Row:
     """The row with the gates that it fails, and with the exception that it needed."""
     goal, used = target(row.target), row.resources
-    allowance = exceptions.get((row.target, row.kernel, row.dtype))
+    allowance = exceptions.get(row.key)
     failures, needed = list(row.failures), []
     if used.shared_bytes > goal.shared_limit:
         failures.append(f"{used.shared_bytes} bytes of shared memory; {goal.name} allows {goal.shared_limit}")
@@ -149,42 +148,59 @@ def judge(row: Row, exceptions: Exceptions) -> Row:
     return replace(row, failures=tuple(failures), allowed=reason)
 
 
-def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[tuple[str, str, str]]:
+def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[tuple[str, str, int]]:
     """Exceptions of what was compiled that no kernel needed: they must go, or they hide the next spill."""
-    needed = {(row.target, row.kernel, row.dtype) for row in rows if row.allowed}
-    compiled = {(row.target, row.dtype) for row in rows}
+    needed = {row.key for row in rows if row.allowed}
+    compiled = {(row.key[0], row.key[2]) for row in rows}
     return [key for key in exceptions if (key[0], key[2]) in compiled and key not in needed]
 
 
-def render(goal: Target, rows: Sequence[Row]) -> Table:
-    """One target's kernels as a table for people."""
-    table = Table(title=f"{goal.name}: compiled only, nothing was run", title_justify="left")
+def render(rows: Sequence[Row]) -> Table:
+    """The kernels of one target and dtype as a table for people."""
+    title = f"{rows[0].target} {rows[0].dtype}: compiled only, nothing was run"
+    table = Table(title=title, title_justify="left")
     table.add_column("kernel", no_wrap=True)
     table.add_column("tile")
-    for heading in ("dtype", "regs", "spills", "in loops", "shared", "CTAs", "warps", "tensor core", "gates"):
+    for heading in ("regs", "spills", "in loops", "shared", "CTAs", "warps", "tensor core", "gates"):
         table.add_column(heading, justify="right" if heading in ("regs", "spills", "in loops", "shared") else "left")
     for row in rows:
         used = row.resources
         tensor_core = f"{used.tensor_core_count} {used.tensor_core}" if used.tensor_core else "-"
         table.add_row(
-            row.kernel, row.tile, row.dtype, str(used.registers), str(used.spills), str(used.loop_spills),
+            row.kernel, row.tile, str(used.registers), str(used.spills), str(used.loop_spills),
             str(used.shared_bytes), str(used.ctas), f"{used.occupancy:.0%}", tensor_core,
             "FAIL" if row.failures else ("exception" if row.allowed else "ok"),
         )  # fmt: skip
     return table
 
 
-def main(targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None, exceptions: Exceptions) -> int:
-    """Compile for every target, two at a time, print, and return the exit code: 1 if a gate fails."""
-    console = wide_console()
+def main(
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    problems: str,
+    json_file: Path | None = None,
+    cache: Path | None = None,
+    exceptions: Exceptions = EXCEPTIONS,
+) -> int:
+    """Compile, two processes side by side, print, and return the exit code: 1 if a gate fails.
+
+    Args:
+        targets: names of targets.
+        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        problems: key of :data:`PROBLEMS`.
+        json_file: where the rows go as JSON.
+        cache: folder of compiled kernels that may be used again; None for a temporary one.
+        exceptions: from the tile table.
+    """
     goals = [target(name) for name in targets]  # a wrong name must not wait for the compiler
-    pool = ProcessPoolExecutor(min(2, len(goals)), multiprocessing.get_context("spawn"))
-    rows: list[Row] = []
-    with pool:
-        for goal, found in zip(goals, pool.map(compile_target, targets, [dtypes] * len(goals)), strict=True):
-            judged = [judge(row, exceptions) for row in found]
-            rows += judged
-            console.print(render(goal, judged))
+    console, rows = wide_console(), []
+    with tempfile.TemporaryDirectory(prefix="cast-kernels-") as temporary:
+        jobs = [(goal.name, dtype, PROBLEMS[problems], cache or Path(temporary)) for goal in goals for dtype in dtypes]
+        with ProcessPoolExecutor(min(2, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+            for found in pool.map(compile_target, *zip(*jobs, strict=True)):
+                judged = [judge(row, exceptions) for row in found]
+                rows += judged
+                console.print(render(judged))
     _report(console, rows, exceptions)
     if json_file:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -194,11 +210,15 @@ def main(targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None, 
 def _report(console: Console, rows: Sequence[Row], exceptions: Exceptions) -> None:
     for row in rows:
         if row.allowed:
-            console.print(f"exception  {row.target} {row.kernel} {row.dtype}: {row.allowed}", markup=False)
+            console.print(
+                f"exception  {row.target} {row.kernel} {row.dtype}: {row.allowed}", markup=False, soft_wrap=True
+            )
     for key in unused(rows, exceptions):
-        console.print(f"not needed: the exception for {' '.join(key)}", markup=False)
+        console.print(f"not needed: the exception for {' '.join(map(str, key))} bits", markup=False, soft_wrap=True)
     for row in rows:
         for failure in row.failures:
-            console.print(f"FAIL  {row.target} {row.kernel} [{row.tile}] {row.dtype}: {failure}", markup=False)
+            console.print(
+                f"FAIL  {row.target} {row.kernel} [{row.tile}] {row.dtype}: {failure}", markup=False, soft_wrap=True
+            )
     failed = sum(bool(row.failures) for row in rows)
-    console.print(f"{len(rows)} compiled kernels, {failed} fail a gate", markup=False)
+    console.print(f"{len(rows)} compiled kernels, {failed} fail a gate", markup=False, soft_wrap=True)

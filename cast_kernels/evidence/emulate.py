@@ -6,10 +6,12 @@ the compiled code computes, and that it broke no rule on the way. Not known: wha
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -85,29 +87,74 @@ def render_errors(outcome: Outcome) -> Table:
     return table
 
 
+#: Heading -> counter, or counter and what it would be without bank conflicts.
+_COLUMNS = {
+    "tensor MFLOP": ("tensor_flops", ""),
+    "instructions": ("warp_instructions", ""),
+    "load sectors": ("global_load_sectors", ""),
+    "store sectors": ("global_store_sectors", ""),
+    "shared loads": ("shared_load_wavefronts", "shared_load_wavefronts_ideal"),
+    "shared stores": ("shared_store_wavefronts", "shared_store_wavefronts_ideal"),
+    "barriers": ("barriers", ""),
+}
+
+
 def render_counters(outcome: Outcome) -> Table:
-    """What the emulator counted, by kernel, over all launches."""
-    names = sorted({name for runs in outcome.kernels.values() for name in runs.counters})
-    table = Table("kernel", "launches", "CTAs", *names, "seconds", title="executed in emulation", title_justify="left")
+    """What the emulator counted, by kernel, over all launches. Behind wavefronts: how many times the ideal."""
+    table = Table("kernel", title="executed in emulation; instructions are a warp's", title_justify="left")
+    for heading in ("launches", "CTAs", *_COLUMNS, "seconds"):
+        table.add_column(heading, justify="right")
     for runs in outcome.kernels.values():
-        counted = (f"{runs.counters[name]:,}" for name in names)
-        table.add_row(runs.kernel, str(runs.launches), str(runs.ctas), *counted, f"{runs.seconds:.1f}")
+        cells = [_cell(runs, *counters) for counters in _COLUMNS.values()]
+        table.add_row(runs.kernel, str(runs.launches), str(runs.ctas), *cells, f"{runs.seconds:.1f}")
     return table
 
 
-def main(targets: Sequence[str], dtypes: Sequence[str], size: str) -> int:
-    """Run, print, and return the exit code: 1 after a fault or an error above the gate."""
-    console, failed = wide_console(), False
+def _cell(runs: KernelRuns, counter: str, ideal: str) -> str:
+    count = runs.counters[counter]
+    if counter == "tensor_flops":
+        return f"{count / 1e6:.1f}"
+    factor = f" x{count / runs.counters[ideal]:.2f}" if ideal and runs.counters[ideal] else ""
+    return f"{count:,}{factor}"
+
+
+def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
+    """One run with every error and every counter, as JSON can hold it."""
+    return {
+        "target": goal.name,
+        "dtype": dtype,
+        "case": asdict(outcome.case),
+        "ok": outcome.ok,
+        "fault": outcome.fault,
+        "errors": [error._asdict() | {"ratio": error.ratio, "ok": error.ok} for error in outcome.errors],
+        "kernels": [vars(runs) for runs in outcome.kernels.values()],
+    }
+
+
+def main(targets: Sequence[str], dtypes: Sequence[str], size: str, json_file: Path | None = None) -> int:
+    """Run, print, and return the exit code: 1 after a fault or an error above the gate.
+
+    Args:
+        targets: names out of :data:`TARGETS`.
+        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        size: key of :data:`SIZES`.
+        json_file: where errors and all counters go as JSON.
+    """
+    console, outcomes, told = wide_console(), [], []
     for goal in [target(name) for name in targets]:
         for dtype in dtypes:
             for case in SIZES[size]:
                 outcome = emulate(goal, case, dtype)
-                failed |= not outcome.ok
-                console.print(f"{goal.name} {dtype}: {case}", markup=False, highlight=False)
-                if outcome.fault:
-                    console.print(f"FAIL  {outcome.fault}", markup=False)
-                else:
+                console.print(f"{goal.name} {dtype}: {case}, {outcome.seconds:.0f} s", markup=False, highlight=False)
+                if outcome.errors:
                     console.print(render_errors(outcome))
                 console.print(render_counters(outcome))
-    console.print("FAIL" if failed else "every error is at most twice eager's; no fault", markup=False)
+                if outcome.fault:
+                    console.print(f"FAIL  {outcome.fault}", markup=False, soft_wrap=True)
+                outcomes.append(outcome)
+                told.append(as_json(goal, dtype, outcome))
+    if json_file:
+        json_file.write_text(json.dumps(told, indent=1) + "\n")
+    failed = sum(not outcome.ok for outcome in outcomes)
+    console.print(f"{len(outcomes)} runs in emulation, {failed} failed")
     return 1 if failed else 0

@@ -2,14 +2,21 @@
 
 Each kernel of a run is kept with its memory before and after. A mutant runs on that memory alone, so it costs one
 launch, and is caught if the emulator reports a fault, or if what the kernel wrote changes by more than eager's own
-rounding would.
+rounding would. One that is not caught gets the reason, which the emulator's checks allow to tell:
+
+- They order accesses to shared memory by the barriers between them, not by the emulator's own order. So a barrier
+  whose loss they do not see lies between no two accesses of different warps to one word, on any path that ran.
+- The same holds for a wait: nothing that was in flight is read before another wait.
+- A second mutant, the probe, faults if the guard ever is false. If it does not, the guard kept nothing out here.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -24,6 +31,18 @@ from cast_kernels.evidence.targets import Target, target
 #: Relative root mean square by which a mutant must change an output to be caught by its value: eager's own error in
 #: bfloat16 is 2e-3 of an output, and the gate is twice that.
 THRESHOLD = 4e-3
+
+#: Reasons for which a mutant computes the same as the kernel did, on every path that ran.
+HARMLESS = (
+    "separates nothing",
+    "nothing in flight",
+    "guard never false",
+    "reads inside, uses nothing",
+    "stores what another lane stores",
+)
+
+#: Sizes that fill no tile: rows, channels of the streams and of the bottleneck, three steps of each contraction.
+CASE = Case(2, 3, 7, 96, 112, 7, scaled=True)
 
 #: Kind -> the part of an instruction that is taken away, and what stands there instead.
 _EDITS: dict[str, tuple[re.Pattern[str], str]] = {
@@ -56,7 +75,8 @@ class Verdict:
 
     mutant: Mutant
     caught_by: str  # a fault's kind, "values", or "" if nothing saw it
-    change: float  # relative change of the output that changed most, NaN for what became NaN; 0 after a fault
+    change: float  # relative change of the output that changed most, infinite for what became NaN; 0 after a fault
+    why: str = ""  # nothing saw it
 
 
 @dataclass
@@ -106,16 +126,64 @@ def mutants(kernel: str, ptx: str) -> Iterator[Mutant]:
 
 def try_mutant(capture: _Capture, mutant: Mutant) -> Verdict:
     """Run the mutant on the memory that its kernel met."""
-    launch = capture.launch
-    memory = {address: storage.clone() for address, storage in capture.before.items()}
-    arguments = tuple(_moved(a, memory) for a in launch.arguments)
-    moved = Launch(launch.kernel, launch.target, launch.grid, arguments, launch.constexprs, launch.asm, launch.metadata)
-    try:
-        Emulator(lambda _: mutant.text).launch(moved)
-    except EmulationFault as fault:
+    arguments, fault = _run(capture, mutant)
+    if fault:
         return Verdict(mutant, fault.kinds[0], 0.0)
-    change = max((_change(a, b, capture.after) for a, b in zip(launch.arguments, arguments, strict=True)), default=0.0)
-    return Verdict(mutant, "" if change <= THRESHOLD else "values", change)
+    pairs = zip(capture.launch.arguments, arguments, strict=True)
+    change = max((_change(right, wrong, capture.after) for right, wrong in pairs), default=0.0)
+    if change > THRESHOLD:
+        return Verdict(mutant, "values", change)
+    return Verdict(mutant, "", change, _why(capture, mutant, change))
+
+
+def _run(capture: _Capture, mutant: Mutant) -> tuple[tuple[Argument, ...], EmulationFault | None]:
+    """The arguments as the mutant left them, on memory of its own, and the fault that ended it."""
+    memory = {address: storage.clone() for address, storage in capture.before.items()}
+    arguments = tuple(_moved(argument, memory) for argument in capture.launch.arguments)
+    try:
+        Emulator(lambda _: mutant.text).launch(replace(capture.launch, arguments=arguments))
+    except EmulationFault as fault:
+        return arguments, fault
+    return arguments, None
+
+
+#: Where no buffer is: added to an address by a probe.
+_NOWHERE = 1 << 40
+
+
+def probe(mutant: Mutant) -> Mutant | None:
+    """The kernel as it was, with an access to nowhere wherever the mutant's guard is false; None without a guard."""
+    lines = mutant.text.splitlines()
+    address = re.search(r"\[\s*(%rd\d+)\s*\+\s*\d+\s*\]", mutant.instruction)
+    guard = re.match(r"@(!?)(%p\d+)\s", mutant.instruction)
+    size = re.search(r"(%r\d+)\s*;$", mutant.instruction) if mutant.kind == "mask of a copy" else None
+    if address is None or not (guard or size):
+        return None
+    if guard:
+        inverse = "" if guard[1] else "!"
+        test = f"{{ .reg .b32 %nowhere; @{inverse}{guard[2]} ld.global.b32 %nowhere, [{address[1]} + {_NOWHERE}]; }}"
+    else:
+        assert size is not None
+        test = (
+            f"{{ .reg .pred %none; .reg .b32 %nowhere; setp.eq.b32 %none, {size[1]}, 0; "
+            f"@%none ld.global.b32 %nowhere, [{address[1]} + {_NOWHERE}]; }}"
+        )
+    text = "\n".join([*lines[: mutant.line - 1], test, mutant.instruction, *lines[mutant.line :]])
+    return Mutant(mutant.kernel, "probe", mutant.line, mutant.instruction, text)
+
+
+def _why(capture: _Capture, mutant: Mutant, change: float) -> str:
+    """Why nothing saw the mutant."""
+    if change:
+        return f"changes values by {change:.1e} only"
+    if mutant.kind in ("barrier", "wait", "proxy fence"):
+        return {"barrier": "separates nothing", "wait": "nothing in flight"}.get(mutant.kind, "not checked")
+    probing = probe(mutant)
+    if probing is None:
+        return "unknown"
+    if _run(capture, probing)[1] is None:
+        return "guard never false"
+    return "stores what another lane stores" if mutant.kind == "mask of a store" else "reads inside, uses nothing"
 
 
 def _moved(argument: Argument, memory: dict[int, Tensor]) -> Argument:
@@ -162,29 +230,57 @@ def judge(goal: Target, case: Case, dtype: str, every: int = 1) -> list[Verdict]
 
 
 def render(goal: Target, verdicts: Sequence[Verdict]) -> Table:
-    """Kernel and kind, how many were planted, what caught them, and which lines nothing caught."""
-    table = Table("kernel", "taken away", "planted", "caught", "by", "missed, at line", title_justify="left")
+    """Kernel and kind, how many were planted, what caught them, and why nothing caught the others."""
+    table = Table("kernel", "taken away", "planted", "caught", "by", "not caught, because", title_justify="left")
     table.title = f"{goal.name}: faults planted in the PTX, executed in emulation"
     for kernel, kind in dict.fromkeys((v.mutant.kernel, v.mutant.kind) for v in verdicts):
         group = [v for v in verdicts if (v.mutant.kernel, v.mutant.kind) == (kernel, kind)]
-        causes = [v.caught_by for v in group if v.caught_by]
-        by = ", ".join(f"{cause} {causes.count(cause)}" for cause in dict.fromkeys(causes))
-        missed = ", ".join(str(v.mutant.line) for v in group if not v.caught_by)
-        table.add_row(kernel, kind, str(len(group)), str(len(causes)), by, missed)
+        caught = [v.caught_by for v in group if v.caught_by]
+        reasons = [v.why for v in group if not v.caught_by]
+        table.add_row(kernel, kind, str(len(group)), str(len(caught)), _counted(caught), _counted(reasons))
     return table
 
 
-def main(targets: Sequence[str], dtypes: Sequence[str], case: Case) -> int:
-    """Plant all faults, print the tables; the exit code is 0: what is missed is for the reader to explain."""
-    console = wide_console()
+def _counted(words: Sequence[str]) -> str:
+    return ", ".join(f"{word} {words.count(word)}" for word in dict.fromkeys(words))
+
+
+def main(targets: Sequence[str], dtypes: Sequence[str], case: Case, json_file: Path | None = None) -> int:
+    """Plant all faults and print the tables; the exit code is 1 if one is not caught and no reason is known.
+
+    Args:
+        targets: names of targets.
+        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        case: each mutant runs one of its launches.
+        json_file: where every mutant goes as JSON.
+    """
+    console, told, open_questions = wide_console(), [], 0
     for goal in [target(name) for name in targets]:
         for dtype in dtypes:
             verdicts = judge(goal, case, dtype)
             console.print(render(goal, verdicts))
             caught = sum(bool(v.caught_by) for v in verdicts)
-            console.print(f"{goal.name} {dtype}: {caught} of {len(verdicts)} caught", markup=False)
-            for verdict in verdicts:
-                if not verdict.caught_by:
-                    mutant = verdict.mutant
-                    console.print(f"missed  {mutant.kernel}:{mutant.line}  {mutant.instruction}", markup=False)
-    return 0
+            unknown = [v for v in verdicts if not v.caught_by and v.why not in HARMLESS]
+            console.print(
+                f"{goal.name} {dtype}, {case}: {len(verdicts)} planted, {caught} caught, "
+                f"{len(verdicts) - caught - len(unknown)} harmless, {len(unknown)} missed",
+                markup=False,
+                soft_wrap=True,
+            )
+            for verdict in unknown:
+                mutant = verdict.mutant
+                line = f"missed  {mutant.kernel}:{mutant.line}  {mutant.instruction}  {verdict.why}"
+                console.print(line, markup=False, soft_wrap=True)
+            open_questions += len(unknown)
+            told += [_as_json(goal, dtype, verdict) for verdict in verdicts]
+    if json_file:
+        json_file.write_text(json.dumps(told, indent=1) + "\n")
+    return 1 if open_questions else 0
+
+
+def _as_json(goal: Target, dtype: str, verdict: Verdict) -> dict[str, str | int]:
+    mutant = verdict.mutant
+    return {
+        "target": goal.name, "dtype": dtype, "kernel": mutant.kernel, "kind": mutant.kind, "line": mutant.line,
+        "instruction": mutant.instruction, "caught_by": verdict.caught_by, "why": verdict.why,
+    }  # fmt: skip

@@ -80,3 +80,25 @@ def check_adapter(adapter: Mapping[str, Tensor | None], dim: int) -> None:
     width = check_width(first, adapter[first], dim)
     for name, shape in zip(others, ((width,), (dim, width), (dim,)), strict=True):
         check_shape(name, adapter[name], shape)
+
+
+def check_row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """Drop-path factors in the shape of x.shape[:-1] and the stream's dtype.
+
+    Raises:
+        ValueError: a shape that cannot be broadcast, another device, or factors that require a gradient.
+        TypeError: a dtype that is not floating.
+    """
+    if scale is None:
+        return None
+    lead = x.shape[:-1]
+    fits = scale.ndim <= len(lead)
+    if not fits or any(s not in (1, n) for s, n in zip(reversed(scale.shape), reversed(lead), strict=False)):
+        raise ValueError(f"row_scale has shape {tuple(scale.shape)}; it must be broadcastable to {tuple(lead)}")
+    if not scale.is_floating_point():
+        raise TypeError(f"row_scale is {scale.dtype}; it must be floating point")
+    if scale.device != x.device:
+        raise ValueError(f"row_scale lies on {scale.device}, x on {x.device}; move it there")
+    if scale.requires_grad:
+        raise ValueError("row_scale requires a gradient, but drop-path factors are constants; pass row_scale.detach()")
+    return scale.expand(lead).to(x.dtype)

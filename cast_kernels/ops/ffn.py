@@ -18,19 +18,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 import cast_kernels.cpu.ffn as cpu_ffn
 import cast_kernels.eager.ffn as eager_ffn
+import cast_kernels.triton.ffn as triton_ffn
 from cast_kernels import backends
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
     check_recompute,
+    check_row_scale,
     check_shape,
     check_width,
 )
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_row`.
-KERNELS: dict[str, ModuleType] = {"cpu": cpu_ffn}
+KERNELS: dict[str, ModuleType] = {"triton": triton_ffn, "cpu": cpu_ffn}
 
 
 def ffn(
@@ -47,7 +49,7 @@ def ffn(
     """The second half of an expert's block: LayerNorm, FFN and adapter, residual (paper section 3.2, equations 4, 5).
 
     y = x + FFN(n) + row_scale * adapter_scale * Adapter(n) with n = LN(x). The FFN's hidden values never reach main
-    memory in inference.
+    memory in inference on the CPU.
 
     Args:
         x: [..., D], any leading dimensions, any strides.
@@ -56,8 +58,9 @@ def ffn(
         eps: LayerNorm epsilon.
         adapter_scale: factor of the adapter's branch, the published code's 0.5.
         row_scale: broadcastable to x.shape[:-1], times the adapter's branch (drop path); constant.
-        recompute: "nothing" keeps the values before both activations for backward, F + A + 2 floats a row; "cheap" and
-            "all" keep two floats a row and multiply again. Gradients have the same bits. Backend eager ignores it.
+        recompute: "nothing" keeps the values before both activations for backward, F + A of them a row; "cheap" and
+            "all" multiply again. Backend cpu keeps two floats a row besides. Gradients have the same bits. Backend
+            eager ignores it.
         backend: "auto", or the one that must run.
 
     Returns:
@@ -69,7 +72,7 @@ def ffn(
         BackendError: `backend` cannot run this problem.
     """
     problem = pose(x, parameters, activation, recompute)
-    row_scale = _row_scale(row_scale, x)
+    row_scale = check_row_scale(row_scale, x)
     chosen = backends.select(backend, problem)
     if chosen == "eager":
         return eager_ffn.ffn(problem, x, parameters, row_scale, eps, adapter_scale)
@@ -108,35 +111,18 @@ def _check_parameters(dim: int, p: FFNParameters) -> None:
     check_adapter({name: getattr(p, name) for name in FFNParameters._fields[6:]}, dim)
 
 
-def _row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The factors in the shape of x.shape[:-1] and the stream's dtype."""
-    if scale is None:
-        return None
-    lead = x.shape[:-1]
-    fits = scale.ndim <= len(lead)
-    if not fits or any(s not in (1, n) for s, n in zip(reversed(scale.shape), reversed(lead), strict=False)):
-        raise ValueError(f"row_scale has shape {tuple(scale.shape)}; it must be broadcastable to {tuple(lead)}")
-    if not scale.is_floating_point():
-        raise TypeError(f"row_scale is {scale.dtype}; it must be floating point")
-    if scale.device != x.device:
-        raise ValueError(f"row_scale lies on {scale.device}, x on {x.device}; move it there")
-    if scale.requires_grad:
-        raise ValueError("row_scale requires a gradient, but drop-path factors are constants; pass row_scale.detach()")
-    return scale.expand(lead).to(x.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The registered operator; ops/bcast.py says why `kept` is an argument and why an absent parameter is an empty tensor.
 
 _LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
 _LIBRARY.define(
     "ffn(Tensor x, Tensor[] parameters, Tensor? row_scale, str activation, float eps, float adapter_scale, "
-    "str recompute, bool bf16, SymInt kept, str backend) -> (Tensor, Tensor)",
+    "str recompute, ScalarType compute, SymInt kept, str backend) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 _LIBRARY.define(
     "ffn_backward(Tensor x, Tensor[] parameters, Tensor saved, Tensor? row_scale, Tensor grad_y, str activation, "
-    "float eps, float adapter_scale, str recompute, bool bf16, bool[] wanted, str backend) -> Tensor[]",
+    "float eps, float adapter_scale, str recompute, ScalarType compute, bool[] wanted, str backend) -> Tensor[]",
     tags=(torch.Tag.needs_contiguous_strides,),
 )
 
@@ -156,8 +142,9 @@ def _run_kernel(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))
     kept = KERNELS[backend].saved_per_row(problem) if needs_grad else 0
     y, _ = torch.ops.cast_kernels.ffn(
-        x, flat, row_scale, problem.activation, eps, adapter_scale, problem.recompute.value, problem.bf16, kept, backend
-    )
+        x, flat, row_scale, problem.activation, eps, adapter_scale, problem.recompute.value, problem.compute, kept,
+        backend,
+    )  # fmt: skip
     return y
 
 
@@ -165,34 +152,34 @@ def _present(flat: list[Tensor]) -> FFNParameters:
     return FFNParameters(*flat[:6], *(p if p.numel() else None for p in flat[6:]))
 
 
-def _problem(x: Tensor, flat: list[Tensor], activation: str, recompute: str, bf16: bool) -> FFNProblem:
+def _problem(x: Tensor, flat: list[Tensor], activation: str, recompute: str, compute: torch.dtype) -> FFNProblem:
     hidden, adapter = flat[2].shape[0], flat[6].shape[0]
     return FFNProblem(
         x.shape[0], x.shape[1], hidden, adapter, activation, Recompute(recompute), x.dtype, x.device.type,
-        torch.bfloat16 if bf16 else None,
+        None if compute == x.dtype else compute,
     )  # fmt: skip
 
 
 def _forward(
     x: Tensor, parameters: list[Tensor], row_scale: Tensor | None, activation: str, eps: float, adapter_scale: float,
-    recompute: str, bf16: bool, kept: int, backend: str,
+    recompute: str, compute: torch.dtype, kept: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, activation, recompute, bf16)
+    problem = _problem(x, parameters, activation, recompute, compute)
     return KERNELS[backend].forward(problem, x, _present(parameters), row_scale, eps, adapter_scale, kept > 0)
 
 
 def _forward_fake(
     x: Tensor, parameters: list[Tensor], row_scale: Tensor | None, activation: str, eps: float, adapter_scale: float,
-    recompute: str, bf16: bool, kept: int, backend: str,
+    recompute: str, compute: torch.dtype, kept: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty((x.shape[0], kept), dtype=torch.float32)
 
 
 def _backward(
     x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, activation: str,
-    eps: float, adapter_scale: float, recompute: str, bf16: bool, wanted: list[bool], backend: str,
+    eps: float, adapter_scale: float, recompute: str, compute: torch.dtype, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, activation, recompute, bf16)
+    problem = _problem(x, parameters, activation, recompute, compute)
     grads = KERNELS[backend].backward(
         problem, x, _present(parameters), saved, row_scale, eps, adapter_scale, grad_y, tuple(wanted)
     )
@@ -201,15 +188,15 @@ def _backward(
 
 def _backward_fake(
     x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, activation: str,
-    eps: float, adapter_scale: float, recompute: str, bf16: bool, wanted: list[bool], backend: str,
+    eps: float, adapter_scale: float, recompute: str, compute: torch.dtype, wanted: list[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape if want else (0,)) for t, want in zip([x, *parameters], wanted, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, flat, row_scale, activation, eps, adapter_scale, recompute, bf16, _, backend = inputs
+    x, flat, row_scale, activation, eps, adapter_scale, recompute, compute, _, backend = inputs
     ctx.save_for_backward(x, *flat, row_scale, output[1])
-    ctx.call = (activation, eps, adapter_scale, recompute, bf16)
+    ctx.call = (activation, eps, adapter_scale, recompute, compute)
     ctx.wanted = [t.requires_grad for t in (x, *flat)]
     ctx.backend = backend
 
@@ -223,8 +210,9 @@ def _autograd(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
     return given[0], given[1:], *(None,) * 8
 
 
-_LIBRARY.impl("ffn", _forward, "CPU")
-_LIBRARY.impl("ffn_backward", _backward, "CPU")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("ffn", _forward, _key)
+    _LIBRARY.impl("ffn_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::ffn", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::ffn_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("cast_kernels::ffn", _autograd, setup_context=_setup_context, lib=_LIBRARY)
@@ -240,7 +228,7 @@ def _forward_flops(x: Any, parameters: Any, *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.cast_kernels.ffn_backward)
 def _backward_flops(
     x: Any, parameters: Any, saved: Any, row_scale: Any, grad_y: Any, activation: Any, eps: Any, adapter_scale: Any,
-    recompute: Any, bf16: Any, wanted: Any, *_: Any, **__: Any,
+    recompute: Any, compute: Any, wanted: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
     rows, dim = x

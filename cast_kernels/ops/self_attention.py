@@ -4,7 +4,8 @@ Read from the bottom up for the machinery, from the top down for the use:
 
     self_attention()                checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
-      -> kernels: torch.ops.cast_kernels.self_attention (schema, fake, autograd, FLOP formula)
+      -> triton: the same around the op `adapter`
+      -> cpu: torch.ops.cast_kernels.self_attention (schema, fake, autograd, FLOP formula)
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 import cast_kernels.cpu.self_attention as cpu_self_attention
 import cast_kernels.eager.self_attention as eager_self_attention
+import cast_kernels.triton.self_attention as triton_self_attention
+from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels.ops._checks import autocast_dtype, check_adapter, check_kinds, check_recompute, check_shape
-from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem
+from cast_kernels.ops.adapter import adapter
+from cast_kernels.problem import AdapterParameters, Recompute, SelfAttentionParameters, SelfAttentionProblem
 
-#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_size`.
+#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_size`. Backend
+#: `triton` does not: it is PyTorch's operators around the op `adapter`.
 KERNELS: dict[str, ModuleType] = {"cpu": cpu_self_attention}
 
 
@@ -34,6 +39,7 @@ def self_attention(
     eps: float,
     recompute: str = "cheap",
     backend: str = "auto",
+    attention: str = "auto",
 ) -> Tensor:
     """The first half of an expert's block: attention, its adapter in series, residual (paper section 3.2, equation 3).
 
@@ -49,8 +55,11 @@ def self_attention(
         recompute: what forward keeps besides `x` for backward, in floats a token beside two for each head and two:
             "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap" 4 D
             (without the last two), "all" D (attention's output alone). The rest is computed again, with the same bits.
-            Backend eager ignores it.
+            Backend triton keeps what PyTorch's operators keep, and with "nothing" A elements a token more. Backend
+            eager ignores it.
         backend: "auto", or the one that must run.
+        attention: "auto", or the kernel that must attend, a key of :data:`cast_kernels.attention.ATTENTIONS`; backend
+            cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` says which can, and why.
 
     Returns:
         [batch, tokens, D] in the dtype of `x`. Under autocast, backends that compute in float32 do so.
@@ -60,15 +69,21 @@ def self_attention(
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
-    problem = pose(x, parameters, num_heads, recompute)
+    problem = pose(x, parameters, num_heads, recompute, attention)
     chosen = backends.select(backend, problem)
     if chosen == "eager":
         return eager_self_attention.self_attention(problem, x, parameters, eps)
+    if chosen == "triton":
+
+        def run_adapter(a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
+            return adapter(a, p, residual=residual, skip=True, recompute=recompute, backend="triton")
+
+        return triton_self_attention.self_attention(problem, x, parameters, eps, run_adapter)
     return _run_kernel(chosen, problem, x, parameters, eps)
 
 
 def pose(
-    x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: str = "cheap"
+    x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: str = "cheap", attention: str = "auto"
 ) -> SelfAttentionProblem:
     """Check the arguments of :func:`self_attention` and return the problem they pose.
 
@@ -83,12 +98,14 @@ def pose(
     batch, tokens, dim = x.shape
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads is {num_heads}; it must divide the stream's {dim} channels")
-    checked = check_recompute(recompute)
+    checked, attention = check_recompute(recompute), attentions.check_name(attention)
     _check_parameters(dim, parameters)
     autocast = autocast_dtype(x)
     check_kinds({"x": x}, parameters, autocast is not None)
-    adapter = 0 if parameters.down_weight is None else parameters.down_weight.shape[0]
-    return SelfAttentionProblem(batch, tokens, dim, num_heads, adapter, checked, x.dtype, x.device.type, autocast)
+    width = 0 if parameters.down_weight is None else parameters.down_weight.shape[0]
+    return SelfAttentionProblem(
+        batch, tokens, dim, num_heads, width, checked, x.dtype, x.device.type, autocast, attention
+    )
 
 
 def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:

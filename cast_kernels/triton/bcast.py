@@ -114,10 +114,10 @@ def forward(
         with on_device(spatial):
             call = Call(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
             parts = _carve(problem, recompute, saved)
-            call.project(parts, store_z=bool(parts))
+            call.project(parts)
             for way, y in (("t2s", outputs[0]), ("s2t", outputs[1])):
                 if way in call.ways:
-                    call.exchange(call.ways[way], parts, y, store_lse=bool(parts), store_h=f"{way}_h" in parts)
+                    call.exchange(call.ways[way], parts, y)
     return outputs[0], outputs[1], saved
 
 
@@ -167,7 +167,7 @@ def _recompute(call: Call, parts: dict[str, Tensor], recompute: str) -> None:
     """Complete `parts` by what backward reads: the same kernels on the same inputs, so the same bits."""
     if recompute == Recompute.NOTHING:
         return
-    call.project(parts, from_z=recompute == Recompute.CHEAP, store_z=recompute == Recompute.ALL)
+    call.project(parts, from_z=recompute == Recompute.CHEAP)
     if recompute == Recompute.ALL:
         for way in call.ways.values():
-            call.exchange(way, parts, None, store_lse=True, store_h=False)
+            call.exchange(way, parts, None)

@@ -100,7 +100,7 @@ class Call:
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def project(self, parts: dict[str, Tensor], from_z: bool = False, store_z: bool = False) -> None:
+    def project(self, parts: dict[str, Tensor], from_z: bool = False) -> None:
         """Fill z (unless `from_z`, which reads it), queries, keys and values, and CLS's n."""
         problem, d = self.problem, self.problem.bottleneck_dim
         tile = self._tile("project")
@@ -109,7 +109,7 @@ class Call:
             weights: Stream = getattr(self.weights, stream)
             q, kv = self._directed(stream)
             asks, answers = self._roles(stream)
-            z = self._part(parts, f"{stream}_z", self.rows[stream] * d if from_z or store_z else 1)
+            z = self._part(parts, f"{stream}_z", self.rows[stream] * d)
             q_out = self._part(parts, f"{asks.name}_q", self.patch_rows * d) if asks else z
             kv_out = self._part(parts, f"{answers.name}_kv", self.patch_rows * 2 * d) if answers else z
             operands += [self.x[stream], z, q_out, kv_out, *weights[:4], q.q_pos, kv.kv_pos]
@@ -118,31 +118,34 @@ class Call:
         spatial_tiles, temporal_tiles = (triton.cdiv(self.rows[stream], tile.rows) for stream in STREAMS)
         project[(spatial_tiles + temporal_tiles,)](
             *operands, cls, self.frames, problem.frames, problem.patches, spatial_tiles, self.eps, *self._by(),
-            DIM=problem.dim, **self._bottleneck(), **self._directions(), FROM_Z=from_z, STORE_Z=store_z,
+            DIM=problem.dim, **self._bottleneck(), **self._directions(), FROM_Z=from_z,
             BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
             num_warps=tile.warps,
         )  # fmt: skip
 
-    def exchange(self, way: Way, parts: dict[str, Tensor], y: Tensor | None, store_lse: bool, store_h: bool) -> None:
-        """Attend in one direction; with `y`, go on to the asking stream's output."""
+    def exchange(self, way: Way, parts: dict[str, Tensor], y: Tensor | None) -> None:
+        """Attend in one direction and, with `y`, go on to the asking stream's output.
+
+        lse and h are stored if they are parts; without `y` lse always is, for backward is what asks.
+        """
         problem, d = self.problem, self.problem.bottleneck_dim
         tile = self._tile("exchange")
         weights: Stream = getattr(self.weights, way.asking)
         x = self.x[way.asking]
         o = self._part(parts, f"{way.name}_o", self.patch_rows * d)
-        lse = parts.get(f"{way.name}_lse")
-        if store_lse:
+        lse, h = parts.get(f"{way.name}_lse"), parts.get(f"{way.name}_h")
+        if y is None:
             lse = self._part(parts, f"{way.name}_lse", self.patch_rows * problem.num_heads, torch.float32)
         scale, per = self._scale(way.asking)
         rows = self.patch_rows if y is None else self.rows[way.asking]
         exchange[(triton.cdiv(rows, tile.rows),)](
             x, x if y is None else y, parts[f"{way.name}_q"], parts[f"{way.name}_kv"], o, o if lse is None else lse,
-            parts[f"{way.name}_h"] if store_h else o, parts["cls"], scale,
+            o if h is None else h, parts["cls"], scale,
             way.direction.proj_weight, way.direction.proj_bias, weights.up_weight, weights.up_bias,
             self.patch_rows, self.rows[way.asking], problem.frames, problem.patches, way.length,
             problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", SCALE=per,
             DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
-            ATTEND_ONLY=y is None, STORE_LSE=store_lse, STORE_H=store_h,
+            ATTEND_ONLY=y is None, STORE_LSE=lse is not None, STORE_H=h is not None,
             BM=tile.rows, BQ=tile.queries, BKEY=tile.keys, BK=tile.k, BN=tile.columns,
             STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
         )  # fmt: skip
@@ -196,9 +199,9 @@ class Call:
         h = parts.get(f"{way.name}_h")
         scale, per = self._scale(way.asking)
         exchange_backward[(programs,)](
-            grad_y, g if h is None else h, parts[f"{way.name}_o"], parts.get("cls", partial), scale, g, dh,
-            parts[f"{way.name}_do"], partial, way.direction.proj_weight, way.direction.proj_bias, weights.up_weight,
-            self.frames, problem.frames, problem.patches,
+            grad_y, self._empty(rows, d) if h is None else h, parts[f"{way.name}_o"], parts.get("cls", partial), scale,
+            g, dh, parts[f"{way.name}_do"], partial, way.direction.proj_weight, way.direction.proj_bias,
+            weights.up_weight, self.frames, problem.frames, problem.patches,
             CLS=way.asking == "spatial", SCALE=per, RECOMPUTE_H=h is None, DIM=dim, **self._bottleneck(),
             BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
             num_warps=tile.warps,

@@ -12,14 +12,13 @@ import triton.language as tl
 
 from cast_kernels.triton.blocks import (
     add_bias,
-    channels,
     dot,
     gelu,
+    load_chunk,
     narrow,
     offset,
     patch_row,
-    rounded,
-    store_row,
+    store_chunk,
     widen,
     zeros,
 )
@@ -63,15 +62,16 @@ def exchange(
             frame, token, row = p_row // patches, p_row % patches, p_row
         acc = zeros(BM, CHUNK, CHUNKS)
         acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        hidden = add_bias(acc, proj_bias, D, CHUNK, CHUNKS)
-        if CLS:
-            hidden = _with_cls(hidden, cls, i - patch_rows, mask & (i >= patch_rows), D, CHUNK, CHUNKS)
-        kept = rounded(hidden, COMPUTE, CHUNKS)
-        if STORE_H:
-            store_row(h, row, mask, kept, D, CHUNK, CHUNKS)
+        hidden = add_bias(acc, proj_bias, is_patch, D, CHUNK, CHUNKS)
         g = ()
         for c in tl.static_range(CHUNKS):
-            g += (gelu(kept[c].to(tl.float32)).to(COMPUTE),)
+            value = hidden[c]
+            if CLS:  # CLS rows take n: they are neither queries nor keys and skip the output projection
+                value += load_chunk(cls, i - patch_rows, mask & (i >= patch_rows), c, D, CHUNK)
+            kept = value.to(COMPUTE)
+            if STORE_H:
+                store_chunk(h, row, mask, kept, c, D, CHUNK)
+            g += (gelu(kept.to(tl.float32)).to(COMPUTE),)
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCALE == "token":
             factor = tl.load(scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
@@ -85,17 +85,6 @@ def exchange(
             old = tl.load(x + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
             new = old + factor[:, None] * branch
             tl.store(y + offset(row, DIM)[:, None] + at[None, :], new.to(y.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _with_cls(hidden, cls, frame, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows of CLS take n instead: they are neither queries nor keys and skip the output projection."""
-    out = ()
-    for c in tl.static_range(CHUNKS):
-        at = channels(c, CHUNK)
-        n = tl.load(cls + offset(frame, D)[:, None] + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0)
-        out += (tl.where(mask[:, None], n, hidden[c]),)
-    return out
 
 
 @triton.jit

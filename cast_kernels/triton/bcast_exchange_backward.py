@@ -15,11 +15,10 @@ from cast_kernels.triton.blocks import (
     column_sums,
     gelu,
     gelu_gradient,
-    load_row,
+    load_chunk,
     narrow,
     offset,
-    rounded,
-    store_row,
+    store_chunk,
     widen,
     zeros,
 )
@@ -36,8 +35,9 @@ def exchange_backward(
 ):  # fmt: skip
     """BM rows of the asking stream, in its own order.
 
-    `rows` counts frames of all clips. h, g [rows, D] are in the stream's order; o, do [B*T*N, D] have no CLS rows; dh
-    has them at the end, [B*T*N + B*T, D]. `partial` [programs, DIM + D]: column sums of scale * dY, then of dh.
+    `rows` counts frames of all clips. h, g [rows, D] are in the stream's order, h written first if RECOMPUTE_H;
+    o, do [B*T*N, D] have no CLS rows; dh has them at the end, [B*T*N + B*T, D]. `partial` [programs, DIM + D]: column
+    sums of scale * dY, then of dh.
     """
     COMPUTE: tl.constexpr = g.dtype.element_ty
     first: tl.constexpr = 1 if CLS else 0
@@ -57,30 +57,28 @@ def exchange_backward(
     if RECOMPUTE_H:
         acc = zeros(BM, CHUNK, CHUNKS)
         acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        hidden = add_bias(acc, proj_bias, D, CHUNK, CHUNKS)
-        if CLS:
-            n = load_row(cls, frame, is_cls, D, CHUNK, CHUNKS)
-            chosen = ()
-            for c in tl.static_range(CHUNKS):
-                chosen += (tl.where(is_cls[:, None], n[c], hidden[c]),)
-            hidden = chosen
-        kept = rounded(hidden, COMPUTE, CHUNKS)
-    else:
-        kept = load_row(h, row, mask, D, CHUNK, CHUNKS)
-    scaled = ()
+        again = add_bias(acc, proj_bias, is_patch, D, CHUNK, CHUNKS)
     for c in tl.static_range(CHUNKS):
-        scaled += ((factor[:, None] * gelu(kept[c].to(tl.float32))).to(COMPUTE),)
-    store_row(g, row, mask, scaled, D, CHUNK, CHUNKS)
+        if RECOMPUTE_H:
+            hidden = again[c]
+            if CLS:
+                hidden += load_chunk(cls, frame, is_cls, c, D, CHUNK)
+            hidden = hidden.to(COMPUTE).to(tl.float32)
+            store_chunk(h, row, mask, hidden, c, D, CHUNK)
+        else:
+            hidden = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
+        store_chunk(g, row, mask, factor[:, None] * gelu(hidden), c, D, CHUNK)
+    tl.debug_barrier()  # h is read back below: beside dg it would not fit in registers
     dg = zeros(BM, CHUNK, CHUNKS)
     dg = narrow(dg, grad_y, row, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-    gradient = ()
-    for c in tl.static_range(CHUNKS):
-        gradient += (factor[:, None] * dg[c] * gelu_gradient(kept[c].to(tl.float32)),)
-    for c in tl.static_range(CHUNKS):
-        column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient[c], is_patch, D)
     dh_row = tl.where(is_patch, p_row, rows * patches + frame)
-    a = rounded(gradient, COMPUTE, CHUNKS)
-    store_row(dh, dh_row, mask, a, D, CHUNK, CHUNKS)
+    a = ()
+    for c in tl.static_range(CHUNKS):
+        kept = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
+        gradient = factor[:, None] * dg[c] * gelu_gradient(kept)
+        column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient, is_patch, D)
+        store_chunk(dh, dh_row, mask, gradient, c, D, CHUNK)
+        a += (gradient.to(COMPUTE),)
     for j in tl.range(0, D, BN, num_stages=WIDEN_STAGES):
         at = j + tl.arange(0, BN)
         value = widen(a, proj, j, D, D, True, BM, BN, CHUNK, CHUNKS)

@@ -12,13 +12,14 @@ import triton.language as tl
 
 from cast_kernels.triton.blocks import (
     add_bias,
-    channels,
+    load_chunk,
     load_row,
     narrow,
     normalised,
     offset,
     rounded,
     statistics,
+    store_chunk,
     store_row,
     widen,
     zeros,
@@ -37,7 +38,7 @@ def project(
     cls, rows, frames, patches, spatial_tiles, eps,
     t2s_by_frame, t2s_by_patch, s2t_by_frame, s2t_by_patch,
     DIM: tl.constexpr, D: tl.constexpr, T2S: tl.constexpr, S2T: tl.constexpr, POSITIONS: tl.constexpr,
-    FROM_Z: tl.constexpr, STORE_Z: tl.constexpr,
+    FROM_Z: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     STAGES: tl.constexpr, WIDEN_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -69,57 +70,52 @@ def project(
     row = tile * BM + tl.arange(0, BM)
     mask = row < rows * tokens
     if FROM_Z:
-        z = load_row(z_out, row, mask, D, CHUNK, CHUNKS)
+        mean, rstd = statistics(load_row(z_out, row, mask, D, CHUNK, CHUNKS), eps, BM, D, CHUNK, CHUNKS)
     else:
         wide = zeros(BM, CHUNK, CHUNKS)
         wide = narrow(wide, x, row, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        z = rounded(add_bias(wide, down_bias, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
-        if STORE_Z:
-            store_row(z_out, row, mask, z, D, CHUNK, CHUNKS)
-    mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
+        z = rounded(add_bias(wide, down_bias, mask, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
+        store_row(z_out, row, mask, z, D, CHUNK, CHUNKS)
+        mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
+    # From here on z is read from memory, chunk by chunk: beside the products' operand it would not fit in registers.
+    tl.debug_barrier()
     frame, patch = row // tokens, row % tokens - first
     if T2S:
+        is_cls = mask & (patch < 0)
         for c in tl.static_range(CHUNKS):
-            at = channels(c, CHUNK)
-            n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
-            tl.store(
-                cls + offset(frame, D)[:, None] + at[None, :], n, mask=(mask & (patch < 0))[:, None] & (at < D)[None, :]
-            )
+            z = load_chunk(z_out, row, is_cls, c, D, CHUNK)
+            n = normalised(z, mean, rstd, norm, norm_bias, c, D, CHUNK)
+            store_chunk(cls, frame, is_cls, n, c, D, CHUNK)
     time = frame % frames
     out_row = frame * patches + patch
     kept = mask & (patch >= 0)
     q_at, kv_at = time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch
     _attention_input(
-        q_out, q_columns, D, z, mean, rstd, norm, norm_bias, q_pos, q_at, kept, out_row, q_weight, q_bias,
+        q_out, q_columns, D, z_out, row, mean, rstd, norm, norm_bias, q_pos, q_at, kept, out_row, q_weight, q_bias,
         D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
     )  # fmt: skip
     _attention_input(
-        kv_out, kv_columns, 2 * D, z, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept, out_row, kv_weight, kv_bias,
-        D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
+        kv_out, kv_columns, 2 * D, z_out, row, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept, out_row, kv_weight,
+        kv_bias, D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
     )  # fmt: skip
 
 
 @triton.jit
 def _attention_input(
-    out, columns, WIDTH: tl.constexpr, z, mean, rstd, norm, norm_bias, positions, position, mask, row, weight, bias,
-    D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    out, columns, WIDTH: tl.constexpr, z_in, z_row, mean, rstd, norm, norm_bias, positions, position, mask, row, weight,
+    bias, D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[row] = (n + positions[position]) @ weight^T + bias, the first `columns` of WIDTH (none or all)."""
     a = ()
     for c in tl.static_range(CHUNKS):
-        n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
+        n = normalised(load_chunk(z_in, z_row, mask, c, D, CHUNK), mean, rstd, norm, norm_bias, c, D, CHUNK)
         if POSITIONS:
-            lane = channels(c, CHUNK)
-            here = (mask & (columns > 0))[:, None] & (lane < D)[None, :]
-            n += tl.load(positions + position[:, None] * D + lane[None, :], mask=here, other=0.0).to(tl.float32)
+            n += load_chunk(positions, position, mask & (columns > 0), c, D, CHUNK).to(tl.float32)
         a += (n.to(COMPUTE),)
     for j in tl.range(0, columns, BN, num_stages=STAGES):
         value = widen(a, weight, j, WIDTH, D, False, BM, BN, CHUNK, CHUNKS)
         at = j + tl.arange(0, BN)
         value += tl.load(bias + at, mask=at < WIDTH, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            out + offset(row, WIDTH)[:, None] + at[None, :],
-            value.to(COMPUTE),
-            mask=mask[:, None] & (at < WIDTH)[None, :],
-        )
+        inside = mask[:, None] & (at < WIDTH)[None, :]
+        tl.store(out + offset(row, WIDTH)[:, None] + at[None, :], value.to(COMPUTE), mask=inside)

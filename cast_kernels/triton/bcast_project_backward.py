@@ -12,12 +12,13 @@ import triton.language as tl
 from cast_kernels.triton.blocks import (
     channels,
     column_sums,
+    load_chunk,
     load_row,
     narrow,
     normalised,
     offset,
-    rounded,
     statistics,
+    store_chunk,
     store_row,
     widen,
     zeros,
@@ -78,93 +79,58 @@ def project_backward(
     is_patch, is_cls = mask & (patch >= 0), mask & (patch < 0)
     p_row, time = frame * patches + patch, frame % frames
 
+    z_row = load_row(z_in, row, mask, D, CHUNK, CHUNKS)
+    mean, rstd = statistics(z_row, eps, BM, D, CHUNK, CHUNKS)
     # A direction that is absent contributes masked rows, so zero: only ablations pay for multiplying them.
     asked, answered = is_patch & (asks != 0), is_patch & (answers != 0)
+    for c in tl.static_range(CHUNKS):
+        n = normalised(z_row[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
+        q_n, kv_n = n, n
+        if POSITIONS:
+            q_n += load_chunk(q_pos, time * q_by_frame + patch * q_by_patch, asked, c, D, CHUNK).to(tl.float32)
+            kv_n += load_chunk(kv_pos, time * kv_by_frame + patch * kv_by_patch, answered, c, D, CHUNK).to(tl.float32)
+        store_chunk(q_input, p_row, asked, q_n, c, D, CHUNK)
+        store_chunk(kv_input, p_row, answered, kv_n, c, D, CHUNK)
     dn = zeros(BM, CHUNK, CHUNKS)
+    dn = narrow(dn, dkv, p_row, answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+    if POSITIONS:  # two sums were projected, and each has a gradient of its own
+        store_row(dkv_input, p_row, answered, dn, D, CHUNK, CHUNKS)
+        dn = zeros(BM, CHUNK, CHUNKS)
     dn = narrow(dn, dq, p_row, asked, q_weight, D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
     if POSITIONS:
         store_row(dq_input, p_row, asked, dn, D, CHUNK, CHUNKS)
-        more = zeros(BM, CHUNK, CHUNKS)
-        more = narrow(more, dkv, p_row, answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        store_row(dkv_input, p_row, answered, more, D, CHUNK, CHUNKS)
-        both = ()
-        for c in tl.static_range(CHUNKS):
-            both += (dn[c] + more[c],)
-        dn = both
-    else:
-        dn = narrow(dn, dkv, p_row, answered, kv_weight, 2 * D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-    if T2S:
-        cls = load_row(dh, rows * patches + frame, is_cls, D, CHUNK, CHUNKS)
-        both = ()
-        for c in tl.static_range(CHUNKS):
-            both += (dn[c] + cls[c].to(tl.float32),)
-        dn = both
-
-    z = load_row(z_in, row, mask, D, CHUNK, CHUNKS)
-    mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
-    _attention_inputs(
-        z, mean, rstd, norm, norm_bias, q_input, kv_input, q_pos, kv_pos, asks, answers, p_row, is_patch,
-        time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch,
-        D, POSITIONS, CHUNK, CHUNKS,
-    )  # fmt: skip
-    dz = _norm_backward(z, dn, mean, rstd, norm, partial, tile, mask, BM, D, CHUNK, CHUNKS)
-    a = rounded(dz, COMPUTE, CHUNKS)
-    store_row(dz_out, row, mask, a, D, CHUNK, CHUNKS)
-    if WANT_X:
-        receives = asks  # what asks is what receives, so its residual carries a gradient
-        for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
-            at = j + tl.arange(0, BN)
-            here = mask[:, None] & (at < DIM)[None, :]
-            value = widen(a, down, j, DIM, D, True, BM, BN, CHUNK, CHUNKS)
-            residual = tl.load(
-                grad_out + offset(row, DIM)[:, None] + at[None, :], mask=here & (receives != 0), other=0.0
-            )
-            total = value + residual.to(tl.float32)
-            tl.store(grad + offset(row, DIM)[:, None] + at[None, :], total.to(grad.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _attention_inputs(
-    z, mean, rstd, norm, norm_bias, q_input, kv_input, q_pos, kv_pos, asks, answers, row, mask, q_at, kv_at,
-    D: tl.constexpr, POSITIONS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """n + q_pos and n + kv_pos as `project` gave them to its products."""
-    for c in tl.static_range(CHUNKS):
-        at = channels(c, CHUNK)
-        n = normalised(z[c], mean, rstd, norm, norm_bias, c, D, CHUNK)
-        here = mask[:, None] & (at < D)[None, :]
-        q_n, kv_n = n, n
-        if POSITIONS:
-            asked, answered = here & (asks != 0), here & (answers != 0)
-            q_n += tl.load(q_pos + q_at[:, None] * D + at[None, :], mask=asked, other=0.0).to(tl.float32)
-            kv_n += tl.load(kv_pos + kv_at[:, None] * D + at[None, :], mask=answered, other=0.0).to(tl.float32)
-        out = offset(row, D)[:, None] + at[None, :]
-        tl.store(q_input + out, q_n.to(q_input.dtype.element_ty), mask=here & (asks != 0))
-        tl.store(kv_input + out, kv_n.to(kv_input.dtype.element_ty), mask=here & (answers != 0))
-
-
-@triton.jit
-def _norm_backward(
-    z, dn, mean, rstd, norm, partial, tile, mask,
-    BM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dn * weight; column sums of dn * xhat, dn and dz."""
+        tl.debug_barrier()  # dkv_input is read back: two rows of d channels do not fit in registers
     total, product = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    both = ()
     for c in tl.static_range(CHUNKS):
+        value = dn[c]
+        if POSITIONS:
+            value += load_chunk(dkv_input, p_row, answered, c, D, CHUNK).to(tl.float32)
+        if T2S:
+            value += load_chunk(dh, rows * patches + frame, is_cls, c, D, CHUNK).to(tl.float32)
         at = channels(c, CHUNK)
-        g = dn[c] * tl.load(norm + at, mask=at < D, other=0.0).to(tl.float32)[None, :]
-        xhat = (z[c].to(tl.float32) - mean[:, None]) * rstd[:, None]
+        z = load_chunk(z_in, row, mask, c, D, CHUNK)
+        xhat = (z.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        column_sums(partial, tile, 0, 3 * D, at, value * xhat, mask, D)
+        column_sums(partial, tile, D, 3 * D, at, value, mask, D)
+        g = value * tl.load(norm + at, mask=at < D, other=0.0).to(tl.float32)[None, :]
         total += tl.sum(g, 1)
         product += tl.sum(g * xhat, 1)
-        column_sums(partial, tile, 0, 3 * D, at, dn[c] * xhat, mask, D)
-        column_sums(partial, tile, D, 3 * D, at, dn[c], mask, D)
-    dz = ()
+        both += (g,)
+    a = ()
     for c in tl.static_range(CHUNKS):
         at = channels(c, CHUNK)
-        g = dn[c] * tl.load(norm + at, mask=at < D, other=0.0).to(tl.float32)[None, :]
-        xhat = (z[c].to(tl.float32) - mean[:, None]) * rstd[:, None]
-        value = rstd[:, None] * (g - (total / D)[:, None] - xhat * (product / D)[:, None])
-        value = tl.where((at < D)[None, :], value, 0.0)
-        column_sums(partial, tile, 2 * D, 3 * D, at, value, mask, D)
-        dz += (value,)
-    return dz
+        xhat = (load_chunk(z_in, row, mask, c, D, CHUNK).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        dz = rstd[:, None] * (both[c] - (total / D)[:, None] - xhat * (product / D)[:, None])
+        dz = tl.where((at < D)[None, :], dz, 0.0)
+        column_sums(partial, tile, 2 * D, 3 * D, at, dz, mask, D)
+        store_chunk(dz_out, row, mask, dz, c, D, CHUNK)
+        a += (dz.to(COMPUTE),)
+    if WANT_X:  # a stream that asks is one that receives: its residual carries a gradient
+        for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
+            column = j + tl.arange(0, BN)
+            here = mask[:, None] & (column < DIM)[None, :]
+            more = widen(a, down, j, DIM, D, True, BM, BN, CHUNK, CHUNKS)
+            received = here & (asks != 0)
+            more += tl.load(grad_out + offset(row, DIM)[:, None] + column[None, :], mask=received, other=0.0)
+            tl.store(grad + offset(row, DIM)[:, None] + column[None, :], more.to(grad.dtype.element_ty), mask=here)

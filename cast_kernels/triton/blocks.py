@@ -98,12 +98,13 @@ def channels(c: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def add_bias(row, bias, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """row + bias [D]."""
+def add_bias(row, bias, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """row + bias [D] where the mask [BM] holds; elsewhere the row is zero and stays it."""
     out = ()
     for c in tl.static_range(CHUNKS):
         at = channels(c, CHUNK)
-        out += (row[c] + tl.load(bias + at, mask=at < D, other=0.0).to(tl.float32)[None, :],)
+        value = tl.load(bias + at, mask=at < D, other=0.0).to(tl.float32)
+        out += (row[c] + tl.where(mask[:, None], value[None, :], 0.0),)
     return out
 
 
@@ -117,22 +118,35 @@ def rounded(row, DTYPE: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def load_chunk(x, rows, mask, c: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk c of rows of x [*, D], zero where masked, in their dtype."""
+    at = channels(c, CHUNK)
+    here = mask[:, None] if D % CHUNK == 0 else mask[:, None] & (at < D)[None, :]
+    return tl.load(x + offset(rows, D)[:, None] + at[None, :], mask=here, other=0.0)
+
+
+@triton.jit
+def store_chunk(x, rows, mask, value, c: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Write chunk c of rows of x [*, D], rounded to its dtype."""
+    at = channels(c, CHUNK)
+    here = mask[:, None] if D % CHUNK == 0 else mask[:, None] & (at < D)[None, :]
+    tl.store(x + offset(rows, D)[:, None] + at[None, :], value.to(x.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def load_row(x, rows, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows of d channels, zero where masked, in their dtype."""
+    """All chunks of rows of x."""
     row = ()
     for c in tl.static_range(CHUNKS):
-        at = channels(c, CHUNK)
-        row += (tl.load(x + offset(rows, D)[:, None] + at[None, :], mask=mask[:, None] & (at < D)[None, :], other=0.0),)
+        row += (load_chunk(x, rows, mask, c, D, CHUNK),)
     return row
 
 
 @triton.jit
 def store_row(x, rows, mask, row, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Write rows of d channels, rounded to the dtype of x."""
+    """Write all chunks of rows of x."""
     for c in tl.static_range(CHUNKS):
-        at = channels(c, CHUNK)
-        value = row[c].to(x.dtype.element_ty)
-        tl.store(x + offset(rows, D)[:, None] + at[None, :], value, mask=mask[:, None] & (at < D)[None, :])
+        store_chunk(x, rows, mask, row[c], c, D, CHUNK)
 
 
 @triton.jit

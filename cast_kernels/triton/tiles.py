@@ -6,6 +6,7 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,161 @@ def chunking(d: int) -> tuple[int, int]:
     return chunk, count
 
 
-#: (architecture, kernel, bits of an operand) -> tile, for bottlenecks up to 384.
-_TABLE: dict[tuple[str, str, int], Tile] = {}
+class Allowance(NamedTuple):
+    """What the gates of `cast-kernels compile` allow one kernel, and why the tile is kept all the same."""
 
-#: Kernel -> tile where no table has an entry: small enough for every architecture and dtype.
-_DEFAULT: dict[str, Tile] = {
-    "project": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
-    "exchange": Tile(rows=32, k=32, columns=64, warps=4, stages=2, queries=32, keys=32),
-    "exchange_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
-    "attention_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2, queries=32, keys=32),
-    "project_backward": Tile(rows=32, k=32, columns=64, warps=4, stages=2),
-    "weight_gradient": Tile(rows=64, k=32, columns=64, warps=4, stages=2),
+    reason: str
+    loop_spills: int = 0  # spill instructions inside loops, at most
+    tensor_core: str = ""  # opcode that may stand for the architecture's own, as "HMMA" on sm_90
+
+
+@dataclass(frozen=True)
+class TileSet:
+    """The tiles of all kernels for one architecture, operand size and width of the bottleneck."""
+
+    source: str  # where the entries come from
+    row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
+    weight_gradient: Tile
+    attention_backward: Tile
+    exchange_backward: Tile | None = None
+    project_backward: Tile | None = None
+
+
+_COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
+_BY_MODEL = "compiled and predicted: fewest bytes from L2 among tiles without spills inside a loop"
+_SMALL = "compiled: fits the smallest shared memory of its generation, 99 KB"
+
+#: (architecture, bits of an operand, whether d is above 384) -> tiles. Nothing here was timed on a GPU.
+_TABLE: dict[tuple[str, int, bool], TileSet] = {
+    ("sm_80", 16, False): TileSet(
+        _COMPILED,
+        row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
+    ("sm_80", 16, True): TileSet(
+        _COMPILED,
+        row=Tile(rows=32, k=32, columns=64, warps=8, stages=3, queries=32),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
+    ("sm_80", 32, False): TileSet(
+        _COMPILED,
+        row=Tile(rows=32, k=32, columns=32, warps=8, stages=2, queries=32, keys=32),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
+    ),
+    ("sm_80", 32, True): TileSet(
+        _COMPILED,
+        row=Tile(rows=16, k=16, columns=32, warps=8, stages=2, queries=16, keys=32),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
+    ),
+    ("sm_86", 16, False): TileSet(
+        _SMALL,
+        row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
+    ("sm_86", 16, True): TileSet(
+        _SMALL,
+        row=Tile(rows=32, k=16, columns=64, warps=8, stages=3, queries=32),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
+    ("sm_86", 32, False): TileSet(
+        _SMALL,
+        row=Tile(rows=32, k=16, columns=32, warps=8, stages=2, queries=32, keys=32),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
+    ),
+    ("sm_86", 32, True): TileSet(
+        _SMALL,
+        row=Tile(rows=16, k=16, columns=32, warps=8, stages=1, queries=16, keys=32),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
+    ),
+    ("sm_90", 16, False): TileSet(
+        _BY_MODEL,
+        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
+        exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
+    ("sm_90", 16, True): TileSet(
+        _COMPILED,
+        row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
+    ("gfx942", 16, False): TileSet(
+        _COMPILED,
+        row=Tile(rows=64, k=32, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
+    ),
+    ("gfx942", 16, True): TileSet(
+        _COMPILED,
+        row=Tile(rows=32, k=16, columns=64, warps=4, stages=2, queries=32),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
+    ),
+    ("gfx942", 32, False): TileSet(
+        _COMPILED,
+        row=Tile(rows=32, k=16, columns=32, warps=4, stages=2, queries=32, keys=32),
+        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
+        attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
+    ),
+    ("gfx942", 32, True): TileSet(
+        _COMPILED,
+        row=Tile(rows=16, k=16, columns=32, warps=4, stages=1, queries=16, keys=32),
+        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
+        attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
+    ),
+}
+
+#: Architectures that take another's entries as they are: sm_120 is newer than sm_90 but has sm_86's shared memory.
+_SAME = {"sm_89": "sm_86", "sm_120": "sm_86", "interpreter": "interpreter"}
+
+#: Where nothing else is known: what the smallest shared memory takes.
+_DEFAULT = TileSet(
+    "a default: small enough for every architecture that was compiled for",
+    row=Tile(rows=16, k=16, columns=32, warps=4, stages=1, queries=16, keys=32),
+    weight_gradient=Tile(rows=32, k=32, columns=32, warps=4, stages=1),
+    attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
+)
+
+#: (target, kernel, bits of an operand) -> what `cast-kernels compile` lets pass, and prints.
+EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
+    ("sm_80", "exchange", 16): Allowance(
+        "only where all is recomputed, whose attention alone ptxas holds to 128 registers", loop_spills=3
+    ),
+    ("sm_80", "project_backward", 16): Allowance(
+        "two words once a step of 32 channels; the next smaller tile, 32 rows, reads every weight twice", loop_spills=2
+    ),
 }
 
 
+def find_set(arch: str, bits: int, d: int) -> TileSet:
+    """The tiles for an architecture: its own, then the nearest older one's of the same vendor, then the default.
+
+    Args:
+        arch: "sm_90", "gfx942".
+        bits: of an operand, 16 or 32.
+        d: channels of the bottleneck.
+    """
+    arch, wide = _SAME.get(arch, arch), d > 384
+    exact = _TABLE.get((arch, bits, wide))
+    if exact is not None or not arch.startswith("sm_"):
+        return exact or _DEFAULT
+    version = int(arch.removeprefix("sm_"))
+    known = {int(a.removeprefix("sm_")): a for a, b, w in _TABLE if a.startswith("sm_") and (b, w) == (bits, wide)}
+    older = [v for v in known if v <= version]
+    return _TABLE[(known[max(older)], bits, wide)] if older else _DEFAULT
+
+
 def find(arch: str, kernel: str, bits: int, d: int) -> Tile:
-    """The tile of a kernel: exact, then the nearest older architecture of the same vendor, then the default."""
-    return _DEFAULT[kernel]
+    """The tile of one kernel."""
+    tiles = find_set(arch, bits, d)
+    return getattr(tiles, kernel, None) or tiles.row

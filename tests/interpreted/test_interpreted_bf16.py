@@ -62,7 +62,7 @@ def test_casts_are_bit_equal_to_torch() -> None:
 
 def test_other_casts_are_untouched() -> None:
     x = values()
-    x = x[x.isfinite()][:1024]
+    x = x[x.abs() < 60000][:1024]
     assert torch.equal(cast(x, torch.float16), x.to(torch.float16))
     assert torch.equal(cast(x.to(torch.float16), torch.float32), x.to(torch.float16).float())
 

@@ -1,0 +1,125 @@
+"""Which attention kernel the experts' self-attention runs, and why: the one place that decides.
+
+"auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself: on a GPU, for 16-bit
+operands without a mask, it runs the flash-attention kernels that PyTorch ships, the same algorithm as the package
+flash-attn 2. The packages are for those who have measured that theirs is faster; nothing here takes one unasked.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
+
+#: What may be asked for besides "auto", and what it needs to be installed.
+ATTENTIONS: dict[str, str | None] = {"sdpa": None, "flash-attn": "flash_attn", "xformers": "xformers.ops"}
+
+#: Widest head that both packages take.
+_MOST_CHANNELS = 256
+
+
+def check_name(attention: str) -> str:
+    """Return the name, or raise ValueError naming the allowed ones."""
+    if attention != "auto" and attention not in ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}; allowed: 'auto', {', '.join(map(repr, ATTENTIONS))}")
+    return attention
+
+
+def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
+    """Whether one attention kernel can run the problem, and the reason in words either way.
+
+    Raises:
+        ValueError: no such kernel; "auto" is a choice among them.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}; ask for one of {', '.join(map(repr, ATTENTIONS))}")
+    package = ATTENTIONS[attention]
+    if package is None:
+        return Verdict(True, "PyTorch's own, which picks among the kernels that it ships")
+    if problem.device != "cuda":
+        return Verdict(False, f"the stream is on {problem.device}; {attention} runs on cuda")
+    allowed = [torch.float16, torch.bfloat16] + ([torch.float32] if attention == "xformers" else [])
+    if problem.compute not in allowed:
+        return Verdict(
+            False, f"the compute dtype is {problem.compute}; {attention} takes {', '.join(map(str, allowed))}"
+        )
+    if problem.head_dim % 8 or problem.head_dim > _MOST_CHANNELS:
+        return Verdict(False, f"heads have {problem.head_dim} channels; a multiple of 8 up to {_MOST_CHANNELS} fits")
+    missing = _import_error(package)
+    if missing:
+        return Verdict(False, f"{package} cannot be imported: {missing}; pip install {attention}")
+    return Verdict(True, f"{package} is installed")
+
+
+@torch.compiler.assume_constant_result
+def _import_error(package: str) -> str:
+    """Why the package cannot be imported, "" if it can."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def requested(problem: SelfAttentionProblem) -> Verdict:
+    """The verdict on what the problem asks for: what backends that attend with these kernels answer."""
+    verdict = can_run("sdpa" if problem.attention == "auto" else problem.attention, problem)
+    return verdict if verdict.ok else Verdict(False, f"attention={problem.attention!r}: {verdict.reason}")
+
+
+def select(problem: SelfAttentionProblem) -> str:
+    """The attention kernel that runs the problem: what it asks for, never another in its place.
+
+    Raises:
+        ValueError: the problem asks for a kernel that does not exist.
+        BackendError: what it asks for cannot run; the message says why and what to do.
+    """
+    if check_name(problem.attention) == "auto":
+        return "sdpa"
+    verdict = can_run(problem.attention, problem)
+    if not verdict.ok:
+        raise BackendError(
+            f"attention={problem.attention!r} cannot run this problem: {verdict.reason}. Use attention='auto' for "
+            "PyTorch's own, or cast_kernels.attention.explain(...) to see all of them."
+        )
+    return problem.attention
+
+
+def explain(problem: SelfAttentionProblem) -> str:
+    """Every attention kernel with yes or no and its reason, and which one the problem gets, as text."""
+    lines = [str(problem)]
+    for name in ATTENTIONS:
+        verdict = can_run(name, problem)
+        lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
+    try:
+        why = ": it dispatches to flash kernels itself" if problem.attention == "auto" else ""
+        lines.append(f"attention={problem.attention!r} runs: {select(problem)}{why}")
+    except BackendError as error:
+        lines.append(str(error))
+    return "\n".join(lines)
+
+
+def attend(name: str, qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over the tokens.
+
+    Args:
+        name: a key of :data:`ATTENTIONS`.
+        qkv: [batch, tokens, 3, heads, head_dim], as one projection leaves it: no kernel here needs a copy.
+
+    Returns:
+        [batch, tokens, heads, head_dim].
+    """
+    if name == "flash-attn":
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(qkv)
+    if name == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(*qkv.unbind(2))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

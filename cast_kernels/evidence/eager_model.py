@@ -1,0 +1,112 @@
+"""The yardstick: PyTorch's eager B-CAST under the same rules, operation by operation.
+
+Each operation that launches a kernel takes the longest of its FLOPs at a share of the tensor peak, its bytes at a share
+of DRAM's bandwidth, and a least time. The shares are what good library kernels reach; ours are given no such
+allowance, so a ratio of the two times is an upper bound of the speed-up.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+import cast_kernels
+from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence.devices import Constant, Device
+
+TENSOR_SHARE = Constant(0.65, "of the tensor peak", "library GEMMs of this size", assumed=True)
+DRAM_SHARE = Constant(0.80, "of the DRAM bandwidth", "library elementwise kernels", assumed=True)
+LEAST = Constant(2.5e-6, "s", "a small kernel of a CUDA graph", assumed=True)
+
+#: Kinds of eager: everything in bfloat16, or float32 parameters under autocast.
+KINDS = ("bf16", "amp")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel that eager launches."""
+
+    name: str
+    flops: int
+    bytes: int  # read and written
+
+    def seconds(self, device: Device) -> float:
+        return max(self.flops / (TENSOR_SHARE * device.peak), self.bytes / (DRAM_SHARE * device.dram), LEAST)
+
+
+@dataclass
+class Ledger(TorchDispatchMode):
+    """Notes every operation that launches a kernel: all but views and allocations."""
+
+    operations: list[Operation] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not _launches_nothing(func):
+            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            flops = _flops(func, args, kwargs, out)
+            moved = sum(x.numel() * x.element_size() for x in (*read, *written))
+            self.operations.append(Operation(str(func.overloadpacket), flops, moved))
+        return out
+
+
+def _launches_nothing(func: Any) -> bool:
+    """Whether the operation makes a view or uninitialised memory."""
+    if func.namespace != "aten" or any(
+        word in func.overloadpacket.__name__ for word in ("empty", "_unsafe_view", "detach")
+    ):
+        return True
+    returns = [r.alias_info for r in func._schema.returns]
+    return any(info is not None and not info.is_write for info in returns)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
+    if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
+    count = flop_registry.get(func.overloadpacket)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
+
+
+def trace(case: Case, kind: str) -> tuple[list[Operation], list[Operation]]:
+    """The operations of forward and of backward, on tensors without memory.
+
+    Args:
+        case: the problem.
+        kind: "bf16" or "amp".
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    made = cast_kernels.BCAST(
+        case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
+        case.positions, "eager",
+    ).to(torch.bfloat16 if kind == "bf16" else torch.float32)  # fmt: skip
+    shape = (case.batch, case.frames, case.patches, case.dim)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        spatial = torch.empty(shape[0], shape[1], shape[2] + 1, shape[3], dtype=torch.bfloat16, requires_grad=True)
+        temporal = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+        with Ledger() as forward, torch.autocast("cpu", torch.bfloat16) if kind == "amp" else nullcontext():
+            outputs = made(spatial, temporal)
+        gradients = [torch.empty_like(x) for x in outputs]
+        with Ledger() as backward:
+            torch.autograd.backward(outputs, gradients)
+    return forward.operations, backward.operations
+
+
+def seconds(operations: list[Operation], device: Device) -> float:
+    """One operation behind the other, without gaps."""
+    return sum(operation.seconds(device) for operation in operations)

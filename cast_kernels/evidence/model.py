@@ -1,0 +1,152 @@
+"""The speed model: a kernel takes at least as long as each thing that it uses a multiprocessor or the memory for.
+
+    cycles of a CTA  = max(tensor, shared memory and L1, issue)
+    time             = max(busiest multiprocessor's CTAs * cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth)
+
+A lower bound, good for ranking: inside a kernel everything overlaps, nothing waits for latency, and launches have no
+gaps. Predicted, never measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from cast_kernels.evidence.devices import Device
+from cast_kernels.evidence.driver import Launch
+from cast_kernels.evidence.resources import Resources
+
+#: What is said beside every prediction.
+UNCERTAINTY = 0.40
+LABEL = "predicted, unvalidated: no kernel of ours has been timed"
+
+SECTOR = 32  # bytes
+#: Sectors that L1 hands over in a clock: a wavefront of shared memory is 128 bytes.
+_SECTORS_PER_CLOCK = 4
+#: Schedulers of a multiprocessor: each issues one warp instruction a clock.
+_SCHEDULERS = 4
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a launch executes, over all CTAs. Instructions are PTX's, one a warp."""
+
+    tensor_flops: Mapping[str, float] = field(default_factory=dict)  # "mma", "wgmma", either with ".tf32"
+    shared_wavefronts: float = 0.0  # loads and stores
+    load_sectors: float = 0.0
+    store_sectors: float = 0.0
+    warp_instructions: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return sum(self.tensor_flops.values())
+
+    def times(self, factor: float) -> Counters:
+        """Each of them multiplied."""
+        return Counters(
+            {kind: flops * factor for kind, flops in self.tensor_flops.items()},
+            *(getattr(self, item.name) * factor for item in fields(self)[1:]),
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One launch on one device. Times are microseconds that each ceiling alone would allow."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    ctas_per_sm: int  # that fit at once
+    waves: float  # CTAs over all those that fit at once
+    tensor: float
+    shared: float
+    issue: float
+    l2: float
+    dram: float
+    flops: float  # executed, with padding and repetition
+    dram_bytes: float
+    floor: float  # roofline: the larger of FLOP / peak and DRAM bytes / bandwidth
+    why_not: str = ""  # the reason why this launch would fail
+
+    @property
+    def us(self) -> float:
+        return max(getattr(self, name) for name in CEILINGS)
+
+    @property
+    def bound_by(self) -> str:
+        return max(CEILINGS, key=lambda name: getattr(self, name))
+
+
+#: Ceilings, as fields of :class:`Prediction`.
+CEILINGS = ("tensor", "shared", "issue", "l2", "dram")
+
+
+def predict(launch: Launch, used: Resources, counters: Counters, code_ratio: float, device: Device) -> Prediction:
+    """How long a launch takes at least.
+
+    Args:
+        launch: with its grid and arguments.
+        used: what its compiled kernel takes of a multiprocessor.
+        counters: over the launch's CTAs.
+        code_ratio: machine instructions for one of PTX.
+        device: must have the launch's target.
+
+    Raises:
+        ValueError: the kernel was compiled for another target.
+    """
+    if launch.target != device.target:
+        raise ValueError(
+            f"{launch.kernel} was compiled for {launch.target.name}; {device.name} is {device.target.name}"
+        )
+    ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    busiest = -(-ctas // device.target.processors)
+    per_cta = counters.times(1 / ctas)
+    us = 1e6 * busiest / device.clock
+    shared = per_cta.shared_wavefronts + per_cta.load_sectors / _SECTORS_PER_CLOCK
+    bytes_moved = unique_bytes(launch)
+    limit = device.target.shared_limit
+    return Prediction(
+        kernel=launch.kernel,
+        grid=launch.grid,
+        ctas_per_sm=used.ctas,
+        waves=ctas / (device.target.processors * max(used.ctas, 1)),
+        tensor=us * tensor_cycles(per_cta, device),
+        shared=us * shared,
+        issue=us * per_cta.warp_instructions * code_ratio / _SCHEDULERS,
+        l2=1e6 * (counters.load_sectors + counters.store_sectors) * SECTOR / device.l2,
+        dram=1e6 * bytes_moved / device.dram,
+        flops=counters.flops,
+        dram_bytes=bytes_moved,
+        floor=1e6 * max(counters.flops / device.peak, bytes_moved / device.dram),
+        why_not=""
+        if used.ctas
+        else f"{used.shared_bytes} bytes of shared memory, {used.registers} registers: "
+        f"no CTA fits; {limit} bytes are allowed",
+    )
+
+
+def tensor_cycles(counters: Counters, device: Device) -> float:
+    """Clocks that a multiprocessor's tensor cores need."""
+    cycles = 0.0
+    for kind, flops in counters.tensor_flops.items():
+        instruction, _, operands = kind.partition(".")
+        rate = device.tensor[instruction] * device.efficiency / (2 if operands == "tf32" else 1)
+        cycles += flops / rate
+    return cycles
+
+
+def unique_bytes(launch: Launch) -> int:
+    """Bytes of the tensors that the kernel uses, each byte once: what DRAM must move at least.
+
+    A tensor counts once whether it is read, written or both: what a kernel writes and reads back is in L2.
+    """
+    from cast_kernels.evidence.emulator import spans
+
+    taken = [argument for position, argument in enumerate(launch.arguments) if uses(launch, position)]
+    return sum(span.stop - span.start for span in spans(taken))
+
+
+def uses(launch: Launch, position: int) -> bool:
+    """Whether the compiled kernel reads its argument at all: the compiler drops those that it does not need."""
+    declared_and_more = re.findall(rf"\b{launch.kernel}_param_{position}\b", launch.asm["ptx"])
+    return len(declared_and_more) > 1

@@ -1,0 +1,141 @@
+"""`cast-kernels predict`: how long B-CAST takes at least, by the model, on GPUs that need not be here.
+
+The product's own launches are compiled for the GPU and traced; nothing is run and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import cast_kernels
+from cast_kernels.evidence import eager_model, model, trace
+from cast_kernels.evidence import prediction_report as report
+from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence.console import wide_console
+from cast_kernels.evidence.devices import Device, device
+from cast_kernels.evidence.driver import Launch, offline_driver
+from cast_kernels.evidence.model import Prediction
+from cast_kernels.evidence.prediction_report import Run
+from cast_kernels.evidence.resources import Resources, resources
+
+
+class _Keeper:
+    """Keeps every launch and runs none."""
+
+    enforces_limits = False  # a kernel over the limit is to be reported, not to end the prediction
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def launch(self, launch: Launch) -> None:
+        self.launches.append(launch)
+
+    def take(self) -> list[Launch]:
+        """Those since the last call."""
+        taken, self.launches = self.launches, []
+        return taken
+
+
+def predict(name: str, cases: Sequence[Case], cache: Path | None = None) -> list[Run]:
+    """Predict every phase of each case.
+
+    Args:
+        name: of the device.
+        cases: problems; `backward` says whether training is predicted beside inference.
+        cache: folder of compiled kernels that is used again, None for a temporary one.
+    """
+    goal, runs = device(name), []
+    with offline_driver(goal.target, _Keeper(), cache) as keeper:
+        for case in cases:
+            for phase, launches in _phases(case, keeper):
+                runs.append(Run(name, case.batch, phase, tuple(predict_launches(launches, goal))))
+    return runs
+
+
+def predict_launches(launches: Iterable[Launch], goal: Device) -> list[Prediction]:
+    """Each launch by itself, from the trace of its PTX and the resources of its machine code."""
+    found = []
+    for launch in launches:
+        used = _resources(_Key(launch))
+        ratio = used.instructions / trace.length(launch)
+        found.append(model.predict(launch, used, trace.trace(launch), ratio, goal))
+    return found
+
+
+class _Key:
+    """A launch that stands for all launches of its compiled kernel."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+
+    def __hash__(self) -> int:
+        return hash(self.launch.identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.launch.identity == self.launch.identity
+
+
+@lru_cache(maxsize=512)
+def _resources(key: _Key) -> Resources:
+    launch = key.launch
+    return resources(launch.asm, launch.metadata.shared, launch.metadata.num_warps, launch.target)
+
+
+def _phases(case: Case, keeper: _Keeper) -> Iterable[tuple[str, list[Launch]]]:
+    """The launches of each phase. Tensors are uninitialised: nothing reads them."""
+    made = cast_kernels.BCAST(
+        case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
+        case.positions, "triton", case.recompute,
+    ).bfloat16()  # fmt: skip
+    shape = (case.batch, case.frames, case.patches, case.dim)
+    spatial = torch.empty(shape[0], shape[1], shape[2] + 1, shape[3], dtype=torch.bfloat16)
+    temporal = torch.empty(shape, dtype=torch.bfloat16)
+    with torch.no_grad():
+        made(spatial, temporal)
+    yield "inference", keeper.take()
+    if not case.backward:
+        return
+    outputs = made(spatial.requires_grad_(), temporal.requires_grad_())
+    yield "forward", keeper.take()
+    torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+    yield "backward", keeper.take()
+
+
+def main(
+    devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None
+) -> int:
+    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device."""
+    cases = [replace(Case(), batch=batch) for batch in batches]
+    eager = eager_predictions(devices, cases)
+    runs = [run for name in devices for run in predict(name, cases, cache)]
+    console = wide_console()
+    for run in runs:
+        console.print(report.kernels(run))
+    found = report.collect(runs, eager)
+    console.print(report.summary(found))
+    for line in (*report.targets(found), *report.failures(runs)):
+        console.print(line, markup=False, highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    if folder:
+        report.write(found, folder)
+    return 1 if report.failures(runs) else 0
+
+
+def eager_predictions(devices: Sequence[str], cases: Sequence[Case]) -> list[report.Eager]:
+    """Eager's time by its own model, for every device, batch, kind and phase."""
+    found = []
+    for case in cases:
+        for kind in eager_model.KINDS:
+            for phase, operations in zip(("forward", "backward"), eager_model.trace(case, kind), strict=True):
+                moved = sum(operation.bytes for operation in operations)
+                for name in devices:
+                    us = 1e6 * eager_model.seconds(operations, device(name))
+                    found.append(report.Eager(name, case.batch, phase, kind, us, len(operations), moved))
+    return found

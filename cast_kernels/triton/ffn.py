@@ -1,0 +1,184 @@
+"""Backend `triton`: the FFN beside its adapter on a GPU.
+
+    norm -> fc1 -> activation -> fc2 -> adapter with both residuals
+
+fc1 and fc2 are PyTorch's products (cuBLAS): at [9456, 768] by [768, 3072] a product is bound by arithmetic, where a
+library's assembly is hard to beat. What lies between them is bound by memory, and that is what our kernels cut:
+docs/ops/ffn.md counts the bytes. In backward, the gradient that comes through the FFN is the adapter kernel's addend,
+so the sum of both gradients of n is no pass; LayerNorm's backward adds the residual's gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from cast_kernels.problem import AdapterParameters, FFNParameters, FFNProblem, Recompute, Verdict
+from cast_kernels.triton import adapter
+from cast_kernels.triton.common import on_device, verdict
+
+_WORD = 4  # bytes of an element of `saved`
+#: Widest stream: a row of it, as a power of two in fp32, must fit in a program's registers.
+_MOST_CHANNELS = 4096
+
+
+def can_run(problem: FFNProblem) -> Verdict:
+    """Whether Triton can run the problem here, and the reason in words either way."""
+    if not problem.adapter:
+        return Verdict(False, "there is no adapter, and the FFN alone is PyTorch's products in any backend")
+    if problem.hidden % 16 or problem.dim > _MOST_CHANNELS:
+        return Verdict(
+            False, f"the FFN has {problem.dim} and {problem.hidden} channels; up to {_MOST_CHANNELS}, and a multiple "
+            "of 16, are possible",
+        )  # fmt: skip
+    refused = adapter.sizes_verdict(problem.dim, problem.adapter)
+    return refused or verdict(problem.device, problem.compute)
+
+
+def saved_per_row(problem: FFNProblem) -> int:
+    """4-byte words that forward keeps of one row: the values before both activations, if anything."""
+    if problem.recompute is not Recompute.NOTHING:
+        return 0
+    return (problem.hidden + problem.adapter) * problem.compute.itemsize // _WORD
+
+
+def _kept(problem: FFNProblem, saved: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The values before the FFN's activation [rows, F] and the adapter's [rows, A] in `saved`, or None."""
+    if not saved.numel():
+        return None, None
+    flat, size = saved.view(-1).view(problem.compute), problem.rows * problem.hidden
+    return flat[:size].view(problem.rows, -1), flat[size:].view(problem.rows, -1)
+
+
+def _adapter(p: FFNParameters) -> AdapterParameters:
+    return AdapterParameters(*p[6:])  # type: ignore[arg-type]
+
+
+def _exactly(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast inside: operands have the dtypes that they are to have."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """x weight^T + bias in the dtype of x."""
+    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=out)
+
+
+def forward(
+    problem: FFNProblem,
+    x: Tensor,
+    parameters: FFNParameters,
+    row_scale: Tensor | None,
+    eps: float,
+    adapter_scale: float,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The stream with both branches added, and what backward needs.
+
+    Args:
+        problem: the sizes.
+        x: [rows, D], any strides and floating dtype, as are all tensors here.
+        parameters: as :class:`~cast_kernels.problem.FFNParameters` describes.
+        row_scale: [rows], multiplies the adapter's branch, or None.
+        eps: LayerNorm epsilon.
+        adapter_scale: factor of the adapter's branch.
+        save: whether backward will follow.
+
+    Returns:
+        [rows, D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32 words.
+    """
+    from cast_kernels.triton.activation import launch_activate
+    from cast_kernels.triton.norm import launch_norm
+
+    p, x = parameters, x.contiguous()
+    saved = x.new_empty((problem.rows, saved_per_row(problem) if save else 0), dtype=torch.float32)
+    y = torch.empty_like(x)
+    if problem.rows:
+        with on_device(x), _exactly(x):
+            hidden, narrow = _kept(problem, saved)
+            n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
+            h = _linear(n, p.fc1_weight, p.fc1_bias, out=hidden)
+            branch = _linear(launch_activate(h, problem.activation, in_place=hidden is None), p.fc2_weight, p.fc2_bias)
+            adapter.launch_forward(n, x, branch, y, narrow, _adapter(p), problem.compute, row_scale, adapter_scale)
+    return y, saved
+
+
+def backward(
+    problem: FFNProblem,
+    x: Tensor,
+    parameters: FFNParameters,
+    saved: Tensor,
+    row_scale: Tensor | None,
+    eps: float,
+    adapter_scale: float,
+    grad_y: Tensor,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of x and the ten parameters in their dtypes, None where not wanted.
+
+    A frozen tensor costs nothing: no weight gradient, and no walk through the FFN where nothing before it is wanted.
+
+    Args:
+        saved: what :func:`forward` returned with `save`.
+        grad_y: [rows, D].
+        wanted: for x and each field of the parameters, whether to compute it.
+
+    The other arguments are those of :func:`forward`.
+    """
+    from cast_kernels.triton.norm import launch_norm, launch_norm_backward
+
+    p, x, grad_y = parameters, x.contiguous(), grad_y.contiguous()
+    primals = [x, *p]
+    if problem.rows == 0:
+        return [
+            torch.zeros_like(t) if want and t is not None else None for t, want in zip(primals, wanted, strict=True)
+        ]
+    through = any(wanted[:3])  # x or LayerNorm: something before n
+    with on_device(x), _exactly(x):
+        hidden, narrow = _kept(problem, saved)
+        n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
+        dn, ffn_grads = _ffn_backward(problem, n, hidden, grad_y.to(problem.compute), p, through, wanted[3:7])
+        adapter_grads = adapter.launch_backward(
+            grad_y, n, narrow, dn, dn, _adapter(p), problem.compute, row_scale, adapter_scale, wanted[7:]
+        )  # the sum of both gradients of n lies in dn now
+        norm_grads: list[Tensor | None] = [None] * 3
+        if dn is not None:
+            norm_grads = launch_norm_backward(x, dn, grad_y, p.norm_weight, p.norm_bias, eps, wanted[:3])
+    return [*norm_grads, *ffn_grads, *adapter_grads]
+
+
+def _ffn_backward(
+    problem: FFNProblem, n: Tensor, h: Tensor | None, grad: Tensor, p: FFNParameters, through: bool,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """The FFN's part of the gradient of n (None unless `through`), and its four gradients.
+
+    Args:
+        n, grad: [rows, D] in the compute dtype, the FFN's input and its output's gradient.
+        h: [rows, F] before the activation, or None: multiply again.
+        wanted: for fc1_weight, fc1_bias, fc2_weight, fc2_bias.
+    """
+    from cast_kernels.triton.activation import launch_activate, launch_activate_backward
+
+    dn: Tensor | None = None
+    grads: list[Tensor | None] = [None] * 4
+    if wanted[3]:
+        grads[3] = grad.sum(0, dtype=torch.float32).to(p.fc2_bias.dtype)
+    if not (through or any(wanted[:3])):
+        return dn, grads
+    if h is None:
+        h = _linear(n, p.fc1_weight, p.fc1_bias)
+    if wanted[2]:
+        grads[2] = (grad.t() @ launch_activate(h, problem.activation, in_place=False)).to(p.fc2_weight.dtype)
+    if through or any(wanted[:2]):
+        dh = grad @ p.fc2_weight.to(grad.dtype)
+        launch_activate_backward(h, dh, problem.activation)
+        if wanted[0]:
+            grads[0] = (dh.t() @ n).to(p.fc1_weight.dtype)
+        if wanted[1]:
+            grads[1] = dh.sum(0, dtype=torch.float32).to(p.fc1_bias.dtype)
+        if through:
+            dn = dh @ p.fc1_weight.to(dh.dtype)
+    return dn, grads

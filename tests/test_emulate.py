@@ -1,0 +1,177 @@
+"""`cast-kernels emulate`: B-CAST's forward and backward from compiled PTX, on the product's own launch path."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cast_kernels.evidence import emulate as emulating
+from cast_kernels.evidence import mutants as planting
+from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, run
+from cast_kernels.evidence.driver import Launch
+from cast_kernels.evidence.emulate import SIZES, Outcome, emulate
+from cast_kernels.evidence.emulator import Emulator
+from cast_kernels.evidence.targets import target
+
+TARGETS = emulating.TARGETS
+SMALL = SIZES["small"][0]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+def table(outcome: Outcome) -> str:
+    lines = [f"{'ok  ' if e.ok else 'FAIL'} {e.name} {e.rms:.2e} (eager {e.eager_rms:.2e})" for e in outcome.errors]
+    return "\n".join([outcome.fault, *lines])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> None:
+    outcome = emulate(target(name), SMALL, "bf16", cache)
+    assert outcome.ok, table(outcome)
+    assert len(outcome.errors) > 30
+    assert {
+        "project",
+        "exchange",
+        "exchange_backward",
+        "attention_backward",
+        "weight_gradient",
+    } <= outcome.kernels.keys()
+    assert all(runs.counters["warp_instructions"] > 0 for runs in outcome.kernels.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*SIZES["small"], *SIZES["paper"]], ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_problem(name: str, case: Case, dtype: str, cache: Path) -> None:
+    outcome = emulate(target(name), case, dtype, cache)
+    assert outcome.ok, table(outcome)
+
+
+def test_a_wrong_value_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward's PTX with a logarithm where the softmax has its exponential."""
+
+    def wrong(launch: Launch) -> str:
+        return (
+            launch.asm["ptx"]
+            .replace("ex2.approx.ftz.f32", "lg2.approx.ftz.f32")
+            .replace("ex2.approx.f32", "lg2.approx.f32")
+        )
+
+    monkeypatch.setattr(emulating, "Emulator", lambda: Emulator(wrong))
+    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
+    assert not outcome.fault
+    assert not outcome.ok
+
+
+def test_what_is_left_unwritten_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the exchange's stores, outputs hold what new memory is filled with."""
+
+    def silent(launch: Launch) -> str:
+        lines = launch.asm["ptx"].splitlines()
+        keep = launch.kernel != "exchange"
+        return "\n".join(line for line in lines if keep or "st.global" not in line)
+
+    monkeypatch.setattr(emulating, "Emulator", lambda: Emulator(silent))
+    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
+    assert [e.rms != e.rms for e in outcome.errors] == [True, True]
+    assert not outcome.ok
+
+
+def test_a_fault_fails(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def no_barriers(launch: Launch) -> str:
+        return "\n".join(line for line in launch.asm["ptx"].splitlines() if "bar.sync" not in line)
+
+    monkeypatch.setattr(emulating, "Emulator", lambda: Emulator(no_barriers))
+    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
+    assert "write-read" in outcome.fault
+    assert not outcome.ok
+
+
+def fake(**numbers: list[float]) -> dict[str, Tensor]:
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
+
+
+@pytest.mark.parametrize(
+    ("ours", "ok"),
+    [
+        ([1.01, 2.0], True),
+        ([1.019, 2.0], True),
+        ([1.021, 2.0], False),  # twice eager's root mean square
+        ([1.0, float("nan")], False),
+        ([1.0, 2.0 + 1e-9], True),
+    ],
+)
+def test_the_gate(ours: list[float], ok: bool) -> None:
+    (error,) = compare(fake(x=ours), fake(x=[1.01, 2.0]), fake(x=[1.0, 2.0]))
+    assert error.ok == ok
+
+
+def test_one_wrong_element_cannot_hide() -> None:
+    exact, eager, ours = torch.zeros(10000).double(), torch.full((10000,), 0.01).double(), torch.zeros(10000).double()
+    ours[7] = 0.05
+    (error,) = compare({"x": ours}, {"x": eager}, {"x": exact})
+    assert error.rms < error.eager_rms
+    assert not error.ok
+
+
+def test_tensors_that_are_missing_are_named() -> None:
+    with pytest.raises(ValueError, match="grad: not in all"):
+        compare(fake(x=[1.0]), fake(x=[1.0], grad=[1.0]), fake(x=[1.0]))
+
+
+def test_all_arithmetics_see_the_same_rounded_numbers() -> None:
+    """A stream that receives nothing returns its input: float64 gets the bfloat16 numbers, not the drawn ones."""
+    case = replace(SMALL, directions=("t2s",), backward=False)
+    exact, eager = run(case, None, torch.bfloat16, exact=True), run(case, "eager", torch.bfloat16)
+    assert torch.equal(exact["temporal"], eager["temporal"])
+    assert not torch.equal(exact["temporal"], run(case, None, torch.float32)["temporal"])
+
+
+def test_new_memory_is_poisoned_and_only_inside() -> None:
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+        assert torch.ones(3, dtype=torch.bfloat16).new_empty(7).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("bad", "code"), [(False, 0), (True, 1)])
+def test_the_command(
+    bad: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = [emulate(target("sm_80"), replace(SMALL, backward=False), "fp32")]
+    if bad:
+        outcomes[0].fault = "a race"
+    monkeypatch.setattr(emulating, "emulate", lambda *_: outcomes[0])
+    monkeypatch.setattr(emulating, "SIZES", {"small": (SMALL,)})
+    assert emulating.main(["sm_80"], ["fp32"], "small", tmp_path / "told.json") == code
+    out = capsys.readouterr().out
+    assert f"1 runs in emulation, {code} failed" in out
+    assert ("FAIL  a race" in out) == bad
+    (told,) = json.loads((tmp_path / "told.json").read_text())
+    assert told["ok"] != bad
+    assert {k["kernel"] for k in told["kernels"]} == {"project", "exchange"}
+    assert told["kernels"][0]["counters"]["tensor_flops"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
+    verdicts = planting.judge(target(name), SMALL, "bf16")
+    caught = [v for v in verdicts if v.caught_by]
+    assert len(caught) > 0.8 * len(verdicts)
+
+
+def test_faults_planted_in_the_forward_are_caught() -> None:
+    """Each seventh of them; all of them run behind the marker `slow`."""
+    verdicts = planting.judge(target("sm_80"), replace(SMALL, backward=False), "bf16", every=7)
+    kinds = {v.mutant.kind for v in verdicts if v.caught_by}
+    assert {"barrier", "mask of a store"} <= kinds

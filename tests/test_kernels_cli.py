@@ -1,0 +1,94 @@
+"""The command `cast-kernels`: choices, exit codes, one clear line when something is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cast_kernels import cli
+from cast_kernels.evidence import cases, compile, emulate, mutants, targets
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """What the commands call, instead of running it."""
+    made: list[tuple[str, tuple[Any, ...]]] = []
+    for module in (compile, emulate, mutants):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "main", lambda *a, name=name: made.append((name, a)) or 0)
+    return made
+
+
+def test_the_choices_are_those_of_the_tools() -> None:
+    assert set(cli.COMPILE_TARGETS) == set(targets.TARGETS)
+    assert cli.EMULATE_TARGETS == emulate.TARGETS
+    assert tuple(cases.DTYPES) == cli.DTYPES
+    assert tuple(compile.PROBLEMS) == cli.PROBLEMS
+    assert tuple(emulate.SIZES) == cli.SIZES
+
+
+def test_compile_gets_its_options(calls: list[Any]) -> None:
+    assert cli.main(["compile"]) == 0
+    more = ["--target", "sm_89", "--dtype", "fp16", "bf16", "--problems", "all", "--json", "x.json", "--cache", "c"]
+    assert cli.main(["compile", *more]) == 0
+    assert calls == [
+        ("compile", (["sm_80", "sm_90", "sm_100", "gfx942"], ["bf16", "fp16", "fp32"], "paper", None, None)),
+        ("compile", (["sm_89"], ["fp16", "bf16"], "all", Path("x.json"), Path("c"))),
+    ]
+
+
+def test_emulate_gets_its_options(calls: list[Any]) -> None:
+    assert cli.main(["emulate"]) == 0
+    assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32"]) == 0
+    assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
+    assert calls == [
+        ("emulate", (["sm_80", "sm_90"], ["bf16"], "small", None)),
+        ("emulate", (["sm_90"], ["fp32"], "paper", None)),
+        ("mutants", (["sm_80"], ["bf16"], mutants.CASE, None)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "--target", "sm_70"], "sm_80"),
+        (["compile", "--dtype", "int8"], "bf16"),
+        (["emulate", "--target", "sm_100"], "sm_90"),
+        (["emulate", "--size", "huge"], "paper"),
+        (["compiel"], "invalid choice"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_usage_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_gate_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "main", lambda *_: 1)
+    assert cli.main(["compile"]) == 1
+
+
+def test_something_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(*_: object) -> int:
+        raise ModuleNotFoundError("the PTX emulator is not there")
+
+    monkeypatch.setattr(emulate, "main", missing)
+    assert cli.main(["emulate"]) == 1
+    assert capsys.readouterr().err == "cast-kernels emulate: error: the PTX emulator is not there\n"
+
+
+def test_help_does_not_load_the_tools() -> None:
+    program = (
+        "import sys; from cast_kernels import cli"
+        "\ntry: cli.main(['compile', '--help'])\nfinally: assert 'cast_kernels.evidence' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "gfx942" in done.stdout

@@ -1,0 +1,48 @@
+"""An emulator of NVIDIA PTX: executes compiled GPU code on a CPU, checks it and counts what it does.
+
+    module = ptx_emulator.parse(ptx_text)
+    memory = ptx_emulator.Memory()
+    x = memory.register(array.view(np.uint8).reshape(-1), name="x")
+    report = ptx_emulator.launch(module.kernels["f"], grid=(4, 1, 1), threads=128, arguments=[x, 7], memory=memory)
+    memory.write_back()
+
+Written from NVIDIA's PTX ISA document. It has no model of time; see `Counters` for what it counts.
+"""
+
+from .checks import Fault
+from .counters import Counters
+from .errors import (
+    Deadlock,
+    Divergence,
+    EmulationError,
+    MemoryFault,
+    Misaligned,
+    ParseError,
+    SharedLimit,
+    Unsupported,
+)
+from .launch import SHARED_LIMIT, Report, launch
+from .memory import Memory
+from .parser import parse
+from .syntax import Instruction, Kernel, Module
+
+__all__ = [
+    "SHARED_LIMIT",
+    "Counters",
+    "Deadlock",
+    "Divergence",
+    "EmulationError",
+    "Fault",
+    "Instruction",
+    "Kernel",
+    "Memory",
+    "MemoryFault",
+    "Misaligned",
+    "Module",
+    "ParseError",
+    "Report",
+    "SharedLimit",
+    "Unsupported",
+    "launch",
+    "parse",
+]

@@ -1,0 +1,321 @@
+"""Finds shared-memory races and reads of data in flight.
+
+Each granule (4 bytes, fewer when the kernel stores narrower elements) remembers its last writer and two of its readers
+as tags `step * 64 + warp`. `seen[row, w, v]` is the last step of warp v that a barrier has made visible to warp w;
+an access
+races with a later one of another warp when its step is above that. While all CTAs of a batch access the same addresses
+they share one row of tags; the first access that differs gives each CTA its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .decode import SHARED_BASE, Array
+from .shared import Lanes
+
+if TYPE_CHECKING:
+    from .execute import Machine
+
+
+# granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
+Region = tuple[Array, int, Array | None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A finding. kind: "write-read", "write-write", "read-write", or one about data in flight.
+
+    instruction came later in the emulation than other. word: number of the 4-byte word in the CTA's shared memory.
+    warps: (the other's, the instruction's). epoch: barriers completed before. cta: number in the grid.
+    """
+
+    kind: str
+    instruction: str
+    other: str
+    word: int
+    warps: tuple[int, int]
+    epoch: int
+    cta: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
+            f"`{self.instruction}` after warp {self.warps[0]} in `{self.other}`"
+        )
+
+
+class Checker:
+    """Race bookkeeping of one batch."""
+
+    def __init__(self, machine: "Machine", granule: int) -> None:
+        self.m = machine
+        self.granule = granule
+        self.count = -(-machine.shared.stride // granule)
+        self.rows = 1
+        self.faults: dict[tuple[str, int, int], Fault] = {}
+        self.epoch = 0
+        self.floor = 0
+        warps = machine.warps
+        self.seen = np.zeros((1, warps, warps), np.int32)
+        self.writer = np.zeros(self.count, np.int32)
+        self.reader = np.zeros(self.count, np.int32)
+        self.reader_too = np.zeros(self.count, np.int32)
+        self.flight = np.zeros(self.count, np.int32)
+        self.flying = False
+        self.operand = np.zeros(self.count, np.int32)
+        self.operands = np.zeros(self.count, np.int16)
+        self.fence = np.zeros((1, warps), np.int32)
+
+    def _split(self) -> None:
+        """Give each CTA its own row."""
+        if self.rows != self.m.ctas:
+            self.rows = self.m.ctas
+            for name in ("writer", "reader", "reader_too", "flight", "operand", "operands"):
+                setattr(self, name, np.tile(getattr(self, name), self.rows))
+            self.seen = np.repeat(self.seen, self.rows, 0)
+            self.fence = np.repeat(self.fence, self.rows, 0)
+
+    def locate(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
+        """(granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules.
+        (granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules."""
+        first = (lanes.address // self.granule)[None, :, None]
+        warp = (lanes.thread >> 5).astype(np.int32)[None, :, None]
+        if lanes.cta is not None:
+            self._split()
+            row = lanes.cta[None, :, None]
+        else:
+            row = np.arange(self.rows)[:, None, None]
+        index = first + row * self.count
+        if size > self.granule:
+            index = index + np.arange(size // self.granule)
+        return index, row, warp
+
+    def _unseen(self, tag: Array, row: Array, warp: Array) -> Array:
+        """Where an access with `tag` is by another warp and not ordered before what `warp` does now."""
+        other = tag & 63
+        unseen = (tag > self.floor) & (other != warp)
+        if unseen.any():
+            unseen &= (tag >> 6) > self.seen[
+                row, np.minimum(warp, self.m.warps - 1), np.minimum(other, self.m.warps - 1)
+            ]
+        return unseen
+
+    def report(self, kind: str, where: Array, tag: Array, index: Array, warp: Array) -> None:
+        """Record the first granule of `where` as a fault of the step under way, once per pair of instructions."""
+        where = np.broadcast_to(where, index.shape)
+        if not where.any():
+            return
+        tags = np.broadcast_to(tag, index.shape)[where]
+        here, places, warps = self.m.trace[-1], index[where], np.broadcast_to(warp, index.shape)[where]
+        for one in np.unique(tags >> 6):
+            first = int(np.flatnonzero((tags >> 6) == one)[0])
+            other = self.m.trace[int(one)]
+            key = (kind, here, other)
+            if key in self.faults:
+                continue
+            code = self.m.kernel.instructions
+            row, granule = divmod(int(places[first]), self.count)
+            self.faults[key] = Fault(
+                kind,
+                code[here].text,
+                code[other].text,
+                (granule * self.granule - SHARED_BASE) // 4,
+                (int(tags[first]) & 63, int(warps[first])),
+                self.epoch,
+                int(self.m.cta_numbers[row]),
+            )
+
+    def read(self, lanes: Lanes, size: int) -> None:
+        """A read of `size` bytes a lane."""
+        index, row, warp = self.locate(lanes, size)
+        tag = self.writer[index]
+        race = self._unseen(tag, row, warp)
+        if race.any():
+            self.report("write-read", race, tag, index, warp)
+        if self.flying:
+            tag = self.flight[index]
+            if tag.any():
+                self.report("read of a copy in flight", tag > 0, tag, index, warp)
+        self.note_readers(index, warp)
+
+    def note_readers(self, index: Array, warp: Array) -> None:
+        """Remember the warps that read."""
+        now = np.broadcast_to(np.int32(self.m.step << 6) | warp, index.shape)
+        fresh = self.reader[index] <= self.floor
+        self.reader[index[fresh]] = now[fresh]
+        another = (self.reader[index] & 63) != (now & 63)
+        if another.any():
+            self.reader_too[index[another]] = now[another]
+
+    def write(self, lanes: Lanes, size: int, differs: Callable[[], Array]) -> Array:
+        """A write of `size` bytes a lane, about to happen; `differs` says which lanes change what memory holds.
+
+        Returns the tags' index, for `wrote`.
+        """
+        index, row, warp = self.locate(lanes, size)
+        self._against(index, row, warp, differs)
+        self.writer[index] = np.int32(self.m.step << 6) | warp
+        return index
+
+    def wrote(self, index: Array, lanes: Lanes, differs: Callable[[], Array]) -> None:
+        """After the write: two warps that wrote one granule in the same instruction, with different values."""
+        warp = (lanes.thread >> 5).astype(np.int32)[None, :, None]
+        tag = self.writer[index]
+        lost = (tag & 63) != warp
+        if lost.any():
+            self.report("write-write", lost & _per_granule(differs(), index), tag, index, warp)
+
+    def _against(self, index: Array, row: Array, warp: Array, differs: Callable[[], Array] | None) -> None:
+        """Report what a write at these granules races with."""
+        tag = self.writer[index]
+        race = self._unseen(tag, row, warp)
+        if race.any():
+            changed = True if differs is None else _per_granule(differs(), index)
+            self.report("write-write", race & changed, tag, index, warp)
+        for tags in (self.reader[index], self.reader_too[index]):
+            race = self._unseen(tags, row, warp)
+            if race.any():
+                self.report("read-write", race, tags, index, warp)
+        if self.flying:
+            tag = self.flight[index]
+            if tag.any():
+                self.report("write to a copy in flight", tag > 0, tag, index, warp)
+        if self.m.pending_registers:
+            busy = self.operands[index] > 0
+            if busy.any():
+                self.report("write to an operand of a pending wgmma", busy, self.operand[index], index, warp)
+
+    def copy_issued(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
+        """A cp.async: from now until it is waited for it may land at any time."""
+        index, row, warp = self.locate(lanes, size)
+        self._against(index, row, warp, None)
+        self.flight[index] = np.int32(self.m.step << 6) | warp
+        self.flying = True
+        return index, row, warp
+
+    def copy_landed(self, lanes: Lanes, size: int) -> None:
+        """The copying thread has waited: an ordinary write by its warp, at this step."""
+        index, _, warp = self.locate(lanes, size)
+        self.writer[index] = np.int32(self.m.step << 6) | warp
+        self.flight[index] = 0
+        self.flying = bool(self.m.copies)
+
+    def atomic(self, lanes: Lanes, size: int) -> None:
+        """An atomic update: it races with plain accesses, not with other atomics (tagged as by warp 63)."""
+        index, row, warp = self.locate(lanes, size)
+        tag = self.writer[index]
+        race = self._unseen(tag, row, warp) & ((tag & 63) != 63)
+        if race.any():
+            self.report("write-write", race, tag, index, warp)
+        for tags in (self.reader[index], self.reader_too[index]):
+            race = self._unseen(tags, row, warp)
+            if race.any():
+                self.report("read-write", race, tags, index, warp)
+        self.writer[index] = self.m.step << 6 | 63
+
+    def proxy_fence(self, mask: Array | None) -> None:
+        """fence.proxy.async: what these warps have written before is visible to wgmma."""
+        if mask is None:
+            self.fence[:] = self.m.step
+            return
+        if self.m.ctas > 1:
+            self._split()
+        warps = np.any(np.broadcast_to(mask, self.m.shape).reshape(self.m.ctas, self.m.warps, 32), axis=2)
+        self.fence[warps[: self.rows]] = self.m.step
+
+    def note(self, kind: str, here: int, other: int) -> None:
+        """Record a fault about registers."""
+        if (kind, here, other) not in self.faults:
+            code = self.m.kernel.instructions
+            first = int(self.m.cta_numbers[0])
+            self.faults[kind, here, other] = Fault(
+                kind, code[here].text, code[other].text, -1, (-1, -1), self.epoch, first
+            )
+
+    def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
+        """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for
+        yet.
+
+        Adds what it reads to `regions`, for `operands_done`.
+        """
+        base = (chunks[:, None] // self.granule + np.arange(16 // self.granule)).reshape(-1)
+        if not common:
+            self._split()
+        for group in np.flatnonzero(groups.any(0)):
+            ctas = None if common else np.flatnonzero(groups[:, group])
+            rows = self._rows(ctas)
+            self._operand(base + rows * self.count, rows, int(group))
+            regions.append((base, int(group), ctas))
+
+    def _rows(self, ctas: Array | None) -> Array:
+        """Row numbers, [R, 1], of some CTAs, or of all."""
+        return (np.arange(self.rows) if ctas is None else ctas)[:, None]
+
+    def _operand(self, index: Array, row: Array, group: int) -> None:
+        tag = self.writer[index]
+        first = 4 * group
+        group_warp = np.array(first, np.int32)
+        if (tag > self.floor).any():
+            for warp in range(first, first + 4):
+                race = self._unseen(tag, row, np.array(warp, np.int32))
+                if race.any():
+                    self.report("write-read by wgmma", race, tag, index, np.array(warp, np.int32))
+                    break
+        if self.flying:
+            flight = self.flight[index]
+            if flight.any():
+                self.report("wgmma reads a copy in flight", flight > 0, flight, index, group_warp)
+        fenced = np.maximum(
+            self.fence[row, np.minimum(tag & 63, self.m.warps - 1)],
+            self.fence[row[:, 0], first : first + 4].max(1)[:, None],
+        )
+        stale = (tag >> 6) > fenced
+        if stale.any():
+            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, group_warp)
+        self.operand[index] = np.int32(self.m.step << 6) | first
+        self.operands[index] += 1
+
+    def operands_done(self, regions: list[Region], done: Array) -> None:
+        """The warpgroups `done`, [CTAs, warpgroups], have waited for a product: its operands may be written after a
+        barrier."""
+        for base, group, ctas in regions:
+            finished = done[:, group] if ctas is None else done[ctas, group]
+            if not finished.any():
+                continue
+            if ctas is None and not finished.all():
+                self._split()
+            rows = self._rows(ctas)
+            if not finished.all():
+                rows = rows[finished]
+            index = base + rows * self.count
+            self.operands[index] -= 1
+            for warp in range(4 * group, 4 * group + 4):
+                self.note_readers(index, np.array(warp, np.int32))
+
+    def barrier_all(self) -> None:
+        """Every live thread of every CTA has passed a barrier."""
+        self.epoch += 1
+        self.seen[:] = self.m.step
+        self.floor = self.m.step << 6 | 63
+
+    def barrier(self, cta: int, came: Array, waited: Array) -> None:
+        """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
+        self.epoch += 1
+        if self.m.ctas > 1:
+            self._split()
+        row = cta if self.rows > 1 else 0
+        known = self.seen[row, came].max(0)
+        known[came] = self.m.step
+        self.seen[row, waited] = np.maximum(self.seen[row, waited], known)
+        self.floor = int(self.seen.min()) << 6 | 63 if self.m.warps > 1 else self.m.step << 6 | 63
+
+
+def _per_granule(changed: Array, index: Array) -> Array:
+    """A flag per lane, [CTAs, n] or [n], as one that broadcasts with the granule index [R, n, k]."""
+    changed = changed.reshape(-1, index.shape[1])
+    if changed.shape[0] != index.shape[0]:
+        changed = np.any(changed, axis=0, keepdims=True)
+    return changed[:, :, None]
