@@ -129,7 +129,10 @@ class Call:
         lse and h are stored if they are parts; without `y` lse always is, for backward is what asks.
         """
         problem, d = self.problem, self.problem.bottleneck_dim
-        tile = self._tile("exchange")
+        tile = self._tile("exchange_short")
+        short = tile.queries % way.length == 0
+        if not short:
+            tile = self._tile("exchange")
         weights: Stream = getattr(self.weights, way.asking)
         x = self.x[way.asking]
         o = self._part(parts, f"{way.name}_o", self.patch_rows * d)
@@ -143,8 +146,8 @@ class Call:
             o if h is None else h, parts["cls"], scale,
             way.direction.proj_weight, way.direction.proj_bias, weights.up_weight, weights.up_bias,
             self.patch_rows, self.rows[way.asking], problem.frames, problem.patches, way.length,
-            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", SCALE=per,
-            DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
+            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", ONE_BLOCK=short,
+            SCALE=per, DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
             ATTEND_ONLY=y is None, STORE_LSE=lse is not None, STORE_H=h is not None,
             BM=tile.rows, BQ=tile.queries, BKEY=tile.keys, BK=tile.k, BN=tile.columns,
             STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,

@@ -55,6 +55,7 @@ class TileSet:
     row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
     weight_gradient: Tile
     attention_backward: Tile
+    exchange_short: Tile | None = None  # `exchange` where a tile of queries holds whole windows
     exchange_backward: Tile | None = None
     project_backward: Tile | None = None
 
