@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,6 +20,8 @@ from cast_kernels.triton.bcast_project_backward import project_backward
 from cast_kernels.triton.common import architecture
 
 STREAMS = ("spatial", "temporal")
+#: A tensor, or one that may be absent.
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 
 
 class Way(NamedTuple):
@@ -44,11 +48,12 @@ class Call:
         spatial_scale: Tensor | None, temporal_scale: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
         self.problem, self.eps = problem, eps
-        self.x = {"spatial": spatial.contiguous(), "temporal": temporal.contiguous()}
+        # One kernel serves both streams, so what autocast lets differ is widened to one dtype: exact, and rare.
+        self.x = dict(zip(STREAMS, _alike([spatial, temporal]), strict=True))
         self.scale = {"spatial": spatial_scale, "temporal": temporal_scale}
         self.scale = {name: None if s is None else s.float().contiguous() for name, s in self.scale.items()}
-        self.original = parameters
-        self.weights = _computed(parameters, problem.compute)
+        self.original = Parameters.from_flat(_alike(parameters.flat()))
+        self.weights = _computed(self.original, problem.compute)
         self.ways = _ways(problem, self.weights)
         positions = {table is not None for way in self.ways.values() for table in way.direction[:2]}
         if len(positions) > 1:
@@ -165,7 +170,7 @@ class Call:
         grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in primals]
         by_name = Parameters.from_flat(grads[2:])
         layers: list[weight_gradient.Layer] = []
-        grad_out = {name: grad_out[name].contiguous() for name in STREAMS}
+        grad_out = {name: grad_out[name].to(self.x[name].dtype).contiguous() for name in STREAMS}
         parts["dh"] = self._empty(1)
         for way in self.ways.values():
             layers += self._exchange_backward(way, parts, grad_out[way.asking], by_name)
@@ -297,9 +302,15 @@ def _ways(problem: Problem, parameters: Parameters) -> dict[str, Way]:
     return ways
 
 
+def _alike(tensors: Sequence[AnyTensor]) -> list[AnyTensor]:
+    """The tensors contiguous and in one dtype that holds each one's values; mostly they are."""
+    dtype = reduce(torch.promote_types, {x.dtype for x in tensors if x is not None})
+    return [x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous() for x in tensors]
+
+
 def _computed(parameters: Parameters, compute: torch.dtype) -> Parameters:
-    """The parameters, contiguous; matrices that products read in the compute dtype, rounded in one launch."""
-    flat = [None if p is None else p.detach().contiguous() for p in parameters.flat()]
+    """The parameters; matrices that products read in the compute dtype, rounded in one launch."""
+    flat = parameters.flat()
     matrices = {
         i: p
         for i, (name, p) in enumerate(zip(PARAMETER_NAMES, flat, strict=True))

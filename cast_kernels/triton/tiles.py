@@ -6,6 +6,7 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 
@@ -30,6 +31,7 @@ CHUNKS = (128, 64, 32, 16)
 MOST_CHUNKS = 6
 
 
+@cache
 def chunking(d: int) -> tuple[int, int]:
     """(CHUNK, CHUNKS) that cover d channels, at most 768, with the least padding; the widest chunk among equals."""
     covers = [(-(-d // chunk), chunk) for chunk in CHUNKS if -(-d // chunk) <= MOST_CHUNKS]
@@ -182,6 +184,7 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
 }
 
 
+@cache
 def find_set(arch: str, bits: int, d: int) -> TileSet:
     """The tiles for an architecture: its own, then the nearest older one's of the same vendor, then the default.
 
