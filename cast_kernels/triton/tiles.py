@@ -5,6 +5,8 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -201,6 +203,18 @@ def find_set(arch: str, bits: int, d: int) -> TileSet:
     known = {int(a.removeprefix("sm_")): a for a, b, w in _TABLE if a.startswith("sm_") and (b, w) == (bits, wide)}
     older = [v for v in known if v <= version]
     return _TABLE[(known[max(older)], bits, wide)] if older else _DEFAULT
+
+
+@contextmanager
+def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
+    """Inside, the table has these tiles for the architecture: how candidates are measured."""
+    key, before = (_SAME.get(arch, arch), bits, d > 384), dict(_TABLE)
+    _TABLE[key] = tiles
+    try:
+        yield
+    finally:
+        _TABLE.clear()
+        _TABLE.update(before)
 
 
 def find(arch: str, kernel: str, bits: int, d: int) -> Tile:
