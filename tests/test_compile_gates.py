@@ -16,6 +16,7 @@ from cast_kernels.evidence import compile as compiling
 from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import Row, dots_elsewhere, judge, read, render, tensor_core_dots, unused
 from cast_kernels.evidence.driver import Recorder, offline_driver
+from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton.tiles import Allowance
 
@@ -174,3 +175,11 @@ def test_what_the_product_launches_is_compiled(tmp_path: Path) -> None:
     assert {row.key for row in rows} == {("sm_80", "project", 16), ("sm_80", "exchange", 16)}
     assert all(row.resources.tensor_core == "HMMA" and row.dots for row in rows)
     assert sorted((row.kernel, len(row.cases)) for row in rows) == [("exchange", 1)] * 4 + [("project", 2)]
+
+
+def test_what_an_expert_launches_is_compiled(tmp_path: Path) -> None:
+    case = ExpertCase(rows=20, dim=32, hidden=48, adapter=16)
+    rows = compiling.compile_target("sm_80", "bf16", [case], tmp_path)
+    assert {row.kernel for row in rows} >= {"norm", "norm_backward", "adapter_forward", "adapter_backward"}
+    assert all(row.resources.tensor_core == "HMMA" for row in rows if row.kernel.startswith("adapter"))
+    assert {row.cases for row in rows} == {(str(case),)}

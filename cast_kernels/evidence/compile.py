@@ -21,18 +21,23 @@ from rich.table import Table
 from cast_kernels.evidence.cases import DTYPES, Case, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
+from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.resources import Resources, resources
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 
 _PAPER = Case()
+AnyCase = Case | ExpertCase
 
-#: What is compiled. Paper: the published size at every recompute level and for inference. All: also other windows,
-#: head dimensions 16 and 64, a wide bottleneck, each direction alone, drop-path, no positions.
-PROBLEMS: dict[str, tuple[Case, ...]] = {
+#: What is compiled. Paper: the published sizes at every recompute level and for inference, the experts with both of
+#: their activations. All: also other windows, head dimensions 16 and 64, a wide bottleneck and a wide adapter, each
+#: direction alone, drop-path, no positions.
+PROBLEMS: dict[str, tuple[AnyCase, ...]] = {
     "paper": (
         *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
         replace(_PAPER, backward=False),
+        ExpertCase(),
+        ExpertCase(activation="quick_gelu", recompute="nothing"),
     ),
 }
 PROBLEMS["all"] = (
@@ -44,6 +49,8 @@ PROBLEMS["all"] = (
     replace(_PAPER, bottleneck=768),
     replace(_PAPER, directions=("t2s",), positions=False, scaled=True),
     replace(_PAPER, directions=("s2t",), positions=False, scaled=True),
+    ExpertCase(scaled=True),
+    ExpertCase(adapter=768),
 )
 
 
@@ -71,7 +78,7 @@ class Row:
         return self.target, self.kernel, 8 * DTYPES[self.dtype].itemsize
 
 
-def compile_target(name: str, dtype: str, cases: Sequence[Case], cache: Path) -> list[Row]:
+def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:
     """Compile what the product launches on one target in one dtype, and read the result.
 
     Args:
@@ -83,7 +90,10 @@ def compile_target(name: str, dtype: str, cases: Sequence[Case], cache: Path) ->
     found: dict[str, tuple[Record, list[str]]] = {}
     for case in cases:
         with offline_driver(target(name), Recorder(), cache) as recorder:
-            run(case, "triton", DTYPES[dtype])
+            if isinstance(case, ExpertCase):
+                run_expert(case, DTYPES[dtype])
+            else:
+                run(case, "triton", DTYPES[dtype])
         for identity, record in recorder.records.items():
             found.setdefault(identity, (record, []))[1].append(str(case))
     return [read(record.first, dtype, launching) for record, launching in found.values()]
@@ -203,7 +213,8 @@ def main(
                 console.print(render(judged))
     _report(console, rows, exceptions)
     if json_file:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # one row a line: short, and differences show
+        json_file.write_text(f"[\n{lines}\n]\n")
     return 1 if any(row.failures for row in rows) else 0
 
 

@@ -210,11 +210,13 @@ def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
     """Inside, the table has these tiles for the architecture: how candidates are measured."""
     key, before = (_SAME.get(arch, arch), bits, d > 384), dict(_TABLE)
     _TABLE[key] = tiles
+    find_set.cache_clear()
     try:
         yield
     finally:
         _TABLE.clear()
         _TABLE.update(before)
+        find_set.cache_clear()
 
 
 def find(arch: str, kernel: str, bits: int, d: int) -> Tile:
