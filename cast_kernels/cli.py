@@ -66,7 +66,7 @@ def _compile_options(parser: ArgumentParser) -> None:
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.folder, options.cache)
+    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
@@ -99,6 +99,28 @@ def _predict(options: Namespace) -> int:
     return predict.main(options.device, options.batch, options.json, options.folder, options.cache)
 
 
+def _gpu_check_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--report", type=Path | None, metavar="FILE", help="also write the tables as Markdown")
+    parser.add_argument("--quick", action="store_true", help="one problem and one batch size")
+
+
+def _gpu_check(options: Namespace) -> int:
+    from cast_kernels.evidence import gpu_check
+
+    return gpu_check.main(options.json, options.report, options.quick)
+
+
+def _tune_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--write", type=Path | None, metavar="FILE", help="write the table here, as Python")
+
+
+def _tune(options: Namespace) -> int:
+    from cast_kernels.evidence import tune
+
+    return tune.main(options.write)
+
+
 def _add_choices(
     parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...], what: str
 ) -> None:
@@ -122,6 +144,8 @@ COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Any],
         _predict_options,
         _predict,
     ),
+    "gpu-check": ("check and time everything on the GPU of this machine", _gpu_check_options, _gpu_check),
+    "tune": ("measure tiles on the GPU of this machine, and write their table", _tune_options, _tune),
 }
 
 

@@ -57,21 +57,24 @@ def module(case: Case, backend: str) -> cast_kernels.BCAST:
     return made
 
 
-def run(case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False) -> dict[str, Tensor]:
-    """Outputs, and every gradient if the case asks for them, in float64.
+def run(
+    case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Outputs, and every gradient if the case asks for them, in float64 on the CPU.
 
     Args:
         case: the problem.
         backend: that must run it; None is the reference.
         dtype: that inputs and parameters are rounded to.
         exact: compute in float64 on the rounded numbers.
+        device: where it runs. Inputs are drawn on the CPU, so they are the same everywhere.
     """
-    made = module(case, backend or "eager").to(dtype)
+    made = module(case, backend or "eager").to(device, dtype)
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.frames, case.patches, case.dim)
-    spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator).to(dtype)
-    temporal = torch.randn(shape, generator=generator).to(dtype)
-    scales = _scales(case, generator, dtype)
+    spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator).to(device, dtype)
+    temporal = torch.randn(shape, generator=generator).to(device, dtype)
+    scales = tuple(x if x is None else x.to(device) for x in _scales(case, generator, dtype))
     if exact:
         made, spatial, temporal = made.double(), spatial.double(), temporal.double()
         scales = tuple(x if x is None else x.double() for x in scales)
@@ -90,11 +93,11 @@ def run(case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False
         torch.autograd.backward(outputs, [_like(x, generator, dtype) for x in outputs])
         leaves = {"spatial": spatial, "temporal": temporal} | dict(made.named_parameters())
         result |= {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {name: x.detach().double() for name, x in result.items()}
+    return {name: x.detach().double().cpu() for name, x in result.items()}
 
 
 def _like(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(x.shape, generator=generator).to(dtype).to(x.dtype)
+    return torch.randn(x.shape, generator=generator).to(dtype).to(x.device, x.dtype)
 
 
 def _scales(case: Case, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor | None, ...]:

@@ -206,7 +206,7 @@ def markdown(folder: Path) -> str:
         f"size in bfloat16, a lower bound for ours with an uncertainty of +-{UNCERTAINTY:.0%}: inside a kernel all "
         "overlaps, and launches have no gaps. Eager's times are by its own model, with the shares of the peaks that "
         "library kernels reach: ours to theirs is an upper bound of the speed-up.", "",
-        *_markdown_table(_COLUMNS, rows({"devices": devices})), "",
+        *markdown_table(_COLUMNS, rows({"devices": devices})), "",
         "`floor`: for each of our kernels the larger of its FLOPs at the tensor peak and its tensors' bytes at DRAM's "
         "bandwidth. `inference` keeps nothing for backward.", "",
         "## Constants", "",
@@ -217,11 +217,12 @@ def markdown(folder: Path) -> str:
         for key, c in entry["constants"].items()
         if isinstance(c, dict)
     ]
-    lines += _markdown_table(("GPU", "constant", "value", "", "source"), constants)
+    lines += markdown_table(("GPU", "constant", "value", "", "source"), constants)
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     return [
         f"| {' | '.join(headings)} |",
         f"|{'---|' * len(headings)}",

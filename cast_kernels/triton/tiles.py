@@ -5,7 +5,10 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 
@@ -30,6 +33,7 @@ CHUNKS = (128, 64, 32, 16)
 MOST_CHUNKS = 6
 
 
+@cache
 def chunking(d: int) -> tuple[int, int]:
     """(CHUNK, CHUNKS) that cover d channels, at most 768, with the least padding; the widest chunk among equals."""
     covers = [(-(-d // chunk), chunk) for chunk in CHUNKS if -(-d // chunk) <= MOST_CHUNKS]
@@ -53,6 +57,7 @@ class TileSet:
     row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
     weight_gradient: Tile
     attention_backward: Tile
+    exchange_short: Tile | None = None  # `exchange` where a tile of queries holds whole windows
     exchange_backward: Tile | None = None
     project_backward: Tile | None = None
     adapter_forward: Tile | None = None
@@ -115,13 +120,14 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ),
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
-        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
+        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
+        exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
         adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_90", 16, True): TileSet(
@@ -180,6 +186,7 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
 }
 
 
+@cache
 def find_set(arch: str, bits: int, d: int) -> TileSet:
     """The tiles for an architecture: its own, then the nearest older one's of the same vendor, then the default.
 
@@ -196,6 +203,18 @@ def find_set(arch: str, bits: int, d: int) -> TileSet:
     known = {int(a.removeprefix("sm_")): a for a, b, w in _TABLE if a.startswith("sm_") and (b, w) == (bits, wide)}
     older = [v for v in known if v <= version]
     return _TABLE[(known[max(older)], bits, wide)] if older else _DEFAULT
+
+
+@contextmanager
+def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
+    """Inside, the table has these tiles for the architecture: how candidates are measured."""
+    key, before = (_SAME.get(arch, arch), bits, d > 384), dict(_TABLE)
+    _TABLE[key] = tiles
+    try:
+        yield
+    finally:
+        _TABLE.clear()
+        _TABLE.update(before)
 
 
 def find(arch: str, kernel: str, bits: int, d: int) -> Tile:

@@ -1,0 +1,229 @@
+"""`cast-kernels gpu-check`: everything that only a GPU can show, in one command and one report to send back.
+
+Correctness against fp64 on fresh inputs, compute-sanitizer, the GPU's own ceilings, times against what people run
+without us, and each time beside its prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import statistics
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cast_kernels
+from cast_kernels import backends
+from cast_kernels.evidence import gpu_report
+from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, run
+from cast_kernels.evidence.console import wide_console
+from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError, Step
+from cast_kernels.evidence.variants import CANNOT_RUN, VARIANTS, Variants
+
+#: Exit code where there is no GPU.
+NO_GPU = 2
+#: Compute-sanitizer's tools: out-of-bounds and misaligned accesses, races in shared memory.
+SANITIZERS = ("memcheck", "racecheck")
+#: Samples that are thrown away: the first calls compile and allocate.
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done."""
+
+    cases: tuple[Case, ...]  # checked against fp64
+    dtypes: tuple[str, ...]  # of the first case; the others are checked in the first of these
+    batches: tuple[int, ...]  # timed at the paper's size
+    repeats: int
+    timed: Case = field(default_factory=Case)  # at each batch size
+    copy_bytes: int = 1 << 30
+    gemm: int = 8192
+    sanitize: bool = True
+
+
+_PAPER = Case(scaled=True)
+FULL = Plan(
+    cases=(
+        _PAPER,
+        replace(_PAPER, windows=("space-time", "space-time"), recompute="nothing"),
+        replace(_PAPER, windows=("space", "time"), recompute="all"),
+        replace(_PAPER, directions=("t2s",), positions=False),
+        replace(_PAPER, directions=("s2t",), heads=24),
+        replace(_PAPER, bottleneck=768, heads=12),
+        Case(3, 3, 7, 64, 32, 2, scaled=True),
+    ),
+    dtypes=("bf16", "fp16", "fp32"),
+    batches=(1, 6, 32),
+    repeats=50,
+)
+QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), batches=(6,), repeats=10, sanitize=False)
+
+#: What compute-sanitizer runs: one forward and backward of awkward sizes.
+_SANITIZED = """
+import torch
+from cast_kernels.evidence.cases import Case, run
+run(Case(2, 3, 7, 64, 32, 2, scaled=True), "triton", torch.bfloat16, device="cuda")
+"""
+
+
+def correctness(machine: Machine, plan: Plan, seed: int) -> list[dict[str, Any]]:
+    """Every backend that runs here, on inputs from this seed, new memory poisoned: the worst tensor's errors."""
+    found = []
+    for number, case in enumerate(plan.cases):
+        case = replace(case, seed=seed + number)
+        for dtype in plan.dtypes if number == 0 else plan.dtypes[:1]:
+            kind = DTYPES[dtype]
+            problem = _problem(case, kind, machine.device)
+            names = [name for name in backends.BACKENDS if name != "eager" and backends.can_run(name, problem).ok]
+            exact = run(case, None, kind, exact=True, device=machine.device) if names else {}
+            eager = run(case, "eager", kind, device=machine.device) if names else {}
+            for name in names:
+                with poisoned_memory():
+                    ours = run(case, name, kind, device=machine.device)
+                    again = run(case, name, kind, device=machine.device)
+                errors = compare(ours, eager, exact)
+                worst = max(errors, key=lambda e: e.ratio if e.ratio == e.ratio else float("inf"))
+                found.append({
+                    "backend": name, "dtype": dtype, "case": str(case), "ok": all(e.ok for e in errors),
+                    "tensors": len(errors), "worst": worst.name, "rms": worst.rms, "eager_rms": worst.eager_rms,
+                    "same_bits_twice": all(torch.equal(ours[key], again[key]) for key in ours),
+                })  # fmt: skip
+    return found
+
+
+def _problem(case: Case, dtype: torch.dtype, device: torch.device) -> cast_kernels.problem.Problem:
+    t2s, s2t = (
+        window if way in case.directions else None for way, window in zip(("t2s", "s2t"), case.windows, strict=True)
+    )
+    return cast_kernels.problem.Problem(
+        case.batch, case.frames, case.patches, case.dim, case.bottleneck, case.heads, t2s, s2t, dtype, device.type
+    )
+
+
+def median_ms(machine: Machine, step: Step, repeats: int, cold: bool) -> float:
+    """Median over the repeats; cold: L2 holds nothing of the step's before each."""
+    for _ in range(_WARM_UP):
+        step()
+    machine.synchronise()
+    samples = []
+    for _ in range(repeats):
+        if cold:
+            machine.flush_cache()
+        samples.append(machine.elapsed_ms(step))
+    return statistics.median(samples)
+
+
+def ceilings(machine: Machine, plan: Plan) -> dict[str, float]:
+    """Copy bandwidth in B/s (read and written bytes) and the rate of a square bf16 GEMM in FLOP/s."""
+    source = torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=machine.device)
+    target = torch.empty_like(source)
+    copy = median_ms(machine, lambda: target.copy_(source), plan.repeats, cold=False)
+    a = torch.randn(plan.gemm, plan.gemm, device=machine.device).bfloat16()
+    product = median_ms(machine, lambda: a @ a, plan.repeats, cold=False)
+    return {"copy_bytes_per_s": 2e3 * plan.copy_bytes / copy, "gemm_flops_per_s": 2e3 * plan.gemm**3 / product}
+
+
+def times(machine: Machine, plan: Plan, variants: Variants = VARIANTS) -> list[dict[str, Any]]:
+    """Every variant at every batch: medians of inference and training, or why there are none."""
+    found = []
+    for batch in plan.batches:
+        case = replace(plan.timed, batch=batch)
+        for name, make in variants.items():
+            try:
+                steps = make(case, machine.device)
+                for phase, step in (("inference", steps.forward), ("training", steps.training)):
+                    found.append(
+                        {"variant": name, "batch": batch, "phase": phase} | _timed(machine, step, plan.repeats)
+                    )
+            except CANNOT_RUN as error:
+                found.append({"variant": name, "batch": batch, "phase": "", "why_not": str(error), "failed": False})
+            except Exception as error:  # another library's failure must not cost the rest of the report
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}"
+                found.append({"variant": name, "batch": batch, "phase": "", "why_not": reason, "failed": True})
+    return found
+
+
+def _timed(machine: Machine, step: Step, repeats: int) -> dict[str, Any]:
+    timed: dict[str, Any] = {
+        "warm_ms": median_ms(machine, step, repeats, cold=False),
+        "cold_ms": median_ms(machine, step, repeats, cold=True),
+        "peak_bytes": machine.peak_bytes(step),
+    }
+    try:
+        replay = machine.capture(step)
+    except RuntimeError as error:
+        return timed | {"no_graph": str(error).splitlines()[0]}
+    timed["graph_warm_ms"] = median_ms(machine, replay, repeats, cold=False)
+    return timed | {"graph_cold_ms": median_ms(machine, replay, repeats, cold=True)}
+
+
+def sanitize(machine: Machine) -> list[dict[str, Any]]:
+    """What compute-sanitizer's tools find; empty where it is not installed."""
+    found = []
+    for tool in SANITIZERS:
+        result = machine.sanitize(tool, _SANITIZED)
+        if result is not None:
+            found.append({"tool": tool, "ok": result[0], "output": result[1]})
+    return found
+
+
+def collect(machine: Machine, plan: Plan, seed: int, predictions: Path, variants: Variants) -> dict[str, Any]:
+    """Everything, as it is written to JSON."""
+    description = machine.describe()
+    timed = times(machine, plan, variants)
+    return {
+        "device": description,
+        "cast_kernels": cast_kernels.__version__,
+        "seed": seed,
+        "plan": asdict(plan),
+        "ceilings": ceilings(machine, plan),
+        "correctness": correctness(machine, plan, seed),
+        "sanitizer": sanitize(machine) if plan.sanitize else [],
+        "times": timed,
+        "predicted": gpu_report.beside(timed, gpu_report.predictions_for(description["name"], predictions)),
+    }
+
+
+def passed(found: dict[str, Any]) -> bool:
+    """Whether some backend was checked, all of them are right, the sanitizer is content, and no variant broke."""
+    checked = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
+    right = all(entry["ok"] and entry["same_bits_twice"] for entry in found["correctness"])
+    clean = all(entry["ok"] for entry in found["sanitizer"])
+    return bool(checked) and right and clean and not any(entry.get("failed") for entry in found["times"])
+
+
+def main(json_file: Path | None, report_file: Path | None, quick: bool) -> int:
+    """Check the GPU of this machine -> exit code: 0, 1 if something is wrong, 2 without a GPU."""
+    try:
+        machine = CudaMachine()
+    except NoGPUError as error:
+        print(f"cast-kernels gpu-check: {error}; this command measures, so it needs a GPU", file=sys.stderr)
+        return NO_GPU
+    return check(machine, QUICK if quick else FULL, json_file, report_file)
+
+
+def check(
+    machine: Machine, plan: Plan, json_file: Path | None, report_file: Path | None, seed: int | None = None,
+    predictions: Path = gpu_report.PREDICTIONS, variants: Variants = VARIANTS,
+) -> int:  # fmt: skip
+    """Do what the plan says, print and write it -> exit code."""
+    found = collect(machine, plan, secrets.randbelow(1 << 30) if seed is None else seed, predictions, variants)
+    console = wide_console()
+    for table in gpu_report.tables(found):
+        console.print(table)
+    console.print(gpu_report.verdict(passed(found)), markup=False)
+    _write(json_file, json.dumps(found, indent=1) + "\n")
+    _write(report_file, gpu_report.markdown(found, passed(found)))
+    return 0 if passed(found) else 1
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.write_text(text)

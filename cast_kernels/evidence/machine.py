@@ -1,0 +1,112 @@
+"""The GPU as the measuring code sees it: events, memory, graphs, the sanitizer. Tests bring a machine of their own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+#: What runs, with no arguments and a result that nobody reads.
+Step = Callable[[], object]
+
+
+class NoGPUError(RuntimeError):
+    """There is no GPU that PyTorch can use; the message says why."""
+
+
+class Machine(Protocol):
+    """What is asked of a GPU."""
+
+    device: torch.device
+
+    def describe(self) -> dict[str, Any]:
+        """Name and figures for the report; "name" is always there."""
+
+    def elapsed_ms(self, step: Step) -> float:
+        """Milliseconds that the GPU took for one call, by two events around it; waits for the second."""
+
+    def synchronise(self) -> None:
+        """Wait for everything that was launched."""
+
+    def flush_cache(self) -> None:
+        """Push everything out of L2."""
+
+    def peak_bytes(self, step: Step) -> int:
+        """Most memory allocated during one call, above what was there before."""
+
+    def capture(self, step: Step) -> Step:
+        """A call that replays a graph of the step. RuntimeError if it cannot be captured."""
+
+    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not here."""
+
+
+class CudaMachine:
+    """The current CUDA device.
+
+    Raises:
+        NoGPUError: there is none.
+    """
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise NoGPUError(f"no CUDA device can be used: PyTorch {torch.__version__} is {built}, and sees none")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        # Twice the largest L2 of the GPUs that kernels are compiled for is 200 MB.
+        self._flush = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
+
+    def describe(self) -> dict[str, Any]:
+        found = torch.cuda.get_device_properties(self.device)
+        return {
+            "name": found.name, "capability": f"sm_{found.major}{found.minor}",
+            "multiprocessors": found.multi_processor_count, "memory_bytes": found.total_memory,
+            "cuda": torch.version.cuda, "torch": torch.__version__,
+        }  # fmt: skip
+
+    def elapsed_ms(self, step: Step) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def flush_cache(self) -> None:
+        self._flush.zero_()
+
+    def peak_bytes(self, step: Step) -> int:
+        self.synchronise()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        step()
+        self.synchronise()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def capture(self, step: Step) -> Step:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # what is allocated or compiled at first use must not be in the graph
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+        import sys
+
+        path = shutil.which("compute-sanitizer")
+        if path is None:
+            return None
+        command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        return done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-5:])

@@ -1,0 +1,182 @@
+"""`cast-kernels tune`: tiles measured on the GPU of this machine, as entries for `cast_kernels/triton/tiles.py`.
+
+Nothing is tuned while the library runs: what this writes is read, reviewed and committed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.errors import TritonError
+
+from cast_kernels.evidence.cases import Case, compare, poisoned_memory, run
+from cast_kernels.evidence.gpu_check import NO_GPU, median_ms
+from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError
+from cast_kernels.evidence.variants import steps
+from cast_kernels.triton import tiles
+from cast_kernels.triton.common import architecture
+from cast_kernels.triton.tiles import Tile, TileSet
+
+#: (dtype, channels of the bottleneck) that are tuned, one entry of the table each.
+PROBLEMS = ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 384))
+#: Parts of a set, in the order in which they are tuned: forward's first, on which backward's time depends.
+PARTS = ("row", "exchange_backward", "project_backward", "weight_gradient", "attention_backward")
+#: Values that a field may take: powers of two, as Triton needs, from what a tensor core contracts.
+_VALUES: dict[str, tuple[int, ...]] = {
+    "rows": (16, 32, 64, 128, 256), "k": (16, 32, 64, 128), "columns": (32, 64, 128, 256), "warps": (4, 8, 16),
+    "stages": (1, 2, 3, 4, 5), "widen_stages": (1, 2, 3), "queries": (16, 32, 64, 128), "keys": (16, 32, 64, 128),
+    "key_stages": (1, 2, 3),
+}  # fmt: skip
+#: A tile must be this much faster to be taken: less is noise.
+_GAIN = 0.01
+_BATCH = 6
+_REPEATS = 20
+
+#: Milliseconds of a set of tiles. RefusedError: it cannot be used.
+Time = Callable[[TileSet], float]
+
+
+class RefusedError(RuntimeError):
+    """Tiles that do not compile, do not fit, or compute something else; the message says which."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set that was tried."""
+
+    part: str
+    tile: Tile
+    ms: float | None  # None: refused
+    reason: str = ""
+
+
+def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
+    """Improve one part after the other, one step of one field at a time, until no step is faster.
+
+    Args:
+        start: must be usable.
+        time: measures a set.
+
+    Returns:
+        The fastest set, its milliseconds, and every trial.
+
+    Raises:
+        RefusedError: `start` cannot be used.
+    """
+    best, least = start, time(start)
+    trials: list[Trial] = []
+    for part in PARTS:
+        seen = {_tile(best, part)}
+        improved = True
+        while improved:
+            improved = False
+            for candidate in neighbours(_tile(best, part)):
+                if candidate in seen:
+                    continue
+                seen.add(candidate)
+                tried = _with(best, part, candidate)
+                try:
+                    ms = time(tried)
+                except RefusedError as error:
+                    trials.append(Trial(part, candidate, None, str(error)))
+                    continue
+                trials.append(Trial(part, candidate, ms))
+                if ms < (1 - _GAIN) * least:
+                    best, least, improved = tried, ms, True
+    return best, least, trials
+
+
+def _tile(tile_set: TileSet, part: str) -> Tile:
+    """A part's tile; kernels without their own use the row's."""
+    tile = getattr(tile_set, part) or tile_set.row
+    assert isinstance(tile, Tile)
+    return tile
+
+
+def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
+    changes: dict[str, Any] = {part: tile}
+    return replace(tile_set, **changes)
+
+
+def neighbours(tile: Tile) -> Iterator[Tile]:
+    """Tiles that differ by one step of one field."""
+    for name, values in _VALUES.items():
+        at = values.index(getattr(tile, name))
+        for step in (-1, 1):
+            if 0 <= at + step < len(values):
+                candidate = replace(tile, **{name: values[at + step]})
+                if candidate.rows % candidate.queries == 0 or name == "queries":
+                    yield candidate
+
+
+def measured(machine: Machine, dtype: torch.dtype, d: int, arch: str) -> Time:
+    """What times a training step of the paper's size on the machine, if its numbers are right.
+
+    Args:
+        machine: that it runs on.
+        dtype: of streams and parameters.
+        d: channels of the bottleneck.
+        arch: as the tile table names it.
+    """
+    case = Case(batch=1, bottleneck=d, scaled=True)
+    exact = run(case, None, dtype, exact=True, device=machine.device)
+    eager = run(case, "eager", dtype, device=machine.device)
+
+    def time(candidate: TileSet) -> float:
+        with tiles.trying(arch, dtype.itemsize * 8, d, candidate):
+            try:
+                with poisoned_memory():
+                    ours = run(case, "triton", dtype, device=machine.device)
+            except (TritonError, RuntimeError) as error:  # over a limit, or the compiler gave up
+                raise RefusedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            wrong = [error.name for error in compare(ours, eager, exact) if not error.ok]
+            if wrong:
+                raise RefusedError(f"wrong: {', '.join(wrong)}")
+            both = steps(Case(batch=_BATCH, bottleneck=d), machine.device, "triton", dtype, streams=dtype)
+            return median_ms(machine, both.training, _REPEATS, cold=False)
+
+    return time
+
+
+def as_python(arch: str, bits: int, d: int, found: TileSet) -> str:
+    """An entry of the table."""
+    lines = [f'    ("{arch}", {bits}, {d > 384}): TileSet(', f'        "{found.source}",']
+    lines += [f"        {part}={tile!r}," for part in PARTS if (tile := getattr(found, part)) is not None]
+    return "\n".join([*lines, "    ),"])
+
+
+def main(write: Path | None) -> int:
+    """Tune for the GPU of this machine -> exit code: 2 without a GPU."""
+    try:
+        machine = CudaMachine()
+    except NoGPUError as error:
+        print(f"cast-kernels tune: {error}; this command measures, so it needs a GPU", file=sys.stderr)
+        return NO_GPU
+    return tune(machine, architecture(), write)
+
+
+def tune(machine: Machine, arch: str, write: Path | None) -> int:
+    """Tune every problem, print its trials, print and write the entries -> exit code: 1 if a table's entry is wrong."""
+    entries, failed = [], False
+    name = machine.describe()["name"]
+    for dtype, d in PROBLEMS:
+        bits, start = dtype.itemsize * 8, tiles.find_set(arch, dtype.itemsize * 8, d)
+        try:
+            best, ms, trials = search(start, measured(machine, dtype, d, arch))
+        except RefusedError as error:
+            print(f"{arch}, {bits} bits, d={d}: FAIL, the table's own entry: {error}")
+            failed = True
+            continue
+        for trial in trials:
+            print(f"  {trial.part} {trial.tile}: {trial.reason if trial.ms is None else f'{trial.ms:.3f} ms'}")
+        source = f"measured on {name}: {ms:.3f} ms a training step of {_BATCH} clips, torch {torch.__version__}"
+        entries.append(as_python(arch, bits, d, replace(best, source=source)))
+        print(entries[-1])
+    if write is not None:
+        write.write_text("\n".join(entries) + "\n")
+    return 1 if failed else 0
