@@ -66,7 +66,7 @@ def _compile_options(parser: ArgumentParser) -> None:
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.folder, options.cache)
+    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:

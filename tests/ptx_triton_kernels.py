@@ -100,6 +100,30 @@ def attention(q, k, v, o, n, stride, scale, BQ: tl.constexpr, BK: tl.constexpr, 
     )
 
 
+@triton.jit
+def one_problem(a, b, c, tile, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    rows, columns, inner = tile * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, k, BK):
+        i = start + inner
+        left = tl.load(a + rows[:, None] * k + i[None, :], mask=rows[:, None] < m, other=0.0)
+        total = tl.dot(left, tl.load(b + i[:, None] * n + columns[None, :]), total)
+    tl.store(c + rows[:, None] * n + columns[None, :], total.to(c.dtype.element_ty), mask=rows[:, None] < m)
+
+
+@triton.jit
+def two_problems(
+    a, b, c, d, m, m2, n, k, k2, first, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # d = [m, n] rows, then [m2, n] rows
+    tile = tl.program_id(0)
+    if tile >= first + tl.cdiv(m2, BM):
+        return
+    if tile < first:
+        one_problem(a, c, d, tile, m, n, k, BM, BN, BK)
+    else:
+        one_problem(b, c, d + m * n, tile - first, m2, n, k2, BM, BN, BK)
+
+
 def cases() -> dict[str, tuple]:
     """name -> (kernel, types of the run-time arguments, constants, names that are multiples of 16, warps, stages)."""
     sizes = dict.fromkeys(("m", "n", "k", "lda", "ldb", "ldc"), "i32")
@@ -125,6 +149,16 @@ def cases() -> dict[str, tuple]:
     pointers = dict.fromkeys("qkvo", "*bf16")
     types = {**pointers, "n": "i32", "stride": "i32", "scale": "fp32"}
     found["attention bf16"] = (attention, types, {"BQ": 64, "BK": 64, "D": 32}, [*pointers, "stride"], 4, 2)
+    pointers = dict.fromkeys("abcd", "*bf16")
+    types = {**pointers, **dict.fromkeys(("m", "m2", "n", "k", "k2", "first"), "i32")}
+    found["two_problems bf16"] = (
+        two_problems,
+        types,
+        {"BM": 64, "BN": 64, "BK": 32},
+        [*pointers, "n", "k", "k2"],
+        4,
+        3,
+    )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,19 @@ def test_the_native_core_knows_no_torch() -> None:
             assert not [i for i in includes if i.startswith(("Python.h", "pybind11"))], path
 
 
+def test_the_emulator_knows_numpy_only() -> None:
+    allowed = {*sys.stdlib_module_names, "numpy", "ptx_emulator"}
+    paths = sorted((ROOT / "tools/ptx_emulator").glob("*.py"))
+    assert paths
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import; write the whole name"
+                assert str(node.module).split(".")[0] in allowed, path
+            elif isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
+
+
 def test_an_op_is_found_by_its_stem() -> None:
     stems = [p.stem for p in (ROOT / "cast_kernels/ops").glob("*.py") if not p.stem.startswith("_")]
     assert stems
@@ -145,7 +159,7 @@ def test_an_op_is_found_by_its_stem() -> None:
 
 
 def test_no_file_outgrows_its_reader() -> None:
-    files = [p for d in ("cast", "cast_kernels", "csrc", "benchmarks", "tests") for p in (ROOT / d).rglob("*")]
+    files = [p for d in ("cast", "cast_kernels", "csrc", "benchmarks", "tests", "tools") for p in (ROOT / d).rglob("*")]
     long = {
         str(p.relative_to(ROOT)): n
         for p in files

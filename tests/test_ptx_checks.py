@@ -107,6 +107,13 @@ def test_barriers_in_branches_order_only_their_warps() -> None:
     assert faults(code + BARRIER + far, threads=128) == []
 
 
+def test_a_barrier_of_all_is_remembered_beside_one_of_some() -> None:
+    """What lies before `bar.sync 0` stays ordered for the warps that later meet at a barrier of their own."""
+    apart = "setp.lt.u32 %p2, %tid0, 64; @!%p2 bra $B; bar.sync 1, 64; $B: "
+    assert faults(MINE + BARRIER + apart + READ_OTHER, threads=128) == []
+    assert {f.kind for f in faults(MINE + apart + READ_OTHER, threads=128)} == {"write-read"}, "warps 2 and 3 never met"
+
+
 def test_arrive_orders_one_way() -> None:
     """The producer's writes are seen by who waits;
     what the waiting warp writes races with the producer's later read."""

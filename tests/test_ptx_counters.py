@@ -74,6 +74,8 @@ def test_wavefronts(scale: int, width: int, wavefronts: int, ideal: int) -> None
 def test_masked_and_swizzled_wavefronts() -> None:
     half = counted("setp.lt.u32 %p1, %tid0, 16; mad.lo.u32 %r8, %tid0, 128, %r9; @%p1 ld.shared.b32 %r1, [%r8];")
     assert (half.shared_load_wavefronts, half.shared_load_wavefronts_ideal) == (16, 1)
+    last_bank = "setp.lt.u32 %p1, %tid0, 2; mad.lo.u32 %r8, %tid0, 128, %r9; @%p1 ld.shared.b32 %r1, [%r8+124];"
+    assert counted(last_bank).shared_load_wavefronts == 2, "two words of bank 31; the other lanes count nowhere"
     rows = "and.b32 %r1, %tid0, 7; shr.u32 %r2, %tid0, 3; mad.lo.u32 %r8, %tid0, 128, %r9;"
     load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r4, %r5, %r6, %r7}, [%r8];"
     plain = counted(rows + load)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ptx_emulator
+import ptx_emulator.execute
 import pytest
 import torch
 
@@ -143,6 +144,24 @@ def test_rows(compiled: dict[str, Any], target: str) -> None:
     report, error = problem.run()
     assert error < LIMITS["bf16"]
     assert report.faults == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_problems_in_one_grid(compiled: dict[str, Any], target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CTAs of two lengths and one that leaves at once: run part by part, and run with masks, with the same outcome."""
+    generator = torch.Generator().manual_seed(3)
+    m, m2, n, k, k2 = 100, 70, 64, 160, 96
+    a, b, c = (torch.randn(shape, generator=generator).bfloat16() for shape in ((m, k), (m2, k2), (k, n)))
+    want = torch.cat([a.double() @ c.double(), b.double() @ c[:k2].double()])
+    numbers = [m, m2, n, k, k2, 2]
+    problem = Problem(compiled[f"two_problems bf16 {target}"], target, [a, b, c], numbers, (5, 1), want)
+    parts, error = problem.run()
+    assert error < LIMITS["bf16"]
+    monkeypatch.setattr(ptx_emulator.execute, "MAX_SPLITS", 0)
+    masked, masked_error = problem.run()
+    assert masked_error == error
+    assert masked.counters == parts.counters
+    assert masked.faults == parts.faults == []
 
 
 def mutants(ptx: str, patterns: str) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ def sizes_verdict(dim: int, width: int) -> Verdict | None:
 
 def can_run(problem: AdapterProblem) -> Verdict:
     """Whether Triton can run the problem here, and the reason in words either way."""
-    return sizes_verdict(problem.dim, problem.adapter) or verdict(problem.device, problem.compute)
+    return sizes_verdict(problem.dim, problem.adapter) or verdict(problem.device, problem.dtype, problem.compute)
 
 
 def saved_per_row(problem: AdapterProblem) -> int:

@@ -37,7 +37,7 @@ def can_run(problem: Problem) -> Verdict:
         return Verdict(False, f"heads have {problem.head_dim} channels; {', '.join(map(str, HEAD_DIMS))} are possible")
     if problem.dim % 16:
         return Verdict(False, f"the streams have {problem.dim} channels; a multiple of 16 is needed")
-    return verdict(problem.device, problem.compute)
+    return verdict(problem.device, problem.dtype, problem.compute)
 
 
 def _parts(problem: Problem, recompute: str) -> dict[str, tuple[int, torch.dtype]]:

@@ -51,7 +51,9 @@ def _queries(
 ):  # fmt: skip
     start = tile * BM
     i = start + tl.arange(0, BM)
-    mask, own = i < patch_rows, i // window
+    mask = i < patch_rows
+    low = i // window * window  # a window's bounds, once a row: dividing every opposite row would cost more
+    high = tl.minimum(low + window, patch_rows)
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine = offset(row, D)[:, None] + lane[None, :]
@@ -68,9 +70,9 @@ def _queries(
         at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
         k = tl.load(kv + at, mask=inside[:, None], other=0.0)
         v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
-        s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32)) * factor
-        together = (own[:, None] == (key // window)[None, :]) & inside[None, :] & mask[:, None]
-        p = tl.where(together, tl.exp2(s - level[:, None]), 0.0)
+        s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32))
+        together = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        p = tl.where(together, tl.exp2(s * factor - level[:, None]), 0.0)
         dp = dot(d_out, tl.trans(v), tl.zeros((BM, BLOCK), tl.float32))
         ds = p * (dp - delta[:, None])
         acc = dot(ds.to(k.dtype), k, acc)
@@ -87,7 +89,9 @@ def _keys(
 ):  # fmt: skip
     start = tile * BM
     i = start + tl.arange(0, BM)
-    mask, own = i < patch_rows, i // window
+    mask = i < patch_rows
+    low = i // window * window  # a window's bounds, once a row: dividing every opposite row would cost more
+    high = tl.minimum(low + window, patch_rows)
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine = offset(row, 2 * D)[:, None] + lane[None, :]
@@ -107,9 +111,9 @@ def _keys(
         out = tl.load(o + at, mask=inside[:, None], other=0.0)
         delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
         level = tl.load(lse + offset(asking_row, HEADS) + head, mask=inside, other=0.0)
-        s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32)) * factor
-        together = (own[:, None] == (asking // window)[None, :]) & inside[None, :] & mask[:, None]
-        p = tl.where(together, tl.exp2(s - level[None, :]), 0.0)
+        s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32))
+        together = (asking[None, :] >= low[:, None]) & (asking[None, :] < high[:, None])
+        p = tl.where(together, tl.exp2(s * factor - level[None, :]), 0.0)
         dv = dot(p.to(d_out.dtype), d_out, dv)
         dp = dot(v, tl.trans(d_out), tl.zeros((BM, BLOCK), tl.float32))
         ds = p * (dp - delta[None, :])

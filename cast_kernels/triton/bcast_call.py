@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,6 +20,8 @@ from cast_kernels.triton.bcast_project_backward import project_backward
 from cast_kernels.triton.common import architecture
 
 STREAMS = ("spatial", "temporal")
+#: A tensor, or one that may be absent.
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 
 
 class Way(NamedTuple):
@@ -44,11 +48,12 @@ class Call:
         spatial_scale: Tensor | None, temporal_scale: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
         self.problem, self.eps = problem, eps
-        self.x = {"spatial": spatial.contiguous(), "temporal": temporal.contiguous()}
+        # One kernel serves both streams, so what autocast lets differ is widened to one dtype: exact, and rare.
+        self.x = dict(zip(STREAMS, _alike([spatial, temporal]), strict=True))
         self.scale = {"spatial": spatial_scale, "temporal": temporal_scale}
         self.scale = {name: None if s is None else s.float().contiguous() for name, s in self.scale.items()}
-        self.original = parameters
-        self.weights = _computed(parameters, problem.compute)
+        self.original = Parameters.from_flat(_alike(parameters.flat()))
+        self.weights = _computed(self.original, problem.compute)
         self.ways = _ways(problem, self.weights)
         positions = {table is not None for way in self.ways.values() for table in way.direction[:2]}
         if len(positions) > 1:
@@ -124,7 +129,10 @@ class Call:
         lse and h are stored if they are parts; without `y` lse always is, for backward is what asks.
         """
         problem, d = self.problem, self.problem.bottleneck_dim
-        tile = self._tile("exchange")
+        tile = self._tile("exchange_short")
+        short = tile.queries % way.length == 0
+        if not short:
+            tile = self._tile("exchange")
         weights: Stream = getattr(self.weights, way.asking)
         x = self.x[way.asking]
         o = self._part(parts, f"{way.name}_o", self.patch_rows * d)
@@ -138,8 +146,8 @@ class Call:
             o if h is None else h, parts["cls"], scale,
             way.direction.proj_weight, way.direction.proj_bias, weights.up_weight, weights.up_bias,
             self.patch_rows, self.rows[way.asking], problem.frames, problem.patches, way.length,
-            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", SCALE=per,
-            DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
+            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", ONE_BLOCK=short,
+            SCALE=per, DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
             ATTEND_ONLY=y is None, STORE_LSE=lse is not None, STORE_H=h is not None,
             BM=tile.rows, BQ=tile.queries, BKEY=tile.keys, BK=tile.k, BN=tile.columns,
             STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
@@ -162,7 +170,7 @@ class Call:
         grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in primals]
         by_name = Parameters.from_flat(grads[2:])
         layers: list[weight_gradient.Layer] = []
-        grad_out = {name: grad_out[name].contiguous() for name in STREAMS}
+        grad_out = {name: grad_out[name].to(self.x[name].dtype).contiguous() for name in STREAMS}
         parts["dh"] = self._empty(1)
         for way in self.ways.values():
             layers += self._exchange_backward(way, parts, grad_out[way.asking], by_name)
@@ -294,9 +302,15 @@ def _ways(problem: Problem, parameters: Parameters) -> dict[str, Way]:
     return ways
 
 
+def _alike(tensors: Sequence[AnyTensor]) -> list[AnyTensor]:
+    """The tensors contiguous and in one dtype that holds each one's values; mostly they are."""
+    dtype = reduce(torch.promote_types, {x.dtype for x in tensors if x is not None})
+    return [x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous() for x in tensors]
+
+
 def _computed(parameters: Parameters, compute: torch.dtype) -> Parameters:
-    """The parameters, contiguous; matrices that products read in the compute dtype, rounded in one launch."""
-    flat = [None if p is None else p.detach().contiguous() for p in parameters.flat()]
+    """The parameters; matrices that products read in the compute dtype, rounded in one launch."""
+    flat = parameters.flat()
     matrices = {
         i: p
         for i, (name, p) in enumerate(zip(PARAMETER_NAMES, flat, strict=True))

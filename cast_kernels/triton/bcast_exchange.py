@@ -28,7 +28,7 @@ from cast_kernels.triton.blocks import (
 def exchange(
     x, y, q, kv, o, lse, h, cls, scale, proj, proj_bias, up, up_bias,
     patch_rows, all_rows, frames, patches, window, softmax_scale,
-    CLS: tl.constexpr, BY_PATCH: tl.constexpr, SCALE: tl.constexpr,
+    CLS: tl.constexpr, BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, SCALE: tl.constexpr,
     DIM: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     ATTEND_ONLY: tl.constexpr, STORE_LSE: tl.constexpr, STORE_H: tl.constexpr,
     BM: tl.constexpr, BQ: tl.constexpr, BKEY: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
@@ -43,11 +43,10 @@ def exchange(
     start = tl.program_id(0) * BM
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
-            for head in range(HEADS):
-                _attend(
-                    q, kv, o, lse, start + part * BQ, head, patch_rows, frames, patches, window, softmax_scale,
-                    BY_PATCH, D, HEADS, HEAD, STORE_LSE, BQ, BKEY, KEY_STAGES,
-                )  # fmt: skip
+            _attend(
+                q, kv, o, lse, start + part * BQ, patch_rows, frames, patches, window, softmax_scale,
+                BY_PATCH, ONE_BLOCK, D, HEADS, HEAD, STORE_LSE, BQ, BKEY, KEY_STAGES,
+            )  # fmt: skip
     if not ATTEND_ONLY:
         tl.debug_barrier()  # O was written by other threads of this program
         COMPUTE: tl.constexpr = q.dtype.element_ty
@@ -89,42 +88,57 @@ def exchange(
 
 @triton.jit
 def _attend(
-    q, kv, o, lse, start, head, patch_rows, frames, patches, window, softmax_scale,
-    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, STORE_LSE: tl.constexpr,
-    BQ: tl.constexpr, BKEY: tl.constexpr, STAGES: tl.constexpr,
+    q, kv, o, lse, start, patch_rows, frames, patches, window, softmax_scale,
+    BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    STORE_LSE: tl.constexpr, BQ: tl.constexpr, BKEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One head of BQ queries from `start` on, against the keys of every window that they touch; others are masked.
+    """BQ queries from `start` on, head by head, against the keys of every window that they touch; others are masked.
 
-    Windows lie one behind the other in window order, so the keys are one range. Online softmax in base 2.
+    Windows lie one behind the other in window order, so the keys are one range; with ONE_BLOCK the tile holds whole
+    windows, and the range is the queries' own. Otherwise online softmax, in base 2.
     """
     i = start + tl.arange(0, BQ)
     mask = i < patch_rows
-    row, own = patch_row(i, frames, patches, BY_PATCH), i // window
-    lane = head * HEAD + tl.arange(0, HEAD)
-    queries = tl.load(q + offset(row, D)[:, None] + lane[None, :], mask=mask[:, None], other=0.0)
+    row = patch_row(i, frames, patches, BY_PATCH)
+    # A window's bounds, once a row: to divide every key by its length would cost more than the softmax.
+    low = i // window * window
+    high = tl.minimum(low + window, patch_rows)
+    first, last = start // window * window, tl.minimum(start + BQ, patch_rows) - 1
+    end = tl.minimum(last // window * window + window, patch_rows)
     factor = softmax_scale * 1.4426950408889634  # log2(e): exp2 is the hardware's
-    top = tl.full((BQ,), -1e30, tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    acc = tl.zeros((BQ, HEAD), tl.float32)
-    first = start // window * window
-    last = tl.minimum((tl.minimum(start + BQ, patch_rows) - 1) // window * window + window, patch_rows)
-    for j in tl.range(0, last - first, BKEY, num_stages=STAGES):
-        key = first + j + tl.arange(0, BKEY)
-        inside = key < last
-        at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
-        k = tl.load(kv + at, mask=inside[:, None], other=0.0)
-        v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
-        s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32)) * factor
-        s = tl.where((own[:, None] == (key // window)[None, :]) & inside[None, :], s, -1e30)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.where(s > -1e29, tl.exp2(s - higher[:, None]), 0.0)  # a block may hold nothing for a row
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
-        top = higher
-    total = tl.where(mask, total, 1.0)
-    tl.store(
-        o + offset(row, D)[:, None] + lane[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=mask[:, None]
-    )
-    if STORE_LSE:
-        tl.store(lse + offset(row, HEADS) + head, top + tl.log2(total), mask=mask)
+    for head in range(HEADS):
+        lane = head * HEAD + tl.arange(0, HEAD)
+        queries = tl.load(q + offset(row, D)[:, None] + lane[None, :], mask=mask[:, None], other=0.0)
+        if ONE_BLOCK:
+            at = offset(row, 2 * D)[:, None] + lane[None, :]
+            k = tl.load(kv + at, mask=mask[:, None], other=0.0)
+            v = tl.load(kv + at + D, mask=mask[:, None], other=0.0)
+            s = dot(queries, tl.trans(k), tl.zeros((BQ, BQ), tl.float32))
+            s = tl.where((i[None, :] >= low[:, None]) & (i[None, :] < high[:, None]), s, -1e30)
+            top = tl.max(s, 1) * factor
+            p = tl.exp2(s * factor - top[:, None])  # one fused multiply-add an element
+            total = tl.sum(p, 1)
+            acc = dot(p.to(v.dtype), v, tl.zeros((BQ, HEAD), tl.float32))
+        else:
+            top = tl.full((BQ,), -1e30, tl.float32)
+            total = tl.zeros((BQ,), tl.float32)
+            acc = tl.zeros((BQ, HEAD), tl.float32)
+            for j in tl.range(first, end, BKEY, num_stages=STAGES):
+                key = j + tl.arange(0, BKEY)
+                at = offset(patch_row(key, frames, patches, BY_PATCH), 2 * D)[:, None] + lane[None, :]
+                k = tl.load(kv + at, mask=(key < end)[:, None], other=0.0)
+                v = tl.load(kv + at + D, mask=(key < end)[:, None], other=0.0)
+                s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32))
+                s = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), s, -1e30)
+                higher = tl.maximum(top, tl.max(s, 1) * factor)
+                # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes.
+                p = tl.exp2(s * factor - higher[:, None])
+                shrink = tl.exp2(top - higher)
+                total = total * shrink + tl.sum(p, 1)
+                acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+                top = higher
+        total = tl.where(mask, total, 1.0)
+        mixed = (acc / total[:, None]).to(o.dtype.element_ty)
+        tl.store(o + offset(row, D)[:, None] + lane[None, :], mixed, mask=mask[:, None])
+        if STORE_LSE:
+            tl.store(lse + offset(row, HEADS) + head, top + tl.log2(total), mask=mask)

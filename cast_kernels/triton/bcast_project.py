@@ -80,36 +80,39 @@ def project(
     # From here on z is read from memory, chunk by chunk: beside the products' operand it would not fit in registers.
     tl.debug_barrier()
     frame, patch = row // tokens, row % tokens - first
-    if T2S:
-        is_cls = mask & (patch < 0)
-        for c in tl.static_range(CHUNKS):
-            z = load_chunk(z_out, row, is_cls, c, D, CHUNK)
-            n = normalised(z, mean, rstd, norm, norm_bias, c, D, CHUNK)
-            store_chunk(cls, frame, is_cls, n, c, D, CHUNK)
     time = frame % frames
     out_row = frame * patches + patch
     kept = mask & (patch >= 0)
     q_at, kv_at = time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch
     _attention_input(
-        q_out, q_columns, D, z_out, row, mean, rstd, norm, norm_bias, q_pos, q_at, kept, out_row, q_weight, q_bias,
+        cls, frame, mask & (patch < 0), T2S,
+        q_out, q_columns, D, z_out, row, mask, mean, rstd, norm, norm_bias, q_pos, q_at, kept, out_row, q_weight,
+        q_bias,
         D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
     )  # fmt: skip
     _attention_input(
-        kv_out, kv_columns, 2 * D, z_out, row, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept, out_row, kv_weight,
-        kv_bias, D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
+        cls, frame, mask, False,
+        kv_out, kv_columns, 2 * D, z_out, row, mask, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept, out_row,
+        kv_weight, kv_bias, D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
     )  # fmt: skip
 
 
 @triton.jit
 def _attention_input(
-    out, columns, WIDTH: tl.constexpr, z_in, z_row, mean, rstd, norm, norm_bias, positions, position, mask, row, weight,
-    bias, D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    cls, frame, is_cls, STORE_CLS: tl.constexpr, out, columns, WIDTH: tl.constexpr, z_in, z_row, z_mask, mean, rstd,
+    norm, norm_bias, positions, position, mask, row, weight, bias,
+    D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = (n + positions[position]) @ weight^T + bias, the first `columns` of WIDTH (none or all)."""
+    """out[row] = (n + positions[position]) @ weight^T + bias, the first `columns` of WIDTH (none or all).
+
+    With STORE_CLS, cls[frame] = n for the rows that are CLS.
+    """
     a = ()
     for c in tl.static_range(CHUNKS):
-        n = normalised(load_chunk(z_in, z_row, mask, c, D, CHUNK), mean, rstd, norm, norm_bias, c, D, CHUNK)
+        n = normalised(load_chunk(z_in, z_row, z_mask, c, D, CHUNK), mean, rstd, norm, norm_bias, c, D, CHUNK)
+        if STORE_CLS:
+            store_chunk(cls, frame, is_cls, n, c, D, CHUNK)
         if POSITIONS:
             n += load_chunk(positions, position, mask & (columns > 0), c, D, CHUNK).to(tl.float32)
         a += (n.to(COMPUTE),)

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from cast_kernels.problem import Verdict
 
-#: Compute dtypes. float32 runs as three tf32 products.
+#: Dtypes of streams and of dense products. float32 runs as three tf32 products.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def verdict(device: str, compute: torch.dtype) -> Verdict:
-    """Whether Triton runs kernels on tensors of this device and compute dtype, and the reason in words either way."""
-    if compute not in COMPUTE_DTYPES:
-        return Verdict(
-            False, f"the compute dtype is {compute}; Triton kernels take {', '.join(map(str, COMPUTE_DTYPES))}"
-        )
+def verdict(device: str, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
+    """Whether Triton runs kernels on tensors of this device and these dtypes, and the reason in words either way."""
+    for what, found in (("streams are", dtype), ("compute dtype is", compute)):
+        if found not in COMPUTE_DTYPES:
+            return Verdict(False, f"the {what} {found}; Triton kernels take {', '.join(map(str, COMPUTE_DTYPES))}")
     if device == "cuda":
         return _on_gpu()
     if device == "cpu" and interpreting():

@@ -34,7 +34,7 @@ def can_run(problem: FFNProblem) -> Verdict:
             "of 16, are possible",
         )  # fmt: skip
     refused = adapter.sizes_verdict(problem.dim, problem.adapter)
-    return refused or verdict(problem.device, problem.compute)
+    return refused or verdict(problem.device, problem.dtype, problem.compute)
 
 
 def saved_per_row(problem: FFNProblem) -> int:

@@ -1,7 +1,7 @@
 """Backend `triton`: self-attention on a GPU from PyTorch's operators; adapter, skip and residual as one kernel.
 
 LayerNorm, both projections (cuBLAS) and attention (`cast_kernels.attention`: flash kernels) stay PyTorch's, and so does
-their autograd, which does no work for what is frozen. The adapter's kernel takes what eager runs as seven operators.
+their autograd, which does no work for what is frozen. The adapter's kernel takes what eager runs as five operators.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def can_run(problem: SelfAttentionProblem) -> Verdict:
     if refused:
         return refused
     asked = attention.requested(problem)
-    return verdict(problem.device, problem.compute) if asked.ok else asked
+    return verdict(problem.device, problem.dtype, problem.compute) if asked.ok else asked
 
 
 def self_attention(

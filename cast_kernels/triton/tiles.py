@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 
@@ -32,6 +33,7 @@ CHUNKS = (128, 64, 32, 16)
 MOST_CHUNKS = 6
 
 
+@cache
 def chunking(d: int) -> tuple[int, int]:
     """(CHUNK, CHUNKS) that cover d channels, at most 768, with the least padding; the widest chunk among equals."""
     covers = [(-(-d // chunk), chunk) for chunk in CHUNKS if -(-d // chunk) <= MOST_CHUNKS]
@@ -55,8 +57,11 @@ class TileSet:
     row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
     weight_gradient: Tile
     attention_backward: Tile
+    exchange_short: Tile | None = None  # `exchange` where a tile of queries holds whole windows
     exchange_backward: Tile | None = None
     project_backward: Tile | None = None
+    adapter_forward: Tile | None = None
+    adapter_backward: Tile | None = None
 
 
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
@@ -115,10 +120,14 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ),
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
-        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
+        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
+        exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
+        adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_90", 16, True): TileSet(
@@ -126,6 +135,8 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
         weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+        # wgmma takes 64 rows, whose two rows of 768 channels spill 160 times inside loops: mma.sync instead.
+        adapter_backward=Tile(rows=32, k=32, columns=64, warps=8, stages=2),
     ),
     ("gfx942", 16, False): TileSet(
         _COMPILED,
@@ -175,6 +186,7 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
 }
 
 
+@cache
 def find_set(arch: str, bits: int, d: int) -> TileSet:
     """The tiles for an architecture: its own, then the nearest older one's of the same vendor, then the default.
 

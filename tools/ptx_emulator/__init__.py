@@ -9,9 +9,9 @@
 Written from NVIDIA's PTX ISA document. It has no model of time; see `Counters` for what it counts.
 """
 
-from .checks import Fault
-from .counters import Counters
-from .errors import (
+from ptx_emulator.checks import Fault
+from ptx_emulator.counters import Counters
+from ptx_emulator.errors import (
     Deadlock,
     Divergence,
     EmulationError,
@@ -21,10 +21,10 @@ from .errors import (
     SharedLimit,
     Unsupported,
 )
-from .launch import SHARED_LIMIT, Report, launch
-from .memory import Memory
-from .parser import parse
-from .syntax import Instruction, Kernel, Module
+from ptx_emulator.launch import SHARED_LIMIT, Report, launch
+from ptx_emulator.memory import Memory
+from ptx_emulator.parser import parse
+from ptx_emulator.syntax import Instruction, Kernel, Module
 
 __all__ = [
     "SHARED_LIMIT",

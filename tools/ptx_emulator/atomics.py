@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import UNSIGNED, Action, Array, Decoder, Modifiers, choose, instruction, items
-from .errors import Unsupported
-from .floating import typed
-from .formats import FROM_F32, TO_F32
-from .loads import CACHING, ORDERING, count_shared, effective, global_lanes, resolve, shared_lanes, space_of
-from .memory import HEAP_BASE
-from .shared import pick
-from .syntax import TYPE_BYTES, Instruction
+from ptx_emulator.decode import UNSIGNED, Action, Array, Decoder, Modifiers, choose, instruction, items
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.floating import typed
+from ptx_emulator.formats import FROM_F32, TO_F32
+from ptx_emulator.loads import CACHING, ORDERING, count_shared, effective, global_lanes, resolve, shared_lanes, space_of
+from ptx_emulator.memory import HEAP_BASE
+from ptx_emulator.shared import pick
+from ptx_emulator.syntax import TYPE_BYTES, Instruction
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 Update = Callable[..., Array]
 

@@ -7,21 +7,27 @@ races with a later one of another warp when its step is above that. While all CT
 they share one row of tags; the first access that differs gives each CTA its own.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import SHARED_BASE, Array
-from .shared import Lanes
+from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.shared import Lanes
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 # granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
 Region = tuple[Array, int, Array | None]
+
+
+def shortened(text: str, length: int = 100) -> str:
+    """An instruction's text for a message: a wgmma names up to 128 registers."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Fault:
     """A finding. kind: "write-read", "write-write", "read-write", or one about data in flight.
 
     instruction came later in the emulation than other. word: number of the 4-byte word in the CTA's shared memory.
-    warps: (the other's, the instruction's). epoch: barriers completed before. cta: number in the grid.
+    warps: (the other's, the instruction's). epoch: barriers the CTA has completed before. cta: number in the grid.
     """
 
     kind: str
@@ -41,9 +47,10 @@ class Fault:
     cta: int
 
     def __str__(self) -> str:
+        where = "" if self.word < 0 else f"at shared word {self.word} "
         return (
-            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
-            f"`{self.instruction}` after warp {self.warps[0]} in `{self.other}`"
+            f"{self.kind} {where}of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
+            f"`{shortened(self.instruction)}` after warp {self.warps[0]} in `{shortened(self.other)}`"
         )
 
 
@@ -56,7 +63,7 @@ class Checker:
         self.count = -(-machine.shared.stride // granule)
         self.rows = 1
         self.faults: dict[tuple[str, int, int], Fault] = {}
-        self.epoch = 0
+        self.epochs = np.zeros(machine.ctas, np.int64)  # barriers each CTA has passed
         self.floor = 0
         warps = machine.warps
         self.seen = np.zeros((1, warps, warps), np.int32)
@@ -68,6 +75,14 @@ class Checker:
         self.operand = np.zeros(self.count, np.int32)
         self.operands = np.zeros(self.count, np.int16)
         self.fence = np.zeros((1, warps), np.int32)
+
+    def part(self, machine: "Machine") -> "Checker":
+        """The account of a part of the batch, while all CTAs share one row; findings go to the same list."""
+        other = copy.copy(self)
+        other.m, other.epochs = machine, self.epochs[: machine.ctas].copy()
+        for name in ("seen", "writer", "reader", "reader_too", "flight", "operand", "operands", "fence"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
 
     def _split(self) -> None:
         """Give each CTA its own row."""
@@ -124,7 +139,7 @@ class Checker:
                 code[other].text,
                 (granule * self.granule - SHARED_BASE) // 4,
                 (int(tags[first]) & 63, int(warps[first])),
-                self.epoch,
+                int(self.epochs[row]),
                 int(self.m.cta_numbers[row]),
             )
 
@@ -226,14 +241,12 @@ class Checker:
         warps = np.any(np.broadcast_to(mask, self.m.shape).reshape(self.m.ctas, self.m.warps, 32), axis=2)
         self.fence[warps[: self.rows]] = self.m.step
 
-    def note(self, kind: str, here: int, other: int) -> None:
+    def note(self, kind: str, here: int, other: int, cta: int = 0) -> None:
         """Record a fault about registers."""
         if (kind, here, other) not in self.faults:
             code = self.m.kernel.instructions
-            first = int(self.m.cta_numbers[0])
-            self.faults[kind, here, other] = Fault(
-                kind, code[here].text, code[other].text, -1, (-1, -1), self.epoch, first
-            )
+            at = (int(self.epochs[cta]), int(self.m.cta_numbers[cta]))
+            self.faults[kind, here, other] = Fault(kind, code[here].text, code[other].text, -1, (-1, -1), *at)
 
     def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
         """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for
@@ -297,13 +310,13 @@ class Checker:
 
     def barrier_all(self) -> None:
         """Every live thread of every CTA has passed a barrier."""
-        self.epoch += 1
+        self.epochs += 1
         self.seen[:] = self.m.step
         self.floor = self.m.step << 6 | 63
 
     def barrier(self, cta: int, came: Array, waited: Array) -> None:
         """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
-        self.epoch += 1
+        self.epochs[cta] += 1
         if self.m.ctas > 1:
             self._split()
         row = cta if self.rows > 1 else 0

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from .decode import FLOAT, SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
-from .errors import Unsupported
-from .formats import FROM_F32, TO_F32, f32_to_tf32, sticky
-from .syntax import TYPE_BYTES, Instruction
+from ptx_emulator.decode import FLOAT, SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.formats import FROM_F32, TO_F32, f32_to_tf32, sticky
+from ptx_emulator.syntax import TYPE_BYTES, Instruction
 
 INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)}
 FLOATS = ("f16", "bf16", "f32", "f64")

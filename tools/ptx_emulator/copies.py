@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import Action, Array, Decoder, Modifiers, instruction
-from .errors import Unsupported
-from .loads import CACHING, count_shared, effective, global_lanes
-from .memory import HEAP_BASE
-from .shared import Lanes, lanes_of
-from .syntax import Instruction, Literal, Not, Register
+from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.loads import CACHING, count_shared, effective, global_lanes
+from ptx_emulator.memory import HEAP_BASE
+from ptx_emulator.shared import Lanes, lanes_of
+from ptx_emulator.syntax import Instruction, Literal, Not, Register
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 @dataclass
@@ -81,6 +81,8 @@ def _issue(d: Decoder, ins: Instruction) -> Action:
             wanted = np.where(flag, 0, size)
         else:
             wanted = np.full((1, 1), size) if limit is None else m.r[limit]
+        if mask is not None:  # what an inactive lane holds there means nothing
+            wanted = np.where(mask, wanted, 0)
         data = _read(m, effective(m, source, source_offset), mask, wanted, size, text)
         data = data[:, lanes.thread] if lanes.cta is None else data[lanes.cta, lanes.thread]
         group = m.copy_group

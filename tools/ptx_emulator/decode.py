@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import Unsupported
-from .syntax import TYPE_BYTES, Address, Instruction, Kernel, Literal, Not, Operand, Register, Special, Symbol, Vector
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.syntax import (
+    TYPE_BYTES,
+    Address,
+    Instruction,
+    Kernel,
+    Literal,
+    Not,
+    Operand,
+    Register,
+    Special,
+    Symbol,
+    Vector,
+)
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 Array = np.ndarray[Any, Any]
 Action = Callable[["Machine", Array | None], None]

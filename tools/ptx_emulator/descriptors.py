@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import Array
-from .errors import Divergence, MemoryFault, Unsupported
-from .formats import bf16_to_f32, f16_to_f32
+from ptx_emulator.decode import Array
+from ptx_emulator.errors import Divergence, MemoryFault, Unsupported
+from ptx_emulator.formats import bf16_to_f32, f16_to_f32
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 CHUNK = 16  # bytes; swizzling moves chunks, never what is inside one
 SWIZZLE_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}
@@ -55,14 +55,14 @@ def chunk_addresses(descriptor: int, layout: Layout) -> Array:
     return address ^ (((address >> 7) & (width // CHUNK - 1 if width else 0)) << 4)
 
 
-def _of_groups(m: "Machine", register: Array, text: str) -> tuple[Array, bool]:
+def _of_groups(m: "Machine", register: Array, active: Array, text: str) -> tuple[Array, bool]:
     """(descriptor of each warpgroup, [CTAs, warpgroups]; whether all CTAs agree)."""
     groups = m.threads // 128
     if register.shape[1] == 1:
         values = np.repeat(register, groups, axis=1)
     else:
         lanes = register.reshape(-1, groups, 128)
-        if (lanes != lanes[:, :, :1]).any():
+        if ((lanes != lanes[:, :, :1]).any(2) & active).any():
             raise Divergence(f"a descriptor differs within a warpgroup: {text}")
         values = lanes[:, :, 0]
     return np.broadcast_to(values, (m.ctas, groups)), register.shape[0] == 1
@@ -75,7 +75,7 @@ def read_operand(
 
     Tells the checker what is read, and adds to `regions` what stays pinned until the product is waited for.
     """
-    values, common = _of_groups(m, register, text)
+    values, common = _of_groups(m, register, active, text)
     out: Array | None = None
     everyone = bool(active.all())
     found = np.unique(values if everyone else values[active])

@@ -3,21 +3,23 @@
 While all lanes agree the batch runs block by block; when they part, each lane keeps its own block and the lowest runs.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
 
-from .checks import Checker
-from .counters import Counters
-from .decode import SHARED_BASE, Array
-from .errors import Deadlock, Unsupported
-from .memory import Memory
-from .program import Barrier, Block, Jump, Leave, Program, Use
-from .registers import first_registers
-from .shared import SharedMemory
+from ptx_emulator.checks import Checker
+from ptx_emulator.counters import Counters
+from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.errors import Deadlock, Unsupported
+from ptx_emulator.memory import Memory
+from ptx_emulator.program import Barrier, Block, Jump, Leave, Program, Use
+from ptx_emulator.registers import first_registers
+from ptx_emulator.shared import SharedMemory
 
 DONE = np.iinfo(np.int32).max
 BARRIERS = 16
+MAX_SPLITS = 4  # a batch may part into 16
 
 
 class Machine:
@@ -49,6 +51,7 @@ class Machine:
         self.shared_end = SHARED_BASE + (dynamic + shared_bytes if shared_bytes else kernel.shared_bytes)
         self.shared = SharedMemory(self.ctas, self.shared_end)
         self.local = np.full((self.ctas, threads, kernel.local_bytes), 0x7F, np.uint8) if kernel.local_bytes else None
+        self.splits = 0
         self.step = 0
         self.trace: list[int] = [0]
         self.checker = Checker(self, program.granule) if checks else None
@@ -75,9 +78,45 @@ class Machine:
         """`value` for every lane, shape (CTAs, threads)."""
         return value if value.shape == self.shape else np.broadcast_to(value, self.shape)
 
-    def run(self) -> None:
-        """Run the batch to its end."""
-        block: int | None = 0
+    def part(self, ctas: Array) -> "Machine":
+        """A machine that goes on with some of the CTAs, where nothing is in flight."""
+        other = copy.copy(self)
+        other.ctas, other.cta_numbers = len(ctas), self.cta_numbers[ctas]
+        other.lanes, other.shape = len(ctas) * self.threads, (len(ctas), self.threads)
+        other.every_lane_thread = np.tile(self.every_thread, other.ctas)
+        other.every_lane_cta = np.repeat(np.arange(other.ctas), self.threads)
+        other.shared = self.shared.part(ctas)
+        other.local = None if self.local is None else self.local[ctas]
+        other.trace, other.fragments, other.copies = list(self.trace), {}, []
+        other.pending_registers, other.pending_inputs = set(), set()
+        other.r = [value[ctas] if value.shape[0] == self.ctas else value for value in self.r]
+        for name in ("arrived", "expected", "taking_part"):
+            setattr(other, name, getattr(self, name)[ctas])
+        other.splits = self.splits + 1
+        if self.checker is not None:
+            other.checker = self.checker.part(other)
+        return other
+
+    def _can_part(self) -> bool:
+        """Whether no asynchronous work and no race account per CTA stands in the way, and few parts have been made."""
+        accounts = 1 if self.checker is None else self.checker.rows
+        idle = not self.copies and isinstance(self.copy_group, int) and self.products is None
+        return self.ctas > 1 and idle and accounts == 1 and self.splits < MAX_SPLITS
+
+    def _run_parts(self, number: int, holding: Array) -> bool:
+        """Where whole CTAs part ways at the end of block `number`, run one kind after the other, each undivided."""
+        end = self.program.blocks[number].end
+        whole = holding.all(1)
+        if isinstance(end, Barrier) or not self._can_part() or (whole != holding.any(1)).any():
+            return False
+        if isinstance(end, Jump):
+            self.part(np.flatnonzero(whole)).run(end.target)
+        self.part(np.flatnonzero(~whole)).run(number + 1)
+        return True
+
+    def run(self, first: int = 0) -> None:
+        """Run the batch from block `first` to its end."""
+        block: int | None = first
         live: Array | None = None
         while block is not None:
             block, live = self._together(block, live)
@@ -92,24 +131,27 @@ class Machine:
                 action(self, mask)
             return
         for action, use in zip(block.body, block.uses, strict=True):
-            if self.pending_registers and self.checker is not None:
-                self._check_use(use)
+            if self.checker is not None and not (
+                self.pending_registers.isdisjoint(use.touched) and self.pending_inputs.isdisjoint(use.written)
+            ):
+                self._check_use(use, mask)
             action(self, mask)
 
-    def _check_use(self, use: Use) -> None:
-        """Report an instruction that touches registers of a wgmma that has not been waited for."""
-        assert self.checker is not None
-        if not self.pending_registers.isdisjoint(use.touched):
-            self.checker.note("register of a pending wgmma used", use.number, self.wgmma_of(use.touched))
-        if not self.pending_inputs.isdisjoint(use.written):
-            self.checker.note("input register of a pending wgmma overwritten", use.number, self.wgmma_of(use.written))
-
-    def wgmma_of(self, registers: frozenset[int]) -> int:
-        """The number of the pending wgmma that has one of the registers."""
-        for product in self.products.flying if self.products is not None else []:
-            if not registers.isdisjoint(product.registers + product.inputs):
-                return product.number
-        return 0
+    def _check_use(self, use: Use, mask: Array | None) -> None:
+        """Report an instruction that touches registers of a wgmma that its warpgroups have not waited for."""
+        for kind, mine, theirs in (
+            ("register of a pending wgmma used", use.touched, "registers"),
+            ("input register of a pending wgmma overwritten", use.written, "inputs"),
+        ):
+            for product in self.products.flying:
+                if mine.isdisjoint(getattr(product, theirs)):
+                    continue
+                groups = product.active
+                if mask is not None:
+                    groups = groups & np.broadcast_to(mask, self.shape).reshape(*groups.shape, -1).any(2)
+                if groups.any() and self.checker is not None:
+                    self.checker.note(kind, use.number, product.number, int(np.flatnonzero(groups.any(1))[0]))
+                    break
 
     def _holding(self, end: Jump | Leave | Barrier, mask: Array | None) -> Array | bool:
         """The lanes of the mask for which the guard of a block's end holds; True for all, False for none."""
@@ -143,6 +185,8 @@ class Machine:
             elif holding is not True or (
                 isinstance(end, Barrier) and (end.count is not None or not end.waits or self.r[end.number].size > 1)
             ):
+                if live is None and not isinstance(holding, bool) and self._run_parts(number, holding):
+                    return None, None
                 return self._apart(number, live, holding)
             elif isinstance(end, Jump):
                 number = end.target

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .decode import FLOAT, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
-from .errors import Unsupported
-from .formats import FROM_F32, TO_F32, fma_f32, fma_f64, sticky
-from .integer import view_type
-from .syntax import TYPE_BYTES, Instruction, Pair
+from ptx_emulator.decode import FLOAT, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.formats import FROM_F32, TO_F32, fma_f32, fma_f64, sticky
+from ptx_emulator.integer import view_type
+from ptx_emulator.syntax import TYPE_BYTES, Instruction, Pair
 
 FLOAT_TYPES = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 Function = Callable[..., Array]

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from .decode import SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
-from .errors import Unsupported
-from .syntax import TYPE_BYTES, Instruction
+from ptx_emulator.decode import SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.syntax import TYPE_BYTES, Instruction
 
 INTEGER_TYPES = {f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)}
 

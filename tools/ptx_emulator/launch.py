@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import atomics, convert, copies, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
-from .checks import Fault
-from .counters import Counters
-from .errors import SharedLimit, Unsupported
-from .execute import Machine
-from .memory import Memory
-from .program import Program, compile_kernel
-from .syntax import Kernel, Parameter
+from ptx_emulator import atomics, convert, copies, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
+from ptx_emulator.checks import Fault
+from ptx_emulator.counters import Counters
+from ptx_emulator.errors import SharedLimit, Unsupported
+from ptx_emulator.execute import Machine
+from ptx_emulator.memory import Memory
+from ptx_emulator.program import Program, compile_kernel
+from ptx_emulator.syntax import Kernel, Parameter
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}  # bytes a CTA may have: 163 KiB and 227 KiB
 BATCH_LANES = (

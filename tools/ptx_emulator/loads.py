@@ -5,14 +5,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import LOCAL_WINDOW, SHARED_WINDOW, SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, instruction, items
-from .errors import MemoryFault, Unsupported
-from .memory import HEAP_BASE
-from .shared import Lanes, gather, lanes_of, pick, place
-from .syntax import TYPE_BYTES, Instruction
+from ptx_emulator.decode import (
+    LOCAL_WINDOW,
+    SHARED_WINDOW,
+    SIGNED,
+    UNSIGNED,
+    Action,
+    Array,
+    Decoder,
+    Modifiers,
+    instruction,
+    items,
+)
+from ptx_emulator.errors import MemoryFault, Unsupported
+from ptx_emulator.memory import HEAP_BASE
+from ptx_emulator.shared import Lanes, gather, lanes_of, pick, place
+from ptx_emulator.syntax import TYPE_BYTES, Instruction
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 ORDERING = (
     "weak",

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import SHARED_BASE, Action, Array, Decoder, Modifiers, instruction, items
-from .errors import Divergence, Unsupported
-from .loads import count_shared, effective
-from .shared import Lanes, lanes_of
-from .syntax import Instruction
+from ptx_emulator.decode import SHARED_BASE, Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.errors import Divergence, Unsupported
+from ptx_emulator.loads import count_shared, effective
+from ptx_emulator.shared import Lanes, lanes_of
+from ptx_emulator.syntax import Instruction
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 LANE = np.arange(32)
 ROW, PLACE = LANE // 4, LANE % 4

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import MemoryFault, Misaligned
+from ptx_emulator.errors import MemoryFault, Misaligned
 
 Array = np.ndarray[Any, Any]
 HEAP_BASE = 0x1_0000_0000  # no shared or local offset looks like a global address, and null is unmapped

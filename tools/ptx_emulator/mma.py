@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import Action, Array, Decoder, Modifiers, instruction, items
-from .errors import Unsupported
-from .formats import f16_to_f32
-from .matrix import whole_warps
-from .syntax import Instruction
+from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.formats import f16_to_f32
+from ptx_emulator.matrix import whole_warps
+from ptx_emulator.syntax import Instruction
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 CACHED_FRAGMENTS = 64
 QUAD = np.complex128  # four float32 of a row of a fragment, copied as one element

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import (
+from ptx_emulator.decode import (
     LOCAL_WINDOW,
     SHARED_WINDOW,
     UNSIGNED,
@@ -17,11 +17,11 @@ from .decode import (
     choose,
     instruction,
 )
-from .errors import Unsupported
-from .syntax import TYPE_BYTES, Instruction, Vector
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.syntax import TYPE_BYTES, Instruction, Vector
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 @instruction("mov")

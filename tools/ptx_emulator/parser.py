@@ -5,8 +5,8 @@ Source of the grammar: PTX ISA, chapters "Syntax", "State Spaces, Types and Vari
 
 import re
 
-from .errors import ParseError, Unsupported
-from .syntax import (
+from ptx_emulator.errors import ParseError, Unsupported
+from ptx_emulator.syntax import (
     TYPE_BYTES,
     Address,
     Instruction,

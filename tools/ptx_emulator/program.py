@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import decode
-from .decode import Action, Array, Decoder, Modifiers
-from .errors import Unsupported
-from .syntax import TYPE_BYTES, Address, Instruction, Kernel, Not, Operand, Pair, Register, Symbol, Vector
+from ptx_emulator import decode
+from ptx_emulator.decode import Action, Array, Decoder, Modifiers
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.syntax import TYPE_BYTES, Address, Instruction, Kernel, Not, Operand, Pair, Register, Symbol, Vector
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 @dataclass

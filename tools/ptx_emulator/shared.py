@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import SHARED_BASE, Array
-from .errors import MemoryFault, Misaligned
+from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.errors import MemoryFault, Misaligned
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 
 @dataclass
@@ -38,6 +38,12 @@ class SharedMemory:
         self.flat: dict[int, Any] = {1: data.reshape(-1), 2: data.view(np.uint16).reshape(-1)}
         self.flat[4], self.flat[8] = data.view(np.uint32).reshape(-1), data.view(np.uint64).reshape(-1)
         self.bases = {n: (np.arange(ctas, dtype=np.int64) * (self.stride // n))[:, None] for n in (1, 2, 4, 8)}
+
+    def part(self, ctas: Array) -> "SharedMemory":
+        """A copy of some CTAs' memories."""
+        other = SharedMemory(len(ctas), self.size)
+        other.data[:] = self.data[ctas]
+        return other
 
     def check(self, address: Array, size: int, align: int, text: str) -> None:
         """Raise unless each access lies inside the CTA's allocation and is aligned."""

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decode import UNSIGNED, Action, Array, Decoder, Modifiers, instruction
-from .errors import Unsupported
-from .integer import view_type
-from .syntax import Instruction, Pair
+from ptx_emulator.decode import UNSIGNED, Action, Array, Decoder, Modifiers, instruction
+from ptx_emulator.errors import Unsupported
+from ptx_emulator.integer import view_type
+from ptx_emulator.syntax import Instruction, Pair
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 LANE = np.arange(32, dtype=np.int64)
 UNDEFINED = np.uint32(0x7FFF7FFF)  # what a lane gets from one that takes no part

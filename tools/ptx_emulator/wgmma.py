@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import Action, Array, Decoder, Modifiers, instruction, items
-from .descriptors import Layout, read_operand
-from .errors import Divergence, Unsupported
-from .mma import fragment
-from .syntax import TYPE_BYTES, Instruction, Literal, Not, Register
+from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.descriptors import Layout, read_operand
+from ptx_emulator.errors import Divergence, Unsupported
+from ptx_emulator.mma import fragment
+from ptx_emulator.syntax import TYPE_BYTES, Instruction, Literal, Not, Register
 
 if TYPE_CHECKING:
-    from .execute import Machine
+    from ptx_emulator.execute import Machine
 
 GROUP_THREADS = 128
 ROWS = 64
@@ -45,6 +45,7 @@ class Products:
         self.group = np.zeros(self.shape, np.int64)
         self.flying: list[Product] = []
         self.matrices: dict[tuple[int, ...], Array] = {}  # accumulators not yet in registers, [warpgroups, 64, N]
+        self.held: dict[tuple[int, ...], Array] = {}  # for which warpgroups, [CTAs, warpgroups]
         self.settled: dict[tuple[int, ...], tuple[Array, list[Array]]] = {}  # and those whose registers hold them
         self.fenced: list[Any] | None = None
 
@@ -140,15 +141,18 @@ def _wait(m: "Machine", state: Products, waiting: Array, keep: int) -> None:
         for product in still:
             if product.registers == registers:
                 busy |= product.active
-        ready = waiting & ~busy
+        held = state.held[registers]
+        ready = waiting & held & ~busy
         if not ready.any():
             continue
-        mask = None if ready.all() else np.repeat(ready, GROUP_THREADS, axis=1)
-        arrays = to_registers(m, registers, matrix, mask)
-        if not busy.any() and mask is None:
+        arrays = to_registers(m, registers, matrix, None if ready.all() else np.repeat(ready, GROUP_THREADS, axis=1))
+        if ready.all():
             state.settled[registers] = (matrix, arrays)
-        if not busy.any():
-            del state.matrices[registers]
+        held = held & ~ready
+        if held.any():
+            state.held[registers] = held
+        else:
+            del state.matrices[registers], state.held[registers]
     m.pending_registers = {r for product in still for r in product.registers}
     m.pending_inputs = {r for product in still for r in product.inputs}
 
@@ -222,9 +226,20 @@ def _check_fence(
     """Registers that wgmma reads must not have been written since the last wgmma.fence."""
     if m.checker is None:
         return
-    watched = inputs if registers in state.matrices else registers + inputs
-    if state.fenced is None or any(m.r[r] is not state.fenced[r] for r in watched):
+    chained = registers in state.held and bool(state.held[registers][active].all())
+    watched = inputs if chained else registers + inputs
+    if state.fenced is None or any(_changed(m, state.fenced[r], m.r[r], active) for r in watched):
         m.checker.note("wgmma register written after the last wgmma.fence", m.trace[-1], m.trace[-1])
+
+
+def _changed(m: "Machine", before: Array, now: Array, active: Array) -> bool:
+    """Whether a register was written; where only some warpgroups are active, whether it changed in them."""
+    if before is now:
+        return False
+    if active.all():
+        return True
+    different = np.broadcast_to(before != now, m.shape).reshape(*active.shape, GROUP_THREADS)
+    return bool(different[active].any())
 
 
 def _accumulate(
@@ -241,23 +256,38 @@ def _accumulate(
     for other in state.matrices:
         if other != registers and not set(other).isdisjoint(registers):
             raise Unsupported(f"unsupported: accumulators that overlap with those of another product in flight: {text}")
-    old = state.matrices.get(registers)
-    if old is None:
-        settled = state.settled.get(registers)
-        if settled is not None and all(m.r[r] is array for r, array in zip(registers, settled[1], strict=True)):
-            old = settled[0]
-    keep = ~scale if negated else scale
-    if keep.size > 1:
-        keep = np.broadcast_to(keep, m.shape).reshape(-1, GROUP_THREADS)
-        if (keep.any(1) != keep.all(1)).any():
-            raise Divergence(f"scale-d differs within a warpgroup: {text}")
-        keep = keep[:, :1, None]
-    if keep.any():
-        if old is None:
-            old = from_registers(m, registers)
-        total = total + old if keep.all() else np.where(keep, total + old, total)
-    if not active.all():
-        if old is None:
-            old = from_registers(m, registers)
-        total = np.where(active.reshape(-1, 1, 1), total, old)
+    keep = _per_group(m, scale, negated, active, text)
+    everyone = bool(active.all())
+    if keep.any() or not everyone:
+        old = _current(m, state, registers)
+        if keep.any():
+            total = total + old if keep.all() else np.where(keep, total + old, total)
+        if not everyone:
+            total = np.where(active.reshape(-1, 1, 1), total, old)
     state.matrices[registers] = total
+    state.held[registers] = state.held.get(registers, np.zeros(state.shape, bool)) | active
+
+
+def _per_group(m: "Machine", scale: Array, negated: bool, active: Array, text: str) -> Array:
+    """The scale-d predicate of each warpgroup, broadcasting with [warpgroups, 64, N]."""
+    keep = ~scale if negated else scale
+    if keep.size == 1:
+        return keep
+    lanes = np.broadcast_to(keep, m.shape).reshape(-1, GROUP_THREADS)
+    if ((lanes.any(1) != lanes.all(1)) & active.reshape(-1)).any():
+        raise Divergence(f"scale-d differs within a warpgroup: {text}")
+    return lanes[:, :1, None]
+
+
+def _current(m: "Machine", state: Products, registers: tuple[int, ...]) -> Array:
+    """The accumulators of every warpgroup: from what is held back, else from the registers."""
+    held = state.held.get(registers)
+    if held is not None and held.all():
+        return state.matrices[registers]
+    settled = state.settled.get(registers)
+    if held is None and settled is not None:
+        matrix, arrays = settled
+        if all(m.r[r] is array for r, array in zip(registers, arrays, strict=True)):
+            return matrix
+    loaded = from_registers(m, registers)
+    return loaded if held is None else np.where(held.reshape(-1, 1, 1), state.matrices[registers], loaded)
