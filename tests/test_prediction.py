@@ -18,11 +18,12 @@ from cast_kernels.evidence import eager_model, model, trace
 from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.devices import DEVICES, device
-from cast_kernels.evidence.driver import Argument, Launch, offline_driver
+from cast_kernels.evidence.driver import Argument, Launch, Recorder, offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator
 from cast_kernels.evidence.model import Counters
 from cast_kernels.evidence.predict import predict
 from cast_kernels.evidence.resources import Resources
+from cast_kernels.evidence.sampling import Corrections
 from cast_kernels.evidence.targets import target
 
 PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions"
@@ -149,6 +150,28 @@ def test_the_trace_counts_what_the_emulator_executes(arch: str, tmp_path: Path) 
         assert traced["tensor"] == runs.counters["tensor_flops"]
         # A branch that the data of a run happen not to take is traced, not executed.
         assert 1.0 <= traced["instructions"] / runs.counters["warp_instructions"] < 1.05
+
+
+class Corrected(Recorder):
+    """Keeps each kernel's counters before and after correction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corrections, self.seen = Corrections(), []
+
+    def launch(self, launch: Launch) -> None:
+        traced = trace.trace(launch)
+        self.seen.append((launch.kernel, traced, self.corrections.apply(launch, traced)))
+
+
+def test_a_sample_in_emulation_corrects_the_trace(tmp_path: Path) -> None:
+    with offline_driver(target("sm_80"), Corrected(), tmp_path) as kept:
+        run(replace(SMALL, backward=False), "triton", torch.bfloat16)
+    assert [name for name, _, _ in kept.seen] == ["project", "exchange", "exchange"]
+    for _, traced, corrected in kept.seen:
+        assert corrected.tensor_flops == traced.tensor_flops
+        assert corrected.load_sectors < traced.load_sectors  # 42 rows do not fill the tiles: lanes are masked
+        assert corrected.warp_instructions == pytest.approx(traced.warp_instructions, rel=0.05)
 
 
 def test_phases_and_totals(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cast_kernels.evidence.driver import Launch
 from cast_kernels.evidence.model import SECTOR, Counters
 from cast_kernels.evidence.scalar import Value, can_follow, evaluate
 
-#: CTAs that are traced of one launch: those at the ends and evenly between.
+#: CTAs that are traced of one launch.
 SAMPLES = 24
 #: Blocks that a CTA may pass before it is taken to hang.
 _PATIENCE = 1_000_000
@@ -69,8 +69,7 @@ def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
     program = _program(launch.asm["ptx"], launch.kernel)
     x, y, z = launch.grid
     ctas = x * y * z
-    taken = min(samples, ctas)
-    chosen = [round(i * (ctas - 1) / max(1, taken - 1)) for i in range(taken)]
+    chosen = sample(ctas, samples)
     parameters = {f"{launch.kernel}_param_{i}": _number(a.value) for i, a in enumerate(launch.arguments)}
     passed: Counter[int] = Counter()
     for number in chosen:
@@ -89,6 +88,12 @@ def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
         values = (one.shared_wavefronts, one.load_sectors, one.store_sectors, one.warp_instructions)
         sums = [total + times * value for total, value in zip(sums, values, strict=True)]
     return Counters(dict(flops), *sums).times(warps * scale)
+
+
+def sample(ctas: int, samples: int) -> list[int]:
+    """Numbers of CTAs evenly over the grid, all if there are no more."""
+    taken = min(samples, ctas)
+    return [(2 * i + 1) * ctas // (2 * taken) for i in range(taken)]
 
 
 def length(launch: Launch) -> int:
@@ -164,7 +169,7 @@ def count(code: Sequence[Instruction]) -> Counters:
         elif opcode[:2] in (("ld", "global"), ("st", "global")):
             sectors = _WARP * _lane_bytes(opcode) / SECTOR
             loads, stores = (loads + sectors, stores) if opcode[0] == "ld" else (loads, stores + sectors)
-        elif opcode[:2] in (("ld", "shared"), ("st", "shared")):
+        elif opcode[0] in ("ld", "st") and opcode[1].startswith("shared"):
             wavefronts += max(1.0, _WARP * _lane_bytes(opcode) / _WAVEFRONT)
         elif opcode[0] in ("ldmatrix", "stmatrix"):
             wavefronts += next(int(part[1:]) for part in opcode if re.fullmatch(r"x[124]", part))
