@@ -49,6 +49,24 @@ def test_arithmetic(name: str, dtype: type) -> None:
     same(binary(f"{name}.rn.{kind} %o, %a, %b;", a, b), want)
 
 
+@pytest.mark.parametrize(("mode", "towards"), [("rz", 0.0), ("rm", -INF), ("rp", INF)])
+def test_directed_roundings(mode: str, towards: float) -> None:
+    rng = np.random.default_rng(7)
+    a, b, c = (rng.standard_normal(200).astype(np.float32) for _ in range(3))
+    for name, exact in {
+        "add": a.astype(np.float64) + b,
+        "mul": a.astype(np.float64) * b,
+        "fma": a.astype(np.float64) * b + c,
+    }.items():
+        near = exact.astype(np.float32)
+        past = (near > exact) if towards == -INF else (near < exact) if towards == INF else np.abs(near) > np.abs(exact)
+        want = np.where(past, np.nextafter(near, np.float32(towards)), near)
+        names = "%a, %b, %c" if name == "fma" else "%a, %b"
+        inputs = [bits(x) for x in (a, b, c)[: 3 if name == "fma" else 2]]
+        (got,) = lanewise(f"{name}.{mode}.f32 %o, {names};", inputs, [np.uint32])
+        np.testing.assert_array_equal(got.view(np.float32), want)
+
+
 def test_approximate_division() -> None:
     a, b = numbers(seed=1), numbers(seed=2)
     with np.errstate(all="ignore"):
@@ -252,7 +270,7 @@ def test_literals() -> None:
     assert unary("add.f64 %o, %a, 0d4004000000000000;", a.astype(np.float64))[0] == 2.5
 
 
-@pytest.mark.parametrize("text", ["add.rz.f32 %f1, %f2, %f3;", "fma.rn.oob.f16 %h1, %h2, %h3, %h4;"])
+@pytest.mark.parametrize("text", ["add.rz.f64 %d1, %d2, %d3;", "fma.rn.oob.f16 %h1, %h2, %h3, %h4;"])
 def test_unknown_rounding_is_refused(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=text.split()[0]):
         run(entry(text, 0), [])

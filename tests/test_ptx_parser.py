@@ -96,16 +96,17 @@ def test_shared_symbols_are_aligned() -> None:
         (HEADER + ".visible .entry a(.param .v4 x) { ret; }", ptx_emulator.ParseError),
         (HEADER + ".func helper() { ret; }", ptx_emulator.Unsupported),
         (HEADER + ".visible .entry a() { .reg .b128 %x; ret; }", ptx_emulator.Unsupported),
-        (
-            HEADER + ".global .b8 s[4];\n.visible .entry a() { .reg .b64 %d; mov.b64 %d, s; ret; }",
-            ptx_emulator.Unsupported,
-        ),
-        (HEADER + ".visible .entry a() .blocksareclusters { ret; }", ptx_emulator.Unsupported),
     ],
 )
 def test_what_cannot_be_read(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         ptx_emulator.parse(text)
+
+
+def test_a_module_variable_is_refused_when_used() -> None:
+    text = entry("mov.b64 %d1, table;", 0, outside=".const .b32 table[2] = {1, 2};")
+    with pytest.raises(ptx_emulator.Unsupported, match=r"table in mov\.b64"):
+        run(text, [])
 
 
 def test_only_text() -> None:

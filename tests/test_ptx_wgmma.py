@@ -254,6 +254,10 @@ def test_what_must_stand_before_a_product() -> None:
     assert broken("bar.sync 0;", "") == {"write-read by wgmma"}
     assert broken("fence.proxy.async.shared::cta;", "") == {"wgmma reads a write without fence.proxy.async"}
     assert broken("wgmma.fence.sync.aligned;", "") == {"wgmma register written after the last wgmma.fence"}
+    late = "wgmma.fence.sync.aligned; mov.b32 %acc1, %acc0;"
+    assert broken("wgmma.fence.sync.aligned;", late) == set()  # a copy names a register, it computes nothing
+    late = "wgmma.fence.sync.aligned; add.f32 %acc1, %acc0, %acc0;"
+    assert broken("wgmma.fence.sync.aligned;", late) == {"wgmma register written after the last wgmma.fence"}
     assert broken("wgmma.wait_group.sync.aligned 0;", "") == {"register of a pending wgmma used"}
     assert broken(
         "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 0; st.shared.b32 [%r1], %tid0;"

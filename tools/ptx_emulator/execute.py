@@ -60,6 +60,7 @@ class Machine:
         self.products: Any = None
         self.pending_registers: set[int] = set()
         self.pending_inputs: set[int] = set()
+        self.renamed: dict[int, tuple[Array, Array]] = {}  # register -> its value, and the value that it is a copy of
         self.fragments: dict[Any, Any] = {}
         self.r: list[Any] = first_registers(self, grid)
         self.arrived = np.zeros((self.ctas, BARRIERS), np.int64)
@@ -88,7 +89,7 @@ class Machine:
         other.shared = self.shared.part(ctas)
         other.local = None if self.local is None else self.local[ctas]
         other.trace, other.fragments, other.copies = list(self.trace), {}, []
-        other.pending_registers, other.pending_inputs = set(), set()
+        other.pending_registers, other.pending_inputs, other.renamed = set(), set(), {}
         other.r = [value[ctas] if value.shape[0] == self.ctas else value for value in self.r]
         for name in ("arrived", "expected", "taking_part"):
             setattr(other, name, getattr(self, name)[ctas])

@@ -78,6 +78,20 @@ def _finish(function: Function, mods: Modifiers) -> Function:
     return function
 
 
+def _directed(function: Function, mode: str) -> Function:
+    """A float32 operation rounded towards zero (rz), down (rm) or up (rp), from its float64 value."""
+
+    def run(*args: Array) -> Array:
+        exact = function(*(a.astype(np.float64) for a in args))
+        near = exact.astype(np.float32)
+        below, above = np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf))
+        down = np.where(near > exact, below, near)
+        up = np.where(near < exact, above, near)
+        return down if mode == "rm" else up if mode == "rp" else np.where(exact < 0, up, down)
+
+    return run
+
+
 def _operation(d: Decoder, ins: Instruction, kind: str, function: Function, mods: Modifiers) -> Action:
     function = _finish(function, mods)
     mods.drop("ftz", "rn", "approx", "full")
@@ -93,6 +107,9 @@ def build_arithmetic(d: Decoder, ins: Instruction) -> Action | None:
     if kind is None:
         return None
     function: Function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}[ins.root]
+    mode = mods.take("rz", "rm", "rp") if kind == "f32" else None
+    if mode:
+        return _operation(d, ins, kind, _directed(function, mode), mods)
     if kind not in ("f32", "f64") and ins.root in ("add", "sub"):
         exact = function  # in float64, so that the step to 16 bits is the only rounding
         return _operation(d, ins, kind, lambda a, b: sticky(exact(a.astype(np.float64), b)), mods)
@@ -108,7 +125,8 @@ def build_fma(d: Decoder, ins: Instruction) -> Action | None:
     if kind == "f64":
         return _operation(d, ins, kind, fma_f64, mods)
     if kind == "f32":
-        return _operation(d, ins, kind, fma_f32, mods)
+        mode = mods.take("rz", "rm", "rp")
+        return _operation(d, ins, kind, _directed(lambda a, b, c: a * b + c, mode) if mode else fma_f32, mods)
     return _operation(d, ins, kind, lambda a, b, c: sticky(a.astype(np.float64) * b + c), mods)
 
 

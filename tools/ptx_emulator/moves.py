@@ -37,8 +37,18 @@ def build_move(d: Decoder, ins: Instruction) -> Action | None:
         return _pack(d, ins, kind, source)
     if isinstance(target, Vector):
         return _unpack(d, ins, kind, target)
-    out = d.destination(target, kind, ins)
-    return assign(out, lambda a: a, d.source(source, kind, ins))
+    return _copy(d.destination(target, kind, ins), d.source(source, kind, ins))
+
+
+def _copy(out: int, number: int) -> Action:
+    """A register under another name. Which one is remembered: the check of wgmma.fence asks."""
+
+    def copy(m: "Machine", mask: Array | None) -> None:
+        value = m.r[number]
+        m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
+        m.renamed[out] = m.r[out], value
+
+    return copy
 
 
 def _pack(d: Decoder, ins: Instruction, kind: str, source: Vector) -> Action:

@@ -35,8 +35,7 @@ _INSTRUCTION = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re
 def parse(text: str) -> Module:
     """Parse PTX text.
 
-    Raises ParseError for text that does not fit the grammar and Unsupported for device functions and module-level
-    `.global` or `.const` variables.
+    Raises ParseError for text that does not fit the grammar and Unsupported for device functions.
     """
     if not isinstance(text, str):
         raise TypeError(f"parse takes PTX text as str, not {type(text).__name__}")
@@ -44,7 +43,6 @@ def parse(text: str) -> Module:
     target = re.search(r"\.target\s+([\w]+)", text)
     module = Module(target.group(1) if target else "", {})
     shared: list[tuple[str, str | None, int, int]] = []
-    constants: list[str] = []
     position = target.end() if target else 0
     head = re.compile(
         r"\s*(\.(?:extern|shared|visible|weak|entry|func|global|const|section|alias)\b)|\s*(,[^\n]*)|\s*\Z"
@@ -71,27 +69,11 @@ def parse(text: str) -> Module:
         elif ".entry" in declaration and stop.group() in "({":
             position = _entry(text, position, module, shared)
         elif ".global" in declaration or ".const" in declaration:
-            constants.append(
-                re.split(
-                    r"[\s\[]", declaration[: declaration.rfind("[")].strip() if "[" in declaration else declaration
-                )[-1]
-            )
+            # LLVM leaves strings there; a kernel that uses one is refused when it is decoded
             position = text.index(";", position) + 1
         else:
             raise Unsupported(f"unsupported: {declaration}")
-    for kernel in module.kernels.values():
-        _refuse(kernel, set(constants))
     return module
-
-
-def _refuse(kernel: Kernel, names: set[str]) -> None:
-    """Module-level `.global` and `.const` variables may stand in the file (LLVM leaves strings there), but not be
-    used."""
-    for ins in kernel.instructions:
-        for operand in ins.operands:
-            symbol = operand.base if isinstance(operand, Address) else operand
-            if isinstance(symbol, Symbol) and symbol.name in names:
-                raise Unsupported(f"unsupported: the module-level variable {symbol.name} in {ins.text}")
 
 
 def _braced(text: str, start: int) -> tuple[str, int]:

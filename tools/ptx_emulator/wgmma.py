@@ -223,13 +223,25 @@ def _product(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
 def _check_fence(
     m: "Machine", state: Products, registers: tuple[int, ...], inputs: tuple[int, ...], active: Array
 ) -> None:
-    """Registers that wgmma reads must not have been written since the last wgmma.fence."""
+    """Registers that wgmma reads must not have been written since the last wgmma.fence.
+
+    A plain copy of a value that was in a register at the fence is no such write: LLVM puts the copies that an inline
+    instruction's in-and-out operands need behind the fence, where they name registers and move nothing.
+    """
     if m.checker is None:
         return
     chained = registers in state.held and bool(state.held[registers][active].all())
     watched = inputs if chained else registers + inputs
-    if state.fenced is None or any(_changed(m, state.fenced[r], m.r[r], active) for r in watched):
+    ordered = {id(value) for value in state.fenced or ()}
+    written = [r for r in watched if id(_original(m, r)) not in ordered]
+    if state.fenced is None or any(_changed(m, state.fenced[r], m.r[r], active) for r in written):
         m.checker.note("wgmma register written after the last wgmma.fence", m.trace[-1], m.trace[-1])
+
+
+def _original(m: "Machine", register: int) -> Array:
+    """The value that the register is a copy of, or its own."""
+    copy, value = m.renamed.get(register, (None, None))
+    return value if copy is m.r[register] and value is not None else m.r[register]
 
 
 def _changed(m: "Machine", before: Array, now: Array, active: Array) -> bool:
