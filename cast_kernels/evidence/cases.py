@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -134,8 +135,9 @@ class Error(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our root mean square to eager's; NaN if ours is."""
-        return self.rms / max(self.eager_rms, self.floor)
+        """Our root mean square to eager's; NaN if ours is. Where the truth is zero, so must ours be."""
+        theirs = max(self.eager_rms, self.floor)
+        return self.rms / theirs if theirs else (math.inf if self.rms else 1.0)
 
     @property
     def ok(self) -> bool:
