@@ -17,9 +17,13 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b with fp32 accumulation. float32 operands are split into three tf32 ones (error near 2^-22)."""
+    """acc + a @ b with fp32 accumulation. float32 operands are split into three tf32 ones (error near 2^-22).
+
+    AMD's matrix cores multiply float32 itself, and Triton has no tf32x3 for them.
+    """
     if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+        PRECISION: tl.constexpr = "ieee" if tl.target_info.is_hip() else "tf32x3"
+        return tl.dot(a, b, acc, input_precision=PRECISION)
     return tl.dot(a, b, acc)
 
 
