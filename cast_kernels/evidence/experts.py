@@ -1,4 +1,4 @@
-"""One expert's half block, whose kernels are LayerNorm, activation and adapter, as `cast-kernels compile` launches it."""
+"""One expert's half block as `cast-kernels compile` launches it: LayerNorm, activation and adapter are our kernels."""
 
 from __future__ import annotations
 
