@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 
 import pytest
-from test_triton_interpreter import FOLDER, start_interpreted
+from interpreter_process import FOLDER, start_interpreted
 
 _PROCESS = pytest.StashKey[subprocess.Popen[str]]()
 
@@ -19,9 +18,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def interpreted(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+def interpreted(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
     """The process that runs tests/interpreted."""
-    yield request.config.stash[_PROCESS]
+    return request.config.stash[_PROCESS]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
