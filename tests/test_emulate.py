@@ -47,7 +47,7 @@ def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> 
     assert all(runs.counters["warp_instructions"] > 0 for runs in outcome.kernels.values())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*SIZES["small"], *SIZES["paper"]], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
@@ -162,7 +162,7 @@ def test_the_command(
     assert told["kernels"][0]["counters"]["tensor_flops"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TARGETS)
 def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
     verdicts = planting.judge(target(name), planting.CASE, "bf16")
@@ -173,7 +173,7 @@ def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
 
 
 def test_faults_planted_in_the_forward_are_caught() -> None:
-    """Each seventh of them; all of them run behind the marker `slow`."""
+    """Each seventh of them; all of them run behind the marker `heavy`."""
     verdicts = planting.judge(target("sm_80"), replace(SMALL, backward=False), "bf16", every=7)
     kinds = {v.mutant.kind for v in verdicts if v.caught_by}
     assert {"barrier", "mask of a store"} <= kinds

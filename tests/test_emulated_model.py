@@ -29,7 +29,7 @@ def step(weights: dict[str, Tensor], fused: bool, dtype: torch.dtype) -> dict[st
     return {name: t.detach().double() for name, t in ({"logits": logits} | found).items()}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
 def test_a_training_step(name: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
