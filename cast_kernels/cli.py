@@ -15,7 +15,7 @@ from jsonargparse.typing import PositiveInt
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
-PROBLEMS = ("paper", "all")
+PROBLEMS = ("step", "paper", "all")
 SIZES = ("small", "paper")
 DEVICES = ("A100", "H100", "H200")
 
@@ -58,7 +58,9 @@ def _compile_options(parser: ArgumentParser) -> None:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     _add_choices(parser, "--target", COMPILE_TARGETS, targets, "architectures")
     _add_choices(parser, "--dtype", DTYPES, DTYPES, "dtypes")
-    parser.add_argument("--problems", choices=PROBLEMS, default="paper", help="the published size only, or every kind")
+    parser.add_argument(
+        "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
+    )
     parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
     parser.add_argument("--cache", type=Path | None, metavar="FOLDER", help="keep compiled kernels here for next time")
 

@@ -29,10 +29,11 @@ from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 _PAPER = Case()
 AnyCase = Case | ExpertCase
 
-#: What is compiled. Paper: the published sizes at every recompute level and for inference, the experts with both of
-#: their activations. All: also other windows, head dimensions 16 and 64, a wide bottleneck and a wide adapter, each
-#: direction alone, drop-path, no positions.
+#: What is compiled. Step: one training step of the published sizes with default settings. Paper: every recompute level
+#: and inference too, the experts with both of their activations. All: also other windows, head dimensions 16 and 64, a
+#: wide bottleneck and a wide adapter, each direction alone, drop-path, no positions.
 PROBLEMS: dict[str, tuple[AnyCase, ...]] = {
+    "step": (_PAPER, ExpertCase()),
     "paper": (
         *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
         replace(_PAPER, backward=False),
