@@ -57,6 +57,7 @@ class TileSet:
     row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
     weight_gradient: Tile
     attention_backward: Tile
+    project: Tile | None = None
     exchange_short: Tile | None = None  # `exchange` where a tile of queries holds whole windows
     exchange_backward: Tile | None = None
     project_backward: Tile | None = None
@@ -134,6 +135,19 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         # wgmma takes 64 rows, whose two rows of 768 channels spill 160 times inside loops: mma.sync instead.
         adapter_backward=Tile(rows=32, k=32, columns=64, warps=8, stages=2),
     ),
+    ("sm_100", 16, False): TileSet(
+        _COMPILED,
+        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
+        # At 128 rows these two spill 57 and 63 times inside loops.
+        project=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        exchange_short=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
+        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+    ),
     ("gfx942", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=4, stages=2),
@@ -183,6 +197,9 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
     ),
     ("sm_80", "project_backward", 16): Allowance(
         "two words once a step of 32 channels; the next smaller tile, 32 rows, reads every weight twice", loop_spills=2
+    ),
+    ("sm_100", "project_backward", 16): Allowance(
+        "five words once a step of 64 channels, of 32 four; tcgen05 takes no fewer than these 64 rows", loop_spills=5
     ),
     **{
         ("sm_90", kernel, 32): Allowance(_MMA_SYNC, tensor_core="HMMA")
