@@ -186,8 +186,8 @@ _DEFAULT = TileSet(
 )
 
 _MMA_SYNC = (
-    "wgmma and tcgen05 take 64 rows, tf32x3 the operand's row twice: on sm_90 in `project` 229376 of 232448 bytes of shared memory and 48 "
-    "spills inside loops, in `attention_backward` 9; rows of 16 and 32 with mma.sync have none"
+    "wgmma and tcgen05 take 64 rows, tf32x3 the operand's row twice: on sm_90 `project` takes 229376 of 232448 bytes "
+    "and spills 48 times inside loops, `attention_backward` 9 times; 16 and 32 rows with mma.sync do neither"
 )
 
 #: (target, kernel, bits of an operand) -> what `cast-kernels compile` lets pass, and prints.
