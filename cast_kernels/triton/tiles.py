@@ -192,9 +192,6 @@ _MMA_SYNC = (
 
 #: (target, kernel, bits of an operand) -> what `cast-kernels compile` lets pass, and prints.
 EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
-    ("sm_80", "exchange", 16): Allowance(
-        "only where all is recomputed, whose attention alone ptxas holds to 128 registers", loop_spills=3
-    ),
     ("sm_80", "project_backward", 16): Allowance(
         "two words once a step of 32 channels; the next smaller tile, 32 rows, reads every weight twice", loop_spills=2
     ),
