@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -134,8 +135,11 @@ class Error(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our root mean square to eager's; NaN if ours is."""
-        return self.rms / max(self.eager_rms, self.floor)
+        """Our root mean square to eager's; NaN if ours is, 0 where neither errs: a gradient that drop-path zeroed."""
+        allowed = max(self.eager_rms, self.floor)
+        if not self.rms:
+            return 0.0
+        return self.rms / allowed if allowed else math.inf
 
     @property
     def ok(self) -> bool:
