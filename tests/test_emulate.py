@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cast_kernels.evidence import emulate as emulating
 from cast_kernels.evidence import mutants as planting
@@ -17,9 +19,21 @@ from cast_kernels.evidence.driver import Launch
 from cast_kernels.evidence.emulate import SIZES, Outcome, emulate
 from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.targets import target
+from cast_kernels.evidence.useful import useful_flops
 
 TARGETS = emulating.TARGETS
 SMALL = SIZES["small"][0]
+
+_DELTA = "flash attention's backward takes dO . O from the rounded O"
+_ORDER = "three tf32 products for one of fp32: one bias gradient has 2.2 times eager's error"
+#: What docs/evidence.md reports as above the gate, and why.
+ABOVE_THE_GATE = {
+    ("sm_80", "fp16", SIZES["small"][0]): _DELTA,
+    ("sm_80", "fp16", SIZES["small"][2]): _DELTA,
+    ("sm_90", "fp16", SIZES["small"][0]): _DELTA,
+    ("sm_90", "fp16", SIZES["small"][2]): _DELTA,
+    ("sm_90", "fp32", SIZES["small"][2]): _ORDER,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +65,9 @@ def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*SIZES["small"], *SIZES["paper"]], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_problem(name: str, case: Case, dtype: str, cache: Path) -> None:
+def test_every_problem(name: str, case: Case, dtype: str, cache: Path, request: pytest.FixtureRequest) -> None:
+    if (name, dtype, case) in ABOVE_THE_GATE:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=ABOVE_THE_GATE[name, dtype, case]))
     outcome = emulate(target(name), case, dtype, cache)
     assert outcome.ok, table(outcome)
 
@@ -113,6 +129,32 @@ def fake(**numbers: list[float]) -> dict[str, Tensor]:
 def test_the_gate(ours: list[float], ok: bool) -> None:
     (error,) = compare(fake(x=ours), fake(x=[1.01, 2.0]), fake(x=[1.0, 2.0]))
     assert error.ok == ok
+
+
+def test_where_nothing_errs_there_is_a_ratio() -> None:
+    """A gradient that drop-path zeroed, in ours, eager and fp64."""
+    for ours, ratio in ((0.0, 0.0), (1e-9, float("inf"))):
+        (error,) = compare(fake(x=[ours, 0.0]), fake(x=[0.0, 0.0]), fake(x=[0.0, 0.0]))
+        assert (error.ratio, error.ok) == (ratio, ratio == 0)
+
+
+def counted(case: Case) -> int:
+    """FLOPs of eager's products, as PyTorch counts them."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        run(case, "eager", torch.float32)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("case", [SMALL, *SIZES["small"][1:]], ids=str)
+def test_useful_flops_are_those_that_pytorch_counts(case: Case) -> None:
+    forward = replace(case, backward=False)
+    assert sum(useful_flops(forward).values()) == counted(forward)
+    kept, cheap, everything = (useful_flops(replace(case, recompute=r)) for r in ("nothing", "cheap", "all"))
+    # The scores twice and dP once more than with scores kept in memory.
+    again = kept["attention_backward"] * 3 // 7
+    assert sum(kept.values()) - again == counted(case)
+    assert kept.total() < cheap.total() < everything.total()
 
 
 def test_one_wrong_element_cannot_hide() -> None:

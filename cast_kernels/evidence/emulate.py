@@ -20,6 +20,7 @@ from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator, KernelRuns
 from cast_kernels.evidence.targets import Target, target
+from cast_kernels.evidence.useful import useful_flops
 
 _SMALL = Case(2, 3, 7, 64, 32, 2, scaled=True)
 
@@ -100,13 +101,19 @@ _COLUMNS = {
 
 
 def render_counters(outcome: Outcome) -> Table:
-    """What the emulator counted, by kernel, over all launches. Behind wavefronts: how many times the ideal."""
+    """What the emulator counted, by kernel, over all launches.
+
+    Behind wavefronts: how many times the ideal. Useful: the share of the tensor FLOPs that the algorithm needs.
+    """
     table = Table("kernel", title="executed in emulation; instructions are a warp's", title_justify="left")
-    for heading in ("launches", "CTAs", *_COLUMNS, "seconds"):
+    for heading in ("launches", "CTAs", *_COLUMNS, "useful", "seconds"):
         table.add_column(heading, justify="right")
+    useful = useful_flops(outcome.case)
     for runs in outcome.kernels.values():
         cells = [_cell(runs, *counters) for counters in _COLUMNS.values()]
-        table.add_row(runs.kernel, str(runs.launches), str(runs.ctas), *cells, f"{runs.seconds:.1f}")
+        issued = runs.counters["tensor_flops"]
+        share = f"{useful[runs.kernel] / issued:.0%}" if issued else ""
+        table.add_row(runs.kernel, str(runs.launches), str(runs.ctas), *cells, share, f"{runs.seconds:.1f}")
     return table
 
 
@@ -120,14 +127,16 @@ def _cell(runs: KernelRuns, counter: str, ideal: str) -> str:
 
 def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
     """One run with every error and every counter, as JSON can hold it."""
+    useful = useful_flops(outcome.case)
     return {
         "target": goal.name,
         "dtype": dtype,
         "case": asdict(outcome.case),
         "ok": outcome.ok,
         "fault": outcome.fault,
+        "seconds": round(outcome.seconds, 1),
         "errors": [error._asdict() | {"ratio": error.ratio, "ok": error.ok} for error in outcome.errors],
-        "kernels": [vars(runs) for runs in outcome.kernels.values()],
+        "kernels": [vars(runs) | {"useful_flops": useful[runs.kernel]} for runs in outcome.kernels.values()],
     }
 
 
