@@ -122,7 +122,7 @@ def test_a_training_step_runs_from_compiled_code(
     check(name, dtype, autocast)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "dtype", "autocast"), [case for case in ALL if case not in FAST], ids=str)
 def test_a_training_step_in_every_dtype(
     name: str, dtype: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch

@@ -67,7 +67,7 @@ class TileSet:
 
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
 _BY_MODEL = "compiled and predicted: fewest bytes from L2 among tiles without spills inside a loop"
-_SMALL = "compiled: fits the smallest shared memory of its generation, 99 KB"
+_BY_ARITHMETIC = "by arithmetic: operands and stages fit in shared memory; not compiled for this table yet"
 
 #: (architecture, bits of an operand, whether d is above 384) -> tiles. Nothing here was timed on a GPU.
 _TABLE: dict[tuple[str, int, bool], TileSet] = {
@@ -78,7 +78,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_80", 16, True): TileSet(
-        _COMPILED,
+        _BY_ARITHMETIC,
         row=Tile(rows=32, k=32, columns=64, warps=8, stages=3, queries=32),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
@@ -92,25 +92,25 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_80", 32, True): TileSet(
-        _COMPILED,
+        _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=2, queries=16, keys=32),
         weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_86", 16, False): TileSet(
-        _SMALL,
+        _BY_ARITHMETIC,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_86", 16, True): TileSet(
-        _SMALL,
+        _BY_ARITHMETIC,
         row=Tile(rows=32, k=16, columns=64, warps=8, stages=3, queries=32),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_86", 32, True): TileSet(
-        _SMALL,
+        _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=1, queries=16, keys=32),
         weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
@@ -128,7 +128,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_90", 16, True): TileSet(
-        _COMPILED,
+        _BY_ARITHMETIC,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
         weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
@@ -155,7 +155,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
     ),
     ("gfx942", 16, True): TileSet(
-        _COMPILED,
+        _BY_ARITHMETIC,
         row=Tile(rows=32, k=16, columns=64, warps=4, stages=2, queries=32),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
@@ -167,7 +167,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
     ),
     ("gfx942", 32, True): TileSet(
-        _COMPILED,
+        _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=4, stages=1, queries=16, keys=32),
         weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
