@@ -91,12 +91,13 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write all of it as JSON")
     parser.add_argument("--folder", type=Path | None, metavar="DIR", help="also write a JSON a GPU and README.md here")
     parser.add_argument("--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here for the next time")
+    parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
 
 
 def _predict(options: Namespace) -> int:
     from cast_kernels.evidence import predict
 
-    return predict.main(options.device, options.batch, options.json, options.folder, options.cache)
+    return predict.main(options.device, options.batch, options.json, options.folder, options.cache, options.emulate)
 
 
 def _gpu_check_options(parser: ArgumentParser) -> None:

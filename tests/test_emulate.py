@@ -61,7 +61,7 @@ def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> 
     assert all(runs.counters["warp_instructions"] > 0 for runs in outcome.kernels.values())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*SIZES["small"], *SIZES["paper"]], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
@@ -133,9 +133,9 @@ def test_the_gate(ours: list[float], ok: bool) -> None:
 
 def test_where_nothing_errs_there_is_a_ratio() -> None:
     """A gradient that drop-path zeroed, in ours, eager and fp64."""
-    for ours, ratio in ((0.0, 0.0), (1e-9, float("inf"))):
+    for ours, ratio in ((0.0, 1.0), (1e-9, float("inf"))):
         (error,) = compare(fake(x=[ours, 0.0]), fake(x=[0.0, 0.0]), fake(x=[0.0, 0.0]))
-        assert (error.ratio, error.ok) == (ratio, ratio == 0)
+        assert (error.ratio, error.ok) == (ratio, ratio == 1)
 
 
 def counted(case: Case) -> int:
@@ -204,7 +204,7 @@ def test_the_command(
     assert told["kernels"][0]["counters"]["tensor_flops"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TARGETS)
 def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
     verdicts = planting.judge(target(name), planting.CASE, "bf16")
@@ -215,7 +215,7 @@ def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
 
 
 def test_faults_planted_in_the_forward_are_caught() -> None:
-    """Each seventh of them; all of them run behind the marker `slow`."""
+    """Each seventh of them; all of them run behind the marker `heavy`."""
     verdicts = planting.judge(target("sm_80"), replace(SMALL, backward=False), "bf16", every=7)
     kinds = {v.mutant.kind for v in verdicts if v.caught_by}
     assert {"barrier", "mask of a store"} <= kinds

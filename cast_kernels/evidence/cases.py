@@ -135,11 +135,9 @@ class Error(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our root mean square to eager's; NaN if ours is, 0 where neither errs: a gradient that drop-path zeroed."""
-        allowed = max(self.eager_rms, self.floor)
-        if not self.rms:
-            return 0.0
-        return self.rms / allowed if allowed else math.inf
+        """Our root mean square to eager's; NaN if ours is. Where the truth is zero, so must ours be."""
+        theirs = max(self.eager_rms, self.floor)
+        return self.rms / theirs if theirs else (math.inf if self.rms else 1.0)
 
     @property
     def ok(self) -> bool:

@@ -56,7 +56,7 @@ FULL = Plan(
         replace(_PAPER, directions=("t2s",), positions=False),
         replace(_PAPER, directions=("s2t",), heads=24),
         replace(_PAPER, bottleneck=768, heads=12),
-        Case(3, 3, 7, 64, 32, 2, scaled=True),
+        Case(3, 5, 13, 256, 128, 4, scaled=True),  # smaller tensors' errors are too few to compare
     ),
     dtypes=("bf16", "fp16", "fp32"),
     batches=(1, 6, 32),

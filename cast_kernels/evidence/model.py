@@ -12,9 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 
 from cast_kernels.evidence.devices import Device
 from cast_kernels.evidence.driver import Launch
+from cast_kernels.evidence.emulator import spans
 from cast_kernels.evidence.resources import Resources
 
 #: What is said beside every prediction.
@@ -138,15 +140,15 @@ def tensor_cycles(counters: Counters, device: Device) -> float:
 def unique_bytes(launch: Launch) -> int:
     """Bytes of the tensors that the kernel uses, each byte once: what DRAM must move at least.
 
-    A tensor counts once whether it is read, written or both: what a kernel writes and reads back is in L2.
+    A tensor counts once whether it is read, written or both: what a kernel writes and reads back is in L2. Parameters
+    that the compiler dropped do not count.
     """
-    from cast_kernels.evidence.emulator import spans
-
-    taken = [argument for position, argument in enumerate(launch.arguments) if uses(launch, position)]
+    used = _parameters(launch.asm["ptx"], launch.kernel)
+    taken = [argument for position, argument in enumerate(launch.arguments) if position in used]
     return sum(span.stop - span.start for span in spans(taken))
 
 
-def uses(launch: Launch, position: int) -> bool:
-    """Whether the compiled kernel reads its argument at all: the compiler drops those that it does not need."""
-    declared_and_more = re.findall(rf"\b{launch.kernel}_param_{position}\b", launch.asm["ptx"])
-    return len(declared_and_more) > 1
+@lru_cache(maxsize=512)
+def _parameters(ptx: str, kernel: str) -> set[int]:
+    """Positions of the parameters that occur behind their declaration."""
+    return {int(found) for found in re.findall(rf"\b{kernel}_param_(\d+)\b", ptx.split("{", 1)[1])}

@@ -23,6 +23,7 @@ from cast_kernels.evidence.driver import Launch, offline_driver
 from cast_kernels.evidence.model import Prediction
 from cast_kernels.evidence.prediction_report import Run
 from cast_kernels.evidence.resources import Resources, resources
+from cast_kernels.evidence.sampling import Corrections
 
 
 class _Keeper:
@@ -42,29 +43,36 @@ class _Keeper:
         return taken
 
 
-def predict(name: str, cases: Sequence[Case], cache: Path | None = None) -> list[Run]:
+def predict(name: str, cases: Sequence[Case], cache: Path | None = None, emulated: bool = False) -> list[Run]:
     """Predict every phase of each case.
 
     Args:
         name: of the device.
         cases: problems; `backward` says whether training is predicted beside inference.
         cache: folder of compiled kernels that is used again, None for a temporary one.
+        emulated: correct the trace by what some CTAs of each kernel do in the emulator.
     """
     goal, runs = device(name), []
+    corrections = Corrections() if emulated else None
     with offline_driver(goal.target, _Keeper(), cache) as keeper:
         for case in cases:
             for phase, launches in _phases(case, keeper):
-                runs.append(Run(name, case.batch, phase, tuple(predict_launches(launches, goal))))
+                runs.append(Run(name, case.batch, phase, tuple(predict_launches(launches, goal, corrections))))
     return runs
 
 
-def predict_launches(launches: Iterable[Launch], goal: Device) -> list[Prediction]:
+def predict_launches(
+    launches: Iterable[Launch], goal: Device, corrections: Corrections | None = None
+) -> list[Prediction]:
     """Each launch by itself, from the trace of its PTX and the resources of its machine code."""
     found = []
     for launch in launches:
         used = _resources(_Key(launch))
         ratio = used.instructions / trace.length(launch)
-        found.append(model.predict(launch, used, trace.trace(launch), ratio, goal))
+        counters = trace.trace(launch)
+        if corrections is not None:
+            counters = corrections.apply(launch, counters)
+        found.append(model.predict(launch, used, counters, ratio, goal))
     return found
 
 
@@ -108,16 +116,17 @@ def _phases(case: Case, keeper: _Keeper) -> Iterable[tuple[str, list[Launch]]]:
 
 
 def main(
-    devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None
-) -> int:
+    devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None,
+    emulated: bool,
+) -> int:  # fmt: skip
     """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device."""
     cases = [replace(Case(), batch=batch) for batch in batches]
     eager = eager_predictions(devices, cases)
-    runs = [run for name in devices for run in predict(name, cases, cache)]
+    runs = [run for name in devices for run in predict(name, cases, cache, emulated)]
     console = wide_console()
     for run in runs:
         console.print(report.kernels(run))
-    found = report.collect(runs, eager)
+    found = report.collect(runs, eager, report.EMULATED if emulated else report.TRACED)
     console.print(report.summary(found))
     for line in (*report.targets(found), *report.failures(runs)):
         console.print(line, markup=False, highlight=False)

@@ -16,6 +16,9 @@ from cast_kernels.evidence.model import CEILINGS, LABEL, UNCERTAINTY, Prediction
 
 #: Phase -> how B-CAST is called. Training keeps for backward what its default recompute level keeps.
 PHASES = ("inference", "forward", "backward")
+#: Where counters come from.
+TRACED = "traced: PTX's control flow was followed, every lane taken as active"
+EMULATED = "traced, and corrected by what a sample of programs executed in emulation"
 #: Goals on H100, microseconds of the lower bound by batch; and backward's to forward's.
 FORWARD_GOALS = {6: 130.0, 32: 550.0}
 BACKWARD_GOAL = 2.2
@@ -77,9 +80,10 @@ def kernels(run: Run) -> Table:
     return table
 
 
-def collect(runs: Sequence[Run], eager: Sequence[Eager]) -> dict[str, Any]:
+def collect(runs: Sequence[Run], eager: Sequence[Eager], counters: str) -> dict[str, Any]:
     """Everything, as it is written to JSON: by device, then one entry a batch."""
-    found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "assumptions": _shares(), "devices": {}}
+    found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters}
+    found |= {"assumptions": _shares(), "devices": {}}
     for name in dict.fromkeys(run.device for run in runs):
         batches = []
         for batch in dict.fromkeys(run.batch for run in runs if run.device == name):

@@ -13,18 +13,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from cast_kernels.evidence.driver import Launch
 from cast_kernels.evidence.model import SECTOR, Counters
 from cast_kernels.evidence.scalar import Value, can_follow, evaluate
 
-#: CTAs that are traced of one launch: those at the ends and evenly between.
+#: CTAs that are traced of one launch.
 SAMPLES = 24
 #: Blocks that a CTA may pass before it is taken to hang.
 _PATIENCE = 1_000_000
 _WARP = 32
 _WAVEFRONT = 128  # bytes
+_REGISTER = re.compile(r"%\w+(?:\.[xyz])?")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ class Instruction:
     operands: tuple[str, ...]
     guard: str  # register, or ""
     negated: bool
+
+    @cached_property
+    def destinations(self) -> tuple[str, ...]:
+        """Registers that are written."""
+        if not self.operands or self.opcode[0] in ("st", "bar", "cp", "red", "stmatrix", "bra"):
+            return ()
+        return tuple(_REGISTER.findall(self.operands[0]))
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """Registers that are read."""
+        found = tuple(name for operand in self.operands[1:] for name in _REGISTER.findall(operand))
+        return (*found, self.guard) if self.guard else found
 
 
 @dataclass
@@ -55,8 +69,7 @@ def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
     program = _program(launch.asm["ptx"], launch.kernel)
     x, y, z = launch.grid
     ctas = x * y * z
-    taken = min(samples, ctas)
-    chosen = [round(i * (ctas - 1) / max(1, taken - 1)) for i in range(taken)]
+    chosen = sample(ctas, samples)
     parameters = {f"{launch.kernel}_param_{i}": _number(a.value) for i, a in enumerate(launch.arguments)}
     passed: Counter[int] = Counter()
     for number in chosen:
@@ -77,6 +90,12 @@ def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
     return Counters(dict(flops), *sums).times(warps * scale)
 
 
+def sample(ctas: int, samples: int) -> list[int]:
+    """Numbers of CTAs evenly over the grid, all if there are no more."""
+    taken = min(samples, ctas)
+    return [(2 * i + 1) * ctas // (2 * taken) for i in range(taken)]
+
+
 def length(launch: Launch) -> int:
     """Instructions in the launch's PTX, each once."""
     return sum(len(block.code) for block in _program(launch.asm["ptx"], launch.kernel).blocks)
@@ -90,7 +109,6 @@ def _number(value: object) -> Value:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 _LABEL = re.compile(r"(\$[\w$]+):")
-_REGISTER = re.compile(r"%\w+(?:\.[xyz])?")
 
 
 @lru_cache(maxsize=256)
@@ -151,7 +169,7 @@ def count(code: Sequence[Instruction]) -> Counters:
         elif opcode[:2] in (("ld", "global"), ("st", "global")):
             sectors = _WARP * _lane_bytes(opcode) / SECTOR
             loads, stores = (loads + sectors, stores) if opcode[0] == "ld" else (loads, stores + sectors)
-        elif opcode[:2] in (("ld", "shared"), ("st", "shared")):
+        elif opcode[0] in ("ld", "st") and opcode[1].startswith("shared"):
             wavefronts += max(1.0, _WARP * _lane_bytes(opcode) / _WAVEFRONT)
         elif opcode[0] in ("ldmatrix", "stmatrix"):
             wavefronts += next(int(part[1:]) for part in opcode if re.fullmatch(r"x[124]", part))
@@ -194,15 +212,19 @@ class Program:
         self.labels = {block.label: position for position, block in enumerate(blocks) if block.label}
         code = [instruction for block in blocks for instruction in block.code]
         unknown = _from_data(code)
-        waiting = [i.guard for i in code if i.opcode[0] in _LEAVING and i.guard]
+        sources: dict[str, set[str]] = defaultdict(set)  # of every register
+        for instruction in code:
+            for name in instruction.destinations:
+                sources[name].update(instruction.sources)
+        waiting = {i.guard for i in code if i.opcode[0] in _LEAVING and i.guard} - unknown
         needed: set[str] = set()
         while waiting:
             name = waiting.pop()
-            if name not in needed | unknown:
-                needed.add(name)
-                waiting += [source for i in code if name in _destinations(i) for source in _sources(i)]
+            needed.add(name)
+            waiting |= sources[name] - needed - unknown
         self.slices = [
-            [i for i in block.code if i.opcode[0] in _LEAVING or needed & set(_destinations(i))] for block in blocks
+            [i for i in block.code if i.opcode[0] in _LEAVING or not needed.isdisjoint(i.destinations)]
+            for block in blocks
         ]
 
     def run(self, parameters: Mapping[str, Value], special: Mapping[str, int]) -> Counter[int]:
@@ -251,24 +273,12 @@ class Program:
 
 def _from_data(code: Sequence[Instruction]) -> set[str]:
     """Registers whose value depends on memory, on the thread, or on what is not followed."""
-    unknown: set[str] = set()
+    unknown: set[str] = set(_THREAD)
     for _ in range(len(code)):
         before = len(unknown)
         for instruction in code:
-            sources = _sources(instruction)
-            if not can_follow(instruction.opcode) or not unknown.isdisjoint(sources) or _THREAD & set(sources):
-                unknown.update(_destinations(instruction))
+            if not can_follow(instruction.opcode) or not unknown.isdisjoint(instruction.sources):
+                unknown.update(instruction.destinations)
         if len(unknown) == before:
             break
     return unknown
-
-
-def _destinations(instruction: Instruction) -> list[str]:
-    if not instruction.operands or instruction.opcode[0] in ("st", "bar", "cp", "red", "stmatrix", "bra"):
-        return []
-    return _REGISTER.findall(instruction.operands[0])
-
-
-def _sources(instruction: Instruction) -> list[str]:
-    names = [name for operand in instruction.operands[1:] for name in _REGISTER.findall(operand)]
-    return names + ([instruction.guard] if instruction.guard else [])

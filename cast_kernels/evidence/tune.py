@@ -24,8 +24,17 @@ from cast_kernels.triton.tiles import Tile, TileSet
 
 #: (dtype, channels of the bottleneck) that are tuned, one entry of the table each.
 PROBLEMS = ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 384))
-#: Parts of a set, in the order in which they are tuned: forward's first, on which backward's time depends.
-PARTS = ("row", "exchange_backward", "project_backward", "weight_gradient", "attention_backward")
+_CONTRACTION = ("rows", "k", "columns", "warps", "stages")
+_ATTENTION = ("queries", "keys", "key_stages")
+#: Parts of a set -> the fields that their kernels read, in the order in which they are tuned: forward's first, on which
+#: backward's time depends.
+PARTS: dict[str, tuple[str, ...]] = {
+    "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange_backward": (*_CONTRACTION, "widen_stages"),
+    "project_backward": (*_CONTRACTION, "widen_stages"),
+    "weight_gradient": _CONTRACTION,
+    "attention_backward": ("warps", *_ATTENTION),
+}
 #: Values that a field may take: powers of two, as Triton needs, from what a tensor core contracts.
 _VALUES: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64, 128, 256), "k": (16, 32, 64, 128), "columns": (32, 64, 128, 256), "warps": (4, 8, 16),
@@ -75,7 +84,7 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
         improved = True
         while improved:
             improved = False
-            for candidate in neighbours(_tile(best, part)):
+            for candidate in neighbours(part, _tile(best, part)):
                 if candidate in seen:
                     continue
                 seen.add(candidate)
@@ -103,32 +112,33 @@ def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
     return replace(tile_set, **changes)
 
 
-def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Tiles that differ by one step of one field."""
-    for name, values in _VALUES.items():
+def neighbours(part: str, tile: Tile) -> Iterator[Tile]:
+    """Tiles of a part that differ by one step of one field that its kernels read."""
+    for name in PARTS[part]:
+        values = _VALUES[name]
         at = values.index(getattr(tile, name))
         for step in (-1, 1):
             if 0 <= at + step < len(values):
-                candidate = replace(tile, **{name: values[at + step]})
-                if candidate.rows % candidate.queries == 0 or name == "queries":
+                changes: dict[str, Any] = {name: values[at + step]}
+                candidate = replace(tile, **changes)
+                if "rows" not in PARTS[part] or "queries" not in PARTS[part] or not candidate.rows % candidate.queries:
                     yield candidate
 
 
-def measured(machine: Machine, dtype: torch.dtype, d: int, arch: str) -> Time:
-    """What times a training step of the paper's size on the machine, if its numbers are right.
+def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Time:
+    """What times a training step on the machine, if its numbers are right.
 
     Args:
         machine: that it runs on.
         dtype: of streams and parameters.
-        d: channels of the bottleneck.
+        case: checked as it is, timed with :data:`_BATCH` clips.
         arch: as the tile table names it.
     """
-    case = Case(batch=1, bottleneck=d, scaled=True)
     exact = run(case, None, dtype, exact=True, device=machine.device)
     eager = run(case, "eager", dtype, device=machine.device)
 
     def time(candidate: TileSet) -> float:
-        with tiles.trying(arch, dtype.itemsize * 8, d, candidate):
+        with tiles.trying(arch, dtype.itemsize * 8, case.bottleneck, candidate):
             try:
                 with poisoned_memory():
                     ours = run(case, "triton", dtype, device=machine.device)
@@ -137,7 +147,7 @@ def measured(machine: Machine, dtype: torch.dtype, d: int, arch: str) -> Time:
             wrong = [error.name for error in compare(ours, eager, exact) if not error.ok]
             if wrong:
                 raise RefusedError(f"wrong: {', '.join(wrong)}")
-            both = steps(Case(batch=_BATCH, bottleneck=d), machine.device, "triton", dtype, streams=dtype)
+            both = steps(replace(case, batch=_BATCH), machine.device, "triton", dtype, streams=dtype)
             return median_ms(machine, both.training, _REPEATS, cold=False)
 
     return time
@@ -167,7 +177,7 @@ def tune(machine: Machine, arch: str, write: Path | None) -> int:
     for dtype, d in PROBLEMS:
         bits, start = dtype.itemsize * 8, tiles.find_set(arch, dtype.itemsize * 8, d)
         try:
-            best, ms, trials = search(start, measured(machine, dtype, d, arch))
+            best, ms, trials = search(start, measured(machine, dtype, Case(batch=1, bottleneck=d), arch))
         except RefusedError as error:
             print(f"{arch}, {bits} bits, d={d}: FAIL, the table's own entry: {error}")
             failed = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cast_kernels.triton.blocks import dot, offset, patch_row
+from cast_kernels.triton.blocks import dot, offset, patch_row, within
 
 
 @triton.jit(do_not_specialize=["patch_rows", "frames", "patches", "window", "query_tiles"])
@@ -52,8 +52,7 @@ def _queries(
     start = tile * BM
     i = start + tl.arange(0, BM)
     mask = i < patch_rows
-    low = i // window * window  # a window's bounds, once a row: dividing every opposite row would cost more
-    high = tl.minimum(low + window, patch_rows)
+    low = i // window * window  # once a row: dividing every opposite row would cost more than the products
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine = offset(row, D)[:, None] + lane[None, :]
@@ -71,8 +70,7 @@ def _queries(
         k = tl.load(kv + at, mask=inside[:, None], other=0.0)
         v = tl.load(kv + at + D, mask=inside[:, None], other=0.0)
         s = dot(queries, tl.trans(k), tl.zeros((BM, BLOCK), tl.float32))
-        together = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        p = tl.where(together, tl.exp2(s * factor - level[:, None]), 0.0)
+        p = tl.where(within(key, low, window), tl.exp2(s * factor - level[:, None]), 0.0)
         dp = dot(d_out, tl.trans(v), tl.zeros((BM, BLOCK), tl.float32))
         ds = p * (dp - delta[:, None])
         acc = dot(ds.to(k.dtype), k, acc)
@@ -90,8 +88,7 @@ def _keys(
     start = tile * BM
     i = start + tl.arange(0, BM)
     mask = i < patch_rows
-    low = i // window * window  # a window's bounds, once a row: dividing every opposite row would cost more
-    high = tl.minimum(low + window, patch_rows)
+    low = i // window * window  # once a row: dividing every opposite row would cost more than the products
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine = offset(row, 2 * D)[:, None] + lane[None, :]
@@ -112,8 +109,7 @@ def _keys(
         delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
         level = tl.load(lse + offset(asking_row, HEADS) + head, mask=inside, other=0.0)
         s = dot(k, tl.trans(queries), tl.zeros((BM, BLOCK), tl.float32))
-        together = (asking[None, :] >= low[:, None]) & (asking[None, :] < high[:, None])
-        p = tl.where(together, tl.exp2(s * factor - level[None, :]), 0.0)
+        p = tl.where(within(asking, low, window), tl.exp2(s * factor - level[None, :]), 0.0)
         dv = dot(p.to(d_out.dtype), d_out, dv)
         dp = dot(v, tl.trans(d_out), tl.zeros((BM, BLOCK), tl.float32))
         ds = p * (dp - delta[None, :])

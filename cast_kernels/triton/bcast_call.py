@@ -55,10 +55,9 @@ class Call:
         self.original = Parameters.from_flat(_alike(parameters.flat()))
         self.weights = _computed(self.original, problem.compute)
         self.ways = _ways(problem, self.weights)
-        positions = {table is not None for way in self.ways.values() for table in way.direction[:2]}
-        if len(positions) > 1:
-            raise ValueError("some position tables are missing; give all of q_pos and kv_pos, or none")
-        self.positions = True in positions
+        self.positions = any(table is not None for way in self.ways.values() for table in way.direction[:2])
+        if self.positions:
+            self.ways = {name: _with_tables(way) for name, way in self.ways.items()}
         self.frames = problem.batch * problem.frames  # of all clips
         self.patch_rows = self.frames * problem.patches
         self.rows = {"spatial": self.frames * (problem.patches + 1), "temporal": self.patch_rows}
@@ -178,7 +177,9 @@ class Call:
         layers += self._project_backward(parts, grad_out, grads[:2], by_name, any(wanted[:2]))
         if self.positions:
             self._position_gradients(parts, by_name)
-        if any(wanted[2:]):
+        asked_for = {id(grad) for grad, want in zip(grads[2:], wanted[2:], strict=True) if want}
+        layers = [layer for layer in layers if id(layer.weight) in asked_for]
+        if layers:
             weight_gradient.launch(layers, self._tile("weight_gradient"))
         for stream, receives in (("spatial", "t2s"), ("temporal", "s2t")):
             unused = getattr(by_name, stream)[4:] if receives not in self.ways else ()
@@ -285,7 +286,8 @@ class Call:
         for way in self.ways.values():
             own: Direction = getattr(grads, way.name)
             for role, table in (("q", own.q_pos), ("kv", own.kv_pos)):
-                assert table is not None  # `positions` says that all are there
+                if table is None:  # zeros stood in for it
+                    continue
                 gradient = parts[f"{way.name}_{role}_dinput"]
                 sums.sum_positions(gradient, table, problem.batch, problem.frames, problem.patches, way.by)
 
@@ -300,6 +302,15 @@ def _ways(problem: Problem, parameters: Parameters) -> dict[str, Way]:
             length = WINDOWS[window](problem.frames, problem.patches)
             ways[name] = Way(name, asking, answering, direction, window, by[window], length)
     return ways
+
+
+def _with_tables(way: Way) -> Way:
+    """The direction with zeros for a table that is missing beside others: kernels add all of them or none."""
+    q_pos, kv_pos = (
+        way.direction.q_bias.new_zeros(way.length, way.direction.q_bias.numel()) if table is None else table
+        for table in way.direction[:2]
+    )
+    return way._replace(direction=way.direction._replace(q_pos=q_pos, kv_pos=kv_pos))
 
 
 def _alike(tensors: Sequence[AnyTensor]) -> list[AnyTensor]:

@@ -20,6 +20,7 @@ from cast_kernels.triton.blocks import (
     patch_row,
     store_chunk,
     widen,
+    within,
     zeros,
 )
 
@@ -100,9 +101,8 @@ def _attend(
     i = start + tl.arange(0, BQ)
     mask = i < patch_rows
     row = patch_row(i, frames, patches, BY_PATCH)
-    # A window's bounds, once a row: to divide every key by its length would cost more than the softmax.
+    # Where a row's window begins, once a row: to divide every key by its length would cost more than the softmax.
     low = i // window * window
-    high = tl.minimum(low + window, patch_rows)
     first, last = start // window * window, tl.minimum(start + BQ, patch_rows) - 1
     end = tl.minimum(last // window * window + window, patch_rows)
     factor = softmax_scale * 1.4426950408889634  # log2(e): exp2 is the hardware's
@@ -114,7 +114,7 @@ def _attend(
             k = tl.load(kv + at, mask=mask[:, None], other=0.0)
             v = tl.load(kv + at + D, mask=mask[:, None], other=0.0)
             s = dot(queries, tl.trans(k), tl.zeros((BQ, BQ), tl.float32))
-            s = tl.where((i[None, :] >= low[:, None]) & (i[None, :] < high[:, None]), s, -1e30)
+            s = tl.where(within(i, low, window), s, -1e30)
             top = tl.max(s, 1) * factor
             p = tl.exp2(s * factor - top[:, None])  # one fused multiply-add an element
             total = tl.sum(p, 1)
@@ -129,7 +129,7 @@ def _attend(
                 k = tl.load(kv + at, mask=(key < end)[:, None], other=0.0)
                 v = tl.load(kv + at + D, mask=(key < end)[:, None], other=0.0)
                 s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32))
-                s = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), s, -1e30)
+                s = tl.where(within(key, low, window), s, -1e30)
                 higher = tl.maximum(top, tl.max(s, 1) * factor)
                 # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes.
                 p = tl.exp2(s * factor - higher[:, None])

@@ -84,41 +84,44 @@ def project(
     out_row = frame * patches + patch
     kept = mask & (patch >= 0)
     q_at, kv_at = time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch
-    _attention_input(
-        cls, frame, mask & (patch < 0), T2S,
-        q_out, q_columns, D, z_out, row, mask, mean, rstd, norm, norm_bias, q_pos, q_at, kept, out_row, q_weight,
-        q_bias,
-        D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
+    a = _with_positions(
+        z_out, row, mask, cls, frame, mask & (patch < 0), T2S, mean, rstd, norm, norm_bias, q_pos, q_at,
+        kept & (q_columns > 0), D, POSITIONS, COMPUTE, CHUNK, CHUNKS,
     )  # fmt: skip
-    _attention_input(
-        cls, frame, mask, False,
-        kv_out, kv_columns, 2 * D, z_out, row, mask, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept, out_row,
-        kv_weight, kv_bias, D, POSITIONS, COMPUTE, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES,
+    _multiply(a, q_out, q_columns, D, kept, out_row, q_weight, q_bias, D, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES)
+    a = _with_positions(
+        z_out, row, mask, cls, frame, mask, False, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept & (kv_columns > 0),
+        D, POSITIONS, COMPUTE, CHUNK, CHUNKS,
     )  # fmt: skip
+    _multiply(a, kv_out, kv_columns, 2 * D, kept, out_row, kv_weight, kv_bias, D, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES)
 
 
 @triton.jit
-def _attention_input(
-    cls, frame, is_cls, STORE_CLS: tl.constexpr, out, columns, WIDTH: tl.constexpr, z_in, z_row, z_mask, mean, rstd,
-    norm, norm_bias, positions, position, mask, row, weight, bias,
-    D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+def _with_positions(
+    z, row, z_mask, cls, frame, is_cls, STORE_CLS: tl.constexpr, mean, rstd, norm, norm_bias, positions, position, mask,
+    D: tl.constexpr, POSITIONS: tl.constexpr, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = (n + positions[position]) @ weight^T + bias, the first `columns` of WIDTH (none or all).
-
-    With STORE_CLS, cls[frame] = n for the rows that are CLS.
-    """
+    """n + positions[position] in the compute dtype; with STORE_CLS, cls[frame] = n for the rows that are CLS."""
     a = ()
     for c in tl.static_range(CHUNKS):
-        n = normalised(load_chunk(z_in, z_row, z_mask, c, D, CHUNK), mean, rstd, norm, norm_bias, c, D, CHUNK)
+        n = normalised(load_chunk(z, row, z_mask, c, D, CHUNK), mean, rstd, norm, norm_bias, c, D, CHUNK)
         if STORE_CLS:
             store_chunk(cls, frame, is_cls, n, c, D, CHUNK)
         if POSITIONS:
-            n += load_chunk(positions, position, mask & (columns > 0), c, D, CHUNK).to(tl.float32)
+            n += load_chunk(positions, position, mask, c, D, CHUNK).to(tl.float32)
         a += (n.to(COMPUTE),)
+    return a
+
+
+@triton.jit
+def _multiply(
+    a, out, columns, WIDTH: tl.constexpr, mask, row, weight, bias, D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[row] = a @ weight^T + bias, the first `columns` of WIDTH (none or all)."""
     for j in tl.range(0, columns, BN, num_stages=STAGES):
         value = widen(a, weight, j, WIDTH, D, False, BM, BN, CHUNK, CHUNKS)
         at = j + tl.arange(0, BN)
         value += tl.load(bias + at, mask=at < WIDTH, other=0.0).to(tl.float32)[None, :]
         inside = mask[:, None] & (at < WIDTH)[None, :]
-        tl.store(out + offset(row, WIDTH)[:, None] + at[None, :], value.to(COMPUTE), mask=inside)
+        tl.store(out + offset(row, WIDTH)[:, None] + at[None, :], value.to(out.dtype.element_ty), mask=inside)

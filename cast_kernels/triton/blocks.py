@@ -194,6 +194,15 @@ def patch_row(i, frames, patches, BY_PATCH: tl.constexpr):
 
 
 @triton.jit
+def within(key, low, window):
+    """Whether each key lies in the window that begins at each row's `low`, [rows, keys]: one unsigned comparison.
+
+    Whole windows fill the rows, so no window reaches past the last one.
+    """
+    return (key[None, :] - low[:, None]).to(tl.uint32) < window.to(tl.uint32)
+
+
+@triton.jit
 def column_sums(partial, tile, start, width, at, value, mask, D: tl.constexpr):
     """Sums over the program's rows of value [rows, columns], into row `tile` of partial [tiles, width] at start + at.
 

@@ -89,6 +89,23 @@ def test_rows_and_tiles(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
+def test_one_table_is_missing() -> None:
+    """The op takes any of the four tables alone; kernels add all or none, so zeros stand in for the others."""
+    module, exact = TOY.module(FP32, "triton"), TOY.module(torch.float64, "eager")
+    found = []
+    for made, dtype in ((module, FP32), (exact, torch.float64)):
+        parameters = made.gathered()
+        assert parameters.t2s is not None
+        parameters = parameters._replace(t2s=parameters.t2s._replace(kv_pos=None))
+        outputs = cast_kernels.bcast(*TOY.inputs(dtype), parameters, num_heads=TOY.heads, backend=made.backend)
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        grads = {name: p.grad for name, p in made.named_parameters()}
+        assert grads["t2s_cross.vmae_time_pos"] is None
+        found.append([*outputs, *(g for g in grads.values() if g is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_windows_of_one_token() -> None:
     """Queries and keys have no gradient then, and rounding leaves less than a few units in the last place of one."""
     case = replace(SMALLEST, frames=1, patches=1)

@@ -1,0 +1,67 @@
+"""What the trace cannot see, from the emulator: masked lanes, copies of nothing, bank conflicts.
+
+A few CTAs of each compiled kernel are executed once, at the smallest problem of a prediction. Each counter's ratio to
+the trace of the same CTAs then corrects the trace of every launch of that kernel, whatever its size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from cast_kernels.evidence import trace
+from cast_kernels.evidence.driver import Launch
+from cast_kernels.evidence.emulator import load_emulator, place
+from cast_kernels.evidence.model import Counters
+
+#: CTAs of each kernel that are executed.
+SAMPLES = 4
+
+
+class Corrections:
+    """Ratios of executed to traced counters, by compiled kernel.
+
+    Raises:
+        ModuleNotFoundError: there is no emulator beside the package.
+    """
+
+    def __init__(self) -> None:
+        self._emulator = load_emulator()
+        self._ratios: dict[str, dict[str, float]] = {}
+
+    def apply(self, launch: Launch, traced: Counters) -> Counters:
+        """The trace's counters as an execution would give them."""
+        if launch.identity not in self._ratios:
+            self._ratios[launch.identity] = self._measure(launch)
+        ratios = self._ratios[launch.identity]
+        return Counters(traced.tensor_flops, **{name: getattr(traced, name) * ratio for name, ratio in ratios.items()})
+
+    def _measure(self, launch: Launch) -> dict[str, float]:
+        ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
+        chosen = trace.sample(ctas, SAMPLES)
+        memory = self._emulator.Memory()
+        arguments = place(memory, launch.arguments)
+        report = self._emulator.launch(
+            self._emulator.parse(launch.asm["ptx"]).kernels[launch.kernel], grid=launch.grid, threads=launch.threads,
+            arguments=arguments, memory=memory, shared_bytes=launch.metadata.shared, target=launch.target.name,
+            checks=False, ctas=chosen,
+        )  # fmt: skip
+        executed = executed_counters(report.counters)
+        traced = trace.trace(launch, SAMPLES).times(len(chosen) / ctas)
+        if abs(executed.flops - traced.flops) > 1e-6 * traced.flops:
+            raise RuntimeError(f"{launch.kernel}: {executed.flops:.0f} FLOP executed, {traced.flops:.0f} traced")
+        names = [item.name for item in fields(Counters) if item.name != "tensor_flops"]
+        return {
+            name: getattr(executed, name) / getattr(traced, name) if getattr(traced, name) else 1.0 for name in names
+        }
+
+
+def executed_counters(counted: Any) -> Counters:
+    """The emulator's counters in the model's terms."""
+    return Counters(
+        {"all": counted.tensor_flops},
+        shared_wavefronts=counted.shared_load_wavefronts + counted.shared_store_wavefronts,
+        load_sectors=counted.global_load_sectors,
+        store_sectors=counted.global_store_sectors,
+        warp_instructions=counted.warp_instructions,
+    )

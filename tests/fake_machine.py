@@ -1,0 +1,49 @@
+"""A machine for tests: tensors on the CPU, times from a script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from cast_kernels.evidence.machine import Step
+
+
+class FakeMachine:
+    """Runs steps on the CPU. Times come from `clock`, called at each measurement; a log says what was asked."""
+
+    def __init__(self, clock: Callable[[], float] | None = None, can_capture: bool = True) -> None:
+        self.device = torch.device("cpu")
+        self.log: list[str] = []
+        self.can_capture = can_capture
+        self.findings: dict[str, tuple[bool, str]] = {}
+        self._count: Iterator[float] = iter(float(i) for i in range(1, 1 << 20))
+        self._clock = clock or (lambda: next(self._count))
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "NVIDIA H100 80GB HBM3"}
+
+    def elapsed_ms(self, step: Step) -> float:
+        self.log.append("time")
+        step()
+        return self._clock()
+
+    def synchronise(self) -> None:
+        self.log.append("wait")
+
+    def flush_cache(self) -> None:
+        self.log.append("flush")
+
+    def peak_bytes(self, step: Step) -> int:
+        step()
+        return 3_000_000
+
+    def capture(self, step: Step) -> Step:
+        if not self.can_capture:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return lambda: self.log.append("replay")
+
+    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+        compile(code, tool, "exec")
+        return self.findings.get(tool)

@@ -1,0 +1,171 @@
+"""The report of `cast-kernels gpu-check`, on a machine whose times are known, from kernels that run in emulation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_machine import FakeMachine
+
+from cast_kernels.cli import main
+from cast_kernels.evidence import gpu_check, gpu_report
+from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence.driver import Recorder, offline_driver
+from cast_kernels.evidence.emulator import Emulator
+from cast_kernels.evidence.gpu_check import Plan
+from cast_kernels.evidence.targets import target
+from cast_kernels.evidence.variants import VARIANTS, AttentionBy
+
+SMALL = Case(2, 2, 5, 32, 32, 2)
+PLAN = Plan((SMALL,), ("bf16",), (1, 2), repeats=5, timed=SMALL, copy_bytes=1 << 10, gemm=16)
+SOME = {name: VARIANTS[name] for name in ("triton", "eager bf16", "eager AMP", "flash-attn")}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests are about a machine without a GPU")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+def predictions(folder: Path) -> Path:
+    batch = {"batch": 1, "us": {"inference": 1000.0, "forward": 2000.0, "backward": 5000.0}}
+    (folder / "h100.json").write_text(json.dumps({"devices": {"H100": {"batches": [batch]}}}))
+    (folder / "h200.json").write_text(json.dumps({"devices": {"H200": {"batches": []}}}))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["gpu-check", "tune"])
+def test_without_a_gpu_it_says_so_and_exits_with_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no CUDA device can be used" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_median_is_over_the_repeats_after_a_warm_up(cold: bool) -> None:
+    times = iter([9.0, 1.0, 2.0, 50.0, 3.0])
+    machine, calls = FakeMachine(lambda: next(times)), []
+    assert gpu_check.median_ms(machine, lambda: calls.append(1), 5, cold) == 3.0
+    assert len(calls) == 3 + 5
+    assert machine.log == ["wait", *(["flush", "time"] if cold else ["time"]) * 5]
+
+
+def test_ceilings_count_bytes_twice_and_flops_as_two() -> None:
+    found = gpu_check.ceilings(FakeMachine(lambda: 0.5), PLAN)
+    assert found == {"copy_bytes_per_s": 2 * 1024 / 0.5e-3, "gemm_flops_per_s": 2 * 16**3 / 0.5e-3}
+
+
+def test_every_variant_is_timed_or_says_why_not() -> None:
+    found = gpu_check.times(FakeMachine(), PLAN, SOME)
+    by_name = {name: [t for t in found if t["variant"] == name and t["batch"] == 2] for name in SOME}
+    assert [t["phase"] for t in by_name["eager bf16"]] == ["inference", "training"]
+    assert "the streams are on cpu" in by_name["triton"][0]["why_not"]
+    assert "pip install flash-attn" in by_name["flash-attn"][0]["why_not"]
+    one = by_name["eager AMP"][0]
+    assert one["warm_ms"] < one["cold_ms"] < one["graph_warm_ms"] < one["graph_cold_ms"]  # the fake's times only rise
+    assert one["peak_bytes"] == 3_000_000
+    assert not any(t.get("failed") for t in found)
+
+
+def test_what_cannot_be_captured_has_no_graph_times() -> None:
+    found = gpu_check.times(FakeMachine(can_capture=False), PLAN, {"eager bf16": VARIANTS["eager bf16"]})
+    assert found[0]["no_graph"] == "operation not permitted when stream is capturing"
+    assert "graph_warm_ms" not in found[0]
+
+
+def test_a_variant_that_breaks_is_reported_and_fails_the_check() -> None:
+    def broken(case: Case, device: torch.device) -> Any:
+        raise KeyError("inside another library")
+
+    plan = replace(PLAN, batches=(1,))
+    found = gpu_check.times(FakeMachine(), plan, {"broken": broken, "eager bf16": VARIANTS["eager bf16"]})
+    assert (found[0]["failed"], found[0]["why_not"]) == (True, "KeyError: 'inside another library'")
+    assert "warm_ms" in found[1]
+    right = [{"backend": "triton", "ok": True, "same_bits_twice": True}]
+    assert not gpu_check.passed({"correctness": right, "sanitizer": [], "times": found})
+    assert gpu_check.passed({"correctness": right, "sanitizer": [], "times": found[1:]})
+
+
+@pytest.mark.parametrize(
+    ("correct", "sanitizer"),
+    [
+        ([], []),
+        ([{"backend": "cpu", "ok": True, "same_bits_twice": True}], []),
+        ([{"backend": "triton", "ok": False, "same_bits_twice": True}], []),
+        ([{"backend": "triton", "ok": True, "same_bits_twice": False}], []),
+        ([{"backend": "triton", "ok": True, "same_bits_twice": True}], [{"ok": False}]),
+    ],
+)
+def test_what_fails_the_check(correct: list[dict[str, Any]], sanitizer: list[dict[str, Any]]) -> None:
+    assert not gpu_check.passed({"correctness": correct, "sanitizer": sanitizer, "times": []})
+
+
+def test_a_whole_report_from_emulated_kernels(tmp_path: Path, cache: Path) -> None:
+    machine = FakeMachine()
+    machine.findings = {"memcheck": (True, "ERROR SUMMARY: 0 errors")}
+    plan = replace(PLAN, batches=(1,), repeats=1)
+    variants = {name: VARIANTS[name] for name in ("triton", "eager bf16")}
+    json_file, report = tmp_path / "found.json", tmp_path / "found.md"
+    with offline_driver(target("sm_80"), Emulator(), cache):
+        code = gpu_check.check(machine, plan, json_file, report, 5, predictions(tmp_path), variants)
+    found = json.loads(json_file.read_text())
+    triton = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
+    assert [entry["ok"] for entry in triton] == [True]
+    assert triton[0]["same_bits_twice"]
+    assert triton[0]["rms"] <= 2 * triton[0]["eager_rms"]
+    assert triton[0]["tensors"] == 2 + 2 + 28
+    assert code == 0
+    assert [p["predicted_ms"] for p in found["predicted"]] == [1.0, 7.0]
+    text = report.read_text()
+    assert text.startswith("# cast_kernels ")
+    for part in ("NVIDIA H100", "memcheck | ok", "| triton | bf16 |", "eager bf16 | training", "ratio"):
+        assert part in text
+
+
+def test_kernels_that_write_nothing_fail(cache: Path) -> None:
+    """Memory is poisoned: what the recorder leaves unwritten is NaN, not what was there before."""
+    with offline_driver(target("sm_80"), Recorder(), cache):
+        found = gpu_check.correctness(FakeMachine(), PLAN, 5)
+    assert [entry["ok"] for entry in found if entry["backend"] == "triton"] == [False]
+
+
+def test_inputs_differ_from_seed_to_seed() -> None:
+    first, second = (gpu_check.correctness(FakeMachine(), PLAN, seed) for seed in (1, 2))
+    assert [entry["backend"] for entry in first] == ["cpu"]
+    assert first[0]["rms"] != second[0]["rms"]
+
+
+@pytest.mark.parametrize(("measured", "inside"), [(1.3, True), (1.5, False), (0.5, False)])
+def test_predicted_beside_measured(measured: float, inside: bool, tmp_path: Path) -> None:
+    known = gpu_report.predictions_for("NVIDIA H100 80GB HBM3", predictions(tmp_path))
+    assert known == {(1, "inference"): 1.0, (1, "training"): 7.0}
+    times = [
+        {"variant": "triton", "batch": 1, "phase": "inference", "warm_ms": 2.0, "graph_warm_ms": measured},
+        {"variant": "eager bf16", "batch": 1, "phase": "inference", "warm_ms": 3.0},
+        {"variant": "triton", "batch": 6, "phase": "inference", "warm_ms": 3.0},
+        {"variant": "triton", "batch": 1, "phase": "", "why_not": "no"},
+    ]
+    (found,) = gpu_report.beside(times, known)
+    assert (found["measured_ms"], found["ratio"], found["inside"]) == (measured, measured, inside)
+    assert gpu_report.predictions_for("NVIDIA GeForce RTX 4090", tmp_path) == {}
+
+
+def test_another_librarys_attention_takes_pytorchs_place() -> None:
+    seen = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(q.shape))
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    q, k, v = (torch.randn(5, 2, 7, 16) for _ in range(3))
+    with AttentionBy(attention):
+        ours = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert seen == [(5, 7, 2, 16)]

@@ -1,0 +1,222 @@
+"""The speed model's arithmetic, eager's model, and the predictions that are committed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cast_kernels.cli import DEVICES as DEVICE_NAMES
+from cast_kernels.cli import main
+from cast_kernels.evidence import eager_model, model, trace
+from cast_kernels.evidence import prediction_report as report
+from cast_kernels.evidence.cases import Case, run
+from cast_kernels.evidence.devices import DEVICES, device
+from cast_kernels.evidence.driver import Argument, Launch, Recorder, offline_driver
+from cast_kernels.evidence.emulator import EmulationFault, Emulator
+from cast_kernels.evidence.model import Counters
+from cast_kernels.evidence.predict import predict
+from cast_kernels.evidence.resources import Resources
+from cast_kernels.evidence.sampling import Corrections
+from cast_kernels.evidence.targets import target
+
+PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions"
+H100 = device("H100")
+SMALL = Case(2, 3, 7, 64, 32, 2)
+PTX = ".entry k(.param .u64 k_param_0, .param .u64 k_param_1)\n{\nld.param.b64 %rd1, [k_param_0];\n}\n"
+
+
+def launched(ctas: int, arch: str = "sm_90") -> Launch:
+    """A launch of a kernel that uses the first of its two tensors, 3000 bytes."""
+    tensors = (Argument("x", "*bf16", torch.zeros(1500, dtype=torch.bfloat16)), Argument("y", "*fp32", torch.zeros(9)))
+    return Launch("k", target(arch), (ctas, 1, 1), tensors, {}, {"ptx": PTX}, SimpleNamespace(hash="k"))
+
+
+def taking(ctas: int) -> Resources:
+    return Resources(128, 0, 0, 0, 50_000, ctas, 0.5, "HGMMA", 1, 0, 0, 100)
+
+
+@pytest.mark.parametrize(
+    ("counters", "bound", "cycles"),
+    [
+        (Counters({"wgmma": 4096.0 * 0.92 * 1000}), "tensor", 1000),
+        (Counters({"mma": 2731.0 * 0.92 * 1000}), "tensor", 1000),
+        (Counters({"wgmma.tf32": 4096.0 * 0.92 * 1000}), "tensor", 2000),
+        (Counters({}, shared_wavefronts=700, load_sectors=1200), "shared", 1000),
+        (Counters({}, warp_instructions=8000), "issue", 1000),
+    ],
+)
+def test_each_ceiling_of_one_cta(counters: Counters, bound: str, cycles: float) -> None:
+    made = model.predict(launched(1), taking(2), counters, 0.5, H100)
+    assert made.bound_by == bound
+    assert made.us == pytest.approx(1e6 * cycles / 1.6e9)
+
+
+@pytest.mark.parametrize(("ctas", "on_the_busiest"), [(1, 1), (132, 1), (133, 2), (264, 2), (265, 3)])
+def test_the_busiest_multiprocessor_decides(ctas: int, on_the_busiest: int) -> None:
+    made = model.predict(launched(ctas), taking(2), Counters({}, warp_instructions=4000.0 * ctas), 1.0, H100)
+    assert made.issue == pytest.approx(on_the_busiest * 1e6 * 1000 / 1.6e9)
+    assert made.waves == pytest.approx(ctas / 264)
+
+
+def test_memory_ceilings_do_not_depend_on_the_grid() -> None:
+    counters = Counters({}, load_sectors=3e6, store_sectors=1e6)
+    for ctas in (1000, 10_000):
+        made = model.predict(launched(ctas), taking(2), counters, 1.0, H100)
+        assert made.l2 == pytest.approx(1e6 * 4e6 * 32 / 5.5e12)
+        assert made.dram_bytes == 3000  # the other tensor is a parameter that the compiler dropped
+        assert made.dram == pytest.approx(1e6 * 3000 / 3.0e12)
+
+
+def test_the_floor_is_a_roofline_at_the_best_instruction() -> None:
+    made = model.predict(launched(132), taking(2), Counters({"mma": 1e9}), 1.0, H100)
+    assert made.floor == pytest.approx(1e6 * 1e9 / H100.peak)
+    assert H100.peak == pytest.approx(796e12, rel=0.01)  # what an 8192^3 GEMM was measured at
+
+
+def test_what_does_not_fit_is_said() -> None:
+    made = model.predict(launched(1), taking(0), Counters(), 1.0, H100)
+    assert "no CTA fits" in made.why_not
+    runs = [report.Run("H100", 6, "forward", (made,))]
+    assert report.failures(runs) == [f"FAIL  H100 k: {made.why_not}"]
+
+
+def test_another_targets_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="compiled for sm_80; H100 is sm_90"):
+        model.predict(launched(1, "sm_80"), taking(1), Counters(), 1.0, H100)
+    with pytest.raises(ValueError, match="'V100'; allowed: A100, H100, H200"):
+        device("V100")
+
+
+def test_every_constant_has_a_source() -> None:
+    assert tuple(DEVICES) == DEVICE_NAMES
+    for goal in DEVICES.values():
+        for constant in (goal.clock, goal.efficiency, goal.l2, goal.dram, *goal.tensor.values()):
+            assert constant.source
+            assert constant.unit
+    assert {name for name, goal in DEVICES.items() if goal.dram.assumed} == {"A100"}
+
+
+@pytest.mark.parametrize("kind", eager_model.KINDS)
+def test_eagers_operations_are_all_there(kind: str) -> None:
+    """FLOPs of the paper's B-CAST with six clips, counted by hand: 47.4e9 forward."""
+    case = Case(batch=6)
+    rows, d, wide = 6 * 8 * 196, case.bottleneck, case.dim
+    cls = 6 * 8
+    products = 2 * (2 * rows + cls) * d * wide * 2 + 2 * rows * d * d * 4 * 2
+    attention = 4 * rows * d * (8 + 196)
+    forward, backward = eager_model.trace(case, kind)
+    assert sum(operation.flops for operation in forward) == products + attention
+    assert sum(operation.flops for operation in backward) == 2 * products + attention // 4 * 10
+    streams = (2 * rows + cls) * wide * 2
+    assert sum(operation.bytes for operation in forward) > 5 * streams
+    assert not any("view" in operation.name or "empty" in operation.name for operation in forward)
+
+
+def test_autocast_costs_kernels() -> None:
+    plain, amp = (eager_model.trace(SMALL, kind)[0] for kind in eager_model.KINDS)
+    assert len(amp) > len(plain)
+    assert eager_model.seconds(plain, H100) == pytest.approx(len(plain) * 2.5e-6)  # small ones cost a launch each
+
+
+class Both(Emulator):
+    """Runs each launch and traces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traced: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def launch(self, launch: Launch) -> None:
+        counted = trace.trace(launch, samples=1 << 30)
+        self.traced[launch.kernel].update(tensor=round(counted.flops), instructions=round(counted.warp_instructions))
+        with suppress(EmulationFault):  # faults are tested elsewhere; the counters are there
+            super().launch(launch)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_trace_counts_what_the_emulator_executes(arch: str, tmp_path: Path) -> None:
+    case = replace(SMALL, backward=arch == "sm_80")  # the other half of the kernels would take as long again
+    with offline_driver(target(arch), Both(), tmp_path) as both:
+        run(case, "triton", torch.bfloat16)
+    assert both.runs.keys() == both.traced.keys()
+    for name, runs in both.runs.items():
+        traced = both.traced[name]
+        assert traced["tensor"] == runs.counters["tensor_flops"]
+        # A branch that the data of a run happen not to take is traced, not executed.
+        assert 1.0 <= traced["instructions"] / runs.counters["warp_instructions"] < 1.05
+
+
+class Corrected(Recorder):
+    """Keeps each kernel's counters before and after correction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corrections, self.seen = Corrections(), []
+
+    def launch(self, launch: Launch) -> None:
+        traced = trace.trace(launch)
+        self.seen.append((launch.kernel, traced, self.corrections.apply(launch, traced)))
+
+
+def test_a_sample_in_emulation_corrects_the_trace(tmp_path: Path) -> None:
+    with offline_driver(target("sm_80"), Corrected(), tmp_path) as kept:
+        run(replace(SMALL, backward=False), "triton", torch.bfloat16)
+    assert [name for name, _, _ in kept.seen] == ["project", "exchange", "exchange"]
+    for _, traced, corrected in kept.seen:
+        assert corrected.tensor_flops == traced.tensor_flops
+        assert corrected.load_sectors < traced.load_sectors  # 42 rows do not fill the tiles: lanes are masked
+        assert corrected.warp_instructions == pytest.approx(traced.warp_instructions, rel=0.05)
+
+
+def test_phases_and_totals(tmp_path: Path) -> None:
+    runs = predict("A100", [SMALL], tmp_path)
+    assert [run.phase for run in runs] == list(report.PHASES)
+    assert [p.kernel for p in runs[0].launches] == ["project", "exchange", "exchange"]
+    assert {"weight_gradient", "project_backward"} < {p.kernel for p in runs[2].launches}
+    for one in runs:
+        assert one.us == pytest.approx(sum(p.us for p in one.launches))
+        assert one.us >= one.floor > 0
+
+
+def test_goals_are_held_against_predictions() -> None:
+    found = {
+        "devices": {
+            "H100": {"batches": [{"batch": 6, "us": {"inference": 120.0, "forward": 131.0, "backward": 250.0}}]}
+        }
+    }
+    assert report.targets(found) == [
+        "met     H100, B=6, inference: 120 us, goal 130 us",
+        "missed  H100, B=6, forward: 131 us, goal 130 us",
+        "met     H100, B=6, backward / forward: 1.91, goal 2.2",
+    ]
+
+
+def test_committed_predictions_are_labelled_and_their_table_is_theirs() -> None:
+    assert {path.stem for path in PREDICTIONS.glob("*.json")} == {"a100", "h100", "h200"}
+    for path in PREDICTIONS.glob("*.json"):
+        found = json.loads(path.read_text())
+        assert found["label"] == "predicted, unvalidated: no kernel of ours has been timed"
+        assert found["uncertainty"] == 0.40
+        (entry,) = found["devices"].values()
+        assert [one["batch"] for one in entry["batches"]] == [1, 6, 32]
+        for one in entry["batches"]:
+            for phase in report.PHASES:
+                assert one["us"][phase] == pytest.approx(sum(p["us"] for p in one["launches"][phase]))
+                assert one["us"][phase] >= one["floor_us"][phase]
+    text = (PREDICTIONS / "README.md").read_text()
+    assert text == report.markdown(PREDICTIONS)
+    assert "no kernel of ours has been timed" in text
+
+
+@pytest.mark.parametrize("arguments", [["--device", "V100"], ["--batch", "0"], ["--batch", "some"]])
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", *arguments])
+    assert caught.value.code == 2
+    assert arguments[1] in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""The search for tiles: what it tries, takes and refuses, and that what it writes can be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_machine import FakeMachine
+
+from cast_kernels.evidence import tune
+from cast_kernels.evidence.driver import Recorder, offline_driver
+from cast_kernels.evidence.targets import target
+from cast_kernels.evidence.tune import RefusedError, as_python, measured, neighbours, search
+from cast_kernels.triton import tiles
+from cast_kernels.triton.tiles import Tile, TileSet
+
+START = TileSet(
+    "somewhere",
+    row=Tile(rows=32, k=32, columns=64, warps=4, stages=2, queries=32, keys=32),
+    weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=2),
+    attention_backward=Tile(rows=32, k=32, columns=64, warps=4, stages=2),
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+def steps_from(tile: Tile, goal: Tile) -> int:
+    """Fields that are not as in the goal, each as often as it must be doubled or stepped."""
+    return sum(getattr(tile, name) != getattr(goal, name) for name in ("rows", "k", "warps", "stages"))
+
+
+def test_the_search_finds_the_fastest_set() -> None:
+    goal = replace(START.row, rows=128, k=64, warps=8, stages=4)
+
+    def time(candidate: TileSet) -> float:
+        row, wide = candidate.row, candidate.weight_gradient
+        distance = abs(row.rows - 128) / 32 + abs(row.k - 64) / 32 + abs(row.warps - 8) / 4 + abs(row.stages - 4)
+        return 10 + distance + abs(wide.columns - 128) / 64
+
+    best, ms, trials = search(START, time)
+    assert steps_from(best.row, goal) == 0
+    assert best.weight_gradient.columns == 128
+    assert best.attention_backward == START.attention_backward
+    assert ms == 10
+    assert len(trials) == len({(trial.part, trial.tile) for trial in trials})
+
+
+def test_what_is_refused_is_never_taken() -> None:
+    def time(candidate: TileSet) -> float:
+        if candidate.row.warps == 8:
+            raise RefusedError("wrong: spatial")
+        return 10 / candidate.row.warps
+
+    best, _, trials = search(START, time)
+    assert best == START
+    assert {trial.reason for trial in trials if trial.ms is None} == {"wrong: spatial"}
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    best, _, _ = search(START, lambda candidate: 10.0 if candidate == START else 9.95)
+    assert best == START
+
+
+def test_a_table_that_cannot_be_used_is_an_error() -> None:
+    def time(candidate: TileSet) -> float:
+        raise RefusedError("wrong: temporal")
+
+    with pytest.raises(RefusedError, match="temporal"):
+        search(START, time)
+
+
+def test_kernels_without_a_tile_of_their_own_begin_with_the_rows() -> None:
+    best, _, _ = search(START, lambda candidate: 5.0 if candidate.project_backward else 10.0)
+    assert best.project_backward in set(neighbours("project_backward", START.row))
+    assert best.exchange_backward is None
+
+
+@pytest.mark.parametrize("part", tune.PARTS)
+def test_neighbours_differ_in_one_field_that_the_kernels_read(part: str) -> None:
+    found = list(neighbours(part, START.row))
+    for tile in found:
+        changed = [name for name in tune._VALUES if getattr(tile, name) != getattr(START.row, name)]
+        assert len(changed) == 1
+        assert changed[0] in tune.PARTS[part]
+    assert len(found) == len(set(found))
+    assert {tile.queries for tile in found} == ({32} if part not in ("row", "attention_backward") else
+                                                {16, 32} if part == "row" else {16, 32, 64})  # fmt: skip
+
+
+def test_a_program_holds_whole_tiles_of_queries() -> None:
+    assert {tile.rows for tile in neighbours("row", START.row)} == {32, 64}  # 16 rows would be half of 32 queries
+
+
+def test_an_entry_reads_back() -> None:
+    text = as_python("sm_90", 16, 384, START)
+    assert eval(f"{{{text}}}", {"TileSet": TileSet, "Tile": Tile}) == {("sm_90", 16, False): START}
+    assert as_python("sm_90", 32, 768, START).startswith('    ("sm_90", 32, True)')
+
+
+def test_tiles_are_tried_and_put_back() -> None:
+    before = {key: tiles.find_set(*key) for key in (("sm_90", 16, 384), ("sm_89", 16, 384), ("sm_90", 16, 768))}
+    for arch in ("sm_90", "sm_89"):  # the second takes another architecture's entries
+        with tiles.trying(arch, 16, 384, START):
+            assert tiles.find_set(arch, 16, 384) is START
+            assert tiles.find_set(arch, 16, 768) is not START
+    with pytest.raises(ZeroDivisionError), tiles.trying("sm_90", 16, 384, START):
+        raise ZeroDivisionError
+    assert {key: tiles.find_set(*key) for key in before} == before
+
+
+def test_kernels_that_compute_nothing_are_refused(cache: Path) -> None:
+    """The recorder runs nothing, so every output is poison: no time may come of it."""
+    small = tune.Case(1, 2, 3, 32, 16, 1)
+    time = measured(FakeMachine(), torch.bfloat16, small, "sm_80")
+    with offline_driver(target("sm_80"), Recorder(), cache), pytest.raises(RefusedError, match="wrong: spatial"):
+        time(START)
+
+
+def test_tiles_over_the_limit_are_refused(cache: Path) -> None:
+    small = tune.Case(1, 2, 3, 32, 16, 1)
+
+    class Enforcing(Recorder):
+        enforces_limits = True
+
+    time = measured(FakeMachine(), torch.bfloat16, small, "sm_80")
+    huge = replace(START, weight_gradient=Tile(rows=256, k=128, columns=256, warps=8, stages=5))
+    with offline_driver(target("sm_80"), Enforcing(), cache), pytest.raises(RefusedError, match="OutOfResources"):
+        time(huge)
