@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import cast_kernels
+from cast_kernels.evidence.cases import compare
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,10 @@ def assert_at_most_twice_eager(ours: dict[str, Tensor], eager: dict[str, Tensor]
     A single wrong element cannot hide: the largest error may be at most four times eager's. Below half a unit in
     the last place of the tensor's own size no arithmetic can be asked for more, so that is the floor.
     """
-    assert ours.keys() == eager.keys() == exact.keys()
-    rows, failed = [], False
-    for name, truth in exact.items():
-        errors = [x[name] - truth for x in (ours, eager)]
-        rms, allowed_rms = (float(e.square().mean().sqrt()) for e in errors)
-        top, allowed_top = (float(e.abs().max()) for e in errors)
-        floor = 2**-24 * float(truth.abs().max())
-        bad = not (rms <= max(2 * allowed_rms, floor) and top <= max(4 * allowed_top, 4 * floor))
-        failed |= bad
-        rows.append(
-            f"{'FAIL' if bad else 'ok  '} {name:<32} rms {rms:.2e} (eager {allowed_rms:.2e})  "
-            f"max {top:.2e} (eager {allowed_top:.2e})  floor {floor:.1e}"
-        )
-    assert not failed, "\n" + "\n".join(rows)
+    errors = compare(ours, eager, exact)
+    rows = [
+        f"{'ok  ' if e.ok else 'FAIL'} {e.name:<32} rms {e.rms:.2e} (eager {e.eager_rms:.2e})  "
+        f"max {e.worst:.2e} (eager {e.eager_worst:.2e})  floor {e.floor:.1e}"
+        for e in errors
+    ]
+    assert all(e.ok for e in errors), "\n" + "\n".join(rows)

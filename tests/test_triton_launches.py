@@ -20,12 +20,13 @@ from bcast_cases import Case
 from fake_gpu import fake_gpu, gpu_autocast, kept_mib, module_and_streams
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.errors import TritonError
 
 import cast_kernels
-from cast_kernels.evidence.driver import Launch, offline_driver
+from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton import bcast as triton_bcast
-from cast_kernels.triton import common
+from cast_kernels.triton import common, tiles
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(batch=1, frames=2, patches=3, dim=32, bottleneck=16, heads=1)
@@ -273,3 +274,21 @@ def test_what_would_wait_is_refused() -> None:
     for wait in (lambda: one.item(), lambda: torch.tensor([1.0]), lambda: bool(one), lambda: one.to("meta")):
         with pytest.raises(AssertionError, match="waits for the GPU"), NoWaiting():
             wait()
+
+
+def test_rows_that_are_no_multiple_of_the_queries_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or no query of such a tile would be asked, and its output would be wrong in silence."""
+    tile = tiles.Tile(rows=16, k=16, columns=32, warps=4, stages=1, queries=32, keys=32)
+    monkeypatch.setattr(tiles, "find", lambda *_: tile)
+    with offline_driver(target("sm_80"), Recorder()), torch.no_grad(), pytest.raises(TritonError, match="multiple"):
+        cast_kernels.BCAST(32, 32, 2, 2, 3, backend="triton")(torch.ones(1, 2, 4, 32), torch.ones(1, 2, 3, 32))
+
+
+@pytest.mark.parametrize(("capability", "ok"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_an_old_gpu_is_refused_in_words(capability: tuple[int, int], ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    problem = cast_kernels.Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.bfloat16, "cuda")
+    verdict = cast_kernels.backends.can_run("triton", problem)
+    assert verdict.ok == ok
+    assert ok or verdict.reason == "the GPU is sm_75; the kernels need sm_80 or newer"

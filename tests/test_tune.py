@@ -88,8 +88,8 @@ def test_neighbours_differ_in_one_field_that_the_kernels_read(part: str) -> None
         assert len(changed) == 1
         assert changed[0] in tune.PARTS[part]
     assert len(found) == len(set(found))
-    assert {tile.queries for tile in found} == ({32} if part not in ("row", "attention_backward") else
-                                                {16, 32} if part == "row" else {16, 32, 64})  # fmt: skip
+    queries = {"row": {16, 32}, "exchange_short": {16, 32}, "attention_backward": {16, 32, 64}}
+    assert {tile.queries for tile in found} == queries.get(part, {32})
 
 
 def test_a_program_holds_whole_tiles_of_queries() -> None:

@@ -30,6 +30,8 @@ _ATTENTION = ("queries", "keys", "key_stages")
 #: backward's time depends.
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "project": (*_CONTRACTION, "widen_stages"),
+    "exchange_short": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "exchange_backward": (*_CONTRACTION, "widen_stages"),
     "project_backward": (*_CONTRACTION, "widen_stages"),
     "weight_gradient": _CONTRACTION,

@@ -52,7 +52,7 @@ def _queries(
     start = tile * BM
     i = start + tl.arange(0, BM)
     mask = i < patch_rows
-    low = i // window * window  # once a row: dividing every opposite row would cost more than the products
+    low = i // window * window  # once a row, or every opposite row would be divided by the length
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine = offset(row, D)[:, None] + lane[None, :]
@@ -88,7 +88,7 @@ def _keys(
     start = tile * BM
     i = start + tl.arange(0, BM)
     mask = i < patch_rows
-    low = i // window * window  # once a row: dividing every opposite row would cost more than the products
+    low = i // window * window  # once a row, or every opposite row would be divided by the length
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine = offset(row, 2 * D)[:, None] + lane[None, :]

