@@ -119,8 +119,8 @@ def train(case: Case = CASE, dtype: torch.dtype = BF16, recompute: str = "cheap"
 
 
 FORWARD = ["project", "exchange", "exchange"]
-BACKWARD = ["project", *["exchange_backward", "reduce_rows", "attention_backward", "reduce_rows"] * 2]
-BACKWARD += ["project_backward", "reduce_rows", "reduce_rows", *["position_sums", "reduce_rows"] * 4, "weight_gradient"]
+BACKWARD = ["project", "exchange_backward", "attention_backward", "attention_backward", "project_backward"]
+BACKWARD += ["position_sums", "position_products", "reduce_rows", "weight_gradient", "sum_parts"]
 
 
 def test_launches_of_a_step(cache: Path) -> None:
@@ -137,7 +137,9 @@ def test_kernels_that_walk_over_all_rows_multiply_them_in_64_bits(cache: Path) -
         "weight_gradient": 2,
         "reduce_rows": 1,
         "position_sums": 2,
-    }  # both operands; the partial sums; rows, sums
+        "position_products": 1,
+        "sum_parts": 1,
+    }  # both operands; the partial sums; rows, sums; the sums; the parts
     for kernel, count in offsets.items():
         products = re.findall(r"arith\.muli .* : (?:tensor<\d+x1x)?(i\d+)>?", journal.ttir[kernel])
         assert products.count("i64") >= count, kernel
@@ -231,7 +233,7 @@ def test_each_gpu_has_kernels_of_its_own(cache: Path) -> None:
                 function.device_caches.pop(first + 1, None)
             driver.device = first
     assert set(loaded) == {first, first + 1}
-    assert loaded[first] == loaded[first + 1] == {*FORWARD, *BACKWARD} - {"position_sums"}
+    assert loaded[first] == loaded[first + 1] == {*FORWARD, *BACKWARD} - {"position_sums", "position_products"}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -266,7 +268,7 @@ def test_nothing_waits_for_the_gpu(recompute: str, autocast: torch.dtype | None,
         wanted = (True,) * (2 + len(parameters.flat()))
         triton_bcast.backward(*shared, saved, tokens, clips[:, None], 1e-6, recompute, y_s, y_t, wanted)
     assert journal.kernels[: len(FORWARD)] == FORWARD
-    assert journal.kernels[-1] == "weight_gradient"
+    assert journal.kernels[-2:] == ["weight_gradient", "sum_parts"]
 
 
 def test_what_would_wait_is_refused() -> None:

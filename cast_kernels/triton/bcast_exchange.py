@@ -130,9 +130,10 @@ def _attend(
                 k = tl.load(kv + at, mask=(key < end)[:, None], other=0.0)
                 v = tl.load(kv + at + D, mask=(key < end)[:, None], other=0.0)
                 s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32))
-                s = tl.where(within(key, low, window), s, -1e30)
+                s = tl.where(within(key, low, window), s, -1.2676506002282294e30)
                 higher = tl.maximum(top, tl.max(s, 1) * factor)
-                # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes.
+                # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes; it is 0 for
+                # a power of two as mask, whose product is exact: a fused multiply-add keeps what rounding takes.
                 p = tl.exp2(s * factor - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, 1)

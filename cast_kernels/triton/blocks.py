@@ -138,6 +138,19 @@ def store_chunk(x, rows, mask, value, c: tl.constexpr, D: tl.constexpr, CHUNK: t
 
 
 @triton.jit
+def pieces(row, BM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PIECE: tl.constexpr):
+    """The row in tiles of PIECE columns, CHUNK or half of it: what is done to less at a time takes fewer registers."""
+    out = ()
+    for c in tl.static_range(CHUNKS):
+        if PIECE == CHUNK:
+            out += (row[c],)
+        else:
+            left, right = tl.split(tl.permute(tl.reshape(row[c], (BM, 2, PIECE)), (0, 2, 1)))
+            out += (left, right)
+    return out
+
+
+@triton.jit
 def load_row(x, rows, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """All chunks of rows of x."""
     row = ()

@@ -25,6 +25,7 @@ class Tile:
     queries: int = 64  # BQ: rows that attend together
     keys: int = 64  # BKEY: keys at a time
     key_stages: int = 1
+    programs: int = 1  # that `weight_gradient` wants: the GPU's multiprocessors, or 1 where rows are not to be split
 
 
 #: Widths of a chunk of the bottleneck. Tensor cores want 16 at least; 128 fills a warpgroup's instruction.
@@ -56,9 +57,10 @@ class TileSet:
     source: str  # where the entries come from
     row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
     weight_gradient: Tile
-    attention_backward: Tile
+    attention_backward: Tile  # reads `queries`, `keys`, `warps` and `key_stages` alone
     project: Tile | None = None
     exchange_short: Tile | None = None  # `exchange` where a tile of queries holds whole windows
+    attention_backward_short: Tile | None = None  # `attention_backward` where windows fit a tile, if unlike others
     exchange_backward: Tile | None = None
     project_backward: Tile | None = None
     adapter_forward: Tile | None = None
@@ -74,13 +76,15 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ("sm_80", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
-        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4, programs=108),
+        # 131 us with 64 rows, 134 with 8 warps and two stages, 49 so (A100, six clips, predicted).
+        attention_backward=Tile(rows=128, k=64, columns=64, warps=4, stages=2, queries=128),
+        attention_backward_short=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_80", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=32, k=32, columns=64, warps=8, stages=3, queries=32),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4, programs=108),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_80", 32, False): TileSet(
@@ -88,49 +92,49 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         # 32 rows spill 845 times inside `project`'s loops: tf32x3 wants the operand's row twice.
         row=Tile(rows=16, k=32, columns=64, warps=8, stages=2, queries=16, keys=32),
         project_backward=Tile(rows=16, k=16, columns=64, warps=8, stages=2),  # steps of 32: 24 spills inside loops
-        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=108),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_80", 32, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=2, queries=16, keys=32),
-        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=108),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_86", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3, programs=84),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_86", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=32, k=16, columns=64, warps=8, stages=3, queries=32),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3, programs=84),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_86", 32, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=1, queries=16, keys=32),
-        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=84),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
         row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
         exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
-        exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
         adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
-        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=64, columns=384, warps=8, stages=3, programs=132),
+        # A quarter of the tiles' score products, and K and V from L2 half as often, as 64 rows: 62 to 32 us.
+        attention_backward=Tile(rows=128, k=64, columns=64, warps=4, stages=2, queries=128, key_stages=2),
+        attention_backward_short=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_90", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4, programs=132),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
         # wgmma takes 64 rows, whose two rows of 768 channels spill 160 times inside loops: mma.sync instead.
         adapter_backward=Tile(rows=32, k=32, columns=64, warps=8, stages=2),
@@ -145,31 +149,31 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
+        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3, programs=148),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("gfx942", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=4, stages=2),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
     ),
     ("gfx942", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=32, k=16, columns=64, warps=4, stages=2, queries=32),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
     ),
     ("gfx942", 32, False): TileSet(
         _COMPILED,
         row=Tile(rows=32, k=16, columns=32, warps=4, stages=2, queries=32, keys=32),
-        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
     ),
     ("gfx942", 32, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=4, stages=1, queries=16, keys=32),
-        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
     ),
 }
@@ -255,4 +259,5 @@ def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
 def find(arch: str, kernel: str, bits: int, d: int) -> Tile:
     """The tile of one kernel."""
     tiles = find_set(arch, bits, d)
-    return getattr(tiles, kernel, None) or tiles.row
+    own: Tile | None = getattr(tiles, kernel, None)
+    return own or (tiles.attention_backward if kernel == "attention_backward_short" else tiles.row)

@@ -21,7 +21,7 @@ from cast_kernels.triton import bcast as triton_bcast
 
 #: 8 patches and 10 tokens a clip; 128 channels: the smallest batch past 2^31 elements.
 CASE = Case(batch=2**31 // (8 * 128) + 3, frames=2, patches=4, dim=128, bottleneck=128, heads=2)
-WALK_OVER_ALL_ROWS = ("weight_gradient", "reduce_rows", "position_sums")
+WALK_OVER_ALL_ROWS = ("weight_gradient", "sum_parts", "reduce_rows", "position_sums", "position_products")
 #: The default tiles have 32 rows or more, so two tiles hold the last clip wherever it begins.
 TILES = 2
 LAST = 2  # clips that are compared
