@@ -26,7 +26,7 @@ import cast_kernels
 from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton import bcast as triton_bcast
-from cast_kernels.triton import common, tiles
+from cast_kernels.triton import common, tiles, weight_gradient
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(batch=1, frames=2, patches=3, dim=32, bottleneck=16, heads=1)
@@ -127,6 +127,20 @@ def test_launches_of_a_step(cache: Path) -> None:
     with offline_driver(target("sm_80"), Journal(), cache) as journal:
         train()
     assert journal.kernels == FORWARD + BACKWARD
+
+
+@pytest.mark.parametrize(
+    ("count", "programs", "parts"),
+    [
+        (84, 1, 1),  # not to be split
+        (132, 132, 1),
+        (48, 132, 2),  # 96 programs of a half: half the time; three parts take two rounds
+        (144, 108, 3),  # 432 programs, four whole rounds of a third
+        (10, 132, 4),  # no more parts than the workspace has
+    ],
+)
+def test_rows_are_split_where_that_fills_the_chip(count: int, programs: int, parts: int) -> None:
+    assert weight_gradient.split(count, programs) == parts
 
 
 def test_kernels_that_walk_over_all_rows_multiply_them_in_64_bits(cache: Path) -> None:

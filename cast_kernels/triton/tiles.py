@@ -66,6 +66,11 @@ class TileSet:
     adapter_forward: Tile | None = None
     adapter_backward: Tile | None = None
 
+    def of(self, kernel: str) -> Tile:
+        """The tile of one kernel: its own, or the one that it shares."""
+        own: Tile | None = getattr(self, kernel, None)
+        return own or (self.attention_backward if kernel == "attention_backward_short" else self.row)
+
 
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
 _BY_MODEL = "compiled and predicted: fewest bytes from L2 among tiles without spills inside a loop"
@@ -258,6 +263,4 @@ def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
 
 def find(arch: str, kernel: str, bits: int, d: int) -> Tile:
     """The tile of one kernel."""
-    tiles = find_set(arch, bits, d)
-    own: Tile | None = getattr(tiles, kernel, None)
-    return own or (tiles.attention_backward if kernel == "attention_backward_short" else tiles.row)
+    return find_set(arch, bits, d).of(kernel)
