@@ -80,10 +80,8 @@ def position_sums(
             row = member * patches + position
         else:  # a whole clip
             row = member * frames * patches + position
-        value = tl.load(
-            x + row.to(tl.int64)[:, None] * width + column[None, :], mask=(member < end)[:, None] & (column < width)[None, :],
-            other=0.0,
-        )  # fmt: skip
+        here = (member < end)[:, None] & (column < width)[None, :]
+        value = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=0.0)
         total += tl.sum(value.to(tl.float32), 0)
     at = (split.to(tl.int64) * length + position) * width + column
     tl.store(partial + at, total, mask=column < width)
