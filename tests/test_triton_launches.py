@@ -118,7 +118,7 @@ def train(case: Case = CASE, dtype: torch.dtype = BF16, recompute: str = "cheap"
     torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
-FORWARD = ["project", "exchange", "exchange"]
+FORWARD = ["project", "exchange"]
 BACKWARD = ["project", *["exchange_backward", "reduce_rows", "attention_backward", "reduce_rows"] * 2]
 BACKWARD += ["project_backward", "reduce_rows", "reduce_rows", *["position_sums", "reduce_rows"] * 4, "weight_gradient"]
 
