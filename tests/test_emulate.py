@@ -20,6 +20,7 @@ from cast_kernels.evidence.emulate import SIZES, Outcome, emulate
 from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.targets import target
 from cast_kernels.evidence.useful import useful_flops
+from cast_kernels.triton import tiles
 
 TARGETS = emulating.TARGETS
 SMALL = SIZES["small"][0]
@@ -59,6 +60,15 @@ def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> 
         "weight_gradient",
     } <= outcome.kernels.keys()
     assert all(runs.counters["warp_instructions"] > 0 for runs in outcome.kernels.values())
+
+
+def test_tiles_for_many_rows_run_from_compiled_code_too(cache: Path) -> None:
+    """The other tests' few rows take sm_90's tiles for few."""
+    known = tiles.find_set("sm_90", 16, SMALL.bottleneck)
+    assert known.few_rows > 0
+    with tiles.trying("sm_90", 16, SMALL.bottleneck, replace(known, few={})):
+        outcome = emulate(target("sm_90"), replace(SMALL, backward=False), "bf16", cache)
+    assert outcome.ok, table(outcome)
 
 
 @pytest.mark.heavy

@@ -75,7 +75,8 @@ class Call:
         self.arch = architecture()
 
     def _tile(self, kernel: str) -> tiles.Tile:
-        return tiles.find(self.arch, kernel, self.problem.compute.itemsize * 8, self.problem.bottleneck_dim)
+        bits, rows = self.problem.compute.itemsize * 8, sum(self.rows.values())
+        return tiles.find(self.arch, kernel, bits, self.problem.bottleneck_dim, rows)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x["spatial"].new_empty(shape, dtype=dtype or self.problem.compute)

@@ -15,6 +15,7 @@ from cast_kernels.triton.blocks import (
     add_bias,
     dot,
     gelu,
+    gelu_to_round,
     load_chunk,
     narrow,
     offset,
@@ -52,6 +53,10 @@ def exchange(
     q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
     `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
     """
+    tl.static_assert(
+        FIRST_BM % FIRST_BQ == 0 and SECOND_BM % SECOND_BQ == 0,
+        "a program's rows must be a multiple of the queries that attend together",
+    )
     program = tl.program_id(0)
     if program < first_programs:
         _one_direction(
@@ -85,7 +90,6 @@ def _one_direction(
     KEY_STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM rows from `start` on, in window order, of the stream that asks."""
-    tl.static_assert(BM % BQ == 0, "a program's rows must be a multiple of the queries that attend together")
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
             _attend(
@@ -116,7 +120,8 @@ def _one_direction(
             kept = value.to(COMPUTE)
             if STORE_H:
                 store_chunk(h, row, mask, kept, c, D, CHUNK)
-            g += (gelu(kept.to(tl.float32)).to(COMPUTE),)
+            wide = kept.to(tl.float32)
+            g += ((gelu(wide) if COMPUTE == tl.float32 else gelu_to_round(wide)).to(COMPUTE),)
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCALE == "token":
             factor = tl.load(scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
@@ -124,7 +129,7 @@ def _one_direction(
             factor = tl.load(scale + frame // frames, mask=mask, other=0.0)
         for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
             at = j + tl.arange(0, BN)
-            here = mask[:, None] & (at < DIM)[None, :]
+            here = mask[:, None] if DIM % BN == 0 else mask[:, None] & (at < DIM)[None, :]
             branch = widen(g, up, j, DIM, D, False, BM, BN, CHUNK, CHUNKS)
             branch += tl.load(up_bias + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
             old = tl.load(x + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
@@ -183,7 +188,7 @@ def _attend(
                 acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
                 top = higher
         total = tl.where(mask, total, 1.0)
-        mixed = (acc / total[:, None]).to(o.dtype.element_ty)
+        mixed = (acc * (1.0 / total)[:, None]).to(o.dtype.element_ty)  # a division a row, not an element
         tl.store(o + offset(row, D)[:, None] + lane[None, :], mixed, mask=mask[:, None])
         if STORE_LSE:
             tl.store(lse + offset(row, HEADS) + head, top + tl.log2(total), mask=mask)
