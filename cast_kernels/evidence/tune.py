@@ -31,7 +31,8 @@ _ATTENTION = ("queries", "keys", "key_stages")
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "project": (*_CONTRACTION, "widen_stages"),
-    "exchange_short": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange_short": ("rows", "queries"),
     "exchange_backward": (*_CONTRACTION, "widen_stages"),
     "project_backward": (*_CONTRACTION, "widen_stages"),
     "weight_gradient": _CONTRACTION,

@@ -69,8 +69,6 @@ class TileSet:
     few: Mapping[str, Tile] = field(default_factory=dict)
 
 
-_FORWARD = ("project", "exchange", "exchange_short")
-
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
 _BY_MODEL = "compiled and predicted: fewest bytes from L2 among tiles without spills inside a loop"
 _BY_ARITHMETIC = "by arithmetic: operands and stages fit in shared memory; not compiled for this table yet"
@@ -81,7 +79,9 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
         # Eight warps repeat products of 64 rows with 64 columns: 250 to 168 us, 232 to 148 (A100, six clips, traced).
-        **{kernel: Tile(rows=64, k=32, columns=64, warps=4, stages=3) for kernel in _FORWARD},
+        project=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        exchange=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        exchange_short=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
@@ -129,7 +129,9 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         # One or two clips are at most 50 programs of 128 rows for 132 SMs; half as large, a program takes half as long.
         few_rows=132 * 64,
-        few={kernel: Tile(rows=64, k=64, columns=64, warps=4, stages=3) for kernel in _FORWARD},
+        few=dict.fromkeys(
+            ("project", "exchange", "exchange_short"), Tile(rows=64, k=64, columns=64, warps=4, stages=3)
+        ),
         exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
@@ -204,7 +206,8 @@ _MMA_SYNC = (
 #: (target, kernel, bits of an operand) -> what `cast-kernels compile` lets pass, and prints.
 EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
     ("sm_80", "exchange", 16): Allowance(
-        "one word once a step of the keys; eight warps spill none and take 1.6 times as long by the model", loop_spills=1
+        "one word once a step of the keys; eight warps spill none and take 1.6 times as long by the model",
+        loop_spills=1,
     ),
     ("sm_90", "exchange", 16): Allowance(
         "two words of addresses once a step of 64 output columns; half the rows read every weight twice as often",
