@@ -2,7 +2,7 @@
 
 One launch for both directions; the one with the longer windows comes first in the grid, so that short programs fill the
 end. A program owns rows of one asking stream. It attends for them head by head, leaving O in global memory (backward
-wants it anyway), and after a barrier reads its own rows of O back as the operand of the output projection: d channels of
+One launch for both directions; the one with longer windows comes first in the grid, so that short programs fill the
 O do not fit in registers beside the attention's tiles.
 """
 
@@ -25,7 +25,6 @@ from cast_kernels.triton.blocks import (
     within,
     zeros,
 )
-
 
 #: Arguments that are 1 or a multiple of 16 in some problems only: no kernels of their own for them.
 _SIZES = ["patch_rows", "cls_rows", "frames", "patches", "first_window", "second_window", "first_programs"]
@@ -121,7 +120,7 @@ def _one_direction(
             if STORE_H:
                 store_chunk(h, row, mask, kept, c, D, CHUNK)
             wide = kept.to(tl.float32)
-            g += ((gelu(wide) if COMPUTE == tl.float32 else gelu_to_round(wide)).to(COMPUTE),)
+            g += ((gelu(wide) if kept.dtype == tl.float32 else gelu_to_round(wide)).to(COMPUTE),)
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCALE == "token":
             factor = tl.load(scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
