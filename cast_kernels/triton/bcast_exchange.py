@@ -1,9 +1,9 @@
 """Kernel `exchange`: windowed cross-attention, its output projection, GELU, the up-projection and the residual.
 
-One launch for both directions; the one with the longer windows comes first in the grid, so that short programs fill the
-end. A program owns rows of one asking stream. It attends for them head by head, leaving O in global memory (backward
-One launch for both directions; the one with longer windows comes first in the grid, so that short programs fill the
-O do not fit in registers beside the attention's tiles.
+One launch for both directions; the one with the longer windows comes first in the grid, so that short programs fill
+the end. A program owns rows of one asking stream. It attends for them head by head, leaving O in global memory
+(backward wants it anyway), and after a barrier reads its own rows of O back as the operand of the output projection:
+d channels of O do not fit in registers beside the attention's tiles.
 """
 
 from __future__ import annotations
