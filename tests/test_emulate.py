@@ -20,6 +20,7 @@ from cast_kernels.evidence.emulate import SIZES, Outcome, emulate
 from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.targets import target
 from cast_kernels.evidence.useful import useful_flops
+from cast_kernels.triton import tiles
 
 TARGETS = emulating.TARGETS
 SMALL = SIZES["small"][0]
@@ -54,6 +55,15 @@ def test_a_block_without_any_key_of_a_row(cache: Path) -> None:
     """Its scores are the mask; a fused multiply-add must leave nothing of its product's rounding to exp2."""
     outcome = emulate(target("sm_80"), replace(SIZES["small"][4], backward=False), "bf16", cache)
     assert outcome.case.bottleneck // outcome.case.heads == 16  # its factor rounds up, that of 32 channels down
+    assert outcome.ok, table(outcome)
+
+
+def test_tiles_for_many_rows_run_from_compiled_code_too(cache: Path) -> None:
+    """The other tests' few rows take sm_90's tiles for few."""
+    known = tiles.find_set("sm_90", 16, SMALL.bottleneck)
+    assert known.few_rows > 0
+    with tiles.trying("sm_90", 16, SMALL.bottleneck, replace(known, few={})):
+        outcome = emulate(target("sm_90"), replace(SMALL, backward=False), "bf16", cache)
     assert outcome.ok, table(outcome)
 
 

@@ -118,7 +118,7 @@ def train(case: Case = CASE, dtype: torch.dtype = BF16, recompute: str = "cheap"
     torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
-FORWARD = ["project", "exchange", "exchange"]
+FORWARD = ["project", "exchange"]
 BACKWARD = ["project", "exchange_backward", "attention_backward", "attention_backward", "project_backward"]
 BACKWARD += ["position_sums", "position_products", "reduce_rows", "weight_gradient", "sum_parts"]
 

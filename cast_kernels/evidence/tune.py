@@ -31,7 +31,8 @@ _ATTENTION = ("queries", "keys", "key_stages")
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "project": (*_CONTRACTION, "widen_stages"),
-    "exchange_short": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange_short": ("rows", "queries"),
     "exchange_backward": _CONTRACTION,
     "project_backward": ("rows", "k", "warps", "stages"),
     "weight_gradient": _CONTRACTION,
@@ -136,7 +137,8 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
     eager = run(case, "eager", dtype, device=machine.device)
 
     def time(candidate: TileSet) -> float:
-        with tiles.trying(arch, dtype.itemsize * 8, case.bottleneck, candidate):
+        # Tiles for few rows would stand in for the candidate where it is checked.
+        with tiles.trying(arch, dtype.itemsize * 8, case.bottleneck, replace(candidate, few={})):
             try:
                 with poisoned_memory():
                     ours = run(case, "triton", dtype, device=machine.device)
@@ -155,6 +157,8 @@ def as_python(arch: str, bits: int, d: int, found: TileSet) -> str:
     """An entry of the table."""
     lines = [f'    ("{arch}", {bits}, {d > 384}): TileSet(', f'        "{found.source}",']
     lines += [f"        {part}={tile!r}," for part in PARTS if (tile := getattr(found, part)) is not None]
+    if found.few:
+        lines += [f"        few_rows={found.few_rows},", f"        few={dict(found.few)!r},"]
     return "\n".join([*lines, "    ),"])
 
 

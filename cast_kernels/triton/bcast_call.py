@@ -36,6 +36,17 @@ class Way(NamedTuple):
     length: int  # tokens of a window
 
 
+class Side(NamedTuple):
+    """One direction's share of `exchange`."""
+
+    operands: list[Tensor | None]
+    constants: dict[str, int | bool | str]
+    tile: tiles.Tile
+    rows: int
+    stores_lse: bool
+    stores_h: bool
+
+
 class Call:
     """Sizes, operands and launches of one forward or backward.
 
@@ -64,7 +75,8 @@ class Call:
         self.arch = architecture()
 
     def _tile(self, kernel: str) -> tiles.Tile:
-        return tiles.find(self.arch, kernel, self.problem.compute.itemsize * 8, self.problem.bottleneck_dim)
+        bits, rows = self.problem.compute.itemsize * 8, sum(self.rows.values())
+        return tiles.find(self.arch, kernel, bits, self.problem.bottleneck_dim, rows)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x["spatial"].new_empty(shape, dtype=dtype or self.problem.compute)
@@ -122,11 +134,29 @@ class Call:
             num_warps=tile.warps,
         )  # fmt: skip
 
-    def exchange(self, way: Way, parts: dict[str, Tensor], y: Tensor | None) -> None:
-        """Attend in one direction and, with `y`, go on to the asking stream's output.
+    def exchange(self, parts: dict[str, Tensor], outputs: dict[str, Tensor] | None) -> None:
+        """Attend and, with `outputs` by stream, go on to what the asking streams become.
 
-        lse and h are stored if they are parts; without `y` lse always is, for backward is what asks.
+        lse and h are stored if they are parts; without `outputs` lse always is, for backward is what asks.
         """
+        problem = self.problem
+        ways = sorted(self.ways.values(), key=lambda way: -way.length)
+        sides = [self._side(way, parts, outputs) for way in ways]
+        first, second = sides[0], sides[-1]
+        tile = first.tile
+        programs = [triton.cdiv(side.rows, side.tile.rows) for side in sides]
+        exchange[(sum(programs),)](
+            *first.operands, *second.operands, parts["cls"], self.patch_rows, self.frames, problem.frames,
+            problem.patches, ways[0].length, ways[-1].length, programs[0], problem.head_dim**-0.5,
+            **{f"FIRST_{name}": value for name, value in first.constants.items()},
+            **{f"SECOND_{name}": value for name, value in second.constants.items()}, BOTH=len(sides) == 2,
+            DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
+            ATTEND_ONLY=outputs is None, STORE_LSE=first.stores_lse, STORE_H=first.stores_h,
+            BKEY=tile.keys, BK=tile.k, BN=tile.columns,
+            STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def _side(self, way: Way, parts: dict[str, Tensor], outputs: dict[str, Tensor] | None) -> Side:
         problem, d = self.problem, self.problem.bottleneck_dim
         tile = self._tile("exchange_short")
         short = tile.queries % way.length == 0
@@ -136,21 +166,20 @@ class Call:
         x = self.x[way.asking]
         o = self._part(parts, f"{way.name}_o", self.patch_rows * d)
         lse, h = parts.get(f"{way.name}_lse"), parts.get(f"{way.name}_h")
-        if y is None:
+        if outputs is None:
             lse = self._part(parts, f"{way.name}_lse", self.patch_rows * problem.num_heads, torch.float32)
         scale, per = self._scale(way.asking)
-        rows = self.patch_rows if y is None else self.rows[way.asking]
-        exchange[(triton.cdiv(rows, tile.rows),)](
-            x, x if y is None else y, parts[f"{way.name}_q"], parts[f"{way.name}_kv"], o, o if lse is None else lse,
-            o if h is None else h, parts["cls"], scale,
+        operands: list[Tensor | None] = [
+            x, x if outputs is None else outputs[way.asking], parts[f"{way.name}_q"], parts[f"{way.name}_kv"], o,
+            o if lse is None else lse, o if h is None else h, scale,
             way.direction.proj_weight, way.direction.proj_bias, weights.up_weight, weights.up_bias,
-            self.patch_rows, self.rows[way.asking], problem.frames, problem.patches, way.length,
-            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", ONE_BLOCK=short,
-            SCALE=per, DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
-            ATTEND_ONLY=y is None, STORE_LSE=lse is not None, STORE_H=h is not None,
-            BM=tile.rows, BQ=tile.queries, BKEY=tile.keys, BK=tile.k, BN=tile.columns,
-            STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
-        )  # fmt: skip
+        ]  # fmt: skip
+        constants: dict[str, int | bool | str] = {
+            "CLS": way.asking == "spatial", "BY_PATCH": way.window == "time", "ONE_BLOCK": short, "SCALE": per,
+            "BM": tile.rows, "BQ": tile.queries,
+        }  # fmt: skip
+        rows = self.patch_rows if outputs is None else self.rows[way.asking]
+        return Side(operands, constants, tile, rows, lse is not None, h is not None)
 
     def _scale(self, stream: str) -> tuple[Tensor, str]:
         """Drop-path factors, and whether there is one a token, one a clip, or none."""

@@ -196,6 +196,20 @@ def gelu(x):
 
 
 @triton.jit
+def gelu_to_round(x):
+    """GELU of an fp32 tile whose result is rounded to 16 bits, in half of the instructions that erf takes.
+
+    max(x, 0) - |x| Q(|x|) with Q = 1 - Phi from Abramowitz and Stegun 7.1.26: at most 2.2e-7 off, and 2e-3 of the value
+    down to x = -5, where fp32's 1 + erf has lost as much to cancellation. 1 / y is rsqrt(y)^2, two instructions.
+    """
+    size = tl.abs(x)
+    root = tl.rsqrt(1.0 + 0.23164187 * size)
+    t = root * root
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return tl.maximum(x, 0.0) - size * (tail * tl.exp2(x * x * -0.7213475204444817))
+
+
+@triton.jit
 def gelu_gradient(x):
     """Its derivative, Phi(x) + x * phi(x)."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
