@@ -37,6 +37,9 @@ class MicroBatch(Protocol):
     def labels(self) -> Mapping[str, Tensor]: ...
     @property
     def names(self) -> list[str]: ...
+    def to(self, device: torch.device) -> MicroBatch:
+        """On another device, with whatever augmentation is still to be done."""
+        ...
 
 
 class Source(Protocol):
@@ -222,8 +225,8 @@ class Engine:
     def _forward(self, batch: MicroBatch, index: int, figures: _Figures) -> Tensor:
         device = self.accelerator.device
         seed = micro_seed(self.plan.seed, index, self.accelerator.process_index)
-        video = batch.video.to(device, non_blocking=True)
-        labels = {name: label.to(device, non_blocking=True) for name, label in batch.labels.items()}
+        ready = batch.to(device)
+        video, labels = ready.video, ready.labels
         targets: Mapping[str, Tensor] = labels
         if self.mix is not None:
             video, targets = self.mix(video, labels, seed)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cast.training.checkpoints import Checkpoints
@@ -79,6 +80,10 @@ class _Batch:
     video: Tensor
     labels: dict[str, Tensor]
     names: list[str]
+
+    def to(self, device: torch.device) -> _Batch:
+        labels = {name: label.to(device) for name, label in self.labels.items()}
+        return _Batch(self.video.to(device), labels, self.names)
 
 
 class _Shuffled:
