@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from cast.training.checkpoints import Checkpoints
-from cast.training.distributed import make_accelerator
+from cast.training.distributed import join_processes, make_accelerator
 from cast.training.engine import Engine, Mix, Plan
 from cast.training.files import write_text
 from cast.training.log import Log, check_trackers
@@ -69,7 +69,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
     """
     check_trackers(list(settings.log.trackers))
     optim, out = settings.optim, settings.directory
-    processes = PartialState()
+    processes = join_processes()
     accumulate = optim.accumulate(processes.num_processes)
     accelerator = make_accelerator(
         settings.run.precision,
