@@ -80,13 +80,13 @@ def parse(
         parser.error(f"name one recipe, then overrides as key=value; got {' '.join(recipes) or 'none'}")
     namespace, recipe = _read(parser, recipes[0], overrides)
     if "print_config" in given:
-        print(parser.dump(namespace, skip_none=False), end="")
+        print(parser.dump(namespace, skip_unset=False), end="")
         raise SystemExit(0)
     try:
         settings = kind(**parser.instantiate(namespace).as_dict())
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    return Command(recipe, settings, wanted, parser.dump(namespace, skip_none=False))
+    return Command(recipe, settings, wanted, parser.dump(namespace, skip_unset=False))
 
 
 def load_recipe(kind: type[Settings], what: str, *overrides: str) -> Settings:
@@ -129,8 +129,10 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
     try:
         recipe = find_recipe(what)
         content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
         parser.error(str(error))
+    except yaml.YAMLError as error:
+        parser.error(f"{recipe} is no YAML: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"{recipe} holds a {type(content).__name__}; a recipe has sections such as data: and optim:")
     for key in _keys(content):
