@@ -144,7 +144,9 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         engine(tmp_path, PointNet())
 
 
-@pytest.mark.parametrize(("options", "message"), [({"keep": 0}, "keep is 0"), ({"weights": "half"}, "weights is 'half'")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"keep": 0}, "keep is 0"), ({"weights": "half"}, "weights is 'half'")]
+)
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine(tmp_path, PointNet(), **options)

@@ -106,7 +106,8 @@ class Checkpoints:
         part = self.directory / "unfinished"
         self._on_main(lambda: shutil.rmtree(part, ignore_errors=True))
         if self._is_deepspeed:
-            self.accelerator.save_state(str(part / _ENGINE))
+            # DeepSpeed's word for leaving the experts out.
+            self.accelerator.save_state(str(part / _ENGINE), exclude_frozen_parameters=self.weights == "trainable")
         elif self._optimizer is not None:
             tensors[_MOMENTS] = read_moments(self._model, self._optimizer)
         self._on_main(lambda: self._write(part, tensors, progress))
@@ -124,7 +125,7 @@ class Checkpoints:
         state: dict[str, Any] = self._on_main(lambda: self._checked(found))
         write_weights(self._model, read_tensors(found / _WEIGHTS))
         if self._is_deepspeed:
-            self.accelerator.load_state(str(found / _ENGINE))
+            self.accelerator.load_state(str(found / _ENGINE), load_module_strict=self.weights == "full")
         elif self._optimizer is not None:
             write_moments(self._model, self._optimizer, read_tensors(found / _MOMENTS))
         if self._average is not None:
@@ -214,9 +215,9 @@ class Checkpoints:
                 outcome[0] = action()
             except (OSError, ValueError) as error:
                 outcome[1] = error
-        value, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
+        value, failure = broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
         return value
 
 

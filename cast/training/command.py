@@ -19,7 +19,7 @@ from cast.training.engine import Engine, Mix, Plan
 from cast.training.files import write_text
 from cast.training.log import Log, check_trackers
 from cast.training.models import build, compile_blocks, save_finished, whole_weights
-from cast.training.progress import Progress, Step
+from cast.training.progress import Progress
 from cast.training.recipes import parse
 from cast.training.schedule import cosine
 from cast.training.settings import TrainSettings
@@ -183,7 +183,7 @@ class Validation:
     """
 
     def __init__(self, settings: TrainSettings, samples: Sequence[Any], accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.heads = accelerator, tuple(samples[0].labels)
         rank, world = accelerator.process_index, accelerator.num_processes
         self.loader = ClipLoader(samples, settings.data, settings.optim.micro_batch, False, 0, rank, world)
         # Sharded weights are gathered in every forward pass, so all processes must make equally many.
@@ -194,32 +194,27 @@ class Validation:
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`loss` and accuracy by head, for a model in evaluation mode."""
-        total: Tensor | None = None
-        names: list[str] = []
+        # Of each process: loss, hits of each head, clips; a process may have no video at all.
+        total = torch.zeros(len(self.heads) + 2, dtype=torch.float64, device=self.accelerator.device)
         last = None
-        for batch in self.loader.batches(0):
-            last = batch
-            names, sums = self._sums(model, batch)
-            total = sums if total is None else total + sums
+        for last in self.loader.batches(0):
+            total += self._sums(model, last)
         if self.even and last is not None:
             most = int(self.accelerator.gather(torch.tensor([len(self.loader)], device=self.accelerator.device)).max())
             for _ in range(len(self.loader), most):
                 self._sums(model, last)
-        heads = sorted(names) if names else sorted(getattr(model, "config").classes)
-        if total is None:
-            total = torch.zeros(len(heads) + 2, dtype=torch.float64, device=self.accelerator.device)
         loss, *hits, count = self.accelerator.reduce(total, reduction="sum").tolist()
-        return {"loss": loss / count, **{name: 100 * n / count for name, n in zip(heads, hits, strict=True)}}
+        return {"loss": loss / count, **{name: 100 * n / count for name, n in zip(self.heads, hits, strict=True)}}
 
-    def _sums(self, model: nn.Module, batch: Any) -> tuple[list[str], Tensor]:
-        """Head names, and [loss, hits of each head, clips] summed over the batch."""
+    def _sums(self, model: nn.Module, batch: Any) -> Tensor:
+        """[loss, hits of each head, clips] summed over the batch."""
         ready = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             logits = {name: value.float() for name, value in model(ready.video).items()}
-        names = sorted(ready.labels)
-        loss = torch.stack([F.cross_entropy(logits[n], ready.labels[n], reduction="sum") for n in names]).sum()
-        hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in names]
-        return names, torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
+        losses = [F.cross_entropy(logits[name], ready.labels[name], reduction="sum") for name in self.heads]
+        hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in self.heads]
+        loss = torch.stack(losses).sum()
+        return torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
 
 
 def identity(settings: TrainSettings) -> dict[str, Any]:

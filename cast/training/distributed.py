@@ -34,8 +34,6 @@ def join_processes() -> PartialState:
 
 def _on_cpu() -> bool:
     """accelerate takes gloo for several processes only if it is told that they compute on the CPU."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return False  # accelerate ignores DeepSpeed where the CPU is asked for; DeepSpeed finds its device itself
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.accelerator.is_available()
 
