@@ -51,6 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.weights",
         "cast.experts",
     ),
+    "cast.training": ("cast_kernels", "cast.config", "cast.model", "cast.video", "cast.optional", "cast.training"),
     "cast.demo": ("cast", "cast_kernels"),
     "cast.cli": ("cast",),
     "cast": ("cast", "cast_kernels"),
