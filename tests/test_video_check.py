@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import os
-import signal
 from pathlib import Path
 
 import pytest
+from deadly_probe import DeadlyProbe
 from video_files import write_video
 
 from cast.cli import main
 from cast.video.check import find_faults
 from cast.video.datasets import open_dataset
-from cast.video.probe import Probe, probe_all
+from cast.video.probe import probe_all
 
 
 @pytest.fixture
@@ -72,18 +71,9 @@ def test_processes_find_what_one_finds(faulty: Path) -> None:
     assert seen == [(done, 10) for done in range(1, 11)]
 
 
-class Deadly(Probe):
-    """Ends its process at one file."""
-
-    def __call__(self, path: str) -> tuple[str, str] | None:
-        if path.endswith("13"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return None
-
-
 def test_a_file_that_kills_its_process_is_found_and_the_rest_is_probed() -> None:
     paths = [f"file {number}" for number in range(40)]
-    results = list(probe_all(Deadly(16, "uniform", "pyav"), paths, workers=1))
+    results = list(probe_all(DeadlyProbe(16, "uniform", "pyav"), paths, workers=1))
     assert sorted(path for path, _ in results) == sorted(paths)
     assert [(path, fault[0]) for path, fault in results if fault] == [("file 13", "undecodable")]
 

@@ -307,7 +307,7 @@ def _from_yaml(path: Path, root: str | PathLike | None) -> DataSettings:
     parser.add_class_arguments(DataSettings, "data")
     try:
         namespace = parser.parse_object({"data": section})
-        return parser.instantiate_classes(namespace).data
+        return parser.instantiate(namespace).data
     except Exception as error:  # jsonargparse raises its own kinds
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
