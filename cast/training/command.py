@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cast.training.checkpoints import Checkpoints
-from cast.training.distributed import join_processes, make_accelerator
+from cast.training.distributed import join_processes, make_accelerator, on_main
 from cast.training.engine import Engine, Mix, Plan
-from cast.training.files import write_text
+from cast.training.files import CheckpointError, write_text
 from cast.training.log import Log, check_trackers
 from cast.training.models import build, compile_blocks, save_finished, whole_weights
 from cast.training.progress import Progress
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     if not settings.out:
         settings = replace(settings, out=str(Path("runs") / command.recipe.stem))
     fit(settings, "resume" in command.switches, command.yaml)
+    PartialState().destroy_process_group()
 
 
 def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Progress:
@@ -256,12 +258,18 @@ def _summary(
 def _finish(
     engine: Engine, accelerator: Accelerator, config: Any, classes: Mapping[str, Sequence[str]], out: Path
 ) -> None:
-    tensors = whole_weights(engine.unwrapped)
-    averaged = None
+    models = {"model": whole_weights(engine.unwrapped)}
     if engine.average is not None:
-        averaged = tensors | engine.average.read()
-    if accelerator.is_main_process:
-        save_finished(config, tensors, classes, out / "model")
-        if averaged is not None:
-            save_finished(config, averaged, classes, out / "model-ema")
-    accelerator.wait_for_everyone()
+        models["model-ema"] = models["model"] | engine.average.read()
+
+    def save() -> None:
+        for name, tensors in models.items():
+            try:
+                save_finished(config, tensors, classes, out / name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"cannot write {out / name}: {error}. The last checkpoint is whole: make room, then start again "
+                    "with --resume, which writes the model without training again"
+                ) from None
+
+    on_main(accelerator, save)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list
 
 #: fp32 has no autocast; the others keep fp32 weights.
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -36,6 +37,23 @@ def _on_cpu() -> bool:
     """accelerate takes gloo for several processes only if it is told that they compute on the CPU."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.accelerator.is_available()
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Run on the main process; every process gets what it returned, or raises what it raised.
+
+    So a full disk on one ends all of them, instead of leaving the others to wait.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    value, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return value
 
 
 def make_accelerator(
