@@ -42,7 +42,7 @@ TINY = (
 )  # fmt: skip
 #: Everything that draws random numbers, and everything that a checkpoint has to remember.
 RANDOM = (
-    "data.augment.scale=[0.5,1.0]", "data.augment.flip=0.5", "data.augment.randaugment=rand-m7-n4-mstd0.5-inc1",
+    "data.augment.scale=[0.5,1.0]", "data.augment.erasing=0.5", "data.augment.randaugment=rand-m7-n4-mstd0.5-inc1",
     "data.augment.mixup=0.8", "data.augment.smoothing=0.1", "model.drop_path=0.3", "model.head_dropout=0.3",
     "model.depth=2", "optim.ema=0.9", "checkpoint.every=1",
 )  # fmt: skip
