@@ -188,7 +188,7 @@ def close(out: Path, reference: Path) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     for ours, theirs in zip(lines(out, "epoch"), lines(reference, "epoch"), strict=True):
         assert (ours.pop("kind"), theirs.pop("kind")) == ("epoch", "epoch")
-        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +223,9 @@ def test_fsdp2_equals_one_process(data: Path, single: Path, tmp_path: Path) -> N
 def test_deepspeed_equals_one_process(data: Path, single: Path, tmp_path: Path, mode: str) -> None:
     """Clipping at 0.7 is the recipe's, not DeepSpeed's own 1.0."""
     pytest.importorskip("deepspeed")
-    launch(mode, tmp_path, *shared(data), extra=os.environ.get("PYTHONPATH", ""))
-    close(tmp_path, single)
+    for _ in range(2):  # the second time it reads what the first one finished
+        launch(mode, tmp_path, *shared(data), extra=os.environ.get("PYTHONPATH", ""))
+        close(tmp_path, single)
 
 
 def test_a_training_can_start_from_a_cast(data: Path, whole: Path, tmp_path: Path) -> None:
