@@ -104,6 +104,14 @@ def test_from_a_recipe_to_an_action(data: Path, tmp_path: Path, capsys: pytest.C
     assert "add --resume to go on" in capsys.readouterr().err
     assert main([*command, "optim.lr=1e-4", "--resume"]) == 1
     assert "'settings.optim.lr'" in capsys.readouterr().err
+    annotations = data / "train.csv"
+    text = annotations.read_text()
+    annotations.write_text("".join(reversed(text.splitlines(keepends=True))))
+    try:
+        assert main([*command, "--resume"]) == 1
+    finally:
+        annotations.write_text(text)
+    assert "is of another training: it has {'videos'" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert "going on after step 6" in capsys.readouterr().err
 
@@ -256,7 +264,11 @@ def test_a_checkpoint_of_what_trains_finds_its_experts(data: Path, whole: Path, 
     assert torch.equal(weights(tmp_path)["clip_conv1.weight"], weights(whole)["clip_conv1.weight"])
 
 
-def test_settings_that_cannot_train(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_cannot_train(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+
     def refused(*overrides: str) -> str:
         assert main(["train", "digits", f"data.root={data}", f"out={tmp_path}", *TINY, *overrides]) == 1
         return capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from cast.training.recipes import parse
 from cast.training.schedule import cosine
 from cast.training.settings import TrainSettings
 from cast.training.simple import fingerprint
+from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
 from cast.video.loader import ClipLoader
 
@@ -91,7 +94,12 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
     checkpoints = Checkpoints(
         out / "checkpoints",
         accelerator,
-        {"settings": identity(settings), "samples": len(train), "model": fingerprint(model)},
+        {
+            "settings": identity(settings),
+            "samples": len(train),
+            "videos": _videos_digest(train, settings.data.root),
+            "model": fingerprint(model),
+        },
         model,
         settings.checkpoint.weights,
         settings.checkpoint.keep,
@@ -229,6 +237,14 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
         else:
             values.pop(section)
     return values
+
+
+def _videos_digest(samples: Sequence[Sample], root: str) -> str:
+    """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
+    result = hashlib.sha256()
+    for sample in samples:
+        result.update(f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n".encode())
+    return result.hexdigest()[:16]
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
