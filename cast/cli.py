@@ -45,6 +45,48 @@ def predict(
     main(video, checkpoint, top, json, sampling)
 
 
+def evaluate(
+    checkpoint: Path,
+    dataset: Path,
+    /,
+    out: Path = Path("runs/evaluation"),
+    split: str = "val",
+    views: int = 0,
+    crops: int = 3,
+    batch_size: int = 12,
+    workers: int = 2,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    baselines: dict[str, Path] | None = None,
+    log: Path | None = None,
+    format: Literal["jsonl", "parquet"] = "jsonl",
+    sls: tuple[int, int, int] | None = None,
+) -> None:
+    """Test a model on a data set with the published multi-view protocol, and report.
+
+    Writes predictions, metrics.json and report.html. Run it under torchrun or accelerate launch to share the videos
+    among processes; the results are the same. A run that was killed goes on where it was.
+
+    Args:
+        checkpoint: directory that save_pretrained wrote, a published checkpoint, or predictions to report on anew
+        dataset: directory, YAML file with a data section, or annotation file
+        out: directory of the results
+        split: train, val or test
+        views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
+        crops: spatial crops of each view
+        batch_size: clips in a forward pass
+        workers: decoding processes of each process; 0 decodes between forward passes
+        dtype: numbers that the model computes with
+        baselines: other models' predictions on the same videos, as --baselines.NAME FILE
+        log: the training's JSONL log, for the report's learning curves
+        format: of the predictions' file
+        sls: also write EPIC-Kitchens-100's submission, with these supervision levels, as [pretraining,labels,data]
+    """
+    from cast.evaluation.run import Options, main
+
+    options = Options(split, views, crops, batch_size, workers, dtype, baselines or {}, log, format, sls)
+    main(checkpoint, dataset, out, options)
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
@@ -59,7 +101,7 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     main(out=out, seeds=seeds)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (predict, demo)
+COMMANDS: tuple[Callable[..., None], ...] = (predict, evaluate, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

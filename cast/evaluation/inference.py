@@ -215,7 +215,8 @@ def device_name(device: torch.device) -> str:
     """The accelerator's name, or `CPU` with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
 def peak_memory(device: torch.device) -> int:

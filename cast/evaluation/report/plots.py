@@ -176,7 +176,7 @@ def heat(values: np.ndarray, x: str, y: str, names: Sequence[str] | None = None,
 
 def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, percent: bool = False) -> str:
     """Curves by name, each (x values, y values)."""
-    figure, axes = new_figure(5.2, 3.4)
+    figure, axes = new_figure(4.8, 3.4)
     for number, (name, (across, up)) in enumerate(series.items()):
         style = ("-", "--", ":")[number // 6 % 3]
         marker = "." if len(across) <= 60 else ""

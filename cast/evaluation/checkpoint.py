@@ -1,0 +1,57 @@
+"""From a path to a model: what `cast evaluate` accepts as a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cast.model import CAST, load_official_checkpoint
+from cast.predict import LABELS, load_labels
+
+#: Files that hold answers rather than weights.
+PREDICTIONS = (".jsonl", ".parquet")
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model, its class names if they are beside it, and the SHA-256 of its weights' file."""
+
+    model: CAST
+    classes: dict[str, list[str]] | None
+    sha256: str
+
+
+def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) -> Checkpoint:
+    """Load a directory that `save_pretrained` wrote, or a published checkpoint's file.
+
+    Args:
+        path: a directory with `config.json` and `model.safetensors`, and `labels.json` where classes have names; or
+            a file in the official layout.
+        trust_pickle: whether a torch file may run code while it loads.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or files are missing in it.
+        ValueError: the weights don't fit; the message lists what doesn't.
+    """
+    path = Path(path)
+    if path.is_dir():
+        try:
+            model = CAST.from_pretrained(path)
+        except TypeError as error:  # a configuration with unknown fields
+            raise ValueError(f"{path / 'config.json'}: {error}") from None
+        names = load_labels(path, model.config.classes) if (path / LABELS).exists() else None
+        return Checkpoint(model, names, _sha256(path / _WEIGHTS))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; give a directory that save_pretrained wrote, a published checkpoint's file, "
+            "or a predictions file"
+        )
+    return Checkpoint(load_official_checkpoint(path, trust_pickle=trust_pickle), None, _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
