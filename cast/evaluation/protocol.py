@@ -89,7 +89,9 @@ class Protocol:
 def normalise(clips: Tensor) -> Tensor:
     """uint8 [..., 3, T, S, S] -> float32 with ImageNet's mean and deviation, on the clips' device.
 
-    In the order and the precision of torchvision's ToDtype and Normalize, so that the bits are theirs.
+    By torchvision's own functions, so that the bits are those of a transform that normalises.
     """
-    mean, std = (torch.tensor(values, device=clips.device).view(3, 1, 1, 1) for values in (MEAN, STD))
-    return clips.to(torch.float32).div_(255).sub_(mean).div_(std)
+    from torchvision.transforms.v2 import functional
+
+    pictures = functional.to_dtype(clips.transpose(-4, -3), torch.float32, scale=True)
+    return functional.normalize(pictures, list(MEAN), list(STD)).transpose(-4, -3).contiguous()

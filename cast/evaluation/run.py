@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cast.evaluation.checkpoint import PREDICTIONS, load_checkpoint
 from cast.evaluation.cost import model_cost
-from cast.evaluation.inference import Cost, Run, evaluate, sample_names
+from cast.evaluation.inference import Cost, Run, evaluate, processes, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
 from cast.evaluation.protocol import Protocol
@@ -32,6 +32,8 @@ from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
 
 PathLike = str | os.PathLike[str]
+#: File with what a run took.
+COST = "cost.json"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -62,7 +64,7 @@ class _Answered:
 
 
 def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Options | None = None) -> dict[str, Any]:
-    """Evaluate, and write `predictions.*`, `metrics.json`, `report.html` and, if asked for, `submission.zip`.
+    """Evaluate, and write `predictions.*`, `metrics.json`, `report.html`, `cost.json` and, if asked, `submission.zip`.
 
     Under torchrun or accelerate every process takes part and the first one writes. A run that was killed goes on
     where it was; a finished one is read rather than run again.
@@ -88,7 +90,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         answered = _read_answers(Path(checkpoint), samples)
     else:
         answered = _answers(checkpoint, videos, samples, out, options)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return {}
     predictions = answered.predictions
     baselines = {
@@ -107,7 +109,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         baselines=baselines,
         paths=[sample.path for sample in samples],
         model=answered.model,
-        model_cost=answered.model and model_cost(answered.model.config),
+        model_cost=None if answered.model is None else model_cost(answered.model.config),
         cost=answered.cost,
         log=None if options.log is None else read_log(options.log),
         facts={"skip list": videos.skipped(options.split), "torch": torch.__version__},
@@ -140,7 +142,7 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
             f"{path} has answers to {len(predictions.videos)} videos, the data set has {len(names)}, and they are not "
             "the same in the same order: give the data set and the split that the file was made on"
         )
-    return _Answered(predictions, Protocol(**predictions.about.get("protocol", {})))
+    return _Answered(predictions, Protocol(**predictions.about.get("protocol", {})), cost=_read_cost(path.parent))
 
 
 def _answers(
@@ -162,22 +164,30 @@ def _answers(
         "dtype": options.dtype,
         "protocol": protocol.to_dict(),
     }
-    path, state = out / f"predictions.{options.format}", PartialState()
+    path, state = out / f"predictions.{options.format}", processes()
     if path.exists():
         found = read_predictions(path)
         if found.about != about or list(found.videos) != sample_names(samples):
             raise ValueError(f"{path} holds another evaluation, {dict(found.about)}: choose another --out")
-        return _Answered(found, protocol, loaded.model)
+        return _Answered(found, protocol, loaded.model, _read_cost(out))
+    out.mkdir(parents=True, exist_ok=True)
     parts = Parts(out / "unfinished", {**about, "videos": len(samples)}, state.process_index)
     run = Run(options.batch_size, options.workers, getattr(torch, options.dtype))
     with _bar(state.is_main_process) as progress:
         predictions, cost = evaluate(loaded.model, samples, classes, protocol, run, about, parts, progress)
     if state.is_main_process:
+        write_json(out / COST, asdict(cost))
         write_predictions(path, predictions)
     state.wait_for_everyone()
     if state.is_main_process:
         parts.remove()
     return _Answered(predictions, protocol, loaded.model.float(), cost)
+
+
+def _read_cost(directory: Path) -> Cost | None:
+    """What the run that wrote a directory's predictions took; apart from them, for it differs from run to run."""
+    path = directory / COST
+    return Cost(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def _class_names(
