@@ -67,7 +67,7 @@ def evaluate(
     among processes; the results are the same. A run that was killed goes on where it was.
 
     Args:
-        checkpoint: directory that save_pretrained wrote, a published checkpoint, or predictions to report on anew
+        checkpoint: directory of a training or of save_pretrained, a published checkpoint, or predictions to report on
         dataset: directory, YAML file with a data section, or annotation file
         out: directory of the results
         split: train, val or test
@@ -77,7 +77,7 @@ def evaluate(
         workers: decoding processes of each process; 0 decodes between forward passes
         dtype: numbers that the model computes with
         baselines: other models' predictions on the same videos, as --baselines.NAME FILE
-        log: the training's JSONL log, for the report's learning curves
+        log: the training's JSONL log, for the report's learning curves; log.jsonl beside the checkpoint if there is one
         format: of the predictions' file
         sls: also write EPIC-Kitchens-100's submission, with these supervision levels, as [pretraining,labels,data]
     """

@@ -16,7 +16,7 @@ from evaluation_cases import predictions
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-from cast import CASTConfig
+from cast import CAST
 from cast.evaluation import Predictions, Protocol, metrics, summarise
 from cast.evaluation.attention import cross_attention
 from cast.evaluation.cost import ModelCost, model_cost
@@ -132,18 +132,12 @@ def test_the_page_is_one_file_and_shows_what_there_is(tmp_path: Path) -> None:
         assert words in page
     assert "A &lt;title&gt;" in page
     assert "spatial <b>" not in page
-    assert page == html(
-        _evidence(
-            baselines={"spatial <b>": predictions(1, skill=1)},
-            model_cost=ModelCost(216_808_333, 44_784_781, 390.499),
-            cost=Cost(240, 60.0, 2, "NVIDIA H100", 3 << 30, 0),
-            log=read_log(tmp_path / "log.jsonl"),
-        )
-    )
 
 
 def test_what_is_not_there_has_no_section_but_a_hint() -> None:
     page = html(_evidence())
+    assert "arXiv" not in page
+    assert page == html(_evidence())  # the same bytes for the same evidence
     assert HEADINGS.findall(page) == [
         "Accuracy", "Balanced understanding", "Class by class", "What is taken for what", "Model card",
         "How to read this",
@@ -170,8 +164,6 @@ def test_published_results_stand_beside_published_data_sets_only() -> None:
     page = html(Evidence("K400", predictions(counts={"action": 400}), Protocol("dense")))
     assert "One data set gives one coordinate" in page
     assert "arXiv 2311.18825" in page
-    assert "arXiv" not in html(_evidence())
-    assert "arXiv" in html(Evidence("EK", predictions(counts={"verb": 97, "noun": 300}), Protocol()))
 
 
 def test_models_at_zero_and_at_a_hundred_can_be_drawn() -> None:
@@ -267,8 +259,27 @@ def _naive(
 
 
 def test_the_base_model_costs_what_the_paper_says() -> None:
-    cost = model_cost(CASTConfig(heads={"verb": 97, "noun": 300}))
+    with torch.device("meta"):
+        model = CAST(heads={"verb": 97, "noun": 300})
+    cost = model_cost(model, 16, 224)
     assert cost == ModelCost(216_808_333, 44_784_781, pytest.approx(390.5, abs=0.05))
+
+
+def test_the_log_of_cast_train_is_read(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "start", "step": 0, "steps": 4, "settings": {"optim": {"lr": 1.0}, "loss": 3, "verb": 5}},
+        {"kind": "step", "step": 1, "loss": 2.5, "verb": 10.0, "lr": 0.1, "grad_norm": 1.0, "clips_per_s": 3.0},
+        {"kind": "step", "step": 2, "loss": 2.0, "verb": 20.0, "lr": 0.2, "grad_norm": 1.0, "clips_per_s": 3.0},
+        {"kind": "epoch", "step": 2, "epoch": 1, "loss": 2.25, "verb": 15.0, "val loss": 2.1, "val verb": 12.0},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = read_log(tmp_path / "log.jsonl")
+    assert log.losses == {"loss": ([1, 2], [2.5, 2.0]), "epoch loss": ([2], [2.25]), "val loss": ([2], [2.1])}
+    assert log.accuracies == {
+        "verb": ([1, 2], [10, 20]), "epoch verb": ([2], [15]), "val verb": ([2], [12])
+    }  # fmt: skip
+    assert log.rates == {"lr": ([1, 2], [0.1, 0.2])}
+    assert log.ignored_lines == 0
 
 
 def test_logs_of_many_kinds_are_read(tmp_path: Path) -> None:

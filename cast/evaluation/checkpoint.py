@@ -12,6 +12,8 @@ from cast.predict import LABELS, load_labels
 
 #: Files that hold answers rather than weights.
 PREDICTIONS = (".jsonl", ".parquet")
+#: A training's log, in its directory.
+LOG = "log.jsonl"
 _WEIGHTS = "model.safetensors"
 
 
@@ -28,8 +30,8 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
     """Load a directory that `save_pretrained` wrote, or a published checkpoint's file.
 
     Args:
-        path: a directory with `config.json` and `model.safetensors`, and `labels.json` where classes have names; or
-            a file in the official layout.
+        path: a directory with `config.json` and `model.safetensors`, and `labels.json` where classes have names; a
+            training's directory, whose finished model lies in `model/`; or a file in the official layout.
         trust_pickle: whether a torch file may run code while it loads.
 
     Raises:
@@ -38,6 +40,8 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
     """
     path = Path(path)
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "model").is_dir():
+            path = path / "model"
         try:
             model = CAST.from_pretrained(path)
         except TypeError as error:  # a configuration with unknown fields
@@ -50,6 +54,12 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
             "or a predictions file"
         )
     return Checkpoint(load_official_checkpoint(path, trust_pickle=trust_pickle), None, _sha256(path))
+
+
+def find_log(path: str | os.PathLike[str]) -> Path | None:
+    """The log of the training that made a checkpoint, if it lies in the training's directory."""
+    places = [Path(path) / LOG, Path(path).parent / LOG]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _sha256(path: Path) -> str:

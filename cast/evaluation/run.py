@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cast.evaluation.checkpoint import PREDICTIONS, load_checkpoint
-from cast.evaluation.cost import model_cost
+from cast.evaluation.checkpoint import PREDICTIONS, find_log, load_checkpoint
+from cast.evaluation.cost import ModelCost, model_cost
 from cast.evaluation.inference import Cost, Run, evaluate, processes, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -62,6 +62,11 @@ class _Answered:
     model: CAST | None = None
     cost: Cost | None = None
 
+    @property
+    def size(self) -> ModelCost | None:
+        """The model's own cost."""
+        return None if self.model is None else model_cost(self.model, self.protocol.frames, self.protocol.size)
+
 
 def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Options | None = None) -> dict[str, Any]:
     """Evaluate, and write `predictions.*`, `metrics.json`, `report.html`, `cost.json` and, if asked, `submission.zip`.
@@ -97,6 +102,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         name: read_predictions(path).aligned_to(predictions, f"the baseline {os.fspath(path)}")
         for name, path in options.baselines.items()
     }
+    log = options.log or find_log(checkpoint)
     summary = summarise(predictions, baselines)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", summary)
@@ -109,9 +115,9 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         baselines=baselines,
         paths=[sample.path for sample in samples],
         model=answered.model,
-        model_cost=None if answered.model is None else model_cost(answered.model.config),
+        model_cost=answered.size,
         cost=answered.cost,
-        log=None if options.log is None else read_log(options.log),
+        log=None if log is None else read_log(log),
         facts={"skip list": videos.skipped(options.split), "torch": torch.__version__},
     )
     write_text(out / "report.html", html(evidence))

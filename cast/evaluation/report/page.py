@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cast.evaluation.cost import ModelCost
 from cast.evaluation.inference import Cost
 from cast.evaluation.predictions import Predictions
@@ -34,7 +36,7 @@ class Evidence:
         baselines: other models' on the same videos, by name, aligned.
         protocol: how the test was made.
         paths: the videos' files, in the predictions' order.
-        model: for its attention.
+        model: for its attention, if it is a CAST.
         model_cost: its size and its multiply-accumulates.
         cost: what the run took.
         log: the training's curves.
@@ -46,7 +48,7 @@ class Evidence:
     protocol: Protocol
     baselines: Mapping[str, Predictions] = field(default_factory=dict)
     paths: Sequence[Path] = ()
-    model: CAST | None = None
+    model: nn.Module | None = None
     model_cost: ModelCost | None = None
     cost: Cost | None = None
     log: Log | None = None
@@ -147,7 +149,9 @@ def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
 
 
 def _as_point(published: Published) -> plots.Point:
-    return plots.Point(published.method, published.space, published.time)
+    # The paper's CAST beside the evaluated one.
+    name = "CAST (paper)" if published.method == "CAST" else published.method
+    return plots.Point(name, published.space, published.time)
 
 
 def _against(summary: Mapping[str, Any]) -> str:
@@ -186,7 +190,9 @@ def _videos(evidence: Evidence) -> str:
 
 def _attention(evidence: Evidence) -> str:
     model, paths, predictions = evidence.model, evidence.paths, evidence.predictions
-    if model is None or not paths or not any(model.config.exchanges(index) for index in range(model.config.depth)):
+    if not isinstance(model, CAST) or not paths:
+        return ""
+    if not any(model.config.exchanges(index) for index in range(model.config.depth)):
         return ""
     if predictions.labels:
         groups = clips.chosen(predictions, evidence.baselines, each=1)
