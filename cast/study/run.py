@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,14 +47,15 @@ def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, con
         ]
         results: dict[tuple[str, int], Result] = {}
         done, total = 0, sum(map(len, stages))
-        for jobs in stages:
-            work = partial(run_job, out=out, settings=settings, data=data)
-            for job, result in _all(work, jobs, out, settings, workers):
-                done += 1
-                show("trainings", done, total)
-                if job.model is not None:
-                    results[job.name, job.seed] = result
-                bars.console.print(_line(job, result), highlight=False)
+        work = partial(run_job, out=out, settings=settings, data=data)
+        with _pool(workers) as pool:
+            for jobs in stages:
+                for job, result in _all(work, jobs, out, settings, pool):
+                    done += 1
+                    show("trainings", done, total)
+                    if job.model is not None:
+                        results[job.name, job.seed] = result
+                    bars.console.print(_line(job, result), highlight=False)
     runs = {key: result["metrics"] for key, result in results.items()}
     for name, model in plan.models.items():
         if model.members and all((member, 0) in runs for member in model.members):
@@ -76,8 +78,23 @@ def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, con
     return study
 
 
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes for trainings, or None for this one; an error or an interrupt lets none begin any more."""
+    if workers == 1:
+        yield None
+        return
+    # Forking a process that runs threads (PyTorch's) can deadlock the child.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def _all(
-    work: Callable[[Job], Result], jobs: Sequence[Job], out: Path, settings: Settings, workers: int
+    work: Callable[[Job], Result], jobs: Sequence[Job], out: Path, settings: Settings, pool: ProcessPoolExecutor | None
 ) -> Iterator[tuple[Job, Result]]:
     """Every job and its result, in the order in which they finish; those of former runs first."""
     todo = []
@@ -87,18 +104,12 @@ def _all(
             todo.append(job)
         else:
             yield job, result
-    if workers == 1:
+    if pool is None:
         yield from ((job, work(job)) for job in todo)
         return
-    # Forking a process that runs threads (PyTorch's) can deadlock the child.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(work, job): job for job in todo}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    futures = {pool.submit(work, job): job for job in todo}
+    for future in as_completed(futures):
+        yield futures[future], future.result()
 
 
 def _about(name: str, plan: Plan, results: dict[tuple[str, int], Result], seeds: int) -> Result:
