@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,6 +314,19 @@ def test_mvd_s_positions_are_loaded_and_kept_and_elsewhere_refused() -> None:
         model.load_experts(temporal=weights)
     with pytest.raises(ValueError, match="unknown keys: pos_embed"):
         small("cast").load_experts(temporal={"model": student})
+
+
+def test_saved_and_read_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise(build("lateral", heads=HEADS, **SMALL)).eval()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = TwoStream.from_pretrained(tmp_path)
+    assert (again.design, again.config) == (model.design, model.config)
+    video = small_video(again, dtype=torch.float32)
+    assert torch.equal(again(video)["verb"], model(video)["verb"])
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"names no design; a plain CAST is read by cast\.CAST\.from_pretrained"):
+        TwoStream.from_pretrained(tmp_path)
 
 
 # -- bad input

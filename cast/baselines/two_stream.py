@@ -6,11 +6,15 @@ itself stays the model to train and to publish, because it has the published nam
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cast.baselines.exchange import Bottleneck, Exchange, Lateral, Wide
@@ -19,7 +23,8 @@ from cast.baselines.timm_stream import TimmStream
 from cast.config import CASTConfig, make_config
 from cast.heads import apply_heads, build_heads
 from cast.layers import Adapter, Running, drop_factor, init_linears
-from cast.weights.source import Source
+from cast.weights.assign import assign
+from cast.weights.source import Source, read_tensors
 
 Exchanges = Literal["none", "b-cast", "lateral", "attention", "attention-adapter"]
 Adapters = Literal["none", "cast", "aim"]
@@ -120,7 +125,7 @@ class TwoStream(nn.Module):
         super().__init__()
         self.design, self.config = design or Design(), make_config(config, **overrides)
         config, running = self.config, Running("auto" if fused else "eager")
-        options = timm_options or {}
+        options = self.timm_options = {role: dict(chosen) for role, chosen in (timm_options or {}).items()}
         self.spatial = make_stream(self.design.spatial, config, running, **options.get("spatial", {}))
         self.temporal = make_stream(self.design.temporal, config, running, **options.get("temporal", {}))
         prefixes = (self.spatial.prefix, self.temporal.prefix)
@@ -207,6 +212,38 @@ class TwoStream(nn.Module):
         if temporal is not None:
             self.temporal.load(temporal, trust_pickle)
         return self
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `config.json` (with the design) and `model.safetensors` into a directory, made if need be."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
+        about = {"design": asdict(self.design), "timm_options": self.timm_options, "config": self.config.to_dict()}
+        # Under other names first: a kill while writing leaves the old checkpoint whole.
+        save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
+        (path / "config.json.part").write_text(json.dumps(about, indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(path / f"{name}.part", path / name)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], fused: bool = True) -> TwoStream:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no `config.json` or `model.safetensors`.
+            ValueError: a `config.json` of something else (CAST has its own `from_pretrained`), or other tensors.
+        """
+        path = Path(directory)
+        about = json.loads((path / "config.json").read_text())
+        if not isinstance(about, dict) or "design" not in about:
+            raise ValueError(
+                f"{path / 'config.json'} names no design; a plain CAST is read by cast.CAST.from_pretrained"
+            )
+        # Not from the network: the weights are here.
+        options = {role: {**chosen, "pretrained": False} for role, chosen in about["timm_options"].items()}
+        model = cls(Design(**about["design"]), make_config(**about["config"]), fused, options)
+        assign(str(path), model.state_dict(), read_tensors(path / "model.safetensors"))
+        return model.eval()
 
 
 def _make_exchange(name: Exchanges, config: CASTConfig, prefixes: tuple[int, int], running: Running) -> Exchange | None:
