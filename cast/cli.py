@@ -101,7 +101,23 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     main(out=out, seeds=seeds)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (predict, evaluate, demo)
+def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, workers: int = 1) -> None:
+    """Train the rows of the paper's ablation tables on the demo's videos, and print them beside the paper's figures.
+
+    Downloads nothing and needs no GPU. Finished rows are not trained again when the same command is given again.
+
+    Args:
+        rows: table1a to table1h, table5, table7, table8, all, or YAML files like the package's study/rows.yaml
+        out: directory for data, results and study.json
+        seeds: how many times to train each row, each with another seed
+        workers: trainings at a time, each on one core
+    """
+    from cast.study import main
+
+    main(rows, out, seeds, workers)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (predict, evaluate, demo, study)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,7 +167,10 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     kinds = _kinds(command)
     for name, kind in kinds.items():
         if kind == "positional":
-            parser.add_argument(name, metavar=name.upper(), help=helps[name])
+            several = (
+                "+" if inspect.signature(command, eval_str=True).parameters[name].annotation == list[str] else None
+            )
+            parser.add_argument(name, metavar=name.upper(), nargs=several, help=helps[name])
     parser.add_function_arguments(
         command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
     )
