@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -117,7 +117,27 @@ def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, wo
     main(rows, out, seeds, workers)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (predict, evaluate, demo, study)
+def data(
+    action: Literal["check"], dataset: Path, /, root: Path | None = None, workers: int = 0, out: Path | None = None
+) -> None:
+    """Check a data set before training on it.
+
+    Reads every annotation and probes every video in parallel. Prints those that are missing, empty, undecodable or too
+    short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
+
+    Args:
+        action: check
+        dataset: a directory with train.csv or val.csv, a YAML file with a data section, or an annotation file
+        root: directory of the data set, where dataset is not it
+        workers: processes that probe; 0 for one per core
+        out: where to write the skip list, if not to skip.csv in the data set's directory
+    """
+    from cast.video.check import main
+
+    main(dataset, root, workers or None, out)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (predict, evaluate, demo, study, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,13 +184,14 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     docstring = parse_docstring(inspect.getdoc(command) or "")
     helps = {parameter.arg_name: parameter.description for parameter in docstring.params}
     parser = ArgumentParser(description=docstring.description, formatter_class=_Help)
-    kinds = _kinds(command)
+    kinds, parameters = _kinds(command), inspect.signature(command, eval_str=True).parameters
     for name, kind in kinds.items():
         if kind == "positional":
-            several = (
-                "+" if inspect.signature(command, eval_str=True).parameters[name].annotation == list[str] else None
-            )
-            parser.add_argument(name, metavar=name.upper(), nargs=several, help=helps[name])
+            annotation = parameters[name].annotation
+            choices: dict[str, Any] = {"choices": get_args(annotation)} if get_origin(annotation) is Literal else {}
+            metavar = "|".join(choices["choices"]) if choices else name.upper()
+            several = "+" if annotation == list[str] else None
+            parser.add_argument(name, metavar=metavar, nargs=several, help=helps[name], **choices)
     parser.add_function_arguments(
         command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
     )

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cast.baselines import TwoStream
 from cast.model import CAST, load_official_checkpoint
 from cast.predict import LABELS, load_labels
 
@@ -21,7 +22,7 @@ _WEIGHTS = "model.safetensors"
 class Checkpoint:
     """A loaded model, its class names if they are beside it, and the SHA-256 of its weights' file."""
 
-    model: CAST
+    model: CAST | TwoStream
     classes: dict[str, list[str]] | None
     sha256: str
 
@@ -30,7 +31,7 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
     """Load a directory that `save_pretrained` wrote, or a published checkpoint's file.
 
     Args:
-        path: a directory with `config.json` and `model.safetensors`, and `labels.json` where classes have names; a
+        path: a directory of CAST's or a baseline's `save_pretrained`, with `labels.json` where classes have names; a
             training's directory, whose finished model lies in `model/`; or a file in the official layout.
         trust_pickle: whether a torch file may run code while it loads.
 
@@ -42,10 +43,7 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
     if path.is_dir():
         if not (path / "config.json").is_file() and (path / "model").is_dir():
             path = path / "model"
-        try:
-            model = CAST.from_pretrained(path)
-        except TypeError as error:  # a configuration with unknown fields
-            raise ValueError(f"{path / 'config.json'}: {error}") from None
+        model = _read_model(path)
         names = load_labels(path, model.config.classes) if (path / LABELS).exists() else None
         return Checkpoint(model, names, _sha256(path / _WEIGHTS))
     if not path.is_file():
@@ -54,6 +52,16 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
             "or a predictions file"
         )
     return Checkpoint(load_official_checkpoint(path, trust_pickle=trust_pickle), None, _sha256(path))
+
+
+def _read_model(path: Path) -> CAST | TwoStream:
+    config = path / "config.json"
+    try:
+        if config.is_file() and '"design"' in config.read_text(encoding="utf-8"):
+            return TwoStream.from_pretrained(path)
+        return CAST.from_pretrained(path)
+    except (TypeError, UnicodeDecodeError) as error:  # a configuration with unknown fields, or no text
+        raise ValueError(f"{config}: {error}") from None
 
 
 def find_log(path: str | os.PathLike[str]) -> Path | None:

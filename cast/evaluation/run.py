@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from cast.evaluation.checkpoint import PREDICTIONS, find_log, load_checkpoint
 from cast.evaluation.cost import ModelCost, model_cost
@@ -26,7 +27,6 @@ from cast.evaluation.report.curves import read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.summary import summarise
 from cast.files import write_json, write_text
-from cast.model import CAST
 from cast.optional import require
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
@@ -59,7 +59,7 @@ class _Answered:
 
     predictions: Predictions
     protocol: Protocol
-    model: CAST | None = None
+    model: nn.Module | None = None
     cost: Cost | None = None
 
     @property
