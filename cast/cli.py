@@ -75,7 +75,7 @@ def evaluate(
         crops: spatial crops of each view
         batch_size: clips in a forward pass
         workers: decoding processes of each process; 0 decodes between forward passes
-        dtype: numbers that the model computes with
+        dtype: of the model's arithmetic
         baselines: other models' predictions on the same videos, as --baselines.NAME FILE
         log: the training's JSONL log, for the report's learning curves; log.jsonl beside the checkpoint if there is one
         format: of the predictions' file

@@ -134,13 +134,16 @@ def processes() -> PartialState:
     """This process among those that torchrun or accelerate started; without either it is alone.
 
     Raises:
-        RuntimeError: a launcher asked for several processes, but they were not connected.
+        ValueError: WORLD_SIZE asks for several processes, but they were not connected.
     """
     # accelerate connects processes without a GPU only if told that there is none.
     state = PartialState(cpu=not torch.accelerator.is_available())
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != wanted:
-        raise RuntimeError(f"WORLD_SIZE is {wanted}, but {state.num_processes} processes are connected")
+        raise ValueError(
+            f"WORLD_SIZE is {wanted}, but {state.num_processes} processes are connected: start them with torchrun or "
+            "accelerate launch, or unset it"
+        )
     return state
 
 

@@ -98,6 +98,8 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
     if not processes().is_main_process:
         return {}
     predictions = answered.predictions
+    if predictions.model in options.baselines:
+        raise ValueError(f"a baseline cannot be called {predictions.model!r}: the evaluated model is")
     baselines = {
         name: read_predictions(path).aligned_to(predictions, f"the baseline {os.fspath(path)}")
         for name, path in options.baselines.items()
@@ -109,7 +111,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
     if options.sls is not None:
         write_submission(out / "submission.zip", predictions, options.sls)
     evidence = Evidence(
-        title=f"CAST on {videos.root.resolve().name}, {options.split}",
+        title=f"{predictions.model} on {videos.root.resolve().name}, {options.split}",
         predictions=predictions,
         protocol=answered.protocol,
         baselines=baselines,
@@ -131,8 +133,6 @@ def _check_before(options: Options) -> None:
         require(module, "report")
     if options.format == "parquet":
         require("pyarrow", "parquet")
-    if "CAST" in options.baselines:
-        raise ValueError("a baseline cannot be called 'CAST', for that is the evaluated model's name in the report")
     if options.log is not None:
         read_log(options.log)
     for path in options.baselines.values():
@@ -163,6 +163,7 @@ def _answers(
     if options.sls is not None:
         _check_submission(config.classes, options.sls)
     about = {
+        "model": type(loaded.model).__name__,
         "checkpoint": os.fspath(checkpoint),
         "sha256": loaded.sha256,
         "dataset": os.fspath(videos.root),
@@ -229,7 +230,8 @@ def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
 def _print(summary: Mapping[str, Any], out: Path) -> None:
     console = Console()
     if "metrics" in summary:
-        models = {"CAST": summary["metrics"]} | {name: e["metrics"] for name, e in summary["baselines"].items()}
+        own = summary["about"].get("model", "CAST")
+        models = {own: summary["metrics"]} | {name: e["metrics"] for name, e in summary["baselines"].items()}
         table = Table(title=f"{summary['videos']} videos, percent")
         table.add_column("")
         for name in models:

@@ -23,7 +23,8 @@ _PAIRS = 10
 def section(predictions: Predictions, baselines: Mapping[str, Predictions]) -> str:
     """F1 of the classes of every head, beside the baselines'."""
     parts = [
-        "<p>F1 is the harmonic mean of precision and recall. Bars are CAST, markers the baselines.</p>"
+        f"<p>F1 is the harmonic mean of precision and recall. Bars are {escape(predictions.model)}, markers the "
+        "baselines.</p>"
         if baselines
         else "<p>F1 is the harmonic mean of precision and recall.</p>"
     ]
@@ -55,7 +56,7 @@ def _head(predictions: Predictions, baselines: Mapping[str, Predictions], head: 
         else plots.Bar(names[i], f1[i], {name: values[i] for name, values in others.items()})
         for i in drawn
     ]
-    parts.append(plots.bars(rows, "CAST", "F1, %"))
+    parts.append(plots.bars(rows, predictions.model, "F1, %"))
     parts.append(f"<details><summary>All {len(present)} classes as a table</summary>")
     cells = [
         ("", [escape(names[i]), str(support[i]), f"{f1[i]:.1f}", *(f"{g[i]:+.1f}" for g in gains.values())])

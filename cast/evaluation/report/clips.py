@@ -47,8 +47,8 @@ def chosen(predictions: Predictions, baselines: Mapping[str, Predictions], each:
     if able:
         theirs = torch.stack([baseline.hits(task) for baseline in able]).any(0)
         kinds = {
-            "Only CAST is right": ours & ~theirs,
-            "CAST and a baseline are right": ours & theirs,
+            f"Only {predictions.model} is right": ours & ~theirs,
+            f"{predictions.model} and a baseline are right": ours & theirs,
             "Only a baseline is right": ~ours & theirs,
             "All are wrong": ~ours & ~theirs,
         }
