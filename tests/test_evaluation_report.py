@@ -112,8 +112,10 @@ def test_the_page_is_one_file_and_shows_what_there_is(tmp_path: Path) -> None:
             model_cost=ModelCost(216_808_333, 44_784_781, 390.499),
             cost=Cost(240, 60.0, 2, "NVIDIA H100", 3 << 30, 0),
             log=read_log(tmp_path / "log.jsonl"),
+            facts={"<i>name": "<i>value"},
         )
     )
+    assert "<i>" not in page
     outside = _Outside()
     outside.feed(page)
     assert (outside.fetched, outside.scripts) == ([], 0)
