@@ -149,6 +149,7 @@ def test_other_settings_in_the_same_directory_are_refused(
         main([str(own_rows)], out, 1, 1, longer)
 
 
+@pytest.mark.slow
 def test_a_second_seed_adds_to_the_first_in_processes(finished: tuple[Path, dict[str, Any]], own_rows: Path) -> None:
     out, first = finished
     study = main([str(own_rows)], out, 2, 2, SETTINGS)
