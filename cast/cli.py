@@ -108,7 +108,7 @@ def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, wo
 
     Args:
         rows: table1a to table1h, table5, table7, table8, all, or YAML files like the package's study/rows.yaml
-        out: directory for data, results and study.json
+        out: directory for data, results, study.json and checkpoints
         seeds: how many times to train each row, each with another seed
         workers: trainings at a time, each on one core
     """

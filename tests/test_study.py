@@ -85,6 +85,21 @@ def test_quarters_of_the_layers() -> None:
     assert PLAN.models["cast"].layers(12) is None
 
 
+def test_an_override_of_each_row_is_one_that_the_recipe_takes() -> None:
+    """docs/study.md says which fields of CASTConfig make which row."""
+    text = (ROWS.parents[2] / "docs/study.md").read_text()
+    for name, model in PLAN.models.items():
+        if model.design == "cast" and not model.single and not model.members:
+            for field, value in {
+                **model.config,
+                **({} if name == "cast" else {"exchange_layers": model.layers(12)}),
+            }.items():
+                if value is not None:
+                    shown = str(list(value)).replace("'", "") if isinstance(value, list | tuple) else str(value).lower()
+                    line = next(line for line in text.splitlines() if f"`model.{field}=" in line)
+                    assert shown in line, name
+
+
 def test_parity_labels() -> None:
     pictures = StoredPictures(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([3, 4, 9]), "parity")
     assert pictures.batch(0, torch.arange(3).numpy())[1]["parity"].tolist() == [1, 0, 1]
@@ -149,6 +164,7 @@ def test_other_settings_in_the_same_directory_are_refused(
         main([str(own_rows)], out, 1, 1, longer)
 
 
+@pytest.mark.slow
 def test_a_second_seed_adds_to_the_first_in_processes(finished: tuple[Path, dict[str, Any]], own_rows: Path) -> None:
     out, first = finished
     study = main([str(own_rows)], out, 2, 2, SETTINGS)

@@ -24,8 +24,8 @@ DESIGNS: Mapping[str, Design] = {
     "clip-clip": Design(temporal="clip"),  # Table 1(h): spatial-temporal
     "videomae-clip": Design(spatial="videomae", temporal="clip"),
     "videomae-videomae": Design(spatial="videomae"),
-    "in21k-independent": Design(spatial="timm:vit_base_patch16_224", exchange="none"),  # Table 5
-    "in21k-videomae": Design(spatial="timm:vit_base_patch16_224"),
+    "in21k-independent": Design(spatial="timm:vit_base_patch16_224.augreg_in21k", exchange="none"),  # Table 5
+    "in21k-videomae": Design(spatial="timm:vit_base_patch16_224.augreg_in21k"),
     "clip-mvd": Design(temporal="mvd"),  # Table 7
     "eva-videomae": Design(spatial="timm:eva02_base_patch16_clip_224"),
     "eva-mvd": Design(spatial="timm:eva02_base_patch16_clip_224", temporal="mvd"),

@@ -23,7 +23,7 @@ EXPERTS: Mapping[str, tuple[str, str]] = {
     "clip": ("pictures", "noun"),
     "videomae": ("clips", "verb"),
     # Stands for IN-21K's classes, which are not the task's: here odd or even.
-    "timm:vit_base_patch16_224": ("pictures", "parity"),
+    "timm:vit_base_patch16_224.augreg_in21k": ("pictures", "parity"),
     "timm:eva02_base_patch16_clip_224": ("pictures", "noun"),
 }
 CLASSES = {"noun": HEADS["noun"], "verb": HEADS["verb"], "parity": 2}
