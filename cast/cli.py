@@ -46,6 +46,48 @@ def predict(
     main(video, checkpoint, top, json, sampling)
 
 
+def evaluate(
+    checkpoint: Path,
+    dataset: Path,
+    /,
+    out: Path = Path("runs/evaluation"),
+    split: str = "val",
+    views: int = 0,
+    crops: int = 3,
+    batch_size: int = 12,
+    workers: int = 2,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    baselines: dict[str, Path] | None = None,
+    log: Path | None = None,
+    format: Literal["jsonl", "parquet"] = "jsonl",
+    sls: tuple[int, int, int] | None = None,
+) -> None:
+    """Test a model on a data set with the published multi-view protocol, and report.
+
+    Writes predictions, metrics.json and report.html. Run it under torchrun or accelerate launch to share the videos
+    among processes; the results are the same. A run that was killed goes on where it was.
+
+    Args:
+        checkpoint: directory of a training or of save_pretrained, a published checkpoint, or predictions to report on
+        dataset: directory, YAML file with a data section, or annotation file
+        out: directory of the results
+        split: train, val or test
+        views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
+        crops: spatial crops of each view
+        batch_size: clips in a forward pass
+        workers: decoding processes of each process; 0 decodes between forward passes
+        dtype: of the model's arithmetic
+        baselines: other models' predictions on the same videos, as --baselines.NAME FILE
+        log: the training's JSONL log, for the report's learning curves; log.jsonl beside the checkpoint if there is one
+        format: of the predictions' file
+        sls: also write EPIC-Kitchens-100's submission, with these supervision levels, as [pretraining,labels,data]
+    """
+    from cast.evaluation.run import Options, main
+
+    options = Options(split, views, crops, batch_size, workers, dtype, baselines or {}, log, format, sls)
+    main(checkpoint, dataset, out, options)
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
@@ -73,6 +115,22 @@ def train(*arguments: str) -> None:
     main(arguments)
 
 
+def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, workers: int = 1) -> None:
+    """Train the rows of the paper's ablation tables on the demo's videos, and print them beside the paper's figures.
+
+    Downloads nothing and needs no GPU. Finished rows are not trained again when the same command is given again.
+
+    Args:
+        rows: table1a to table1h, table5, table7, table8, all, or YAML files like the package's study/rows.yaml
+        out: directory for data, results, study.json and checkpoints
+        seeds: how many times to train each row, each with another seed
+        workers: trainings at a time, each on one core
+    """
+    from cast.study import main
+
+    main(rows, out, seeds, workers)
+
+
 def data(
     action: Literal["check"], dataset: Path, /, root: Path | None = None, workers: int = 0, out: Path | None = None
 ) -> None:
@@ -93,7 +151,7 @@ def data(
     main(dataset, root, workers or None, out)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, predict, demo, data)
+COMMANDS: tuple[Callable[..., None], ...] = (train, predict, evaluate, demo, study, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,7 +212,8 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
             annotation = parameters[name].annotation
             choices: dict[str, Any] = {"choices": get_args(annotation)} if get_origin(annotation) is Literal else {}
             metavar = "|".join(choices["choices"]) if choices else name.upper()
-            parser.add_argument(name, metavar=metavar, help=helps[name], **choices)
+            several = "+" if annotation == list[str] else None
+            parser.add_argument(name, metavar=metavar, nargs=several, help=helps[name], **choices)
     parser.add_function_arguments(
         command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
     )

@@ -76,6 +76,8 @@ def test_a_plan_is_a_function_of_the_generator_and_leaves_pytorchs_alone() -> No
     assert torch.equal(torch.rand(2), expected)
     assert first == [plan(EVERYTHING, seed) for seed in range(20)]
     assert len({repr(one) for one in first}) == 20
+    listed = dataclasses.replace(EVERYTHING, scale=[0.3, 1.0])  # as YAML writes it
+    assert plan(listed, 3) == first[3]
 
 
 @pytest.mark.parametrize(("chance", "low", "high"), [(0.0, 0, 0), (0.5, 75, 125), (1.0, 200, 200)])

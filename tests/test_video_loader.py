@@ -111,6 +111,13 @@ def test_neither_workers_nor_resumption_change_a_bit(samples: list[Sample]) -> N
     assert not torch.equal(other[0].video, expected[0].video)
 
 
+def test_every_clip_of_every_epoch_is_drawn_anew(samples: list[Sample]) -> None:
+    """The same video in two places of the list, and in two epochs: other frames or another crop each time."""
+    loader = make([samples[0]] * 4, 4, augment=AugmentSettings())
+    clips = [clip for epoch in (0, 1) for clip in next(loader.batches(epoch)).video]
+    assert not any(torch.equal(a, b) for i, a in enumerate(clips) for b in clips[:i])
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_batches_of_one(samples: list[Sample], world: int) -> None:
     one = list(make(samples, 2 * world).batches(0))

@@ -74,6 +74,7 @@ class AugmentSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or a positive alpha")
         for name, highest in (("scale", 1.0), ("ratio", float("inf"))):
             low, high = getattr(self, name)
+            object.__setattr__(self, name, (low, high))  # a list cannot be hashed, and draws are cached by settings
             if not 0 < low <= high <= highest:
                 raise ValueError(f"{name} is {(low, high)}; it must ascend, above 0 and at most {highest}")
         if self.repeats < 1:
