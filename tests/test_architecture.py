@@ -51,13 +51,40 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.weights",
         "cast.experts",
     ),
+    "cast.training": ("cast_kernels", "cast.config", "cast.model", "cast.video", "cast.optional", "cast.training"),
+    "cast.baselines": (
+        "cast_kernels",
+        "cast.baselines",
+        "cast.config",
+        "cast.layers",
+        "cast.experts",
+        "cast.heads",
+        "cast.weights",
+        "cast.optional",
+    ),
+    "cast.files": (),
+    "cast.metrics": ("cast.metrics",),
+    "cast.evaluation": (
+        "cast.config",
+        "cast.block",
+        "cast.model",
+        "cast.baselines",
+        "cast.video",
+        "cast.metrics",
+        "cast.predict",
+        "cast.training",
+        "cast.files",
+        "cast.optional",
+        "cast.evaluation",
+    ),
     "cast.demo": ("cast", "cast_kernels"),
     "cast.cli": ("cast",),
     "cast": ("cast", "cast_kernels"),
 }
 #: Room -> who may enter it.
 PRIVATE = {
-    "cast.demo": ("cast.demo", "cast.cli"),
+    "cast.demo": ("cast.demo", "cast.study", "cast.cli"),
+    "cast.study": ("cast.study", "cast.cli"),
     "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.cli"),
 }
 

@@ -29,13 +29,13 @@ from cast import CAST
 from cast.demo.clips import CachedClips, Stills
 from cast.demo.controls import controls
 from cast.demo.dataset import Sizes, make_dataset
-from cast.demo.files import write_json, write_text
 from cast.demo.models import CONFIG
 from cast.demo.report import Findings, html
 from cast.demo.results import METRICS, summarise
 from cast.demo.scene import NOUNS, VERBS
 from cast.demo.study import MODELS, Budget, Data, Reporter, Study
 from cast.demo.timing import step_times
+from cast.files import write_json, write_text
 from cast.training import Progress as Training
 
 LABELS = {"verb": list(VERBS), "noun": list(NOUNS)}
@@ -62,7 +62,7 @@ def run(out: Path, seeds: int, sizes: Sizes, budget: Budget, console: Console) -
         "dataset": manifest,
         "controls": [asdict(control) for control in checks],
         "budget": asdict(budget),
-        "machine": _machine(),
+        "machine": machine(),
         "seconds_of_this_run": round(time.perf_counter() - began, 1),
     }
     write_json(out / "metrics.json", metrics)
@@ -130,7 +130,8 @@ def _figures(figures: dict[str, float]) -> str:
     )
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the run is on: processor, cores, threads, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,0 +1,183 @@
+"""Augmentation of whole clips: what is drawn once per clip, and how it is applied to all of its frames.
+
+Drawing and applying are apart. A `Plan` holds every random decision about one clip; it is drawn on the CPU, a
+function of the generator alone, and `apply` carries it out on whichever device the clip is. So all frames of a clip
+get the same parameters by construction, and augmentation on the training device gives what the loader's processes
+would give.
+
+The order is the published code's: RandAugment on the stored frames, normalisation, random resized crop (bilinear,
+without antialiasing), flip, erasing. Colour jitter, which that code accepts and ignores, comes first here. The crop
+is cut out before it is normalised and resized after: the same numbers, as resizing never looks beyond the crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cast.video.randaugment import Operation, RandAugment
+from cast.video.transforms import MEAN, STD
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How training clips are changed at random.
+
+    Args:
+        scale: smallest and largest share of the picture's area that a crop takes.
+        ratio: smallest and largest width over height of a crop.
+        flip: probability of mirroring left and right. Off by default: never for Something-Something V2, nor
+            wherever direction is part of the label.
+        randaugment: in timm's notation, such as "rand-m7-n4-mstd0.5-inc1" (published code) or
+            "rand-m9-mstd0.5-inc1" (the paper's "(9, 0.5)"); null for none.
+        color_jitter: brightness, contrast and saturation change by a factor from 1 - x to 1 + x (paper: 0.4;
+            published code: none).
+        erasing: probability of replacing a rectangle by noise.
+        mixup: alpha of mixup's Beta distribution; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+        mix_probability: how many of the batches are mixed.
+        mix_switch: with both, how many of the mixed batches get CutMix.
+        mix_mode: "batch" draws once per batch, "elem" once per clip.
+        smoothing: of the labels, whether mixed or not.
+        repeats: clips made of one decoded video, next to each other in the batch (repeated augmentation).
+        on: where clips are augmented: in the loader's processes ("cpu"), or by `Batch.to` on the training device.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    randaugment: str | None = None
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    mix_switch: float = 0.5
+    mix_mode: Literal["batch", "elem"] = "batch"
+    smoothing: float = 0.0
+    repeats: int = 1
+    on: Literal["cpu", "device"] = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "erasing", "mix_probability", "mix_switch", "smoothing", "color_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or a positive alpha")
+        for name, highest in (("scale", 1.0), ("ratio", float("inf"))):
+            low, high = getattr(self, name)
+            object.__setattr__(self, name, (low, high))  # a list cannot be hashed, and draws are cached by settings
+            if not 0 < low <= high <= highest:
+                raise ValueError(f"{name} is {(low, high)}; it must ascend, above 0 and at most {highest}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; it must be at least 1")
+        for name, allowed in (("mix_mode", ("batch", "elem")), ("on", ("cpu", "device"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, allowed))}")
+        if self.randaugment is not None:
+            RandAugment.parse(self.randaugment)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every random decision about one clip. Boxes are top, left, height, width in pixels."""
+
+    crop: Box
+    flip: bool = False
+    operations: tuple[Operation, ...] = ()
+    jitter: tuple[tuple[str, float], ...] = ()  # operation and factor, in the order of use
+    erase: Box | None = None  # in the resized crop
+    noise: int = 0  # seed of what fills the erased box
+
+
+def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.random.Generator) -> Plan:
+    """Decide what happens to one clip.
+
+    Args:
+        settings: what may happen.
+        size: side of the result in pixels.
+        height: of the stored frames.
+        width: of the stored frames.
+        rng: source of all randomness; the same state gives the same plan. PyTorch's generators stay as they are.
+    """
+    crops, erasing, jittering = _transforms(settings, size)
+    operations = RandAugment.parse(settings.randaugment).draw(rng) if settings.randaugment else ()
+    flip = bool(rng.random() < settings.flip)
+    with torch.random.fork_rng(devices=()):
+        # torchvision draws from this generator; torch.manual_seed would also look for GPUs.
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        crop = crops.make_params([_blank(height, width)])
+        erase = erasing.make_params([_blank(size, size)]) if rng.random() < settings.erasing else None
+        jitter: tuple[tuple[str, float], ...] = ()
+        if settings.color_jitter:
+            drawn = jittering.make_params([])
+            jitter = tuple((name, float(drawn[f"{name}_factor"])) for name in _jitter_order(drawn["fn_idx"].tolist()))
+    return Plan(
+        crop=(crop["top"], crop["left"], crop["height"], crop["width"]),
+        flip=flip,
+        operations=operations,
+        jitter=jitter,
+        erase=None if erase is None else (erase["i"], erase["j"], erase["h"], erase["w"]),
+        noise=int(rng.integers(2**63)),
+    )
+
+
+def apply(plan: Plan, video: Tensor, size: int) -> Tensor:
+    """Carry out a plan.
+
+    Args:
+        plan: from `draw`.
+        video: uint8 `[T, 3, H, W]`, the stored frames, on any device.
+        size: side of the result in pixels.
+
+    Returns:
+        float32 `[3, T, size, size]`, normalised with ImageNet's mean and deviation, contiguous, on the same device.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    for name, factor in plan.jitter:
+        video = getattr(F, f"adjust_{name}")(video, factor)
+    for operation in plan.operations:
+        video = operation(video)
+    video = F.normalize(F.to_dtype(F.crop(video, *plan.crop), torch.float32, scale=True), list(MEAN), list(STD))
+    video = F.resize(video, [size, size], antialias=False)
+    if plan.flip:
+        video = F.horizontal_flip(video)
+    if plan.erase:
+        video = F.erase(video, *plan.erase, _noise(plan, video))
+    return video.transpose(0, 1).contiguous()
+
+
+def _noise(plan: Plan, video: Tensor) -> Tensor:
+    """New noise for every frame, as the published code draws it; from the CPU, so that the device does not matter."""
+    assert plan.erase is not None
+    generator = torch.Generator().manual_seed(plan.noise)
+    return torch.randn((len(video), 3, *plan.erase[2:]), generator=generator).to(video.device)
+
+
+@cache
+def _transforms(settings: AugmentSettings, size: int) -> tuple[Any, Any, Any]:
+    """torchvision's random crop, erasing and colour jitter, for their draws."""
+    from torchvision.transforms import v2
+
+    amount = settings.color_jitter
+    crops = v2.RandomResizedCrop(size, tuple(settings.scale), tuple(settings.ratio))
+    return crops, v2.RandomErasing(p=1.0, value=0), v2.ColorJitter(amount, amount, amount)
+
+
+def _blank(height: int, width: int) -> Tensor:
+    """A picture without memory: torchvision asks it for its height and width only."""
+    return torch.empty(3, height, width, device="meta")
+
+
+def _jitter_order(order: list[int]) -> list[str]:
+    names = ("brightness", "contrast", "saturation", "hue")
+    return [names[index] for index in order if names[index] != "hue"]

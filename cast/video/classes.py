@@ -1,0 +1,87 @@
+"""Class names: from the files that data sets publish, or from the annotations themselves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cast.video.annotations import PathLike, read_text
+
+#: Files with class names that are looked for in a data set's directory, head -> names of the file.
+PUBLISHED = {
+    "verb": ("EPIC_100_verb_classes.csv",),
+    "noun": ("EPIC_100_noun_classes.csv", "EPIC_100_noun_classes_v2.csv"),
+    "action": ("classes.txt", "kinetics_400_labels.csv", "labels.json", "something-something-v2-labels.json"),
+}
+#: Names by head in one file, looked for first.
+ALL_HEADS = "classes.json"
+
+
+def read_classes(path: PathLike, head: str) -> list[str]:
+    """The class names of `head`, by index.
+
+    Formats, by the file's ending: `.json` a list of names, `{"head": [names]}`, or `{"name": index}` as
+    Something-Something V2 has it; `.csv` with a header that has `id` and `key` (EPIC-Kitchens-100), `name`, `label`
+    or `class`; any other text has one name a line.
+
+    Raises:
+        ValueError: the file is missing, of none of these formats, or lacks an index; the message names the file.
+    """
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix == ".json":
+            names = _from_json(read_text(path), head)
+        elif suffix == ".csv":
+            names = _from_csv(read_text(path))
+        else:
+            names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        _check(names)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(os.fspath(path)) else f"{os.fspath(path)}: {text}") from None
+    return names
+
+
+def find_classes(root: Path, heads: Sequence[str]) -> dict[str, list[str]]:
+    """Names by head from the files that lie in `root`; empty unless there are some for every head."""
+    if (root / ALL_HEADS).is_file():
+        return {head: read_classes(root / ALL_HEADS, head) for head in heads}
+    paths = {head: [root / name for name in PUBLISHED.get(head, ()) if (root / name).is_file()] for head in heads}
+    return {head: read_classes(found[0], head) for head, found in paths.items()} if all(paths.values()) else {}
+
+
+def _from_json(text: str, head: str) -> list[str]:
+    data = json.loads(text)
+    if isinstance(data, Mapping) and isinstance(data.get(head), list):
+        data = data[head]
+    if isinstance(data, Mapping) and data and all(str(value).isdigit() for value in data.values()):
+        return _by_index({int(index): name for name, index in data.items()}, len(data))
+    if not isinstance(data, list):
+        raise ValueError(f'has no names for {head!r}; write {{"{head}": ["first name", ...]}}')
+    return [str(name) for name in data]
+
+
+def _from_csv(text: str) -> list[str]:
+    rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
+    titles = list(rows[0]) if rows else []
+    column = next((name for name in ("key", "name", "label", "class") if name in titles), None)
+    if "id" not in titles or column is None:
+        raise ValueError(f"the header must have 'id' and 'key' (or name, label, class); it has {titles}")
+    return _by_index({int(row["id"]): row[column] for row in rows}, len(rows))
+
+
+def _by_index(names: Mapping[int, str], count: int) -> list[str]:
+    missing = sorted(set(range(count)) - names.keys())
+    if missing:
+        raise ValueError(f"has {count} names, but none for index {missing[0]}")
+    return [names[index] for index in range(count)]
+
+
+def _check(names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError("has no class names")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names class {twice[0]!r} twice")

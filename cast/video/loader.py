@@ -1,0 +1,322 @@
+"""Batches for training: decoded and augmented by worker processes, the same bits whatever those do.
+
+What a batch holds is a function of (seed, epoch, position, rank, world) alone. So a run may have any number of
+workers, may be resumed at any position, and when a worker dies (the kernel's out-of-memory killer, a crash in a
+decoder) its batch is made again by another one and nothing changes but the time it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cast.video.annotations import Sample
+from cast.video.augment import AugmentSettings, Plan, apply, draw
+from cast.video.decoders import decoder
+from cast.video.sampling import train_indices, view_indices
+from cast.video.transforms import to_clip, view_transform
+
+if TYPE_CHECKING:
+    from cast.video.datasets import DataSettings
+
+#: Batches that each worker prepares ahead of time: with the batch's size, what bounds the memory.
+AHEAD = 2
+#: Deaths of workers without a batch in between, after which the batch itself is to blame.
+MOST_DEATHS = 3
+# First words of the seeds, so that order and clips never share a stream.
+_ORDER, _CLIP = 1, 2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    Args:
+        video: float32 `[B, 3, T, S, S]`, normalised; with `plans` uint8 `[B, T, 3, H, W]` as stored, each clip in the
+            top left corner of the batch's largest picture.
+        labels: head -> int64 `[B]`.
+        names: the video files, for messages.
+        plans: what augmentation is still to be done, see :meth:`to`; and the size of each stored picture.
+        size: side of the clips that the plans make.
+    """
+
+    video: Tensor
+    labels: dict[str, Tensor]
+    names: list[str]
+    plans: list[tuple[Plan, int, int]] | None = None
+    size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device, augmented there if that is still to be done: float32 `[B, 3, T, S, S]`."""
+        video = self.video.to(device, non_blocking=True)
+        labels = {head: label.to(device, non_blocking=True) for head, label in self.labels.items()}
+        if self.plans is not None:
+            clips = zip(video, self.plans, strict=True)
+            video = torch.stack([apply(plan, clip[..., :h, :w], self.size) for clip, (plan, h, w) in clips])
+        return replace(self, video=video, labels=labels, plans=None)
+
+
+class ClipLoader:
+    """Micro-batches of clips for one of `world` processes.
+
+    The processes share each global batch of `batch_size * world` clips: process `rank` gets every `world`-th video
+    of it, from `rank` on. Training draws a new order every epoch and leaves out an incomplete last global batch;
+    otherwise videos come in their order, with the middles of their segments (or the middle window), cropped at the
+    centre, and the last batch may be smaller.
+
+    Args:
+        samples: the videos, the same on every process.
+        settings: how to decode and augment.
+        batch_size: clips of a micro-batch; a multiple of `settings.augment.repeats` in training.
+        train: draw at random; otherwise validation clips.
+        seed: source of all randomness.
+        rank: number of this process.
+        world: number of processes.
+
+    Raises:
+        ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not there.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        settings: DataSettings,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        repeats = settings.augment.repeats if train else 1
+        if batch_size < 1 or batch_size % repeats:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1 and a multiple of repeats = {repeats}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of {world} processes; it must be from 0 to world - 1")
+        missing = [str(sample.path) for sample in samples if not sample.path.is_file()]
+        if not samples or missing:
+            raise ValueError(
+                f"{len(missing)} of {len(samples)} videos are missing: "
+                f"{', '.join(missing[:3]) or 'there are no samples'}; cast data check lists all faulty videos"
+            )
+        self.settings, self.batch_size, self.train, self.seed = settings, batch_size, train, seed
+        self.rank, self.world, self.repeats = rank, world, repeats
+        self._clips = _Clips(samples, settings, train, seed)
+        self._per_step = batch_size // repeats * world  # videos of a global batch
+        if train and len(samples) < self._per_step:
+            raise ValueError(
+                f"{len(samples)} videos make no batch of {self._per_step}; lower batch_size, or take fewer processes"
+            )
+
+    def __len__(self) -> int:
+        videos = len(self._clips)
+        if self.train:
+            return videos // self._per_step
+        full, rest = divmod(videos, self._per_step)
+        return full + (rest > self.rank)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of an epoch from number `start` on.
+
+        Raises:
+            VideoError: a video can't be read; the message names it.
+            RuntimeError: workers die again and again at the same batch.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start is {start}; an epoch has batches 0 to {len(self) - 1}")
+        keys = self._keys(epoch)[start:]
+        if self.settings.workers == 0:
+            for key in keys:
+                yield _batch(self._clips[key])
+            return
+        done, deaths = 0, 0
+        while done < len(keys):
+            try:
+                for made in self._workers(keys[done:]):
+                    yield _batch(made)
+                    done, deaths = done + 1, 0
+            except _WorkerDied as death:
+                deaths += 1
+                names = ", ".join(self._clips.names(keys[done]))
+                if deaths == MOST_DEATHS:
+                    raise RuntimeError(
+                        f"{deaths} workers died in a row at the batch of {names} ({death}); is there enough memory "
+                        "(and /dev/shm)? Lower data.workers, or look for the file with cast data check"
+                    ) from None
+                _log.warning("a data worker died (%s); others take over, no clip is lost", death)
+
+    def _keys(self, epoch: int) -> list[_Key]:
+        """What each micro-batch of this process is made of."""
+        count, step = len(self._clips), self._per_step
+        order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(count) if self.train else np.arange(count)
+        parts = [order[first : first + step][self.rank :: self.world] for first in range(0, count, step)]
+        return [_Key(epoch, tuple(part.tolist())) for part in parts[: len(self)]]
+
+    def _workers(self, keys: list[_Key]) -> Iterator[_Made]:
+        loader = DataLoader(
+            self._clips,
+            batch_size=None,
+            sampler=keys,
+            collate_fn=_as_it_is,
+            num_workers=self.settings.workers,
+            prefetch_factor=AHEAD,
+            pin_memory=torch.cuda.is_available(),
+        )
+        before = set(multiprocessing.active_children())
+        iterator: Any = None
+        ours: set[Any] = set()
+        try:
+            with _deaths_told_by_polling():
+                iterator = iter(loader)
+            ours = set(multiprocessing.active_children()) - before
+            while True:
+                try:
+                    made = next(iterator)
+                except StopIteration:
+                    return
+                yield made
+        except (RuntimeError, OSError, EOFError) as error:
+            dead = [worker for worker in ours if worker.exitcode]
+            if not dead and "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
+                raise
+            raise _WorkerDied(_how(dead) or str(error)) from error
+        finally:
+            del iterator  # ends the workers that are left
+
+
+class _WorkerDied(Exception):
+    pass
+
+
+def _how(dead: Sequence[Any]) -> str:
+    """How processes ended, such as "killed by SIGKILL"."""
+    codes = sorted({worker.exitcode for worker in dead})
+    return ", ".join(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in codes)
+
+
+@contextmanager
+def _deaths_told_by_polling() -> Iterator[None]:
+    """Keep DataLoader from raising about dead workers wherever the main thread happens to be.
+
+    Its signal handler would interrupt a training step, where nobody can make up for the worker; without the handler
+    the next request for a batch finds out, at most five seconds later.
+    """
+    if threading.current_thread() is not threading.main_thread():  # PyTorch sets no handler here
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "").startswith("torch."):  # of another DataLoader, which polls as well
+        before = signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+class _Key(NamedTuple):
+    """What a micro-batch is made of."""
+
+    epoch: int
+    videos: tuple[int, ...]
+
+
+class _Made(NamedTuple):
+    """A micro-batch as workers send it: tensors, and what pickles small."""
+
+    video: Tensor
+    labels: dict[str, Tensor]
+    names: list[str]
+    plans: list[tuple[Plan, int, int]] | None
+    size: int
+
+
+def _batch(made: _Made) -> Batch:
+    return Batch(*made)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+class _Clips(Dataset[_Made]):
+    """Makes micro-batches from their keys.
+
+    Paths and labels are arrays, not objects: reading an object counts its references, and then every forked worker
+    ends up with a copy of a list of hundreds of thousands.
+    """
+
+    def __init__(self, samples: Sequence[Sample], settings: DataSettings, train: bool, seed: int) -> None:
+        self.settings, self.train, self.seed = settings, train, seed
+        self.decoder = decoder(settings.decoder)
+        encoded = [str(sample.path).encode("utf-8", "surrogateescape") for sample in samples]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._paths = np.frombuffer(b"".join(encoded), np.uint8)
+        self._heads = tuple(samples[0].labels)
+        self._labels = np.array([[sample.labels[head] for head in self._heads] for sample in samples], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def names(self, key: _Key) -> list[str]:
+        """The files of a micro-batch."""
+        return [self._path(index) for index in key.videos]
+
+    def _path(self, index: int) -> str:
+        return bytes(self._paths[self._ends[index] : self._ends[index + 1]]).decode("utf-8", "surrogateescape")
+
+    def __getitem__(self, key: _Key) -> _Made:
+        augment = self.settings.augment
+        repeats = augment.repeats if self.train else 1
+        chosen = np.repeat(np.array(key.videos), repeats)
+        labels = {head: torch.from_numpy(self._labels[chosen, column]) for column, head in enumerate(self._heads)}
+        names = [self._path(index) for index in chosen]
+        frames = [self._frames(key.epoch, index) for index in key.videos]
+        if not self.train:
+            view = view_transform(self.settings.size)
+            return _Made(torch.stack([to_clip(pictures, view) for pictures, _ in frames]), labels, names, None, 0)
+        stored = [torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures, _ in frames for _ in range(repeats)]
+        plans = [self._plan(augment, pictures, rng) for pictures, rng in frames for _ in range(repeats)]
+        size = self.settings.size
+        if augment.on == "device":
+            return _Made(_padded(stored), labels, names, plans, size)
+        clips = [apply(plan, video, size) for video, (plan, _, _) in zip(stored, plans, strict=True)]
+        return _Made(torch.stack(clips), labels, names, None, size)
+
+    def _frames(self, epoch: int, index: int) -> tuple[np.ndarray, np.random.Generator]:
+        """The stored frames of a clip, uint8 `[T, H, W, 3]`, and the generator that augments them."""
+        path, count, sampling = self._path(index), self.settings.frames, self.settings.sampling
+        rng = np.random.default_rng((_CLIP, self.seed, epoch, index))
+        length = self.decoder.frame_count(path, threads=1)
+        if self.train:
+            indices = train_indices(length, rng, sampling, count)
+        else:
+            indices = view_indices(length, 0, 1, sampling, count)
+        return self.decoder.read(path, indices, threads=1), rng
+
+    def _plan(self, augment: AugmentSettings, pictures: np.ndarray, rng: np.random.Generator) -> tuple[Plan, int, int]:
+        height, width = pictures.shape[1:3]
+        return draw(augment, self.settings.size, height, width, rng), height, width
+
+
+def _padded(videos: Sequence[Tensor]) -> Tensor:
+    """Videos uint8 `[T, 3, H, W]` of different sizes in one tensor, each in the top left corner."""
+    height, width = (max(video.shape[axis] for video in videos) for axis in (2, 3))
+    result = torch.zeros(len(videos), *videos[0].shape[:2], height, width, dtype=torch.uint8)
+    for place, video in zip(result, videos, strict=True):
+        place[..., : video.shape[2], : video.shape[3]] = video
+    return result
