@@ -89,7 +89,7 @@ def test_neighbours_differ_in_one_field_that_the_kernels_read(part: str) -> None
         assert changed[0] in tune.PARTS[part]
     assert len(found) == len(set(found))
     queries = {"row": {16, 32}, "exchange": {16, 32}, "exchange_short": {16, 32}}
-    queries |= dict.fromkeys(("attention_backward", "attention_backward_short"), {16, 32, 64})
+    queries |= {kernel: {16, 32, 64} for kernel in ("attention_backward", "attention_backward_short")}
     assert {tile.queries for tile in found} == queries.get(part, {32})
 
 
