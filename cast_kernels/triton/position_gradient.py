@@ -21,7 +21,8 @@ COLUMNS, ROWS = 64, 32
 #: Members of a position that one program adds; more are split, or frames' eight positions would keep few programs
 #: busy with a thousand rows each.
 MEMBERS = 256
-#: Tables of one launch: two for each direction.
+#: Tables of one launch: two for each direction. Widths are left to Triton's specialisation, which finds that 16 divides
+#: them: without it, elements are loaded one by one.
 MOST = 4
 #: Tile of `position_products`: [positions, channels in], and channels out of a step. Small, as the tables are.
 _TILE = {"BM": 16, "BN": 64, "BK": 32}
@@ -38,7 +39,7 @@ class Table(NamedTuple):
 
 @triton.jit(do_not_specialize=[
     "frames", "patches",
-    *(f"{name}{i}" for i in range(4) for name in ("width", "length", "splits", "by_frame", "by_patch", "end")),
+    *(f"{name}{i}" for i in range(4) for name in ("length", "splits", "by_frame", "by_patch", "end")),
 ])  # fmt: skip
 def position_sums(
     x0, x1, x2, x3, partial0, partial1, partial2, partial3, width0, width1, width2, width3,
@@ -87,7 +88,7 @@ def position_sums(
     tl.store(partial + at, total, mask=column < width)
 
 
-@triton.jit(do_not_specialize=[f"{name}{i}" for i in range(4) for name in ("width", "length", "splits", "end")])
+@triton.jit(do_not_specialize=[f"{name}{i}" for i in range(4) for name in ("length", "splits", "end")])
 def position_products(
     partial0, partial1, partial2, partial3, weight0, weight1, weight2, weight3, out0, out1, out2, out3,
     width0, width1, width2, width3, length0, length1, length2, length3, splits0, splits1, splits2, splits3,
