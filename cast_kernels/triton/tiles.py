@@ -214,7 +214,7 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
     ),
     ("sm_90", "exchange", 16): Allowance(
         "words of addresses once a step of 64 output columns: two at 128 rows, where half the rows read every weight "
-        "twice as often; in fp16 four at the 64 rows and 4 warps for few rows, where 8 warps repeat 40 % of the products",
+        "twice as often; in fp16 four at the 64 rows and 4 warps for few rows, where 8 warps repeat 40 % of products",
         loop_spills=4,
     ),
     ("sm_90", "project", 16): Allowance(
