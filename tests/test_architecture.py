@@ -51,7 +51,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.weights",
         "cast.experts",
     ),
-    "cast.training": ("cast_kernels", "cast.config", "cast.model", "cast.video", "cast.optional", "cast.training"),
+    "cast.training": (
+        "cast_kernels",
+        "cast.config",
+        "cast.model",
+        "cast.baselines",
+        "cast.video",
+        "cast.optional",
+        "cast.training",
+    ),
     "cast.baselines": (
         "cast_kernels",
         "cast.baselines",
