@@ -71,6 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.optional",
     ),
     "cast.files": (),
+    "cast.published": (),
     "cast.metrics": ("cast.metrics",),
     "cast.evaluation": (
         "cast.config",
@@ -82,6 +83,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.predict",
         "cast.training",
         "cast.files",
+        "cast.published",
         "cast.optional",
         "cast.evaluation",
     ),

@@ -85,7 +85,7 @@ def test_from_a_recipe_to_an_action(data: Path, tmp_path: Path, capsys: pytest.C
     command = ["train", "digits", f"data.root={data}", f"out={out}", *TINY]
     assert main(command) == 0
     told = capsys.readouterr().err
-    assert "6 steps (2 epochs of 3) of 8 clips = 4 x 2 micro-batches x 1 processes on cpu" in told
+    assert "6 steps (2 epochs of 3) of 8 clips = 4 x 2 micro-batches x 1 process on cpu" in told
     assert "peak learning rate 0.001" in told
     assert "epoch 2  step 6 of 6" in told
     steps, epochs = lines(out, "step"), lines(out, "epoch")

@@ -64,14 +64,14 @@ def read_baseline(directory: str | os.PathLike[str], fused: bool = True) -> TwoS
         FileNotFoundError: no `config.json` or `model.safetensors`.
         ValueError: a `config.json` of something else, or other tensors.
     """
-    single = is_baseline(directory) and "expert" in read_saved(directory, "config", "baseline")
+    single = is_baseline(directory) and "expert" in read_saved(directory, "config")
     return SingleExpert.from_pretrained(directory, fused) if single else TwoStream.from_pretrained(directory, fused)
 
 
 def is_baseline(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a baseline's configuration, rather than CAST's or none."""
     try:
-        about = read_saved(directory, "config", "baseline")
+        about = read_saved(directory, "config")
     except (OSError, ValueError):
         return False
     return "design" in about or "expert" in about

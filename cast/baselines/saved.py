@@ -28,13 +28,12 @@ def write_saved(model: nn.Module, about: Mapping[str, Any], directory: str | os.
         os.replace(path / f"{name}.part", path / name)
 
 
-def read_saved(directory: str | os.PathLike[str], key: str, what: str) -> dict[str, Any]:
+def read_saved(directory: str | os.PathLike[str], key: str) -> dict[str, Any]:
     """How a saved baseline is built.
 
     Args:
         directory: of `save_pretrained`.
         key: what the configuration of this kind of model must name.
-        what: the kind of model, for messages.
 
     Raises:
         FileNotFoundError: no `config.json`.
@@ -47,8 +46,8 @@ def read_saved(directory: str | os.PathLike[str], key: str, what: str) -> dict[s
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(about, dict) or key not in about:
         raise ValueError(
-            f"{path} names no {key}, so it is no {what}; a plain CAST is read by cast.CAST.from_pretrained, any "
-            "baseline by cast.baselines.read_baseline"
+            f"{path} names no {key}; a plain CAST is read by cast.CAST.from_pretrained, a baseline of any kind by "
+            "cast.baselines.read_baseline"
         )
     return about
 

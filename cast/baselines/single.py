@@ -94,7 +94,7 @@ class SingleExpert(nn.Module):
             FileNotFoundError: no `config.json` or `model.safetensors`.
             ValueError: a `config.json` of something else, or other tensors.
         """
-        about = read_saved(directory, "expert", "single expert")
+        about = read_saved(directory, "expert")
         model = cls(about["expert"], about["adapters"], make_config(**about["config"]), fused)
         load_saved(model, directory)
         return model.eval()

@@ -227,7 +227,7 @@ class TwoStream(nn.Module):
             FileNotFoundError: no `config.json` or `model.safetensors`.
             ValueError: a `config.json` of something else (CAST has its own `from_pretrained`), or other tensors.
         """
-        about = read_saved(directory, "design", "two-stream baseline")
+        about = read_saved(directory, "design")
         # Not from the network: the weights are here.
         options = {role: {**chosen, "pretrained": False} for role, chosen in about["timm_options"].items()}
         model = cls(Design(**about["design"]), make_config(**about["config"]), fused, options)

@@ -262,14 +262,19 @@ def _summary(
 ) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"{plan.steps} steps ({plan.epochs} epochs of {plan.steps_per_epoch}) of {settings.optim.total_batch} clips = "
-        f"{plan.micro_batch} x {plan.accumulate} micro-batches x {processes.num_processes} processes on "
+        f"{plan.steps} steps ({_count(plan.epochs, 'epoch')} of {plan.steps_per_epoch}) of "
+        f"{settings.optim.total_batch} clips = {plan.micro_batch} x {plan.accumulate} micro-batches x "
+        f"{_count(processes.num_processes, 'process')} on "
         f"{processes.device.type}; peak learning rate {settings.optim.peak:.3g}; {trained:,} parameters train",
         *notes,
     ]
     if progress.step:
         lines.append(f"going on after step {progress.step}")
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def _finish(
