@@ -1,7 +1,8 @@
 """The command `cast`. One function is one subcommand.
 
 A function's parameters become the options, its docstring the help: positional-only parameters are positional,
-`bool` ones are switches. Imports stay inside the functions, so that `cast --help` need not load PyTorch.
+`bool` ones are switches; `*arguments` takes all words as they are, for a command with a parser of its own. Imports
+stay inside the functions, so that `cast --help` need not load PyTorch.
 """
 
 from __future__ import annotations
@@ -59,23 +60,44 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     main(out=out, seeds=seeds)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (predict, demo)
+def train(*arguments: str) -> None:
+    """Train CAST by a recipe, on one GPU or on many.
+
+    cast train RECIPE [key=value ...] [--resume] [--print_config]; cast train --help explains every setting.
+
+    Args:
+        arguments: a recipe, overrides and switches, read by the recipe's own parser
+    """
+    from cast.training.command import main
+
+    main(arguments)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (train, predict, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 after an error, 130 after an interrupt. Bad usage exits with 2."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    own = {command.__name__: command for command in COMMANDS if "rest" in _kinds(command).values()}
+    if words and words[0] in own:
+        return _run(words[0], lambda: own[words[0]](*words[1:]))
     parser, commands = _parser()
-    namespace = parser.parse_args(arguments)
+    namespace = parser.parse_args(words)
     command = commands[namespace.subcommand]
     options = namespace[namespace.subcommand].as_dict()
     positional = [options.pop(name) for name, kind in _kinds(command).items() if kind == "positional"]
+    return _run(namespace.subcommand, lambda: command(*positional, **options))
+
+
+def _run(name: str, command: Callable[[], None]) -> int:
     try:
-        command(*positional, **options)
+        command()
     except (ValueError, OSError, MissingExtraError) as error:
-        print(f"cast {namespace.subcommand}: error: {error}", file=sys.stderr)
+        print(f"cast {name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"cast {namespace.subcommand}: interrupted", file=sys.stderr)
+        print(f"cast {name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -119,11 +141,13 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     return parser
 
 
-def _kinds(command: Callable[..., None]) -> dict[str, Literal["positional", "switch", "option"]]:
+def _kinds(command: Callable[..., None]) -> dict[str, Literal["positional", "switch", "option", "rest"]]:
     kinds: dict[str, Any] = {}
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             kinds[name] = "positional"
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            kinds[name] = "rest"
         else:
             kinds[name] = "switch" if parameter.annotation is bool else "option"
     return kinds

@@ -267,7 +267,7 @@ def test_an_ensemble_is_the_mean_of_probabilities() -> None:
 def test_checkpoints_of_an_empty_directory(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
-    assert Checkpoints(tmp_path, Accelerator(), {}).load() is None
+    assert Checkpoints(tmp_path, Accelerator(), {}, Net()).load() is None
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,262 @@
+"""Checkpoints that are whole at any moment, of what trains or of everything.
+
+A checkpoint is a directory `step-<number>`:
+
+* `weights.safetensors`: parameters that train and persistent buffers, or, if asked for, the frozen ones too;
+* `optimizer.safetensors`: AdamW's moments, `ema.safetensors`: averaged weights, if there are any;
+* `engine/`: DeepSpeed's own files instead of `optimizer.safetensors`, under DeepSpeed;
+* `state.json`: which training it is, where it stands, which frozen experts it belongs to, checksums of the files.
+
+It is written under another name, flushed and renamed, and only then older ones go. So a kill, a full disk or a
+power cut at any point leaves this or the previous checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from cast.training.ema import Average
+from cast.training.files import CheckpointError, checksum, flush, read_tensors, write_tensors, write_text
+from cast.training.progress import Progress
+from cast.training.tensors import (
+    digest,
+    frozen_names,
+    read_moments,
+    read_weights,
+    write_moments,
+    write_weights,
+)
+
+#: Which weights a checkpoint holds.
+Weights = Literal["trainable", "full"]
+
+_STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _ENGINE = (
+    "state.json",
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "ema.safetensors",
+    "engine",
+)
+_FORMAT = 1
+
+
+class Checkpoints:
+    """The newest states of a training in a directory.
+
+    Args:
+        directory: holds nothing else; in a training on several machines all of them must see it.
+        accelerator: of the training.
+        identity: what makes this training the one that it is; a checkpoint of another one is refused.
+        model: before it is prepared; its frozen parameters are hashed.
+        weights: `trainable` leaves the frozen parameters out (180 MB instead of 870 for CAST-B/16 in fp32).
+        keep: how many of the newest stay.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        accelerator: Accelerator,
+        identity: dict[str, Any],
+        model: nn.Module,
+        weights: Weights = "trainable",
+        keep: int = 1,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
+        if weights not in ("trainable", "full"):
+            raise ValueError(f"weights is {weights!r}; a checkpoint holds 'trainable' or 'full' weights")
+        self.directory, self.accelerator, self.keep, self.weights = Path(directory), accelerator, keep, weights
+        self.identity = json.loads(json.dumps(identity))
+        self._frozen = digest(model, frozen_names(model)) if accelerator.is_main_process else ""
+        # Set by attach(), once the model and the optimizer are where they train.
+        self._model: nn.Module = model
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._average: Average | None = None
+
+    def attach(self, model: nn.Module, optimizer: Any, average: Average | None) -> None:
+        """What accelerate prepared: this is what is saved and loaded."""
+        self._model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._average = average
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
+
+    def save(self, progress: Progress) -> None:
+        """Write the present state.
+
+        Raises:
+            CheckpointError: it could not be written; what was there before still is.
+        """
+        tensors = {_WEIGHTS: read_weights(self._model, self.weights == "full")}
+        if self._average is not None:
+            tensors[_AVERAGE] = self._average.read()
+        part = self.directory / "unfinished"
+        self._on_main(lambda: shutil.rmtree(part, ignore_errors=True))
+        if self._is_deepspeed:
+            self.accelerator.save_state(str(part / _ENGINE))
+        elif self._optimizer is not None:
+            tensors[_MOMENTS] = read_moments(self._model, self._optimizer)
+        self._on_main(lambda: self._write(part, tensors, progress))
+
+    def load(self) -> Progress | None:
+        """Put the newest checkpoint into model, optimizer and average; None if there is none.
+
+        Raises:
+            ValueError: it is of another training, or belongs to other frozen weights.
+            CheckpointError: a file is missing or damaged, or not every process sees the same directory.
+        """
+        found = self._agreed_newest()
+        if found is None:
+            return None
+        state: dict[str, Any] = self._on_main(lambda: self._checked(found))
+        write_weights(self._model, read_tensors(found / _WEIGHTS))
+        if self._is_deepspeed:
+            self.accelerator.load_state(str(found / _ENGINE))
+        elif self._optimizer is not None:
+            write_moments(self._model, self._optimizer, read_tensors(found / _MOMENTS))
+        if self._average is not None:
+            self._average.write(read_tensors(found / _AVERAGE))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.accelerator.wait_for_everyone()
+        return Progress(**state["progress"])
+
+    @property
+    def _is_deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == "DEEPSPEED")
+
+    def _write(self, part: Path, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
+        older = self.all()
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            for name, content in tensors.items():
+                write_tensors(part / name, content, {"frozen": self._frozen, "weights": self.weights})
+            scaler = self.accelerator.scaler
+            state = {
+                "format": _FORMAT,
+                "identity": self.identity,
+                "frozen": self._frozen,
+                "weights": self.weights,
+                "progress": asdict(progress),
+                "scaler": scaler.state_dict() if scaler is not None else {},
+                "files": {name: checksum(part / name) for name in tensors},
+            }
+            write_text(part / _STATE, json.dumps(state, indent=2) + "\n")
+            flush(part)
+            os.replace(part, self.directory / f"step-{progress.step:08d}")
+            flush(self.directory)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
+            left = f"{older[-1]} is whole" if older else "there was none before it"
+            raise CheckpointError(
+                f"cannot write the checkpoint of step {progress.step} into {self.directory}: {error}. {left}. A "
+                f"checkpoint takes {size / 1e6:.0f} MB, {self.keep + 1} of them while one is written: make room, "
+                "then start again with --resume"
+            ) from None
+        for path in self.all()[: -self.keep]:
+            shutil.rmtree(path)
+
+    def _agreed_newest(self) -> Path | None:
+        found = self.all()
+        name = found[-1].name if found else None
+        main = broadcast_object_list([name])[0]
+        if main != name:
+            raise CheckpointError(
+                f"process {self.accelerator.process_index} sees {name} in {self.directory}, the main process {main}: "
+                "all machines must share this directory"
+            )
+        return found[-1] if found else None
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        """The state of a checkpoint, if it is whole and of this training."""
+        others = [str(other) for other in self.all() if other != path]
+        advice = f"remove it to go on from {others[-1]}" if others else "there is no other one; start anew elsewhere"
+        try:
+            state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            broken = [name for name, sum_ in state["files"].items() if checksum(path / name) != sum_]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): {advice}") from None
+        if broken:
+            raise CheckpointError(f"{path} is damaged: {', '.join(broken)} changed since it was written: {advice}")
+        if state["identity"] != self.identity:
+            theirs, ours = _flat(state["identity"]), _flat(self.identity)
+            differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+            raise ValueError(
+                f"{path} is of another training: it has { {key: theirs.get(key) for key in differing} }, this one "
+                f"{ {key: ours.get(key) for key in differing} }; give the same values, or choose another directory"
+            )
+        if state["weights"] == "trainable" and state["frozen"] != self._frozen:
+            raise ValueError(
+                f"{path} holds only what trains, and belongs to frozen weights with the hash {state['frozen']}; "
+                f"this model's have {self._frozen}: load the same experts as then"
+            )
+        return state
+
+    def _on_main(self, action: Callable[[], Any]) -> Any:
+        """Run on the main process; every process gets what it returned, or raises what it raised."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = action()
+            except (OSError, ValueError) as error:
+                outcome[1] = error
+        value, error = broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        return value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        result |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return result
+
+
+def load_trained(model: nn.Module, checkpoint: str | os.PathLike[str], average: bool = False) -> None:
+    """Put a checkpoint's weights into a model that has the frozen experts they were trained with.
+
+    Args:
+        model: of the same architecture, on any device.
+        checkpoint: a directory `step-<number>`.
+        average: take the averaged weights (EMA) where the checkpoint has them.
+
+    Raises:
+        CheckpointError: a missing or damaged file.
+        ValueError: other frozen weights than the checkpoint belongs to, or other names.
+    """
+    path = Path(checkpoint)
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint, or damaged: {error}") from None
+    own = digest(model, frozen_names(model))
+    if state["weights"] == "trainable" and state["frozen"] != own:
+        raise ValueError(
+            f"{path} belongs to frozen weights with the hash {state['frozen']}, the model's have {own}: "
+            "load the experts that it was trained with"
+        )
+    tensors = read_tensors(path / _WEIGHTS)
+    if average:
+        tensors |= read_tensors(path / _AVERAGE)
+    expected = model.state_dict().keys() - (frozen_names(model) if state["weights"] == "trainable" else set())
+    if tensors.keys() != expected:
+        raise ValueError(f"{path} does not fit this model: {sorted(tensors.keys() ^ expected)} are in one of them only")
+    write_weights(model, tensors)

@@ -1,0 +1,272 @@
+"""`cast train`: from a recipe to a finished model in a directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+
+from cast.training.checkpoints import Checkpoints
+from cast.training.distributed import make_accelerator
+from cast.training.engine import Engine, Mix, Plan
+from cast.training.files import write_text
+from cast.training.log import Log, check_trackers
+from cast.training.models import build, compile_blocks, save_finished, whole_weights
+from cast.training.progress import Progress, Step
+from cast.training.recipes import parse
+from cast.training.schedule import cosine
+from cast.training.settings import TrainSettings
+from cast.training.simple import fingerprint
+from cast.video.datasets import open_dataset
+from cast.video.loader import ClipLoader
+
+_DESCRIPTION = (
+    "Train CAST by a recipe: a YAML file, or the name of one that comes with the package. Any setting can be "
+    "overridden as key=value, such as optim.lr=5e-4."
+)
+_SWITCHES = {"resume": "go on from the newest checkpoint in the output directory, if there is one"}
+
+#: Settings that a resumed training may change: where things lie, who is told, what does not change the mathematics.
+_FREE = (
+    "out", "log", "checkpoint", "experts", "run.compile", "run.fused", "run.recompute", "run.attention",
+    "data.root", "data.workers", "data.decoder", "data.skip_list", "optim.micro_batch", "validate_every",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `cast train` with the words after it.
+
+    Raises:
+        SystemExit: 2 after bad usage.
+        ValueError, OSError, MissingExtraError: the training cannot run; the message says why and what to do.
+    """
+    command = parse(TrainSettings, arguments, "train", _DESCRIPTION, _SWITCHES)
+    settings = command.settings
+    if not settings.out:
+        settings = replace(settings, out=str(Path("runs") / command.recipe.stem))
+    fit(settings, "resume" in command.switches, command.yaml)
+
+
+def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Progress:
+    """Train by a recipe; the finished model lies in `<out>/model`, with averaged weights in `<out>/model-ema`.
+
+    Args:
+        settings: the recipe.
+        resume: whether to go on from the newest checkpoint in `<out>/checkpoints`.
+        recipe: the settings as YAML, kept as `<out>/settings.yaml`.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the weights, or a loss that is not finite.
+        OSError: a file that is missing, damaged or cannot be written, or checkpoints that `resume` should name.
+        MissingExtraError: a tracker that is not installed.
+    """
+    check_trackers(list(settings.log.trackers))
+    optim, out = settings.optim, settings.directory
+    processes = PartialState()
+    accumulate = optim.accumulate(processes.num_processes)
+    accelerator = make_accelerator(
+        settings.run.precision,
+        accumulate,
+        optim.micro_batch,
+        optim.clip_grad,
+        list(settings.log.trackers),
+        str(out),
+    )
+    videos = open_dataset(settings.data)
+    train, skipped = videos.samples("train"), videos.skipped("train")
+    model, notes = build(settings, videos.classes)
+    loader = ClipLoader(
+        train, settings.data, optim.micro_batch, True, settings.seed, processes.process_index, processes.num_processes
+    )
+    plan = make_plan(settings, len(loader) // accumulate, accumulate, len(train))
+    checkpoints = Checkpoints(
+        out / "checkpoints",
+        accelerator,
+        {"settings": identity(settings), "samples": len(train), "model": fingerprint(model)},
+        model,
+        settings.checkpoint.weights,
+        settings.checkpoint.keep,
+    )
+    if not resume and checkpoints.all():
+        raise FileExistsError(
+            f"{out} has a training already ({checkpoints.all()[-1].name}): add --resume to go on, or choose another out"
+        )
+    if settings.run.compile:
+        compile_blocks(model, settings.run.compile)
+    config = model.config
+    engine = Engine(model, loader, plan, accelerator, checkpoints, make_mix(settings, videos.classes))
+    validate = Validation(settings, videos.samples("val"), accelerator) if _validates(settings, videos.splits) else None
+    log = Log(out, accelerator, plan.steps, _plain(settings), settings.log.bars, settings.log.every)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "settings.yaml", recipe or json.dumps(_plain(settings), indent=2))
+
+    def on_epoch(unwrapped: nn.Module) -> dict[str, float]:
+        progress, epoch = engine.progress, engine.progress.step // plan.steps_per_epoch
+        figures: dict[str, float] = {}
+        if validate is not None and (epoch % settings.validate_every == 0 or epoch == plan.epochs):
+            figures = {f"val {name}": value for name, value in validate(unwrapped).items()}
+            if engine.average is not None:
+                with engine.average.applied():
+                    figures |= {f"val ema {name}": value for name, value in validate(unwrapped).items()}
+        means = {name: total / plan.steps_per_epoch for name, total in progress.sums.items()}
+        log.epoch(progress, {"epoch": epoch, **means, **figures})
+        return figures
+
+    done = ""
+    try:
+        log.start(engine.progress, _summary(settings, plan, engine.progress, model, processes, [skipped, *notes]))
+        progress = engine.run(log.step, on_epoch)
+        _finish(engine, accelerator, config, videos.classes, out)
+        done = f"finished: {out / 'model'} loads with cast predict --checkpoint and CAST.from_pretrained"
+    finally:
+        log.end(done)
+    return progress
+
+
+def make_plan(settings: TrainSettings, steps_per_epoch: int, accumulate: int, clips: int) -> Plan:
+    """The recipe in the loop's numbers.
+
+    Raises:
+        ValueError: too few clips for one step.
+    """
+    optim = settings.optim
+    if not steps_per_epoch:
+        raise ValueError(f"{clips} videos make no step of optim.total_batch={optim.total_batch} clips; lower it")
+    steps = optim.epochs * steps_per_epoch
+    mixed = settings.data.augment.mixup > 0 or settings.data.augment.cutmix > 0
+    return Plan(
+        epochs=optim.epochs,
+        steps_per_epoch=steps_per_epoch,
+        accumulate=accumulate,
+        micro_batch=optim.micro_batch,
+        rate=cosine(optim.peak, optim.floor, round(optim.warmup_epochs * steps_per_epoch), steps),
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        smoothing=0.0 if mixed else settings.data.augment.smoothing,  # Mixing smooths by itself
+        clip_grad=optim.clip_grad,
+        ema=optim.ema,
+        seed=settings.seed,
+        checkpoint_every=settings.checkpoint.every,
+    )
+
+
+def make_mix(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> Mix | None:
+    """The recipe's mixup and CutMix, or None if it has neither."""
+    augment = settings.data.augment
+    if not (augment.mixup > 0 or augment.cutmix > 0):
+        return None
+    from cast.video.mixing import Mixing
+
+    mixing, counts = Mixing.of(augment), {head: len(names) for head, names in classes.items()}
+
+    def mix(video: Tensor, labels: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return mixing(video, labels, counts, seed)
+
+    return mix
+
+
+class Validation:
+    """Loss and accuracies in percent on one centre view of each validation video, exact for any number of processes.
+
+    Args:
+        settings: the recipe.
+        samples: the validation videos.
+        accelerator: of the training.
+    """
+
+    def __init__(self, settings: TrainSettings, samples: Sequence[Any], accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.loader = ClipLoader(samples, settings.data, settings.optim.micro_batch, False, 0, rank, world)
+        # Sharded weights are gathered in every forward pass, so all processes must make equally many.
+        self.even = accelerator.distributed_type == "FSDP" and world > 1
+        if self.even and len(samples) < world:
+            raise ValueError(f"{len(samples)} validation videos are fewer than {world} processes; set validate_every=0")
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """`loss` and accuracy by head, for a model in evaluation mode."""
+        total: Tensor | None = None
+        names: list[str] = []
+        last = None
+        for batch in self.loader.batches(0):
+            last = batch
+            names, sums = self._sums(model, batch)
+            total = sums if total is None else total + sums
+        if self.even and last is not None:
+            most = int(self.accelerator.gather(torch.tensor([len(self.loader)], device=self.accelerator.device)).max())
+            for _ in range(len(self.loader), most):
+                self._sums(model, last)
+        heads = sorted(names) if names else sorted(getattr(model, "config").classes)
+        if total is None:
+            total = torch.zeros(len(heads) + 2, dtype=torch.float64, device=self.accelerator.device)
+        loss, *hits, count = self.accelerator.reduce(total, reduction="sum").tolist()
+        return {"loss": loss / count, **{name: 100 * n / count for name, n in zip(heads, hits, strict=True)}}
+
+    def _sums(self, model: nn.Module, batch: Any) -> tuple[list[str], Tensor]:
+        """Head names, and [loss, hits of each head, clips] summed over the batch."""
+        ready = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            logits = {name: value.float() for name, value in model(ready.video).items()}
+        names = sorted(ready.labels)
+        loss = torch.stack([F.cross_entropy(logits[n], ready.labels[n], reduction="sum") for n in names]).sum()
+        hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in names]
+        return names, torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
+
+
+def identity(settings: TrainSettings) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from."""
+    values = _plain(settings)
+    for name in _FREE:
+        section, _, key = name.partition(".")
+        if key:
+            values[section].pop(key)
+        else:
+            values.pop(section)
+    return values
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return plain
+
+
+def _validates(settings: TrainSettings, splits: Sequence[str]) -> bool:
+    return settings.validate_every > 0 and "val" in splits
+
+
+def _summary(
+    settings: TrainSettings, plan: Plan, progress: Progress, model: nn.Module, processes: PartialState, notes: list[str]
+) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = [
+        f"{plan.steps} steps ({plan.epochs} epochs of {plan.steps_per_epoch}) of {settings.optim.total_batch} clips = "
+        f"{plan.micro_batch} x {plan.accumulate} micro-batches x {processes.num_processes} processes on "
+        f"{processes.device.type}; peak learning rate {settings.optim.peak:.3g}; {trained:,} parameters train",
+        *notes,
+    ]
+    if progress.step:
+        lines.append(f"going on after step {progress.step}")
+    return "\n".join(lines)
+
+
+def _finish(
+    engine: Engine, accelerator: Accelerator, config: Any, classes: Mapping[str, Sequence[str]], out: Path
+) -> None:
+    tensors = whole_weights(engine.unwrapped)
+    averaged = None
+    if engine.average is not None:
+        averaged = tensors | engine.average.read()
+    if accelerator.is_main_process:
+        save_finished(config, tensors, classes, out / "model")
+        if averaged is not None:
+            save_finished(config, averaged, classes, out / "model-ema")
+    accelerator.wait_for_everyone()

@@ -1,0 +1,85 @@
+"""One `Accelerator` for one process, many, FSDP2 or DeepSpeed, with nothing left to hidden defaults."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+
+#: fp32 has no autocast; the others keep fp32 weights.
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(
+    precision: Precision = "fp32",
+    accumulate: int = 1,
+    micro_batch: int = 1,
+    clip_grad: float | None = None,
+    trackers: list[str] | None = None,
+    directory: str | None = None,
+) -> Accelerator:
+    """The process group, precision and accumulation of a training.
+
+    What `accelerate launch` or `torchrun` put into the environment decides how processes work together; the
+    arguments, which come from the recipe, decide the mathematics.
+
+    Args:
+        precision: of products; weights and moments stay in fp32 (but see docs/training.md on DeepSpeed).
+        accumulate: micro-batches of an optimizer step.
+        micro_batch: clips of one of them, which DeepSpeed wants to know.
+        clip_grad: greatest length of the gradient, or None.
+        trackers: `tensorboard`, `wandb`.
+        directory: where trackers write.
+
+    Raises:
+        ValueError: fp16 without a GPU.
+    """
+    if precision not in _NAMES:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(_NAMES)}")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision fp16 needs a GPU, for its scaled gradients; choose bf16 or fp32")
+    _forget_another_precision(_NAMES[precision])
+    accelerator = Accelerator(
+        mixed_precision=_NAMES[precision],
+        gradient_accumulation_steps=accumulate,
+        log_with=trackers or None,
+        project_dir=directory,
+        kwargs_handlers=[
+            # Nothing to synchronise: the only buffer is a constant table. All parameters that train are used.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            # The official DeepSpeed configuration: initial_scale_power 7, loss_scale_window 128.
+            GradScalerKwargs(init_scale=2.0**7, growth_interval=128),
+        ],
+    )
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+    if plugin is not None:
+        if plugin.zero_stage > 2:
+            raise ValueError("DeepSpeed's ZeRO-3 is not supported: choose stage 1 or 2, or FSDP2 to shard the weights")
+        plugin.deepspeed_config.update(deepspeed_settings(accumulate, micro_batch, clip_grad))
+    return accelerator
+
+
+def deepspeed_settings(accumulate: int, micro_batch: int, clip_grad: float | None) -> dict[str, Any]:
+    """What a DeepSpeed configuration must say, because the recipe decides it.
+
+    `gradient_clipping` above all: DeepSpeed 0.19.8 clips at 1.0 where nothing is said, unlike the version that the
+    published models were trained with.
+    """
+    return {
+        "gradient_accumulation_steps": accumulate,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": clip_grad or 0.0,
+        "zero_allow_untested_optimizer": True,  # AdamW is PyTorch's own, with our groups
+    }
+
+
+def _forget_another_precision(name: str) -> None:
+    """accelerate keeps one precision for the life of a process; several trainings in one may differ."""
+    state = AcceleratorState._shared_state
+    if state and state.get("_mixed_precision", name) != name:
+        AcceleratorState._reset_state(reset_partial_state=False)

@@ -1,0 +1,305 @@
+"""The loop: micro-batches to optimizer steps to epochs, the same for every number of processes.
+
+What a step sees is a function of (seed, epoch, position) alone, and so are the random numbers inside the model, which
+are seeded anew for each micro-batch. So a checkpoint needs no generator's state, and a run that was killed and resumed
+gives the same bits as one that was not, on the same machine with the same number of threads and processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from cast.training.checkpoints import Checkpoints
+from cast.training.ema import Average
+from cast.training.groups import parameter_groups
+from cast.training.progress import DivergenceError, Progress, Step
+from cast.training.tensors import whole
+
+
+class MicroBatch(Protocol):
+    """Clips of one forward pass: `video` [B, 3, T, S, S], `labels` int64 [B] by head, `names` [B] of the files."""
+
+    @property
+    def video(self) -> Tensor: ...
+    @property
+    def labels(self) -> Mapping[str, Tensor]: ...
+    @property
+    def names(self) -> list[str]: ...
+    def to(self, device: torch.device) -> MicroBatch:
+        """On another device, with whatever augmentation is still to be done."""
+        ...
+
+
+class Source(Protocol):
+    """Where micro-batches come from; `cast.video.loader.ClipLoader` is one."""
+
+    def __len__(self) -> int:
+        """Micro-batches of this process in an epoch."""
+        ...
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The epoch's micro-batches from number `start` on, the same ones however often they are asked for."""
+        ...
+
+
+#: (video, labels, seed) -> video and targets by head: classes int64 [B], or shares of the classes [B, classes].
+Mix = Callable[[Tensor, Mapping[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training in the numbers that the loop needs.
+
+    Args:
+        epochs: passes over the data.
+        steps_per_epoch: optimizer steps of one pass.
+        accumulate: micro-batches of a step, of each process.
+        micro_batch: clips of a micro-batch.
+        rate: step, counted from 0 -> learning rate, before layer-wise decay.
+        weight_decay, layer_decay: see :func:`cast.training.groups.parameter_groups`.
+        smoothing: label smoothing of single-class targets.
+        clip_grad: greatest length of the gradient; None leaves it as it is.
+        ema: share of the old average that stays after a step; None keeps no average.
+        seed: of everything random inside the model.
+        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    accumulate: int
+    micro_batch: int
+    rate: Callable[[int], float]
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    smoothing: float = 0.0
+    clip_grad: float | None = None
+    ema: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.epochs * self.steps_per_epoch
+
+
+class Engine:
+    """Trains a model in place.
+
+    Args:
+        model: from a batch of videos to logits by head; parameters that require no gradient stay as they are.
+        source: the data; heads without labels, and labels without a head, are an error.
+        plan: how to train.
+        accelerator: of the training, with the plan's `accumulate`.
+        checkpoints: where states are kept; the newest is loaded before the first step.
+        mix: mixes the clips of a micro-batch and makes soft targets; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        plan: Plan,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints,
+        mix: Mix | None = None,
+    ) -> None:
+        self.source, self.plan, self.accelerator, self.checkpoints, self.mix = (
+            source,
+            plan,
+            accelerator,
+            checkpoints,
+            mix,
+        )
+        deepspeed = accelerator.distributed_type == "DEEPSPEED"
+        if deepspeed and plan.ema is not None:
+            raise ValueError("ema is not possible under DeepSpeed, which hides the fp32 weights: use DDP or FSDP2")
+        groups = parameter_groups(model, plan.weight_decay, plan.layer_decay)
+        # The published optimizer: betas 0.9 and 0.999, eps 1e-8.
+        optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=(0.9, 0.999), eps=1e-8)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.unwrapped: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.average = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
+        checkpoints.attach(self.model, self.optimizer, self.average)
+        self.progress = checkpoints.load() or Progress()
+        self.accelerator.step = 0  # each step begins a new accumulation, also after an error
+
+    def run(
+        self,
+        on_step: Callable[[Progress, Step], None] = lambda progress, step: None,
+        on_epoch: Callable[[nn.Module], dict[str, float]] = lambda model: {},
+    ) -> Progress:
+        """Train to the end of the plan.
+
+        Args:
+            on_step: called after each step, on every process.
+            on_epoch: called after each epoch on every process, with the model in evaluation mode; what it returns
+                joins the epoch's history.
+
+        Returns:
+            The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.
+
+        Raises:
+            DivergenceError: the loss or the gradient is not finite.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        while self.progress.step < self.plan.steps:
+            epoch, position = divmod(self.progress.step, self.plan.steps_per_epoch)
+            batches = self.source.batches(epoch, position * self.plan.accumulate)
+            try:
+                for _ in range(position, self.plan.steps_per_epoch):
+                    self._advance(batches, on_step, on_epoch)
+            finally:
+                close = getattr(batches, "close", None)  # a generator: let its workers go
+                if close is not None:
+                    close()
+        self.unwrapped.eval()
+        return self.progress
+
+    def _advance(
+        self,
+        batches: Iterator[MicroBatch],
+        on_step: Callable[[Progress, Step], None],
+        on_epoch: Callable[[nn.Module], dict[str, float]],
+    ) -> None:
+        """One optimizer step and everything that is due after it."""
+        progress, per_epoch = self.progress, self.plan.steps_per_epoch
+        began = time.perf_counter()
+        report = self._step(batches, began)
+        progress.step += 1
+        progress.seconds += time.perf_counter() - began
+        progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in report.figures.items()}
+        on_step(progress, report)
+        ends_epoch = progress.step % per_epoch == 0
+        if ends_epoch:
+            means = {name: total / per_epoch for name, total in progress.sums.items()}
+            self.model.eval()
+            progress.history.append({"epoch": progress.step // per_epoch, **means, **on_epoch(self.unwrapped)})
+            progress.sums = {}
+        if ends_epoch or (self.plan.checkpoint_every and progress.step % self.plan.checkpoint_every == 0):
+            self.checkpoints.save(progress)
+
+    def _step(self, batches: Iterator[MicroBatch], began: float) -> Step:
+        plan, accelerator, number = self.plan, self.accelerator, self.progress.step
+        lr = plan.rate(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.model.train()
+        figures, names, clips = _Figures(), [], 0
+        for index, batch in enumerate(islice(batches, plan.accumulate), start=number * plan.accumulate):
+            with accelerator.accumulate(self.model):
+                loss = self._forward(batch, index, figures)
+                names.append(batch.names)
+                clips += len(batch.names)
+                if accelerator.sync_gradients:
+                    # Before the last backward pass: under DeepSpeed that one changes the weights.
+                    values = figures.mean(accelerator)
+                    if not math.isfinite(values["loss"]):
+                        self._diverged(f"the loss is {values['loss']}", names, figures.broken())
+                accelerator.backward(loss)
+        if len(names) < plan.accumulate:
+            raise ValueError(
+                f"the data ended after {len(names)} of {plan.accumulate} micro-batches of step {number}: it promised "
+                f"{len(self.source)} an epoch"
+            )
+        norm = self._gradient_norm(names)
+        self.optimizer.step()
+        skipped = bool(accelerator.optimizer_step_was_skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None and not skipped:
+            self.average.update()
+        return Step(values, lr, norm, clips * accelerator.num_processes, time.perf_counter() - began, skipped)
+
+    def _forward(self, batch: MicroBatch, index: int, figures: _Figures) -> Tensor:
+        device = self.accelerator.device
+        seed = micro_seed(self.plan.seed, index, self.accelerator.process_index)
+        ready = batch.to(device)
+        video, labels = ready.video, ready.labels
+        targets: Mapping[str, Tensor] = labels
+        if self.mix is not None:
+            video, targets = self.mix(video, labels, seed)
+        torch.manual_seed(seed)
+        with self.accelerator.autocast():
+            logits = self.model(video)
+        if logits.keys() != labels.keys():
+            raise ValueError(f"the model has heads {sorted(logits)}, the data labels {sorted(labels)}; they must agree")
+        losses = [_cross_entropy(logits[name], targets[name], self.plan.smoothing) for name in labels]
+        loss = torch.stack(losses).sum()
+        hits = {
+            name: (logits[name].argmax(1) == label).float().mean() * 100
+            for name, label in targets.items()
+            if label.ndim == 1
+        }
+        figures.add({"loss": loss.detach(), **hits})
+        return loss
+
+    def _gradient_norm(self, names: list[list[str]]) -> float | None:
+        """Length of the gradient, which is clipped on the way if the plan says so."""
+        accelerator, limit = self.accelerator, self.plan.clip_grad
+        if accelerator.distributed_type == "DEEPSPEED":  # has clipped, and stepped, in the last backward pass
+            norm = self.model.get_global_grad_norm()
+            return None if norm is None else float(norm)
+        if limit is not None:
+            length = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        else:
+            accelerator.unscale_gradients()
+            length = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        value = float(whole(length))
+        if not math.isfinite(value) and accelerator.scaler is None:  # fp16's scaler skips such steps, as it must
+            self._diverged(f"the loss is finite, but the gradient's length is {value}", names, [True] * len(names))
+        return value
+
+    def _diverged(self, what: str, names: list[list[str]], broken: list[bool]) -> None:
+        own = [name for group, bad in zip(names, broken, strict=True) if bad for name in group]
+        videos = list(dict.fromkeys(gather_object(own)))
+        number, plan = self.progress.step, self.plan
+        shown = ", ".join(videos[:12]) + (f" and {len(videos) - 12} more" if len(videos) > 12 else "")
+        raise DivergenceError(
+            f"training diverged at step {number}: {what}. The step's clips: {shown}. Its weights were not touched, and "
+            f"the last checkpoint is whole. Try a lower learning rate (now {plan.rate(number):.3g}), a longer warm-up, "
+            f"clipped gradients (clip_grad, now {plan.clip_grad}), bf16 or fp32; and check these files",
+            number,
+            videos,
+        )
+
+
+class _Figures:
+    """Sums over a step's micro-batches; they stay on the device until the step's end."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+
+    def add(self, part: dict[str, Tensor]) -> None:
+        self._parts.append(part)
+
+    def mean(self, accelerator: Accelerator) -> dict[str, float]:
+        """Over micro-batches and processes."""
+        names = list(self._parts[0])
+        sums = torch.stack([torch.stack([part[name] for name in names]) for part in self._parts]).mean(0)
+        return dict(zip(names, accelerator.reduce(sums, reduction="mean").tolist(), strict=True))
+
+    def broken(self) -> list[bool]:
+        """Which of this process's micro-batches has a loss that is not finite."""
+        return [not math.isfinite(float(part["loss"])) for part in self._parts]
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Mean over the clips, in fp32; a soft target is smoothed already."""
+    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing if target.ndim == 1 else 0.0)
+
+
+def micro_seed(seed: int, index: int, rank: int) -> int:
+    """A seed for one micro-batch of one process: below 2^63, far from its neighbours'."""
+    return int(np.random.SeedSequence((seed, index, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))

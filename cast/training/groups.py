@@ -1,0 +1,52 @@
+"""Which parameters decay, and how fast each one learns."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+#: Tables of positions, wherever they stand in a name: the published code excludes them from weight decay.
+_POSITIONS = re.compile(r"(_pos|positional_embedding|pos_embed)$")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"(^|\.)(clip_)?(patch_embed|conv1|class_embedding|positional_embedding)\b")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameters that require gradients, by weight decay and by learning-rate scale.
+
+    Vectors (biases and norms) and tables of positions do not decay, as in the published code.
+
+    Args:
+        model: any module; blocks are recognised by names with `blocks.<i>.`.
+        weight_decay: of everything else.
+        layer_decay: see :func:`layer_scale`.
+
+    Returns:
+        Groups for a PyTorch optimizer, each with `lr_scale`, the factor on the scheduled rate.
+
+    Raises:
+        ValueError: nothing requires gradients.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    depth = max((int(match[1]) + 1 for match in map(_BLOCK.search, names) if match), default=0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            without = parameter.ndim < 2 or _POSITIONS.search(name) is not None
+            key = (0.0 if without else weight_decay, layer_scale(name, depth, layer_decay))
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise ValueError(f"the {type(model).__name__} has no parameter that requires gradients: nothing can train")
+    return [{"params": params, "weight_decay": wd, "lr_scale": scale} for (wd, scale), params in groups.items()]
+
+
+def layer_scale(name: str, depth: int, decay: float) -> float:
+    """Learning-rate factor of a parameter: decay^(depth - i) in block i, decay^(depth + 1) in embeddings, else 1.
+
+    New parameters inside a block (adapters, exchange) are slowed down like the block, as in the published code.
+    """
+    if match := _BLOCK.search(name):
+        return decay ** (depth - int(match[1]))
+    return decay ** (depth + 1) if _EMBEDDING.search(name) else 1.0

@@ -1,0 +1,195 @@
+"""What a training tells: progress bars, `log.jsonl`, and trackers when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from cast.optional import require
+from cast.training.progress import Progress, Step
+
+#: Module that a tracker needs; the extra has the tracker's name.
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Say now what accelerate would leave out silently.
+
+    Raises:
+        MissingExtraError: a tracker is not installed; the message has the command that installs it.
+    """
+    for name in names:
+        require(_TRACKERS[name], name)
+
+
+def memory_gb() -> float:
+    """Peak memory of this process in 10^9 bytes: of the GPU's allocator, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class JsonLines:
+    """One JSON object a line; what a resumed training does again is written once.
+
+    Args:
+        path: the file; lines of later steps than `step` are removed from it, and one that was cut off.
+        step: where the training stands.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in self._whole_lines() if json.loads(line).get("step", 0) <= step] if step else []
+        part = path.with_name(f"{path.name}.part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append a line and hand it to the system at once, so that a kill loses no line before it."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def _whole_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                json.loads(line)
+            except ValueError:
+                break
+            lines.append(line)
+        return lines
+
+
+class Log:
+    """Tells about a training on its main process; on the others it is silent.
+
+    Args:
+        directory: receives `log.jsonl`, and the trackers' files.
+        accelerator: of the training, made with the trackers.
+        steps: optimizer steps in all.
+        settings: written to the log's first line and to the trackers.
+        bars: whether to show progress bars, where the output is a terminal.
+        every: steps between lines and points.
+        console: where bars and lines for people go.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        accelerator: Accelerator,
+        steps: int,
+        settings: dict[str, Any],
+        bars: bool = True,
+        every: int = 1,
+        console: Console | None = None,
+    ) -> None:
+        self.directory, self.accelerator, self.steps = directory, accelerator, steps
+        self.settings, self.every = settings, every
+        self.speaks = accelerator.is_main_process
+        self.console = console or Console(stderr=True)
+        self._bars = _bars(self.console) if self.speaks and bars and self.console.is_terminal else None
+        self._speeds: deque[tuple[int, float]] = deque(maxlen=20)
+        self._lines: JsonLines | None = None
+
+    def start(self, progress: Progress, note: str) -> None:
+        """Open everything; `note` is said to the person."""
+        self.accelerator.init_trackers("cast", config={key: _plain(value) for key, value in _flat(self.settings)})
+        if not self.speaks:
+            return
+        self._lines = JsonLines(self.directory / "log.jsonl", progress.step)
+        self._lines.write("start", step=progress.step, steps=self.steps, settings=self.settings)
+        self.console.print(note, highlight=False, markup=False, soft_wrap=True)
+        if self._bars is not None:
+            self._bars.start()
+            self._task = self._bars.add_task("training", total=self.steps, completed=progress.step)
+
+    def step(self, progress: Progress, step: Step) -> None:
+        """One optimizer step."""
+        if not self.speaks or self._lines is None:
+            return
+        self._speeds.append((step.clips, step.seconds))
+        if self._bars is not None:
+            figures = f"{_figures(step.figures)}  {self.speed:.1f} clips/s  {memory_gb():.1f} GB"
+            self._bars.update(self._task, completed=progress.step, figures=figures)
+        if progress.step % self.every == 0 or progress.step == self.steps:
+            values: dict[str, Any] = {**step.figures, "lr": step.lr, "grad_norm": step.grad_norm}
+            values |= {"clips_per_s": round(self.speed, 3), "memory_gb": round(memory_gb(), 3)}
+            if step.skipped:
+                values["skipped"] = True
+            self._lines.write("step", step=progress.step, **values)
+            points = {f"train/{name}": value for name, value in values.items() if value is not None}
+            self.accelerator.log(points, step=progress.step)
+
+    def epoch(self, progress: Progress, entry: dict[str, float]) -> None:
+        """One finished epoch, `entry` as it stands in the history."""
+        if not self.speaks or self._lines is None:
+            return
+        self._lines.write("epoch", step=progress.step, **entry)
+        rest = {name: value for name, value in entry.items() if name != "epoch"}
+        self.accelerator.log({f"epoch/{name}": value for name, value in rest.items()}, step=progress.step)
+        self.console.print(
+            f"epoch {entry['epoch']:.0f}  step {progress.step} of {self.steps}  {_figures(rest)}  "
+            f"{self.speed:.1f} clips/s  {memory_gb():.1f} GB",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def end(self, note: str = "") -> None:
+        """Close everything; the training may have finished or failed."""
+        if self._bars is not None:
+            self._bars.stop()
+        self.accelerator.end_training()
+        if self.speaks and note:
+            self.console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def speed(self) -> float:
+        """Clips a second over the last steps, of all processes together."""
+        seconds = sum(seconds for _, seconds in self._speeds)
+        return sum(clips for clips, _ in self._speeds) / seconds if seconds else 0.0
+
+
+class _Figures(ProgressColumn):
+    """Loss, accuracies, speed and memory."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""), style="cyan")
+
+
+def _bars(console: Console) -> Bars:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    return Bars(*columns, _Figures(), console=console)
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return "  ".join(
+        f"{name} {value:.3f}" if name.endswith("loss") else f"{name} {value:.1f}%" for name, value in figures.items()
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    """What every tracker takes as a hyper-parameter."""
+    return value if isinstance(value, bool | int | float | str) else str(value)

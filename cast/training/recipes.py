@@ -1,0 +1,162 @@
+"""From `RECIPE key=value ...` to typed settings; what is misspelt is an error that names the right spelling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+Settings = TypeVar("Settings")
+
+#: Where recipes lie: beside the package in a source tree, inside it when installed.
+_HOMES = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
+
+
+@dataclass(frozen=True)
+class Command(Generic[Settings]):
+    """A parsed command line.
+
+    Args:
+        recipe: the file; its stem names the run.
+        settings: of the recipe, with the overrides.
+        switches: flags such as `--resume` that were given.
+        yaml: the settings as a recipe that says everything.
+    """
+
+    recipe: Path
+    settings: Settings
+    switches: frozenset[str]
+    yaml: str
+
+
+def find_recipe(what: str) -> Path:
+    """A recipe's file: a path, or a name such as `ek100` or `recipes/ek100.yaml` of one that comes with the package.
+
+    Raises:
+        FileNotFoundError: there is none; the message names close ones and all.
+    """
+    path = Path(what)
+    if path.is_file():
+        return path
+    names = {found.stem: found for home in reversed(_HOMES) for found in sorted(home.glob("**/*.yaml"))}
+    if path.stem in names and path.parent in (Path("."), Path("recipes")):
+        return names[path.stem]
+    close = difflib.get_close_matches(path.stem, names, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise FileNotFoundError(f"no recipe {what!r}: no such file, and {hint}the recipes here are {', '.join(names)}")
+
+
+def parse(
+    kind: type[Settings], arguments: Sequence[str], command: str, description: str, switches: Mapping[str, str]
+) -> Command[Settings]:
+    """Read a recipe and its overrides.
+
+    Args:
+        kind: dataclass of the settings, of dataclasses.
+        arguments: a recipe, overrides as `key=value` or `--key=value`, switches.
+        command: name of the command in messages.
+        description: what it does, for its help.
+        switches: flags and their help.
+
+    Raises:
+        SystemExit: 2 after bad usage, which is printed; 0 after `--help` or `--print_config`.
+    """
+    parser = _parser(kind, command, description, switches)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        raise SystemExit(0 if arguments else 2)
+    given = {argument.removeprefix("--") for argument in arguments if argument.startswith("--") and "=" not in argument}
+    wanted = frozenset(given & switches.keys())
+    rest = [argument for argument in arguments if argument.removeprefix("--") not in {*switches, "print_config"}]
+    recipes = [argument for argument in rest if "=" not in argument and not argument.startswith("-")]
+    overrides = [argument for argument in rest if argument not in recipes]
+    if len(recipes) != 1:
+        parser.error(f"name one recipe, then overrides as key=value; got {' '.join(recipes) or 'none'}")
+    namespace, recipe = _read(parser, recipes[0], overrides)
+    if "print_config" in given:
+        print(parser.dump(namespace), end="")
+        raise SystemExit(0)
+    try:
+        settings = kind(**parser.instantiate(namespace).as_dict())
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return Command(recipe, settings, wanted, parser.dump(namespace))
+
+
+def load_recipe(kind: type[Settings], what: str, *overrides: str) -> Settings:
+    """A recipe as settings, from Python.
+
+    Args:
+        kind: dataclass of the settings.
+        what: path or name of the recipe.
+        overrides: such as "optim.lr=1e-4".
+
+    Raises:
+        ValueError: a key that no setting has, or a value of another type.
+    """
+    parser = _parser(kind, "recipe", "", {})
+    parser.exit_on_error = False
+    namespace, _ = _read(parser, what, overrides)
+    return kind(**parser.instantiate(namespace).as_dict())
+
+
+def _parser(kind: type[Any], command: str, description: str, switches: Mapping[str, str]) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"cast {command}",
+        usage=f"cast {command} RECIPE [key=value ...] [--print_config]"
+        + "".join(f" [--{switch}]" for switch in switches),
+        description=description,
+        formatter_class=DefaultHelpFormatter,
+        epilog="".join(f"--{switch}: {text}. " for switch, text in switches.items())
+        + "--print_config: print the whole recipe with its overrides, and stop.",
+    )
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[Namespace, Path]:
+    """The recipe's values with the overrides on top."""
+    known = [action.dest for action in parser._actions]
+    try:
+        recipe = find_recipe(what)
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    if not isinstance(content, dict):
+        parser.error(f"{recipe} holds a {type(content).__name__}; a recipe has sections such as data: and optim:")
+    for key in _keys(content):
+        _check(parser, key, known, str(recipe))
+    options = [f"--{override.removeprefix('--')}" for override in overrides]
+    for option in options:
+        key, equals, _ = option.removeprefix("--").partition("=")
+        _check(parser, key, known, "the command line")
+        if not equals:
+            parser.error(f"{key} has no value: write {key}=VALUE")
+    namespace = parser.parse_object(content, defaults=True)
+    return parser.parse_args(options, namespace=namespace), recipe
+
+
+def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _keys(value, f"{name}.")
+        else:
+            yield name
+
+
+def _check(parser: ArgumentParser, key: str, known: Sequence[str], where: str) -> None:
+    """Stop at a key that no setting has; below a setting that is a mapping of its own, every key is allowed."""
+    parts = key.split(".")
+    groups = {name for name in known if any(other.startswith(f"{name}.") for other in known)}
+    ancestors = {".".join(parts[:n]) for n in range(1, len(parts))}
+    if key in known or any(name in known and name not in groups for name in ancestors):
+        return
+    close = difflib.get_close_matches(key, known, 1, 0.5) or [n for n in known if n.split(".")[-1] == parts[-1]]
+    hint = f"did you mean {close[0]}?" if close else "cast train --help names them all"
+    parser.error(f"{where} sets {key}, which is no setting: {hint}")

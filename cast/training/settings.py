@@ -1,0 +1,219 @@
+"""Everything that a recipe can say, typed. The defaults are the paper's for EPIC-KITCHENS-100 (Table 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cast.config import CASTConfig
+from cast.training.checkpoints import Weights
+from cast.training.distributed import Precision
+from cast.video.datasets import DataSettings
+from cast_kernels import Recompute
+
+_RECOMPUTE = tuple(choice.value for choice in Recompute)
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """The two experts that CAST joins, or a whole CAST to start from.
+
+    Args:
+        clip: file with CLIP's image tower (OpenAI's archive, open_clip, timm, transformers).
+        videomae: file with VideoMAE's encoder (official layout or transformers).
+        cast: checkpoint of a whole CAST to start from instead (a directory of save_pretrained, or an official file);
+            heads with another number of classes start anew
+        train: whether the experts train too; the paper freezes them. Only then may an expert start from nothing.
+        trust_pickle: whether these files may run code while they load; only for authors whom you trust.
+    """
+
+    clip: str | None = None
+    videomae: str | None = None
+    cast: str | None = None
+    train: bool = False
+    trust_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cast and (self.clip or self.videomae):
+            raise ValueError("experts.cast holds both experts already: leave out experts.clip and experts.videomae")
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW (betas 0.9 and 0.999, eps 1e-8) and its schedule.
+
+    Args:
+        epochs: passes over the data.
+        total_batch: clips of an optimizer step, over all processes and micro-batches.
+        micro_batch: clips that one process computes at a time; lower it if memory runs out. How many micro-batches are
+            accumulated follows: total_batch / (micro_batch x processes).
+        lr: peak learning rate of 256 clips; the actual one is lr x total_batch / 256.
+        min_lr: where the cosine ends, scaled like lr.
+        warmup_epochs: epochs in which the rate rises from 0.
+        weight_decay: of matrices; vectors and tables of positions have none.
+        layer_decay: block i of L trains at rate x layer_decay^(L - i).
+        clip_grad: greatest length of the gradient; null leaves it alone.
+        ema: share of the old average that stays after each step, such as 0.9999; null keeps no average.
+    """
+
+    epochs: int = 50
+    total_batch: int = 384
+    micro_batch: int = 6
+    lr: float = 1e-3
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5
+    weight_decay: float = 0.05
+    layer_decay: float = 0.75
+    clip_grad: float | None = None
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "total_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.lr is {self.lr}, optim.min_lr {self.min_lr}; needed is lr > 0, 0 <= min_lr <= lr")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"optim.warmup_epochs is {self.warmup_epochs}; it must be from 0 to epochs {self.epochs}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"optim.clip_grad is {self.clip_grad}; it must be positive, or null for no clipping")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"optim.ema is {self.ema}; it must lie between 0 and 1, or be null for no average")
+
+    @property
+    def peak(self) -> float:
+        """Learning rate at the top of the schedule."""
+        return self.lr * self.total_batch / 256
+
+    @property
+    def floor(self) -> float:
+        """Learning rate at its end."""
+        return self.min_lr * self.total_batch / 256
+
+    def accumulate(self, processes: int) -> int:
+        """Micro-batches of an optimizer step in each process.
+
+        Raises:
+            ValueError: they do not make up the total batch; names micro-batches that would.
+        """
+        if self.total_batch % (self.micro_batch * processes):
+            share, left = divmod(self.total_batch, processes)
+            fitting = [n for n in range(1, share + 1) if share % n == 0] if not left else []
+            advice = (
+                f"choose optim.micro_batch out of {', '.join(map(str, fitting))}"
+                if fitting
+                else f"choose optim.total_batch as a multiple of {processes}"
+            )
+            raise ValueError(
+                f"optim.total_batch {self.total_batch} is not made of whole micro-batches of {self.micro_batch} on "
+                f"{processes} process{'es' if processes > 1 else ''}: {advice}"
+            )
+        return self.total_batch // (self.micro_batch * processes)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How it is computed; none of it changes the mathematics beyond rounding.
+
+    Args:
+        precision: of products; weights stay fp32. fp16 needs a GPU.
+        fused: whether compiled kernels may run, or eager PyTorch only.
+        recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
+        attention: what attends in the experts on a GPU: auto, sdpa, flash-attn, xformers.
+        compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
+    """
+
+    precision: Precision = "bf16"
+    fused: bool = True
+    recompute: Literal["nothing", "cheap", "all"] = "cheap"
+    attention: Literal["auto", "sdpa", "flash-attn", "xformers"] = "auto"
+    compile: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When a state is written, and what it holds.
+
+    Args:
+        every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
+        keep: how many of the newest stay.
+        weights: trainable leaves the frozen experts out (180 MB instead of 870 for CAST-B/16); full has everything.
+    """
+
+    every: int = 0
+    keep: int = 2
+    weights: Weights = "trainable"
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(
+                f"checkpoint.every is {self.every}, checkpoint.keep {self.keep}; needed is every >= 0, keep >= 1"
+            )
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Who is told. log.jsonl is always written.
+
+    Args:
+        trackers: any of tensorboard and wandb, besides.
+        bars: progress bars, where the output is a terminal; a line per epoch otherwise.
+        every: optimizer steps between lines of log.jsonl and between trackers' points.
+    """
+
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    bars: bool = True
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"log.every is {self.every}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A recipe.
+
+    Args:
+        data: videos, annotations, sampling, augmentation.
+        model: sizes and switches of CAST; its heads come from the data.
+        experts: what the model starts from.
+        optim: optimizer, batch and schedule.
+        run: precision, kernels, compilation.
+        checkpoint: states that a killed training goes on from.
+        log: progress and figures.
+        out: directory for checkpoints, log.jsonl, settings.yaml and the finished model; empty for runs/<recipe>.
+        seed: of the data's order, augmentation, new weights, drop path.
+        validate_every: epochs between validations (one centre view of each validation video); 0 for none.
+    """
+
+    data: DataSettings
+    model: CASTConfig = field(default_factory=CASTConfig)
+    experts: ExpertSettings = field(default_factory=ExpertSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    out: str = ""
+    seed: int = 0
+    validate_every: int = 1
+
+    def __post_init__(self) -> None:
+        for ours, theirs in (("image_size", "size"), ("num_frames", "frames")):
+            if getattr(self.model, ours) != getattr(self.data, theirs):
+                raise ValueError(
+                    f"model.{ours} is {getattr(self.model, ours)}, data.{theirs} {getattr(self.data, theirs)}; "
+                    "the model sees the data's clips, so they must be equal"
+                )
+        if self.validate_every < 0:
+            raise ValueError(f"validate_every is {self.validate_every}; it must be 0 or more epochs")
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes."""
+        return Path(self.out)

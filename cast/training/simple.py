@@ -1,0 +1,167 @@
+"""Training on anything that can be indexed, by a recipe of a few numbers: what the demo and small experiments need."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cast.training.checkpoints import Checkpoints
+from cast.training.distributed import make_accelerator
+from cast.training.engine import Engine, Plan
+from cast.training.progress import Progress, Step
+
+
+class Clips(Protocol):
+    """What can be trained on."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """The samples `indices` as epoch `epoch` sees them: inputs [B, ...] and labels [B] by head."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: AdamW as in the paper (Table 4). What the paper sets otherwise for large data is named below.
+
+    Args:
+        epochs: passes over the data.
+        batch_size: samples of an optimizer step, over all processes; an incomplete last batch is left out.
+        lr: peak learning rate; it rises over `warmup` epochs, then falls to 0 as a half cosine.
+        warmup: epochs (paper: 5).
+        weight_decay: on matrices; vectors (biases, norms) and position tables have none.
+        layer_decay: block i of L trains at lr * layer_decay ** (L - i), embeddings one step slower, all else at lr
+            (paper: 0.75, in the ablations 0.8).
+        label_smoothing: of the cross-entropy (paper: 0.1); the heads' losses are added with equal weight.
+        seed: of the batches' order and of PyTorch's generators.
+        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: float = 1.0
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}; it must be positive")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
+        if not 0 <= self.warmup <= self.epochs:
+            raise ValueError(f"warmup is {self.warmup} epochs; it must be from 0 to epochs = {self.epochs}")
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of an optimizer step, counted from 0; the first one already has its share of the warm-up."""
+        warmup, total = self.warmup * steps_per_epoch, self.epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / max(warmup, 1)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    video: Tensor
+    labels: dict[str, Tensor]
+    names: list[str]
+
+    def to(self, device: torch.device) -> _Batch:
+        labels = {name: label.to(device) for name, label in self.labels.items()}
+        return _Batch(self.video.to(device), labels, self.names)
+
+
+class _Shuffled:
+    """Clips in another order each epoch, every process with its share of each batch."""
+
+    def __init__(self, clips: Clips, recipe: Recipe, rank: int, world: int) -> None:
+        self.clips, self.recipe, self.rank, self.world = clips, recipe, rank, world
+
+    def __len__(self) -> int:
+        return len(self.clips) // self.recipe.batch_size
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[_Batch]:
+        size = self.recipe.batch_size
+        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self.clips))
+        for position in range(start, len(self)):
+            indices = order[position * size : (position + 1) * size][self.rank :: self.world]
+            inputs, labels = self.clips.batch(epoch, indices)
+            yield _Batch(inputs, labels, [f"sample {index}" for index in indices])
+
+
+def train(
+    model: nn.Module,
+    clips: Clips,
+    recipe: Recipe,
+    directory: str | os.PathLike[str],
+    on_step: Callable[[Progress, dict[str, float]], None] = lambda progress, figures: None,
+    on_epoch: Callable[[nn.Module], dict[str, float]] = lambda model: {},
+) -> Progress:
+    """Train in place, in fp32, from the last checkpoint in `directory` if it has one.
+
+    Args:
+        model: from a batch of inputs to logits by head; parameters that require no gradient stay as they are.
+        clips: the data; heads without labels, and labels without a head, are an error.
+        recipe: how to train; a checkpoint of another recipe is an error.
+        directory: receives checkpoints; only the newest is kept.
+        on_step: called after each step with its loss and accuracies, for example to show progress.
+        on_epoch: called after each epoch, in evaluation mode; what it returns joins the epoch's history.
+
+    Returns:
+        The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.
+
+    Raises:
+        ValueError: fewer samples than a batch, a batch that the processes cannot share equally, a checkpoint of
+            another recipe, model or number of samples, or a loss that is not finite (DivergenceError).
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    steps_per_epoch = len(clips) // recipe.batch_size
+    if not steps_per_epoch:
+        raise ValueError(f"{len(clips)} samples make no batch of {recipe.batch_size}; lower batch_size")
+    accelerator = make_accelerator()
+    if recipe.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is not divisible by {accelerator.num_processes} processes; "
+            "every process needs the same number of samples"
+        )
+    plan = Plan(
+        epochs=recipe.epochs,
+        steps_per_epoch=steps_per_epoch,
+        accumulate=1,
+        micro_batch=recipe.batch_size // accelerator.num_processes,
+        rate=lambda step: recipe.rate(step, steps_per_epoch),
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        smoothing=recipe.label_smoothing,
+        seed=recipe.seed,
+        checkpoint_every=recipe.checkpoint_every,
+    )
+    identity = {"recipe": asdict(recipe), "samples": len(clips), "model": fingerprint(model)}
+    source = _Shuffled(clips, recipe, accelerator.process_index, accelerator.num_processes)
+    engine = Engine(model, source, plan, accelerator, Checkpoints(directory, accelerator, identity, model))
+
+    def report(progress: Progress, step: Step) -> None:
+        on_step(progress, step.figures)
+
+    return engine.run(report, on_epoch)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Changes with the names, shapes and trained parts of a model's parameters."""
+    parts = [f"{name} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
