@@ -24,8 +24,8 @@ from typing import Any
 import av
 import numpy as np
 
-from cast.demo.files import write_bytes, write_json, write_text
 from cast.demo.scene import NOUNS, SPLITS, VERBS, Split, plan, render
+from cast.files import write_bytes, write_json, write_text
 
 #: Written last; a directory that has it is complete.
 MANIFEST = "dataset.json"

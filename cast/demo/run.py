@@ -29,13 +29,13 @@ from cast import CAST
 from cast.demo.clips import CachedClips, Stills
 from cast.demo.controls import controls
 from cast.demo.dataset import Sizes, make_dataset
-from cast.demo.files import write_json, write_text
 from cast.demo.models import CONFIG
 from cast.demo.report import Findings, html
 from cast.demo.results import METRICS, summarise
 from cast.demo.scene import NOUNS, VERBS
 from cast.demo.study import MODELS, Budget, Data, Reporter, Study
 from cast.demo.timing import step_times
+from cast.files import write_json, write_text
 from cast.training import Progress as Training
 
 LABELS = {"verb": list(VERBS), "noun": list(NOUNS)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cast.training import Clips
+if TYPE_CHECKING:
+    from cast.training import Clips
 
 #: The epoch number that asks a data set for its fixed validation clips.
 VALIDATION = -1

@@ -1,0 +1,41 @@
+"""What a model costs: parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cast.config import CASTConfig
+from cast.model import CAST
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Sizes of a model; `gmacs` are 10^9 multiply-accumulates of one clip, forward."""
+
+    parameters: int
+    learnable: int
+    gmacs: float
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(all, learnable) parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
+def model_cost(config: CASTConfig) -> ModelCost:
+    """Cost of CAST, counted by PyTorch's flop counter on a model without memory (device `meta`).
+
+    Matrix products and convolutions count, as in the paper, whose "391 GFLOPs/View" are multiply-accumulates of the
+    base model (table 2): this counts 390.5.
+    """
+    with torch.device("meta"):
+        model = CAST(config, fused=False).eval()
+        video = torch.empty(1, 3, config.num_frames, config.image_size, config.image_size)
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(video)
+    return ModelCost(*parameter_counts(model), gmacs=counter.get_total_flops() / 2e9)

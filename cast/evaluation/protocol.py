@@ -1,0 +1,87 @@
+"""The test protocol: which clips of a video are looked at, and how their answers become one.
+
+Published (paper section 4.2; the official code's semantics): `views` temporal views times `crops` square crops along
+the longer side, 2 x 3 for EPIC-Kitchens-100 and Something-Something V2, 5 x 3 for Kinetics-400; softmax of each clip's
+logits, then the mean over the clips.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cast.video.dataset import PUBLISHED_VIEWS
+from cast.video.reader import frame_count, read
+from cast.video.sampling import Sampling, view_indices
+from cast.video.transforms import MEAN, STD, to_clip, view_transform
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Clips of a test.
+
+    Args:
+        sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
+        views: temporal views; 0 means the published number, 2 for uniform and 5 for dense sampling.
+        crops: spatial crops of each view, evenly spaced along the longer side; 1 is the centre.
+        frames: frames of a clip.
+        size: side of a clip in pixels.
+
+    Raises:
+        ValueError: a sampling that doesn't exist, or a number below 1.
+    """
+
+    sampling: Sampling = "uniform"
+    views: int = 0
+    crops: int = 3
+    frames: int = 16
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        if self.sampling not in PUBLISHED_VIEWS:
+            raise ValueError(f"sampling is {self.sampling!r}; it must be {' or '.join(map(repr, PUBLISHED_VIEWS))}")
+        if self.views == 0:
+            object.__setattr__(self, "views", PUBLISHED_VIEWS[self.sampling])
+        for name in ("views", "crops", "frames", "size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def clips(self) -> int:
+        """Clips of a video: views times crops, crops varying fastest."""
+        return self.views * self.crops
+
+    @property
+    def name(self) -> str:
+        """As the literature writes it, views before crops: 2x3."""
+        return f"{self.views}x{self.crops}"
+
+    def read(self, path: str | os.PathLike[str], threads: int = 1) -> Tensor:
+        """All clips of a video, uint8 [clips, 3, frames, size, size]; every frame is decoded once.
+
+        Raises:
+            VideoError: the file can't be read as a video.
+        """
+        length = frame_count(path, threads)
+        wanted = [view_indices(length, view, self.views, self.sampling, self.frames) for view in range(self.views)]
+        unique, places = np.unique(np.stack(wanted), return_inverse=True)
+        pictures = read(path, unique, threads)
+        cut = [
+            to_clip(pictures, view_transform(self.size, crop, self.crops, normalise=False))
+            for crop in range(self.crops)
+        ]
+        rows = torch.from_numpy(places.reshape(self.views, self.frames))
+        return torch.stack([crop[:, view] for view in rows for crop in cut])
+
+
+def normalise(clips: Tensor) -> Tensor:
+    """uint8 [..., 3, T, S, S] -> float32 with ImageNet's mean and deviation, on the clips' device.
+
+    In the order and the precision of torchvision's ToDtype and Normalize, so that the bits are theirs.
+    """
+    mean, std = (torch.tensor(values, device=clips.device).view(3, 1, 1, 1) for values in (MEAN, STD))
+    return clips.to(torch.float32).div_(255).sub_(mean).div_(std)

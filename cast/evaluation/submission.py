@@ -1,0 +1,83 @@
+"""EPIC-Kitchens-100's action recognition challenge: the file that its server takes.
+
+Format 0.2 as in the organisers' C1-Action-Recognition repository and on the challenge's page: a zip with `test.json`,
+`{"version", "challenge", "sls_pt", "sls_tl", "sls_td", "results": {narration_id: {"verb": {"0": score, ...},
+"noun": {...}, "action": {"verb,noun": score}}}}`. `action` is optional there; if it is missing, the server multiplies
+the softmax of both scores. So we write logarithms of the probabilities: their softmax are the probabilities again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+import torch
+from torch import Tensor
+
+from cast.evaluation.predictions import Predictions
+from cast.files import write_bytes
+from cast.metrics import top_pairs
+
+#: Classes of EPIC-Kitchens-100.
+CLASSES = {"verb": 97, "noun": 300}
+#: Pairs that the server wants under `action`, no more and no fewer.
+ACTIONS = 100
+
+
+def submission(predictions: Predictions, levels: Sequence[int]) -> dict[str, Any]:
+    """The content of `test.json`.
+
+    Args:
+        predictions: of a model with EPIC-Kitchens-100's heads; videos are named `<narration_id>.mp4`.
+        levels: supervision of the model, 0 to 5 each: pre-training, training labels, training data
+            (https://github.com/epic-kitchens/sls).
+
+    Raises:
+        ValueError: other heads, or levels that don't exist.
+    """
+    found = {head: values.shape[1] for head, values in predictions.probabilities.items()}
+    if found != CLASSES:
+        raise ValueError(f"the model's heads are {found}; EPIC-Kitchens-100's submission needs {CLASSES}")
+    if len(levels) != 3 or not all(0 <= level <= 5 for level in levels):
+        raise ValueError(
+            f"the supervision levels are {list(levels)}; they must be three from 0 to 5: pre-training, training "
+            "labels, training data (https://github.com/epic-kitchens/sls)"
+        )
+    verb, noun = predictions.probabilities["verb"], predictions.probabilities["noun"]
+    scores, pairs = top_pairs(verb.double(), noun.double(), ACTIONS)
+    return {
+        "version": "0.2",
+        "challenge": "action_recognition",
+        **dict(zip(("sls_pt", "sls_tl", "sls_td"), levels, strict=True)),
+        "results": {
+            Path(video).stem: {
+                "verb": _scores(verb[row]),
+                "noun": _scores(noun[row]),
+                "action": {
+                    f"{v},{n}": score for (v, n), score in zip(pairs[row].tolist(), scores[row].tolist(), strict=True)
+                },
+            }
+            for row, video in enumerate(predictions.videos)
+        },
+    }
+
+
+def write_submission(path: str | os.PathLike[str], predictions: Predictions, levels: Sequence[int]) -> None:
+    """Write the zip file to upload; the same bytes for the same predictions. Errors as in :func:`submission`."""
+    content = json.dumps(submission(predictions, levels))
+    file = io.BytesIO()
+    with ZipFile(file, "w") as archive:
+        archive.writestr(ZipInfo("test.json"), content, compress_type=ZIP_DEFLATED)
+    write_bytes(Path(path), file.getvalue())
+
+
+def _scores(probabilities: Tensor) -> dict[str, float]:
+    # The smallest normal float32 stands in for an underflow to 0, whose logarithm no JSON can hold.
+    smallest = torch.finfo(torch.float32).tiny
+    logs = probabilities.double().clamp_min(smallest).log()
+    return {str(index): score for index, score in enumerate(logs.tolist())}
