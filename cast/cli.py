@@ -73,7 +73,20 @@ def train(*arguments: str) -> None:
     main(arguments)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, predict, demo)
+def pretrain(*arguments: str) -> None:
+    """Pre-train a temporal expert on your own videos, without labels.
+
+    cast pretrain RECIPE [key=value ...] [--resume] [--print_config]; cast pretrain --help explains every setting.
+
+    Args:
+        arguments: a recipe, overrides and switches, read by the recipe's own parser
+    """
+    from cast.pretrain.command import main
+
+    main(arguments)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (train, pretrain, predict, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
