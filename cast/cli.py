@@ -22,28 +22,35 @@ from cast.optional import MissingExtraError
 
 
 def predict(
-    video: Path,
+    video: str,
     /,
-    checkpoint: Path,
+    checkpoint: str,
     top: int = 5,
     json: bool = False,
     sampling: Literal["uniform", "dense"] = "uniform",
+    every: int = 0,
+    window: int = 64,
+    batch: int = 6,
 ) -> None:
-    """Name the action in one video file.
+    """Name the action in a video, in a folder of videos, or in a stream.
 
-    Takes all views of the published test protocol, every frame decoded exactly, and averages the model's
-    probabilities over them.
+    Of files it takes all views of the published test protocol, every frame decoded exactly, and averages the model's
+    probabilities over them. A folder gives a line of JSON for each video, a stream one for each guess. Files that
+    can't be read are named, and the exit code is then 1.
 
     Args:
-        video: any video file that FFmpeg reads
-        checkpoint: directory that save_pretrained wrote; class names come from labels.json in it
+        video: any file that FFmpeg reads; a folder; a camera such as /dev/video0, an address, or - for a pipe
+        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
         top: how many guesses to show
-        json: print JSON instead of a table
+        json: for one video print JSON instead of a table
         sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense)
+        every: frames between guesses about a stream; unless 0, a file is read as a stream too. 0 is 16 for cameras
+        window: frames of a stream that a guess looks back on
+        batch: clips in a forward pass
     """
     from cast.predict import main
 
-    main(video, checkpoint, top, json, sampling)
+    main(video, checkpoint, top, json, sampling, every, window, batch)
 
 
 def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:

@@ -20,9 +20,7 @@ class Mask(NamedTuple):
     hidden: Tensor
 
 
-def tube_mask(
-    clips: int, frames: int, patches: int, ratio: float, device: torch.device | str = "cpu"
-) -> Mask:
+def tube_mask(clips: int, frames: int, patches: int, ratio: float, device: torch.device | str = "cpu") -> Mask:
     """Hide the same patches in all frames, so that nothing hidden is seen a moment later (paper section 3.3).
 
     Drawn from PyTorch's generator of the CPU, so that the device does not matter.
@@ -64,9 +62,7 @@ def hidden_patches(patches: int, ratio: float) -> int:
 def tubelets(video: Tensor, tubelet: int, patch: int) -> Tensor:
     """[B, 3, frames, H, W] -> [B, T*N, tubelet * patch * patch, 3], tokens ordered by time, row, column."""
     batch, channels, frames, height, width = video.shape
-    parts = video.reshape(
-        batch, channels, frames // tubelet, tubelet, height // patch, patch, width // patch, patch
-    )
+    parts = video.reshape(batch, channels, frames // tubelet, tubelet, height // patch, patch, width // patch, patch)
     return parts.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, -1, tubelet * patch * patch, channels)
 
 

@@ -22,7 +22,21 @@ _NOT_VIDEO = {
     "sdp": "a playlist",
 }
 #: Endings of the files that a folder of videos is searched for.
-VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif")
+VIDEO_ENDINGS = (
+    ".mp4",
+    ".webm",
+    ".mkv",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".gif",
+)
 #: First bytes of the common containers, to tell a damaged video from a file that never was one: (offset, bytes).
 _SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"), (0, b"RIFF"), (0, b"\0\0\1\xba"))
 
