@@ -139,11 +139,11 @@ class Predictor:
             return []
         logits = self._logits(torch.cat([clips for _, _, clips in videos]))
         views = self.protocol.clips
+        starts = range(0, len(videos) * views, views)
+        of_video = [{head: values[n : n + views] for head, values in logits.items()} for n in starts]
         return [
-            Prediction(
-                name, frames, views, self._guesses({h: p[n * views : (n + 1) * views] for h, p in logits.items()})
-            )
-            for n, (name, frames, _) in enumerate(videos)
+            Prediction(name, frames, views, self._guesses(own))
+            for (name, frames, _), own in zip(videos, of_video, strict=True)
         ]
 
     def _guesses(self, logits: Mapping[str, Tensor]) -> dict[str, list[Guess]]:

@@ -110,8 +110,8 @@ def fit(settings: PretrainSettings, resume: bool = False, recipe: str = "") -> P
     )
     if not resume and checkpoints.all():
         raise FileExistsError(
-            f"{out} has a pre-training already ({checkpoints.all()[-1].name}): add --resume to go on, or choose another "
-            "out"
+            f"{out} has a pre-training already ({checkpoints.all()[-1].name}): add --resume to go on, or choose "
+            "another out"
         )
     if settings.run.compile:
         for part in (model.encoder, model.decoder):
