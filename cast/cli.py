@@ -53,6 +53,22 @@ def predict(
     main(video, checkpoint, top, json, sampling, every, window, batch)
 
 
+def export(checkpoint: str, /, format: Literal["torch", "onnx"] = "torch", out: Path | None = None) -> None:
+    """Write a model as a program that runs without this package.
+
+    The program takes any number of clips at a time. Before its file appears, its answers are compared with the model's;
+    a file that answers otherwise is not written.
+
+    Args:
+        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
+        format: for torch.export.load (torch) or ONNX Runtime (onnx)
+        out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
+    """
+    from cast.export import main
+
+    main(checkpoint, format, out)
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
@@ -93,7 +109,7 @@ def pretrain(*arguments: str) -> None:
     main(arguments)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, pretrain, predict, demo)
+COMMANDS: tuple[Callable[..., None], ...] = (train, pretrain, predict, export, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

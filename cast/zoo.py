@@ -27,12 +27,14 @@ class Published:
         heads: name -> classes.
         result: top-1 accuracy in percent as the authors report it (of actions).
         url: where they publish it (README of github.com/KHU-VLL/CAST).
+        variant: its sizes, a name in `cast.VARIANTS`.
     """
 
     data: str
     heads: dict[str, int]
     result: float
     url: str
+    variant: str = "base"
 
 
 def _drive(file: str) -> str:
@@ -84,15 +86,15 @@ def create_model(
         raise ValueError(f"no model {name!r}; {hint}There are {', '.join(MODELS)}")
     published = MODELS[name]
     if not pretrained:
-        return CAST("base", fused=fused, **({"heads": published.heads} | overrides))
+        return CAST(published.variant, fused=fused, **({"heads": published.heads} | overrides))
     if overrides:
         raise ValueError(f"{', '.join(overrides)} cannot be set for pre-trained weights; pass pretrained=False")
     path = _find(name, published, directory)
+    wanted = make_config(published.variant, heads=published.heads)
     if (path / "config.json").is_file():
         model = CAST.from_pretrained(path, fused)
     else:
-        model = load_official_checkpoint(path, fused=fused, trust_pickle=trust_pickle)
-    wanted = make_config("base", heads=published.heads)
+        model = load_official_checkpoint(path, wanted.num_heads, fused, trust_pickle)
     if model.config != wanted:
         theirs, ours = model.config.to_dict(), wanted.to_dict()
         differing = ", ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key])
