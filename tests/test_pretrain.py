@@ -119,7 +119,7 @@ def in_their_names(model: VideoMAE, theirs: dict[str, torch.Tensor]) -> dict[str
                 result[name] = own[key.replace("attention.attention", "attn")]
         if name not in result and "position_embeddings" not in name:
             result[name] = own[key]
-    return {name: tensor for name, tensor in result.items()}
+    return result
 
 
 def test_what_is_hidden_is_not_seen() -> None:
@@ -199,7 +199,9 @@ def test_multiscale_crops_lie_on_the_published_grid() -> None:
         assert top % max((256 - height) // 4, 1) == left % max((320 - width) // 4, 1) == 0
         assert top + height <= 256
         assert left + width <= 320
-    assert {(h, w) for _, _, h, w in boxes} == {(a, b) for i, a in enumerate(sides) for b in sides[max(i - 1, 0) : i + 2]}
+    assert {(h, w) for _, _, h, w in boxes} == {
+        (a, b) for i, a in enumerate(sides) for b in sides[max(i - 1, 0) : i + 2]
+    }
     assert len({box[:2] for box in boxes if box[2:] == (192, 192)}) == 13
     with pytest.raises(ValueError, match="multiscale is"):
         AugmentSettings(multiscale=(1.5,))
@@ -284,7 +286,9 @@ def test_a_folder_without_labels_trains_and_resumes(
     assert "add --resume" in capsys.readouterr().err
 
 
-def test_a_resumed_pre_training_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_pre_training_gives_the_same_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = ("optim.epochs=3", "pictures=0")
     assert main(command(folder, tmp_path / "whole", *few)) == 0
     from cast.pretrain import command as module
@@ -309,7 +313,7 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     data = DataSettings(os.fspath(tmp_path), train=None, size=32, frames=6)
     with pytest.raises(ValueError, match="no file below it ends in"):
         fit(PretrainSettings(data, CONFIG, out=str(tmp_path / "out"), pictures=0))
-    with pytest.raises(ValueError, match="no such directory; data.root names the one with the videos"):
+    with pytest.raises(ValueError, match=r"no such directory; data\.root names the one with the videos"):
         fit(PretrainSettings(DataSettings("/none", train=None, size=32, frames=6), CONFIG, pictures=0))
 
 
