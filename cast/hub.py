@@ -39,7 +39,7 @@ class Shared(
     config: CASTConfig
     labels: dict[str, list[str]] | None
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the mixin takes a configuration, which a model here has itself
         self,
         directory: str | os.PathLike[str],
         *,

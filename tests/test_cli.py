@@ -66,7 +66,6 @@ def test_a_bad_video_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytes
     truncated.write_bytes(whole[: len(whole) // 2])
     cases = {
         tmp_path / "missing.mp4": "no such file",
-        tmp_path: "is a directory, not a video file",
         empty: "is empty (0 bytes)",
         truncated: "is truncated or damaged",
         write_audio(tmp_path / "song.m4a"): "holds no video, only audio",
