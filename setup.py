@@ -16,6 +16,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CHOICES = ("auto", "0", "1")
@@ -81,6 +82,18 @@ class BuildNative(build_ext):
         return {"requested": wish, "built": False, "reason": reason}
 
 
+class BuildWithRecipes(build_py):
+    """Puts the recipes, which lie beside the package in the source tree, into the installed package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # the source tree's own are found
+        target = Path(self.build_lib) / "cast" / "recipes"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(ROOT / "recipes", target)
+
+
 def _tool(name: str) -> str:
     """The program's path: on PATH, or beside this interpreter, where pip puts it."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
@@ -112,4 +125,7 @@ def _cause(error: ImportError | OSError | subprocess.CalledProcessError) -> str:
     return f"{' '.join(error.cmd[:2])} ended with status {error.returncode}"
 
 
-setup(ext_modules=[Extension("cast_kernels._C", sources=[])], cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=[Extension("cast_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildWithRecipes},
+)

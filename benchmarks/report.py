@@ -29,6 +29,7 @@ Row = dict[str, Any]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "median ms": lambda row: _number(row, "median_ms", "{:.1f}"),
     "min ms": lambda row: _number(row, "min_ms", "{:.1f}"),
+    "clips/s": lambda row: _number(row, "clips_per_second", "{:.1f}"),
     "speed-up": lambda row: _number(row, "speedup", "{:.2f}x") or ("inexact" if "correct" in row else ""),
     "GFLOP/s": lambda row: _number(row, "gflops", "{:.0f}"),
     "of ceiling": lambda row: _number(row, "of_ceiling", "{:.0%}"),

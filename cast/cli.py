@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -69,6 +69,48 @@ def export(checkpoint: str, /, format: Literal["torch", "onnx"] = "torch", out: 
     main(checkpoint, format, out)
 
 
+def evaluate(
+    checkpoint: Path,
+    dataset: Path,
+    /,
+    out: Path = Path("runs/evaluation"),
+    split: str = "val",
+    views: int = 0,
+    crops: int = 3,
+    batch_size: int = 12,
+    workers: int = 2,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    baselines: dict[str, Path] | None = None,
+    log: Path | None = None,
+    format: Literal["jsonl", "parquet"] = "jsonl",
+    sls: tuple[int, int, int] | None = None,
+) -> None:
+    """Test a model on a data set with the published multi-view protocol, and report.
+
+    Writes predictions, metrics.json and report.html. Run it under torchrun or accelerate launch to share the videos
+    among processes; the results are the same. A run that was killed goes on where it was.
+
+    Args:
+        checkpoint: directory of a training or of save_pretrained, a published checkpoint, or predictions to report on
+        dataset: directory, YAML file with a data section, or annotation file
+        out: directory of the results
+        split: train, val or test
+        views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
+        crops: spatial crops of each view
+        batch_size: clips in a forward pass
+        workers: decoding processes of each process; 0 decodes between forward passes
+        dtype: of the model's arithmetic
+        baselines: other models' predictions on the same videos, as --baselines.NAME FILE
+        log: the training's JSONL log, for the report's learning curves; log.jsonl beside the checkpoint if there is one
+        format: of the predictions' file
+        sls: also write EPIC-Kitchens-100's submission, with these supervision levels, as [pretraining,labels,data]
+    """
+    from cast.evaluation.run import Options, main
+
+    options = Options(split, views, crops, batch_size, workers, dtype, baselines or {}, log, format, sls)
+    main(checkpoint, dataset, out, options)
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
@@ -109,7 +151,52 @@ def pretrain(*arguments: str) -> None:
     main(arguments)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, pretrain, predict, export, demo)
+def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, workers: int = 1) -> None:
+    """Train the rows of the paper's ablation tables on the demo's videos, and print them beside the paper's figures.
+
+    Downloads nothing and needs no GPU. Finished rows are not trained again when the same command is given again.
+
+    Args:
+        rows: table1a to table1h, table5, table7, table8, all, or YAML files like the package's study/rows.yaml
+        out: directory for data, results, study.json and checkpoints
+        seeds: how many times to train each row, each with another seed
+        workers: trainings at a time, each on one core
+    """
+    from cast.study import main
+
+    main(rows, out, seeds, workers)
+
+
+def data(
+    action: Literal["check"], dataset: Path, /, root: Path | None = None, workers: int = 0, out: Path | None = None
+) -> None:
+    """Check a data set before training on it.
+
+    Reads every annotation and probes every video in parallel. Prints those that are missing, empty, undecodable or too
+    short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
+
+    Args:
+        action: check
+        dataset: a directory with train.csv or val.csv, a YAML file with a data section, or an annotation file
+        root: directory of the data set, where dataset is not it
+        workers: processes that probe; 0 for one per core
+        out: where to write the skip list, if not to skip.csv in the data set's directory
+    """
+    from cast.video.check import main
+
+    main(dataset, root, workers or None, out)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    train,
+    pretrain,
+    predict,
+    evaluate,
+    export,
+    demo,
+    study,
+    data,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,10 +251,14 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     docstring = parse_docstring(inspect.getdoc(command) or "")
     helps = {parameter.arg_name: parameter.description for parameter in docstring.params}
     parser = ArgumentParser(description=docstring.description, formatter_class=_Help)
-    kinds = _kinds(command)
+    kinds, parameters = _kinds(command), inspect.signature(command, eval_str=True).parameters
     for name, kind in kinds.items():
         if kind == "positional":
-            parser.add_argument(name, metavar=name.upper(), help=helps[name])
+            annotation = parameters[name].annotation
+            choices: dict[str, Any] = {"choices": get_args(annotation)} if get_origin(annotation) is Literal else {}
+            metavar = "|".join(choices["choices"]) if choices else name.upper()
+            several = "+" if annotation == list[str] else None
+            parser.add_argument(name, metavar=metavar, nargs=several, help=helps[name], **choices)
     parser.add_function_arguments(
         command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
     )

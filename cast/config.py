@@ -197,6 +197,7 @@ class CASTConfig:
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},  # the paper's CAST-B/16
     "small": {"embed_dim": 384, "num_heads": 6},  # ViT-S/16 experts
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},  # ViT-L/16 experts
     "tiny": {"image_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4},  # trains on two CPU cores
 }
 

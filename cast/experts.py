@@ -128,11 +128,15 @@ class SpatialExpert(_Expert):
         assign("CLIP checkpoint", target, *read_clip(source, trust_pickle))
         return self
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Frames [B, 3, H, W], normalised -> [B, 1+N, D] after the last block, before `ln_post`."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Frames [B, 3, H, W], normalised -> [B, 1+N, D] before the first block."""
         size = self.config.image_size
         check_shape("frames", x, (3, size, size))
-        x = embed_frames(x, self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre)
+        return embed_frames(x, self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Frames [B, 3, H, W], normalised -> [B, 1+N, D] after the last block, before `ln_post`."""
+        x = self.embed(x)
         for block in self.transformer.get_submodule("resblocks").children():
             x = block(x)
         return x
@@ -188,11 +192,15 @@ class TemporalExpert(_Expert):
         assign("VideoMAE checkpoint", target, given, unknown)
         return self
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Clips [B, 3, frames, H, W], normalised -> [B, T*N, D] after the last block, before `fc_norm`."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Clips [B, 3, frames, H, W], normalised -> [B, T*N, D] before the first block."""
         config = self.config
         check_shape("clips", x, (3, config.num_frames, config.image_size, config.image_size))
-        x = self.patch_embed(x) + self.pos_embed
+        return self.patch_embed(x) + self.pos_embed
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Clips [B, 3, frames, H, W], normalised -> [B, T*N, D] after the last block, before `fc_norm`."""
+        x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         return x

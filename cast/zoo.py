@@ -106,7 +106,7 @@ def load(what: str | os.PathLike[str], fused: bool = True) -> CAST:
     """A model from wherever it is.
 
     Args:
-        what: a directory of `save_pretrained`, a published name, an official checkpoint's file, or `owner/name` on the
+        what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file, or `owner/name` on the
             Hugging Face Hub.
         fused: whether compiled kernels may run.
 
@@ -119,6 +119,8 @@ def load(what: str | os.PathLike[str], fused: bool = True) -> CAST:
         return create_model(name, fused=fused)
     if Path(name).is_file():
         return load_official_checkpoint(name, fused=fused)
+    if (Path(name) / "model" / "config.json").is_file() and not (Path(name) / "config.json").is_file():
+        name = os.path.join(name, "model")  # a training's directory, with the finished model in it
     try:
         return CAST.from_pretrained(name, fused)
     except TypeError as error:  # a configuration with unknown fields

@@ -377,7 +377,7 @@ def test_unknown_override_names_the_closest() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variant": "huge"}, "unknown variant 'huge'; there are 'base', 'small', 'tiny'"),
+        ({"variant": "huge"}, "unknown variant 'huge'; there are 'base', 'small', 'large', 'tiny'"),
         ({"heads": {"verb": 3}, "depth": 0}, "depth is 0; it must be an integer of at least 1"),
         ({"heads": {"verb": 3, "object": 3}}, "allowed are one head under any name"),
         ({"heads": {}}, "allowed are one head under any name"),

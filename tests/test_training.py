@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,57 +148,6 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path, monkey
 def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
-
-
-def test_sigkill_at_any_moment_and_again(tmp_path: Path) -> None:
-    """A real process, killed twice, ends with the weights of one that was left alone."""
-    code = (
-        "import sys, time, torch; sys.path.insert(0, sys.argv[2]); import test_training as t;"
-        "from cast.training import train; net = t.Net();"
-        "train(net, t.Points(), t.RECIPE, sys.argv[1], lambda p, f: time.sleep(0.15));"
-        "torch.save(net.state_dict(), sys.argv[1] + '.pt')"
-    )
-    directory = tmp_path / "killed"
-    command = [sys.executable, "-c", code, str(directory), str(Path(__file__).parent)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for least in (2, 6):
-        process = subprocess.Popen(command, env=environment)
-        try:
-            deadline = time.monotonic() + 120
-            while not any(int(path.name[5:]) >= least for path in directory.glob("step-*")):
-                assert process.poll() is None, "it ended before it could be killed"
-                assert time.monotonic() < deadline, "no checkpoint appeared"
-                time.sleep(0.01)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    subprocess.run(command, env=environment, check=True)
-    whole, _ = run(tmp_path / "whole")
-    killed = torch.load(tmp_path / "killed.pt", weights_only=True)
-    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.state_dict().items())
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Same global batch on two processes (gloo): same weights up to the order of additions."""
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[2]); import test_training as t;"
-        "from cast.training import train; net = t.Net(); net.body[2].p = 0.0;"
-        "train(net, t.Points(), t.RECIPE, sys.argv[1]);"
-        "torch.save(net.state_dict(), sys.argv[1] + '.pt')"
-    )
-    script = tmp_path / "two.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    subprocess.run(
-        [*command, str(tmp_path / "two"), str(Path(__file__).parent)], env=environment, check=True, timeout=120
-    )
-    net = Net()
-    net.body[2].p = 0.0
-    train(net, Points(), RECIPE, tmp_path / "one")
-    for name, tensor in torch.load(tmp_path / "two.pt", weights_only=True).items():
-        torch.testing.assert_close(tensor, net.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:

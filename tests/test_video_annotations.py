@@ -68,7 +68,7 @@ def test_labels_of_another_kind_of_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_annotations(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.csv: no such annotation file"):
+    with pytest.raises(ValueError, match=r"none\.csv: no such file"):
         read_single(tmp_path / "none.csv", "videos")
     with pytest.raises(ValueError, match="not a text file"):
         read_single(tmp_path, "videos")

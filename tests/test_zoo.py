@@ -74,6 +74,8 @@ def test_an_official_file_is_found_by_the_environment(tiny: Path, model: cast.CA
 def test_a_directory_of_ours_is_found_too(tiny: Path, model: cast.CAST) -> None:
     model.save_pretrained(tiny / "cast_tiny_test")
     assert same(create_model("cast_tiny_test", fused=False), model)
+    model.save_pretrained(tiny / "run" / "model")
+    assert same(load(tiny / "run"), model)
 
 
 def test_another_model_under_the_name_is_refused(tiny: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
 
 from cast.demo.study import MODELS, Outcome
 from cast.demo.timing import StepTimes
+from cast.evaluation.report.plots import contours, new_figure, plain, svg
 from cast.optional import require
 
 #: One colour per model, told apart also by readers who don't tell red from green.
@@ -21,11 +18,8 @@ _TITLES = {"spatial": "spatial alone", "temporal": "temporal alone", "ensemble":
 
 def balance(outcomes: Sequence[Outcome]) -> str:
     """Verb against noun accuracy, every seed of every model; lines of equal harmonic mean behind."""
-    figure, axes = _figure(5.2, 4.6)
-    grid = np.linspace(1, 100, 200)
-    x, y = np.meshgrid(grid, grid)
-    lines = axes.contour(x, y, 2 * x * y / (x + y), levels=range(10, 100, 10), colors="#d8d8d8", linewidths=0.8)
-    axes.clabel(lines, fontsize=7, fmt="%d", colors="#999999")
+    figure, axes = new_figure(5.2, 4.6)
+    contours(axes, (0, 100), (0, 100))
     for model in MODELS:
         nouns = [outcome.metrics[model]["noun"] for outcome in outcomes]
         verbs = [outcome.metrics[model]["verb"] for outcome in outcomes]
@@ -33,7 +27,7 @@ def balance(outcomes: Sequence[Outcome]) -> str:
         place = statistics.fmean(nouns), max(verbs)
         axes.annotate(_TITLES[model], place, (0, 9), textcoords="offset points", ha="center", color=COLOURS[model])
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="noun accuracy, %", ylabel="verb accuracy, %", aspect="equal")
-    return _svg(figure)
+    return svg(figure)
 
 
 def curves(outcome: Outcome) -> str:
@@ -51,49 +45,31 @@ def curves(outcome: Outcome) -> str:
     accuracy.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 100))
     for axes in (loss, accuracy):
         axes.legend(frameon=False, fontsize=8)
-        _plain(axes)
-    return _svg(figure)
+        plain(axes)
+    return svg(figure)
 
 
 def expert_curves(outcome: Outcome) -> str:
     """Training accuracy of the two experts by epoch."""
-    figure, axes = _figure(4.6, 3.2)
+    figure, axes = new_figure(4.6, 3.2)
     for stage, head, model in (("spatial expert", "noun", "spatial"), ("temporal expert", "verb", "temporal")):
         history = outcome.curves[stage]
         label, epochs = f"{stage}, {head}", [entry["epoch"] for entry in history]
         axes.plot(epochs, _column(history, head), color=COLOURS[model], marker=".", label=label)
     axes.set(xlabel="epoch", ylabel="training accuracy, %", ylim=(0, 100))
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def steps(times: StepTimes) -> str:
     """Every measured training step, fused and eager, with the medians."""
-    figure, axes = _figure(4.6, 3.2)
+    figure, axes = new_figure(4.6, 3.2)
     for row, (name, values) in enumerate((("eager", times.eager), ("fused", times.fused))):
         axes.barh(row, statistics.median(values), height=0.5, color="#cccccc" if name == "eager" else COLOURS["cast"])
         axes.plot(values, [row] * len(values), "|", color="#222222", markersize=10)
     axes.set(yticks=(0, 1), yticklabels=("eager", "fused"), xlabel="milliseconds a training step", xlim=(0, None))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _column(history: Sequence[Mapping[str, float]], name: str) -> list[float]:
     return [entry[name] for entry in history]
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    plt = require("matplotlib.pyplot", "demo")
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    _plain(axes)
-    return figure, axes
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    require("matplotlib.pyplot", "demo").close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from string import Template
@@ -17,7 +15,7 @@ from cast.demo.results import METRICS
 from cast.demo.scene import FRAMES, NOUNS, VERBS
 from cast.demo.study import MODELS, Outcome
 from cast.demo.timing import StepTimes
-from cast.optional import require
+from cast.evaluation.report.html import page, strip, table, verdict
 from cast.video.reader import read
 
 #: Clips shown, evenly spaced over the validation set: chosen before any model was trained.
@@ -27,23 +25,7 @@ _SHOWN = range(0, FRAMES, 5)
 
 _NAMES = {"spatial": "Spatial alone", "temporal": "Temporal alone", "ensemble": "Ensemble", "cast": "CAST"}
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>CAST demo</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left } tr.cast td { font-weight: 600 }
-td small { color: #666; font-weight: 400 }
-.pair { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start } svg { max-width: 100%; height: auto }
-.clip { display: flex; flex-wrap: wrap; gap: 1.2rem; margin: 1.2rem 0; align-items: center }
-.clip img { image-rendering: pixelated; width: 33.6rem; max-width: 100% }
-.clip td, .clip th { padding: .1rem .6rem; font-size: .9rem; text-align: left; border: 0 }
-.right { color: #00703c } .wrong { color: #b3261e } .lead { font-size: 1.15rem } .note { color: #555 }
-</style></head><body>
-<h1>CAST on videos of acting digits</h1>
+_BODY = Template("""<h1>CAST on videos of acting digits</h1>
 <p class="lead">$lead</p>
 <h2>Accuracy</h2>
 $accuracy
@@ -67,9 +49,7 @@ bystander must stay at chance; motion must not tell the noun; told where the act
 </p>
 $controls
 <h2>How this was made</h2>
-$made
-</body></html>
-""")
+$made""")
 
 
 @dataclass(frozen=True)
@@ -88,7 +68,7 @@ def html(findings: Findings) -> str:
     metrics, first = findings.metrics, findings.outcomes[0]
     fused, eager = findings.times.medians
     gain = metrics["gain"]["action"]
-    return _PAGE.substitute(
+    body = _BODY.substitute(
         lead="Two small frozen experts, one for what is seen and one for what happens, exchange in every layer. "
         f"Action accuracy is <b>{metrics['cast']['action']:.1f} %</b>; without the exchange the same experts reach "
         f"{metrics['ensemble']['action']:.1f} %, a difference of <b>{gain['mean']:+.1f} points</b>.",
@@ -105,13 +85,7 @@ def html(findings: Findings) -> str:
         controls=_controls(findings.controls),
         made=_made(metrics),
     )
-
-
-def _table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> str:
-    """Rows are (class, cells); cells are HTML."""
-    lines = ["<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += [f'<tr class="{name}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for name, cells in rows]
-    return "\n".join([*lines, "</table>"])
+    return page("CAST demo", body)
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
@@ -122,7 +96,7 @@ def _accuracy(metrics: dict[str, Any]) -> str:
         return f"{metrics[model][metric]:.1f}{spread}"
 
     rows = [(model, [_NAMES[model], *(cell(model, metric) for metric in METRICS)]) for model in MODELS]
-    return _table(["", "Verb %", "Noun %", "Action %", "Harmonic mean"], rows)
+    return table(["", "Verb %", "Noun %", "Action %", "Harmonic mean"], rows)
 
 
 def _ensemble_note(outcome: Outcome) -> str:
@@ -153,12 +127,11 @@ def _sample(number: int, findings: Findings) -> str:
         answers = findings.outcomes[0].probabilities[model]
         guess = {head: int(answers[head][number].argmax()) for head in ("verb", "noun")}
         words = " ".join(
-            f'<span class="{"right" if guess[head] == sample.labels[head] else "wrong"}">'
-            f"{name} {'✓' if guess[head] == sample.labels[head] else '✗'}</span>"
+            verdict(name, guess[head] == sample.labels[head])
             for head, name in (("verb", VERBS[guess["verb"]]), ("noun", NOUNS[guess["noun"]]))
         )
         rows.append(f"<tr><td>{_NAMES[model]}</td><td>{words}</td></tr>")
-    picture = f'<img src="{_strip(sample.path)}" alt="Frames of {escape(sample.path.stem)}">'
+    picture = strip(list(read(sample.path, list(_SHOWN), threads=1)), f"Frames of {sample.path.stem}")
     return f'<div class="clip">{picture}<table>{"".join(rows)}</table></div>'
 
 
@@ -166,19 +139,11 @@ def _action(verb: int, noun: int) -> str:
     return f"{VERBS[verb]} {NOUNS[noun]}"
 
 
-def _strip(path: Any) -> str:
-    """Frames side by side, as a data URI."""
-    image, file = require("PIL.Image", "demo"), io.BytesIO()
-    frames = read(path, list(_SHOWN), threads=1)
-    image.fromarray(frames.swapaxes(0, 1).reshape(frames.shape[1], -1, 3)).save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def _controls(controls: Sequence[Control]) -> str:
     heads = ("verb", "pair", "direction", "noun")
     rows = [("", [f"{c.where}, {c.features}", *(f"{c.accuracy[head]:.1f}" for head in heads)]) for c in controls]
     rows.append(("note", ["chance", *(f"{CHANCE[head]:.1f}" for head in heads)]))
-    return _table(["Probe", "Verb", "Verb pair", "Direction", "Noun"], rows)
+    return table(["Probe", "Verb", "Verb pair", "Direction", "Noun"], rows)
 
 
 def _made(metrics: dict[str, Any]) -> str:
@@ -191,4 +156,4 @@ def _made(metrics: dict[str, Any]) -> str:
         "Machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['device']}",
         "Software": f"Python {machine['python']}, torch {machine['torch']}",
     }
-    return _table(["", ""], [("", [name, escape(text)]) for name, text in rows.items()])
+    return table(["", ""], [("", [name, escape(text)]) for name, text in rows.items()])

@@ -62,7 +62,7 @@ def run(out: Path, seeds: int, sizes: Sizes, budget: Budget, console: Console) -
         "dataset": manifest,
         "controls": [asdict(control) for control in checks],
         "budget": asdict(budget),
-        "machine": _machine(),
+        "machine": machine(),
         "seconds_of_this_run": round(time.perf_counter() - began, 1),
     }
     write_json(out / "metrics.json", metrics)
@@ -130,7 +130,8 @@ def _figures(figures: dict[str, float]) -> str:
     )
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the run is on: processor, cores, threads, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from cast.config import CASTConfig
-from cast.model import CAST
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,15 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
 
 
-def model_cost(config: CASTConfig) -> ModelCost:
-    """Cost of CAST, counted by PyTorch's flop counter on a model without memory (device `meta`).
+def model_cost(model: nn.Module, frames: int, size: int) -> ModelCost:
+    """Cost of a model on one clip [1, 3, frames, size, size].
 
-    Matrix products and convolutions count, as in the paper, whose "391 GFLOPs/View" are multiply-accumulates of the
-    base model (table 2): this counts 390.5.
+    Counted by PyTorch's flop counter on a copy without memory (device `meta`). Matrix products and convolutions
+    count, as in the paper, whose "391 GFLOPs/View" are multiply-accumulates of the base model (table 2): this counts
+    390.5.
     """
-    with torch.device("meta"):
-        model = CAST(config, fused=False).eval()
-        video = torch.empty(1, 3, config.num_frames, config.image_size, config.image_size)
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            model(video)
+    shadow = copy.deepcopy(model).to("meta").eval()
+    video = torch.empty(1, 3, frames, size, size, device="meta")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        shadow(video)
     return ModelCost(*parameter_counts(model), gmacs=counter.get_total_flops() / 2e9)

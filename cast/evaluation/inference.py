@@ -7,6 +7,7 @@ hardware). No sampler pads anything, so no sample is counted twice.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def evaluate(
         ValueError: no samples, two with one name, heads other than `classes` has, or an answer that is not a number.
         VideoError: a file that can't be read as a video; finished videos are kept in `parts`.
     """
-    run, state = run or Run(), PartialState()
+    run, state = run or Run(), processes()
     names = sample_names(samples)
     done = parts.load() if parts else {}
     state.wait_for_everyone()  # before anyone writes into what others still read
@@ -127,6 +128,23 @@ def evaluate(
         raise RuntimeError(f"{len(every)} answers for {len(samples)} samples: the processes saw different data")
     predictions = from_records([by_name[name] for name in names], classes, about or {})
     return predictions, _together(costs)
+
+
+def processes() -> PartialState:
+    """This process among those that torchrun or accelerate started; without either it is alone.
+
+    Raises:
+        ValueError: WORLD_SIZE asks for several processes, but they were not connected.
+    """
+    # accelerate connects processes without a GPU only if told that there is none.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != wanted:
+        raise ValueError(
+            f"WORLD_SIZE is {wanted}, but {state.num_processes} processes are connected: start them with torchrun or "
+            "accelerate launch, or unset it"
+        )
+    return state
 
 
 def sample_names(samples: Sequence[Sample]) -> list[str]:
@@ -215,7 +233,8 @@ def device_name(device: torch.device) -> str:
     """The accelerator's name, or `CPU` with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
 def peak_memory(device: torch.device) -> int:

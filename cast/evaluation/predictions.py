@@ -41,7 +41,8 @@ class Predictions:
         labels: head -> int64 [samples]; empty where the data set has none.
         views: head -> int64 [samples, views], each view's own best guess.
         classes: head -> class names.
-        about: what made them: checkpoint, data set, protocol. Nothing that changes from run to run.
+        about: what made them: the model's name under `model`, checkpoint, data set, protocol. Nothing that changes
+            from run to run.
     """
 
     videos: Sequence[str]
@@ -63,6 +64,11 @@ class Predictions:
             if self.probabilities[head].shape[1:] != (len(names),):
                 shape = list(self.probabilities[head].shape)
                 raise ValueError(f"probabilities of {head!r} are {shape}, but there are {len(names)} class names")
+
+    @property
+    def model(self) -> str:
+        """What the model is called in tables and reports."""
+        return str(self.about.get("model", "CAST"))
 
     @property
     def compositional(self) -> bool:

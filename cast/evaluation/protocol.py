@@ -8,14 +8,15 @@ logits, then the mean over the clips.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cast.video.dataset import PUBLISHED_VIEWS
-from cast.video.reader import frame_count, read
+from cast.video.decoders import Name, decoder
 from cast.video.sampling import Sampling, view_indices
 from cast.video.transforms import MEAN, STD, to_clip, view_transform
 
@@ -30,6 +31,7 @@ class Protocol:
         crops: spatial crops of each view, evenly spaced along the longer side; 1 is the centre.
         frames: frames of a clip.
         size: side of a clip in pixels.
+        decoder: what reads the videos, see `cast.video.decoders`.
 
     Raises:
         ValueError: a sampling that doesn't exist, or a number below 1.
@@ -40,6 +42,7 @@ class Protocol:
     crops: int = 3
     frames: int = 16
     size: int = 224
+    decoder: Name = "pyav"
 
     def __post_init__(self) -> None:
         if self.sampling not in PUBLISHED_VIEWS:
@@ -60,16 +63,21 @@ class Protocol:
         """As the literature writes it, views before crops: 2x3."""
         return f"{self.views}x{self.crops}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make it, for JSON."""
+        return asdict(self)
+
     def read(self, path: str | os.PathLike[str], threads: int = 1) -> Tensor:
         """All clips of a video, uint8 [clips, 3, frames, size, size]; every frame is decoded once.
 
         Raises:
             VideoError: the file can't be read as a video.
         """
-        length = frame_count(path, threads)
+        reader = decoder(self.decoder)
+        length = reader.frame_count(path, threads)
         wanted = [view_indices(length, view, self.views, self.sampling, self.frames) for view in range(self.views)]
         unique, places = np.unique(np.stack(wanted), return_inverse=True)
-        pictures = read(path, unique, threads)
+        pictures = reader.read(path, unique, threads)
         cut = [
             to_clip(pictures, view_transform(self.size, crop, self.crops, normalise=False))
             for crop in range(self.crops)
@@ -81,7 +89,9 @@ class Protocol:
 def normalise(clips: Tensor) -> Tensor:
     """uint8 [..., 3, T, S, S] -> float32 with ImageNet's mean and deviation, on the clips' device.
 
-    In the order and the precision of torchvision's ToDtype and Normalize, so that the bits are theirs.
+    By torchvision's own functions, so that the bits are those of a transform that normalises.
     """
-    mean, std = (torch.tensor(values, device=clips.device).view(3, 1, 1, 1) for values in (MEAN, STD))
-    return clips.to(torch.float32).div_(255).sub_(mean).div_(std)
+    from torchvision.transforms.v2 import functional
+
+    pictures = functional.to_dtype(clips.transpose(-4, -3), torch.float32, scale=True)
+    return functional.normalize(pictures, list(MEAN), list(STD)).transpose(-4, -3).contiguous()

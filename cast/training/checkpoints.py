@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from cast.training.distributed import on_main
 from cast.training.ema import Average
 from cast.training.files import CheckpointError, checksum, flush, read_tensors, write_tensors, write_text
 from cast.training.progress import Progress
@@ -104,12 +105,13 @@ class Checkpoints:
         if self._average is not None:
             tensors[_AVERAGE] = self._average.read()
         part = self.directory / "unfinished"
-        self._on_main(lambda: shutil.rmtree(part, ignore_errors=True))
+        on_main(self.accelerator, lambda: shutil.rmtree(part, ignore_errors=True))
         if self._is_deepspeed:
-            self.accelerator.save_state(str(part / _ENGINE))
+            # DeepSpeed's word for leaving the experts out.
+            self.accelerator.save_state(str(part / _ENGINE), exclude_frozen_parameters=self.weights == "trainable")
         elif self._optimizer is not None:
             tensors[_MOMENTS] = read_moments(self._model, self._optimizer)
-        self._on_main(lambda: self._write(part, tensors, progress))
+        on_main(self.accelerator, lambda: self._write(part, tensors, progress))
 
     def load(self) -> Progress | None:
         """Put the newest checkpoint into model, optimizer and average; None if there is none.
@@ -121,10 +123,10 @@ class Checkpoints:
         found = self._agreed_newest()
         if found is None:
             return None
-        state: dict[str, Any] = self._on_main(lambda: self._checked(found))
+        state: dict[str, Any] = on_main(self.accelerator, lambda: self._checked(found))
         write_weights(self._model, read_tensors(found / _WEIGHTS))
         if self._is_deepspeed:
-            self.accelerator.load_state(str(found / _ENGINE))
+            self.accelerator.load_state(str(found / _ENGINE), load_module_strict=self.weights == "full")
         elif self._optimizer is not None:
             write_moments(self._model, self._optimizer, read_tensors(found / _MOMENTS))
         if self._average is not None:
@@ -205,19 +207,6 @@ class Checkpoints:
                 f"this model's have {self._frozen}: load the same experts as then"
             )
         return state
-
-    def _on_main(self, action: Callable[[], Any]) -> Any:
-        """Run on the main process; every process gets what it returned, or raises what it raised."""
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = action()
-            except (OSError, ValueError) as error:
-                outcome[1] = error
-        value, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
-        return value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,19 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cast.training.checkpoints import Checkpoints
-from cast.training.distributed import make_accelerator
+from cast.training.distributed import join_processes, make_accelerator, on_main
 from cast.training.engine import Engine, Mix, Plan
-from cast.training.files import write_text
+from cast.training.files import CheckpointError, write_text
 from cast.training.log import Log, check_trackers
 from cast.training.models import build, compile_blocks, save_finished, whole_weights
-from cast.training.progress import Progress, Step
+from cast.training.progress import Progress
 from cast.training.recipes import parse
 from cast.training.schedule import cosine
 from cast.training.settings import TrainSettings
 from cast.training.simple import fingerprint
+from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
 from cast.video.loader import ClipLoader
 
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     if not settings.out:
         settings = replace(settings, out=str(Path("runs") / command.recipe.stem))
     fit(settings, "resume" in command.switches, command.yaml)
+    PartialState().destroy_process_group()
 
 
 def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Progress:
@@ -69,7 +74,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
     """
     check_trackers(list(settings.log.trackers))
     optim, out = settings.optim, settings.directory
-    processes = PartialState()
+    processes = join_processes()
     accumulate = optim.accumulate(processes.num_processes)
     accelerator = make_accelerator(
         settings.run.precision,
@@ -89,7 +94,12 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
     checkpoints = Checkpoints(
         out / "checkpoints",
         accelerator,
-        {"settings": identity(settings), "samples": len(train), "model": fingerprint(model)},
+        {
+            "settings": identity(settings),
+            "samples": len(train),
+            "videos": _videos_digest(train, settings.data.root),
+            "model": fingerprint(model),
+        },
         model,
         settings.checkpoint.weights,
         settings.checkpoint.keep,
@@ -184,7 +194,7 @@ class Validation:
     """
 
     def __init__(self, settings: TrainSettings, samples: Sequence[Any], accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.heads = accelerator, tuple(samples[0].labels)
         rank, world = accelerator.process_index, accelerator.num_processes
         self.loader = ClipLoader(samples, settings.data, settings.optim.micro_batch, False, 0, rank, world)
         # Sharded weights are gathered in every forward pass, so all processes must make equally many.
@@ -195,32 +205,27 @@ class Validation:
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`loss` and accuracy by head, for a model in evaluation mode."""
-        total: Tensor | None = None
-        names: list[str] = []
+        # Of each process: loss, hits of each head, clips; a process may have no video at all.
+        total = torch.zeros(len(self.heads) + 2, dtype=torch.float64, device=self.accelerator.device)
         last = None
-        for batch in self.loader.batches(0):
-            last = batch
-            names, sums = self._sums(model, batch)
-            total = sums if total is None else total + sums
+        for last in self.loader.batches(0):
+            total += self._sums(model, last)
         if self.even and last is not None:
             most = int(self.accelerator.gather(torch.tensor([len(self.loader)], device=self.accelerator.device)).max())
             for _ in range(len(self.loader), most):
                 self._sums(model, last)
-        heads = sorted(names) if names else sorted(getattr(model, "config").classes)
-        if total is None:
-            total = torch.zeros(len(heads) + 2, dtype=torch.float64, device=self.accelerator.device)
         loss, *hits, count = self.accelerator.reduce(total, reduction="sum").tolist()
-        return {"loss": loss / count, **{name: 100 * n / count for name, n in zip(heads, hits, strict=True)}}
+        return {"loss": loss / count, **{name: 100 * n / count for name, n in zip(self.heads, hits, strict=True)}}
 
-    def _sums(self, model: nn.Module, batch: Any) -> tuple[list[str], Tensor]:
-        """Head names, and [loss, hits of each head, clips] summed over the batch."""
+    def _sums(self, model: nn.Module, batch: Any) -> Tensor:
+        """[loss, hits of each head, clips] summed over the batch."""
         ready = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             logits = {name: value.float() for name, value in model(ready.video).items()}
-        names = sorted(ready.labels)
-        loss = torch.stack([F.cross_entropy(logits[n], ready.labels[n], reduction="sum") for n in names]).sum()
-        hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in names]
-        return names, torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
+        losses = [F.cross_entropy(logits[name], ready.labels[name], reduction="sum") for name in self.heads]
+        hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in self.heads]
+        loss = torch.stack(losses).sum()
+        return torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
 
 
 def identity(settings: TrainSettings) -> dict[str, Any]:
@@ -233,6 +238,14 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
         else:
             values.pop(section)
     return values
+
+
+def _videos_digest(samples: Sequence[Sample], root: str) -> str:
+    """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
+    result = hashlib.sha256()
+    for sample in samples:
+        result.update(f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n".encode())
+    return result.hexdigest()[:16]
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
@@ -262,12 +275,18 @@ def _summary(
 def _finish(
     engine: Engine, accelerator: Accelerator, config: Any, classes: Mapping[str, Sequence[str]], out: Path
 ) -> None:
-    tensors = whole_weights(engine.unwrapped)
-    averaged = None
+    models = {"model": whole_weights(engine.unwrapped)}
     if engine.average is not None:
-        averaged = tensors | engine.average.read()
-    if accelerator.is_main_process:
-        save_finished(config, tensors, classes, out / "model")
-        if averaged is not None:
-            save_finished(config, averaged, classes, out / "model-ema")
-    accelerator.wait_for_everyone()
+        models["model-ema"] = models["model"] | engine.average.read()
+
+    def save() -> None:
+        for name, tensors in models.items():
+            try:
+                save_finished(config, tensors, classes, out / name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"cannot write {out / name}: {error}. The last checkpoint is whole: make room, then start again "
+                    "with --resume, which writes the model without training again"
+                ) from None
+
+    on_main(accelerator, save)

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list
 
 #: fp32 has no autocast; the others keep fp32 weights.
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def join_processes() -> PartialState:
+    """Meet the other processes of this training, if a launcher started any.
+
+    Raises:
+        ValueError: the launcher's number of processes is not the one that met; training would go on apart.
+    """
+    state = PartialState(cpu=_on_cpu())
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != wanted:
+        raise ValueError(
+            f"WORLD_SIZE is {wanted}, but accelerate made a group of {state.num_processes} on {state.device.type}: "
+            "start with accelerate launch or torchrun, and look at the settings of accelerate config"
+        )
+    return state
+
+
+def _on_cpu() -> bool:
+    """accelerate takes gloo for several processes only if it is told that they compute on the CPU."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Run on the main process; every process gets what it returned, or raises what it raised.
+
+    So a full disk on one ends all of them, instead of leaving the others to wait.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    value, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return value
 
 
 def make_accelerator(
@@ -44,14 +85,15 @@ def make_accelerator(
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU, for its scaled gradients; choose bf16 or fp32")
     _forget_another_precision(_NAMES[precision])
+    join_processes()
     accelerator = Accelerator(
+        cpu=_on_cpu(),
         mixed_precision=_NAMES[precision],
         gradient_accumulation_steps=accumulate,
         log_with=trackers or None,
         project_dir=directory,
         kwargs_handlers=[
-            # Nothing to synchronise: the only buffer is a constant table. All parameters that train are used.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # The official DeepSpeed configuration: initial_scale_power 7, loss_scale_window 128.
             GradScalerKwargs(init_scale=2.0**7, growth_interval=128),
         ],

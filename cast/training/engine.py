@@ -318,8 +318,9 @@ def classification(smoothing: float) -> Criterion:
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Mean over the clips, in fp32; a soft target is smoothed already."""
-    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing if target.ndim == 1 else 0.0)
+    """Mean over the clips, in fp32 at least; a soft target is smoothed already."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, target, label_smoothing=smoothing if target.ndim == 1 else 0.0)
 
 
 def micro_seed(seed: int, index: int, rank: int) -> int:

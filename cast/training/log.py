@@ -153,7 +153,8 @@ class Log:
         """Close everything; the training may have finished or failed."""
         if self._bars is not None:
             self._bars.stop()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if self.speaks and note:
             self.console.print(note, highlight=False, markup=False, soft_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ def find_recipe(what: str) -> Path:
     if path.stem in names and path.parent in (Path("."), Path("recipes")):
         return names[path.stem]
     close = difflib.get_close_matches(path.stem, names, 1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise FileNotFoundError(f"no recipe {what!r}: no such file, and {hint}the recipes here are {', '.join(names)}")
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise FileNotFoundError(f"no recipe {what!r}: there is no such file. {hint}By name there are {', '.join(names)}")
 
 
 def parse(
@@ -79,13 +80,13 @@ def parse(
         parser.error(f"name one recipe, then overrides as key=value; got {' '.join(recipes) or 'none'}")
     namespace, recipe = _read(parser, recipes[0], overrides)
     if "print_config" in given:
-        print(parser.dump(namespace), end="")
+        print(parser.dump(namespace, skip_unset=False), end="")
         raise SystemExit(0)
     try:
         settings = kind(**parser.instantiate(namespace).as_dict())
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    return Command(recipe, settings, wanted, parser.dump(namespace))
+    return Command(recipe, settings, wanted, parser.dump(namespace, skip_unset=False))
 
 
 def load_recipe(kind: type[Settings], what: str, *overrides: str) -> Settings:
@@ -101,7 +102,10 @@ def load_recipe(kind: type[Settings], what: str, *overrides: str) -> Settings:
     """
     parser = _parser(kind, "recipe", "", {})
     parser.exit_on_error = False
-    namespace, _ = _read(parser, what, overrides)
+    try:
+        namespace, _ = _read(parser, what, overrides)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
     return kind(**parser.instantiate(namespace).as_dict())
 
 
@@ -125,8 +129,10 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
     try:
         recipe = find_recipe(what)
         content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
         parser.error(str(error))
+    except yaml.YAMLError as error:
+        parser.error(f"{recipe} is no YAML: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"{recipe} holds a {type(content).__name__}; a recipe has sections such as data: and optim:")
     for key in _keys(content):

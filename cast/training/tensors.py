@@ -7,7 +7,7 @@ collective call); writing distributes it again. So a checkpoint does not depend 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +79,6 @@ def digest(model: nn.Module, names: Iterable[str]) -> str:
     for name in sorted(names):
         tensor = whole(parameters[name])
         result.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        for part in _bytes(tensor):
-            result.update(part)
+        if tensor.numel():
+            result.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> Iterator[memoryview]:
-    if tensor.numel():
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

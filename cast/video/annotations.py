@@ -236,8 +236,9 @@ def _columns(where: str, titles: list[str], given: Mapping[str, str]) -> dict[st
     if "path" not in places and "path" in found:
         places["path"] = found["path"]
     if not places.keys() - {"path"}:
-        pair = {role: found[role] for role in ("verb", "noun") if role in found}
-        places |= pair if len(pair) == 2 else {role: found[role] for role in ("action",) if role in found} or pair
+        pair = found.keys() & {"verb", "noun"}
+        wanted = ("verb", "noun") if len(pair) == 2 else ("action",) if "action" in found else tuple(pair)
+        places |= {role: found[role] for role in wanted if role in found}
     if "path" not in places or len(places) < 2:
         raise ValueError(
             f"{where}: the header must have a column for the video ({', '.join(COLUMNS['path'][:4])}) and one for the "

@@ -13,7 +13,8 @@ is cut out before it is normalised and resized after: the same numbers, as resiz
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 from cast.video.randaugment import Operation, RandAugment
 from cast.video.transforms import MEAN, STD
 
-#: Tries before a random crop falls back to the centre are torchvision's; so is every draw below but RandAugment's.
 Box = tuple[int, int, int, int]
 
 
@@ -77,8 +77,10 @@ class AugmentSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or a positive alpha")
         for name, highest in (("scale", 1.0), ("ratio", float("inf"))):
             low, high = getattr(self, name)
+            object.__setattr__(self, name, (low, high))  # a list cannot be hashed, and draws are cached by settings
             if not 0 < low <= high <= highest:
                 raise ValueError(f"{name} is {(low, high)}; it must ascend, above 0 and at most {highest}")
+        object.__setattr__(self, "multiscale", tuple(self.multiscale))
         if any(not 0 < share <= 1 for share in self.multiscale):
             raise ValueError(f"multiscale is {self.multiscale}; shares of the shorter side lie above 0, at most 1")
         if self.repeats < 1:
@@ -112,20 +114,21 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
         width: of the stored frames.
         rng: source of all randomness; the same state gives the same plan. PyTorch's generators stay as they are.
     """
-    from torchvision.transforms import v2
-
+    crops, erasing, jittering = _transforms(settings, size)
     operations = RandAugment.parse(settings.randaugment).draw(rng) if settings.randaugment else ()
     flip = bool(rng.random() < settings.flip)
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(int(rng.integers(2**63)))
-        box = _crop(settings, size, height, width, rng)
-        erase = None
-        if rng.random() < settings.erasing:
-            erase = v2.RandomErasing(p=1.0, value=0).make_params([_blank(size, size)])
+        # torchvision draws from this generator; torch.manual_seed would also look for GPUs.
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        if settings.multiscale:
+            box = _multiscale(settings.multiscale, height, width, rng)
+        else:
+            crop = crops.make_params([_blank(height, width)])
+            box = (crop["top"], crop["left"], crop["height"], crop["width"])
+        erase = erasing.make_params([_blank(size, size)]) if rng.random() < settings.erasing else None
         jitter: tuple[tuple[str, float], ...] = ()
         if settings.color_jitter:
-            amount = settings.color_jitter
-            drawn = v2.ColorJitter(amount, amount, amount).make_params([])
+            drawn = jittering.make_params([])
             jitter = tuple((name, float(drawn[f"{name}_factor"])) for name in _jitter_order(drawn["fn_idx"].tolist()))
     return Plan(
         crop=box,
@@ -135,16 +138,6 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
         erase=None if erase is None else (erase["i"], erase["j"], erase["h"], erase["w"]),
         noise=int(rng.integers(2**63)),
     )
-
-
-def _crop(settings: AugmentSettings, size: int, height: int, width: int, rng: np.random.Generator) -> Box:
-    from torchvision.transforms import v2
-
-    if settings.multiscale:
-        return _multiscale(settings.multiscale, height, width, rng)
-    # A picture without memory: torchvision asks it for its height and width only.
-    crop = v2.RandomResizedCrop(size, settings.scale, settings.ratio).make_params([_blank(height, width)])
-    return crop["top"], crop["left"], crop["height"], crop["width"]
 
 
 def _multiscale(shares: tuple[float, ...], height: int, width: int, rng: np.random.Generator) -> Box:
@@ -194,7 +187,18 @@ def _noise(plan: Plan, video: Tensor) -> Tensor:
     return torch.randn((len(video), 3, *plan.erase[2:]), generator=generator).to(video.device)
 
 
+@cache
+def _transforms(settings: AugmentSettings, size: int) -> tuple[Any, Any, Any]:
+    """torchvision's random crop, erasing and colour jitter, for their draws."""
+    from torchvision.transforms import v2
+
+    amount = settings.color_jitter
+    crops = v2.RandomResizedCrop(size, tuple(settings.scale), tuple(settings.ratio))
+    return crops, v2.RandomErasing(p=1.0, value=0), v2.ColorJitter(amount, amount, amount)
+
+
 def _blank(height: int, width: int) -> Tensor:
+    """A picture without memory: torchvision asks it for its height and width only."""
     return torch.empty(3, height, width, device="meta")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,9 @@ from cast.video.skips import DEFAULT_NAME, read_skips
 Layout = Literal["compositional", "single", "csv"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+#: Words that a mirror exchanges.
+_MIRRORED = (("left", "right"), ("cw", "ccw"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"))
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +142,7 @@ class VideoSet:
         given = self.settings.classes
         if given is None:
             return find_classes(self.root, self.heads) or self._from_annotations()
-        entries = {head: given for head in self.heads} if isinstance(given, str) else given
+        entries = dict.fromkeys(self.heads, given) if isinstance(given, str) else given
         if set(entries) != set(self.heads):
             raise ValueError(f"classes are given for {sorted(entries)}, the labels are {sorted(self.heads)}")
         return {head: self._named(head, entries[head]) for head in self.heads}
@@ -214,7 +218,23 @@ class VideoSet:
         self._told.add(split)
         if not kept:
             raise ValueError(f"{self.annotations(split)}: all {len(everything)} videos are on {self.skip_list}")
+        if split == "train" and self.settings.augment.flip:
+            self._check_flip()
         return kept
+
+    def _check_flip(self) -> None:
+        """A mirrored "left to right" shows another class, so refuse to make such clips."""
+        for names in self.classes.values():
+            words = [set(re.split(r"[^a-z]+", name.lower())) for name in names]
+            for one, other in _MIRRORED:
+                pair = [
+                    next((n for n, w in zip(names, words, strict=True) if side in w), None) for side in (one, other)
+                ]
+                if None not in pair:
+                    raise ValueError(
+                        f"augment.flip is {self.settings.augment.flip}, but a mirrored {pair[0]!r} is no longer one "
+                        f"(there is also {pair[1]!r}); set augment.flip to 0"
+                    )
 
     def skipped(self, split: str) -> str:
         """How many videos of a split are left out and why, in one line."""
@@ -287,7 +307,7 @@ def _from_yaml(path: Path, root: str | PathLike | None) -> DataSettings:
     parser.add_class_arguments(DataSettings, "data")
     try:
         namespace = parser.parse_object({"data": section})
-        return parser.instantiate_classes(namespace).data
+        return parser.instantiate(namespace).data
     except Exception as error:  # jsonargparse raises its own kinds
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
@@ -302,13 +322,13 @@ def guess_settings(root: Path, files: Mapping[Split, Path] | None = None) -> Dat
     Raises:
         ValueError: there are no annotation files.
     """
-    names = {split: os.fspath(path) for split, path in (files or {}).items()}
+    names: dict[str, str] = {split: os.fspath(path) for split, path in (files or {}).items()}
     names = names or {split: f"{split}.csv" for split in SPLITS if (root / f"{split}.csv").is_file()}
     if not names:
         raise ValueError(f"{root}: has none of train.csv, val.csv, test.csv; name them in a dataset.yaml")
     split, name = next(iter(names.items()))
     layout = _guess_layout(read_text(root / name))
-    settings: dict[str, Any] = {"train": None, "val": None, **names, "root": os.fspath(root), "layout": layout}
+    settings: dict[str, Any] = {"train": None, "val": None} | names | {"root": os.fspath(root), "layout": layout}
     tried = ("{split}", "videos", "videos/{split}", ".")
     for videos in tried:
         guess = DataSettings(**settings, videos=videos, skip_list="none")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from cast.optional import MissingExtraError, require
 from cast.video import reader
 from cast.video.files import PathLike, check_file, video_error
 
@@ -37,6 +40,71 @@ class PyAV:
         return reader.read(path, indices, threads)
 
 
+class TorchCodec:
+    """torchcodec in its exact mode. The last file stays open, so that counting and reading scan it once.
+
+    Raises:
+        MissingExtraError: torchcodec is not installed, or does not find FFmpeg's libraries.
+    """
+
+    def __init__(self) -> None:
+        _torchcodec()
+
+    def frame_count(self, path: PathLike, threads: int = 0) -> int:
+        """Number of frames that the file presents."""
+        return len(_opened(path, threads))
+
+    def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
+        """The frames `indices` as uint8 RGB `[T, H, W, 3]`."""
+        wanted = [int(i) for i in indices]
+        video = _opened(path, threads)
+        bad = [i for i in wanted if not 0 <= i < len(video)]
+        if bad or not wanted:
+            asked = f"frame {bad[0]} was asked for" if bad else "no frame was asked for"
+            raise video_error(path, f"has frames 0 to {len(video) - 1}, but {asked}")
+        try:
+            return video.get_frames_at(indices=wanted).data.numpy()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise video_error(path, f"torchcodec can't decode it ({_first_line(error)})") from error
+
+
+# Of this thread: a decoder has a position in its file.
+_last = threading.local()
+
+
+def _opened(path: PathLike, threads: int) -> Any:
+    check_file(path)
+    status = os.stat(path)
+    key = (os.path.abspath(path), status.st_mtime_ns, status.st_size, threads, os.getpid())
+    if getattr(_last, "key", None) != key:
+        try:
+            video = _torchcodec().VideoDecoder(
+                os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+            )
+            length = len(video)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise video_error(path, f"torchcodec can't read it as a video ({_first_line(error)})") from error
+        if not length:
+            raise video_error(path, "holds a video stream without a single frame")
+        _last.key, _last.video = key, video
+    return _last.video
+
+
+def _torchcodec() -> Any:
+    try:
+        return require("torchcodec.decoders", "torchcodec")
+    except (RuntimeError, OSError) as error:
+        raise MissingExtraError(
+            "torchcodec is installed, but can't load FFmpeg's libraries: install FFmpeg 4 to 8 with shared libraries "
+            f"(apt-get install ffmpeg), or use decoder pyav ({_first_line(error)})",
+            name="torchcodec",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def decoder(name: Name) -> Decoder:
     """The decoder of that name.
 
@@ -46,4 +114,6 @@ def decoder(name: Name) -> Decoder:
     """
     if name == "pyav":
         return PyAV()
+    if name == "torchcodec":
+        return TorchCodec()
     raise ValueError(f"decoder is {name!r}; it must be 'pyav' or 'torchcodec'")

@@ -107,7 +107,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class _Mix:
-    """What a clip keeps of itself: a `share` of every pixel, or all pixels outside of `box` (top, bottom, left, right)."""
+    """What a clip keeps of itself: `share` of every pixel, or all outside of `box` (top, bottom, left, right)."""
 
     share: float = 1.0
     box: tuple[int, int, int, int] | None = None

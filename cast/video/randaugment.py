@@ -70,9 +70,10 @@ class RandAugment:
                 raise ValueError(f"randaugment is {text!r}: can't read {part!r}; {_USAGE}")
         if head != "rand" or not increasing:
             raise ValueError(f"randaugment is {text!r}: it must begin with 'rand' and contain 'inc1'; {_USAGE}")
-        if values.get("magnitude", 0) > _LEVELS or values.get("probability", 0) > 1:
-            raise ValueError(f"randaugment is {text!r}: the magnitude must be at most 10, the probability 1; {_USAGE}")
-        return cls(**{**values, "count": int(values.get("count", 2))})
+        if max(values.get("magnitude", 0), values.get("deviation", 0)) > _LEVELS or values.get("probability", 0) > 1:
+            raise ValueError(f"randaugment is {text!r}: m and mstd must be at most 10, p at most 1; {_USAGE}")
+        count = int(values.pop("count", cls.count))
+        return cls(count=count, **values)
 
     def draw(self, rng: np.random.Generator) -> tuple[Operation, ...]:
         """The operations that one clip gets, in order, with their strengths and signs."""

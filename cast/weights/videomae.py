@@ -14,8 +14,11 @@ _OFFICIAL: KeyMap = [
     (rf"blocks\.(\d+)\.(norm1|norm2|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_WB}", r"blocks.\1.\2.\3"),
     (r"blocks\.(\d+)\.attn\.(q_bias|v_bias|qkv\.weight)", r"blocks.\1.attn.\2"),
     (rf"fc_norm\.{_WB}", r"fc_norm.\1"),
+    (r"pos_embed", "pos_embed"),  # MVD keeps its own table; a model with VideoMAE's fixed one refuses it
     # The pre-training decoder, the norm before it, and classifiers.
     (rf"norm\.{_WB}|decoder\..*|encoder_to_decoder\.weight|mask_token|heads?\..*", None),
+    # MVD's two decoders, of image and of video features.
+    (r"(decoder|down|mask_token|pos_embed)_(img|vid)(\..*)?", None),
 ]
 
 _LAYER = r"encoder\.layer\.(\d+)\."

@@ -23,7 +23,8 @@ _PAIRS = 10
 def section(predictions: Predictions, baselines: Mapping[str, Predictions]) -> str:
     """F1 of the classes of every head, beside the baselines'."""
     parts = [
-        "<p>F1 is the harmonic mean of precision and recall. Bars are CAST, markers the baselines.</p>"
+        f"<p>F1 is the harmonic mean of precision and recall. Bars are {escape(predictions.model)}, markers the "
+        "baselines.</p>"
         if baselines
         else "<p>F1 is the harmonic mean of precision and recall.</p>"
     ]
@@ -45,12 +46,17 @@ def _head(predictions: Predictions, baselines: Mapping[str, Predictions], head: 
         if gains:
             parts.append(plots.sorted_gains(gains))
         parts.append(f'<p class="note">The {_ENDS} classes at either end of {len(present)}, {_order(gains)}.</p>')
-        drawn = rank[:_ENDS] + rank[-_ENDS:]
+        drawn: list[int | None] = [*rank[:_ENDS], None, *rank[-_ENDS:]]
     else:
         parts.append(f'<p class="note">All {len(present)} classes with videos, {_order(gains)}.</p>')
-        drawn = rank
-    rows = [plots.Bar(names[i], f1[i], {name: values[i] for name, values in others.items()}) for i in drawn]
-    parts.append(plots.bars(rows, "CAST", "F1, %"))
+        drawn = [*rank]
+    rows = [
+        plots.Bar("⋯", math.nan, {})  # the classes between the two ends
+        if i is None
+        else plots.Bar(names[i], f1[i], {name: values[i] for name, values in others.items()})
+        for i in drawn
+    ]
+    parts.append(plots.bars(rows, predictions.model, "F1, %"))
     parts.append(f"<details><summary>All {len(present)} classes as a table</summary>")
     cells = [
         ("", [escape(names[i]), str(support[i]), f"{f1[i]:.1f}", *(f"{g[i]:+.1f}" for g in gains.values())])
@@ -82,7 +88,7 @@ def confusions(predictions: Predictions, summary: Mapping[str, Any]) -> str:
         if not pairs:
             continue
         rows = [("", [escape(p["truth"]), escape(p["guess"]), str(p["count"]), f"{p['share']:.0f} %"]) for p in pairs]
-        listed = table(["Truth", "Taken for", "Videos", "of the class"], rows)
+        listed = table(["Truth", "Taken for", "Videos", "of the class"], rows, "names")
         names = predictions.classes[head]
         drawn = ""
         if len(names) <= _ALL:

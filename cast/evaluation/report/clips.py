@@ -47,8 +47,8 @@ def chosen(predictions: Predictions, baselines: Mapping[str, Predictions], each:
     if able:
         theirs = torch.stack([baseline.hits(task) for baseline in able]).any(0)
         kinds = {
-            "Only CAST is right": ours & ~theirs,
-            "CAST and a baseline are right": ours & theirs,
+            f"Only {predictions.model} is right": ours & ~theirs,
+            f"{predictions.model} and a baseline are right": ours & theirs,
             "Only a baseline is right": ~ours & theirs,
             "All are wrong": ~ours & ~theirs,
         }
@@ -77,7 +77,9 @@ def _video(number: int, models: Mapping[str, Predictions], path: Path) -> str:
     heads = ordered(own.probabilities)
     truth = " ".join(own.classes[head][int(own.labels[head][number])] for head in heads)
     rows = [f"<tr><th>truth</th><th>{escape(truth)}</th></tr>"]
-    for name, predictions in reversed(list(models.items())):
+    first, *others = models
+    for name in (*others, first):  # the evaluated model last, as the answer to what the others said
+        predictions = models[name]
         words = "<br>".join(_guess(predictions, head, number) for head in heads if head in predictions.probabilities)
         rows.append(f"<tr><td>{escape(name)}</td><td>{words}</td></tr>")
     video = own.videos[number]

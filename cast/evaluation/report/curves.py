@@ -1,10 +1,11 @@
 """Learning curves from a training's log.
 
-A log is JSONL: one JSON object a line. A line has `step` (optimizer steps so far), `epoch` (a number, may be a
-fraction), or both, and any number of figures. Figures are sorted by their names: those with `loss` in it are losses,
-`lr` is the learning rate, and those that name an accuracy (`acc`, `top1`, `top5`, `verb`, `noun`, `action`,
-`harmonic`, `accuracy`) are accuracies in percent. Everything else is ignored, as are lines that are no JSON objects,
-for a run that was killed may leave half a line.
+A log is JSONL: one JSON object a line, as `cast train` writes it, or another trainer. A line has `step` (optimizer
+steps so far), `epoch` (a number, may be a fraction), or both, and any number of figures. Figures are sorted by their
+names: those with `loss` in it are losses, `lr` is the learning rate, and those that name an accuracy (`acc`, `top1`,
+`top5`, `verb`, `noun`, `action`, `harmonic`) are accuracies in percent. In lines with `"kind": "epoch"` all but
+validation figures are means over the epoch, drawn as `epoch <name>`. Everything else is ignored: other names, the
+settings in a line with `"kind": "start"`, and lines that are no JSON objects, for a kill may leave half a line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 
 Series = dict[str, tuple[list[float], list[float]]]
 
-_ACCURACY = re.compile(r"acc|top[15]|verb|noun|action|harmonic")
+_ACCURACY = re.compile(r"(^|[ _/])acc|top[15]|verb|noun|action|harmonic")
+#: Names of an epoch's line that are not means over the epoch.
+_KEPT = re.compile(r"(step|epoch|kind)$|val")
 #: Curves of one diagram; more cannot be told apart.
 _MOST = 8
 
@@ -45,10 +48,11 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such training log; give the JSONL file that the training wrote")
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    entries = [entry for entry in map(_parse, lines) if entry]
+    parsed = [entry for entry in map(_parse, lines) if entry is not None]
+    entries = [entry for entry in parsed if entry]
     # Steps where every line has one: epochs may be whole numbers, which would draw all their steps at one place.
     axis = "step" if entries and all("step" in entry for entry in entries) else "epoch"
-    log = Log(axis, ignored_lines=len(lines) - len(entries))
+    log = Log(axis, ignored_lines=len(lines) - len(parsed))
     for entry in entries:
         if axis in entry:
             _add(log, entry)
@@ -64,6 +68,11 @@ def _parse(line: str) -> dict[str, float] | None:
         return None
     if not isinstance(value, dict):
         return None
+    kind = value.get("kind")
+    if kind == "start":
+        return {}
+    if kind == "epoch":
+        value = {name if _KEPT.match(name) else f"epoch {name}": figure for name, figure in value.items()}
     numbers = {str(name): figure for name, figure in _flat(value) if isinstance(figure, (int, float))}
     return {name: float(figure) for name, figure in numbers.items() if not isinstance(figure, bool)}
 

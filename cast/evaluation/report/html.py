@@ -29,7 +29,8 @@ td small, th small { color: #666; font-weight: 400; white-space: nowrap }
 .tile { border: 1px solid #ddd; border-radius: .5rem; padding: .6rem 1rem; min-width: 7.5rem }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums }
 .tile span { color: #555; font-size: .9rem } .wide { overflow-x: auto }
-details { margin: 1rem 0 } summary { cursor: pointer; color: #0b57d0 } table.left td, table.left th { text-align: left }
+details { margin: 1rem 0 } summary { cursor: pointer; color: #0b57d0 } table.left td, table.left th,
+table.names td:nth-child(2), table.names th:nth-child(2) { text-align: left }
 code { overflow-wrap: anywhere }
 """
 

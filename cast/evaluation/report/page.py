@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cast.evaluation.cost import ModelCost
 from cast.evaluation.inference import Cost
 from cast.evaluation.predictions import Predictions
@@ -34,7 +36,7 @@ class Evidence:
         baselines: other models' on the same videos, by name, aligned.
         protocol: how the test was made.
         paths: the videos' files, in the predictions' order.
-        model: for its attention.
+        model: for its attention, if it is a CAST.
         model_cost: its size and its multiply-accumulates.
         cost: what the run took.
         log: the training's curves.
@@ -46,7 +48,7 @@ class Evidence:
     protocol: Protocol
     baselines: Mapping[str, Predictions] = field(default_factory=dict)
     paths: Sequence[Path] = ()
-    model: CAST | None = None
+    model: nn.Module | None = None
     model_cost: ModelCost | None = None
     cost: Cost | None = None
     log: Log | None = None
@@ -55,7 +57,7 @@ class Evidence:
     @property
     def models(self) -> dict[str, Predictions]:
         """The evaluated model, then the baselines, by name."""
-        return {"CAST": self.predictions, **self.baselines}
+        return {self.predictions.model: self.predictions, **self.baselines}
 
 
 def html(evidence: Evidence) -> str:
@@ -66,7 +68,7 @@ def html(evidence: Evidence) -> str:
         sections |= {
             "Accuracy": _accuracy(evidence, summary),
             "Balanced understanding": _balance(evidence, summary),
-            "Against the baselines": _against(summary),
+            "Against the baselines": _against(summary, evidence.predictions.model),
             "Class by class": classes.section(evidence.predictions, evidence.baselines),
             "What is taken for what": classes.confusions(evidence.predictions, summary),
             "What the models see and say": _videos(evidence),
@@ -107,7 +109,9 @@ def _accuracy(evidence: Evidence, summary: Mapping[str, Any]) -> str:
         cells = [_words(name), f"<b>{value:.1f}</b>{interval}"]
         cells += [f"{entry[name]:.1f}" if name in entry else "–" for entry in others.values()]
         rows.append(("", cells))
-    parts.append(table(["", "CAST, % <small>95 %</small>", *map(escape, others)], rows))
+    parts.append(
+        table(["", f"{escape(evidence.predictions.model)}, % <small>95 %</small>", *map(escape, others)], rows)
+    )
     return "\n".join(parts)
 
 
@@ -120,7 +124,8 @@ def _words(name: str) -> str:
 def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
     counts = {head: values.shape[1] for head, values in evidence.predictions.probabilities.items()}
     known = dataset_name(counts)
-    everyone = {"CAST": summary["metrics"]} | {n: entry["metrics"] for n, entry in summary["baselines"].items()}
+    own = evidence.predictions.model
+    everyone = {own: summary["metrics"]} | {n: entry["metrics"] for n, entry in summary["baselines"].items()}
     note = ""
     if evidence.predictions.compositional:
         reference: tuple[Published, ...] = EK100 if known == "EK100" else ()
@@ -129,7 +134,7 @@ def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
     elif known in ("K400", "SSV2"):
         reference, points = K400_SSV2, []
         value, nan = summary["metrics"]["action_top1"], math.nan
-        lines = [plots.Point("CAST here", *((value, nan) if known == "K400" else (nan, value)))]
+        lines = [plots.Point(f"{own} here", *((value, nan) if known == "K400" else (nan, value)))]
         labels = ("Kinetics-400 accuracy, %", "Something-Something V2 accuracy, %")
         note = "One data set gives one coordinate, so this model is a line. "
     else:
@@ -147,10 +152,12 @@ def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
 
 
 def _as_point(published: Published) -> plots.Point:
-    return plots.Point(published.method, published.space, published.time)
+    # The paper's CAST beside the evaluated one.
+    name = "CAST (paper)" if published.method == "CAST" else published.method
+    return plots.Point(name, published.space, published.time)
 
 
-def _against(summary: Mapping[str, Any]) -> str:
+def _against(summary: Mapping[str, Any], own: str) -> str:
     rows = []
     for name, entry in summary["baselines"].items():
         for task, paired in entry["paired"].items():
@@ -167,8 +174,8 @@ def _against(summary: Mapping[str, Any]) -> str:
         "F1, mean over classes, points", "Classes better / worse",
     ]  # fmt: skip
     return (
-        "<p>CAST minus each baseline on the same videos. Won: only CAST is right; lost: only the baseline is.</p>"
-        + table(head, rows)
+        f"<p>{escape(own)} minus each baseline on the same videos. Won: only {escape(own)} is right; lost: only the "
+        "baseline is.</p>" + table(head, rows)
     )
 
 
@@ -186,7 +193,9 @@ def _videos(evidence: Evidence) -> str:
 
 def _attention(evidence: Evidence) -> str:
     model, paths, predictions = evidence.model, evidence.paths, evidence.predictions
-    if model is None or not paths or not any(model.config.exchanges(index) for index in range(model.config.depth)):
+    if not isinstance(model, CAST) or not paths:
+        return ""
+    if not any(model.config.exchanges(index) for index in range(model.config.depth)):
         return ""
     if predictions.labels:
         groups = clips.chosen(predictions, evidence.baselines, each=1)

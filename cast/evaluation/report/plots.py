@@ -41,7 +41,7 @@ def balance(
     everything = [*points, *reference, *lines]
     low_x, high_x = _range([point.space for point in everything])
     low_y, high_y = _range([point.time for point in everything])
-    contours(axes, (low_x, high_x), (low_y, high_y))
+    values = contours(axes, (low_x, high_x), (low_y, high_y))
     for point in reference:
         axes.plot(point.space, point.time, "o", color="#9a9a9a", markersize=4, zorder=2)
     for number, point in enumerate(points):
@@ -57,18 +57,18 @@ def balance(
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.set(xlim=(low_x, high_x), ylim=(low_y, high_y), xlabel=labels[0], ylabel=labels[1])
     named = [(p, COLOURS[n % 6], 10) for n, p in enumerate(points)] + [(p, "#6b6b6b", 8) for p in reference]
-    _annotate(figure, axes, named)
+    _annotate(figure, axes, named, values)
     return svg(figure)
 
 
-def contours(axes: Any, x: tuple[float, float], y: tuple[float, float]) -> None:
-    """Grey lines of equal harmonic mean, about eight of them, with their value."""
+def contours(axes: Any, x: tuple[float, float], y: tuple[float, float]) -> list[Any]:
+    """Grey lines of equal harmonic mean, about eight of them, with their values, which are returned."""
     grid_x, grid_y = np.meshgrid(np.linspace(max(x[0], 0.1), x[1], 200), np.linspace(max(y[0], 0.1), y[1], 200))
     mean = 2 * grid_x * grid_y / (grid_x + grid_y)
     step = next((step for step in (1, 2, 5, 10) if (mean.max() - mean.min()) / step <= 10), 20)
     levels = np.arange(math.ceil(mean.min() / step) * step, mean.max(), step)
     drawn = axes.contour(grid_x, grid_y, mean, levels=levels, colors="#d8d8d8", linewidths=0.8)
-    axes.clabel(drawn, fontsize=7, fmt="%d", colors="#999999")
+    return list(axes.clabel(drawn, fontsize=7, fmt="%d", colors="#999999") or ())
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -78,16 +78,19 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return max(0.0, min(known) - room), min(100.0, max(known) + room)
 
 
-def _annotate(figure: Any, axes: Any, named: Sequence[tuple[Point, str, int]]) -> None:
-    """Names beside their points, each at the first of eight places where it covers no other name and no point."""
+def _annotate(figure: Any, axes: Any, named: Sequence[tuple[Point, str, int]], values: Sequence[Any]) -> None:
+    """Names beside their points, each at the first of some places where it covers no other name, point or value."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
+    bbox = require("matplotlib.transforms", "report").Bbox
     pixels = [axes.transData.transform((point.space, point.time)) for point, _, _ in named]
-    taken: list[Any] = []
+    dots = [bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in pixels]
+    taken = [value.get_window_extent(renderer) for value in values]
     places = [
         (7, -3, "left"), (-7, -3, "right"), (0, 7, "center"), (0, -14, "center"),
-        (6, 6, "left"), (-6, 6, "right"), (6, -12, "left"), (-6, -12, "right"),
+        (6, 6, "left"), (-6, 6, "right"), (6, -13, "left"), (-6, -13, "right"),
+        (10, 12, "left"), (-10, 12, "right"), (10, -19, "left"), (-10, -19, "right"),
     ]  # fmt: skip
     for point, colour, size in named:
         best: tuple[int, Any, Any] | None = None
@@ -96,9 +99,9 @@ def _annotate(figure: Any, axes: Any, named: Sequence[tuple[Point, str, int]]) -
                 point.name, (point.space, point.time), (x, y), textcoords="offset points", ha=side, color=colour,
                 fontsize=size, zorder=5,
             )  # fmt: skip
-            box = text.get_window_extent(renderer).padded(1.5)
+            box = text.get_window_extent(renderer).padded(1)
             covered = sum(box.overlaps(other) for other in taken)
-            covered += sum(bool(box.contains(*pixel)) for pixel in pixels)
+            covered += sum(box.overlaps(dot) for dot in dots)
             covered += 3 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
             if best is None or covered < best[0]:
                 if best:
@@ -126,7 +129,7 @@ def bars(rows: Sequence[Bar], own: str, label: str) -> str:
     figure, axes = new_figure(8.4, 0.9 + 0.21 * len(rows))
     heights = range(len(rows), 0, -1)
     values = [0.0 if math.isnan(row.value) else row.value for row in rows]
-    axes.barh(heights, values, height=0.62, color=COLOURS[0], alpha=0.75, label=own)
+    axes.barh(heights, values, height=0.62, color=COLOURS[0], alpha=0.75, label=own)  # a gap's bar has no width
     names = list(dict.fromkeys(name for row in rows for name in row.others))
     for number, name in enumerate(names, start=1):
         marks = [(row.others[name], height) for row, height in zip(rows, heights, strict=True) if name in row.others]
@@ -176,7 +179,7 @@ def heat(values: np.ndarray, x: str, y: str, names: Sequence[str] | None = None,
 
 def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, percent: bool = False) -> str:
     """Curves by name, each (x values, y values)."""
-    figure, axes = new_figure(5.2, 3.4)
+    figure, axes = new_figure(4.8, 3.4)
     for number, (name, (across, up)) in enumerate(series.items()):
         style = ("-", "--", ":")[number // 6 % 3]
         marker = "." if len(across) <= 60 else ""

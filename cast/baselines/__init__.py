@@ -1,0 +1,7 @@
+"""What the paper compares CAST with: other experts, other exchanges, and none (Tables 1, 5 and 7)."""
+
+from cast.baselines.named import DESIGNS, build
+from cast.baselines.single import Ensemble, SingleExpert
+from cast.baselines.two_stream import Design, TwoStream
+
+__all__ = ["DESIGNS", "Design", "Ensemble", "SingleExpert", "TwoStream", "build"]

@@ -1,0 +1,49 @@
+"""The paper's two-stream models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cast.baselines.two_stream import Design, TwoStream
+from cast.config import CASTConfig
+
+_TUNED: dict[str, Any] = {"adapters": "none", "trained": "all"}
+
+#: Name -> design. What a name leaves out is CAST's.
+DESIGNS: Mapping[str, Design] = {
+    "cast": Design(),
+    "independent": Design(exchange="none", **_TUNED),  # Table 1(a), without adapters
+    # Table 1(a) with adapters = Table 1(c) Identity = Table 1(g) independent: AIM's three adapters in CLIP.
+    "independent-adapters": Design(exchange="none", adapters="aim"),
+    "late-add": Design(exchange="none", fusion="add", **_TUNED),  # Table 1(b), Fig. 7
+    "late-concat": Design(exchange="none", fusion="concat", **_TUNED),
+    "lateral": Design(exchange="lateral", **_TUNED),
+    "without-adapter": Design(exchange="attention"),  # Table 1(c), Fig. 8
+    "attention-adapter": Design(exchange="attention-adapter"),
+    "clip-clip": Design(temporal="clip"),  # Table 1(h): spatial-temporal
+    "videomae-clip": Design(spatial="videomae", temporal="clip"),
+    "videomae-videomae": Design(spatial="videomae"),
+    "in21k-independent": Design(spatial="timm:vit_base_patch16_224.augreg_in21k", exchange="none"),  # Table 5
+    "in21k-videomae": Design(spatial="timm:vit_base_patch16_224.augreg_in21k"),
+    "clip-mvd": Design(temporal="mvd"),  # Table 7
+    "eva-videomae": Design(spatial="timm:eva02_base_patch16_clip_224"),
+    "eva-mvd": Design(spatial="timm:eva02_base_patch16_clip_224", temporal="mvd"),
+}
+
+
+def build(name: str, config: CASTConfig | str = "base", fused: bool = True, **overrides: Any) -> TwoStream:
+    """The two-stream model that the paper's tables call so, with random weights.
+
+    Args:
+        name: a key of `DESIGNS`.
+        config: a name in `cast.VARIANTS`, or a CASTConfig.
+        fused: whether ops may run in compiled kernels.
+        overrides: fields of CASTConfig, for example `heads`.
+
+    Raises:
+        ValueError: an unknown name, or sizes that the experts cannot have.
+    """
+    if name not in DESIGNS:
+        raise ValueError(f"unknown baseline {name!r}; there are {', '.join(DESIGNS)}")
+    return TwoStream(DESIGNS[name], config, fused, **overrides)

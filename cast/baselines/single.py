@@ -1,0 +1,105 @@
+"""One expert that answers for both verb and noun, and several models that answer together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cast.baselines.two_stream import make_stream
+from cast.config import CASTConfig, make_config
+from cast.layers import Adapter, Running, drop_factor, init_linears
+from cast.weights.source import Source
+
+
+class SingleExpert(nn.Module):
+    """One expert with a head for every label, for example half of Table 1(a)'s ensemble.
+
+    Args:
+        expert: `clip`, `videomae`, `mvd` or `timm:NAME`.
+        adapters: `none`, `cast` (two a block) or `aim` (CLIP's three).
+        config: sizes and heads.
+        fused: whether ops may run in compiled kernels.
+        overrides: fields of CASTConfig.
+    """
+
+    def __init__(
+        self,
+        expert: str,
+        adapters: Literal["none", "cast", "aim"] = "cast",
+        config: CASTConfig | str = "base",
+        fused: bool = True,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        self.config = config = make_config(config, **overrides)
+        if adapters == "aim" and expert != "clip":
+            raise ValueError(f"adapters 'aim' are CLIP's; the expert is {expert!r}, choose 'cast' or 'none'")
+        self.stream = make_stream(expert, config, Running("auto" if fused else "eager"))
+        self.stream.requires_grad_(adapters == "none")
+        self.stream.last_norm().requires_grad_(True)
+        names = {"none": (), "cast": ("Adapter", "MLP_Adapter"), "aim": ("Adapter", "MLP_Adapter", "Time_Adapter")}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: Adapter(config.embed_dim, config.adapter_dim) for name in names[adapters]})
+            for _ in range(config.depth)
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(config.embed_dim, n) for name, n in config.classes.items()})
+        init_linears(self.blocks, self.heads)
+        if adapters == "aim":
+            self.time_positional_embedding = nn.Parameter(torch.zeros(config.exchange_frames, 1, config.embed_dim))
+        self.adapters = adapters
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        """[B, 3, frames, H, W], normalised -> logits by head, [B, classes]."""
+        x = self.stream.embed(video)
+        if self.adapters == "aim":
+            x = x + self.time_positional_embedding
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, nn.ModuleDict)
+            adapters: dict[str, Any] = dict(block.items())
+            if "Time_Adapter" in adapters:
+                x = self.stream.attend_over_time(index, x, adapters["Time_Adapter"])
+            x = self.stream.attend(index, x, adapters.get("Adapter"))
+            rate = self.config.drop_rate(index)
+            factor = drop_factor((x.shape[0],), rate, x) if self.training and rate and adapters else None
+            x = self.stream.feed(index, x, adapters.get("MLP_Adapter"), factor)
+        features = self.stream.pool(x)
+        features = nn.functional.dropout(features, self.config.head_dropout, self.training)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def load_expert(self, source: Source, trust_pickle: bool = False) -> SingleExpert:
+        """Put pre-trained weights into the expert; see `Stream.load`."""
+        self.stream.load(source, trust_pickle)
+        return self
+
+
+class Ensemble(nn.Module):
+    """Models, trained apart, whose probabilities are averaged at test time (Table 1(a) 'Ensemble of experts').
+
+    Its logits are the logarithms of the mean probabilities, so that a softmax gives these back. It does not train.
+
+    Raises:
+        ValueError: no members.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("an ensemble has no members; give at least one trained model")
+        self.members = nn.ModuleList(members).requires_grad_(False)
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        """Inputs of the members -> logits by head, [B, classes].
+
+        Raises:
+            ValueError: members with different heads.
+        """
+        answers = [member(video) for member in self.members]
+        if any(answer.keys() != answers[0].keys() for answer in answers):
+            raise ValueError(f"the members have heads {[sorted(answer) for answer in answers]}; they must agree")
+        return {
+            name: torch.stack([answer[name].float().softmax(-1) for answer in answers]).mean(0).log()
+            for name in answers[0]
+        }

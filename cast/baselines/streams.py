@@ -1,0 +1,178 @@
+"""An expert as one stream of a two-stream model: its embedding, its blocks cut where the exchange enters, its pooling.
+
+All streams speak one shape, [B, T, C+N, D]: `C` leading tokens a frame that are no patches (CLIP's CLS, or none).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cast.config import CASTConfig
+from cast.experts import CLIPBlock, SpatialExpert, TemporalExpert, VideoMAEBlock
+from cast.layers import Adapter, CLIPAttention, Running, attend, feed_forward
+from cast.weights.assign import assign
+from cast.weights.source import Source
+from cast.weights.videomae import read_videomae
+
+
+class Stream(nn.Module):
+    """What a two-stream model asks of an expert, whatever its role.
+
+    Attributes:
+        prefix: C, tokens of a frame that stand before its patches.
+        running: how the ops of its blocks run.
+    """
+
+    prefix: int
+
+    def __init__(self, config: CASTConfig, running: Running) -> None:
+        super().__init__()
+        self.config, self.running = config, running
+
+    def embed(self, video: Tensor) -> Tensor:
+        """[B, 3, frames, H, W], normalised -> [B, T, C+N, D] before the first block."""
+        raise NotImplementedError
+
+    def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
+        """First half of block `index`: x + a + adapter(a), a the self-attention of the normalised x."""
+        raise NotImplementedError
+
+    def attend_over_time(self, index: int, x: Tensor, adapter: Adapter) -> Tensor:
+        """AIM's extra step before `attend`: x + adapter(a), a the block's own attention used along time."""
+        raise TypeError(f"{type(self).__name__} has no attention that AIM's adapter could use along time; use 'clip'")
+
+    def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
+        """Second half of block `index`: x + mlp(n) + factor * 0.5 * adapter(n), n the normalised x.
+
+        `factor` is a drop-path draw a clip, [B].
+        """
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        """[B, T, C+N, D] after the last block -> normalised features [B, D]."""
+        raise NotImplementedError
+
+    def last_norm(self) -> nn.LayerNorm:
+        """The norm in `pool`, which trains even where the expert is frozen, as in CAST."""
+        raise NotImplementedError
+
+    def load(self, source: Source, trust_pickle: bool = False) -> None:
+        """Take pre-trained weights.
+
+        Raises:
+            ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file.
+        """
+        raise NotImplementedError
+
+    def frames(self, video: Tensor) -> Tensor:
+        """[B, 3, frames, H, W] -> [B*T, 3, H, W]: the last frame of each tubelet, as CAST's spatial expert sees."""
+        size = self.config.tubelet_size
+        return video[:, :, size - 1 :: size].transpose(1, 2).flatten(0, 1)
+
+
+class CLIPStream(Stream):
+    """CLIP's image tower on single frames; CLS is the pooled token."""
+
+    prefix = 1
+
+    def __init__(self, config: CASTConfig, running: Running) -> None:
+        super().__init__(config, running)
+        self.expert = SpatialExpert(config)
+
+    def embed(self, video: Tensor) -> Tensor:
+        return self.expert.embed(self.frames(video)).unflatten(0, (video.shape[0], -1))
+
+    def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
+        block = self.block(index)
+        return attend(x.flatten(0, 1).contiguous(), block.ln_1, block.attn, adapter, self.running).view_as(x)
+
+    def attend_over_time(self, index: int, x: Tensor, adapter: Adapter) -> Tensor:
+        """Tokens of one place, CLS among them, attend along time (AIM, ICLR 2023, section 3.3: no inner skip)."""
+        block = self.block(index)
+        places = x.transpose(1, 2)
+        return x + adapter(self_attention_of(block.ln_1(places), block.attn)).transpose(1, 2)
+
+    def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
+        block = self.block(index)
+        return feed_forward(x.contiguous(), block.ln_2, block.mlp, adapter, rows(factor), self.running)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.last_norm()(x[:, :, 0].mean(1))
+
+    def last_norm(self) -> nn.LayerNorm:
+        return self.expert.ln_post
+
+    def load(self, source: Source, trust_pickle: bool = False) -> None:
+        self.expert.load(source, trust_pickle)
+
+    def block(self, index: int) -> CLIPBlock:
+        block = self.expert.transformer.get_submodule(f"resblocks.{index}")
+        assert isinstance(block, CLIPBlock)
+        return block
+
+
+class VideoMAEStream(Stream):
+    """VideoMAE's encoder on whole clips, all T*N tokens in one attention; the mean of the tokens is pooled."""
+
+    prefix = 0
+
+    def __init__(self, config: CASTConfig, running: Running) -> None:
+        super().__init__(config, running)
+        self.expert = TemporalExpert(config)
+
+    def embed(self, video: Tensor) -> Tensor:
+        return self.expert.embed(video).unflatten(1, (self.config.exchange_frames, self.config.num_patches))
+
+    def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
+        block = self.block(index)
+        return attend(x.flatten(1, 2).contiguous(), block.norm1, block.attn, adapter, self.running).view_as(x)
+
+    def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
+        block = self.block(index)
+        return feed_forward(x.contiguous(), block.norm2, block.mlp, adapter, rows(factor), self.running)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.last_norm()(x.flatten(1, 2).mean(1))
+
+    def last_norm(self) -> nn.LayerNorm:
+        return self.expert.fc_norm
+
+    def load(self, source: Source, trust_pickle: bool = False) -> None:
+        """As `TemporalExpert.load`, but `fc_norm` stays fresh, as in CAST."""
+        given, unknown = read_videomae(source, trust_pickle)
+        given = {key: tensor for key, tensor in given.items() if not key.startswith("fc_norm.")}
+        own = self.expert.state_dict()
+        target = {key: tensor for key, tensor in own.items() if not key.startswith(("heads.", "fc_norm."))}
+        assign(f"{type(self).__name__.removesuffix('Stream')} checkpoint", target, given, unknown)
+
+    def block(self, index: int) -> VideoMAEBlock:
+        block = self.expert.blocks[index]
+        assert isinstance(block, VideoMAEBlock)
+        return block
+
+
+class MVDStream(VideoMAEStream):
+    """Masked Video Distillation's student (CVPR 2023): VideoMAE's encoder with a position table of its own.
+
+    The table (one part for time, one for the place) lies in MVD's checkpoints as `pos_embed`; it is loaded and saved
+    with the weights, and zero without them.
+    """
+
+    def __init__(self, config: CASTConfig, running: Running) -> None:
+        super().__init__(config, running)
+        self.expert.register_buffer("pos_embed", torch.zeros_like(self.expert.pos_embed))
+
+
+def self_attention_of(x: Tensor, attention: CLIPAttention) -> Tensor:
+    """Multi-head self-attention over the last but one dimension: [..., tokens, D] -> the same."""
+    weight, bias, out_weight, out_bias = attention.tensors()
+    q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, attention.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return F.linear(mixed.transpose(-2, -3).flatten(-2), out_weight, out_bias)
+
+
+def rows(factor: Tensor | None) -> Tensor | None:
+    """[B] -> [B, 1, 1], a factor for all tokens of a clip."""
+    return None if factor is None else factor[:, None, None]

@@ -1,0 +1,243 @@
+"""`cast evaluate`: from a checkpoint and a data set to predictions, metrics and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from cast.evaluation.checkpoint import PREDICTIONS, find_log, load_checkpoint
+from cast.evaluation.cost import ModelCost, model_cost
+from cast.evaluation.inference import Cost, Run, evaluate, processes, sample_names
+from cast.evaluation.parts import Parts
+from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
+from cast.evaluation.protocol import Protocol
+from cast.evaluation.report import Evidence, html
+from cast.evaluation.report.curves import read_log
+from cast.evaluation.submission import submission, write_submission
+from cast.evaluation.summary import summarise
+from cast.files import write_json, write_text
+from cast.optional import require
+from cast.video.annotations import Sample
+from cast.video.datasets import VideoSet, open_dataset
+
+PathLike = str | os.PathLike[str]
+#: File with what a run took.
+COST = "cost.json"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `cast evaluate` can be told; see its help."""
+
+    split: str = "val"
+    views: int = 0
+    crops: int = 3
+    batch_size: int = 12
+    workers: int = 2
+    dtype: Dtype = "float32"
+    baselines: Mapping[str, PathLike] = field(default_factory=dict)
+    log: PathLike | None = None
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    sls: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Answers, and where they come from; `model` and `cost` are None if they were read from a file."""
+
+    predictions: Predictions
+    protocol: Protocol
+    model: nn.Module | None = None
+    cost: Cost | None = None
+
+    @property
+    def size(self) -> ModelCost | None:
+        """The model's own cost."""
+        return None if self.model is None else model_cost(self.model, self.protocol.frames, self.protocol.size)
+
+
+def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Options | None = None) -> dict[str, Any]:
+    """Evaluate, and write `predictions.*`, `metrics.json`, `report.html`, `cost.json` and, if asked, `submission.zip`.
+
+    Under torchrun or accelerate every process takes part and the first one writes. A run that was killed goes on
+    where it was; a finished one is read rather than run again.
+
+    Args:
+        checkpoint: what `load_checkpoint` takes, or a predictions file, to report on it anew.
+        dataset: what `open_dataset` takes.
+        out: directory of the results.
+        options: everything else.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint, data set or option that can't be used; the message says why.
+        MissingExtraError: matplotlib or Pillow, which the report needs, or pyarrow for Parquet is not installed.
+    """
+    options, out = options or Options(), Path(out)
+    _check_before(options)
+    videos = open_dataset(dataset)
+    samples = videos.samples(options.split)
+    if Path(checkpoint).suffix in PREDICTIONS:
+        answered = _read_answers(Path(checkpoint), samples)
+    else:
+        answered = _answers(checkpoint, videos, samples, out, options)
+    if not processes().is_main_process:
+        return {}
+    predictions = answered.predictions
+    if predictions.model in options.baselines:
+        raise ValueError(f"a baseline cannot be called {predictions.model!r}: the evaluated model is")
+    baselines = {
+        name: read_predictions(path).aligned_to(predictions, f"the baseline {os.fspath(path)}")
+        for name, path in options.baselines.items()
+    }
+    log = options.log or find_log(checkpoint)
+    summary = summarise(predictions, baselines)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "metrics.json", summary)
+    if options.sls is not None:
+        write_submission(out / "submission.zip", predictions, options.sls)
+    evidence = Evidence(
+        title=f"{predictions.model} on {videos.root.resolve().name}, {options.split}",
+        predictions=predictions,
+        protocol=answered.protocol,
+        baselines=baselines,
+        paths=[sample.path for sample in samples],
+        model=answered.model,
+        model_cost=answered.size,
+        cost=answered.cost,
+        log=None if log is None else read_log(log),
+        facts={"skip list": videos.skipped(options.split), "torch": torch.__version__},
+    )
+    write_text(out / "report.html", html(evidence))
+    _print(summary, out)
+    return summary
+
+
+def _check_before(options: Options) -> None:
+    """Fail before hours of work rather than after them."""
+    for module in ("matplotlib", "PIL"):
+        require(module, "report")
+    if options.format == "parquet":
+        require("pyarrow", "parquet")
+    if options.log is not None:
+        read_log(options.log)
+    for path in options.baselines.values():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{os.fspath(path)}: no such predictions file for a baseline")
+
+
+def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
+    predictions = read_predictions(path)
+    names = sample_names(samples)
+    if list(predictions.videos) != names:
+        raise ValueError(
+            f"{path} has answers to {len(predictions.videos)} videos, the data set has {len(names)}, and they are not "
+            "the same in the same order: give the data set and the split that the file was made on"
+        )
+    return _Answered(predictions, Protocol(**predictions.about.get("protocol", {})), cost=_read_cost(path.parent))
+
+
+def _answers(
+    checkpoint: PathLike, videos: VideoSet, samples: Sequence[Sample], out: Path, options: Options
+) -> _Answered:
+    loaded = load_checkpoint(checkpoint)
+    config = loaded.model.config
+    classes = _class_names(loaded.classes, videos, config.classes)
+    protocol = Protocol(
+        videos.sampling, options.views, options.crops, config.num_frames, config.image_size, videos.settings.decoder
+    )
+    if options.sls is not None:
+        _check_submission(config.classes, options.sls)
+    about = {
+        "model": type(loaded.model).__name__,
+        "checkpoint": os.fspath(checkpoint),
+        "sha256": loaded.sha256,
+        "dataset": os.fspath(videos.root),
+        "split": options.split,
+        "dtype": options.dtype,
+        "protocol": protocol.to_dict(),
+    }
+    path, state = out / f"predictions.{options.format}", processes()
+    if path.exists():
+        found = read_predictions(path)
+        if found.about != about or list(found.videos) != sample_names(samples):
+            raise ValueError(f"{path} holds another evaluation, {dict(found.about)}: choose another --out")
+        return _Answered(found, protocol, loaded.model, _read_cost(out))
+    out.mkdir(parents=True, exist_ok=True)
+    parts = Parts(out / "unfinished", {**about, "videos": len(samples)}, state.process_index)
+    run = Run(options.batch_size, options.workers, getattr(torch, options.dtype))
+    with _bar(state.is_main_process) as progress:
+        predictions, cost = evaluate(loaded.model, samples, classes, protocol, run, about, parts, progress)
+    if state.is_main_process:
+        write_json(out / COST, asdict(cost))
+        write_predictions(path, predictions)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        parts.remove()
+    return _Answered(predictions, protocol, loaded.model.float(), cost)
+
+
+def _read_cost(directory: Path) -> Cost | None:
+    """What the run that wrote a directory's predictions took; apart from them, for it differs from run to run."""
+    path = directory / COST
+    return Cost(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def _class_names(
+    own: dict[str, list[str]] | None, videos: VideoSet, counts: Mapping[str, int]
+) -> Mapping[str, Sequence[str]]:
+    """The checkpoint's class names, or the data set's where it has none."""
+    theirs = {head: len(names) for head, names in videos.classes.items()}
+    if theirs != dict(counts):
+        raise ValueError(f"the checkpoint's heads have {dict(counts)} classes and the data set's {theirs}")
+    return own or videos.classes
+
+
+def _check_submission(counts: Mapping[str, int], levels: Sequence[int]) -> None:
+    empty = {head: torch.full((1, count), 1 / count) for head, count in counts.items()}
+    names = {head: [str(index) for index in range(count)] for head, count in counts.items()}
+    submission(Predictions(["video.mp4"], empty, {}, {}, names), levels)
+
+
+@contextmanager
+def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of this process's videos; the processes' shares are equal to within one chunk."""
+    if not shown:
+        yield lambda done, total: None
+        return
+    columns = (
+        TextColumn("videos"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns) as bar:
+        task = bar.add_task("videos", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(summary: Mapping[str, Any], out: Path) -> None:
+    console = Console()
+    if "metrics" in summary:
+        own = summary["about"].get("model", "CAST")
+        models = {own: summary["metrics"]} | {name: e["metrics"] for name, e in summary["baselines"].items()}
+        table = Table(title=f"{summary['videos']} videos, percent")
+        table.add_column("")
+        for name in models:
+            table.add_column(name, justify="right")
+        for figure in summary["metrics"]:
+            cells = [f"{figures[figure]:.2f}" if figure in figures else "" for figures in models.values()]
+            table.add_row(figure, *cells)
+        console.print(table)
+    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,57 @@
+"""`cast study`: the paper's ablation tables on the digits data, in minutes a row on one core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cast.optional import require
+
+if TYPE_CHECKING:
+    from cast.study.jobs import Settings
+
+
+def main(
+    rows: Sequence[str],
+    out: str | os.PathLike[str] = "runs/study",
+    seeds: int = 3,
+    workers: int = 1,
+    settings: Settings | None = None,
+) -> dict[str, Any]:
+    """Train the rows of one or more tables, each with several seeds, and compare them with the paper.
+
+    A run that was killed goes on from its last checkpoint when it is started again with the same directory; a row
+    and seed that is finished is not trained again.
+
+    Args:
+        rows: tables of the paper (`table1a` to `table1h`, `table5`, `table7`, `table8`, or `all`), or YAML files
+            in the form of the package's `rows.yaml`.
+        out: receives `data/`, `seed-*/` (results and probabilities) and `study.json`.
+        seeds: how many times to train everything, with seeds 0, 1, ...
+        workers: trainings at a time, each in a process with one thread.
+        settings: data, sizes and budget.
+
+    Returns:
+        The content of `study.json`; accuracies in percent.
+
+    Raises:
+        MissingExtraError: the extra `study` is not installed.
+        ValueError: unknown rows, numbers below 1, or `out` holds results with other settings.
+    """
+    for name, value in (("seeds", seeds), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    from rich.console import Console
+
+    from cast.study.jobs import Settings
+    from cast.study.models import needed_experts
+    from cast.study.run import run
+    from cast.study.tables import select
+
+    plan = select(rows)
+    experts = {expert for name in plan.trained() for expert in needed_experts(plan.models[name])}
+    for module in ("sklearn", "PIL", *(["timm"] if any(name.startswith("timm:") for name in experts) else [])):
+        require(module, "study")  # before minutes of work
+    return run(plan, Path(out), seeds, workers, settings or Settings(), Console())

@@ -1,0 +1,101 @@
+"""A row's model at full size and in miniature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cast import CAST, CASTConfig
+from cast.baselines import DESIGNS, SingleExpert, TwoStream
+from cast.config import make_config
+from cast.demo.models import CONFIG, HEADS, initialise, spatial_expert, temporal_expert
+from cast.optional import require
+from cast.study.tables import Model
+
+#: Four blocks, so that the paper's last 3, 6 and 9 of 12 layers are the last 1, 2 and 3 here.
+MINIATURE = CASTConfig(**CONFIG.to_dict() | {"depth": 4})
+
+#: Expert -> what it learns from first: `pictures` (rendered stills) or `clips` (plain clips); and its labels.
+EXPERTS: Mapping[str, tuple[str, str]] = {
+    "clip": ("pictures", "noun"),
+    "videomae": ("clips", "verb"),
+    # Stands for IN-21K's classes, which are not the task's: here odd or even.
+    "timm:vit_base_patch16_224.augreg_in21k": ("pictures", "parity"),
+    "timm:eva02_base_patch16_clip_224": ("pictures", "noun"),
+}
+CLASSES = {"noun": HEADS["noun"], "verb": HEADS["verb"], "parity": 2}
+
+
+def needed_experts(model: Model) -> set[str]:
+    """Names of the experts in it."""
+    if model.single:
+        return {model.single[0]}
+    return {DESIGNS[model.design].spatial, DESIGNS[model.design].temporal}
+
+
+def full_size(model: Model, heads: Mapping[str, int], variant: str = "base") -> nn.Module:
+    """The row's model as the paper trained it, with random weights. CAST's variations are `cast.CAST` itself."""
+    config = make_config(variant, heads)
+    if model.single:
+        return SingleExpert(model.single[0], model.single[1], config)  # type: ignore[arg-type]
+    config = make_config(config, **{"exchange_layers": model.layers(config.depth), **model.config})
+    return CAST(config) if model.design == "cast" else TwoStream(DESIGNS[model.design], config)
+
+
+def small_expert(name: str, seed: int, config: CASTConfig = MINIATURE) -> nn.Module:
+    """An expert with a head for what it learns first, initialised."""
+    if name == "clip":
+        return spatial_expert(config, seed)
+    if name == "videomae":
+        return temporal_expert(config, seed)
+    torch.manual_seed(seed)
+    return initialise(PictureExpert(name, config))
+
+
+class PictureExpert(nn.Module):
+    """timm's model at the miniature's size, with a head: pictures [B, 3, H, W] -> logits by head."""
+
+    def __init__(self, name: str, config: CASTConfig) -> None:
+        super().__init__()
+        self.body = require("timm", "timm").create_model(
+            name.removeprefix("timm:"), num_classes=0, global_pool="token", **timm_sizes(config)
+        )
+        self.label = EXPERTS[name][1]
+        self.head = nn.Linear(config.embed_dim, CLASSES[self.label])
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        return {self.label: self.head(self.body(pictures))}
+
+
+def timm_sizes(config: CASTConfig) -> dict[str, Any]:
+    """The configuration in the words of timm's vision transformers."""
+    names = {"image_size": "img_size", "patch_size": "patch_size", "embed_dim": "embed_dim"}
+    names |= {"depth": "depth", "num_heads": "num_heads"}
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+
+
+def expert_weights(name: str, expert: nn.Module) -> dict[str, Tensor]:
+    """What a two-stream model loads of a trained expert."""
+    own = expert.body.state_dict() if isinstance(expert, PictureExpert) else expert.state_dict()
+    return {key: tensor.contiguous() for key, tensor in own.items()}
+
+
+def miniature(
+    model: Model, experts: Mapping[str, Mapping[str, Tensor]], seed: int, config: CASTConfig = MINIATURE
+) -> nn.Module:
+    """The row's model at the study's size, on pre-trained experts given by name."""
+    torch.manual_seed(seed)
+    if model.single:
+        single = initialise(SingleExpert(model.single[0], model.single[1], config))  # type: ignore[arg-type]
+        return single.load_expert(experts[model.single[0]])
+    config = make_config(config, **{"exchange_layers": model.layers(config.depth), **model.config})
+    design = DESIGNS[model.design]
+    if model.design == "cast":
+        return initialise(CAST(config)).load_experts(clip=experts["clip"], videomae=experts["videomae"])
+    roles = {"spatial": design.spatial, "temporal": design.temporal}
+    options = {role: timm_sizes(config) for role, name in roles.items() if name.startswith("timm:")}
+    both = initialise(TwoStream(design, config, timm_options=options))
+    return both.load_experts(experts[design.spatial], experts[design.temporal])

@@ -1,0 +1,153 @@
+"""The rows of the paper's tables, read from a YAML file and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cast.baselines import DESIGNS
+from cast.config import make_config
+
+#: The paper's own rows.
+ROWS = Path(__file__).with_name("rows.yaml")
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a row's model is built; see the head of `rows.yaml`."""
+
+    design: str = "cast"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    single: tuple[str, str] | None = None
+    members: tuple[str, ...] = ()
+    miniature: str = ""
+    open: str = ""
+
+    def __post_init__(self) -> None:
+        if self.design not in DESIGNS:
+            raise ValueError(f"design is {self.design!r}; there are {', '.join(DESIGNS)}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")
+        make_config("base", **self.config)
+
+    def layers(self, depth: int) -> tuple[int, ...] | None:
+        """Blocks with an exchange, for CASTConfig: at least the last."""
+        return None if self.share == 1 else tuple(range(depth - max(1, round(depth * self.share)), depth))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table. `paper`: top-1 accuracy of verb, noun and action in percent, None where it has none."""
+
+    label: str
+    model: str
+    paper: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that the paper compares."""
+
+    name: str
+    title: str
+    source: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables, and the models that their rows name."""
+
+    tables: tuple[Table, ...]
+    models: Mapping[str, Model]
+
+    def trained(self) -> list[str]:
+        """Models to train, each once, in the order of the tables, an ensemble's members in its place."""
+        names: dict[str, None] = {}
+        for table in self.tables:
+            for row in table.rows:
+                model = self.models[row.model]
+                if not model.miniature:
+                    names |= dict.fromkeys(model.members or (row.model,))
+        return list(names)
+
+
+def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
+    """All tables of a file.
+
+    Raises:
+        ValueError: no such keys, a model that cannot be built, or a row that names an unknown one.
+    """
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, dict) or content.keys() != {"models", "tables"}:
+        raise ValueError(f"{path} must have the keys 'models' and 'tables', as {ROWS.name} of the package has")
+    models = {str(name): _model(f"{path}, model {name}", entry or {}) for name, entry in content["models"].items()}
+    tables = tuple(_table(str(path), str(name), entry, models) for name, entry in content["tables"].items())
+    for name, model in models.items():
+        for member in model.members:
+            if member not in models:
+                raise ValueError(f"{path}, model {name}: unknown member {member!r}; there are {', '.join(models)}")
+    return Plan(tables, models)
+
+
+def select(names: Sequence[str]) -> Plan:
+    """The tables with these names: of the paper (`table1a`, ..., or `all`), or all of a YAML file.
+
+    Raises:
+        ValueError: an unknown name, or two files and names that call different things the same.
+    """
+    plans = [read_plan(name) for name in names if name.endswith((".yaml", ".yml"))]
+    wanted = [name for name in names if not name.endswith((".yaml", ".yml"))]
+    paper = read_plan()
+    known = {table.name: table for table in paper.tables}
+    if "all" in wanted:
+        wanted = list(known)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"unknown table {name!r}; there are all, {', '.join(known)}, or a YAML file of your own")
+    if wanted:
+        plans.insert(0, Plan(tuple(known[name] for name in dict.fromkeys(wanted)), paper.models))
+    models: dict[str, Model] = {}
+    for plan in plans:
+        for name, model in plan.models.items():
+            if models.setdefault(name, model) != model:
+                raise ValueError(f"two files define the model {name!r} differently; rename one")
+    return Plan(tuple(table for plan in plans for table in plan.tables), models)
+
+
+def _model(where: str, entry: Mapping[str, Any]) -> Model:
+    allowed = [f.name for f in fields(Model)]
+    if unknown := sorted(set(entry) - set(allowed)):
+        raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    values = dict(entry)
+    for name in ("single", "members"):
+        if name in values:
+            values[name] = tuple(values[name])
+    try:
+        return Model(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _paper(where: str, figures: Any) -> tuple[float, float, float] | None:
+    if figures is None:
+        return None
+    if not isinstance(figures, list) or len(figures) != 3:
+        raise ValueError(f"{where}: paper is {figures!r}; it must be [verb, noun, action] in percent")
+    verb, noun, action = map(float, figures)
+    return verb, noun, action
+
+
+def _table(path: str, name: str, entry: Mapping[str, Any], models: Mapping[str, Model]) -> Table:
+    rows = []
+    for row in entry["rows"]:
+        if row.get("model") not in models:
+            raise ValueError(f"{path}, {name}: unknown model {row.get('model')!r}; there are {', '.join(models)}")
+        rows.append(Row(str(row["label"]), row["model"], _paper(f"{path}, {name}, {row['label']}", row.get("paper"))))
+    return Table(name, str(entry.get("title", name)), str(entry.get("source", path)), tuple(rows))

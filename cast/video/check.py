@@ -1,0 +1,86 @@
+"""`cast data check`: read every annotation, probe every video, write down what training cannot use."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cast.video.annotations import PathLike
+from cast.video.datasets import VideoSet, open_dataset
+from cast.video.probe import Fault, Probe, probe_all
+from cast.video.skips import DEFAULT_NAME, Skip, write_skips
+
+#: Faults that are printed; the skip list has all.
+_SHOWN = 20
+
+
+def find_faults(
+    dataset: VideoSet, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Skip]:
+    """Every video of every split that training cannot use, in the order of the annotations.
+
+    Args:
+        dataset: what to check; its present skip list plays no part.
+        workers: processes.
+        progress: called with videos probed and videos in all.
+
+    Raises:
+        ValueError: an annotation file does not fit (the message names file and line), or `workers` is below 1.
+        MissingExtraError: the decoder is not there.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    settings = dataset.settings
+    where: dict[str, str] = {}
+    for split in dataset.splits:
+        for sample in dataset.all_samples(split):
+            where.setdefault(os.fspath(sample.path), f"{dataset.annotations(split)}:{sample.line}")
+    probe = Probe(settings.frames, settings.sampling, settings.decoder)
+    found: dict[str, Fault] = {}
+    for done, (path, fault) in enumerate(probe_all(probe, list(where), workers), start=1):
+        progress(done, len(where))
+        if fault:
+            found[path] = fault
+    return [
+        Skip(os.path.relpath(path, dataset.root), found[path][0], place, found[path][1])
+        for path, place in where.items()
+        if path in found
+    ]
+
+
+def main(what: PathLike, root: PathLike | None = None, workers: int | None = None, out: PathLike | None = None) -> None:
+    """Check a data set, print what is wrong and write its skip list, which is empty if nothing is.
+
+    Raises:
+        ValueError: there is no such data set, its annotations don't fit, or some videos can't be used.
+    """
+    dataset = open_dataset(what, root)
+    for split in dataset.splits:
+        print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
+    print(", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items()), flush=True)
+    faults = _with_bar(dataset, workers or os.cpu_count() or 1)
+    named = dataset.settings.skip_list
+    path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
+    write_skips(path, faults)
+    for skip in faults[:_SHOWN]:
+        print(f"{skip.where}: {skip.fault}: {skip.path} ({skip.detail})")
+    if len(faults) > _SHOWN:
+        print(f"... and {len(faults) - _SHOWN} more in {path}")
+    if faults:
+        counts = ", ".join(f"{number} {fault}" for fault, number in sorted(Counter(f.fault for f in faults).items()))
+        raise ValueError(f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them")
+    print(f"every video can be used; {path} is empty")
+
+
+def _with_bar(dataset: VideoSet, workers: int) -> list[Skip]:
+    bar = Progress(
+        TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bar:
+        task = bar.add_task("probing")
+        return find_faults(dataset, workers, lambda done, total: bar.update(task, completed=done, total=total))

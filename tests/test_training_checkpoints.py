@@ -1,0 +1,152 @@
+"""Checkpoints: what they hold, whom they belong to, and that a full disk or a damaged file loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from training_cases import PointNet, engine, planned, same
+
+from cast.training import CheckpointError, load_trained
+from cast.training import checkpoints as room
+
+PLAN = planned(checkpoint_every=1)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def stop_at(step: int):  # type: ignore[no-untyped-def]
+    def stop(progress, report):  # type: ignore[no-untyped-def]
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_trainable_leaves_the_frozen_out_and_full_does_not(tmp_path: Path) -> None:
+    net = PointNet()
+    for weights in ("trainable", "full"):
+        net = PointNet()
+        engine(tmp_path / weights, net, weights=weights).run()
+        state = load_file(tmp_path / weights / "step-00000012" / "weights.safetensors")
+        frozen = {"frozen.weight", "frozen.bias"} if weights == "trainable" else set()
+        assert state.keys() == net.state_dict().keys() - frozen
+        with safe_open(tmp_path / weights / "step-00000012" / "weights.safetensors", "pt") as file:
+            assert file.metadata()["weights"] == weights
+    moments = load_file(tmp_path / "full" / "step-00000012" / "optimizer.safetensors")
+    assert {key.split(":")[1] for key in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert not [key for key in moments if key.startswith("frozen")]
+
+
+def test_other_experts_are_refused_unless_the_checkpoint_has_its_own(tmp_path: Path) -> None:
+    for weights in ("trainable", "full"):
+        net = PointNet()
+        engine(tmp_path / weights, net, weights=weights).run()
+        if weights == "trainable":
+            with pytest.raises(ValueError, match="load the same experts as then"):
+                engine(tmp_path / weights, PointNet(frozen_seed=9), weights=weights)
+        else:
+            other = PointNet(frozen_seed=9)
+            engine(tmp_path / weights, other, weights=weights)
+            assert same(other, net)
+
+
+def test_trained_weights_go_into_a_model_with_the_same_experts(tmp_path: Path) -> None:
+    net = PointNet()
+    running = engine(tmp_path, net, plan=planned(ema=0.5))
+    running.run()
+    checkpoint = tmp_path / "step-00000012"
+    fresh = PointNet()
+    load_trained(fresh, checkpoint)
+    assert same(fresh, net)
+    load_trained(fresh, checkpoint, average=True)
+    assert running.average is not None
+    assert torch.equal(fresh.heads["verb"].weight, running.average.read()["heads.verb.weight"])
+    with pytest.raises(ValueError, match="belongs to frozen weights with the hash"):
+        load_trained(PointNet(frozen_seed=9), checkpoint)
+    with pytest.raises(CheckpointError, match="is no checkpoint, or damaged"):
+        load_trained(PointNet(), tmp_path)
+
+
+def test_as_many_stay_as_asked(tmp_path: Path) -> None:
+    engine(tmp_path, PointNet(), plan=PLAN, keep=3).run()
+    assert names(tmp_path) == ["step-00000010", "step-00000011", "step-00000012"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_works(tmp_path: Path, file: str) -> None:
+    whole = PointNet()
+    engine(tmp_path / "whole", whole, plan=PLAN).run()
+    with pytest.raises(KeyboardInterrupt):
+        engine(tmp_path / "a", PointNet(), plan=PLAN, keep=2).run(stop_at(5))
+    newest = tmp_path / "a" / "step-00000004"
+    content = bytearray((newest / file).read_bytes())
+    content[len(content) // 2] ^= 0x10  # one bit
+    (newest / file).write_bytes(content[:-1] if file == "state.json" else content)
+    with pytest.raises(CheckpointError, match="is damaged") as caught:
+        engine(tmp_path / "a", PointNet(), plan=PLAN, keep=2)
+    assert f"remove it to go on from {tmp_path / 'a' / 'step-00000003'}" in str(caught.value)
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    net = PointNet()
+    engine(tmp_path / "a", net, plan=PLAN, keep=2).run()
+    assert same(net, whole)
+
+
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    """The system refuses to write more than 200 bytes into a file: as a full disk does, in the middle of one."""
+    running = engine(tmp_path, PointNet(), plan=PLAN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(progress, report):  # type: ignore[no-untyped-def]
+        if progress.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+
+    try:
+        with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 4") as caught:
+            running.run(limit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{tmp_path / 'step-00000003'} is whole" in str(caught.value)
+    assert "make room" in str(caught.value)
+    assert names(tmp_path) == ["step-00000003"]
+    whole, net = PointNet(), PointNet()
+    engine(tmp_path.with_name("whole"), whole, plan=PLAN).run()
+    engine(tmp_path, net, plan=PLAN).run()
+    assert same(net, whole)
+
+
+def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(room, "write_tensors", refuse)
+    with pytest.raises(CheckpointError, match=r"No space left on device\. there was none before it"):
+        engine(tmp_path, PointNet(), plan=PLAN).run()
+    assert names(tmp_path) == []
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    engine(tmp_path, PointNet()).run()
+    path = tmp_path / "step-00000012" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"identity": {"plan": "test", "optim": {"lr": 1}}}))
+    with pytest.raises(ValueError, match=r"it has \{'optim.lr': 1\}, this one \{'optim.lr': None\}"):
+        engine(tmp_path, PointNet())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"keep": 0}, "keep is 0"), ({"weights": "half"}, "weights is 'half'")]
+)
+def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(tmp_path, PointNet(), **options)

@@ -1,0 +1,332 @@
+"""`cast train` on real video files: from a recipe to a model that names actions, killed, resumed, on two processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("PIL")
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cast import CAST
+from cast.cli import main
+from cast.demo.dataset import Sizes, make_dataset
+from cast.training import CheckpointError, Progress, Step, load_trained
+from cast.training.command import fit
+from cast.training.distributed import make_accelerator
+from cast.training.log import JsonLines, Log
+from cast.training.models import build
+from cast.training.recipes import load_recipe
+from cast.training.settings import TrainSettings
+from cast.video.datasets import open_dataset
+
+HERE = Path(__file__).parent
+#: Three steps of 8 clips an epoch, two epochs; a small model.
+TINY = (
+    "model.depth=1", "model.embed_dim=16", "model.num_heads=2", "optim.epochs=2", "optim.total_batch=8",
+    "optim.micro_batch=4", "data.workers=0", "log.bars=false",
+)  # fmt: skip
+#: Everything that draws random numbers, and everything that a checkpoint has to remember.
+RANDOM = (
+    "data.augment.scale=[0.5,1.0]", "data.augment.erasing=0.5", "data.augment.randaugment=rand-m7-n4-mstd0.5-inc1",
+    "data.augment.mixup=0.8", "data.augment.smoothing=0.1", "model.drop_path=0.3", "model.head_dropout=0.3",
+    "model.depth=2", "optim.ema=0.9", "checkpoint.every=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("digits")
+    make_dataset(directory, Sizes(plain=0, train=24, val=10), workers=1)
+    return directory
+
+
+def settings(data: Path, out: Path, *overrides: str) -> TrainSettings:
+    return load_recipe(TrainSettings, "digits", f"data.root={data}", f"out={out}", *TINY, *overrides)
+
+
+def lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    every = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in every if line["kind"] == kind]
+
+
+def weights(out: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(out / name / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training with RANDOM that nobody disturbs leaves behind."""
+    out = tmp_path_factory.mktemp("whole")
+    fit(settings(data, out, *RANDOM))
+    return out
+
+
+def test_from_a_recipe_to_an_action(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["train", "digits", f"data.root={data}", f"out={out}", *TINY]
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert "6 steps (2 epochs of 3) of 8 clips = 4 x 2 micro-batches x 1 processes on cpu" in told
+    assert "peak learning rate 0.001" in told
+    assert "none of 24 videos is skipped" in told
+    assert "epoch 2  step 6 of 6" in told
+    steps, epochs = lines(out, "step"), lines(out, "epoch")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line["clips_per_s"] > 0 and line["memory_gb"] > 0 and line["grad_norm"] > 0 for line in steps)
+    assert {"loss", "verb", "noun", "val loss", "val verb", "val noun"} <= epochs[-1].keys()
+    assert load_recipe(TrainSettings, str(out / "settings.yaml")).optim.total_batch == 8
+    video = data / "val" / "val_00000.mp4"
+    assert main(["predict", str(video), "--checkpoint", str(out / "model"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["guesses"]["noun"][0]["label"] in json.loads((data / "classes.json").read_text())["noun"]
+    assert CAST.from_pretrained(out / "model").config.classes == {"verb": 12, "noun": 10}
+
+    assert main(command) == 1
+    assert "add --resume to go on" in capsys.readouterr().err
+    assert main([*command, "optim.lr=1e-4", "--resume"]) == 1
+    assert "'settings.optim.lr'" in capsys.readouterr().err
+    annotations = data / "train.csv"
+    text = annotations.read_text()
+    annotations.write_text("".join(reversed(text.splitlines(keepends=True))))
+    try:
+        assert main([*command, "--resume"]) == 1
+    finally:
+        annotations.write_text(text)
+    assert "is of another training: it has {'videos'" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert "going on after step 6" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop", [5])
+def test_resuming_in_an_epoch_gives_the_same_bits(
+    data: Path, whole: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixup, drop path, dropout, augmentation, averages, accumulation; with other worker processes the second time."""
+    tell = Log.step
+
+    def kill(self: Log, progress: Any, step: Any) -> None:
+        tell(self, progress, step)
+        if progress.step == stop:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "step", kill)
+        with pytest.raises(Killed):
+            fit(settings(data, tmp_path, *RANDOM))
+    assert (tmp_path / "checkpoints" / f"step-{stop - 1:08d}").is_dir()
+    assert not (tmp_path / "model").exists()
+    torch.manual_seed(77)
+    fit(settings(data, tmp_path, *RANDOM, "data.workers=1"), resume=True)
+    for model in ("model", "model-ema"):
+        assert equal(weights(tmp_path, model), weights(whole, model))
+    assert not equal(weights(whole), weights(whole, "model-ema"))
+    drop = ("clips_per_s", "memory_gb")
+    logs = [
+        [{k: v for k, v in line.items() if k not in drop} for line in lines(out, "step")] for out in (tmp_path, whole)
+    ]
+    assert logs[0] == logs[1]
+    assert lines(tmp_path, "epoch") == lines(whole, "epoch")
+
+
+def test_kill_9_at_any_moment(data: Path, whole: Path, tmp_path: Path) -> None:
+    """A real process and a real SIGKILL, in the middle of the first epoch; then the same command with --resume."""
+    command = [sys.executable, "-m", "cast.cli", "train", "digits", f"data.root={data}", f"out={tmp_path}"]
+    command += [*TINY, *RANDOM, "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "checkpoints").glob("step-*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint appeared"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "model").exists()
+    fit(settings(data, tmp_path, *RANDOM), resume=True)
+    for model in ("model", "model-ema"):
+        assert equal(weights(tmp_path, model), weights(whole, model))
+
+
+def launch(mode: str, out: Path, *overrides: str, extra: str = "") -> None:
+    """Two processes of sharded_process.py by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join(part for part in (str(HERE.parent), extra) if part)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, str(HERE / "sharded_process.py"), mode, str(out), *overrides],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def close(out: Path, reference: Path) -> None:
+    """The same weights up to the order of additions, and the same figures."""
+    found, want = weights(out), weights(reference)
+    start = lines(reference, "start")
+    assert start
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(lines(out, "step"), lines(reference, "step"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    for ours, theirs in zip(lines(out, "epoch"), lines(reference, "epoch"), strict=True):
+        assert (ours.pop("kind"), theirs.pop("kind")) == ("epoch", "epoch")
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with the whole batch at once; gradients clipped."""
+    out = tmp_path_factory.mktemp("single")
+    fit(settings(data, out, "optim.micro_batch=8", "optim.clip_grad=0.7", "optim.warmup_epochs=0"))
+    return out
+
+
+def shared(data: Path, *more: str) -> tuple[str, ...]:
+    return (f"data.root={data}", *TINY, "optim.micro_batch=2", "optim.clip_grad=0.7", "optim.warmup_epochs=0", *more)
+
+
+def test_two_processes_equal_one(data: Path, single: Path, tmp_path: Path) -> None:
+    """On gloo, each with two micro-batches of 2 for the one's batch of 8; validation of 10 clips is shared, too."""
+    launch("ddp", tmp_path, *shared(data))
+    close(tmp_path, single)
+
+
+@pytest.mark.heavy
+def test_fsdp2_equals_one_process(data: Path, single: Path, tmp_path: Path) -> None:
+    launch("fsdp2", tmp_path, *shared(data), "optim.ema=0.5")
+    close(tmp_path, single)
+    fit(
+        settings(data, tmp_path, *shared(data), "optim.micro_batch=8", "optim.ema=0.5"), resume=True
+    )  # whole tensors: one can read them
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["zero1", "zero2"])
+def test_deepspeed_equals_one_process(data: Path, single: Path, tmp_path: Path, mode: str) -> None:
+    """Clipping at 0.7 is the recipe's, not DeepSpeed's own 1.0."""
+    pytest.importorskip("deepspeed")
+    for _ in range(2):  # the second time it reads what the first one finished
+        launch(mode, tmp_path, *shared(data), extra=os.environ.get("PYTHONPATH", ""))
+        close(tmp_path, single)
+
+
+def test_a_training_can_start_from_a_cast(data: Path, whole: Path, tmp_path: Path) -> None:
+    small = "model.depth=2"
+    start = settings(data, tmp_path, small, f"experts.cast={whole / 'model'}", "experts.train=false")
+    classes = open_dataset(start.data).classes
+    model, notes = build(start, classes)
+    assert notes == []
+    assert equal({k: v.detach() for k, v in model.state_dict().items()}, weights(whole))
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} >= {"clip_conv1.weight"}
+    other, notes = build(start, {"verb": classes["verb"][:3], "noun": classes["noun"]})
+    assert "head_verb.weight" in notes[0]
+    assert other.head_verb.out_features == 3
+    assert torch.equal(other.head_noun.weight, model.head_noun.weight)
+    with pytest.raises(ValueError, match="does not fit the recipe's model"):
+        build(settings(data, tmp_path, f"experts.cast={whole / 'model'}"), classes)
+
+
+def test_a_checkpoint_of_what_trains_finds_its_experts(data: Path, whole: Path, tmp_path: Path) -> None:
+    start = settings(data, tmp_path, "model.depth=2", f"experts.cast={whole / 'model'}", "experts.train=false")
+    fit(start)
+    classes = open_dataset(start.data).classes
+    model, _ = build(start, classes)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    assert "clip_conv1.weight" not in load_file(newest / "weights.safetensors")
+    load_trained(model, newest)
+    assert equal({k: v.detach() for k, v in model.state_dict().items()}, weights(tmp_path))
+    assert torch.equal(weights(tmp_path)["clip_conv1.weight"], weights(whole)["clip_conv1.weight"])
+
+
+def test_settings_that_cannot_train(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+
+    def refused(*overrides: str) -> str:
+        assert main(["train", "digits", f"data.root={data}", f"out={tmp_path}", *TINY, *overrides]) == 1
+        return capsys.readouterr().err
+
+    assert "experts.clip names no weights, and experts stay frozen" in refused("experts.train=false")
+    assert "out of 1, 2, 4, 8" in refused("optim.micro_batch=3")
+    assert "24 videos make no step of optim.total_batch=64" in refused("optim.total_batch=64")
+    assert "model.heads is {'action': 7}" in refused("model.heads={action: 7}")
+    assert "run.compile is 'inductr'" in refused("run.compile=inductr")
+    assert "pip install 'cast-kernels[wandb]'" in refused("log.trackers=[wandb]")
+    if not torch.cuda.is_available():
+        assert "fp16 needs a GPU" in refused("run.precision=fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precision_compilation_and_a_tracker(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    more = ("run.precision=bf16", "run.compile=eager", "run.fused=false", "log.trackers=[tensorboard]", "log.every=3")
+    progress = fit(settings(data, tmp_path, *more, "optim.epochs=1", "validate_every=0"))
+    assert progress.history[0].keys() == {"epoch", "loss", "verb", "noun"}
+    assert [line["step"] for line in lines(tmp_path, "step")] == [3]
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+    assert not any("_orig_mod" in name for name in weights(tmp_path))
+
+
+def test_bars_show_speed_memory_and_time_left(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=160)
+    log = Log(tmp_path, make_accelerator(), 10, {"seed": 0}, console=console)
+    log.start(Progress(step=2), "hello")
+    for number in (3, 4):
+        log.step(Progress(step=number), Step({"loss": 1.25, "verb": 50.0}, 1e-3, 0.5, 8, 0.5, False))
+    log.end("bye")
+    text = screen.getvalue()
+    assert all(
+        word in text for word in ("hello", "4/10", "loss 1.250", "verb 50.0%", "16.0 clips/s", "GB", "0:00:", "bye")
+    )
+
+
+def test_a_model_that_finds_no_room_is_written_by_resuming(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CAST, "save_pretrained", refuse)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*with --resume"):
+            fit(settings(data, tmp_path, "optim.epochs=1", "validate_every=0"))
+    fit(settings(data, tmp_path, "optim.epochs=1", "validate_every=0"), resume=True)
+    assert weights(tmp_path)
+
+
+def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"kind": "step", "step": {step}}}\n' for step in range(3)) + '{"kind": "st')
+    JsonLines(path, 1).write("step", step=2, loss=0.5)
+    assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [0, 1, 2]
+    JsonLines(path, 0)
+    assert path.read_text() == ""

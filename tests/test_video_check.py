@@ -1,0 +1,89 @@
+"""`cast data check` on a data set with one of every fault, and what training makes of its skip list."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from deadly_probe import DeadlyProbe
+from video_files import write_video
+
+from cast.cli import main
+from cast.video.check import find_faults
+from cast.video.datasets import open_dataset
+from cast.video.probe import probe_all
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    """Ten videos: 1 is missing, 3 empty, 5 too short, 7 cut off, 8 text, the others good; val has the good 0."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(10):
+        write_video(videos / f"v{number}.mp4", count=12 if number == 5 else 30, size=(96, 128))
+    (videos / "v1.mp4").unlink()
+    (videos / "v3.mp4").write_bytes(b"x" * 1000)
+    (videos / "v7.mp4").write_bytes((videos / "v7.mp4").read_bytes()[:2000])
+    (videos / "v8.mp4").write_text("no video, but long enough\n" * 100)
+    lines = [f"v{number}.mp4 {number % 3}" for number in range(10)]
+    (tmp_path / "train.csv").write_text("\n" + "\n".join(lines) + "\n")  # the first annotation is in line 2
+    (tmp_path / "val.csv").write_text("v0.mp4 0\n")
+    return tmp_path
+
+
+FAULTS = {"v1": "missing", "v3": "empty", "v5": "short", "v7": "undecodable", "v8": "undecodable"}
+
+
+def test_the_command_lists_every_fault_with_its_line(faulty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(faulty), "--workers", "1"]) == 1
+    captured = capsys.readouterr()
+    for name, fault in FAULTS.items():
+        assert f"{faulty / 'train.csv'}:{int(name[1:]) + 2}: {fault}: videos/{name}.mp4 (" in captured.out
+    assert captured.out.count("train.csv:") == 5 + 1
+    assert "(12 frames, a clip has 16)" in captured.out
+    assert "5 videos can't be used (1 empty, 1 missing, 1 short, 2 undecodable)" in captured.err
+    rows = list(csv.DictReader((faulty / "skip.csv").read_text().splitlines()))
+    assert {Path(row["path"]).stem: row["fault"] for row in rows} == FAULTS
+
+
+def test_training_skips_what_was_found_and_says_how_many(faulty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(faulty), "--workers", "1"]) == 1
+    dataset = open_dataset(faulty)
+    assert [sample.path.stem for sample in dataset.samples("train")] == ["v0", "v2", "v4", "v6", "v9"]
+    assert "5 of 10 videos are skipped (1 empty, 1 missing, 1 short, 2 undecodable)" in dataset.skipped("train")
+    assert "none of 1 videos is skipped" in dataset.skipped("val")
+
+    for name in ("v1", "v3", "v5", "v7", "v8"):
+        write_video(faulty / "videos" / f"{name}.mp4", count=30, size=(96, 128))
+    capsys.readouterr()
+    assert main(["data", "check", str(faulty), "--workers", "1"]) == 0  # a mended data set has an empty list
+    assert "every video can be used" in capsys.readouterr().out
+    assert len(open_dataset(faulty).samples("train")) == 10
+
+
+def test_processes_find_what_one_finds(faulty: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    dataset = open_dataset(faulty)
+    parallel = find_faults(dataset, 2, lambda done, total: seen.append((done, total)))
+    assert parallel == find_faults(dataset, 1)
+    assert [Path(fault.path).stem for fault in parallel] == list(FAULTS)
+    assert seen == [(done, 10) for done in range(1, 11)]
+
+
+def test_a_file_that_kills_its_process_is_found_and_the_rest_is_probed() -> None:
+    paths = [f"file {number}" for number in range(40)]
+    results = list(probe_all(DeadlyProbe(16, "uniform", "pyav"), paths, workers=1))
+    assert sorted(path for path, _ in results) == sorted(paths)
+    assert [(path, fault[0]) for path, fault in results if fault] == [("file 13", "undecodable")]
+
+
+def test_an_annotation_that_does_not_fit_is_named(faulty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (faulty / "val.csv").write_text("v0.mp4 0\nv1.mp4 one\n")
+    assert main(["data", "check", str(faulty)]) == 1
+    assert "val.csv:2: action must be a class index, got 'one'" in capsys.readouterr().err
+    assert main(["data", "check", str(faulty / "nothing")]) == 1
+    assert "no such data set" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as usage:
+        main(["data", "chek", str(faulty)])
+    assert usage.value.code == 2
