@@ -106,8 +106,8 @@ def load(what: str | os.PathLike[str], fused: bool = True) -> CAST:
     """A model from wherever it is.
 
     Args:
-        what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file, or `owner/name` on the
-            Hugging Face Hub.
+        what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file, or
+            `owner/name` on the Hugging Face Hub.
         fused: whether compiled kernels may run.
 
     Raises:

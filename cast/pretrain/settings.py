@@ -44,6 +44,7 @@ def _published() -> OptimSettings:
         epochs=800,
         total_batch=1024,
         micro_batch=16,
+        clip_grad=None,
         lr=1.5e-4,
         min_lr=1e-5,
         warmup_epochs=40,
