@@ -327,3 +327,10 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
 def test_the_loss_is_the_mean_square() -> None:
     a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     assert torch.equal(Reconstruction(a, b).loss(), F.mse_loss(a, b))
+
+
+def test_a_misspelt_setting_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["pretrain", "videomae", "data.root=x", "mask_ratoi=0.5"])
+    assert caught.value.code == 2
+    assert "mask_ratoi, which is no setting: did you mean mask_ratio?" in capsys.readouterr().err
