@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cast.baselines import SingleExpert, TwoStream, is_baseline, read_baseline
+from cast.labels import read_labels
 from cast.model import CAST, load_official_checkpoint
-from cast.predict import LABELS, load_labels
 
 #: Files that hold answers rather than weights.
 PREDICTIONS = (".jsonl", ".parquet")
@@ -44,7 +44,7 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
         if not (path / "config.json").is_file() and (path / "model").is_dir():
             path = path / "model"
         model = _read_model(path)
-        names = load_labels(path, model.config.classes) if (path / LABELS).exists() else None
+        names = read_labels(path, model.config.classes)
         return Checkpoint(model, names, _sha256(path / _WEIGHTS))
     if not path.is_file():
         raise FileNotFoundError(

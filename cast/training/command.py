@@ -164,6 +164,7 @@ def make_plan(settings: TrainSettings, steps_per_epoch: int, accumulate: int, cl
         smoothing=0.0 if mixed else settings.data.augment.smoothing,  # Mixing smooths by itself
         clip_grad=optim.clip_grad,
         ema=optim.ema,
+        betas=optim.betas,
         seed=settings.seed,
         checkpoint_every=settings.checkpoint.every,
     )

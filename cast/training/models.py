@@ -131,7 +131,9 @@ def _initialise(model: Model, experts: ExpertSettings, missing: Sequence[str]) -
 
 
 def compile_blocks(model: nn.Module, backend: str) -> None:
-    """torch.compile in place, so that names stay: of each of CAST's blocks (equal ones once), or of a whole baseline.
+    """torch.compile of each block in place: names stay, and equal blocks are compiled once.
+
+    A baseline is compiled as a whole: its blocks hold what is new in them, and none runs by itself.
 
     Raises:
         ValueError: no such backend.
@@ -139,7 +141,9 @@ def compile_blocks(model: nn.Module, backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"run.compile is {backend!r}; it must be null or one of {', '.join(known)}")
-    for module in model.blocks if isinstance(model, CAST) else [model]:
+    blocks = getattr(model, "blocks", None)
+    runs = isinstance(blocks, nn.ModuleList) and not isinstance(model, TwoStream | SingleExpert)
+    for module in blocks if runs else [model]:
         module.compile(backend=backend)
 
 

@@ -88,7 +88,7 @@ class ExpertSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """AdamW (betas 0.9 and 0.999, eps 1e-8) and its schedule.
+    """AdamW (eps 1e-8) and its schedule.
 
     Args:
         epochs: passes over the data.
@@ -102,6 +102,7 @@ class OptimSettings:
         layer_decay: block i of L trains at rate x layer_decay^(L - i).
         clip_grad: greatest length of the gradient; null leaves it alone.
         ema: share of the old average that stays after each step, such as 0.9999; null keeps no average.
+        betas: how much of the gradient's running mean and mean square stays after each step.
     """
 
     epochs: int = 50
@@ -114,6 +115,7 @@ class OptimSettings:
     layer_decay: float = 0.75
     clip_grad: float | None = None
     ema: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "total_batch", "micro_batch"):
@@ -129,6 +131,8 @@ class OptimSettings:
             raise ValueError(f"optim.layer_decay is {self.layer_decay}; it must be above 0 and at most 1")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"optim.clip_grad is {self.clip_grad}; it must be positive, or null for no clipping")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}; it must be two numbers from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"optim.ema is {self.ema}; it must lie between 0 and 1, or be null for no average")
 
