@@ -137,6 +137,9 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
         progress = engine.run(log.step, on_epoch)
         _finish(engine, accelerator, make, videos.classes, out)
         done = f"finished: {use}"
+    except KeyboardInterrupt:
+        done = "stopped; the same command with --resume goes on from the newest checkpoint"
+        raise
     finally:
         log.end(done)
     return progress

@@ -141,9 +141,9 @@ def compile_blocks(model: nn.Module, backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"run.compile is {backend!r}; it must be null or one of {', '.join(known)}")
-    blocks = getattr(model, "blocks", None)
-    runs = isinstance(blocks, nn.ModuleList) and not isinstance(model, TwoStream | SingleExpert)
-    for module in blocks if runs else [model]:
+    blocks: Any = getattr(model, "blocks", None)
+    whole = not isinstance(blocks, nn.ModuleList) or isinstance(model, TwoStream | SingleExpert)
+    for module in [model] if whole else blocks:
         module.compile(backend=backend)
 
 
