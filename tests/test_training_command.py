@@ -17,7 +17,9 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
+import sharded_process
 import torch
+from processes import started, together
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -152,19 +154,16 @@ def test_resuming_in_an_epoch_gives_the_same_bits(
 
 def test_kill_9_at_any_moment(data: Path, whole: Path, tmp_path: Path) -> None:
     """A real process and a real SIGKILL, in the middle of the first epoch; then the same command with --resume."""
-    command = [sys.executable, "-m", "cast.cli", "train", "digits", f"data.root={data}", f"out={tmp_path}"]
-    command += [*TINY, *RANDOM, "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    try:
+    words = ["train", "digits", f"data.root={data}", f"out={tmp_path}", *TINY, *RANDOM, "--resume"]
+    with started(main, words, log=tmp_path / "log.txt") as process:
         deadline = time.monotonic() + 300
         while not list((tmp_path / "checkpoints").glob("step-*")):
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.is_alive(), "it ended before it could be killed"
             assert time.monotonic() < deadline, "no checkpoint appeared"
             time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "model").exists()
     fit(settings(data, tmp_path, *RANDOM), resume=True)
     for model in ("model", "model-ema"):
@@ -212,7 +211,7 @@ def shared(data: Path, *more: str) -> tuple[str, ...]:
 
 def test_two_processes_equal_one(data: Path, single: Path, tmp_path: Path) -> None:
     """On gloo, each with two micro-batches of 2 for the one's batch of 8; validation of 10 clips is shared, too."""
-    launch("ddp", tmp_path, *shared(data))
+    together(sharded_process.run, "ddp", str(tmp_path), *shared(data), processes=2, logs=tmp_path)
     close(tmp_path, single)
 
 
