@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from cast import cli
+from cast.config import make_config
 from cast.pretrain.settings import PretrainSettings
 from cast.training.recipes import load_recipe
-from cast.training.settings import TrainSettings
+from cast.training.settings import ExpertSettings, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -106,4 +107,7 @@ def test_each_row_of_the_study_is_an_override_that_a_recipe_takes() -> None:
         word.removeprefix("experts.design=") for line in overrides for word in line.split()
     }
     for line in overrides:
-        load_recipe(TrainSettings, "ablation", *(word.replace('"', "") for word in shlex.split(line)))
+        pairs = [word.split("=") for word in shlex.split(line)]
+        values = {key.split(".")[1]: yaml.safe_load(value) for key, value in pairs}
+        assert line.startswith("experts.") or make_config(**values)
+        assert line.startswith("model.") or ExpertSettings(**values)
