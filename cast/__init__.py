@@ -7,16 +7,31 @@ if TYPE_CHECKING:
     from cast.config import VARIANTS, CASTConfig
     from cast.experts import SpatialExpert, TemporalExpert
     from cast.model import CAST, load_official_checkpoint
+    from cast.predict.predictor import Predictor
+    from cast.zoo import create_model, list_models
 
-__all__ = ["CAST", "VARIANTS", "CASTConfig", "SpatialExpert", "TemporalExpert", "load_official_checkpoint"]
+__all__ = [
+    "CAST",
+    "VARIANTS",
+    "CASTConfig",
+    "Predictor",
+    "SpatialExpert",
+    "TemporalExpert",
+    "create_model",
+    "list_models",
+    "load_official_checkpoint",
+]
 
 # On first use, so that `cast --help` and reading a video's frames need not load PyTorch (two seconds).
 _HOMES = {
     "CAST": "cast.model",
     "CASTConfig": "cast.config",
+    "Predictor": "cast.predict.predictor",
     "SpatialExpert": "cast.experts",
     "TemporalExpert": "cast.experts",
     "VARIANTS": "cast.config",
+    "create_model": "cast.zoo",
+    "list_models": "cast.zoo",
     "load_official_checkpoint": "cast.model",
 }
 

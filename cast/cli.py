@@ -22,28 +22,51 @@ from cast.optional import MissingExtraError
 
 
 def predict(
-    video: Path,
+    video: str,
     /,
-    checkpoint: Path,
+    checkpoint: str,
     top: int = 5,
     json: bool = False,
     sampling: Literal["uniform", "dense"] = "uniform",
+    every: int = 0,
+    window: int = 64,
+    batch: int = 6,
 ) -> None:
-    """Name the action in one video file.
+    """Name the action in a video, in a folder of videos, or in a stream.
 
-    Takes all views of the published test protocol, every frame decoded exactly, and averages the model's
-    probabilities over them.
+    Of files it takes all views of the published test protocol, every frame decoded exactly, and averages the model's
+    probabilities over them. A folder gives a line of JSON for each video, a stream one for each guess. Files that
+    can't be read are named, and the exit code is then 1.
 
     Args:
-        video: any video file that FFmpeg reads
-        checkpoint: directory that save_pretrained wrote; class names come from labels.json in it
+        video: any file that FFmpeg reads; a folder; a camera such as /dev/video0, an address, or - for a pipe
+        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
         top: how many guesses to show
-        json: print JSON instead of a table
+        json: for one video print JSON instead of a table
         sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense)
+        every: frames between guesses about a stream; unless 0, a file is read as a stream too. 0 is 16 for cameras
+        window: frames of a stream that a guess looks back on
+        batch: clips in a forward pass
     """
     from cast.predict import main
 
-    main(video, checkpoint, top, json, sampling)
+    main(video, checkpoint, top, json, sampling, every, window, batch)
+
+
+def export(checkpoint: str, /, format: Literal["torch", "onnx"] = "torch", out: Path | None = None) -> None:
+    """Write a model as a program that runs without this package.
+
+    The program takes any number of clips at a time. Before its file appears, its answers are compared with the model's;
+    a file that answers otherwise is not written.
+
+    Args:
+        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
+        format: for torch.export.load (torch) or ONNX Runtime (onnx)
+        out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
+    """
+    from cast.export import main
+
+    main(checkpoint, format, out)
 
 
 def evaluate(
@@ -115,6 +138,19 @@ def train(*arguments: str) -> None:
     main(arguments)
 
 
+def pretrain(*arguments: str) -> None:
+    """Pre-train a temporal expert on your own videos, without labels.
+
+    cast pretrain RECIPE [key=value ...] [--resume] [--print_config]; cast pretrain --help explains every setting.
+
+    Args:
+        arguments: a recipe, overrides and switches, read by the recipe's own parser
+    """
+    from cast.pretrain.command import main
+
+    main(arguments)
+
+
 def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, workers: int = 1) -> None:
     """Train the rows of the paper's ablation tables on the demo's videos, and print them beside the paper's figures.
 
@@ -140,7 +176,7 @@ def data(
     short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
 
     Args:
-        action: check
+        action: what to do
         dataset: a directory with train.csv or val.csv, a YAML file with a data section, or an annotation file
         root: directory of the data set, where dataset is not it
         workers: processes that probe; 0 for one per core
@@ -151,7 +187,8 @@ def data(
     main(dataset, root, workers or None, out)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, predict, evaluate, demo, study, data)
+#: In the order in which a person meets them.
+COMMANDS: tuple[Callable[..., None], ...] = (demo, data, pretrain, train, evaluate, predict, export, study)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,7 +235,9 @@ def _parser() -> tuple[ArgumentParser, dict[str, Callable[..., None]]]:
     subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
     for command in COMMANDS:
         help_text = parse_docstring(inspect.getdoc(command) or "").short_description
-        subcommands.add_subcommand(command.__name__, _command_parser(command), help=help_text)
+        own = _command_parser(command)
+        subcommands.add_subcommand(command.__name__, own, help=help_text)
+        own.prog = f"cast {command.__name__}"  # without jsonargparse's "[options]", of which there are none here
     return parser, {command.__name__: command for command in COMMANDS}
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cast.block import CASTBlock
 from cast.config import CASTConfig, make_config
 from cast.experts import check_shape
 from cast.heads import apply_heads, build_heads
+from cast.hub import Shared
 from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames, sincos_table
 from cast.weights.assign import assign, check
 from cast.weights.clip import read_clip
 from cast.weights.official import infer_config, read_official
-from cast.weights.source import Source, read_tensors
+from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
 from cast_kernels import Recompute, backends
 
@@ -29,7 +26,7 @@ from cast_kernels import Recompute, backends
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
 
 
-class CAST(nn.Module):
+class CAST(nn.Module, Shared):
     """Cross-Attention in Space and Time (arXiv 2311.18825), with the published code's semantics and names.
 
     `state_dict()` has the official layout, so published checkpoints load by name. Only adapters, exchange,
@@ -63,6 +60,8 @@ class CAST(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = make_config(variant, heads, **overrides)
+        #: Class names by head, where they are known; save_pretrained keeps them.
+        self.labels: dict[str, list[str]] | None = None
         dim = config.embed_dim
         self.clip_class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.clip_positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
@@ -176,40 +175,6 @@ class CAST(nn.Module):
         for load in loads:
             assign(*load)
         return self
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` (official names) into a directory, made if need be."""
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
-        # Under other names first: a kill while writing leaves the old checkpoint whole.
-        save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
-        (path / "config.json.part").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(path / f"{name}.part", path / name)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], fused: bool = True) -> CAST:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode and in the dtype that it had.
-
-        Raises:
-            FileNotFoundError: `config.json` or `model.safetensors` is not there.
-            ValueError: no JSON, or tensors that do not fit the configuration; all are listed.
-            TypeError: a configuration with fields that CASTConfig does not have.
-        """
-        path = Path(directory)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} has no config.json; save_pretrained writes one beside model.safetensors")
-        try:
-            fields = json.loads((path / "config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path / 'config.json'} is no JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(
-                f"{path / 'config.json'} holds a {type(fields).__name__}; expected CASTConfig's fields by name"
-            )
-        config = make_config(**fields)
-        return cls._holding(str(path), config, read_tensors(path / "model.safetensors"), fused)
 
     @classmethod
     def _holding(cls, what: str, config: CASTConfig, tensors: Mapping[str, Tensor], fused: bool) -> CAST:

@@ -21,7 +21,11 @@ def load(name: str, *overrides: str) -> TrainSettings:
     return load_recipe(TrainSettings, name, *overrides)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+#: Those of `cast pretrain`, which tests/test_pretrain.py reads, have other settings.
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("videomae"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path: Path) -> None:
     settings = load(str(path))
     assert settings.optim.accumulate(1) >= 1

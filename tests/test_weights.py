@@ -308,7 +308,11 @@ def test_round_trip_after_training(fused: bool, tmp_path: Path) -> None:
         sum(logits.square().sum() for logits in model(video).values()).backward()
         optimizer.step()
     model.save_pretrained(tmp_path / "checkpoint")
-    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     for again in (True, False):
         loaded = cast.CAST.from_pretrained(tmp_path / "checkpoint", fused=again)
         assert loaded.config == model.config

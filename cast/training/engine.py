@@ -54,6 +54,9 @@ class Source(Protocol):
         ...
 
 
+#: (what the model made of the videos, targets by head) -> the loss, and figures to log.
+Criterion = Callable[[Any, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
 #: (video, labels, seed) -> video and targets by head: classes int64 [B], or shares of the classes [B, classes].
 Mix = Callable[[Tensor, Mapping[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
 
@@ -72,6 +75,7 @@ class Plan:
         smoothing: label smoothing of single-class targets.
         clip_grad: greatest length of the gradient; None leaves it as it is.
         ema: share of the old average that stays after a step; None keeps no average.
+        betas: of AdamW.
         seed: of everything random inside the model.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
     """
@@ -86,6 +90,7 @@ class Plan:
     smoothing: float = 0.0
     clip_grad: float | None = None
     ema: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     checkpoint_every: int = 0
 
@@ -105,6 +110,7 @@ class Engine:
         accelerator: of the training, with the plan's `accumulate`.
         checkpoints: where states are kept; the newest is loaded before the first step.
         mix: mixes the clips of a micro-batch and makes soft targets; None leaves them as they are.
+        criterion: what is minimised; if None the sum of the heads' cross-entropies.
     """
 
     def __init__(
@@ -115,6 +121,7 @@ class Engine:
         accelerator: Accelerator,
         checkpoints: Checkpoints,
         mix: Mix | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
         self.source, self.plan, self.accelerator, self.checkpoints, self.mix = (
             source,
@@ -123,12 +130,12 @@ class Engine:
             checkpoints,
             mix,
         )
+        self.criterion = criterion or classification(plan.smoothing)
         deepspeed = accelerator.distributed_type == "DEEPSPEED"
         if deepspeed and plan.ema is not None:
             raise ValueError("ema is not possible under DeepSpeed, which hides the fp32 weights: use DDP or FSDP2")
         groups = parameter_groups(model, plan.weight_decay, plan.layer_decay)
-        # The published optimizer: betas 0.9 and 0.999, eps 1e-8.
-        optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=(0.9, 0.999), eps=1e-8)
+        optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=plan.betas, eps=1e-8)  # eps as published
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.average = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
@@ -232,17 +239,9 @@ class Engine:
             video, targets = self.mix(video, labels, seed)
         torch.manual_seed(seed)
         with self.accelerator.autocast():
-            logits = self.model(video)
-        if logits.keys() != labels.keys():
-            raise ValueError(f"the model has heads {sorted(logits)}, the data labels {sorted(labels)}; they must agree")
-        losses = [_cross_entropy(logits[name], targets[name], self.plan.smoothing) for name in labels]
-        loss = torch.stack(losses).sum()
-        hits = {
-            name: (logits[name].argmax(1) == label).float().mean() * 100
-            for name, label in targets.items()
-            if label.ndim == 1
-        }
-        figures.add({"loss": loss.detach(), **hits})
+            answers = self.model(video)
+        loss, extra = self.criterion(answers, targets)
+        figures.add({"loss": loss.detach(), **extra})
         return loss
 
     def _gradient_norm(self, names: list[list[str]]) -> float | None:
@@ -293,6 +292,29 @@ class _Figures:
     def broken(self) -> list[bool]:
         """Which of this process's micro-batches has a loss that is not finite."""
         return [not math.isfinite(float(part["loss"])) for part in self._parts]
+
+
+def classification(smoothing: float) -> Criterion:
+    """Cross-entropy summed over the heads, and each head's accuracy in percent where targets are single classes.
+
+    Args:
+        smoothing: of single-class targets; soft ones are smoothed already.
+    """
+
+    def criterion(logits: Any, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if logits.keys() != targets.keys():
+            raise ValueError(
+                f"the model has heads {sorted(logits)}, the data labels {sorted(targets)}; they must agree"
+            )
+        losses = [_cross_entropy(logits[name], target, smoothing) for name, target in targets.items()]
+        hits = {
+            name: (logits[name].argmax(1) == target).float().mean() * 100
+            for name, target in targets.items()
+            if target.ndim == 1
+        }
+        return torch.stack(losses).sum(), hits
+
+    return criterion
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-#: Tables of positions, wherever they stand in a name: the published code excludes them from weight decay.
-_POSITIONS = re.compile(r"(_pos|positional_embedding|pos_embed)$")
+#: Tables of positions and VideoMAE's mask token: the published codes exclude them from weight decay.
+_POSITIONS = re.compile(r"(_pos|positional_embedding|pos_embed|mask_token)$")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"(^|\.)(clip_)?(patch_embed|conv1|class_embedding|positional_embedding)\b")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cast.training.checkpoints import Checkpoints
 from cast.training.distributed import make_accelerator
-from cast.training.engine import Engine, Plan
+from cast.training.engine import Criterion, Engine, Plan
 from cast.training.progress import Progress, Step
 
 
@@ -111,6 +111,7 @@ def train(
     directory: str | os.PathLike[str],
     on_step: Callable[[Progress, dict[str, float]], None] = lambda progress, figures: None,
     on_epoch: Callable[[nn.Module], dict[str, float]] = lambda model: {},
+    criterion: Criterion | None = None,
 ) -> Progress:
     """Train in place, in fp32, from the last checkpoint in `directory` if it has one.
 
@@ -121,6 +122,7 @@ def train(
         directory: receives checkpoints; only the newest is kept.
         on_step: called after each step with its loss and accuracies, for example to show progress.
         on_epoch: called after each epoch, in evaluation mode; what it returns joins the epoch's history.
+        criterion: what is minimised; if None the sum of the heads' cross-entropies.
 
     Returns:
         The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.
@@ -153,7 +155,8 @@ def train(
     )
     identity = {"recipe": asdict(recipe), "samples": len(clips), "model": fingerprint(model)}
     source = _Shuffled(clips, recipe, accelerator.process_index, accelerator.num_processes)
-    engine = Engine(model, source, plan, accelerator, Checkpoints(directory, accelerator, identity, model))
+    checkpoints = Checkpoints(directory, accelerator, identity, model)
+    engine = Engine(model, source, plan, accelerator, checkpoints, criterion=criterion)
 
     def report(progress: Progress, step: Step) -> None:
         on_step(progress, step.figures)

@@ -33,6 +33,8 @@ class AugmentSettings:
     Args:
         scale: smallest and largest share of the picture's area that a crop takes.
         ratio: smallest and largest width over height of a crop.
+        multiscale: VideoMAE's crop for pre-training instead of the two above: width and height are neighbours in this
+            list of shares of the shorter side, at one of 13 fixed places; empty for random resized crops.
         flip: probability of mirroring left and right. Off by default: never for Something-Something V2, nor
             wherever direction is part of the label.
         randaugment: in timm's notation, such as "rand-m7-n4-mstd0.5-inc1" (published code) or
@@ -52,6 +54,7 @@ class AugmentSettings:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    multiscale: tuple[float, ...] = ()
     flip: float = 0.0
     randaugment: str | None = None
     color_jitter: float = 0.0
@@ -77,6 +80,9 @@ class AugmentSettings:
             object.__setattr__(self, name, (low, high))  # a list cannot be hashed, and draws are cached by settings
             if not 0 < low <= high <= highest:
                 raise ValueError(f"{name} is {(low, high)}; it must ascend, above 0 and at most {highest}")
+        object.__setattr__(self, "multiscale", tuple(self.multiscale))
+        if any(not 0 < share <= 1 for share in self.multiscale):
+            raise ValueError(f"multiscale is {self.multiscale}; shares of the shorter side lie above 0, at most 1")
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; it must be at least 1")
         for name, allowed in (("mix_mode", ("batch", "elem")), ("on", ("cpu", "device"))):
@@ -114,20 +120,38 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
     with torch.random.fork_rng(devices=()):
         # torchvision draws from this generator; torch.manual_seed would also look for GPUs.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
-        crop = crops.make_params([_blank(height, width)])
+        if settings.multiscale:
+            box = _multiscale(settings.multiscale, height, width, rng)
+        else:
+            crop = crops.make_params([_blank(height, width)])
+            box = (crop["top"], crop["left"], crop["height"], crop["width"])
         erase = erasing.make_params([_blank(size, size)]) if rng.random() < settings.erasing else None
         jitter: tuple[tuple[str, float], ...] = ()
         if settings.color_jitter:
             drawn = jittering.make_params([])
             jitter = tuple((name, float(drawn[f"{name}_factor"])) for name in _jitter_order(drawn["fn_idx"].tolist()))
     return Plan(
-        crop=(crop["top"], crop["left"], crop["height"], crop["width"]),
+        crop=box,
         flip=flip,
         operations=operations,
         jitter=jitter,
         erase=None if erase is None else (erase["i"], erase["j"], erase["h"], erase["w"]),
         noise=int(rng.integers(2**63)),
     )
+
+
+def _multiscale(shares: tuple[float, ...], height: int, width: int, rng: np.random.Generator) -> Box:
+    """A crop of VideoMAE's pre-training: two neighbouring sizes, on a grid of quarters of the room that is left.
+
+    The published code takes 13 of the grid's 25 points: corners, middles of the edges, centre, and the four between
+    centre and corners.
+    """
+    sides = [int(min(height, width) * share) for share in shares]
+    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    high, wide = pairs[int(rng.integers(len(pairs)))]
+    places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]
+    down, across = places[int(rng.integers(len(places)))]
+    return down * ((height - high) // 4), across * ((width - wide) // 4), high, wide
 
 
 def apply(plan: Plan, video: Tensor, size: int) -> Tensor:

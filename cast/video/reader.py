@@ -207,7 +207,7 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
             if frame.is_corrupt:  # later frames are built on it
                 raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
             if number in numbers:
-                found[number] = _upright_rgb(frame)
+                found[number] = upright_rgb(frame)
             if number >= max(numbers):
                 break
     return found
@@ -240,7 +240,8 @@ def _from_key_frame(
             expected += 1
 
 
-def _upright_rgb(frame: VideoFrame) -> np.ndarray:
+def upright_rgb(frame: VideoFrame) -> np.ndarray:
+    """A decoded picture as uint8 RGB [H, W, 3], turned as its metadata says."""
     picture = frame.to_ndarray(format="rgb24")
     quarter_turns = round(frame.rotation / 90)
     if quarter_turns % 4 and frame.rotation % 90 == 0:

@@ -1,0 +1,200 @@
+"""`cast export`: the eager model as a program without this package, for PyTorch or ONNX.
+
+The program takes `video`, float32 [batch, 3, frames, H, W], normalised as everywhere here, any batch, and returns the
+logits of each head in the heads' alphabetical order. It is compared with the model before its file appears.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cast.labels import numbers
+from cast.model import CAST
+from cast.optional import require
+from cast.video.transforms import MEAN, STD
+from cast.zoo import load
+
+Format = Literal["torch", "onnx"]
+ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
+
+#: Largest difference of a logit, over the largest logit, that counts as equal: fp32 sums in another order, 12 blocks
+#: deep. Measured on the small test models it is below 1e-5; a lost bias or a swapped axis makes more than 1e-1.
+TOLERANCE = 1e-3
+#: Batches that the program is compared at: neither is the one that it was traced with.
+BATCHES = (1, 3)
+#: Largest ONNX file in one piece; the format ends at 2 GiB, and weights then go into a file beside it.
+_ONE_FILE = 1_900_000_000
+
+
+class ParityError(ValueError):
+    """The exported program answers otherwise than the model; no file was written."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export.
+
+    Args:
+        files: what was written; the first one is what loads.
+        error: largest difference from the model's logits, over the largest logit.
+    """
+
+    files: list[Path]
+    error: float
+
+
+class _Heads(nn.Module):
+    """The model with a tuple of logits, which every format can say."""
+
+    def __init__(self, model: CAST) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.heads = sorted(model.config.classes)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, ...]:
+        logits = self.model(video)
+        return tuple(logits[head] for head in self.heads)
+
+
+def export(
+    model: CAST | str | os.PathLike[str], path: str | os.PathLike[str] | None = None, format: Format = "torch"
+) -> Exported:
+    """Write a model as a program.
+
+    Args:
+        model: a CAST, whose weights are taken in fp32; or where one is, see `cast.zoo.load`.
+        path: the file; if None the model's directory's name with `.pt2` or `.onnx`, in the working directory.
+        format: "torch" (`torch.export`, loads with `torch.export.load`) or "onnx" (loads with ONNX Runtime).
+
+    Raises:
+        ValueError: no such format, or a path that is a directory.
+        ParityError: the program answers otherwise than the model.
+        MissingExtraError: ONNX's packages are not installed.
+        FileNotFoundError: no such model.
+    """
+    if format not in ENDINGS:
+        raise ValueError(f"format is {format!r}; it must be {' or '.join(map(repr, ENDINGS))}")
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            require(package, "onnx")
+    name = "cast" if isinstance(model, CAST) else Path(model).name
+    target = Path(path or f"{name}{ENDINGS[format]}")
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"{target}: give a file in a directory that is there")
+    given = model if isinstance(model, CAST) else load(model)
+    program = _Heads(_eager(given)).eval()
+    config = given.config
+    video = torch.randn(2, 3, config.num_frames, config.image_size, config.image_size)
+    traced = torch.export.export(program, (video,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        draft = Path(folder) / target.name
+        _FORMATS[format][0](traced, draft, program.heads, _about(given))
+        error = parity(program, _FORMATS[format][1](draft, program.heads))
+        files = [target, *(target.parent / extra.name for extra in sorted(Path(folder).iterdir()) if extra != draft)]
+        for file in reversed(files):  # what loads comes last, when all it needs is there
+            shutil.move(Path(folder) / file.name, file)
+    return Exported(files, error)
+
+
+def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> float:
+    """Compare a program with the model on random clips, in batches of one and of three.
+
+    Args:
+        program: the model, from clips to a tuple of logits.
+        other: the same from the exported file.
+
+    Returns:
+        The largest difference, over the largest logit.
+
+    Raises:
+        ParityError: it is above the tolerance, or something is not a number.
+    """
+    config = program.config
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for batch in BATCHES:
+        shape = (batch, 3, config.num_frames, config.image_size, config.image_size)
+        video = torch.randn(shape, generator=generator)
+        with torch.inference_mode():
+            ours, theirs = program(video), other(video)
+        for head, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a.shape != b.shape:
+                raise ParityError(f"head {head} has shape {list(b.shape)} in the export, {list(a.shape)} in the model")
+            scale = max(float(a.abs().max()), torch.finfo(torch.float32).tiny)
+            error = float((a - b).abs().max()) / scale
+            if not error <= TOLERANCE:  # so that NaN fails
+                raise ParityError(
+                    f"the export's logits differ by {error:.2g} of the largest one at batch {batch}; allowed is "
+                    f"{TOLERANCE:g}, so nothing was written"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _eager(model: CAST) -> CAST:
+    """An fp32 copy on the CPU in which compilers see through every op."""
+    copy = CAST(model.config, fused=False)
+    copy.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()})
+    return copy.requires_grad_(False).eval()
+
+
+def _about(model: CAST) -> dict[str, str]:
+    """What a user of the file must know, as text."""
+    config = model.config
+    return {
+        "config.json": json.dumps(config.to_dict()),
+        "labels.json": json.dumps(model.labels or numbers(config.classes), ensure_ascii=False),
+        "input.json": json.dumps(
+            {"layout": "batch, RGB, frames, height, width", "range": [0, 1], "mean": list(MEAN), "std": list(STD)}
+        ),
+    }
+
+
+def _write_torch(traced: Any, path: Path, heads: list[str], about: dict[str, str]) -> None:
+    torch.export.save(traced, path, extra_files=about)
+
+
+def _run_torch(path: Path, heads: list[str]) -> Callable[[Tensor], Sequence[Tensor]]:
+    return torch.export.load(path).module()
+
+
+def _write_onnx(traced: Any, path: Path, heads: list[str], about: dict[str, str]) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in traced.state_dict.values())
+    program = torch.onnx.export(
+        traced, input_names=["video"], output_names=heads, external_data=False, dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.model.metadata_props.update(about)
+    program.save(path, external_data=size > _ONE_FILE)
+
+
+def _run_onnx(path: Path, heads: list[str]) -> Callable[[Tensor], Sequence[Tensor]]:
+    runtime = require("onnxruntime", "onnx")
+    session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+
+    def run(video: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(array) for array in session.run(heads, {"video": video.numpy()})]
+
+    return run
+
+
+_Writer = Callable[[Any, Path, list[str], dict[str, str]], None]
+_Runner = Callable[[Path, list[str]], Callable[[Tensor], Sequence[Tensor]]]
+_FORMATS: dict[str, tuple[_Writer, _Runner]] = {"torch": (_write_torch, _run_torch), "onnx": (_write_onnx, _run_onnx)}
+
+
+def main(checkpoint: str, format: Format, out: Path | None) -> None:
+    """Export, and print what was written and how well it agrees."""
+    done = export(checkpoint, out, format)
+    for file in done.files:
+        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    print(f"largest difference from the model: {done.error:.1e} of the largest logit, in batches of 1 and 3")

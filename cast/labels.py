@@ -1,0 +1,53 @@
+"""Class names beside a checkpoint: labels.json, {"verb": [...], "noun": [...]} or {"action": [...]}."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+#: In a checkpoint's directory.
+LABELS = "labels.json"
+
+
+def read_labels(directory: str | os.PathLike[str], classes: Mapping[str, int]) -> dict[str, list[str]] | None:
+    """Class names by head from `labels.json` in a directory; None where there is no such file.
+
+    Args:
+        directory: a checkpoint's.
+        classes: number of classes by head.
+
+    Raises:
+        ValueError: the file is no JSON, lacks a head or has another number of names than the head has classes.
+    """
+    path = Path(directory) / LABELS
+    if not path.exists():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    check_names(str(path), names, classes)
+    return {head: [str(name) for name in names[head]] for head in classes}
+
+
+def numbers(classes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The classes' numbers as their names, by head."""
+    return {head: [str(index) for index in range(count)] for head, count in classes.items()}
+
+
+def check_names(what: str, names: object, classes: Mapping[str, int]) -> None:
+    """As many class names by head as the model has.
+
+    Raises:
+        ValueError: a head without a list, or with another number of names.
+    """
+    for head, count in classes.items():
+        given = names.get(head) if isinstance(names, Mapping) else None
+        number = len(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
+        if number != count:
+            found = "none" if number is None else f"{number} names"
+            raise ValueError(
+                f"{what}: must have a list of {count} names for {head!r}, as the model has; it has {found}"
+            )

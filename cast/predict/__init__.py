@@ -1,0 +1,19 @@
+"""Name the action in a video, in a folder of videos, or in a stream of frames."""
+
+from cast.labels import LABELS
+from cast.predict.command import main
+from cast.predict.guesses import Failure, Guess, Moment, Prediction, load_labels, table
+from cast.predict.predictor import Predictor, predict
+
+__all__ = [
+    "LABELS",
+    "Failure",
+    "Guess",
+    "Moment",
+    "Prediction",
+    "Predictor",
+    "load_labels",
+    "main",
+    "predict",
+    "table",
+]

@@ -1,0 +1,85 @@
+"""`cast predict`: a table for one video, a line of JSON for each of many and for each moment of a stream."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from cast.predict.guesses import Failure, PathLike, table
+from cast.predict.predictor import EVERY, WINDOW, Predictor
+from cast.video.reader import frame_count
+from cast.video.sampling import Sampling
+from cast.video.stream import frames, is_live
+
+
+def main(
+    video: PathLike,
+    checkpoint: PathLike,
+    top: int = 5,
+    as_json: bool = False,
+    sampling: Sampling = "uniform",
+    every: int = 0,
+    window: int = WINDOW,
+    batch: int = 6,
+) -> None:
+    """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
+
+    Args:
+        video: a video file; a folder; a camera, an address or "-" for standard input.
+        checkpoint: see :class:`Predictor`.
+        top: guesses per head.
+        as_json: for one video JSON instead of a table; the others are JSON lines anyway.
+        sampling: see :class:`Predictor`.
+        every: frames between guesses about a stream; if not 0, a file is read as a stream too.
+        window: frames of a stream that a guess looks back on.
+        batch: clips in a forward pass.
+
+    Raises:
+        VideoError: a video that can't be read.
+        ValueError: there is no usable checkpoint, an option below 1, or files in the folder that can't be read; the
+            others are predicted before it is raised.
+    """
+    what = os.fspath(video)
+    live, folder = is_live(what), Path(what).is_dir()
+    if not live and not folder:
+        frame_count(what)  # a bad file should not have to wait for the model
+    predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch)
+    if every or live:
+        _stream(predictor, what, every or EVERY, window)
+    elif folder:
+        _folder(predictor, what)
+    else:
+        _one(predictor, what, as_json)
+
+
+def _one(predictor: Predictor, video: str, as_json: bool) -> None:
+    prediction = predictor(video)
+    if as_json:
+        print(prediction.to_json())
+        return
+    console = Console()
+    console.print(
+        f"{Path(video).name}: {prediction.frames} frames, {prediction.views} views", highlight=False, markup=False
+    )
+    console.print(table(prediction))
+
+
+def _folder(predictor: Predictor, folder: str) -> None:
+    bad, total = 0, 0
+    for answer in predictor.folder(folder):
+        print(answer.to_json(indent=None), flush=True)
+        total += 1
+        if isinstance(answer, Failure):
+            bad += 1
+            print(f"cast predict: {answer.error}", file=sys.stderr)
+    if bad:
+        raise ValueError(f"{bad} of {total} videos could not be read; the others are predicted")
+
+
+def _stream(predictor: Predictor, source: str, every: int, window: int) -> None:
+    pictures = frames(sys.stdin.buffer if source == "-" else source)
+    for moment in predictor.stream(pictures, every, window):
+        print(moment.to_json(indent=None), flush=True)

@@ -1,0 +1,169 @@
+"""`Predictor`: a model with its class names, ready for videos, folders and streams."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cast.evaluation.protocol import Protocol, normalise
+from cast.labels import check_names, numbers
+from cast.metrics import average_views
+from cast.model import CAST
+from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess
+from cast.predict.window import Window
+from cast.video.files import VideoError, video_files
+from cast.video.reader import frame_count
+from cast.video.sampling import Sampling
+from cast.zoo import load
+
+#: Frames of a stream that one guess looks back on, and frames from one guess to the next.
+WINDOW, EVERY = 64, 16
+#: Videos that are decoded while the model works.
+_AHEAD = 4
+
+
+class Predictor:
+    """Names actions. Probabilities are averaged over all views of the published test protocol.
+
+    Args:
+        model: a CAST; or where one is: a directory that `save_pretrained` wrote, a name in `cast.list_models()`, or
+            a repository of the Hugging Face Hub.
+        labels: class names by head; if None those that the model came with, else the classes' numbers.
+        top: guesses per head, fewer where there are fewer classes.
+        sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2; 2 x 3 views) or "dense" (Kinetics-400; 5 x 3).
+        batch: clips in a forward pass; those of several videos go together.
+        device: where the model runs; the GPU if None and there is one.
+
+    Raises:
+        ValueError: an option that makes no sense, labels that do not fit, or a model that cannot be read.
+        FileNotFoundError: no such model.
+    """
+
+    def __init__(
+        self,
+        model: CAST | PathLike,
+        labels: Mapping[str, Sequence[str]] | None = None,
+        top: int = 5,
+        sampling: Sampling = "uniform",
+        batch: int = 6,
+        device: str | torch.device | None = None,
+    ) -> None:
+        for name, value in (("top", top), ("batch", batch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        found = model if isinstance(model, CAST) else load(model)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = found.eval() if isinstance(model, CAST) and device is None else found.eval().to(where)
+        config = self.model.config
+        names = labels or self.model.labels or numbers(config.classes)
+        check_names("labels", names, config.classes)
+        self.labels = {head: list(names[head]) for head in config.classes}
+        self.top, self.batch = top, batch
+        self.protocol = Protocol(sampling, frames=config.num_frames, size=config.image_size)
+
+    def __call__(self, video: PathLike) -> Prediction:
+        """Name the action in one video file.
+
+        Raises:
+            VideoError: the file can't be read as a video.
+        """
+        return self._answer([(os.fspath(video), *self._decode(video))])[0]
+
+    def folder(self, folder: PathLike) -> Iterator[Prediction | Failure]:
+        """As :meth:`many`, for every video below a folder, in alphabetical order.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return self.many(video_files(folder))
+
+    def many(self, videos: Iterable[PathLike]) -> Iterator[Prediction | Failure]:
+        """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure."""
+        ready: list[tuple[str, int, Tensor]] = []
+        for name, decoded in self._ahead(videos):
+            try:
+                ready.append((name, *decoded.result()))
+                failed = None
+            except VideoError as error:
+                failed = Failure(name, str(error))
+            if failed or len(ready) * self.protocol.clips >= self.batch:
+                yield from self._answer(ready)
+                ready = []
+            if failed:
+                yield failed
+        yield from self._answer(ready)
+
+    def stream(self, frames: Iterable[np.ndarray], every: int = EVERY, window: int = WINDOW) -> Iterator[Moment]:
+        """Name the action in a stream, again and again.
+
+        A guess looks back on the last `window` frames, from which the model's frames are sampled as from a video; it
+        takes one view, cropped at the centre. The first comes when the window is full, the others every so many
+        frames, the last one where the stream ends.
+
+        Args:
+            frames: pictures, uint8 RGB [H, W, 3], for example `cast.video.stream.frames("/dev/video0")`.
+            every: frames from one guess to the next.
+            window: frames that one guess looks back on.
+
+        Raises:
+            ValueError, TypeError: a frame of another shape or type, options below 1, or a stream without frames.
+        """
+        held = Window(self.protocol, every, window)
+        for clip, first, last in held.clips(frames):
+            yield Moment(first, last, self._guesses(self._logits(clip[None])))
+
+    def _ahead(self, videos: Iterable[PathLike]) -> Iterator[tuple[str, Future[tuple[int, Tensor]]]]:
+        """Names, and clips that are decoded while others are looked at; FFmpeg works outside the interpreter's lock."""
+        waiting: deque[tuple[str, Future[tuple[int, Tensor]]]] = deque()
+        with ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1)) as pool:
+            for video in videos:
+                waiting.append((os.fspath(video), pool.submit(self._decode, video)))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+
+    def _decode(self, video: PathLike) -> tuple[int, Tensor]:
+        """Number of frames, and clips uint8 [views, 3, T, S, S]."""
+        return frame_count(video), self.protocol.read(video)
+
+    def _answer(self, videos: Sequence[tuple[str, int, Tensor]]) -> list[Prediction]:
+        if not videos:
+            return []
+        logits = self._logits(torch.cat([clips for _, _, clips in videos]))
+        views = self.protocol.clips
+        starts = range(0, len(videos) * views, views)
+        of_video = [{head: values[n : n + views] for head, values in logits.items()} for n in starts]
+        return [
+            Prediction(name, frames, views, self._guesses(own))
+            for (name, frames, _), own in zip(videos, of_video, strict=True)
+        ]
+
+    def _guesses(self, logits: Mapping[str, Tensor]) -> dict[str, list[Guess]]:
+        """From the logits [views, classes] of one video."""
+        return guess({head: average_views(values).cpu() for head, values in logits.items()}, self.labels, self.top)
+
+    @torch.inference_mode()
+    def _logits(self, clips: Tensor) -> dict[str, Tensor]:
+        """uint8 [clips, 3, T, S, S] -> logits by head, [clips, classes]."""
+        like = next(self.model.parameters())
+        parts = [self.model(normalise(part.to(like.device)).to(like.dtype)) for part in clips.split(self.batch)]
+        return {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
+
+
+def predict(
+    model: CAST,
+    video: PathLike,
+    labels: Mapping[str, Sequence[str]],
+    top: int = 5,
+    sampling: Sampling = "uniform",
+) -> Prediction:
+    """Name the action in one video with a model where it is; see :class:`Predictor` for arguments and errors."""
+    return Predictor(model, labels, top, sampling, batch=1)(Path(video))

@@ -1,0 +1,105 @@
+"""What a pre-training recipe can say. The defaults are VideoMAE's published ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cast.config import CASTConfig, make_config
+from cast.training.settings import CheckpointSettings, LogSettings, OptimSettings, RunSettings
+from cast.video.datasets import DataSettings
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """The decoder, which is thrown away after pre-training.
+
+    Args:
+        depth: blocks.
+        width: channels; null for half the encoder's.
+        heads: attention heads; null for half the encoder's.
+    """
+
+    depth: int = 4
+    width: int | None = None
+    heads: int | None = None
+
+    def config(self, encoder: CASTConfig) -> CASTConfig:
+        """The decoder's sizes.
+
+        Raises:
+            ValueError: sizes that no transformer can have.
+        """
+        width = encoder.embed_dim // 2 if self.width is None else self.width
+        heads = max(1, encoder.num_heads // 2) if self.heads is None else self.heads
+        try:
+            # Nothing exchanges here; any bottleneck that the heads divide will do.
+            return make_config(encoder, depth=self.depth, embed_dim=width, num_heads=heads, down_ratio=1.0)
+        except ValueError as error:
+            raise ValueError(f"the decoder of {self.depth} blocks, {width} channels, {heads} heads: {error}") from None
+
+
+def _published() -> OptimSettings:
+    return OptimSettings(
+        epochs=800,
+        total_batch=1024,
+        micro_batch=16,
+        clip_grad=None,
+        lr=1.5e-4,
+        min_lr=1e-5,
+        warmup_epochs=40,
+        weight_decay=0.05,
+        layer_decay=1.0,
+        betas=(0.9, 0.95),
+    )
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """A recipe of `cast pretrain`.
+
+    Args:
+        data: videos and augmentation. Labels are not read; `train: null` takes every video below `root`.
+        model: sizes of the temporal expert; the rest of CAST's settings has no effect.
+        decoder: sizes of the decoder.
+        mask_ratio: share of the patches that is hidden.
+        normalised: whether each patch's target has mean 0 and deviation 1 in each colour.
+        optim: optimizer, batch and schedule.
+        run: precision, kernels, compilation.
+        checkpoint: states that a killed training goes on from.
+        log: progress and figures.
+        out: directory for checkpoints, log.jsonl, settings.yaml, videomae.safetensors and reconstruction.png; empty
+            for runs/<recipe>.
+        seed: of the data's order, augmentation, masks, new weights.
+        pictures: clips in reconstruction.png; 0 for no picture.
+    """
+
+    data: DataSettings
+    model: CASTConfig = field(default_factory=CASTConfig)
+    decoder: DecoderSettings = field(default_factory=DecoderSettings)
+    mask_ratio: float = 0.9
+    normalised: bool = True
+    optim: OptimSettings = field(default_factory=_published)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    out: str = ""
+    seed: int = 0
+    pictures: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1")
+        if self.pictures < 0:
+            raise ValueError(f"pictures is {self.pictures}; it must be 0 or more clips")
+        for ours, theirs in (("image_size", "size"), ("num_frames", "frames")):
+            if getattr(self.model, ours) != getattr(self.data, theirs):
+                raise ValueError(
+                    f"model.{ours} is {getattr(self.model, ours)}, data.{theirs} {getattr(self.data, theirs)}; "
+                    "the model sees the data's clips, so they must be equal"
+                )
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes."""
+        return Path(self.out)

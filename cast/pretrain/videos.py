@@ -1,0 +1,41 @@
+"""Videos to pre-train on; nobody asks for their labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cast.video.annotations import Sample
+from cast.video.datasets import DataSettings, VideoSet
+from cast.video.files import video_files
+from cast.video.skips import DEFAULT_NAME, read_skips
+
+
+def unlabelled(settings: DataSettings, split: str) -> tuple[list[Sample], str]:
+    """The videos of a split without labels, and a line about those left out.
+
+    Args:
+        settings: of the data set. Without an annotation file for training, all videos below its root are taken.
+        split: "train" or "val".
+
+    Raises:
+        ValueError: annotations that can't be read, or no videos.
+    """
+    if split == "train" and settings.train is None:
+        return _folder(settings)
+    videos = VideoSet(settings)
+    return [Sample(sample.path, {}) for sample in videos.samples(split)], videos.skipped(split)
+
+
+def _folder(settings: DataSettings) -> tuple[list[Sample], str]:
+    root = Path(settings.root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such directory; data.root names the one with the videos")
+    found = video_files(root)
+    skips: dict[str, str] = {}
+    listed = root / (DEFAULT_NAME if settings.skip_list == "auto" else settings.skip_list)
+    if settings.skip_list != "none" and (settings.skip_list != "auto" or listed.is_file()):
+        skips = read_skips(listed)
+    kept = [path for path in found if str(path.relative_to(root)) not in skips]
+    if not kept:
+        raise ValueError(f"{root}: all {len(found)} videos are on {listed}")
+    return [Sample(path, {}) for path in kept], f"{root}: {len(kept)} of {len(found)} videos below it are taken"

@@ -1,0 +1,139 @@
+"""Published models by name. Their authors share them on Google Drive; nothing is downloaded here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cast.config import make_config
+from cast.model import CAST, load_official_checkpoint
+
+#: Environment variable with the directory of downloaded checkpoints.
+VARIABLE = "CAST_MODELS"
+_HOME = Path("~/.cache/cast")
+_ENDINGS = (".pth", ".pt", ".safetensors")
+_ZOO = "https://github.com/KHU-VLL/CAST#model-zoo"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint of the authors.
+
+    Args:
+        data: what it was trained on.
+        heads: name -> classes.
+        result: top-1 accuracy in percent as the authors report it (of actions).
+        url: where they publish it (README of github.com/KHU-VLL/CAST).
+        variant: its sizes, a name in `cast.VARIANTS`.
+    """
+
+    data: str
+    heads: dict[str, int]
+    result: float
+    url: str
+    variant: str = "base"
+
+
+def _drive(file: str) -> str:
+    return f"https://drive.google.com/file/d/{file}/view"
+
+
+MODELS: dict[str, Published] = {
+    "cast_base_ek100": Published(
+        "EPIC-KITCHENS-100", {"verb": 97, "noun": 300}, 49.3, _drive("1pW5tMWG2N5zqQOOPcrawwQpIAhPFMoVx")
+    ),
+    "cast_base_ssv2": Published(
+        "Something-Something V2", {"action": 174}, 71.6, _drive("1RrAVF4tlpZCPYNY49M0pKQfopP6p6Vir")
+    ),
+    "cast_base_k400": Published("Kinetics-400", {"action": 400}, 85.3, _drive("16ndsBVNjRuJMRM40P0-a3Q1JVA8tNLK7")),
+}
+
+
+def list_models() -> list[str]:
+    """Names that :func:`create_model` knows."""
+    return list(MODELS)
+
+
+def create_model(
+    name: str,
+    pretrained: bool = True,
+    directory: str | os.PathLike[str] | None = None,
+    fused: bool = True,
+    trust_pickle: bool = False,
+    **overrides: Any,
+) -> CAST:
+    """A published model by its name.
+
+    Args:
+        name: one of :func:`list_models`.
+        pretrained: whether with the authors' weights, from a file that you downloaded; else newly initialised.
+        directory: where that file is, as `<name>.pth`, `.pt`, `.safetensors`, or a directory `<name>` with DeepSpeed's
+            or `save_pretrained`'s files; if None what the environment variable CAST_MODELS says, else ~/.cache/cast.
+        fused: whether compiled kernels may run.
+        trust_pickle: whether a torch file may run code while it loads.
+        overrides: fields of CASTConfig, for a new model.
+
+    Raises:
+        ValueError: no such name, overrides for pre-trained weights, or a file that holds another model.
+        FileNotFoundError: the file is not there; says where it is looked for and where to get it.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no model {name!r}; {hint}There are {', '.join(MODELS)}")
+    published = MODELS[name]
+    if not pretrained:
+        return CAST(published.variant, fused=fused, **({"heads": published.heads} | overrides))
+    if overrides:
+        raise ValueError(f"{', '.join(overrides)} cannot be set for pre-trained weights; pass pretrained=False")
+    path = _find(name, published, directory)
+    wanted = make_config(published.variant, heads=published.heads)
+    if (path / "config.json").is_file():
+        model = CAST.from_pretrained(path, fused)
+    else:
+        model = load_official_checkpoint(path, wanted.num_heads, fused, trust_pickle)
+    if model.config != wanted:
+        theirs, ours = model.config.to_dict(), wanted.to_dict()
+        differing = ", ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key])
+        raise ValueError(f"{path} is not {name}: it has {differing}. Load it with cast.load_official_checkpoint")
+    return model
+
+
+def load(what: str | os.PathLike[str], fused: bool = True) -> CAST:
+    """A model from wherever it is.
+
+    Args:
+        what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file, or
+            `owner/name` on the Hugging Face Hub.
+        fused: whether compiled kernels may run.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file that can't be read, or holds something else.
+    """
+    name = os.fspath(what)
+    if name in MODELS and not Path(name).exists():
+        return create_model(name, fused=fused)
+    if Path(name).is_file():
+        return load_official_checkpoint(name, fused=fused)
+    if (Path(name) / "model" / "config.json").is_file() and not (Path(name) / "config.json").is_file():
+        name = os.path.join(name, "model")  # a training's directory, with the finished model in it
+    try:
+        return CAST.from_pretrained(name, fused)
+    except TypeError as error:  # a configuration with unknown fields
+        raise ValueError(f"{Path(name) / 'config.json'}: {error}") from None
+
+
+def _find(name: str, published: Published, directory: str | os.PathLike[str] | None) -> Path:
+    folder = Path(directory or os.environ.get(VARIABLE) or _HOME.expanduser())
+    for path in (folder / name, *(folder / f"{name}{ending}" for ending in _ENDINGS)):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"no weights of {name}: {folder / name}.pth is not there (nor {', '.join(_ENDINGS[1:])}, nor a directory "
+        f"{name}). Download the checkpoint of {published.data} from {published.url} ({_ZOO}) and save it under this "
+        f"name; {VARIABLE} or directory= names another place"
+    )
