@@ -237,6 +237,10 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
     ("sm_100", "project_backward", 16): Allowance(
         "eight words once a step of 64 channels, of 32 twelve; tcgen05 takes no fewer than these 64 rows", loop_spills=8
     ),
+    ("sm_100", "adapter_backward", 16): Allowance(
+        "in fp16 seven words once a step of 64 channels, in bf16 none; tcgen05 takes no fewer than these 64 rows",
+        loop_spills=7,
+    ),
     **{
         (arch, "position_products", 16): Allowance(
             "sums in fp32, as tf32 products of 16 rows: a table of eight positions has no 64 for wgmma or tcgen05",
