@@ -98,7 +98,10 @@ def top_pairs(verb: Tensor, noun: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if not 1 <= k <= verb.shape[1] * noun.shape[1]:
         raise ValueError(f"k is {k}; it must be from 1 to {verb.shape[1] * noun.shape[1]}, the number of pairs")
-    (p_verb, verbs), (p_noun, nouns) = top_classes(verb, min(k, verb.shape[1])), top_classes(noun, min(k, noun.shape[1]))
+    (p_verb, verbs), (p_noun, nouns) = (
+        top_classes(verb, min(k, verb.shape[1])),
+        top_classes(noun, min(k, noun.shape[1])),
+    )
     # The pair of the i-th best verb and the j-th best noun has i * j - 1 pairs before it that are no worse.
     ranks = torch.outer(torch.arange(1, p_verb.shape[1] + 1), torch.arange(1, p_noun.shape[1] + 1))
     row, column = (places.to(verb.device) for places in (ranks <= k).nonzero(as_tuple=True))
