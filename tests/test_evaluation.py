@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from video_files import write_video
 from cast.baselines import TwoStream, build
 from cast.cli import main as command
 from cast.config import make_config
-from cast.evaluation import Predictions, Protocol, Run, evaluate, read_predictions
+from cast.evaluation import Predictions, Protocol, Run, evaluate, read_predictions, write_predictions
 from cast.evaluation.checkpoint import find_log, load_checkpoint
 from cast.evaluation.cost import model_cost
 from cast.evaluation.inference import sample_names
@@ -298,6 +299,25 @@ def test_another_evaluation_in_the_directory_is_kept(
     assert command(["evaluate", str(checkpoint), str(root), "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_class_names_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Class 0 of the labels would be another class than class 0 of the answers."""
+    root = write_dataset(tmp_path / "data", 1)
+    (root / "classes.json").write_text(json.dumps(CLASSES | {"noun": sorted(CLASSES["noun"])}))
+    model = small_cast()
+    model.labels = CLASSES
+    model.save_pretrained(tmp_path / "model")
+    assert command(["evaluate", str(tmp_path / "model"), str(root), "--out", str(tmp_path / "out")]) == 1
+    assert "call the classes of 'noun' otherwise: class 0 is 'door', not '<b>onion</b>'" in capsys.readouterr().err
+
+
+def test_a_report_does_not_make_up_how_a_file_was_made(
+    root: Path, straight: Predictions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_predictions(tmp_path / "foreign.jsonl", replace(straight, about={}))
+    assert command(["evaluate", str(tmp_path / "foreign.jsonl"), str(root), "--out", str(tmp_path / "out")]) == 1
+    assert "does not say how the test was made" in capsys.readouterr().err
 
 
 def test_class_counts_must_agree(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,14 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
             f"{path} has answers to {len(predictions.videos)} videos, the data set has {len(names)}, and they are not "
             "the same in the same order: give the data set and the split that the file was made on"
         )
-    return _Answered(predictions, Protocol(**predictions.about.get("protocol", {})), cost=_read_cost(path.parent))
+    try:
+        protocol = Protocol(**predictions.about["protocol"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f'{path} does not say how the test was made: its first line needs "about": {{"protocol": ...}} with '
+            f"the fields of {json.dumps(Protocol().to_dict())}"
+        ) from None
+    return _Answered(predictions, protocol, cost=_read_cost(path.parent))
 
 
 def _answers(
@@ -200,10 +207,23 @@ def _read_cost(directory: Path) -> Cost | None:
 def _class_names(
     own: dict[str, list[str]] | None, videos: VideoSet, counts: Mapping[str, int]
 ) -> Mapping[str, Sequence[str]]:
-    """The checkpoint's class names, or the data set's where it has none."""
+    """The checkpoint's class names, or the data set's where it has none.
+
+    Raises:
+        ValueError: another number of classes, or other names: a label would then mean another class.
+    """
     theirs = {head: len(names) for head, names in videos.classes.items()}
     if theirs != dict(counts):
         raise ValueError(f"the checkpoint's heads have {dict(counts)} classes and the data set's {theirs}")
+    for head, names in (own or {}).items():
+        pairs = list(zip(names, videos.classes[head], strict=True))
+        both_named = not any(all(name.isdigit() for name in of_one) for of_one in zip(*pairs, strict=True))
+        wrong = [f"class {number} is {a!r}, not {b!r}" for number, (a, b) in enumerate(pairs) if a != b]
+        if both_named and wrong:
+            raise ValueError(
+                f"the checkpoint's labels.json and the data set call the classes of {head!r} otherwise: "
+                f"{', '.join(wrong[:3])}; give the data set the class names of the training (data.classes)"
+            )
     return own or videos.classes
 
 
