@@ -217,8 +217,9 @@ def test_names_of_tables() -> None:
         "cast",
     ]
     assert needed_experts(PLAN.models["videomae-videomae"]) == {"videomae"}
-    with pytest.raises(ValueError, match="unknown table 'table2'; there are all, table1a"):
-        select(["table2"])
+    for names in (["table2"], ["all", "table2"]):
+        with pytest.raises(ValueError, match="unknown table 'table2'; there are all, table1a"):
+            select(names)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,20 @@ def test_names_of_tables() -> None:
             r"paper is \[1\]; it must be",
         ),
         ({"models": {"cast": {"config": {"down_ratio": 4}}}, "tables": {}}, "define the model 'cast' differently"),
+        (
+            {"models": {"a": None}, "tables": {"table1a": {"rows": [{"label": "x", "model": "a"}]}}},
+            "define the table 'table1a' differently",
+        ),
+        ({"models": {"a": None}, "tables": []}, "each with entries by name"),
+        ({"models": {"a": "cast"}, "tables": {}}, "model a: is 'cast'; it must be fields by name"),
+        ({"models": {"a": {"single": "clip"}}, "tables": {}}, "single is 'clip'; it must be a list"),
+        ({"models": {"a": {"single": ["clip"]}}, "tables": {}}, "an expert and its adapters"),
+        ({"models": {"a": None}, "tables": {"t": {}}}, "t: needs 'rows'"),
+        ({"models": {"a": None}, "tables": {"t": {"rows": [{"model": "a"}]}}}, "entries have a 'label'"),
+        (
+            {"models": {"a": None, "b": {"members": ["a"]}, "c": {"members": ["b"]}}, "tables": {}},
+            "model c: the member 'b' is not trained itself",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, content: dict[str, Any], message: str) -> None:
@@ -249,5 +264,12 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_
     assert "cast study: error: unknown table 'table9'" in capsys.readouterr().err
     assert command(["study", "table1a", "--seeds", "0", "--out", str(tmp_path)]) == 1
     assert "seeds is 0" in capsys.readouterr().err
+    (tmp_path / "rows.yaml").write_text("models: [")
+    assert command(["study", str(tmp_path / "rows.yaml"), "--out", str(tmp_path)]) == 1
+    assert "is no YAML" in capsys.readouterr().err
+    own = {"models": {"a": {"design": "clip-mvd"}}, "tables": {"t": {"rows": [{"label": "x", "model": "a"}]}}}
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(own))
+    assert command(["study", str(tmp_path / "rows.yaml"), "--out", str(tmp_path)]) == 1
+    assert "no miniature of the expert mvd" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         command(["study"])
