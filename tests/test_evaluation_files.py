@@ -86,7 +86,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         write_predictions(tmp_path / "out.csv", predictions())
     if pytest.importorskip("pyarrow"):
         (tmp_path / "out.parquet").write_text("no")
-        with pytest.raises(ValueError, match="damaged one .as Parquet"):
+        with pytest.raises(ValueError, match="damaged one"):
             read_predictions(tmp_path / "out.parquet")
 
 

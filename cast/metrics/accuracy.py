@@ -7,8 +7,7 @@ Action accuracy of a compositional model comes in two kinds that agree for the b
 - paired (`paired_accuracy`): the right verb is among the `k` best verbs and the right noun among the `k` best nouns,
   as the published code's "top-5 action" counts. It is never lower, because `k * k` pairs count.
 
-Of equal scores the class with the lower index comes first, as `argmax` has it: the narrower a dtype, the more are equal,
-and every figure must then speak of the same guesses.
+Of equal scores the class with the lower index comes first, as `argmax` has it: every figure speaks of the same guesses.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def _annotate(figure: Any, axes: Any, named: Sequence[tuple[Point, str, int]], v
         best: tuple[int, Any, Any] | None = None
         for x, y, side in places:
             text = axes.annotate(
-                plain_text(point.name), (point.space, point.time), (x, y), textcoords="offset points", ha=side, color=colour,
-                fontsize=size, zorder=5,
+                plain_text(point.name), (point.space, point.time), (x, y), textcoords="offset points", ha=side,
+                color=colour, fontsize=size, zorder=5,
             )  # fmt: skip
             box = text.get_window_extent(renderer).padded(1)
             covered = sum(box.overlaps(other) for other in taken)
@@ -198,7 +198,7 @@ def _short(name: str, length: int = 28) -> str:
 
 
 def plain_text(name: str) -> str:
-    """A name from data as matplotlib must get it: a dollar sign begins no formula, a leading underscore hides nothing."""
+    """A name from data as matplotlib must get it: `$` begins no formula, and a leading `_` hides nothing."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
