@@ -311,8 +311,8 @@ def test_the_log_of_cast_train_is_read(tmp_path: Path) -> None:
 def test_logs_of_many_kinds_are_read(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "epoch": 0, "loss": 2.5, "lr": 0.1, "seconds": 3, "note": "hello"},
-        {"step": 2, "epoch": 0, "loss": 2.0, "lr": 0.2, "val": {"verb_top1": 30.0, "loss": 2.2}},
-        {"step": 3, "epoch": 1, "loss": float("nan"), "acc": 40, "ok": True},
+        {"step": 2, "epoch": 0, "loss": 2.0, "lr": 0.2, "val": {"verb_top1": 30.0, "loss": 2.2}, "drop_fraction": 0.1},
+        {"step": 3, "epoch": 1, "loss": float("nan"), "acc": 40, "ok": True, "grad_accumulation": 4},
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n\n[1]\n{"step": 4, "lo'
     (tmp_path / "log.jsonl").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
@@ -23,6 +25,7 @@ from cast.study.data import StoredPictures
 from cast.study.jobs import Job, Settings
 from cast.study.models import EXPERTS, MINIATURE, expert_weights, full_size, miniature, needed_experts, small_expert
 from cast.study.results import orderings, tally
+from cast.study.run import print_table
 from cast.study.tables import ROWS, Model, read_plan, select
 from cast.training import Recipe
 
@@ -179,6 +182,15 @@ def test_a_second_seed_adds_to_the_first_in_processes(finished: tuple[Path, dict
 def entry(label: str, paper: tuple[float, ...], *action: float) -> dict[str, Any]:
     runs = [{"verb": 1.0, "noun": 2.0, "action": value} for value in action]
     return {"label": label, "paper": dict(zip(("verb", "noun", "action"), paper, strict=True)), "runs": runs}
+
+
+def test_labels_of_own_rows_are_printed_as_they_are() -> None:
+    rows = [{"label": "mine [/b]", "paper": None, "not_run": "no [red] miniature"}]
+    console = Console(record=True, width=120, file=io.StringIO())
+    print_table(console, {"title": "[t]", "source": "own [/]", "rows": rows, "orderings": []})
+    shown = console.export_text()
+    for words in ("own [/]: [t]", "mine [/b]", "not run: mine [/b]: no [red] miniature"):
+        assert words in shown
 
 
 def test_orderings() -> None:

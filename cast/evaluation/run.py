@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
@@ -255,7 +256,7 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
         table = Table(title=f"{summary['videos']} videos, percent")
         table.add_column("")
         for name in models:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         for figure in summary["metrics"]:
             cells = [f"{figures[figure]:.2f}" if figure in figures else "" for figures in models.values()]
             table.add_row(figure, *cells)
