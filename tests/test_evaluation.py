@@ -25,9 +25,12 @@ from cast.evaluation.cost import model_cost
 from cast.evaluation.inference import sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.protocol import normalise
+from cast.evaluation.run import _class_names
+from cast.labels import numbers
 from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
 from cast.video.dataset import views_of
+from cast.video.datasets import open_dataset
 from cast.video.reader import VideoError
 
 pytest.importorskip("matplotlib")
@@ -310,6 +313,13 @@ def test_class_names_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[st
     model.save_pretrained(tmp_path / "model")
     assert command(["evaluate", str(tmp_path / "model"), str(root), "--out", str(tmp_path / "out")]) == 1
     assert "call the classes of 'noun' otherwise: class 0 is 'door', not '<b>onion</b>'" in capsys.readouterr().err
+
+
+def test_names_are_preferred_to_numbers(tmp_path: Path) -> None:
+    videos = open_dataset(write_dataset(tmp_path / "data", 1))
+    assert _class_names(numbers(COUNTS), videos, COUNTS) == CLASSES == _class_names(None, videos, COUNTS)
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(numbers(COUNTS)))
+    assert _class_names(CLASSES, open_dataset(tmp_path / "data"), COUNTS) == CLASSES
 
 
 def test_a_report_does_not_make_up_how_a_file_was_made(

@@ -28,6 +28,7 @@ from cast.evaluation.report.curves import read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.summary import summarise
 from cast.files import write_json, write_text
+from cast.labels import numbers
 from cast.optional import require
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
@@ -208,7 +209,7 @@ def _read_cost(directory: Path) -> Cost | None:
 def _class_names(
     own: dict[str, list[str]] | None, videos: VideoSet, counts: Mapping[str, int]
 ) -> Mapping[str, Sequence[str]]:
-    """The checkpoint's class names, or the data set's where it has none.
+    """The checkpoint's class names, or the data set's where it has numbers only.
 
     Raises:
         ValueError: another number of classes, or other names: a label would then mean another class.
@@ -216,16 +217,17 @@ def _class_names(
     theirs = {head: len(names) for head, names in videos.classes.items()}
     if theirs != dict(counts):
         raise ValueError(f"the checkpoint's heads have {dict(counts)} classes and the data set's {theirs}")
-    for head, names in (own or {}).items():
-        pairs = list(zip(names, videos.classes[head], strict=True))
-        both_named = not any(all(name.isdigit() for name in of_one) for of_one in zip(*pairs, strict=True))
-        wrong = [f"class {number} is {a!r}, not {b!r}" for number, (a, b) in enumerate(pairs) if a != b]
-        if both_named and wrong:
+    unnamed, chosen = numbers(counts), {}
+    for head, names in videos.classes.items():
+        ours = own[head] if own else unnamed[head]
+        chosen[head] = names if ours == unnamed[head] else ours
+        wrong = [f"class {n} is {a!r}, not {b!r}" for n, (a, b) in enumerate(zip(ours, names, strict=True)) if a != b]
+        if wrong and unnamed[head] not in (ours, names):
             raise ValueError(
                 f"the checkpoint's labels.json and the data set call the classes of {head!r} otherwise: "
                 f"{', '.join(wrong[:3])}; give the data set the class names of the training (data.classes)"
             )
-    return own or videos.classes
+    return chosen
 
 
 def _check_submission(counts: Mapping[str, int], levels: Sequence[int]) -> None:
