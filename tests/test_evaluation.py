@@ -162,7 +162,7 @@ def test_what_cannot_be_evaluated_is_refused(samples: list[Sample], tmp_path: Pa
     model = small_cast()
     with pytest.raises(ValueError, match="there are no samples"):
         evaluate(model, [], CLASSES, PROTOCOL)
-    with pytest.raises(ValueError, match="clip_0.mp4 more than once"):
+    with pytest.raises(ValueError, match=r"clip_0\.mp4 more than once"):
         evaluate(model, [samples[0], samples[0]], CLASSES, PROTOCOL)
     with pytest.raises(ValueError, match=r"heads are \{'.*\} and the data set's \{'verb': 6, 'noun': 2\}"):
         evaluate(model, samples, CLASSES | {"noun": ["door", "tap"]}, PROTOCOL)
