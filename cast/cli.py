@@ -176,7 +176,7 @@ def data(
     short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
 
     Args:
-        action: check
+        action: what to do
         dataset: a directory with train.csv or val.csv, a YAML file with a data section, or an annotation file
         root: directory of the data set, where dataset is not it
         workers: processes that probe; 0 for one per core
@@ -187,16 +187,8 @@ def data(
     main(dataset, root, workers or None, out)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    train,
-    pretrain,
-    predict,
-    evaluate,
-    export,
-    demo,
-    study,
-    data,
-)
+#: In the order in which a person meets them.
+COMMANDS: tuple[Callable[..., None], ...] = (demo, data, pretrain, train, evaluate, predict, export, study)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,7 +235,9 @@ def _parser() -> tuple[ArgumentParser, dict[str, Callable[..., None]]]:
     subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
     for command in COMMANDS:
         help_text = parse_docstring(inspect.getdoc(command) or "").short_description
-        subcommands.add_subcommand(command.__name__, _command_parser(command), help=help_text)
+        own = _command_parser(command)
+        subcommands.add_subcommand(command.__name__, own, help=help_text)
+        own.prog = f"cast {command.__name__}"  # without jsonargparse's "[options]", of which there are none here
     return parser, {command.__name__: command for command in COMMANDS}
 
 

@@ -151,6 +151,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds a {type(fields).__name__}; expected CASTConfig's fields by name")
+    if "design" in fields or "expert" in fields:
+        raise ValueError(f"{file} is a baseline's, no CAST's: cast evaluate and cast.baselines.read_baseline load it")
     return fields
 
 

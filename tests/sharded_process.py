@@ -54,8 +54,12 @@ def _tell(accelerator: Accelerator, kind: DistributedType) -> None:
     PartialState._shared_state["distributed_type"] = kind
 
 
-if __name__ == "__main__":
-    mode, out, *overrides = sys.argv[1:]
+def run(mode: str, out: str, *overrides: str) -> None:
+    """Train as one of the processes that the environment speaks of."""
     kinds: dict[str, Any] = {"ddp": Accelerator, "fsdp2": FSDP2, "zero1": ZeRO, "zero2": ZeRO2}
     room.Accelerator = kinds[mode]  # type: ignore[misc]
     fit(load_recipe(TrainSettings, "digits", f"out={out}", *overrides), resume=True)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

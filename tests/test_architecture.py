@@ -76,7 +76,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.pretrain",
         "cast.optional",
     ),
-    "cast.training": ("cast_kernels", "cast.config", "cast.model", "cast.video", "cast.optional", "cast.training"),
+    "cast.training": (
+        "cast_kernels",
+        "cast.config",
+        "cast.model",
+        "cast.baselines",
+        "cast.video",
+        "cast.optional",
+        "cast.training",
+    ),
     "cast.baselines": (
         "cast_kernels",
         "cast.baselines",
@@ -88,6 +96,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.optional",
     ),
     "cast.files": (),
+    "cast.published": (),
     "cast.metrics": ("cast.metrics",),
     "cast.evaluation": (
         "cast.config",
@@ -99,6 +108,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.labels",
         "cast.training",
         "cast.files",
+        "cast.published",
         "cast.optional",
         "cast.evaluation",
     ),

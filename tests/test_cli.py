@@ -87,7 +87,7 @@ def test_a_bad_checkpoint_is_one_line(video: Path, tmp_path: Path, capsys: pytes
         (["predict", "x.mp4", "--checkpoint", "c", "--top", "many"], "Got value: many"),
         (["predict", "x.mp4", "--checkpoint", "c", "--sampling", "sparse"], "'uniform', 'dense'"),
         (["predikt"], "invalid choice: 'predikt'"),
-        ([], "predict"),
+        ([], "to be one of {demo,data,"),
     ],
 )
 def test_bad_usage_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

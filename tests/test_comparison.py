@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from cast.study.comparison import PUBLISHED, document, main, table
+from cast.published import read_published
+from cast.study.comparison import document, main, table
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text())
-    return content
+    return read_published()
 
 
 def test_the_document_is_what_the_generator_writes(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
 #: Every kernel of the product.
 KERNELS = {
     "project", "exchange", "exchange_backward", "attention_backward", "project_backward", "position_sums",
-    "reduce_rows", "weight_gradient", "adapter_forward", "adapter_backward",
+    "position_products", "reduce_rows", "weight_gradient", "sum_parts", "adapter_forward", "adapter_backward",
     "norm", "norm_backward", "activate", "activate_backward",
 }  # fmt: skip
 

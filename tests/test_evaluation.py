@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from evaluation_cases import CLASSES, COUNTS, small_cast, write_dataset
+from processes import together
 from torch import Tensor, nn
 from video_files import write_video
 
@@ -201,35 +198,12 @@ def test_names_have_as_many_folders_as_they_need() -> None:
     assert sample_names([Sample(Path(path), {}) for path in paths]) == ["x/1.mp4", "y/1.mp4", "x/2.mp4"]
 
 
-def _together(arguments: list[object], processes: int) -> None:
-    """`cast` with these arguments on so many processes, which find each other as under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here = Path(__file__).parent
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-    environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(here.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cast.cli", *map(str, arguments)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * processes, outputs
-
-
 def test_two_processes_write_the_files_of_one(checkpoint: Path, root: Path, tmp_path: Path) -> None:
     """Seven videos on two processes: shares of four and three, nothing twice and nothing lost."""
     arguments = ["evaluate", checkpoint, root, "--workers", "0", "--batch_size", "6", "--views", "1", "--out"]
     assert command([str(word) for word in (*arguments, tmp_path / "1")]) == 0
-    _together([*arguments, tmp_path / "2"], 2)
+    words = [str(word) for word in (*arguments, tmp_path / "2")]
+    together(command, words, processes=2, logs=tmp_path)
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
     cost = json.loads((tmp_path / "2" / "cost.json").read_text())

@@ -26,7 +26,7 @@ import cast_kernels
 from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton import bcast as triton_bcast
-from cast_kernels.triton import common, tiles
+from cast_kernels.triton import common, tiles, weight_gradient
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(batch=1, frames=2, patches=3, dim=32, bottleneck=16, heads=1)
@@ -118,15 +118,29 @@ def train(case: Case = CASE, dtype: torch.dtype = BF16, recompute: str = "cheap"
     torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
-FORWARD = ["project", "exchange", "exchange"]
-BACKWARD = ["project", *["exchange_backward", "reduce_rows", "attention_backward", "reduce_rows"] * 2]
-BACKWARD += ["project_backward", "reduce_rows", "reduce_rows", *["position_sums", "reduce_rows"] * 4, "weight_gradient"]
+FORWARD = ["project", "exchange"]
+BACKWARD = ["project", "exchange_backward", "attention_backward", "attention_backward", "project_backward"]
+BACKWARD += ["position_sums", "position_products", "reduce_rows", "weight_gradient", "sum_parts"]
 
 
 def test_launches_of_a_step(cache: Path) -> None:
     with offline_driver(target("sm_80"), Journal(), cache) as journal:
         train()
     assert journal.kernels == FORWARD + BACKWARD
+
+
+@pytest.mark.parametrize(
+    ("count", "programs", "parts"),
+    [
+        (84, 1, 1),  # not to be split
+        (132, 132, 1),
+        (48, 132, 2),  # 96 programs of a half: half the time; three parts take two rounds
+        (144, 108, 3),  # 432 programs, four whole rounds of a third
+        (10, 132, 4),  # no more parts than the workspace has
+    ],
+)
+def test_rows_are_split_where_that_fills_the_chip(count: int, programs: int, parts: int) -> None:
+    assert weight_gradient.split(count, programs) == parts
 
 
 def test_kernels_that_walk_over_all_rows_multiply_them_in_64_bits(cache: Path) -> None:
@@ -137,13 +151,15 @@ def test_kernels_that_walk_over_all_rows_multiply_them_in_64_bits(cache: Path) -
         "weight_gradient": 2,
         "reduce_rows": 1,
         "position_sums": 2,
-    }  # both operands; the partial sums; rows, sums
+        "position_products": 1,
+        "sum_parts": 1,
+    }  # both operands; the partial sums; rows, sums; the sums; the parts
     for kernel, count in offsets.items():
         products = re.findall(r"arith\.muli .* : (?:tensor<\d+x1x)?(i\d+)>?", journal.ttir[kernel])
         assert products.count("i64") >= count, kernel
     for kernel in {*FORWARD, *BACKWARD}:
         assert "tt.addptr" in journal.ttir[kernel]
-        assert re.search(r"tt\.addptr .*xi64>", journal.ttir[kernel]), kernel
+        assert re.search(r"tt\.addptr .*(?:xi64>|, i64)", journal.ttir[kernel]), kernel  # of a tile, or of a scalar
 
 
 def test_streams_and_parameters_of_different_dtypes_compile(cache: Path) -> None:
@@ -231,7 +247,7 @@ def test_each_gpu_has_kernels_of_its_own(cache: Path) -> None:
                 function.device_caches.pop(first + 1, None)
             driver.device = first
     assert set(loaded) == {first, first + 1}
-    assert loaded[first] == loaded[first + 1] == {*FORWARD, *BACKWARD} - {"position_sums"}
+    assert loaded[first] == loaded[first + 1] == {*FORWARD, *BACKWARD} - {"position_sums", "position_products"}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -266,7 +282,7 @@ def test_nothing_waits_for_the_gpu(recompute: str, autocast: torch.dtype | None,
         wanted = (True,) * (2 + len(parameters.flat()))
         triton_bcast.backward(*shared, saved, tokens, clips[:, None], 1e-6, recompute, y_s, y_t, wanted)
     assert journal.kernels[: len(FORWARD)] == FORWARD
-    assert journal.kernels[-1] == "weight_gradient"
+    assert journal.kernels[-2:] == ["weight_gradient", "sum_parts"]
 
 
 def test_what_would_wait_is_refused() -> None:

@@ -88,7 +88,8 @@ def test_neighbours_differ_in_one_field_that_the_kernels_read(part: str) -> None
         assert len(changed) == 1
         assert changed[0] in tune.PARTS[part]
     assert len(found) == len(set(found))
-    queries = {"row": {16, 32}, "exchange_short": {16, 32}, "attention_backward": {16, 32, 64}}
+    queries = {"row": {16, 32}, "exchange": {16, 32}, "exchange_short": {16, 32}}
+    queries |= {kernel: {16, 32, 64} for kernel in ("attention_backward", "attention_backward_short")}
     assert {tile.queries for tile in found} == queries.get(part, {32})
 
 
@@ -99,6 +100,9 @@ def test_a_program_holds_whole_tiles_of_queries() -> None:
 def test_an_entry_reads_back() -> None:
     text = as_python("sm_90", 16, 384, START)
     assert eval(f"{{{text}}}", {"TileSet": TileSet, "Tile": Tile}) == {("sm_90", 16, False): START}
+    few = replace(START, few_rows=100, few={"project": START.row})
+    text = as_python("sm_90", 16, 384, few)
+    assert eval(f"{{{text}}}", {"TileSet": TileSet, "Tile": Tile}) == {("sm_90", 16, False): few}
     assert as_python("sm_90", 32, 768, START).startswith('    ("sm_90", 32, True)')
 
 
@@ -111,6 +115,34 @@ def test_tiles_are_tried_and_put_back() -> None:
     with pytest.raises(ZeroDivisionError), tiles.trying("sm_90", 16, 384, START):
         raise ZeroDivisionError
     assert {key: tiles.find_set(*key) for key in before} == before
+
+
+def test_few_rows_have_tiles_of_their_own() -> None:
+    few = Tile(rows=16, k=32, columns=64, warps=4, stages=2)
+    with tiles.trying("sm_90", 16, 384, replace(START, few_rows=100, few={"project": few})):
+        assert tiles.find("sm_90", "project", 16, 384, rows=100) == few
+        assert tiles.find("sm_90", "exchange", 16, 384, rows=100) == START.row
+        assert tiles.find("sm_90", "project", 16, 384, rows=101) == tiles.find("sm_90", "project", 16, 384) == START.row
+
+
+def test_candidates_are_checked_themselves(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where correctness is checked rows are few: a tile for few rows would be checked in the candidate's place."""
+    small, seen = tune.Case(1, 2, 3, 32, 16, 1), []
+    time = measured(FakeMachine(), torch.bfloat16, small, "sm_80")
+    monkeypatch.setattr(tune, "run", lambda *_, **__: seen.append(tiles.find("sm_80", "project", 16, 16, rows=1)) or {})
+    monkeypatch.setattr(tune, "compare", lambda *_: [])
+    monkeypatch.setattr(tune, "steps", lambda *_, **__: Stop.here())
+    with pytest.raises(Stop):
+        time(replace(START, few_rows=100, few={"project": replace(START.row, rows=16)}))
+    assert seen == [START.row]
+
+
+class Stop(Exception):
+    """The timing would begin."""
+
+    @staticmethod
+    def here() -> None:
+        raise Stop
 
 
 def test_kernels_that_compute_nothing_are_refused(cache: Path) -> None:

@@ -1,10 +1,13 @@
-"""The paper's two-stream models by name."""
+"""The paper's models by name, and any of them from its directory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from cast.baselines.saved import read_saved
+from cast.baselines.single import SingleExpert
 from cast.baselines.two_stream import Design, TwoStream
 from cast.config import CASTConfig
 
@@ -30,6 +33,11 @@ DESIGNS: Mapping[str, Design] = {
     "eva-videomae": Design(spatial="timm:eva02_base_patch16_clip_224"),
     "eva-mvd": Design(spatial="timm:eva02_base_patch16_clip_224", temporal="mvd"),
 }
+#: Name -> (expert, its adapters), for one expert that names verb and noun: the members of Table 1(a)'s ensemble.
+SINGLES: Mapping[str, tuple[str, Literal["none", "cast", "aim"]]] = {
+    "single-spatial": ("clip", "aim"),
+    "single-temporal": ("videomae", "cast"),
+}
 
 
 def build(name: str, config: CASTConfig | str = "base", fused: bool = True, **overrides: Any) -> TwoStream:
@@ -47,3 +55,23 @@ def build(name: str, config: CASTConfig | str = "base", fused: bool = True, **ov
     if name not in DESIGNS:
         raise ValueError(f"unknown baseline {name!r}; there are {', '.join(DESIGNS)}")
     return TwoStream(DESIGNS[name], config, fused, **overrides)
+
+
+def read_baseline(directory: str | os.PathLike[str], fused: bool = True) -> TwoStream | SingleExpert:
+    """The baseline that `save_pretrained` wrote, of either kind, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no `config.json` or `model.safetensors`.
+        ValueError: a `config.json` of something else, or other tensors.
+    """
+    single = is_baseline(directory) and "expert" in read_saved(directory, "config")
+    return SingleExpert.from_pretrained(directory, fused) if single else TwoStream.from_pretrained(directory, fused)
+
+
+def is_baseline(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a baseline's configuration, rather than CAST's or none."""
+    try:
+        about = read_saved(directory, "config")
+    except (OSError, ValueError):
+        return False
+    return "design" in about or "expert" in about

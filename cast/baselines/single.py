@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cast.baselines.saved import load_saved, read_saved, write_saved
 from cast.baselines.two_stream import make_stream
 from cast.config import CASTConfig, make_config
 from cast.layers import Adapter, Running, drop_factor, init_linears
 from cast.weights.source import Source
+from cast_kernels import Recompute
 
 
 class SingleExpert(nn.Module):
@@ -22,6 +25,7 @@ class SingleExpert(nn.Module):
         adapters: `none`, `cast` (two a block) or `aim` (CLIP's three).
         config: sizes and heads.
         fused: whether ops may run in compiled kernels.
+        recompute, attention: as :class:`cast.CAST` has them.
         overrides: fields of CASTConfig.
     """
 
@@ -31,13 +35,16 @@ class SingleExpert(nn.Module):
         adapters: Literal["none", "cast", "aim"] = "cast",
         config: CASTConfig | str = "base",
         fused: bool = True,
+        recompute: Recompute | str = Recompute.CHEAP,
+        attention: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__()
         self.config = config = make_config(config, **overrides)
         if adapters == "aim" and expert != "clip":
             raise ValueError(f"adapters 'aim' are CLIP's; the expert is {expert!r}, choose 'cast' or 'none'")
-        self.stream = make_stream(expert, config, Running("auto" if fused else "eager"))
+        self.expert = expert
+        self.stream = make_stream(expert, config, Running("auto" if fused else "eager", recompute, attention))
         self.stream.requires_grad_(adapters == "none")
         self.stream.last_norm().requires_grad_(True)
         names = {"none": (), "cast": ("Adapter", "MLP_Adapter"), "aim": ("Adapter", "MLP_Adapter", "Time_Adapter")}
@@ -73,6 +80,24 @@ class SingleExpert(nn.Module):
         """Put pre-trained weights into the expert; see `Stream.load`."""
         self.stream.load(source, trust_pickle)
         return self
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `config.json` (with the expert and its adapters) and `model.safetensors` into a directory."""
+        about = {"expert": self.expert, "adapters": self.adapters, "config": self.config.to_dict()}
+        write_saved(self, about, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], fused: bool = True) -> SingleExpert:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no `config.json` or `model.safetensors`.
+            ValueError: a `config.json` of something else, or other tensors.
+        """
+        about = read_saved(directory, "expert")
+        model = cls(about["expert"], about["adapters"], make_config(**about["config"]), fused)
+        load_saved(model, directory)
+        return model.eval()
 
 
 class Ensemble(nn.Module):

@@ -6,25 +6,23 @@ itself stays the model to train and to publish, because it has the published nam
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cast.baselines.exchange import Bottleneck, Exchange, Lateral, Wide
+from cast.baselines.saved import load_saved, read_saved, write_saved
 from cast.baselines.streams import CLIPStream, MVDStream, Stream, VideoMAEStream
 from cast.baselines.timm_stream import TimmStream
 from cast.config import CASTConfig, make_config
 from cast.heads import apply_heads, build_heads
 from cast.layers import Adapter, Running, drop_factor, init_linears
-from cast.weights.assign import assign
-from cast.weights.source import Source, read_tensors
+from cast.weights.source import Source
+from cast_kernels import Recompute
 
 Exchanges = Literal["none", "b-cast", "lateral", "attention", "attention-adapter"]
 Adapters = Literal["none", "cast", "aim"]
@@ -110,6 +108,7 @@ class TwoStream(nn.Module):
             path draws clips: on exchange and FFN adapters, as in CAST, and where the experts train on both their
             residual branches too, as is usual for fine-tuned transformers (the paper does not say).
         fused: whether ops may run in compiled kernels; if not, they run in eager PyTorch.
+        recompute, attention: as :class:`cast.CAST` has them.
         timm_options: for a `timm:` expert, by role: {"spatial": {...}}; see `TimmStream`.
         overrides: fields of CASTConfig.
     """
@@ -120,11 +119,13 @@ class TwoStream(nn.Module):
         config: CASTConfig | str = "base",
         fused: bool = True,
         timm_options: Mapping[str, Mapping[str, Any]] | None = None,
+        recompute: Recompute | str = Recompute.CHEAP,
+        attention: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__()
         self.design, self.config = design or Design(), make_config(config, **overrides)
-        config, running = self.config, Running("auto" if fused else "eager")
+        config, running = self.config, Running("auto" if fused else "eager", recompute, attention)
         options = self.timm_options = {role: dict(chosen) for role, chosen in (timm_options or {}).items()}
         self.spatial = make_stream(self.design.spatial, config, running, **options.get("spatial", {}))
         self.temporal = make_stream(self.design.temporal, config, running, **options.get("temporal", {}))
@@ -215,15 +216,8 @@ class TwoStream(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `config.json` (with the design) and `model.safetensors` into a directory, made if need be."""
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
         about = {"design": asdict(self.design), "timm_options": self.timm_options, "config": self.config.to_dict()}
-        # Under other names first: a kill while writing leaves the old checkpoint whole.
-        save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
-        (path / "config.json.part").write_text(json.dumps(about, indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(path / f"{name}.part", path / name)
+        write_saved(self, about, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], fused: bool = True) -> TwoStream:
@@ -233,16 +227,11 @@ class TwoStream(nn.Module):
             FileNotFoundError: no `config.json` or `model.safetensors`.
             ValueError: a `config.json` of something else (CAST has its own `from_pretrained`), or other tensors.
         """
-        path = Path(directory)
-        about = json.loads((path / "config.json").read_text())
-        if not isinstance(about, dict) or "design" not in about:
-            raise ValueError(
-                f"{path / 'config.json'} names no design; a plain CAST is read by cast.CAST.from_pretrained"
-            )
+        about = read_saved(directory, "design")
         # Not from the network: the weights are here.
         options = {role: {**chosen, "pretrained": False} for role, chosen in about["timm_options"].items()}
         model = cls(Design(**about["design"]), make_config(**about["config"]), fused, options)
-        assign(str(path), model.state_dict(), read_tensors(path / "model.safetensors"))
+        load_saved(model, directory)
         return model.eval()
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cast.baselines import TwoStream
+from cast.baselines import SingleExpert, TwoStream, is_baseline, read_baseline
 from cast.labels import read_labels
 from cast.model import CAST, load_official_checkpoint
 
@@ -22,7 +22,7 @@ _WEIGHTS = "model.safetensors"
 class Checkpoint:
     """A loaded model, its class names if they are beside it, and the SHA-256 of its weights' file."""
 
-    model: CAST | TwoStream
+    model: CAST | TwoStream | SingleExpert
     classes: dict[str, list[str]] | None
     sha256: str
 
@@ -54,14 +54,13 @@ def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) ->
     return Checkpoint(load_official_checkpoint(path, trust_pickle=trust_pickle), None, _sha256(path))
 
 
-def _read_model(path: Path) -> CAST | TwoStream:
-    config = path / "config.json"
+def _read_model(path: Path) -> CAST | TwoStream | SingleExpert:
     try:
-        if config.is_file() and '"design"' in config.read_text(encoding="utf-8"):
-            return TwoStream.from_pretrained(path)
+        if is_baseline(path):
+            return read_baseline(path)
         return CAST.from_pretrained(path)
     except (TypeError, UnicodeDecodeError) as error:  # a configuration with unknown fields, or no text
-        raise ValueError(f"{config}: {error}") from None
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
 
 
 def find_log(path: str | os.PathLike[str]) -> Path | None:

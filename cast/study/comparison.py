@@ -1,4 +1,4 @@
-"""Writes docs/comparison.md from `published.yaml`: `python -m cast.study.comparison docs/comparison.md`."""
+"""Writes docs/comparison.md from `cast/published.yaml`: `python -m cast.study.comparison docs/comparison.md`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cast.files import write_text
 from cast.metrics import harmonic_mean
-
-PUBLISHED = Path(__file__).with_name("published.yaml")
+from cast.published import read_published
 
 _TITLES = {
     "method": "method", "model": "model", "backbone": "backbone", "frames": "frames", "views": "views",
@@ -22,7 +19,7 @@ _TITLES = {
 }  # fmt: skip
 _TEXT = {"method", "model", "backbone", "source"}
 
-_HEAD = """<!-- Written by `python -m cast.study.comparison docs/comparison.md` from cast/study/published.yaml. -->
+_HEAD = """<!-- Written by `python -m cast.study.comparison docs/comparison.md` from cast/published.yaml. -->
 # CAST and the published methods
 
 Top-1 accuracy in percent. Nothing here was measured by us: every figure is as its source reports it. *Paper* is CAST,
@@ -35,7 +32,7 @@ marks its authors' own runs of another method. `-`: the source gives no figure. 
 
 def main(path: str) -> None:
     """Write the document."""
-    write_text(Path(path), document(yaml.safe_load(PUBLISHED.read_text())))
+    write_text(Path(path), document(read_published()))
 
 
 def document(published: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cast.training.distributed import join_processes, make_accelerator, on_main
 from cast.training.engine import Engine, Mix, Plan
 from cast.training.files import CheckpointError, write_text
 from cast.training.log import Log, check_trackers
-from cast.training.models import build, compile_blocks, save_finished, whole_weights
+from cast.training.models import Model, blueprint, build, compile_blocks, how_to_use, save_finished, whole_weights
 from cast.training.progress import Progress
 from cast.training.recipes import parse
 from cast.training.schedule import cosine
@@ -39,7 +39,8 @@ _SWITCHES = {"resume": "go on from the newest checkpoint in the output directory
 
 #: Settings that a resumed training may change: where things lie, who is told, what does not change the mathematics.
 _FREE = (
-    "out", "log", "checkpoint", "experts", "run.compile", "run.fused", "run.recompute", "run.attention",
+    "out", "log", "checkpoint", "experts.clip", "experts.videomae", "experts.spatial", "experts.temporal",
+    "experts.cast", "experts.trust_pickle", "run.compile", "run.fused", "run.recompute", "run.attention",
     "data.root", "data.workers", "data.decoder", "data.skip_list", "optim.micro_batch", "validate_every",
 )  # fmt: skip
 
@@ -85,7 +86,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
         str(out),
     )
     videos = open_dataset(settings.data)
-    train, skipped = videos.samples("train"), videos.skipped("train")
+    train = videos.samples("train")
     model, notes = build(settings, videos.classes)
     loader = ClipLoader(
         train, settings.data, optim.micro_batch, True, settings.seed, processes.process_index, processes.num_processes
@@ -110,7 +111,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
         )
     if settings.run.compile:
         compile_blocks(model, settings.run.compile)
-    config = model.config
+    make, use = blueprint(model), how_to_use(model, out / "model")
     engine = Engine(model, loader, plan, accelerator, checkpoints, make_mix(settings, videos.classes))
     validate = Validation(settings, videos.samples("val"), accelerator) if _validates(settings, videos.splits) else None
     log = Log(out, accelerator, plan.steps, _plain(settings), settings.log.bars, settings.log.every)
@@ -132,10 +133,13 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
 
     done = ""
     try:
-        log.start(engine.progress, _summary(settings, plan, engine.progress, model, processes, [skipped, *notes]))
+        log.start(engine.progress, _summary(settings, plan, engine.progress, model, processes, notes))
         progress = engine.run(log.step, on_epoch)
-        _finish(engine, accelerator, config, videos.classes, out)
-        done = f"finished: {out / 'model'} loads with cast predict --checkpoint and CAST.from_pretrained"
+        _finish(engine, accelerator, make, videos.classes, out)
+        done = f"finished: {use}"
+    except KeyboardInterrupt:
+        done = "stopped; the same command with --resume goes on from the newest checkpoint"
+        raise
     finally:
         log.end(done)
     return progress
@@ -262,8 +266,9 @@ def _summary(
 ) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"{plan.steps} steps ({plan.epochs} epochs of {plan.steps_per_epoch}) of {settings.optim.total_batch} clips = "
-        f"{plan.micro_batch} x {plan.accumulate} micro-batches x {processes.num_processes} processes on "
+        f"{plan.steps} steps ({_count(plan.epochs, 'epoch')} of {plan.steps_per_epoch}) of "
+        f"{settings.optim.total_batch} clips = {plan.micro_batch} x {plan.accumulate} micro-batches x "
+        f"{_count(processes.num_processes, 'process')} on "
         f"{processes.device.type}; peak learning rate {settings.optim.peak:.3g}; {trained:,} parameters train",
         *notes,
     ]
@@ -272,8 +277,16 @@ def _summary(
     return "\n".join(lines)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def _finish(
-    engine: Engine, accelerator: Accelerator, config: Any, classes: Mapping[str, Sequence[str]], out: Path
+    engine: Engine,
+    accelerator: Accelerator,
+    make: Callable[[], Model],
+    classes: Mapping[str, Sequence[str]],
+    out: Path,
 ) -> None:
     models = {"model": whole_weights(engine.unwrapped)}
     if engine.average is not None:
@@ -282,7 +295,7 @@ def _finish(
     def save() -> None:
         for name, tensors in models.items():
             try:
-                save_finished(config, tensors, classes, out / name)
+                save_finished(make, tensors, classes, out / name)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"cannot write {out / name}: {error}. The last checkpoint is whole: make room, then start again "

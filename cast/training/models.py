@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from cast.baselines import DESIGNS, SINGLES, SingleExpert, TwoStream
+from cast.baselines.streams import Stream
 from cast.config import CASTConfig, make_config
 from cast.model import CAST, TRAINABLE, load_official_checkpoint
-from cast.training.settings import TrainSettings
+from cast.training.settings import DOWNLOAD, ExpertSettings, TrainSettings
 from cast.training.tensors import read_weights
+
+#: What a recipe can train.
+Model: TypeAlias = CAST | TwoStream | SingleExpert
 
 
 def configure(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> CASTConfig:
@@ -28,8 +34,8 @@ def configure(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> 
     return make_config(settings.model, heads=heads)
 
 
-def build(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> tuple[CAST, list[str]]:
-    """CAST as it is before the first step, in fp32 on the CPU.
+def build(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> tuple[Model, list[str]]:
+    """The recipe's model as it is before the first step, in fp32 on the CPU: CAST, or a baseline of `cast.baselines`.
 
     Returns:
         The model, and what a person should know about its weights.
@@ -37,27 +43,56 @@ def build(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> tupl
     Raises:
         ValueError: no weights for an expert that stays frozen, or weights that do not fit.
         FileNotFoundError: no such file.
+        MissingExtraError: an expert of timm, which is not installed.
     """
-    experts, run = settings.experts, settings.run
+    experts = settings.experts
     torch.manual_seed(settings.seed)
-    model = CAST(configure(settings, classes), fused=run.fused, recompute=run.recompute, attention=run.attention)
-    missing = [name for name in ("clip", "videomae") if not (getattr(experts, name) or experts.cast)]
+    missing = [] if experts.cast else [name for name in experts.sources if not getattr(experts, name)]
     if missing and not experts.train:
+        whole = "a whole CAST as experts.cast, " if experts.design == "cast" else ""
         raise ValueError(
-            f"experts.{missing[0]} names no weights, and experts stay frozen: a frozen expert that knows nothing "
-            "teaches nothing. Give the file (docs/training.md says where weights come from), a whole CAST as "
-            "experts.cast, or experts.train=true to train them too"
+            f"experts.{missing[0]} names no weights, and an expert that knows nothing teaches nothing. Give the file "
+            f"(docs/training.md says where weights come from), {whole}or experts.train=true to train the experts, too, "
+            "from nothing"
         )
-    notes = []
+    model = _make(settings, configure(settings, classes))
+    notes = [f"expert {name} starts from nothing" for name in missing]
     if experts.cast:
+        assert isinstance(model, CAST)
         notes += _start_from(model, experts.cast, experts.trust_pickle)
     else:
-        _initialise(model, missing)
-        model.load_experts(experts.clip, experts.videomae, experts.trust_pickle)
-        notes += [f"expert {name} starts from nothing" for name in missing]
+        _initialise(model, experts, missing)
+        _load_experts(model, experts)
     if experts.train:
         model.requires_grad_(True)
     return model, notes
+
+
+def _make(settings: TrainSettings, config: CASTConfig) -> Model:
+    experts, run = settings.experts, settings.run
+    running: dict[str, Any] = {"fused": run.fused, "recompute": run.recompute, "attention": run.attention}
+    if experts.design == "cast":
+        return CAST(config, **running)
+    if experts.design in SINGLES:
+        return SingleExpert(*SINGLES[experts.design], config, **running)
+    downloads = {role: {"pretrained": True} for role in experts.roles if getattr(experts, role) == DOWNLOAD}
+    return TwoStream(DESIGNS[experts.design], config, timm_options=downloads, **running)
+
+
+def _load_experts(model: Model, experts: ExpertSettings) -> None:
+    if isinstance(model, CAST):
+        model.load_experts(experts.clip, experts.videomae, experts.trust_pickle)
+        return
+    for role, name in experts.roles.items():
+        source = getattr(experts, name if name in experts.sources else role)
+        if source and source != DOWNLOAD:
+            _stream(model, role).load(source, experts.trust_pickle)
+
+
+def _stream(model: TwoStream | SingleExpert, role: str) -> Stream:
+    stream = model.stream if isinstance(model, SingleExpert) else model.get_submodule(role)
+    assert isinstance(stream, Stream)
+    return stream
 
 
 def _start_from(model: CAST, source: str, trust_pickle: bool) -> list[str]:
@@ -78,21 +113,27 @@ def _start_from(model: CAST, source: str, trust_pickle: bool) -> list[str]:
     return [f"new heads, as the classes differ: {', '.join(fresh)}"] if fresh else []
 
 
-def _initialise(model: CAST, experts: Sequence[str]) -> None:
+def _initialise(model: Model, experts: ExpertSettings, missing: Sequence[str]) -> None:
     """Glorot's initialisation for the matrices of experts that start from nothing, as VideoMAE's pre-training has it.
 
     The standard deviation of fine-tuned models, 0.02, suits a width of 768; in small models the signal all but
     vanishes with it.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and name.endswith("weight") and not TRAINABLE.search(name):
-            owner = "clip" if "clip_" in name else "videomae"
-            if owner in experts:
-                nn.init.xavier_uniform_(parameter.detach().flatten(1))
+    if isinstance(model, CAST):
+        named = [(n, p) for n, p in model.named_parameters() if not TRAINABLE.search(n)]
+        fresh = [(n, p) for n, p in named if ("clip" if "clip_" in n else "videomae") in missing]
+    else:
+        roles = [role for role, name in experts.roles.items() if (name if name in missing else role) in missing]
+        fresh = [entry for role in roles for entry in _stream(model, role).named_parameters()]
+    for name, parameter in fresh:
+        if parameter.ndim > 1 and name.endswith("weight"):
+            nn.init.xavier_uniform_(parameter.detach().flatten(1))
 
 
 def compile_blocks(model: nn.Module, backend: str) -> None:
     """torch.compile of each block in place: names stay, and equal blocks are compiled once.
+
+    A baseline is compiled as a whole: its blocks hold what is new in them, and none runs by itself.
 
     Raises:
         ValueError: no such backend.
@@ -100,8 +141,9 @@ def compile_blocks(model: nn.Module, backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"run.compile is {backend!r}; it must be null or one of {', '.join(known)}")
-    blocks = getattr(model, "blocks", None)
-    for module in blocks if isinstance(blocks, nn.ModuleList) else [model]:
+    blocks: Any = getattr(model, "blocks", None)
+    whole = not isinstance(blocks, nn.ModuleList) or isinstance(model, TwoStream | SingleExpert)
+    for module in [model] if whole else blocks:
         module.compile(backend=backend)
 
 
@@ -110,12 +152,32 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return read_weights(model, everything=True)
 
 
+def blueprint(model: Model) -> Callable[[], Model]:
+    """What makes a model of the same build, without its weights."""
+    config = model.config
+    if isinstance(model, SingleExpert):
+        expert, adapters = model.expert, model.adapters
+        return lambda: SingleExpert(expert, adapters, config)
+    if isinstance(model, TwoStream):
+        design = model.design
+        options = {role: {**chosen, "pretrained": False} for role, chosen in model.timm_options.items()}
+        return lambda: TwoStream(design, config, timm_options=options)
+    return lambda: CAST(config)
+
+
 def save_finished(
-    config: CASTConfig, tensors: Mapping[str, Tensor], classes: Mapping[str, Sequence[str]], directory: Path
+    make: Callable[[], Model], tensors: Mapping[str, Tensor], classes: Mapping[str, Sequence[str]], directory: Path
 ) -> None:
-    """A directory that `CAST.from_pretrained` and `cast predict --checkpoint` load; class names go into labels.json."""
-    model = CAST(config)
+    """A directory that `from_pretrained` and `cast evaluate` load; class names go into labels.json."""
+    model = make()
     model.load_state_dict(tensors)
     model.save_pretrained(directory)
     names = {head: list(own) for head, own in classes.items()}
     (directory / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def how_to_use(model: Model, directory: Path) -> str:
+    """What loads a finished model."""
+    if isinstance(model, CAST):
+        return f"{directory} loads with cast predict --checkpoint, cast evaluate and CAST.from_pretrained"
+    return f"{directory} loads with cast evaluate and cast.baselines.{type(model).__name__}.from_pretrained"

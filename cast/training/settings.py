@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cast.baselines import DESIGNS, SINGLES
 from cast.config import CASTConfig
 from cast.training.checkpoints import Weights
 from cast.training.distributed import Precision
 from cast.video.datasets import DataSettings
-from cast_kernels import Recompute
 
-_RECOMPUTE = tuple(choice.value for choice in Recompute)
+#: Instead of a file: timm fetches the weights.
+DOWNLOAD = "download"
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """The two experts that CAST joins, or a whole CAST to start from.
+    """The two experts, how they are joined, or a whole CAST to start from.
 
     Args:
+        design: how the experts are joined: cast, another construction of the paper's tables by its name in
+            cast.baselines.DESIGNS (lateral, late-add, clip-mvd, ...), or single-spatial or single-temporal, one expert
+            alone for all heads.
         clip: file with CLIP's image tower (OpenAI's archive, open_clip, timm, transformers).
         videomae: file with VideoMAE's encoder (official layout or transformers).
+        spatial: file of the expert in the spatial role, where it is neither CLIP nor VideoMAE; for one of timm also
+            the word download, for the weights that belong to its name.
+        temporal: the same for the temporal role.
         cast: checkpoint of a whole CAST to start from instead (a directory of save_pretrained, or an official file);
             heads with another number of classes start anew
         train: whether the experts train too; the paper freezes them. Only then may an expert start from nothing.
         trust_pickle: whether these files may run code while they load; only for authors whom you trust.
     """
 
+    design: str = "cast"
     clip: str | None = None
     videomae: str | None = None
+    spatial: str | None = None
+    temporal: str | None = None
     cast: str | None = None
     train: bool = False
     trust_pickle: bool = False
@@ -37,6 +48,42 @@ class ExpertSettings:
     def __post_init__(self) -> None:
         if self.cast and (self.clip or self.videomae):
             raise ValueError("experts.cast holds both experts already: leave out experts.clip and experts.videomae")
+        if self.design == "ensemble":
+            raise ValueError(
+                "experts.design is 'ensemble', which does not train: train single-spatial and single-temporal, then "
+                "average their answers (docs/study.md shows how)"
+            )
+        if self.design not in (*DESIGNS, *SINGLES):
+            close = difflib.get_close_matches(self.design, [*DESIGNS, *SINGLES], 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"experts.design is {self.design!r}; {hint}There are {', '.join([*DESIGNS, *SINGLES])}")
+        if self.cast and self.design != "cast":
+            raise ValueError(
+                f"experts.cast is a whole CAST, experts.design {self.design!r} has other parts: leave one out"
+            )
+        for role in ("spatial", "temporal"):
+            if getattr(self, role) == DOWNLOAD and not self.roles.get(role, "").startswith("timm:"):
+                raise ValueError(f"experts.{role} is {DOWNLOAD!r}, which is for experts of timm; give a file")
+        named = {"clip": self.clip, "videomae": self.videomae, "spatial": self.spatial, "temporal": self.temporal}
+        for name, value in named.items():
+            if value and name not in self.sources:
+                raise ValueError(
+                    f"experts.{name} is given, but design {self.design!r} takes {', '.join(self.sources)} only"
+                )
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role -> the expert that has it; a single expert has one."""
+        if self.design in SINGLES:
+            return {self.design.removeprefix("single-"): SINGLES[self.design][0]}
+        design = DESIGNS[self.design]
+        return {"spatial": design.spatial, "temporal": design.temporal}
+
+    @property
+    def sources(self) -> list[str]:
+        """Settings that name these experts' weights: CLIP's and VideoMAE's by their names, others' by their roles."""
+        named = {name if name in ("clip", "videomae") else role: None for role, name in self.roles.items()}
+        return list(named)
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,19 @@ from cast_kernels.evidence.resources import Resources, resources
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 
-_PAPER = Case()
+_PAPER = Case(batch=6)
 AnyCase = Case | ExpertCase
 
-#: What is compiled. Step: one training step of the published sizes with default settings. Paper: every recompute level
+#: What is compiled. Step: one training step of the published sizes with default settings, with six clips and with one,
+#: for which some tables have tiles of their own. Paper: every recompute level
 #: and inference too, the experts with both of their activations. All: also other windows, head dimensions 16 and 64, a
 #: wide bottleneck and a wide adapter, each direction alone, drop-path, no positions.
 PROBLEMS: dict[str, tuple[AnyCase, ...]] = {
-    "step": (_PAPER, ExpertCase()),
+    "step": (_PAPER, replace(_PAPER, batch=1), ExpertCase()),
     "paper": (
         *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
         replace(_PAPER, backward=False),
+        *(replace(_PAPER, batch=1, backward=train) for train in (True, False)),
         ExpertCase(),
         ExpertCase(activation="quick_gelu", recompute="nothing"),
     ),

@@ -1,7 +1,7 @@
 """The speed model: a kernel takes at least as long as each thing that it uses a multiprocessor or the memory for.
 
-    cycles of a CTA  = max(tensor, shared memory and L1, issue)
-    time             = max(busiest multiprocessor's CTAs * cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth)
+    cycles           = max(tensor, shared memory and L1, issue), each summed over the busiest multiprocessor's CTAs
+    time             = max(cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth)
 
 A lower bound, good for ranking: inside a kernel everything overlaps, nothing waits for latency, and launches have no
 gaps. Predicted, never measured.
@@ -9,8 +9,9 @@ gaps. Predicted, never measured.
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
@@ -83,13 +84,15 @@ class Prediction:
 CEILINGS = ("tensor", "shared", "issue", "l2", "dram")
 
 
-def predict(launch: Launch, used: Resources, counters: Counters, code_ratio: float, device: Device) -> Prediction:
+def predict(
+    launch: Launch, used: Resources, ctas: Sequence[Counters], code_ratio: float, device: Device
+) -> Prediction:  # fmt: skip
     """How long a launch takes at least.
 
     Args:
         launch: with its grid and arguments.
         used: what its compiled kernel takes of a multiprocessor.
-        counters: over the launch's CTAs.
+        ctas: what single CTAs execute; each stands for an equal share of the grid, in its order.
         code_ratio: machine instructions for one of PTX.
         device: must have the launch's target.
 
@@ -100,31 +103,54 @@ def predict(launch: Launch, used: Resources, counters: Counters, code_ratio: flo
         raise ValueError(
             f"{launch.kernel} was compiled for {launch.target.name}; {device.name} is {device.target.name}"
         )
-    ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    busiest = -(-ctas // device.target.processors)
-    per_cta = counters.times(1 / ctas)
-    us = 1e6 * busiest / device.clock
-    shared = per_cta.shared_wavefronts + per_cta.load_sectors / _SECTORS_PER_CLOCK
+    number = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    us = 1e6 / device.clock
+    needs = [
+        (
+            tensor_cycles(one, device),
+            one.shared_wavefronts + one.load_sectors / _SECTORS_PER_CLOCK,
+            one.warp_instructions * code_ratio / _SCHEDULERS,
+        )
+        for one in ctas
+    ]
+    tensor, shared, issue = busiest([needs[i * len(ctas) // number] for i in range(number)], device.target.processors)
+    flops = sum(one.flops for one in ctas) * number / len(ctas)
+    sectors = sum(one.load_sectors + one.store_sectors for one in ctas) * number / len(ctas)
     bytes_moved = unique_bytes(launch)
     limit = device.target.shared_limit
     return Prediction(
         kernel=launch.kernel,
         grid=launch.grid,
         ctas_per_sm=used.ctas,
-        waves=ctas / (device.target.processors * max(used.ctas, 1)),
-        tensor=us * tensor_cycles(per_cta, device),
+        waves=number / (device.target.processors * max(used.ctas, 1)),
+        tensor=us * tensor,
         shared=us * shared,
-        issue=us * per_cta.warp_instructions * code_ratio / _SCHEDULERS,
-        l2=1e6 * (counters.load_sectors + counters.store_sectors) * SECTOR / device.l2,
+        issue=us * issue,
+        l2=1e6 * sectors * SECTOR / device.l2,
         dram=1e6 * bytes_moved / device.dram,
-        flops=counters.flops,
+        flops=flops,
         dram_bytes=bytes_moved,
-        floor=1e6 * max(counters.flops / device.peak, bytes_moved / device.dram),
+        floor=1e6 * max(flops / device.peak, bytes_moved / device.dram),
         why_not=""
         if used.ctas
         else f"{used.shared_bytes} bytes of shared memory, {used.registers} registers: "
         f"no CTA fits; {limit} bytes are allowed",
     )
+
+
+def busiest(ctas: Sequence[tuple[float, ...]], processors: int) -> tuple[float, ...]:
+    """Clocks of each kind that the multiprocessor with the most of it needs.
+
+    CTAs go, in their order, to the multiprocessor that has the least to do until then, a CTA taking as long as the
+    most that it needs of one kind: a grid whose CTAs differ is not as slow as if each were the average one.
+    """
+    loads = [(0.0, place) for place in range(min(processors, len(ctas)))]
+    sums = [[0.0] * len(ctas[0]) for _ in loads]
+    for needs in ctas:
+        load, place = loads[0]
+        heapq.heapreplace(loads, (load + max(needs), place))
+        sums[place] = [total + need for total, need in zip(sums[place], needs, strict=True)]
+    return tuple(max(column) for column in zip(*sums, strict=True))
 
 
 def tensor_cycles(counters: Counters, device: Device) -> float:

@@ -69,10 +69,10 @@ def predict_launches(
     for launch in launches:
         used = _resources(_Key(launch))
         ratio = used.instructions / trace.length(launch)
-        counters = trace.trace(launch)
+        ctas = trace.ctas(launch)
         if corrections is not None:
-            counters = corrections.apply(launch, counters)
-        found.append(model.predict(launch, used, counters, ratio, goal))
+            ctas = [corrections.apply(launch, one) for one in ctas]
+        found.append(model.predict(launch, used, ctas, ratio, goal))
     return found
 
 

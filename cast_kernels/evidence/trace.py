@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 
 from cast_kernels.evidence.driver import Launch
@@ -66,28 +66,40 @@ def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
     Raises:
         NotImplementedError: how often a loop runs depends on data.
     """
+    traced = ctas(launch, samples)
+    x, y, z = launch.grid
+    return total(traced).times(x * y * z / len(traced))
+
+
+def ctas(launch: Launch, samples: int = SAMPLES) -> list[Counters]:
+    """What single CTAs execute, a sample evenly over the grid, in its order.
+
+    Raises:
+        NotImplementedError: how often a loop runs depends on data.
+    """
     program = _program(launch.asm["ptx"], launch.kernel)
     x, y, z = launch.grid
-    ctas = x * y * z
-    chosen = sample(ctas, samples)
     parameters = {f"{launch.kernel}_param_{i}": _number(a.value) for i, a in enumerate(launch.arguments)}
-    passed: Counter[int] = Counter()
-    for number in chosen:
+    found = []
+    for number in sample(x * y * z, samples):
         special = {
             "%ctaid.x": number % x, "%ctaid.y": number // x % y, "%ctaid.z": number // (x * y),
             "%nctaid.x": x, "%nctaid.y": y, "%nctaid.z": z, "%ntid.x": launch.threads,
         }  # fmt: skip
-        passed += program.run(parameters, special)
-    warps, scale = launch.threads // _WARP, ctas / len(chosen)
+        passed = program.run(parameters, special)
+        warp = total([program.blocks[position].counted.times(times) for position, times in passed.items()])
+        found.append(warp.times(launch.threads // _WARP))
+    return found
+
+
+def total(counters: Sequence[Counters]) -> Counters:
+    """Each counter summed."""
     flops: dict[str, float] = defaultdict(float)
-    sums = [0.0, 0.0, 0.0, 0.0]
-    for position, times in passed.items():
-        one = program.blocks[position].counted
+    for one in counters:
         for kind, value in one.tensor_flops.items():
-            flops[kind] += value * times
-        values = (one.shared_wavefronts, one.load_sectors, one.store_sectors, one.warp_instructions)
-        sums = [total + times * value for total, value in zip(sums, values, strict=True)]
-    return Counters(dict(flops), *sums).times(warps * scale)
+            flops[kind] += value
+    rest = (sum(getattr(one, item.name) for one in counters) for item in fields(Counters)[1:])
+    return Counters(dict(flops), *rest)
 
 
 def sample(ctas: int, samples: int) -> list[int]:

@@ -31,11 +31,13 @@ _ATTENTION = ("queries", "keys", "key_stages")
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "project": (*_CONTRACTION, "widen_stages"),
-    "exchange_short": (*_CONTRACTION, "widen_stages", *_ATTENTION),
-    "exchange_backward": (*_CONTRACTION, "widen_stages"),
-    "project_backward": (*_CONTRACTION, "widen_stages"),
+    "exchange": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange_short": ("rows", "queries"),
+    "exchange_backward": _CONTRACTION,
+    "project_backward": ("rows", "k", "warps", "stages"),
     "weight_gradient": _CONTRACTION,
     "attention_backward": ("warps", *_ATTENTION),
+    "attention_backward_short": ("warps", "queries"),
 }
 #: Values that a field may take: powers of two, as Triton needs, from what a tensor core contracts.
 _VALUES: dict[str, tuple[int, ...]] = {
@@ -43,6 +45,8 @@ _VALUES: dict[str, tuple[int, ...]] = {
     "stages": (1, 2, 3, 4, 5), "widen_stages": (1, 2, 3), "queries": (16, 32, 64, 128), "keys": (16, 32, 64, 128),
     "key_stages": (1, 2, 3),
 }  # fmt: skip
+#: `weight_gradient` takes several products side by side, so its columns may be three times a power of two.
+_WIDE_COLUMNS = (32, 64, 128, 256, 384)
 #: A tile must be this much faster to be taken: less is noise.
 _GAIN = 0.01
 _BATCH = 6
@@ -82,11 +86,11 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
     best, least = start, time(start)
     trials: list[Trial] = []
     for part in PARTS:
-        seen = {_tile(best, part)}
+        seen = {best.of(part)}
         improved = True
         while improved:
             improved = False
-            for candidate in neighbours(part, _tile(best, part)):
+            for candidate in neighbours(part, best.of(part)):
                 if candidate in seen:
                     continue
                 seen.add(candidate)
@@ -102,13 +106,6 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
     return best, least, trials
 
 
-def _tile(tile_set: TileSet, part: str) -> Tile:
-    """A part's tile; kernels without their own use the row's."""
-    tile = getattr(tile_set, part) or tile_set.row
-    assert isinstance(tile, Tile)
-    return tile
-
-
 def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
     changes: dict[str, Any] = {part: tile}
     return replace(tile_set, **changes)
@@ -117,7 +114,7 @@ def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
 def neighbours(part: str, tile: Tile) -> Iterator[Tile]:
     """Tiles of a part that differ by one step of one field that its kernels read."""
     for name in PARTS[part]:
-        values = _VALUES[name]
+        values = _WIDE_COLUMNS if (part, name) == ("weight_gradient", "columns") else _VALUES[name]
         at = values.index(getattr(tile, name))
         for step in (-1, 1):
             if 0 <= at + step < len(values):
@@ -140,7 +137,8 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
     eager = run(case, "eager", dtype, device=machine.device)
 
     def time(candidate: TileSet) -> float:
-        with tiles.trying(arch, dtype.itemsize * 8, case.bottleneck, candidate):
+        # Tiles for few rows would stand in for the candidate where it is checked.
+        with tiles.trying(arch, dtype.itemsize * 8, case.bottleneck, replace(candidate, few={})):
             try:
                 with poisoned_memory():
                     ours = run(case, "triton", dtype, device=machine.device)
@@ -159,6 +157,8 @@ def as_python(arch: str, bits: int, d: int, found: TileSet) -> str:
     """An entry of the table."""
     lines = [f'    ("{arch}", {bits}, {d > 384}): TileSet(', f'        "{found.source}",']
     lines += [f"        {part}={tile!r}," for part in PARTS if (tile := getattr(found, part)) is not None]
+    if found.few:
+        lines += [f"        few_rows={found.few_rows},", f"        few={dict(found.few)!r},"]
     return "\n".join([*lines, "    ),"])
 
 

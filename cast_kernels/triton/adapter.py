@@ -214,5 +214,5 @@ def launch_backward(
         tile = tiles.find(architecture(), "weight_gradient", compute.itemsize * 8, width)
         weight_gradient.launch(layers, tile)
     if wanted[1] or wanted[3]:
-        sums.reduce(partial, [grads.up_bias, grads.down_bias])
+        sums.reduce([sums.Reduction(partial, [grads.up_bias, grads.down_bias])])
     return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

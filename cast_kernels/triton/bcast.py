@@ -1,6 +1,6 @@
-"""Backend `triton`: B-CAST on a GPU in three launches forward, both streams together where one kernel serves both.
+"""Backend `triton`: B-CAST on a GPU in two launches forward, each for both streams.
 
-    project (both streams)  ->  exchange (t2s), exchange (s2t)
+    project  ->  exchange
 
 and back through `exchange_backward`, `attention_backward`, `project_backward`, one launch for all weight gradients and
 small fixed-order sums for the vectors. This file owns memory and launches; the kernels lie beside it.
@@ -115,9 +115,7 @@ def forward(
             call = Call(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
             parts = _carve(problem, recompute, saved)
             call.project(parts)
-            for way, y in (("t2s", outputs[0]), ("s2t", outputs[1])):
-                if way in call.ways:
-                    call.exchange(call.ways[way], parts, y)
+            call.exchange(parts, {"spatial": outputs[0], "temporal": outputs[1]})
     return outputs[0], outputs[1], saved
 
 
@@ -169,5 +167,4 @@ def _recompute(call: Call, parts: dict[str, Tensor], recompute: str) -> None:
         return
     call.project(parts, from_z=recompute == Recompute.CHEAP)
     if recompute == Recompute.ALL:
-        for way in call.ways.values():
-            call.exchange(way, parts, None)
+        call.exchange(parts, None)

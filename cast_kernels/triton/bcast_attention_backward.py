@@ -1,7 +1,8 @@
 """Kernel `attention_backward`: dQ, dK and dV of one direction's windowed cross-attention.
 
-One launch: programs below `query_tiles` own query rows and walk over keys, the others own key rows and walk over
-queries. Scores are computed twice, and no gradient is ever added to by two programs, so no atomics are needed.
+One launch. Where windows fit a tile a program owns the queries and the keys of as many as fit. Elsewhere programs below
+`query_tiles` own query rows and walk over keys, the others own key rows and walk over queries: scores are computed
+twice. No gradient is ever added to by two programs, so no atomics are needed.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from cast_kernels.triton.blocks import dot, offset, patch_row, within
 @triton.jit(do_not_specialize=["patch_rows", "frames", "patches", "window", "query_tiles"])
 def attention_backward(
     q, kv, o, lse, do, dq, dkv, partial, patch_rows, frames, patches, window, query_tiles, softmax_scale,
-    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of one head (the grid's second axis), in window order.
+    """BM rows of one head (the grid's second axis), in window order; ONE_BLOCK: the BM // window windows in them.
 
     q, o, do, dq [B*T*N, D], kv, dkv [B*T*N, 2D], lse [B*T*N, HEADS] in base 2, all frame by frame. `partial`
-    [query_tiles, 3D]: column sums of dQ, dK and dV over a program's rows, the bias gradients' first stage.
+    [tiles of rows, 3D]: column sums of dQ, dK and dV over a program's rows, the bias gradients' first stage.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
-    if tile < query_tiles:
+    if ONE_BLOCK:
+        _windows(
+            q, kv, lse, do, dq, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+            BY_PATCH, D, HEADS, HEAD, BM,
+        )  # fmt: skip
+    elif tile < query_tiles:
         _queries(
             q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
             BY_PATCH, D, HEADS, HEAD, BM, BLOCK, STAGES,
@@ -34,6 +40,42 @@ def attention_backward(
             q, kv, o, lse, do, dkv, partial, tile - query_tiles, head, patch_rows, frames, patches, window,
             softmax_scale, BY_PATCH, D, HEADS, HEAD, BM, BLOCK, STAGES,
         )  # fmt: skip
+
+
+@triton.jit
+def _windows(
+    q, kv, lse, do, dq, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    held = BM // window * window
+    i = tile * held + tl.arange(0, BM)
+    mask = (tl.arange(0, BM) < held) & (i < patch_rows)
+    row = patch_row(i, frames, patches, BY_PATCH)
+    lane = head * HEAD + tl.arange(0, HEAD)
+    mine, theirs = offset(row, D)[:, None] + lane[None, :], offset(row, 2 * D)[:, None] + lane[None, :]
+    queries = tl.load(q + mine, mask=mask[:, None], other=0.0)
+    k = tl.load(kv + theirs, mask=mask[:, None], other=0.0)
+    v = tl.load(kv + theirs + D, mask=mask[:, None], other=0.0)
+    d_out = tl.load(do + mine, mask=mask[:, None], other=0.0)
+    level = tl.load(lse + offset(row, HEADS) + head, mask=mask, other=0.0)
+    s = dot(queries, tl.trans(k), tl.zeros((BM, BM), tl.float32))
+    s = s * (softmax_scale * 1.4426950408889634) - level[:, None]
+    p = tl.where(within(i, i // window * window, window) & mask[:, None], tl.exp2(s), 0.0)
+    # What log-sum-exp was rounded by is the same for a whole row, and would not cancel in the bias gradients.
+    p /= tl.where(mask, tl.sum(p, 1), 1.0)[:, None]
+    dp = dot(d_out, tl.trans(v), tl.zeros((BM, BM), tl.float32))
+    # delta as it is defined, from P: O, which other programs take it from, was rounded.
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(k.dtype)
+    d_queries = dot(ds, k, tl.zeros((BM, HEAD), tl.float32)) * softmax_scale
+    dk = dot(tl.trans(ds), queries, tl.zeros((BM, HEAD), tl.float32)) * softmax_scale
+    dv = dot(tl.trans(p.to(k.dtype)), d_out, tl.zeros((BM, HEAD), tl.float32))
+    tl.store(dq + mine, d_queries.to(dq.dtype.element_ty), mask=mask[:, None])
+    tl.store(dkv + theirs, dk.to(dkv.dtype.element_ty), mask=mask[:, None])
+    tl.store(dkv + theirs + D, dv.to(dkv.dtype.element_ty), mask=mask[:, None])
+    sums = partial + tile * (3 * D) + lane
+    tl.store(sums, tl.sum(d_queries, 0))
+    tl.store(sums + D, tl.sum(dk, 0))
+    tl.store(sums + 2 * D, tl.sum(dv, 0))
 
 
 @triton.jit

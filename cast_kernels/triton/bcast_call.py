@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from cast_kernels.problem import PARAMETER_NAMES, WINDOWS, Direction, Parameters, Problem, Stream
-from cast_kernels.triton import sums, tiles, weight_gradient
+from cast_kernels.triton import position_gradient, sums, tiles, weight_gradient
 from cast_kernels.triton.bcast_attention_backward import attention_backward
 from cast_kernels.triton.bcast_exchange import exchange
 from cast_kernels.triton.bcast_exchange_backward import exchange_backward
@@ -34,6 +34,17 @@ class Way(NamedTuple):
     window: str
     by: tuple[int, int]  # position in the window = frame * by[0] + patch * by[1]
     length: int  # tokens of a window
+
+
+class Side(NamedTuple):
+    """One direction's share of `exchange`."""
+
+    operands: list[Tensor | None]
+    constants: dict[str, int | bool | str]
+    tile: tiles.Tile
+    rows: int
+    stores_lse: bool
+    stores_h: bool
 
 
 class Call:
@@ -64,7 +75,8 @@ class Call:
         self.arch = architecture()
 
     def _tile(self, kernel: str) -> tiles.Tile:
-        return tiles.find(self.arch, kernel, self.problem.compute.itemsize * 8, self.problem.bottleneck_dim)
+        bits, rows = self.problem.compute.itemsize * 8, sum(self.rows.values())
+        return tiles.find(self.arch, kernel, bits, self.problem.bottleneck_dim, rows)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x["spatial"].new_empty(shape, dtype=dtype or self.problem.compute)
@@ -122,11 +134,29 @@ class Call:
             num_warps=tile.warps,
         )  # fmt: skip
 
-    def exchange(self, way: Way, parts: dict[str, Tensor], y: Tensor | None) -> None:
-        """Attend in one direction and, with `y`, go on to the asking stream's output.
+    def exchange(self, parts: dict[str, Tensor], outputs: dict[str, Tensor] | None) -> None:
+        """Attend and, with `outputs` by stream, go on to what the asking streams become.
 
-        lse and h are stored if they are parts; without `y` lse always is, for backward is what asks.
+        lse and h are stored if they are parts; without `outputs` lse always is, for backward is what asks.
         """
+        problem = self.problem
+        ways = sorted(self.ways.values(), key=lambda way: -way.length)
+        sides = [self._side(way, parts, outputs) for way in ways]
+        first, second = sides[0], sides[-1]
+        tile = first.tile
+        programs = [triton.cdiv(side.rows, side.tile.rows) for side in sides]
+        exchange[(sum(programs),)](
+            *first.operands, *second.operands, parts["cls"], self.patch_rows, self.frames, problem.frames,
+            problem.patches, ways[0].length, ways[-1].length, programs[0], problem.head_dim**-0.5,
+            **{f"FIRST_{name}": value for name, value in first.constants.items()},
+            **{f"SECOND_{name}": value for name, value in second.constants.items()}, BOTH=len(sides) == 2,
+            DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
+            ATTEND_ONLY=outputs is None, STORE_LSE=first.stores_lse, STORE_H=first.stores_h,
+            BKEY=tile.keys, BK=tile.k, BN=tile.columns,
+            STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def _side(self, way: Way, parts: dict[str, Tensor], outputs: dict[str, Tensor] | None) -> Side:
         problem, d = self.problem, self.problem.bottleneck_dim
         tile = self._tile("exchange_short")
         short = tile.queries % way.length == 0
@@ -136,21 +166,20 @@ class Call:
         x = self.x[way.asking]
         o = self._part(parts, f"{way.name}_o", self.patch_rows * d)
         lse, h = parts.get(f"{way.name}_lse"), parts.get(f"{way.name}_h")
-        if y is None:
+        if outputs is None:
             lse = self._part(parts, f"{way.name}_lse", self.patch_rows * problem.num_heads, torch.float32)
         scale, per = self._scale(way.asking)
-        rows = self.patch_rows if y is None else self.rows[way.asking]
-        exchange[(triton.cdiv(rows, tile.rows),)](
-            x, x if y is None else y, parts[f"{way.name}_q"], parts[f"{way.name}_kv"], o, o if lse is None else lse,
-            o if h is None else h, parts["cls"], scale,
+        operands: list[Tensor | None] = [
+            x, x if outputs is None else outputs[way.asking], parts[f"{way.name}_q"], parts[f"{way.name}_kv"], o,
+            o if lse is None else lse, o if h is None else h, scale,
             way.direction.proj_weight, way.direction.proj_bias, weights.up_weight, weights.up_bias,
-            self.patch_rows, self.rows[way.asking], problem.frames, problem.patches, way.length,
-            problem.head_dim**-0.5, CLS=way.asking == "spatial", BY_PATCH=way.window == "time", ONE_BLOCK=short,
-            SCALE=per, DIM=problem.dim, **self._bottleneck(), HEADS=problem.num_heads, HEAD=problem.head_dim,
-            ATTEND_ONLY=y is None, STORE_LSE=lse is not None, STORE_H=h is not None,
-            BM=tile.rows, BQ=tile.queries, BKEY=tile.keys, BK=tile.k, BN=tile.columns,
-            STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
-        )  # fmt: skip
+        ]  # fmt: skip
+        constants: dict[str, int | bool | str] = {
+            "CLS": way.asking == "spatial", "BY_PATCH": way.window == "time", "ONE_BLOCK": short, "SCALE": per,
+            "BM": tile.rows, "BQ": tile.queries,
+        }  # fmt: skip
+        rows = self.patch_rows if outputs is None else self.rows[way.asking]
+        return Side(operands, constants, tile, rows, lse is not None, h is not None)
 
     def _scale(self, stream: str) -> tuple[Tensor, str]:
         """Drop-path factors, and whether there is one a token, one a clip, or none."""
@@ -169,14 +198,15 @@ class Call:
         grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in primals]
         by_name = Parameters.from_flat(grads[2:])
         layers: list[weight_gradient.Layer] = []
+        self.reductions: list[sums.Reduction] = []
         grad_out = {name: grad_out[name].to(self.x[name].dtype).contiguous() for name in STREAMS}
-        parts["dh"] = self._empty(1)
+        layers += self._exchange_backward(parts, grad_out, by_name)
         for way in self.ways.values():
-            layers += self._exchange_backward(way, parts, grad_out[way.asking], by_name)
             self._attention_backward(way, parts, getattr(by_name, way.name))
         layers += self._project_backward(parts, grad_out, grads[:2], by_name, any(wanted[:2]))
         if self.positions:
             self._position_gradients(parts, by_name)
+        sums.reduce(self.reductions)
         asked_for = {id(grad) for grad, want in zip(grads[2:], wanted[2:], strict=True) if want}
         layers = [layer for layer in layers if id(layer.weight) in asked_for]
         if layers:
@@ -189,54 +219,59 @@ class Call:
         return grads
 
     def _exchange_backward(
-        self, way: Way, parts: dict[str, Tensor], grad_y: Tensor, grads: Parameters
+        self, parts: dict[str, Tensor], grad_out: dict[str, Tensor], grads: Parameters
     ) -> list[weight_gradient.Layer]:
-        """dO for the attention; returns the up- and the output projection's weight gradients as layers to do."""
+        """dO for the attention; returns the up- and the output projections' weight gradients as layers to do."""
         problem, d, dim = self.problem, self.problem.bottleneck_dim, self.problem.dim
         tile = self._tile("exchange_backward")
-        weights: Stream = getattr(self.weights, way.asking)
-        rows, cls_rows = self.rows[way.asking], self.rows[way.asking] - self.patch_rows
-        programs = triton.cdiv(rows, tile.rows)
-        g, dh = self._empty(rows, d), self._empty(self.patch_rows + cls_rows, d)
-        parts[f"{way.name}_do"] = self._empty(self.patch_rows * d)
-        partial = self._empty(programs, dim + d, dtype=torch.float32)
-        h = parts.get(f"{way.name}_h")
-        scale, per = self._scale(way.asking)
-        exchange_backward[(programs,)](
-            grad_y, self._empty(rows, d) if h is None else h, parts[f"{way.name}_o"], parts.get("cls", partial), scale,
-            g, dh, parts[f"{way.name}_do"], partial, way.direction.proj_weight, way.direction.proj_bias,
-            weights.up_weight, self.frames, problem.frames, problem.patches,
-            CLS=way.asking == "spatial", SCALE=per, RECOMPUTE_H=h is None, DIM=dim, **self._bottleneck(),
-            BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
-            num_warps=tile.warps,
+        recompute = not any(f"{name}_h" in parts for name in self.ways)
+        layers, operands, tiles_of = [], {}, dict.fromkeys(STREAMS, 0)
+        for way in self.ways.values():
+            stream, rows = way.asking, self.rows[way.asking]
+            tiles_of[stream] = triton.cdiv(rows, tile.rows)
+            weights, own = getattr(self.weights, stream), getattr(grads, way.name)
+            g, dh = self._empty(rows, d), self._empty(rows, d)
+            do = self._part(parts, f"{way.name}_do", self.patch_rows * d)
+            o, h = parts[f"{way.name}_o"].view(self.patch_rows, d), parts.get(f"{way.name}_h")
+            partial = self._empty(tiles_of[stream], dim + d, dtype=torch.float32)
+            operands[stream] = [grad_out[stream], self._empty(rows, d) if h is None else h, o, self._scale(stream)[0]]
+            operands[stream] += [g, dh, do, partial, way.direction.proj_weight, way.direction.proj_bias]
+            operands[stream].append(weights.up_weight)
+            parts[f"{stream}_dh"] = dh
+            self.reductions.append(sums.Reduction(partial, [getattr(grads, stream).up_bias, own.proj_bias]))
+            left = grad_out[stream].view(rows, dim).to(problem.compute)
+            layers.append(weight_gradient.Layer(left, g, getattr(grads, stream).up_weight))
+            layers.append(weight_gradient.Layer(dh[: self.patch_rows], o, own.proj_weight))
+        some = next(iter(operands.values()))
+        exchange_backward[(sum(tiles_of.values()),)](
+            *operands.get("spatial", some), *operands.get("temporal", some), parts.get("cls", some[-4]),
+            self.frames, problem.frames, problem.patches, tiles_of["spatial"],
+            SPATIAL_SCALED=self.scale["spatial"] is not None, TEMPORAL_SCALED=self.scale["temporal"] is not None,
+            RECOMPUTE_H=recompute, DIM=dim, **self._bottleneck(),
+            BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-        if cls_rows:
-            parts["dh"] = dh
-        stream_grads, own = getattr(grads, way.asking), getattr(grads, way.name)
-        sums.reduce(partial, [stream_grads.up_bias, own.proj_bias])
-        left = grad_y.view(rows, dim).to(problem.compute)
-        o = parts[f"{way.name}_o"].view(self.patch_rows, d)
-        return [
-            weight_gradient.Layer(left, g, stream_grads.up_weight),
-            weight_gradient.Layer(dh[: self.patch_rows], o, own.proj_weight),
-        ]
+        return layers
 
     def _attention_backward(self, way: Way, parts: dict[str, Tensor], grads: Direction) -> None:
         """dQ and dKV as parts, and the gradients of their biases."""
         problem, d = self.problem, self.problem.bottleneck_dim
-        tile = self._tile("attention_backward")
-        programs = triton.cdiv(self.patch_rows, tile.queries)
+        tile = self._tile("attention_backward_short")
+        short = way.length <= tile.queries
+        if not short:
+            tile = self._tile("attention_backward")
+        held = tile.queries // way.length * way.length if short else tile.queries
+        programs = triton.cdiv(self.patch_rows, held)
         partial = self._empty(programs, 3 * d, dtype=torch.float32)
         dq = self._part(parts, f"{way.name}_dq", self.patch_rows * d)
         dkv = self._part(parts, f"{way.name}_dkv", self.patch_rows * 2 * d)
-        attention_backward[(2 * programs, problem.num_heads)](
+        attention_backward[(programs if short else 2 * programs, problem.num_heads)](
             parts[f"{way.name}_q"], parts[f"{way.name}_kv"], parts[f"{way.name}_o"], parts[f"{way.name}_lse"],
             parts[f"{way.name}_do"], dq, dkv, partial, self.patch_rows, problem.frames, problem.patches, way.length,
-            programs, problem.head_dim**-0.5, BY_PATCH=way.window == "time",
+            programs, problem.head_dim**-0.5, BY_PATCH=way.window == "time", ONE_BLOCK=short,
             D=d, HEADS=problem.num_heads, HEAD=problem.head_dim, BM=tile.queries, BLOCK=tile.keys,
             STAGES=tile.key_stages, num_warps=tile.warps,
         )  # fmt: skip
-        sums.reduce(partial, [grads.q_bias, grads.kv_bias])
+        self.reductions.append(sums.Reduction(partial, [grads.q_bias, grads.kv_bias]))
 
     def _project_backward(
         self, parts: dict[str, Tensor], grad_out: dict[str, Tensor], grad_x: list[Tensor | None], grads: Parameters,
@@ -257,39 +292,40 @@ class Call:
             partials[stream] = self._empty(programs[stream], 3 * d, dtype=torch.float32)
             buffers: dict[str, Tensor] = {}
             for role, way, width in (("q", asks, d), ("kv", answers, 2 * d)):
-                for kind in ("input", "dinput"):
-                    buffers[f"{role}_{kind}"] = self._empty(self.patch_rows, d) if way else dz
+                buffers[f"{role}_input"] = self._empty(self.patch_rows, d) if way else dz
                 buffers[f"d{role}"] = parts[f"{way.name}_d{role}"].view(self.patch_rows, width) if way else dz
                 if way is not None:
-                    parts[f"{way.name}_{role}_dinput"] = buffers[f"{role}_dinput"]
                     weight = getattr(getattr(grads, way.name), f"{role}_weight")
                     layers.append(weight_gradient.Layer(buffers[f"d{role}"], buffers[f"{role}_input"], weight))
             x = self.x[stream].view(-1, problem.dim).to(problem.compute)
             layers.append(weight_gradient.Layer(dz, x, own.down_weight))
             out = grad_out[stream] if asks else self.x[stream]
             operands += [parts[f"{stream}_z"], buffers["dq"], buffers["dkv"], dz, buffers["q_input"]]
-            operands += [buffers["kv_input"], buffers["q_dinput"], buffers["kv_dinput"], partials[stream], grad, out]
+            operands += [buffers["kv_input"], partials[stream], grad, out]
             operands += [*weights[:1], *weights[2:4], q.q_pos, kv.kv_pos, q.q_weight, kv.kv_weight]
+        dh = parts.get("spatial_dh", operands[0])
         project_backward[(sum(programs.values()),)](
-            *operands, parts["dh"], self.frames, problem.frames, problem.patches, programs["spatial"], self.eps,
+            *operands, dh, self.frames, problem.frames, problem.patches, programs["spatial"], self.eps,
             *self._by(), DIM=problem.dim, **self._bottleneck(), **self._directions(), WANT_X=want_x,
-            BM=tile.rows, BK=tile.k, BN=tile.columns, STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages,
-            num_warps=tile.warps,
+            BM=tile.rows, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         for stream in STREAMS:
             own = getattr(grads, stream)
-            sums.reduce(partials[stream], [own.norm_weight, own.norm_bias, own.down_bias])
+            vectors = [own.norm_weight, own.norm_bias, own.down_bias]
+            self.reductions.append(sums.Reduction(partials[stream], vectors))
         return layers
 
     def _position_gradients(self, parts: dict[str, Tensor], grads: Parameters) -> None:
-        problem = self.problem
+        tables = []
         for way in self.ways.values():
             own: Direction = getattr(grads, way.name)
-            for role, table in (("q", own.q_pos), ("kv", own.kv_pos)):
+            for role, table, width in (("q", own.q_pos, 1), ("kv", own.kv_pos, 2)):
                 if table is None:  # zeros stood in for it
                     continue
-                gradient = parts[f"{way.name}_{role}_dinput"]
-                sums.sum_positions(gradient, table, problem.batch, problem.frames, problem.patches, way.by)
+                gradient = parts[f"{way.name}_d{role}"].view(self.patch_rows, width * self.problem.bottleneck_dim)
+                weight = way.direction.q_weight if role == "q" else way.direction.kv_weight
+                tables.append(position_gradient.Table(gradient, weight, table, way.by))
+        position_gradient.launch(tables, self.problem.frames, self.problem.patches)
 
 
 def _ways(problem: Problem, parameters: Parameters) -> dict[str, Way]:

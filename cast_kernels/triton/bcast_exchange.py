@@ -1,8 +1,9 @@
 """Kernel `exchange`: windowed cross-attention, its output projection, GELU, the up-projection and the residual.
 
-One launch a direction. A program owns BM rows of the asking stream. It attends for them head by head, leaving O in
-global memory (backward wants it anyway), and after a barrier reads its own rows of O back as the operand of the output
-projection: d channels of O do not fit in registers beside the attention's tiles.
+One launch for both directions; the one with the longer windows comes first in the grid, so that short programs fill
+the end. A program owns rows of one asking stream. It attends for them head by head, leaving O in global memory
+(backward wants it anyway), and after a barrier reads its own rows of O back as the operand of the output projection:
+d channels of O do not fit in registers beside the attention's tiles.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from cast_kernels.triton.blocks import (
     add_bias,
     dot,
     gelu,
+    gelu_to_round,
     load_chunk,
     narrow,
     offset,
@@ -24,11 +26,61 @@ from cast_kernels.triton.blocks import (
     zeros,
 )
 
+#: Arguments that are 1 or a multiple of 16 in some problems only: no kernels of their own for them.
+_SIZES = ["patch_rows", "cls_rows", "frames", "patches", "first_window", "second_window", "first_programs"]
 
-@triton.jit(do_not_specialize=["patch_rows", "all_rows", "frames", "patches", "window"])
+
+@triton.jit(do_not_specialize=_SIZES)
 def exchange(
-    x, y, q, kv, o, lse, h, cls, scale, proj, proj_bias, up, up_bias,
-    patch_rows, all_rows, frames, patches, window, softmax_scale,
+    first_x, first_y, first_q, first_kv, first_o, first_lse, first_h, first_scale,
+    first_proj, first_proj_bias, first_up, first_up_bias,
+    second_x, second_y, second_q, second_kv, second_o, second_lse, second_h, second_scale,
+    second_proj, second_proj_bias, second_up, second_up_bias,
+    cls, patch_rows, cls_rows, frames, patches, first_window, second_window, first_programs, softmax_scale,
+    FIRST_CLS: tl.constexpr, FIRST_BY_PATCH: tl.constexpr, FIRST_ONE_BLOCK: tl.constexpr, FIRST_SCALE: tl.constexpr,
+    FIRST_BM: tl.constexpr, FIRST_BQ: tl.constexpr,
+    SECOND_CLS: tl.constexpr, SECOND_BY_PATCH: tl.constexpr, SECOND_ONE_BLOCK: tl.constexpr,
+    SECOND_SCALE: tl.constexpr, SECOND_BM: tl.constexpr, SECOND_BQ: tl.constexpr,
+    BOTH: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    ATTEND_ONLY: tl.constexpr, STORE_LSE: tl.constexpr, STORE_H: tl.constexpr,
+    BKEY: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr, WIDEN_STAGES: tl.constexpr, KEY_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Programs below `first_programs` take FIRST_BM rows of the first direction, with BOTH the others of the second.
+
+    Rows in window order; after the `patch_rows` patches come `cls_rows`, if the asking stream has CLS.
+    q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
+    `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
+    """
+    tl.static_assert(
+        FIRST_BM % FIRST_BQ == 0 and SECOND_BM % SECOND_BQ == 0,
+        "a program's rows must be a multiple of the queries that attend together",
+    )
+    program = tl.program_id(0)
+    if program < first_programs:
+        _one_direction(
+            program * FIRST_BM, first_x, first_y, first_q, first_kv, first_o, first_lse, first_h, cls, first_scale,
+            first_proj, first_proj_bias, first_up, first_up_bias,
+            patch_rows, cls_rows, frames, patches, first_window, softmax_scale,
+            FIRST_CLS, FIRST_BY_PATCH, FIRST_ONE_BLOCK, FIRST_SCALE, DIM, D, HEADS, HEAD,
+            ATTEND_ONLY, STORE_LSE, STORE_H, FIRST_BM, FIRST_BQ, BKEY, BK, BN, CHUNK, CHUNKS,
+            STAGES, WIDEN_STAGES, KEY_STAGES,
+        )  # fmt: skip
+    elif BOTH:
+        _one_direction(
+            (program - first_programs) * SECOND_BM, second_x, second_y, second_q, second_kv, second_o, second_lse,
+            second_h, cls, second_scale, second_proj, second_proj_bias, second_up, second_up_bias,
+            patch_rows, cls_rows, frames, patches, second_window, softmax_scale,
+            SECOND_CLS, SECOND_BY_PATCH, SECOND_ONE_BLOCK, SECOND_SCALE, DIM, D, HEADS, HEAD,
+            ATTEND_ONLY, STORE_LSE, STORE_H, SECOND_BM, SECOND_BQ, BKEY, BK, BN, CHUNK, CHUNKS,
+            STAGES, WIDEN_STAGES, KEY_STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_direction(
+    start, x, y, q, kv, o, lse, h, cls, scale, proj, proj_bias, up, up_bias,
+    patch_rows, cls_rows, frames, patches, window, softmax_scale,
     CLS: tl.constexpr, BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, SCALE: tl.constexpr,
     DIM: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     ATTEND_ONLY: tl.constexpr, STORE_LSE: tl.constexpr, STORE_H: tl.constexpr,
@@ -36,13 +88,7 @@ def exchange(
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, WIDEN_STAGES: tl.constexpr,
     KEY_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows in window order; after the `patch_rows` patches come the asking stream's CLS rows, if it has any (CLS).
-
-    q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
-    `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
-    """
-    tl.static_assert(BM % BQ == 0, "a program's rows must be a multiple of the queries that attend together")
-    start = tl.program_id(0) * BM
+    """BM rows from `start` on, in window order, of the stream that asks."""
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
             _attend(
@@ -53,7 +99,8 @@ def exchange(
         tl.debug_barrier()  # O was written by other threads of this program
         COMPUTE: tl.constexpr = q.dtype.element_ty
         i = start + tl.arange(0, BM)
-        mask, is_patch = i < all_rows, i < patch_rows
+        is_patch = i < patch_rows
+        mask = i < patch_rows + cls_rows if CLS else is_patch
         p_row = patch_row(i, frames, patches, BY_PATCH)
         if CLS:
             frame = tl.where(is_patch, p_row // patches, i - patch_rows)
@@ -72,7 +119,8 @@ def exchange(
             kept = value.to(COMPUTE)
             if STORE_H:
                 store_chunk(h, row, mask, kept, c, D, CHUNK)
-            g += (gelu(kept.to(tl.float32)).to(COMPUTE),)
+            wide = kept.to(tl.float32)
+            g += ((gelu(wide) if kept.dtype == tl.float32 else gelu_to_round(wide)).to(COMPUTE),)
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCALE == "token":
             factor = tl.load(scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
@@ -80,7 +128,7 @@ def exchange(
             factor = tl.load(scale + frame // frames, mask=mask, other=0.0)
         for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
             at = j + tl.arange(0, BN)
-            here = mask[:, None] & (at < DIM)[None, :]
+            here = mask[:, None] if DIM % BN == 0 else mask[:, None] & (at < DIM)[None, :]
             branch = widen(g, up, j, DIM, D, False, BM, BN, CHUNK, CHUNKS)
             branch += tl.load(up_bias + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
             old = tl.load(x + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
@@ -130,16 +178,17 @@ def _attend(
                 k = tl.load(kv + at, mask=(key < end)[:, None], other=0.0)
                 v = tl.load(kv + at + D, mask=(key < end)[:, None], other=0.0)
                 s = dot(queries, tl.trans(k), tl.zeros((BQ, BKEY), tl.float32))
-                s = tl.where(within(key, low, window), s, -1e30)
+                s = tl.where(within(key, low, window), s, -1.2676506002282294e30)
                 higher = tl.maximum(top, tl.max(s, 1) * factor)
-                # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes.
+                # A block may hold no key of a row's window. Its exp2(0) is multiplied away when one comes; it is 0 for
+                # a power of two as mask, whose product is exact: a fused multiply-add keeps what rounding takes.
                 p = tl.exp2(s * factor - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, 1)
                 acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
                 top = higher
         total = tl.where(mask, total, 1.0)
-        mixed = (acc / total[:, None]).to(o.dtype.element_ty)
+        mixed = (acc * (1.0 / total)[:, None]).to(o.dtype.element_ty)  # a division a row, not an element
         tl.store(o + offset(row, D)[:, None] + lane[None, :], mixed, mask=mask[:, None])
         if STORE_LSE:
             tl.store(lse + offset(row, HEADS) + head, top + tl.log2(total), mask=mask)

@@ -1,6 +1,6 @@
 """Kernel `exchange_backward`: back through residual scale, up-projection, GELU and output projection, row by row.
 
-One launch a direction. From dY it makes scale * gelu(h), the right operand of the up-projection's weight gradient;
+One launch for both directions. From dY it makes f gelu(h), the right operand of the up-projection's weight gradient;
 dh, the left operand of the output projection's; dO for the attention; and its rows' share of both bias gradients.
 """
 
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from cast_kernels.triton.blocks import (
-    add_bias,
     channels,
     column_sums,
     gelu,
@@ -18,75 +17,90 @@ from cast_kernels.triton.blocks import (
     load_chunk,
     narrow,
     offset,
+    pieces,
     store_chunk,
-    widen,
     zeros,
 )
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "patches"])
+@triton.jit(do_not_specialize=["rows", "frames", "patches", "spatial_tiles"])
 def exchange_backward(
-    grad_y, h, o, cls, scale, g, dh, do, partial, proj, proj_bias, up,
-    rows, frames, patches,
-    CLS: tl.constexpr, SCALE: tl.constexpr, RECOMPUTE_H: tl.constexpr,
+    spatial_grad_y, spatial_h, spatial_o, spatial_scale, spatial_g, spatial_dh, spatial_do, spatial_partial,
+    spatial_proj, spatial_proj_bias, spatial_up,
+    temporal_grad_y, temporal_h, temporal_o, temporal_scale, temporal_g, temporal_dh, temporal_do, temporal_partial,
+    temporal_proj, temporal_proj_bias, temporal_up,
+    cls, rows, frames, patches, spatial_tiles,
+    SPATIAL_SCALED: tl.constexpr, TEMPORAL_SCALED: tl.constexpr, RECOMPUTE_H: tl.constexpr,
     DIM: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr, WIDEN_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of the asking stream, in its own order.
+    """Programs below `spatial_tiles` take BM rows of the spatial stream, the others of the temporal, as they lie.
 
     `rows` counts frames of all clips. h, g [rows, D] are in the stream's order, h written first if RECOMPUTE_H;
-    o, do [B*T*N, D] have no CLS rows; dh has them at the end, [B*T*N + B*T, D]. `partial` [programs, DIM + D]: column
-    sums of scale * dY, then of dh.
+    o, do [B*T*N, D] have no CLS rows; dh has them at the end, [B*T*N + B*T, D]. A scale has a factor for each token of
+    a clip (spatial), or for each clip. `partial` [tiles, DIM + D]: column sums of scale * dY, then of dh.
     """
-    COMPUTE: tl.constexpr = g.dtype.element_ty
-    first: tl.constexpr = 1 if CLS else 0
+    COMPUTE: tl.constexpr = spatial_g.dtype.element_ty
+    PIECE: tl.constexpr = CHUNK // 2 if CHUNK == 128 else CHUNK
+    PIECES: tl.constexpr = CHUNK // PIECE * CHUNKS
     tile = tl.program_id(0)
+    if tile < spatial_tiles:
+        first = 1
+        grad_y, h, o, scale, g = spatial_grad_y, spatial_h, spatial_o, spatial_scale, spatial_g
+        dh, do, partial = spatial_dh, spatial_do, spatial_partial
+        proj, proj_bias, up = spatial_proj, spatial_proj_bias, spatial_up
+    else:
+        first = 0
+        tile -= spatial_tiles
+        grad_y, h, o, scale, g = temporal_grad_y, temporal_h, temporal_o, temporal_scale, temporal_g
+        dh, do, partial = temporal_dh, temporal_do, temporal_partial
+        proj, proj_bias, up = temporal_proj, temporal_proj_bias, temporal_up
     tokens = patches + first
     row = tile * BM + tl.arange(0, BM)
     mask = row < rows * tokens
     frame, token = row // tokens, row % tokens
-    is_patch = mask & (token >= first)
-    is_cls = mask & (token < first)
+    is_patch, is_cls = mask & (token >= first), mask & (token < first)
     p_row = frame * patches + token - first
     factor = tl.where(mask, 1.0, 0.0)
-    if SCALE == "token":
-        factor = tl.load(scale + frame // frames * tokens + token, mask=mask, other=0.0)
-    if SCALE == "clip":
-        factor = tl.load(scale + frame // frames, mask=mask, other=0.0)
+    if SPATIAL_SCALED or TEMPORAL_SCALED:
+        scaled = mask & tl.where(first == 1, SPATIAL_SCALED, TEMPORAL_SCALED)
+        at = frame // frames * tl.where(first == 1, tokens, 1) + token * first
+        factor = tl.where(scaled, tl.load(scale + at, mask=scaled, other=0.0), factor)
     if RECOMPUTE_H:
-        acc = zeros(BM, CHUNK, CHUNKS)
-        acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        again = add_bias(acc, proj_bias, is_patch, D, CHUNK, CHUNKS)
-    for c in tl.static_range(CHUNKS):
+        hidden_row = zeros(BM, CHUNK, CHUNKS)
+        hidden_row = narrow(hidden_row, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        again = pieces(hidden_row, BM, CHUNK, CHUNKS, PIECE)
+    for c in tl.static_range(PIECES):
         if RECOMPUTE_H:
-            hidden = again[c]
-            if CLS:
-                hidden += load_chunk(cls, frame, is_cls, c, D, CHUNK)
+            at_c = channels(c, PIECE)
+            bias = tl.load(proj_bias + at_c, mask=at_c < D, other=0.0).to(tl.float32)
+            hidden = again[c] + tl.where(is_patch[:, None], bias[None, :], 0.0)
+            hidden += load_chunk(cls, frame, is_cls, c, D, PIECE)
             hidden = hidden.to(COMPUTE).to(tl.float32)
-            store_chunk(h, row, mask, hidden, c, D, CHUNK)
+            store_chunk(h, row, mask, hidden, c, D, PIECE)
         else:
-            hidden = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
-        store_chunk(g, row, mask, factor[:, None] * gelu(hidden), c, D, CHUNK)
+            hidden = load_chunk(h, row, mask, c, D, PIECE).to(tl.float32)
+        store_chunk(g, row, mask, factor[:, None] * gelu(hidden), c, D, PIECE)
     tl.debug_barrier()  # h is read back below: beside dg it would not fit in registers
-    dg = zeros(BM, CHUNK, CHUNKS)
-    dg = narrow(dg, grad_y, row, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+    dg_row = zeros(BM, CHUNK, CHUNKS)
+    dg_row = narrow(dg_row, grad_y, row, mask, up, DIM, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+    dg = pieces(dg_row, BM, CHUNK, CHUNKS, PIECE)
     dh_row = tl.where(is_patch, p_row, rows * patches + frame)
-    a = ()
-    for c in tl.static_range(CHUNKS):
-        kept = load_chunk(h, row, mask, c, D, CHUNK).to(tl.float32)
+    for c in tl.static_range(PIECES):
+        kept = load_chunk(h, row, mask, c, D, PIECE).to(tl.float32)
         gradient = factor[:, None] * dg[c] * gelu_gradient(kept)
-        column_sums(partial, tile, DIM, DIM + D, channels(c, CHUNK), gradient, is_patch, D)
-        store_chunk(dh, dh_row, mask, gradient, c, D, CHUNK)
-        a += (gradient.to(COMPUTE),)
-    for j in tl.range(0, D, BN, num_stages=WIDEN_STAGES):
-        at = j + tl.arange(0, BN)
-        value = widen(a, proj, j, D, D, True, BM, BN, CHUNK, CHUNKS)
-        here = is_patch[:, None] & (at < D)[None, :]
-        tl.store(do + offset(p_row, D)[:, None] + at[None, :], value.to(COMPUTE), mask=here)
+        column_sums(partial, tile, DIM, DIM + D, channels(c, PIECE), gradient, is_patch, D)
+        store_chunk(dh, dh_row, mask, gradient, c, D, PIECE)
+    tl.debug_barrier()  # dh is read back as an operand: in registers it would stand beside the next product's row
+    do_row = zeros(BM, CHUNK, CHUNKS)
+    do_row = narrow(do_row, dh, p_row, is_patch, proj, D, D, True, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+    d_o = pieces(do_row, BM, CHUNK, CHUNKS, PIECE)
+    for c in tl.static_range(PIECES):
+        store_chunk(do, p_row, is_patch, d_o[c], c, D, PIECE)
     for j in range(0, DIM, BN):
-        at = j + tl.arange(0, BN)
-        here = mask[:, None] & (at < DIM)[None, :]
-        value = tl.load(grad_y + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
+        column = j + tl.arange(0, BN)
+        here = mask[:, None] & (column < DIM)[None, :]
+        value = tl.load(grad_y + offset(row, DIM)[:, None] + column[None, :], mask=here, other=0.0).to(tl.float32)
         total = tl.sum(factor[:, None] * value, 0)
-        tl.store(partial + tile * (DIM + D) + at, total, mask=at < DIM)
+        tl.store(partial + tile * (DIM + D) + column, total, mask=column < DIM)

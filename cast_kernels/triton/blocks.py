@@ -138,6 +138,19 @@ def store_chunk(x, rows, mask, value, c: tl.constexpr, D: tl.constexpr, CHUNK: t
 
 
 @triton.jit
+def pieces(row, BM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PIECE: tl.constexpr):
+    """The row in tiles of PIECE columns, CHUNK or half of it: what is done to less at a time takes fewer registers."""
+    out = ()
+    for c in tl.static_range(CHUNKS):
+        if PIECE == CHUNK:
+            out += (row[c],)
+        else:
+            left, right = tl.split(tl.permute(tl.reshape(row[c], (BM, 2, PIECE)), (0, 2, 1)))
+            out += (left, right)
+    return out
+
+
+@triton.jit
 def load_row(x, rows, mask, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """All chunks of rows of x."""
     row = ()
@@ -180,6 +193,20 @@ def normalised(z, mean, rstd, weight, bias, c: tl.constexpr, D: tl.constexpr, CH
 def gelu(x):
     """Exact GELU, x * Phi(x), of an fp32 tile."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_to_round(x):
+    """GELU of an fp32 tile whose result is rounded to 16 bits: 16 instructions an element fewer than by erf.
+
+    max(x, 0) - |x| Q(|x|) with Q = 1 - Phi from Abramowitz and Stegun 7.1.26: at most 2.2e-7 off, and 2e-3 of the value
+    down to x = -5, where fp32's 1 + erf has lost as much to cancellation. 1 / y is rsqrt(y)^2, two instructions.
+    """
+    size = tl.abs(x)
+    root = tl.rsqrt(1.0 + 0.23164187 * size)
+    t = root * root
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return tl.maximum(x, 0.0) - size * (tail * tl.exp2(x * x * -0.7213475204444817))
 
 
 @triton.jit

@@ -111,5 +111,5 @@ def launch_norm_backward(
     if not train:
         return [grad_x, None, None]
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in (weight, bias)]
-    sums.reduce(partial, grads)
+    sums.reduce([sums.Reduction(partial, grads)])
     return [grad_x, *(grad if want else None for grad, want in zip(grads, wanted[1:], strict=True))]

@@ -1,11 +1,13 @@
-"""Kernels for the second stage of vector gradients: fixed-order sums, no atomics.
+"""Kernel `reduce_rows`: the second stage of all vector gradients of one op in one launch, in a fixed order, no atomics.
 
-`reduce_rows` adds up the partial sums that programs left; `position_sums` adds up the rows that share a position.
+It adds up the partial sums that programs left, a row each.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,18 +16,53 @@ from torch import Tensor
 COLUMNS = 64
 #: Rows added at a time, so that loads overlap.
 ROWS = 32
-#: Members of a position that one program of `position_sums` adds; more are split, or frames' eight positions would
-#: keep eight programs busy with a thousand rows each.
-MEMBERS = 128
+#: Reductions that one launch takes: B-CAST has two for each of its three backward kernels.
+MOST = 6
 
 
-@triton.jit(do_not_specialize=["rows", "width", "first_columns", "second_columns"])
+class Reduction(NamedTuple):
+    """Column sums that are to be made: the columns of partial [rows, width] go to the outputs, one behind the other."""
+
+    partial: Tensor  # float32
+    outputs: Sequence[Tensor]  # one to three vectors of one dtype, `width` elements together
+
+
+@triton.jit(do_not_specialize=[f"{name}{i}" for i in range(6) for name in ("rows", "width", "middle", "last", "end")])
 def reduce_rows(
-    partial, out0, out1, out2, rows, width, first_columns, second_columns,
+    partial0, partial1, partial2, partial3, partial4, partial5,
+    first0, first1, first2, first3, first4, first5,
+    second0, second1, second2, second3, second4, second5,
+    third0, third1, third2, third3, third4, third5,
+    rows0, rows1, rows2, rows3, rows4, rows5,
+    width0, width1, width2, width3, width4, width5,
+    middle0, middle1, middle2, middle3, middle4, middle5,
+    last0, last1, last2, last3, last4, last5,
+    end0, end1, end2, end3, end4,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum partial [rows, width] over rows; columns go to out0, then out1, then out2, each as long as its share."""
-    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    """Sum each partial [rows, width] over rows: columns below `middle` go to first, those below `last` to second.
+
+    One reduction behind the other: number i ends before program `end<i>`.
+    """
+    tile = tl.program_id(0)
+    partial, first, second, third, rows, width = partial0, first0, second0, third0, rows0, width0
+    middle, last, start = middle0, last0, 0
+    if tile >= end0:
+        partial, first, second, third, rows, width = partial1, first1, second1, third1, rows1, width1
+        middle, last, start = middle1, last1, end0
+    if tile >= end1:
+        partial, first, second, third, rows, width = partial2, first2, second2, third2, rows2, width2
+        middle, last, start = middle2, last2, end1
+    if tile >= end2:
+        partial, first, second, third, rows, width = partial3, first3, second3, third3, rows3, width3
+        middle, last, start = middle3, last3, end2
+    if tile >= end3:
+        partial, first, second, third, rows, width = partial4, first4, second4, third4, rows4, width4
+        middle, last, start = middle4, last4, end3
+    if tile >= end4:
+        partial, first, second, third, rows, width = partial5, first5, second5, third5, rows5, width5
+        middle, last, start = middle5, last5, end4
+    column = (tile - start) * BC + tl.arange(0, BC)
     inside = column < width
     total = tl.zeros((BC,), tl.float32)
     for r in range(0, rows, BR):
@@ -34,66 +71,23 @@ def reduce_rows(
             partial + row[:, None] * width + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0
         )
         total += tl.sum(value, 0)
-    end = first_columns + second_columns
-    tl.store(out0 + column, total.to(out0.dtype.element_ty), mask=inside & (column < first_columns))
-    middle = inside & (column >= first_columns) & (column < end)
-    tl.store(out1 + (column - first_columns), total.to(out1.dtype.element_ty), mask=middle)
-    tl.store(out2 + (column - end), total.to(out2.dtype.element_ty), mask=inside & (column >= end))
+    rounded = total.to(first.dtype.element_ty)
+    tl.store(first + column, rounded, mask=inside & (column < middle))
+    tl.store(second + (column - middle), rounded, mask=inside & (column >= middle) & (column < last))
+    tl.store(third + (column - last), rounded, mask=inside & (column >= last))
 
 
-@triton.jit(do_not_specialize=["clips", "frames", "patches", "splits", "by_frame", "by_patch", "members"])
-def position_sums(
-    x, partial, clips, frames, patches, splits, by_frame, by_patch, members,
-    D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """partial [splits, W, D] = sums of the rows of x [B*T*N, D] at position frame * by_frame + patch * by_patch.
-
-    The grid is (W, columns, splits). A position's members are its clips, times what its window leaves out: patches
-    where it counts frames, frames where it counts patches.
-    """
-    position, split = tl.program_id(0), tl.program_id(2)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    share = tl.cdiv(members, splits)
-    end = tl.minimum((split + 1) * share, members)
-    total = tl.zeros((BC,), tl.float32)
-    for r in range(split * share, end, BR):
-        member = (r + tl.arange(0, BR)).to(tl.int64)
-        if by_patch == 0:  # the window is one patch's frames
-            row = (member // patches * frames + position) * patches + member % patches
-        elif by_frame == 0:  # one frame's patches
-            row = member * patches + position
-        else:  # a whole clip
-            row = member * frames * patches + position
-        value = tl.load(
-            x + row[:, None] * D + column[None, :], mask=(member < end)[:, None] & (column < D)[None, :], other=0.0
-        )
-        total += tl.sum(value.to(tl.float32), 0)
-    at = (split.to(tl.int64) * tl.num_programs(0) + position) * D + column
-    tl.store(partial + at, total, mask=column < D)
-
-
-def reduce(partial: Tensor, outputs: list[Tensor]) -> None:
-    """Sum partial [rows, width] over its rows into up to three vectors that share its columns, in their dtypes."""
-    rows, width = partial.shape
-    first, second, third = (*outputs, *[outputs[-1]] * (3 - len(outputs)))
-    lengths = [x.numel() for x in outputs] + [0, 0]
-    reduce_rows[(triton.cdiv(width, COLUMNS),)](
-        partial, first, second, third, rows, width, lengths[0], lengths[1], BR=ROWS, BC=COLUMNS, num_warps=2
-    )
-
-
-def sum_positions(x: Tensor, table: Tensor, clips: int, frames: int, patches: int, by: tuple[int, int]) -> None:
-    """table [W, D] = sums of the rows of x [clips * frames * patches, D] at each position.
-
-    Args:
-        by: (by_frame, by_patch): a row's position is frame * by_frame + patch * by_patch.
-    """
-    length, width = table.shape
-    members = clips * frames * patches // length
-    splits = triton.cdiv(members, MEMBERS)
-    partial = x.new_empty((splits, length * width), dtype=torch.float32)
-    grid = (length, triton.cdiv(width, COLUMNS), splits)
-    position_sums[grid](
-        x, partial, clips, frames, patches, splits, *by, members, D=width, BR=ROWS, BC=COLUMNS, num_warps=2
-    )
-    reduce(partial, [table])
+def reduce(reductions: Sequence[Reduction]) -> None:
+    """Do 1 to :data:`MOST` of them; all outputs have one dtype."""
+    filled = [*reductions, *[reductions[-1]] * (MOST - len(reductions))]
+    columns: list[list[Tensor | int]] = []
+    ends, total = [], 0
+    for number, (partial, outputs) in enumerate(filled):
+        rows, width = partial.shape
+        middle = outputs[0].numel()
+        last = middle + (outputs[1].numel() if len(outputs) > 1 else 0)
+        columns.append([partial, *outputs, *[outputs[-1]] * (3 - len(outputs)), rows, width, middle, last])
+        total += triton.cdiv(width, COLUMNS) if number < len(reductions) else 0
+        ends.append(total)
+    arguments = [value for column in zip(*columns, strict=True) for value in column]
+    reduce_rows[(total,)](*arguments, *ends[:-1], BR=ROWS, BC=COLUMNS, num_warps=2)

@@ -5,9 +5,9 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class Tile:
     queries: int = 64  # BQ: rows that attend together
     keys: int = 64  # BKEY: keys at a time
     key_stages: int = 1
+    programs: int = 1  # that `weight_gradient` wants: the GPU's multiprocessors, or 1 where rows are not to be split
 
 
 #: Widths of a chunk of the bottleneck. Tensor cores want 16 at least; 128 fills a warpgroup's instruction.
@@ -56,13 +57,23 @@ class TileSet:
     source: str  # where the entries come from
     row: Tile  # of the kernels that hold a row of the bottleneck, unless they are named below
     weight_gradient: Tile
-    attention_backward: Tile
+    attention_backward: Tile  # reads `queries`, `keys`, `warps` and `key_stages` alone
     project: Tile | None = None
-    exchange_short: Tile | None = None  # `exchange` where a tile of queries holds whole windows
+    exchange: Tile | None = None
+    #: `exchange` where a tile of queries holds whole windows. Beside longer windows only its rows and queries count.
+    exchange_short: Tile | None = None
+    attention_backward_short: Tile | None = None  # `attention_backward` where windows fit a tile, if unlike others
     exchange_backward: Tile | None = None
     project_backward: Tile | None = None
     adapter_forward: Tile | None = None
     adapter_backward: Tile | None = None
+    few_rows: int = 0  # up to so many rows of both streams the kernels in `few` take its tiles
+    few: Mapping[str, Tile] = field(default_factory=dict)
+
+    def of(self, kernel: str) -> Tile:
+        """The tile of one kernel: its own, or the one that it shares."""
+        own: Tile | None = getattr(self, kernel, None)
+        return own or (self.attention_backward if kernel == "attention_backward_short" else self.row)
 
 
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
@@ -74,13 +85,19 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ("sm_80", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
-        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+        # Eight warps repeat products of 64 rows with 64 columns: 254 to 169 us, 232 to 148 (A100, six clips, traced).
+        project=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        exchange=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        exchange_short=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4, programs=108),
+        # 131 us with 64 rows, 134 with 8 warps and two stages, 49 so (A100, six clips, predicted).
+        attention_backward=Tile(rows=128, k=64, columns=64, warps=4, stages=2, queries=128),
+        attention_backward_short=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_80", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=32, k=32, columns=64, warps=8, stages=3, queries=32),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4, programs=108),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_80", 32, False): TileSet(
@@ -88,88 +105,87 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         # 32 rows spill 845 times inside `project`'s loops: tf32x3 wants the operand's row twice.
         row=Tile(rows=16, k=32, columns=64, warps=8, stages=2, queries=16, keys=32),
         project_backward=Tile(rows=16, k=16, columns=64, warps=8, stages=2),  # steps of 32: 24 spills inside loops
-        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=108),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_80", 32, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=2, queries=16, keys=32),
-        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=108),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_86", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3, programs=84),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_86", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=32, k=16, columns=64, warps=8, stages=3, queries=32),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=3, programs=84),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_86", 32, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=1, queries=16, keys=32),
-        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=84),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
         row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
         exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
-        exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        # One or two clips are at most 50 programs of 128 rows for 132 SMs; half as large, a program takes half as long.
+        few_rows=132 * 64,
+        few=dict.fromkeys(
+            ("project", "exchange", "exchange_short"), Tile(rows=64, k=64, columns=64, warps=4, stages=3)
+        ),
         # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
         adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
-        attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=64, columns=384, warps=8, stages=3, programs=132),
+        # A quarter of the tiles' score products, and K and V from L2 half as often, as 64 rows: 62 to 32 us.
+        attention_backward=Tile(rows=128, k=64, columns=64, warps=4, stages=2, queries=128, key_stages=2),
+        attention_backward_short=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("sm_90", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4),
+        weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4, programs=132),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
         # wgmma takes 64 rows, whose two rows of 768 channels spill 160 times inside loops: mma.sync instead.
         adapter_backward=Tile(rows=32, k=32, columns=64, warps=8, stages=2),
     ),
     ("sm_100", 16, False): TileSet(
+        # At 128 rows `project` and `exchange_backward` spill 57 and 63 times inside loops, `exchange` up to 18 times.
         _COMPILED,
-        row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
-        # At 128 rows these two spill 57 and 63 times inside loops.
-        project=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        exchange_short=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        exchange_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        project_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
-        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3),
+        row=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
+        weight_gradient=Tile(rows=256, k=64, columns=128, warps=8, stages=3, programs=148),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
     ),
     ("gfx942", 16, False): TileSet(
         _COMPILED,
         row=Tile(rows=64, k=32, columns=64, warps=4, stages=2),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
     ),
     ("gfx942", 16, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=32, k=16, columns=64, warps=4, stages=2, queries=32),
-        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2),
+        weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
     ),
     ("gfx942", 32, False): TileSet(
         _COMPILED,
         row=Tile(rows=32, k=16, columns=32, warps=4, stages=2, queries=32, keys=32),
-        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
     ),
     ("gfx942", 32, True): TileSet(
         _BY_ARITHMETIC,
         row=Tile(rows=16, k=16, columns=32, warps=4, stages=1, queries=16, keys=32),
-        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2),
+        weight_gradient=Tile(rows=64, k=16, columns=64, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
     ),
 }
@@ -192,6 +208,20 @@ _MMA_SYNC = (
 
 #: (target, kernel, bits of an operand) -> what `cast-kernels compile` lets pass, and prints.
 EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
+    ("sm_80", "exchange", 16): Allowance(
+        "one word once a step of 64 output columns; eight warps spill none and take 1.6 times as long by the model",
+        loop_spills=1,
+    ),
+    ("sm_90", "exchange", 16): Allowance(
+        "words of addresses once a step of 64 output columns: two at 128 rows, where half the rows read every weight "
+        "twice as often; in fp16 four at the 64 rows and 4 warps for few rows, where 8 warps repeat 40 % of products",
+        loop_spills=4,
+    ),
+    ("sm_90", "project", 16): Allowance(
+        "in fp16 four words once a step of 64 channels, at the 64 rows and 4 warps for few rows only; 8 warps repeat "
+        "40 % of the products",
+        loop_spills=4,
+    ),
     ("sm_80", "project_backward", 16): Allowance(
         "two words once a step of 32 channels; the next smaller tile, 32 rows, reads every weight twice as often",
         loop_spills=2,
@@ -200,9 +230,20 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
         (arch, "project_backward", 16): Allowance("the same two words as on sm_80, for the same tile", loop_spills=2)
         for arch in ("sm_86", "sm_89")
     },
-    ("sm_100", "project_backward", 16): Allowance(
-        "five words once a step of 64 channels, of 32 four; tcgen05 takes no fewer than these 64 rows", loop_spills=5
+    ("sm_90", "project_backward", 16): Allowance(
+        "one word once a step of 64 channels; 64 rows spill none there and read every weight twice as often",
+        loop_spills=1,
     ),
+    ("sm_100", "project_backward", 16): Allowance(
+        "eight words once a step of 64 channels, of 32 twelve; tcgen05 takes no fewer than these 64 rows", loop_spills=8
+    ),
+    **{
+        (arch, "position_products", 16): Allowance(
+            "sums in fp32, as tf32 products of 16 rows: a table of eight positions has no 64 for wgmma or tcgen05",
+            tensor_core="HMMA",
+        )
+        for arch in ("sm_90", "sm_100")
+    },
     **{
         (arch, kernel, 32): Allowance(_MMA_SYNC, tensor_core="HMMA")
         for arch in ("sm_90", "sm_100")
@@ -212,6 +253,7 @@ EXCEPTIONS: dict[tuple[str, str, int], Allowance] = {
             "exchange_backward",
             "project_backward",
             "attention_backward",
+            "position_products",
             "adapter_forward",
             "adapter_backward",
         )
@@ -252,7 +294,9 @@ def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
         find_set.cache_clear()
 
 
-def find(arch: str, kernel: str, bits: int, d: int) -> Tile:
-    """The tile of one kernel."""
+def find(arch: str, kernel: str, bits: int, d: int, rows: int | None = None) -> Tile:
+    """The tile of one kernel; with `rows` of both streams, one for so few rows if the table has it."""
     tiles = find_set(arch, bits, d)
-    return getattr(tiles, kernel, None) or tiles.row
+    if rows is not None and rows <= tiles.few_rows and kernel in tiles.few:
+        return tiles.few[kernel]
+    return tiles.of(kernel)

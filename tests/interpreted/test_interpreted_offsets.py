@@ -21,7 +21,7 @@ from cast_kernels.triton import bcast as triton_bcast
 
 #: 8 patches and 10 tokens a clip; 128 channels: the smallest batch past 2^31 elements.
 CASE = Case(batch=2**31 // (8 * 128) + 3, frames=2, patches=4, dim=128, bottleneck=128, heads=2)
-WALK_OVER_ALL_ROWS = ("weight_gradient", "reduce_rows", "position_sums")
+WALK_OVER_ALL_ROWS = ("weight_gradient", "sum_parts", "reduce_rows", "position_sums", "position_products")
 #: The default tiles have 32 rows or more, so two tiles hold the last clip wherever it begins.
 TILES = 2
 LAST = 2  # clips that are compared
@@ -34,9 +34,10 @@ def run_last_programs(self: Any, *args: Any, **kwargs: Any) -> None:
     names = inspect.getfullargspec(self.fn).args
     values = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
     grid = (*self.grid, 1, 1)[:3]
-    ends = {grid[0], values.get("spatial_tiles"), values.get("query_tiles")}
-    if self.fn.__name__ == "exchange":  # CLS rows follow the patches
-        ends.add(-(-values["patch_rows"] // values["BM"]))
+    ends = {grid[0], values.get("spatial_tiles"), values.get("query_tiles"), values.get("first_programs")}
+    if self.fn.__name__ == "exchange":  # CLS rows follow the patches, of one direction or the other
+        for before, rows in ((0, values["FIRST_BM"]), (values["first_programs"], values["SECOND_BM"])):
+            ends.add(before - (-values["patch_rows"] // rows))
     programs = sorted({end - back for end in ends if end for back in range(1, TILES + 1) if end >= back})
     patched = interpreter._patch_lang(self.fn)
     try:

@@ -1,0 +1,16 @@
+"""Published figures, out of `published.yaml`: of CAST and of what it is compared with, each with its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PUBLISHED = Path(__file__).with_suffix(".yaml")
+
+
+def read_published() -> dict[str, Any]:
+    """The file's sections by name; a table has `source`, `columns` and `rows`."""
+    content: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return content
