@@ -332,7 +332,7 @@ def guess_settings(root: Path, files: Mapping[Split, Path] | None = None) -> Dat
     tried = ("{split}", "videos", "videos/{split}", ".")
     for videos in tried:
         guess = DataSettings(**settings, videos=videos, skip_list="none")
-        if any(sample.path.is_file() for sample in VideoSet(guess).all_samples(split)[:100]):
+        if any(os.path.isfile(sample.path) for sample in VideoSet(guess).all_samples(split)[:100]):
             break
     else:
         videos = next(place for place in tried if (root / place.replace("{split}", split)).is_dir())
