@@ -92,6 +92,12 @@ class PretrainSettings:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1")
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}; it must be 0 or more clips")
+        for name in ("mixup", "cutmix", "smoothing"):
+            if getattr(self.data.augment, name):
+                raise ValueError(
+                    f"data.augment.{name} is {getattr(self.data.augment, name)}; there are no labels to mix or smooth, "
+                    "and clips are not mixed in pre-training: set it to 0"
+                )
         for ours, theirs in (("image_size", "size"), ("num_frames", "frames")):
             if getattr(self.model, ours) != getattr(self.data, theirs):
                 raise ValueError(
