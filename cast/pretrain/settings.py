@@ -59,7 +59,7 @@ class PretrainSettings:
     """A recipe of `cast pretrain`.
 
     Args:
-        data: videos and augmentation. Labels are not read; `train: null` takes every video below `root`.
+        data: videos and augmentation. Labels are not used; `train: null` takes every video below `root`.
         model: sizes of the temporal expert; the rest of CAST's settings has no effect.
         decoder: sizes of the decoder.
         mask_ratio: share of the patches that is hidden.
