@@ -122,7 +122,8 @@ class ClipLoader:
         self._per_step = batch_size // repeats * world  # videos of a global batch
         if train and len(samples) < self._per_step:
             raise ValueError(
-                f"{len(samples)} videos make no batch of {self._per_step}; lower batch_size, or take fewer processes"
+                f"{len(samples)} videos make no batch of {self._per_step}; lower batch_size (in a recipe "
+                "optim.total_batch and optim.micro_batch), or take fewer processes"
             )
 
     def __len__(self) -> int:
