@@ -320,7 +320,9 @@ def test_a_resumed_pre_training_gives_the_same_bits(
     monkeypatch.undo()
     assert not (tmp_path / "cut" / WEIGHTS).exists()
     assert main(command(folder, tmp_path / "cut", *few, "checkpoint.every=1", "--resume")) == 0
-    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    # Not the files' bytes: safetensors writes the entries of a header in any order.
+    cut, whole = (VideoMAE.read(tmp_path / name / WEIGHTS).state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in cut.items())
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
