@@ -77,6 +77,8 @@ class Shared(
             names.append(LABELS)
         for name in names:
             os.replace(path / f"{name}.part", path / name)
+        if self.labels is None:
+            (path / LABELS).unlink(missing_ok=True)  # an earlier model's names, which this one's classes are not
         card = path / "README.md"
         if not card.exists():
             self.generate_model_card(**(model_card_kwargs or {})).save(card)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,18 @@ from video_files import write_video
 from cast.baselines import TwoStream, build
 from cast.cli import main as command
 from cast.config import make_config
-from cast.evaluation import Predictions, Protocol, Run, evaluate, read_predictions
+from cast.evaluation import Predictions, Protocol, Run, evaluate, read_predictions, write_predictions
 from cast.evaluation.checkpoint import find_log, load_checkpoint
 from cast.evaluation.cost import model_cost
 from cast.evaluation.inference import sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.protocol import normalise
+from cast.evaluation.run import _class_names
+from cast.labels import numbers
 from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
 from cast.video.dataset import views_of
+from cast.video.datasets import open_dataset
 from cast.video.reader import VideoError
 
 pytest.importorskip("matplotlib")
@@ -155,7 +159,7 @@ def test_what_cannot_be_evaluated_is_refused(samples: list[Sample], tmp_path: Pa
     model = small_cast()
     with pytest.raises(ValueError, match="there are no samples"):
         evaluate(model, [], CLASSES, PROTOCOL)
-    with pytest.raises(ValueError, match="the same file twice"):
+    with pytest.raises(ValueError, match=r"clip_0\.mp4 more than once"):
         evaluate(model, [samples[0], samples[0]], CLASSES, PROTOCOL)
     with pytest.raises(ValueError, match=r"heads are \{'.*\} and the data set's \{'verb': 6, 'noun': 2\}"):
         evaluate(model, samples, CLASSES | {"noun": ["door", "tap"]}, PROTOCOL)
@@ -272,6 +276,32 @@ def test_another_evaluation_in_the_directory_is_kept(
     assert command(["evaluate", str(checkpoint), str(root), "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_class_names_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Class 0 of the labels would be another class than class 0 of the answers."""
+    root = write_dataset(tmp_path / "data", 1)
+    (root / "classes.json").write_text(json.dumps(CLASSES | {"noun": sorted(CLASSES["noun"])}))
+    model = small_cast()
+    model.labels = CLASSES
+    model.save_pretrained(tmp_path / "model")
+    assert command(["evaluate", str(tmp_path / "model"), str(root), "--out", str(tmp_path / "out")]) == 1
+    assert "call the classes of 'noun' otherwise: class 0 is 'door', not '<b>onion</b>'" in capsys.readouterr().err
+
+
+def test_names_are_preferred_to_numbers(tmp_path: Path) -> None:
+    videos = open_dataset(write_dataset(tmp_path / "data", 1))
+    assert _class_names(numbers(COUNTS), videos, COUNTS) == CLASSES == _class_names(None, videos, COUNTS)
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(numbers(COUNTS)))
+    assert _class_names(CLASSES, open_dataset(tmp_path / "data"), COUNTS) == CLASSES
+
+
+def test_a_report_does_not_make_up_how_a_file_was_made(
+    root: Path, straight: Predictions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_predictions(tmp_path / "foreign.jsonl", replace(straight, about={}))
+    assert command(["evaluate", str(tmp_path / "foreign.jsonl"), str(root), "--out", str(tmp_path / "out")]) == 1
+    assert "does not say how the test was made" in capsys.readouterr().err
 
 
 def test_class_counts_must_agree(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

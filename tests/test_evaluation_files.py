@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from evaluation_cases import predictions
 
 from cast.evaluation import Predictions, read_predictions, write_predictions, write_submission
+from cast.evaluation.parts import Parts
 from cast.optional import MissingExtraError
 
 
@@ -83,8 +86,37 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         write_predictions(tmp_path / "out.csv", predictions())
     if pytest.importorskip("pyarrow"):
         (tmp_path / "out.parquet").write_text("no")
-        with pytest.raises(ValueError, match="is no Parquet file"):
+        with pytest.raises(ValueError, match="damaged one"):
             read_predictions(tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header, line: header.pop("classes"), "'classes' is missing"),
+        (lambda header, line: header["classes"].pop("noun"), "class names for .'verb'"),
+        (lambda header, line: line.pop("probabilities"), "'probabilities' is missing"),
+        (lambda header, line: line["labels"].pop("noun"), "'noun' is missing"),
+        (lambda header, line: line.update(probabilities=3), "damaged one"),
+    ],
+)
+def test_files_with_missing_fields_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    write_predictions(tmp_path / "out.jsonl", predictions(samples=3))
+    header, *lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    change(header, lines[-1])
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
+    with pytest.raises(ValueError, match=f"out.jsonl: is no predictions file.*{message}"):
+        read_predictions(tmp_path / "out.jsonl")
+
+
+def test_names_may_hold_what_unicode_calls_a_line_separator(tmp_path: Path) -> None:
+    made = predictions(samples=1, names={"verb": ["a\u2028b", *"cdefg"], "noun": [*"abcde"]})
+    named = replace(made, videos=["x\x85.mp4"])
+    write_predictions(tmp_path / "out.jsonl", named)
+    assert _same(read_predictions(tmp_path / "out.jsonl"), named)
+    parts = Parts(tmp_path / "parts", {}, 0)
+    parts.append([{"video": "x\x85.mp4"}])
+    assert list(parts.load()) == ["x\x85.mp4"]
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
@@ -110,6 +142,10 @@ def test_baselines_are_put_into_the_same_order() -> None:
     fewer = predictions(1, samples=39)
     with pytest.raises(ValueError, match=r"it was not made on the same videos: it lacks 1 \(P01_39\.mp4\)"):
         fewer.aligned_to(ours, "it")
+    with pytest.raises(ValueError, match="it was made without labels"):
+        replace(other, labels={}).aligned_to(ours, "it")
+    with pytest.raises(ValueError, match="it has 7 classes for 'verb', not 6"):
+        predictions(1, counts={"verb": 7, "noun": 5}).aligned_to(ours, "it")
     other.labels["verb"][0] = (other.labels["verb"][0] + 1) % 6
     with pytest.raises(ValueError, match="it was made with other labels for 'verb'"):
         other.aligned_to(ours, "it")
@@ -157,6 +193,8 @@ def test_the_submission_is_what_the_challenge_takes(tmp_path: Path) -> None:
 def test_submissions_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="submission needs"):
         write_submission(tmp_path / "out.zip", predictions(), (2, 3, 3))
-    made = predictions(samples=1, counts={"verb": 97, "noun": 300})
+    made = predictions(samples=2, counts={"verb": 97, "noun": 300})
+    with pytest.raises(ValueError, match="several videos are called 'P01_0'"):
+        write_submission(tmp_path / "out.zip", replace(made, videos=["a/P01_0.mp4", "b/P01_0.mp4"]), (2, 3, 3))
     with pytest.raises(ValueError, match=r"levels are \[2, 3, 6\]; they must be three from 0 to 5"):
         write_submission(tmp_path / "out.zip", made, (2, 3, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +26,8 @@ from cast.evaluation.published import EK100, K400_SSV2, dataset_name
 from cast.evaluation.report import Evidence, html
 from cast.evaluation.report.clips import chosen
 from cast.evaluation.report.curves import read_log, thinned
-from cast.evaluation.report.plots import Point, balance
+from cast.evaluation.report.plots import Bar, Point, balance, bars, lines, sorted_gains
+from cast.evaluation.summary import meanings
 from cast.metrics import harmonic_mean
 
 HEADINGS = re.compile(r"<h2>(.*?)</h2>")
@@ -126,7 +128,7 @@ def test_the_page_is_one_file_and_shows_what_there_is(tmp_path: Path) -> None:
     for words in (
         "216,808,333",
         "44,784,781 learnable",
-        "390 GMACs a view",
+        "390.5 GMACs a view",
         "2,343 a video",
         "4.0 clips/s",
         "3.00 GiB",
@@ -171,6 +173,28 @@ def test_published_results_stand_beside_published_data_sets_only() -> None:
 def test_models_at_zero_and_at_a_hundred_can_be_drawn() -> None:
     for points in ([Point("a", 0, 0)], [Point("a", 100, 100)], [Point("a", 0, 100), Point("b", 50, 0)]):
         assert balance(points, [], ("noun", "verb")).startswith("<svg")
+
+
+def test_the_figures_of_one_head_are_not_explained_as_those_of_pairs() -> None:
+    """A single head is called `action` as well, so its figures share names with those of a (verb, noun) pair."""
+    one_head = meanings(predictions(counts={"action": 6}))
+    assert not [name for name in one_head if name.startswith("action") or name == "harmonic_mean"]
+    assert {"top1", "top5", "mean_class_accuracy", "single_view_top1"} <= one_head.keys()
+    both = meanings(predictions())
+    assert {"action_top1", "action_top5_joint", "action_mean_class_accuracy", "harmonic_mean"} <= both.keys()
+    assert "argmax of the verbs" not in html(Evidence("one", predictions(counts={"action": 6}), Protocol(size=32)))
+
+
+@pytest.mark.parametrize("name", [r"a $\foo$", "from $5 to $9", "_left"])
+def test_names_from_data_are_drawn_as_they_are(name: str) -> None:
+    drawn = [
+        bars([Bar(name, 50, {name: 40})], name, "F1"),
+        balance([Point(name, 10, 20)], [], ("noun", "verb"), [Point(name, 30, math.nan)]),
+        lines({name: ([1, 2], [3, 4])}, "step", "loss"),
+        sorted_gains({name: [1.0, 2.0]}),
+    ]
+    for picture, times in zip(drawn, (3, 2, 1, 1), strict=True):  # SVG has each text as it is in a comment
+        assert len(re.findall(f"<!-- .*{re.escape(name)}", picture)) == times
 
 
 def test_videos_are_chosen_by_outcome() -> None:
@@ -287,8 +311,8 @@ def test_the_log_of_cast_train_is_read(tmp_path: Path) -> None:
 def test_logs_of_many_kinds_are_read(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "epoch": 0, "loss": 2.5, "lr": 0.1, "seconds": 3, "note": "hello"},
-        {"step": 2, "epoch": 0, "loss": 2.0, "lr": 0.2, "val": {"verb_top1": 30.0, "loss": 2.2}},
-        {"step": 3, "epoch": 1, "loss": float("nan"), "acc": 40, "ok": True},
+        {"step": 2, "epoch": 0, "loss": 2.0, "lr": 0.2, "val": {"verb_top1": 30.0, "loss": 2.2}, "drop_fraction": 0.1},
+        {"step": 3, "epoch": 1, "loss": float("nan"), "acc": 40, "ok": True, "grad_accumulation": 4},
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n\n[1]\n{"step": 4, "lo'
     (tmp_path / "log.jsonl").write_text(text)

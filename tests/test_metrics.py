@@ -62,6 +62,25 @@ def test_top_pairs_give_descending_joint_probabilities(batch: dict[str, torch.Te
     assert (values.diff(dim=1) <= 0).all()
 
 
+def test_of_equal_scores_the_lower_class_comes_first() -> None:
+    """As argmax has it: accuracy, F1 and every comparison speak of the same guesses, whatever ties."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 3, (300, 40), generator=generator).float()
+    labels = torch.randint(0, 40, (300,), generator=generator)
+    best = coarse.argmax(1)
+    assert top_k_accuracy(coarse, labels) == 100 * (best == labels).double().mean().item()
+    for k in (1, 2, 5, 100):
+        values, pairs = top_pairs(coarse, coarse.flip(1), k)
+        # Every pair, a better verb before a worse one where the products are equal.
+        for row in range(0, 300, 37):
+            verbs = sorted(range(40), key=lambda v: (-coarse[row, v].item(), v))
+            nouns = sorted(range(40), key=lambda n: (-coarse[row, 39 - n].item(), n))
+            every = [(v, n) for v in verbs for n in nouns]
+            every.sort(key=lambda pair: -coarse[row, pair[0]].item() * coarse[row, 39 - pair[1]].item())
+            assert [tuple(pair) for pair in pairs[row].tolist()] == every[:k]
+            assert values[row].tolist() == [coarse[row, v].item() * coarse[row, 39 - n].item() for v, n in every[:k]]
+
+
 def test_views_are_averaged_after_softmax() -> None:
     logits = torch.tensor([[[0.0, 0.0], [0.0, 100.0]]])
     torch.testing.assert_close(average_views(logits), torch.tensor([[0.25, 0.75]]))

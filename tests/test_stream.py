@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -191,3 +192,13 @@ def test_names_come_with_the_model(checkpoint: Path, folder: Path) -> None:
     assert (checkpoint / LABELS).is_file()
     assert Predictor(checkpoint).labels == NAMES
     assert Predictor(checkpoint)(folder / "a.mp4").guesses["noun"][0].label in NAMES["noun"]
+
+
+def test_a_damaged_packet_does_not_end_a_stream(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", count=40)
+    with av.open(str(path)) as container:
+        place = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][20]
+    data = bytearray(path.read_bytes())
+    data[place[0] : sum(place)] = bytes(place[1])
+    path.write_bytes(data)
+    assert 20 <= sum(1 for _ in frames(path)) < 40

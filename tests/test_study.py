@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
@@ -23,6 +25,7 @@ from cast.study.data import StoredPictures
 from cast.study.jobs import Job, Settings
 from cast.study.models import EXPERTS, MINIATURE, expert_weights, full_size, miniature, needed_experts, small_expert
 from cast.study.results import orderings, tally
+from cast.study.run import print_table
 from cast.study.tables import ROWS, Model, read_plan, select
 from cast.training import Recipe
 
@@ -181,6 +184,15 @@ def entry(label: str, paper: tuple[float, ...], *action: float) -> dict[str, Any
     return {"label": label, "paper": dict(zip(("verb", "noun", "action"), paper, strict=True)), "runs": runs}
 
 
+def test_labels_of_own_rows_are_printed_as_they_are() -> None:
+    rows = [{"label": "mine [/b]", "paper": None, "not_run": "no [red] miniature"}]
+    console = Console(record=True, width=120, file=io.StringIO())
+    print_table(console, {"title": "[t]", "source": "own [/]", "rows": rows, "orderings": []})
+    shown = console.export_text()
+    for words in ("own [/]: [t]", "mine [/b]", "not run: mine [/b]: no [red] miniature"):
+        assert words in shown
+
+
 def test_orderings() -> None:
     rows = [entry("a", (1, 1, 40), 10, 20, 30), entry("b", (1, 1, 48), 11, 22, 33), entry("c", (1, 1, 45), 12, 19, 34)]
     found = {(o["better"], o["worse"]): o for o in orderings(rows)}
@@ -217,8 +229,9 @@ def test_names_of_tables() -> None:
         "cast",
     ]
     assert needed_experts(PLAN.models["videomae-videomae"]) == {"videomae"}
-    with pytest.raises(ValueError, match="unknown table 'table2'; there are all, table1a"):
-        select(["table2"])
+    for names in (["table2"], ["all", "table2"]):
+        with pytest.raises(ValueError, match="unknown table 'table2'; there are all, table1a"):
+            select(names)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +249,20 @@ def test_names_of_tables() -> None:
             r"paper is \[1\]; it must be",
         ),
         ({"models": {"cast": {"config": {"down_ratio": 4}}}, "tables": {}}, "define the model 'cast' differently"),
+        (
+            {"models": {"a": None}, "tables": {"table1a": {"rows": [{"label": "x", "model": "a"}]}}},
+            "define the table 'table1a' differently",
+        ),
+        ({"models": {"a": None}, "tables": []}, "each with entries by name"),
+        ({"models": {"a": "cast"}, "tables": {}}, "model a: is 'cast'; it must be fields by name"),
+        ({"models": {"a": {"single": "clip"}}, "tables": {}}, "single is 'clip'; it must be a list"),
+        ({"models": {"a": {"single": ["clip"]}}, "tables": {}}, "an expert and its adapters"),
+        ({"models": {"a": None}, "tables": {"t": {}}}, "t: needs 'rows'"),
+        ({"models": {"a": None}, "tables": {"t": {"rows": [{"model": "a"}]}}}, "entries have a 'label'"),
+        (
+            {"models": {"a": None, "b": {"members": ["a"]}, "c": {"members": ["b"]}}, "tables": {}},
+            "model c: the member 'b' is not trained itself",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, content: dict[str, Any], message: str) -> None:
@@ -249,5 +276,12 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_
     assert "cast study: error: unknown table 'table9'" in capsys.readouterr().err
     assert command(["study", "table1a", "--seeds", "0", "--out", str(tmp_path)]) == 1
     assert "seeds is 0" in capsys.readouterr().err
+    (tmp_path / "rows.yaml").write_text("models: [")
+    assert command(["study", str(tmp_path / "rows.yaml"), "--out", str(tmp_path)]) == 1
+    assert "is no YAML" in capsys.readouterr().err
+    own = {"models": {"a": {"design": "clip-mvd"}}, "tables": {"t": {"rows": [{"label": "x", "model": "a"}]}}}
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(own))
+    assert command(["study", str(tmp_path / "rows.yaml"), "--out", str(tmp_path)]) == 1
+    assert "no miniature of the expert mvd" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         command(["study"])

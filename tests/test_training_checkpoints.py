@@ -150,3 +150,22 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine(tmp_path, PointNet(), **options)
+
+
+def test_a_copy_that_a_person_keeps_beside_them_is_no_checkpoint(tmp_path: Path) -> None:
+    engine(tmp_path, PointNet(), plan=planned(epochs=1)).run()
+    for copy in ("step-00000006-best", "step-best"):
+        (tmp_path / "step-00000006").rename(tmp_path / copy)
+        (tmp_path / copy / "note.txt").write_text("mine")
+        engine(tmp_path, PointNet(), plan=planned(epochs=1)).run()  # from nothing
+        assert (tmp_path / copy / "note.txt").is_file()
+    engine(tmp_path, PointNet(), keep=1).run()
+    assert names(tmp_path) == ["step-00000006-best", "step-00000012", "step-best"]
+
+
+def test_what_goes_on_from_a_full_checkpoint_names_the_experts_that_it_has(tmp_path: Path) -> None:
+    engine(tmp_path, PointNet(), plan=planned(epochs=1), weights="full").run()
+    engine(tmp_path, PointNet(frozen_seed=3), weights="trainable").run()  # with the full one's frozen layer
+    load_trained(PointNet(), tmp_path / "step-00000012")
+    with pytest.raises(ValueError, match="belongs to frozen weights"):
+        load_trained(PointNet(frozen_seed=3), tmp_path / "step-00000012")

@@ -182,6 +182,19 @@ def test_a_loss_that_is_no_number_stops_with_step_and_videos(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
+def test_another_try_with_the_same_model_starts_without_gradients(tmp_path: Path) -> None:
+    """A step that failed leaves the gradients of its first micro-batches behind."""
+    net, plan = PointNet(), planned(accumulate=2, micro_batch=4)
+    with pytest.raises(DivergenceError):
+        engine(tmp_path / "failed", net, Poisoned(4), plan).run()
+    assert net.body[0].weight.grad is not None
+    fresh = PointNet()
+    fresh.load_state_dict(net.state_dict())
+    for name, model in (("again", net), ("fresh", fresh)):
+        engine(tmp_path / name, model, PointSource(4), planned(accumulate=2, micro_batch=4, epochs=1)).run()
+    assert same(net, fresh)
+
+
 def test_a_gradient_that_is_infinite_stops_too(tmp_path: Path) -> None:
     class Steep(torch.autograd.Function):
         @staticmethod

@@ -105,6 +105,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["ek100", "run.precision=fp8"], "'fp32', 'bf16', 'fp16'"),
         (["ek100", "--optim.lr"], "write optim.lr=VALUE"),
         (["ek100", "ssv2"], "name one recipe"),
+        (["ek100", "resume"], "name one recipe, then overrides as key=value; got ek100 resume"),
         (["optim.lr=1"], "name one recipe"),
         (["ek10"], "did you mean 'ek100'"),
         (["ek100", "optim.warmup_epochs=60"], "from 0 to epochs 50"),
@@ -133,6 +134,14 @@ def test_a_typo_in_a_file_is_caught(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds a list" in refused(capsys, str(path))
     path.write_text("data: {root: x\n")
     assert "mine.yaml" in refused(capsys, str(path))
+    path.write_bytes(b"data: {root: \xff}\n")
+    assert "mine.yaml is no text in UTF-8" in refused(capsys, str(path))
+
+
+def test_a_hint_names_the_command_that_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "videomae", "zzz=1"])
+    assert "cast pretrain --help names them all" in capsys.readouterr().err
 
 
 def test_from_python_a_typo_is_a_value_error() -> None:

@@ -87,3 +87,18 @@ def test_an_annotation_that_does_not_fit_is_named(faulty: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as usage:
         main(["data", "chek", str(faulty)])
     assert usage.value.code == 2
+
+
+def test_a_name_that_no_file_can_have_is_a_fault_of_its_line(faulty: Path) -> None:
+    (faulty / "train.csv").write_text(f"{'x' * 300}.mp4 0\nv0.mp4 1\n")
+    assert [(skip.fault, skip.detail) for skip in find_faults(open_dataset(faulty))] == [
+        ("missing", "File name too long")
+    ]
+
+
+def test_a_list_that_could_not_be_written_is_an_error_before_the_work(
+    faulty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cast.video.check.find_faults", lambda *_: pytest.fail("probed all the same"))
+    assert main(["data", "check", str(faulty), "--out", str(faulty / "no/skip.csv")]) == 1
+    assert "choose another file with --out" in capsys.readouterr().err

@@ -247,3 +247,13 @@ def test_a_flip_that_would_change_the_label_is_refused(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataSettings("root", **wrong)
+
+
+@pytest.mark.parametrize("text", ["path,label\na.mp4,4000000000\n", "a.mp4 4000000000\n"])
+def test_identifiers_are_not_taken_for_class_indices(tmp_path: Path, text: str) -> None:
+    layout = "csv" if text.startswith("path") else "single"
+    write(tmp_path, train_csv=text)
+    with pytest.raises(ValueError, match="action would have 4000000001 classes, allowed are 1 to 100000"):
+        labels(tmp_path, layout=layout, val=None)
+    with pytest.raises(ValueError, match="action would have 0 classes"):
+        labels(tmp_path, layout=layout, val=None, classes={"action": 0})

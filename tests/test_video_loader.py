@@ -23,6 +23,7 @@ from cast.video.annotations import Sample
 from cast.video.augment import AugmentSettings
 from cast.video.datasets import DataSettings
 from cast.video.decoders import PyAV
+from cast.video.files import VideoError
 from cast.video.loader import Batch, ClipLoader
 from cast.video.sampling import view_indices
 
@@ -229,7 +230,7 @@ def test_memory_stays_bounded_over_a_thousand_batches(samples: list[Sample]) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 12}, "11 videos make no batch of 12"),
+        ({"batch_size": 12}, r"11 videos make no batch of 12; lower batch_size \(in a recipe optim\.total_batch"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"rank": 2, "world": 2}, "rank is 2 of 2"),
     ],
@@ -245,3 +246,15 @@ def test_missing_files_are_counted_at_once(samples: list[Sample], tmp_path: Path
         make([*samples, gone])
     with pytest.raises(ValueError, match="start is 4"):
         next(make(samples).batches(0, start=4))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_video_is_one_line_that_begins_with_its_name(tmp_path: Path, workers: int) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("no video\n" * 300)
+    settings = DataSettings(str(tmp_path), workers=workers, size=16)
+    loader = ClipLoader([Sample(bad, {"action": 0})], settings, 1, train=True)
+    with pytest.raises(VideoError) as caught:
+        list(loader.batches(0))
+    assert str(caught.value).startswith(f"{bad}: ")
+    assert "\n" not in str(caught.value)

@@ -109,6 +109,13 @@ def test_a_directory_keeps_names_and_gets_a_card(model: cast.CAST, tmp_path: Pat
     ]  # fmt: skip
 
 
+def test_names_of_an_earlier_model_do_not_stay(model: cast.CAST, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    model.labels = None
+    model.save_pretrained(tmp_path)
+    assert cast.CAST.from_pretrained(tmp_path).labels is None
+
+
 def test_a_directory_of_an_earlier_version_is_read(model: cast.CAST, tmp_path: Path) -> None:
     """It has no card and no names, and was written without either."""
     model.save_pretrained(tmp_path)

@@ -158,8 +158,11 @@ def sample_names(samples: Sequence[Sample]) -> list[str]:
         names = ["/".join(sample.path.parts[-depth:]) for sample in samples]
         if len(set(names)) == len(names) and names:
             return names
-        if not names or depth > max(len(sample.path.parts) for sample in samples):
-            raise ValueError("there are no samples" if not names else "the annotations have the same file twice")
+        if not names:
+            raise ValueError("there are no samples")
+        if depth > max(len(sample.path.parts) for sample in samples):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the annotations have {twice} more than once; every video may be there once")
         depth += 1
 
 

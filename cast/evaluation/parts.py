@@ -56,7 +56,7 @@ class Parts:
 
     def _read(self, path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()[: text.count("\n")]  # without a last line that has no end
+        lines = text.split("\n")[:-1]  # without a last line that has no end
         try:
             values = [json.loads(line) for line in lines]
         except ValueError as error:

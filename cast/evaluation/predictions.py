@@ -64,6 +64,12 @@ class Predictions:
             if self.probabilities[head].shape[1:] != (len(names),):
                 shape = list(self.probabilities[head].shape)
                 raise ValueError(f"probabilities of {head!r} are {shape}, but there are {len(names)} class names")
+        heads = self.probabilities.keys()
+        if self.classes.keys() != heads or (self.labels and not heads <= self.labels.keys()):
+            raise ValueError(
+                f"there are probabilities for {sorted(heads)}, class names for {sorted(self.classes)} and labels for "
+                f"{sorted(self.labels)}; all must be for the same heads, or there are no labels at all"
+            )
 
     @property
     def model(self) -> str:
@@ -89,7 +95,7 @@ class Predictions:
         """The same predictions in the order of `other`'s samples.
 
         Raises:
-            ValueError: other samples or other labels than `other` has; the message says which.
+            ValueError: other samples, labels or classes than `other` has; the message says which.
         """
         mine, theirs = set(self.videos), set(other.videos)
         if mine != theirs:
@@ -104,6 +110,12 @@ class Predictions:
         def sort(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {head: tensor[order] for head, tensor in tensors.items()}
 
+        if other.labels and not self.labels:
+            raise ValueError(f"{name} was made without labels: compare files of one data set")
+        for head in self.classes.keys() & other.classes.keys():
+            ours, wanted = len(self.classes[head]), len(other.classes[head])
+            if ours != wanted:
+                raise ValueError(f"{name} has {ours} classes for {head!r}, not {wanted}: compare files of one data set")
         labels = sort(self.labels)
         for head in labels.keys() & other.labels.keys():
             if not torch.equal(labels[head], other.labels[head]):
@@ -141,14 +153,18 @@ def read_predictions(path: PathLike) -> Predictions:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such predictions file; {_HINT}")
-    if path.suffix == ".parquet":
-        return _from_parquet(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        header, *records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path}: is no predictions file, or a damaged one ({error}); {_HINT}") from None
-    _check_header(path, header)
+        return _from_parquet(path) if path.suffix == ".parquet" else _from_jsonl(path)
+    except (KeyError, TypeError, ValueError) as error:  # a field that is missing or holds something else
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: is no predictions file, or a damaged one ({what}); {_HINT}") from None
+
+
+def _from_jsonl(path: Path) -> Predictions:
+    # Not splitlines(), which also splits at separators that a name may hold.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    header, *records = [json.loads(line) for line in lines]
+    _check_header(header)
     return from_records(records, header["classes"], header["about"])
 
 
@@ -198,9 +214,9 @@ def _header(predictions: Predictions) -> dict[str, Any]:
     return {"format": _FORMAT, "about": dict(predictions.about), "classes": classes}
 
 
-def _check_header(path: Path, header: object) -> None:
+def _check_header(header: object) -> None:
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{path}: does not begin as a predictions file does; {_HINT}")
+        raise ValueError("it does not begin as one")
 
 
 def _records(predictions: Predictions) -> Iterable[dict[str, Any]]:
@@ -236,9 +252,9 @@ def _from_parquet(path: Path) -> Predictions:
     try:
         table = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is no Parquet file, or a damaged one ({error}); {_HINT}") from None
+        raise ValueError(f"as Parquet: {error}") from None
     header = json.loads((table.schema.metadata or {}).get(_FORMAT.encode(), b"null"))
-    _check_header(path, header)
+    _check_header(header)
 
     def column(prefix: str) -> dict[str, Tensor]:
         names = [name for name in table.column_names if name.startswith(prefix)]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
@@ -27,6 +28,7 @@ from cast.evaluation.report.curves import read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.summary import summarise
 from cast.files import write_json, write_text
+from cast.labels import numbers
 from cast.optional import require
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
@@ -148,7 +150,14 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
             f"{path} has answers to {len(predictions.videos)} videos, the data set has {len(names)}, and they are not "
             "the same in the same order: give the data set and the split that the file was made on"
         )
-    return _Answered(predictions, Protocol(**predictions.about.get("protocol", {})), cost=_read_cost(path.parent))
+    try:
+        protocol = Protocol(**predictions.about["protocol"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f'{path} does not say how the test was made: its first line needs "about": {{"protocol": ...}} with '
+            f"the fields of {json.dumps(Protocol().to_dict())}"
+        ) from None
+    return _Answered(predictions, protocol, cost=_read_cost(path.parent))
 
 
 def _answers(
@@ -200,11 +209,25 @@ def _read_cost(directory: Path) -> Cost | None:
 def _class_names(
     own: dict[str, list[str]] | None, videos: VideoSet, counts: Mapping[str, int]
 ) -> Mapping[str, Sequence[str]]:
-    """The checkpoint's class names, or the data set's where it has none."""
+    """The checkpoint's class names, or the data set's where it has numbers only.
+
+    Raises:
+        ValueError: another number of classes, or other names: a label would then mean another class.
+    """
     theirs = {head: len(names) for head, names in videos.classes.items()}
     if theirs != dict(counts):
         raise ValueError(f"the checkpoint's heads have {dict(counts)} classes and the data set's {theirs}")
-    return own or videos.classes
+    unnamed, chosen = numbers(counts), {}
+    for head, names in videos.classes.items():
+        ours = own[head] if own else unnamed[head]
+        chosen[head] = names if ours == unnamed[head] else ours
+        wrong = [f"class {n} is {a!r}, not {b!r}" for n, (a, b) in enumerate(zip(ours, names, strict=True)) if a != b]
+        if wrong and unnamed[head] not in (ours, names):
+            raise ValueError(
+                f"the checkpoint's labels.json and the data set call the classes of {head!r} otherwise: "
+                f"{', '.join(wrong[:3])}; give the data set the class names of the training (data.classes)"
+            )
+    return chosen
 
 
 def _check_submission(counts: Mapping[str, int], levels: Sequence[int]) -> None:
@@ -235,7 +258,7 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
         table = Table(title=f"{summary['videos']} videos, percent")
         table.add_column("")
         for name in models:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         for figure in summary["metrics"]:
             cells = [f"{figures[figure]:.2f}" if figure in figures else "" for figures in models.values()]
             table.add_row(figure, *cells)

@@ -38,7 +38,7 @@ def submission(predictions: Predictions, levels: Sequence[int]) -> dict[str, Any
             (https://github.com/epic-kitchens/sls).
 
     Raises:
-        ValueError: other heads, or levels that don't exist.
+        ValueError: other heads, levels that don't exist, or two videos with one narration_id.
     """
     found = {head: values.shape[1] for head, values in predictions.probabilities.items()}
     if found != CLASSES:
@@ -48,6 +48,10 @@ def submission(predictions: Predictions, levels: Sequence[int]) -> dict[str, Any
             f"the supervision levels are {list(levels)}; they must be three from 0 to 5: pre-training, training "
             "labels, training data (https://github.com/epic-kitchens/sls)"
         )
+    narrations = [Path(video).stem for video in predictions.videos]
+    if len(set(narrations)) != len(narrations):
+        twice = next(name for name in narrations if narrations.count(name) > 1)
+        raise ValueError(f"several videos are called {twice!r}; a submission needs one <narration_id>.mp4 each")
     verb, noun = predictions.probabilities["verb"], predictions.probabilities["noun"]
     scores, pairs = top_pairs(verb.double(), noun.double(), ACTIONS)
     return {
@@ -55,14 +59,14 @@ def submission(predictions: Predictions, levels: Sequence[int]) -> dict[str, Any
         "challenge": "action_recognition",
         **dict(zip(("sls_pt", "sls_tl", "sls_td"), levels, strict=True)),
         "results": {
-            Path(video).stem: {
+            narration: {
                 "verb": _scores(verb[row]),
                 "noun": _scores(noun[row]),
                 "action": {
                     f"{v},{n}": score for (v, n), score in zip(pairs[row].tolist(), scores[row].tolist(), strict=True)
                 },
             }
-            for row, video in enumerate(predictions.videos)
+            for row, narration in enumerate(narrations)
         },
     }
 

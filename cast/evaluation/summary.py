@@ -24,14 +24,17 @@ from cast.metrics import (
     wilson_interval,
 )
 
-#: What each name in `metrics` means.
-MEANINGS = {
+#: What each name in `metrics` means, behind the head's name.
+_OF_A_HEAD = {
     "top1": "share of videos whose best guess is right",
     "top5": "share of videos whose class is among the five best guesses",
     "mean_class_accuracy": "mean over classes of the share of their videos told right",
     "f1_macro": "mean F1 over classes",
     "f1_weighted": "mean F1 over classes, weighted by their videos",
     "single_view_top1": "top1 of one clip alone, mean over the protocol's clips",
+}
+#: What the names mean that only a compositional model has.
+_OF_PAIRS = {
     "action_top1": "verb and noun both right, the published pairing: argmax of the verbs with argmax of the nouns",
     "action_top5_joint": "the (verb, noun) pair is among the five most probable pairs, by the product",
     "action_top5_paired": "verb among the five best verbs and noun among the five best nouns, as the published code "
@@ -57,6 +60,14 @@ def metrics(predictions: Predictions) -> dict[str, float]:
     if predictions.compositional:
         figures |= _actions(predictions)
     return figures
+
+
+def meanings(predictions: Predictions) -> dict[str, str]:
+    """What each figure of :func:`metrics` is, by its name, or by its name's end where every head has one."""
+    figures = metrics(predictions)
+    of_pairs = {name: meaning for name, meaning in _OF_PAIRS.items() if predictions.compositional and name in figures}
+    of_heads = figures.keys() - of_pairs.keys()
+    return {name: text for name, text in _OF_A_HEAD.items() if any(n.endswith(f"_{name}") for n in of_heads)} | of_pairs
 
 
 def ordered(heads: Mapping[str, Any]) -> list[str]:
@@ -153,10 +164,9 @@ def summarise(predictions: Predictions, baselines: Mapping[str, Predictions]) ->
     summary: dict[str, Any] = {"about": dict(predictions.about), "videos": len(predictions.videos)}
     if not predictions.labels:
         return summary
-    figures = metrics(predictions)
     summary |= {
-        "metrics": figures,
-        "meanings": {name: meaning for name, meaning in MEANINGS.items() if any(n.endswith(name) for n in figures)},
+        "metrics": metrics(predictions),
+        "meanings": meanings(predictions),
         "confidence_95": intervals(predictions),
         "classes": {head: _classes(predictions, baselines, head) for head in ordered(predictions.probabilities)},
         "confusions": {head: _confusions(predictions, head) for head in ordered(predictions.probabilities)},

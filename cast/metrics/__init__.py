@@ -6,6 +6,7 @@ from cast.metrics.accuracy import (
     compositional_metrics,
     harmonic_mean,
     paired_accuracy,
+    top_classes,
     top_k_accuracy,
     top_pairs,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "mean_class_accuracy",
     "paired_accuracy",
     "paired_hits",
+    "top_classes",
     "top_k_accuracy",
     "top_pairs",
     "wilson_interval",

@@ -6,6 +6,8 @@ Action accuracy of a compositional model comes in two kinds that agree for the b
   one is among the `k` best. It is what EPIC-Kitchens-100's own scoring does.
 - paired (`paired_accuracy`): the right verb is among the `k` best verbs and the right noun among the `k` best nouns,
   as the published code's "top-5 action" counts. It is never lower, because `k * k` pairs count.
+
+Of equal scores the class with the lower index comes first, as `argmax` has it: every figure speaks of the same guesses.
 """
 
 from __future__ import annotations
@@ -72,6 +74,12 @@ def paired_accuracy(verb: Tensor, noun: Tensor, verb_labels: Tensor, noun_labels
     return _percent(hits[:, None])
 
 
+def top_classes(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best scores of each row [samples, classes] and their classes, [samples, k] each, best first."""
+    values, indices = scores.sort(dim=1, descending=True, stable=True)  # topk leaves the order of equal scores open
+    return values[:, :k], indices[:, :k]
+
+
 def top_pairs(verb: Tensor, noun: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` most probable (verb, noun) pairs under independence.
 
@@ -81,20 +89,23 @@ def top_pairs(verb: Tensor, noun: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: number of pairs, 1 to verbs * nouns.
 
     Returns:
-        Probabilities `[samples, k]`, descending, and indices `[samples, k, 2]`.
+        Probabilities `[samples, k]`, descending, and indices `[samples, k, 2]`; the first pair is always that of the
+        best verb and the best noun.
 
     Raises:
         ValueError: `k` is outside its range.
     """
     if not 1 <= k <= verb.shape[1] * noun.shape[1]:
         raise ValueError(f"k is {k}; it must be from 1 to {verb.shape[1] * noun.shape[1]}, the number of pairs")
-    # A pair among the k best has its verb among the k best verbs and its noun among the k best nouns.
-    verbs, nouns = verb.topk(min(k, verb.shape[1])), noun.topk(min(k, noun.shape[1]))
-    joint = verbs.values[:, :, None] * nouns.values[:, None, :]
-    best = joint.flatten(1).topk(k)
-    row = best.indices // joint.shape[2]
-    column = best.indices % joint.shape[2]
-    return best.values, torch.stack([verbs.indices.gather(1, row), nouns.indices.gather(1, column)], dim=-1)
+    (p_verb, verbs), (p_noun, nouns) = (
+        top_classes(verb, min(k, verb.shape[1])),
+        top_classes(noun, min(k, noun.shape[1])),
+    )
+    # The pair of the i-th best verb and the j-th best noun has i * j - 1 pairs before it that are no worse.
+    ranks = torch.outer(torch.arange(1, p_verb.shape[1] + 1), torch.arange(1, p_noun.shape[1] + 1))
+    row, column = (places.to(verb.device) for places in (ranks <= k).nonzero(as_tuple=True))
+    values, order = top_classes(p_verb[:, row] * p_noun[:, column], k)
+    return values, torch.stack([verbs.gather(1, row[order]), nouns.gather(1, column[order])], dim=-1)
 
 
 def harmonic_mean(*percentages: float) -> float:
@@ -122,7 +133,7 @@ def compositional_metrics(probabilities: Mapping[str, Tensor], labels: Mapping[s
 
 
 def _hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    return scores.topk(k, dim=1).indices == labels[:, None]
+    return top_classes(scores, k)[1] == labels[:, None]
 
 
 def _percent(hits: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cast.config import COMPOSITIONAL
 from cast.labels import numbers, read_labels
-from cast.metrics import top_pairs
+from cast.metrics import top_classes, top_pairs
 
 PathLike = str | os.PathLike[str]
 
@@ -94,8 +94,8 @@ def _ordered(heads: Mapping[str, Tensor]) -> list[str]:
 
 
 def _best(probabilities: Tensor, labels: Sequence[str], top: int) -> list[Guess]:
-    values, indices = probabilities.topk(min(top, len(probabilities)))
-    return [Guess(labels[i], i, p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+    values, indices = top_classes(probabilities[None], min(top, len(probabilities)))
+    return [Guess(labels[i], i, p) for i, p in zip(indices[0].tolist(), values[0].tolist(), strict=True)]
 
 
 def _best_pairs(verb: Tensor, noun: Tensor, labels: Mapping[str, Sequence[str]], top: int) -> list[Guess]:

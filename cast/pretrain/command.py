@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cast.optional import require
@@ -18,15 +19,15 @@ from cast.pretrain.picture import draw
 from cast.pretrain.settings import PretrainSettings
 from cast.pretrain.videos import unlabelled
 from cast.training.checkpoints import Checkpoints
-from cast.training.distributed import make_accelerator
+from cast.training.distributed import join_processes, make_accelerator, on_main
 from cast.training.engine import Engine, Plan
-from cast.training.files import write_text
+from cast.training.files import CheckpointError, write_text
 from cast.training.log import Log, check_trackers
 from cast.training.models import compile_blocks, whole_weights
 from cast.training.progress import Progress
 from cast.training.recipes import parse
 from cast.training.schedule import cosine
-from cast.training.simple import fingerprint
+from cast.training.simple import fingerprint, videos_digest
 from cast.video.annotations import Sample
 from cast.video.loader import ClipLoader
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     if not settings.out:
         settings = replace(settings, out=str(Path("runs") / command.recipe.stem))
     fit(settings, "resume" in command.switches, command.yaml)
+    PartialState().destroy_process_group()
 
 
 def build(settings: PretrainSettings) -> VideoMAE:
@@ -87,7 +89,7 @@ def fit(settings: PretrainSettings, resume: bool = False, recipe: str = "") -> P
     if settings.pictures:
         require("matplotlib", "demo")  # now, rather than after 800 epochs
     out = settings.directory
-    accelerator = _accelerator(settings)
+    accelerator = _accelerator(settings, join_processes())
     samples, note = unlabelled(settings.data, "train")
     shown = _shown(settings, samples)
     model = build(settings)
@@ -104,7 +106,12 @@ def fit(settings: PretrainSettings, resume: bool = False, recipe: str = "") -> P
     checkpoints = Checkpoints(
         out / "checkpoints",
         accelerator,
-        {"settings": _identity(settings), "samples": len(samples), "model": fingerprint(model)},
+        {
+            "settings": _identity(settings),
+            "samples": len(samples),
+            "videos": videos_digest(samples, settings.data.root),
+            "model": fingerprint(model),
+        },
         model,
         keep=settings.checkpoint.keep,
     )
@@ -143,11 +150,11 @@ def criterion(answers: Reconstruction, targets: Mapping[str, Tensor]) -> tuple[T
     return answers.loss(), {}
 
 
-def _accelerator(settings: PretrainSettings) -> Accelerator:
+def _accelerator(settings: PretrainSettings, processes: PartialState) -> Accelerator:
     optim = settings.optim
     return make_accelerator(
         settings.run.precision,
-        optim.accumulate(PartialState().num_processes),
+        optim.accumulate(processes.num_processes),
         optim.micro_batch,
         optim.clip_grad,
         list(settings.log.trackers),
@@ -183,13 +190,21 @@ def _finish(engine: Engine, accelerator: Accelerator, settings: PretrainSettings
     tensors = whole_weights(engine.unwrapped)
     if engine.average is not None:
         tensors |= engine.average.read()
-    if accelerator.is_main_process:
+
+    def save() -> None:
         finished = build(settings)
         finished.load_state_dict(tensors)
-        finished.save(settings.directory / WEIGHTS)
+        try:
+            finished.save(settings.directory / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write {settings.directory / WEIGHTS}: {error}. The last checkpoint is whole: make room, then "
+                "start again with --resume, which writes the weights without training again"
+            ) from None
         if shown is not None:
             draw(finished, shown, settings.directory / PICTURE)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, save)
 
 
 def _shown(settings: PretrainSettings, train: Sequence[Sample]) -> Tensor | None:

@@ -59,7 +59,7 @@ class PretrainSettings:
     """A recipe of `cast pretrain`.
 
     Args:
-        data: videos and augmentation. Labels are not read; `train: null` takes every video below `root`.
+        data: videos and augmentation. Labels are not used; `train: null` takes every video below `root`.
         model: sizes of the temporal expert; the rest of CAST's settings has no effect.
         decoder: sizes of the decoder.
         mask_ratio: share of the patches that is hidden.
@@ -92,6 +92,12 @@ class PretrainSettings:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1")
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}; it must be 0 or more clips")
+        for name in ("mixup", "cutmix", "smoothing"):
+            if getattr(self.data.augment, name):
+                raise ValueError(
+                    f"data.augment.{name} is {getattr(self.data.augment, name)}; there are no labels to mix or smooth, "
+                    "and clips are not mixed in pre-training: set it to 0"
+                )
         for ours, theirs in (("image_size", "size"), ("num_frames", "frames")):
             if getattr(self.model, ours) != getattr(self.data, theirs):
                 raise ValueError(

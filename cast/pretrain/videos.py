@@ -27,6 +27,8 @@ def unlabelled(settings: DataSettings, split: str) -> tuple[list[Sample], str]:
 
 
 def _folder(settings: DataSettings) -> tuple[list[Sample], str]:
+    if not settings.root:  # as the recipe has it; Path would take it for the present directory
+        raise ValueError("data.root is empty; it must name the directory with the videos")
     root = Path(settings.root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such directory; data.root names the one with the videos")

@@ -46,12 +46,17 @@ def main(
     from rich.console import Console
 
     from cast.study.jobs import Settings
-    from cast.study.models import needed_experts
+    from cast.study.models import EXPERTS, needed_experts
     from cast.study.run import run
     from cast.study.tables import select
 
     plan = select(rows)
     experts = {expert for name in plan.trained() for expert in needed_experts(plan.models[name])}
+    if unknown := sorted(experts - EXPERTS.keys()):
+        raise ValueError(
+            f"no miniature of the expert {', '.join(unknown)}; there are {', '.join(EXPERTS)}. A model that is not to "
+            "be trained says why under 'miniature'"
+        )
     for module in ("sklearn", "PIL", *(["timm"] if any(name.startswith("timm:") for name in experts) else [])):
         require(module, "study")  # before minutes of work
     return run(plan, Path(out), seeds, workers, settings or Settings(), Console())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Printed
 
@@ -55,7 +56,7 @@ def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, con
                     show("trainings", done, total)
                     if job.model is not None:
                         results[job.name, job.seed] = result
-                    bars.console.print(_line(job, result), highlight=False)
+                    bars.console.print(_line(job, result), highlight=False, markup=False)
     runs = {key: result["metrics"] for key, result in results.items()}
     for name, model in plan.models.items():
         if model.members and all((member, 0) in runs for member in model.members):
@@ -136,7 +137,7 @@ def _line(job: Job, result: Result) -> str:
 
 def print_table(console: Console, table: Result) -> None:
     """The paper's figures beside ours, and how many orderings hold."""
-    printed = Printed(title=f"{table['source']}: {table['title']}")
+    printed = Printed(title=escape(f"{table['source']}: {table['title']}"))
     printed.add_column("")
     for who in ("paper", "miniature"):
         for metric in METRICS:
@@ -147,12 +148,12 @@ def print_table(console: Console, table: Result) -> None:
             own = [f"{row['mean'][m]:.1f} ± {row['spread'][m]:.1f}" for m in METRICS]
         else:
             own = ["not run", "", ""]
-        printed.add_row(row["label"], *paper, *own)
+        printed.add_row(escape(row["label"]), *paper, *own)
     console.print(printed)
     for metric, counts in tally(table["orderings"]).items():
         console.print(f"  {metric}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()), highlight=False)
     for reason in _reasons(table["rows"]):
-        console.print(f"  {reason}", highlight=False)
+        console.print(f"  {reason}", highlight=False, markup=False)
 
 
 def _reasons(rows: Iterable[Result]) -> list[str]:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from cast.baselines import DESIGNS
+from cast.baselines.two_stream import Adapters
 from cast.config import make_config
 
 #: The paper's own rows.
@@ -32,6 +33,9 @@ class Model:
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise ValueError(f"design is {self.design!r}; there are {', '.join(DESIGNS)}")
+        if self.single is not None and (len(self.single) != 2 or self.single[1] not in get_args(Adapters)):
+            kinds = ", ".join(get_args(Adapters))
+            raise ValueError(f"single is {list(self.single)}; it must be an expert and its adapters ({kinds})")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")
         make_config("base", **self.config)
@@ -84,15 +88,27 @@ def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
     Raises:
         ValueError: no such keys, a model that cannot be built, or a row that names an unknown one.
     """
-    content = yaml.safe_load(Path(path).read_text())
-    if not isinstance(content, dict) or content.keys() != {"models", "tables"}:
-        raise ValueError(f"{path} must have the keys 'models' and 'tables', as {ROWS.name} of the package has")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if (
+        not isinstance(content, dict)
+        or content.keys() != {"models", "tables"}
+        or not all(isinstance(part, dict) for part in content.values())
+    ):
+        raise ValueError(
+            f"{path} must have the keys 'models' and 'tables', each with entries by name, as {ROWS.name} of the "
+            "package has"
+        )
     models = {str(name): _model(f"{path}, model {name}", entry or {}) for name, entry in content["models"].items()}
     tables = tuple(_table(str(path), str(name), entry, models) for name, entry in content["tables"].items())
     for name, model in models.items():
         for member in model.members:
             if member not in models:
                 raise ValueError(f"{path}, model {name}: unknown member {member!r}; there are {', '.join(models)}")
+            if models[member].members or models[member].miniature:
+                raise ValueError(f"{path}, model {name}: the member {member!r} is not trained itself")
     return Plan(tables, models)
 
 
@@ -100,17 +116,17 @@ def select(names: Sequence[str]) -> Plan:
     """The tables with these names: of the paper (`table1a`, ..., or `all`), or all of a YAML file.
 
     Raises:
-        ValueError: an unknown name, or two files and names that call different things the same.
+        ValueError: an unknown name, or two models or tables that are called the same and differ.
     """
     plans = [read_plan(name) for name in names if name.endswith((".yaml", ".yml"))]
     wanted = [name for name in names if not name.endswith((".yaml", ".yml"))]
     paper = read_plan()
     known = {table.name: table for table in paper.tables}
+    for name in wanted:
+        if name not in (*known, "all"):
+            raise ValueError(f"unknown table {name!r}; there are all, {', '.join(known)}, or a YAML file of your own")
     if "all" in wanted:
         wanted = list(known)
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"unknown table {name!r}; there are all, {', '.join(known)}, or a YAML file of your own")
     if wanted:
         plans.insert(0, Plan(tuple(known[name] for name in dict.fromkeys(wanted)), paper.models))
     models: dict[str, Model] = {}
@@ -118,16 +134,24 @@ def select(names: Sequence[str]) -> Plan:
         for name, model in plan.models.items():
             if models.setdefault(name, model) != model:
                 raise ValueError(f"two files define the model {name!r} differently; rename one")
-    return Plan(tuple(table for plan in plans for table in plan.tables), models)
+    tables: dict[str, Table] = {}
+    for table in (table for plan in plans for table in plan.tables):
+        if tables.setdefault(table.name, table) != table:
+            raise ValueError(f"two files define the table {table.name!r} differently; rename one")
+    return Plan(tuple(tables.values()), models)
 
 
 def _model(where: str, entry: Mapping[str, Any]) -> Model:
     allowed = [f.name for f in fields(Model)]
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: is {entry!r}; it must be fields by name: {', '.join(allowed)}")
     if unknown := sorted(set(entry) - set(allowed)):
         raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; allowed are {', '.join(allowed)}")
     values = dict(entry)
     for name in ("single", "members"):
         if name in values:
+            if not isinstance(values[name], list):
+                raise ValueError(f"{where}: {name} is {values[name]!r}; it must be a list of names")
             values[name] = tuple(values[name])
     try:
         return Model(**values)
@@ -146,7 +170,10 @@ def _paper(where: str, figures: Any) -> tuple[float, float, float] | None:
 
 def _table(path: str, name: str, entry: Mapping[str, Any], models: Mapping[str, Model]) -> Table:
     rows = []
-    for row in entry["rows"]:
+    listed = entry.get("rows") if isinstance(entry, Mapping) else None
+    if not isinstance(listed, list) or not all(isinstance(row, Mapping) and "label" in row for row in listed):
+        raise ValueError(f"{path}, {name}: needs 'rows', a list whose entries have a 'label' and a 'model'")
+    for row in listed:
         if row.get("model") not in models:
             raise ValueError(f"{path}, {name}: unknown model {row.get('model')!r}; there are {', '.join(models)}")
         rows.append(Row(str(row["label"]), row["model"], _paper(f"{path}, {name}, {row['label']}", row.get("paper"))))

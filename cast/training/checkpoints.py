@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -50,6 +51,7 @@ _STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _ENGINE = (
     "engine",
 )
 _FORMAT = 1
+_NAME = re.compile(r"step-\d{8}")
 
 
 class Checkpoints:
@@ -93,7 +95,8 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
+        # Nothing else: what is found here may be deleted, and people keep copies such as step-00000500-best.
+        return sorted(path for path in self.directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
     def save(self, progress: Progress) -> None:
         """Write the present state.
@@ -125,6 +128,7 @@ class Checkpoints:
             return None
         state: dict[str, Any] = on_main(self.accelerator, lambda: self._checked(found))
         write_weights(self._model, read_tensors(found / _WEIGHTS))
+        self._frozen = state["frozen"]  # a full checkpoint brings frozen weights of its own
         if self._is_deepspeed:
             self.accelerator.load_state(str(found / _ENGINE), load_module_strict=self.weights == "full")
         elif self._optimizer is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,8 +24,7 @@ from cast.training.progress import Progress
 from cast.training.recipes import parse
 from cast.training.schedule import cosine
 from cast.training.settings import TrainSettings
-from cast.training.simple import fingerprint
-from cast.video.annotations import Sample
+from cast.training.simple import fingerprint, videos_digest
 from cast.video.datasets import open_dataset
 from cast.video.loader import ClipLoader
 
@@ -98,7 +95,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
         {
             "settings": identity(settings),
             "samples": len(train),
-            "videos": _videos_digest(train, settings.data.root),
+            "videos": videos_digest(train, settings.data.root),
             "model": fingerprint(model),
         },
         model,
@@ -242,14 +239,6 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
         else:
             values.pop(section)
     return values
-
-
-def _videos_digest(samples: Sequence[Sample], root: str) -> str:
-    """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
-    result = hashlib.sha256()
-    for sample in samples:
-        result.update(f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n".encode())
-    return result.hexdigest()[:16]
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class Engine:
         groups = parameter_groups(model, plan.weight_decay, plan.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=plan.betas, eps=1e-8)  # eps as published
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.optimizer.zero_grad(set_to_none=True)  # a training that failed may have left some in this model
         self.unwrapped: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.average = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
         checkpoints.attach(self.model, self.optimizer, self.average)

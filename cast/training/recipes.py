@@ -73,7 +73,7 @@ def parse(
         raise SystemExit(0 if arguments else 2)
     given = {argument.removeprefix("--") for argument in arguments if argument.startswith("--") and "=" not in argument}
     wanted = frozenset(given & switches.keys())
-    rest = [argument for argument in arguments if argument.removeprefix("--") not in {*switches, "print_config"}]
+    rest = [argument for argument in arguments if argument not in {f"--{name}" for name in (*switches, "print_config")}]
     recipes = [argument for argument in rest if "=" not in argument and not argument.startswith("-")]
     overrides = [argument for argument in rest if argument not in recipes]
     if len(recipes) != 1:
@@ -131,6 +131,8 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
         content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     except OSError as error:
         parser.error(str(error))
+    except UnicodeDecodeError as error:
+        parser.error(f"{recipe} is no text in UTF-8: {error}")
     except yaml.YAMLError as error:
         parser.error(f"{recipe} is no YAML: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
@@ -164,5 +166,5 @@ def _check(parser: ArgumentParser, key: str, known: Sequence[str], where: str) -
     if key in known or any(name in known and name not in groups for name in ancestors):
         return
     close = difflib.get_close_matches(key, known, 1, 0.5) or [n for n in known if n.split(".")[-1] == parts[-1]]
-    hint = f"did you mean {close[0]}?" if close else "cast train --help names them all"
+    hint = f"did you mean {close[0]}?" if close else f"{parser.prog} --help names them all"
     parser.error(f"{where} sets {key}, which is no setting: {hint}")

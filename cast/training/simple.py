@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from cast.training.checkpoints import Checkpoints
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Criterion, Engine, Plan
 from cast.training.progress import Progress, Step
+from cast.video.annotations import Sample
 
 
 class Clips(Protocol):
@@ -168,3 +169,11 @@ def fingerprint(model: nn.Module) -> str:
     """Changes with the names, shapes and trained parts of a model's parameters."""
     parts = [f"{name} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def videos_digest(samples: Sequence[Sample], root: str) -> str:
+    """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
+    result = hashlib.sha256()
+    for sample in samples:
+        result.update(f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n".encode())
+    return result.hexdigest()[:16]

@@ -63,9 +63,11 @@ def main(what: PathLike, root: PathLike | None = None, workers: int | None = Non
     for split in dataset.splits:
         print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
     print(", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items()), flush=True)
-    faults = _with_bar(dataset, workers or os.cpu_count() or 1)
     named = dataset.settings.skip_list
     path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
+    if not os.access(path.parent, os.W_OK):  # better now than when every video has been probed
+        raise ValueError(f"{path}: its directory is not there or can't be written to; choose another file with --out")
+    faults = _with_bar(dataset, workers or os.cpu_count() or 1)
     write_skips(path, faults)
     for skip in faults[:_SHOWN]:
         print(f"{skip.where}: {skip.fault}: {skip.path} ({skip.detail})")

@@ -21,6 +21,9 @@ Layout = Literal["compositional", "single", "csv"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
+#: More classes than any published set of videos has; larger "indices" are identifiers, which would fill the memory.
+MOST_CLASSES = 100_000
+
 #: Words that a mirror exchanges.
 _MIRRORED = (("left", "right"), ("cw", "ccw"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"))
 
@@ -148,19 +151,19 @@ class VideoSet:
         return {head: self._named(head, entries[head]) for head in self.heads}
 
     def _named(self, head: str, entry: int | str) -> list[str]:
-        return read_classes(self.root / entry, head) if isinstance(entry, str) else [str(i) for i in range(entry)]
+        return read_classes(self.root / entry, head) if isinstance(entry, str) else _numbers(head, entry)
 
     def _from_annotations(self) -> dict[str, list[str]]:
         """Names as the training annotations write them; for labels written as indices, up to the largest anywhere."""
         if self.settings.layout != "csv":
             everywhere = [sample.labels for split in self.splits for sample in self._read(split, None)]
-            return {head: _numbers(max(labels[head] for labels in everywhere) + 1) for head in self.heads}
+            return {head: _numbers(head, max(labels[head] for labels in everywhere) + 1) for head in self.heads}
         tables = [self._table(split) for split in self.splits]
         names = {}
         for head in self.heads:
             words = tables[0].words(head)
             if all(table.indexed(head) for table in tables):
-                words = _numbers(max(int(word) for table in tables for word in table.words(head)) + 1)
+                words = _numbers(head, max(int(word) for table in tables for word in table.words(head)) + 1)
             names[head] = words
         return names
 
@@ -252,7 +255,12 @@ class VideoSet:
         return os.path.relpath(sample.path, self.root)
 
 
-def _numbers(count: int) -> list[str]:
+def _numbers(head: str, count: int) -> list[str]:
+    if not 0 < count <= MOST_CLASSES:
+        raise ValueError(
+            f"{head} would have {count} classes, allowed are 1 to {MOST_CLASSES}: class indices count from 0 without "
+            "large gaps; write names in a CSV with a header instead of numbers that stand for something else"
+        )
     return [str(index) for index in range(count)]
 
 
@@ -332,7 +340,7 @@ def guess_settings(root: Path, files: Mapping[Split, Path] | None = None) -> Dat
     tried = ("{split}", "videos", "videos/{split}", ".")
     for videos in tried:
         guess = DataSettings(**settings, videos=videos, skip_list="none")
-        if any(sample.path.is_file() for sample in VideoSet(guess).all_samples(split)[:100]):
+        if any(os.path.isfile(sample.path) for sample in VideoSet(guess).all_samples(split)[:100]):
             break
     else:
         videos = next(place for place in tried if (root / place.replace("{split}", split)).is_dir())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from cast.video.annotations import Sample
 from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
+from cast.video.files import VideoError
 from cast.video.sampling import train_indices, view_indices
 from cast.video.transforms import to_clip, view_transform
 
@@ -108,7 +110,7 @@ class ClipLoader:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1 and a multiple of repeats = {repeats}")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of {world} processes; it must be from 0 to world - 1")
-        missing = [str(sample.path) for sample in samples if not sample.path.is_file()]
+        missing = [str(sample.path) for sample in samples if not os.path.isfile(sample.path)]
         if not samples or missing:
             raise ValueError(
                 f"{len(missing)} of {len(samples)} videos are missing: "
@@ -120,7 +122,8 @@ class ClipLoader:
         self._per_step = batch_size // repeats * world  # videos of a global batch
         if train and len(samples) < self._per_step:
             raise ValueError(
-                f"{len(samples)} videos make no batch of {self._per_step}; lower batch_size, or take fewer processes"
+                f"{len(samples)} videos make no batch of {self._per_step}; lower batch_size (in a recipe "
+                "optim.total_batch and optim.micro_batch), or take fewer processes"
             )
 
     def __len__(self) -> int:
@@ -167,7 +170,7 @@ class ClipLoader:
         parts = [order[first : first + step][self.rank :: self.world] for first in range(0, count, step)]
         return [_Key(epoch, tuple(part.tolist())) for part in parts[: len(self)]]
 
-    def _workers(self, keys: list[_Key]) -> Iterator[_Made]:
+    def _workers(self, keys: list[_Key]) -> Iterator[_Made | VideoError]:
         loader = DataLoader(
             self._clips,
             batch_size=None,
@@ -245,7 +248,9 @@ class _Made(NamedTuple):
     size: int
 
 
-def _batch(made: _Made) -> Batch:
+def _batch(made: _Made | VideoError) -> Batch:
+    if isinstance(made, VideoError):
+        raise made
     return Batch(*made)
 
 
@@ -253,8 +258,8 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-class _Clips(Dataset[_Made]):
-    """Makes micro-batches from their keys.
+class _Clips(Dataset[_Made | VideoError]):
+    """Makes micro-batches from their keys, or says why it can't: DataLoader would bury an error in a traceback.
 
     Paths and labels are arrays, not objects: reading an object counts its references, and then every forked worker
     ends up with a copy of a list of hundreds of thousands.
@@ -279,7 +284,13 @@ class _Clips(Dataset[_Made]):
     def _path(self, index: int) -> str:
         return bytes(self._paths[self._ends[index] : self._ends[index + 1]]).decode("utf-8", "surrogateescape")
 
-    def __getitem__(self, key: _Key) -> _Made:
+    def __getitem__(self, key: _Key) -> _Made | VideoError:
+        try:
+            return self._make(key)
+        except VideoError as error:
+            return error
+
+    def _make(self, key: _Key) -> _Made:
         augment = self.settings.augment
         repeats = augment.repeats if self.train else 1
         chosen = np.repeat(np.array(key.videos), repeats)

@@ -44,9 +44,13 @@ class Probe:
     def __call__(self, path: str) -> Fault | None:
         """What is wrong with a file; None if nothing is."""
         file = Path(path)
-        if not file.is_file():
-            return "missing", "not a regular file" if file.exists() else "no such file"
-        if (size := file.stat().st_size) < SMALLEST:
+        try:
+            if not file.is_file():
+                return "missing", "not a regular file" if file.exists() else "no such file"
+            size = file.stat().st_size
+        except OSError as error:  # a name that is too long, a directory that may not be entered
+            return "missing", error.strerror or str(error)
+        if size < SMALLEST:
             return "empty", f"{size} bytes"
         reader = decoder(self.decoder)
         try:

@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.packet import Packet
+from av.video.frame import VideoFrame
 
 from cast.video.files import PathLike, VideoError, check_file
 from cast.video.reader import upright_rgb
@@ -49,10 +51,18 @@ def frames(source: PathLike | BinaryIO, format: str | None = None, **options: st
                 raise VideoError(f"{name}: holds no video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                if not frame.is_corrupt:
+            for packet in container.demux(stream):
+                for frame in _whole(packet):
                     yield upright_rgb(frame)
     except (av.FFmpegError, OSError) as error:
         if isinstance(error, VideoError):
             raise
         raise VideoError(f"{name}: can't be read as a stream ({error.strerror or error})") from error
+
+
+def _whole(packet: Packet) -> list[VideoFrame]:
+    """The undamaged pictures of a packet; none if the decoder refuses it."""
+    try:
+        return [frame for frame in packet.decode() if not frame.is_corrupt]
+    except av.InvalidDataError:
+        return []

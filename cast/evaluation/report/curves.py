@@ -19,7 +19,7 @@ from pathlib import Path
 
 Series = dict[str, tuple[list[float], list[float]]]
 
-_ACCURACY = re.compile(r"(^|[ _/])acc|top[15]|verb|noun|action|harmonic")
+_ACCURACY = re.compile(r"(?<![a-z])(acc(?!um)|top[15]|verb|noun|action|harmonic)")
 #: Names of an epoch's line that are not means over the epoch.
 _KEPT = re.compile(r"(step|epoch|kind)$|val")
 #: Curves of one diagram; more cannot be told apart.

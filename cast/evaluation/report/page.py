@@ -19,7 +19,7 @@ from cast.evaluation.published import EK100, K400_SSV2, SOURCE, Published, datas
 from cast.evaluation.report import classes, clips, plots
 from cast.evaluation.report.curves import Log, thinned
 from cast.evaluation.report.html import facts, page, table, tiles
-from cast.evaluation.summary import MEANINGS, summarise, tasks
+from cast.evaluation.summary import meanings, summarise, tasks
 from cast.model import CAST
 
 #: Videos whose attention is shown.
@@ -230,7 +230,7 @@ def _card(evidence: Evidence) -> str:
     if size := evidence.model_cost:
         rows += [
             ("parameters", f"{size.parameters:,}, of which {size.learnable:,} learnable"),
-            ("compute", f"{size.gmacs:,.3g} GMACs a view" + f", {size.gmacs * protocol.clips:,.4g} a video"),
+            ("compute", f"{size.gmacs:,.4g} GMACs a view" + f", {size.gmacs * protocol.clips:,.4g} a video"),
         ]
     rows.append(("views", f"{protocol.name} (temporal x spatial), {protocol.clips} clips a video"))
     if cost and cost.clips:
@@ -255,9 +255,8 @@ def _made(evidence: Evidence) -> str:
         missing.append("learning curves (give the training's JSONL log with --log FILE)")
     if evidence.model is None:
         missing.append("attention and the model's size, for the answers were read from a file")
-    names = summarise(evidence.predictions, {}).get("metrics", {})
-    used = [(name, meaning) for name, meaning in MEANINGS.items() if any(n.endswith(name) for n in names)]
-    parts = [facts((name.replace("_", " "), meaning) for name, meaning in used)] if used else []
+    used = meanings(evidence.predictions) if evidence.predictions.labels else {}
+    parts = [facts((name.replace("_", " "), meaning) for name, meaning in used.items())] if used else []
     parts.append(
         '<p class="note">All accuracies are in percent. The 95 % intervals are Wilson\'s: how far another sample of '
         "as many videos may lie; they say nothing about another training.</p>"

@@ -52,7 +52,7 @@ def balance(
     for point in lines:
         draw = axes.axhline if math.isnan(point.space) else axes.axvline
         value = point.time if math.isnan(point.space) else point.space
-        draw(value, color=COLOURS[0], linewidth=1.4, zorder=3, label=f"{point.name}: {value:.1f} %")
+        draw(value, color=COLOURS[0], linewidth=1.4, zorder=3, label=f"{plain_text(point.name)}: {value:.1f} %")
     if lines:
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.set(xlim=(low_x, high_x), ylim=(low_y, high_y), xlabel=labels[0], ylabel=labels[1])
@@ -96,8 +96,8 @@ def _annotate(figure: Any, axes: Any, named: Sequence[tuple[Point, str, int]], v
         best: tuple[int, Any, Any] | None = None
         for x, y, side in places:
             text = axes.annotate(
-                point.name, (point.space, point.time), (x, y), textcoords="offset points", ha=side, color=colour,
-                fontsize=size, zorder=5,
+                plain_text(point.name), (point.space, point.time), (x, y), textcoords="offset points", ha=side,
+                color=colour, fontsize=size, zorder=5,
             )  # fmt: skip
             box = text.get_window_extent(renderer).padded(1)
             covered = sum(box.overlaps(other) for other in taken)
@@ -129,13 +129,15 @@ def bars(rows: Sequence[Bar], own: str, label: str) -> str:
     figure, axes = new_figure(8.4, 0.9 + 0.21 * len(rows))
     heights = range(len(rows), 0, -1)
     values = [0.0 if math.isnan(row.value) else row.value for row in rows]
-    axes.barh(heights, values, height=0.62, color=COLOURS[0], alpha=0.75, label=own)  # a gap's bar has no width
+    axes.barh(
+        heights, values, height=0.62, color=COLOURS[0], alpha=0.75, label=plain_text(own)
+    )  # a gap's bar has no width
     names = list(dict.fromkeys(name for row in rows for name in row.others))
     for number, name in enumerate(names, start=1):
         marks = [(row.others[name], height) for row, height in zip(rows, heights, strict=True) if name in row.others]
         axes.plot(
             *zip(*marks, strict=True), linestyle="", marker=_MARKERS[number % 6], color=COLOURS[number % 6],
-            markersize=5, label=name, markeredgecolor="white", markeredgewidth=0.5,
+            markersize=5, label=plain_text(name), markeredgecolor="white", markeredgewidth=0.5,
         )  # fmt: skip
     axes.set_yticks(list(heights), [_short(row.name) for row in rows], fontsize=8)
     axes.set(xlim=(0, 100), ylim=(0.3, len(rows) + 0.7), xlabel=label)
@@ -150,7 +152,9 @@ def sorted_gains(gains: Mapping[str, Sequence[float]]) -> str:
     figure, axes = new_figure(8.4, 2.8)
     for number, (name, values) in enumerate(gains.items(), start=1):
         ordered = sorted((value for value in values if not math.isnan(value)), reverse=True)
-        axes.step(range(len(ordered)), ordered, where="mid", color=COLOURS[number % 6], label=f"over {name}")
+        axes.step(
+            range(len(ordered)), ordered, where="mid", color=COLOURS[number % 6], label=f"over {plain_text(name)}"
+        )
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set(xlabel="classes, most improved first", ylabel="F1 gain, points")
     axes.legend(frameon=False, fontsize=8)
@@ -183,14 +187,19 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str,
     for number, (name, (across, up)) in enumerate(series.items()):
         style = ("-", "--", ":")[number // 6 % 3]
         marker = "." if len(across) <= 60 else ""
-        axes.plot(across, up, style, marker=marker, color=COLOURS[number % 6], label=name, linewidth=1.3)
+        axes.plot(across, up, style, marker=marker, color=COLOURS[number % 6], label=plain_text(name), linewidth=1.3)
     axes.set(xlabel=x, ylabel=y, ylim=(0, 100) if percent else None)
     axes.legend(frameon=False, fontsize=8)
     return svg(figure)
 
 
 def _short(name: str, length: int = 28) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return plain_text(name if len(name) <= length else name[: length - 1] + "…")
+
+
+def plain_text(name: str) -> str:
+    """A name from data as matplotlib must get it: `$` begins no formula, and a leading `_` hides nothing."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
