@@ -105,6 +105,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         # 32 rows spill 845 times inside `project`'s loops: tf32x3 wants the operand's row twice.
         row=Tile(rows=16, k=32, columns=64, warps=8, stages=2, queries=16, keys=32),
         project_backward=Tile(rows=16, k=16, columns=64, warps=8, stages=2),  # steps of 32: 24 spills inside loops
+        adapter_backward=Tile(rows=16, k=16, columns=64, warps=8, stages=2),  # steps of 32: one
         weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=108),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
