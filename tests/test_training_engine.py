@@ -128,7 +128,7 @@ def test_a_validation_that_fails_is_done_again_and_no_step_is(tmp_path: Path, fa
         if broken and len(seen) == 6 * failing:
             raise OSError("a damaged video")
         assert not model.training
-        return {"val": float(model.heads["verb"].weight.detach().sum())}  # type: ignore[index,union-attr,operator]
+        return {"val": float(model.heads["verb"].weight.detach().sum())}  # type: ignore[index,union-attr]
 
     def note(progress: Progress, step: Step) -> None:
         seen.append(progress.step)
