@@ -135,6 +135,29 @@ def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names(tmp_path) == []
 
 
+def test_the_end_of_an_epoch_that_cannot_be_written_leaves_the_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        path.write_text(text[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def validate(model: torch.nn.Module) -> dict[str, float]:
+        monkeypatch.setattr(room, "write_text", refuse)
+        return {}
+
+    whole, net = PointNet(), PointNet()
+    expected = engine(tmp_path / "whole", whole).run()
+    with pytest.raises(CheckpointError, match=r"cannot write the end of the epoch.*No space left.*with --resume"):
+        engine(tmp_path / "parts", PointNet()).run(on_epoch=validate)
+    monkeypatch.undo()
+    assert names(tmp_path / "parts" / "step-00000006") == ["optimizer.safetensors", "state.json", "weights.safetensors"]
+    running = engine(tmp_path / "parts", net)
+    assert running.progress.step == 6
+    assert running.run().history == expected.history
+    assert same(net, whole)
+
+
 def test_what_differs_is_named(tmp_path: Path) -> None:
     engine(tmp_path, PointNet()).run()
     path = tmp_path / "step-00000012" / "state.json"

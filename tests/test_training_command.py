@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from cast import CAST
 from cast.cli import main
 from cast.demo.dataset import Sizes, make_dataset
-from cast.training import CheckpointError, Progress, Step, load_trained
-from cast.training.command import fit
+from cast.training import CheckpointError, Checkpoints, Progress, Step, load_trained
+from cast.training.command import Validation, fit
 from cast.training.distributed import make_accelerator
 from cast.training.log import JsonLines, Log
 from cast.training.models import build
@@ -150,6 +150,44 @@ def test_resuming_in_an_epoch_gives_the_same_bits(
     ]
     assert logs[0] == logs[1]
     assert lines(tmp_path, "epoch") == lines(whole, "epoch")
+
+
+def test_a_failed_validation_costs_no_step_and_no_line_is_written_twice(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of the first epoch, with checkpoints at ends only: a bad video, then a kill after the log's line."""
+    steps: list[int] = []
+    tell = Log.step
+
+    def note(self: Log, progress: Any, step: Any) -> None:
+        steps.append(progress.step)
+        tell(self, progress, step)
+
+    def fail(*_: object) -> None:
+        raise OSError("val_00000.mp4 is damaged")
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    def again(**options: bool) -> None:
+        fit(settings(data, tmp_path, *RANDOM, "checkpoint.every=0"), **options)
+
+    monkeypatch.setattr(Log, "step", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "__call__", fail)
+        with pytest.raises(OSError, match="is damaged"):
+            again()
+    assert lines(tmp_path, "epoch") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "update", kill)
+        with pytest.raises(Killed):
+            again(resume=True)
+    assert lines(tmp_path, "epoch") == lines(whole, "epoch")[:1]
+    again(resume=True)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert lines(tmp_path, "epoch") == lines(whole, "epoch")
+    for model in ("model", "model-ema"):
+        assert equal(weights(tmp_path, model), weights(whole, model))
 
 
 def test_kill_9_at_any_moment(data: Path, whole: Path, tmp_path: Path) -> None:
@@ -324,7 +362,7 @@ def test_a_model_that_finds_no_room_is_written_by_resuming(
 def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("".join(f'{{"kind": "step", "step": {step}}}\n' for step in range(3)) + '{"kind": "st')
-    JsonLines(path, 1).write("step", step=2, loss=0.5)
+    JsonLines(path, 1, 0).write("step", step=2, loss=0.5)
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [0, 1, 2]
-    JsonLines(path, 0)
+    JsonLines(path, 0, 0)
     assert path.read_text() == ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training_cases import Batch, PointNet, PointSource, engine, planned, same
 
 from cast import CAST
-from cast.training import DivergenceError, Plan, Step, cosine, parameter_groups
+from cast.training import DivergenceError, Plan, Progress, Step, cosine, parameter_groups
 from cast.training.engine import micro_seed
 
 HAS_KERNELS = CAST("tiny", depth=1).blocks[0].chosen_backend() != "eager"  # type: ignore[operator,union-attr]
@@ -116,6 +116,38 @@ def test_the_average_follows_the_weights_and_survives_a_stop(tmp_path: Path) -> 
     again.run()
     assert again.average is not None
     assert all(torch.equal(tensor, average[name]) for name, tensor in again.average.read().items())
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_validation_that_fails_is_done_again_and_no_step_is(tmp_path: Path, failing: int) -> None:
+    """Only at the ends of epochs are there checkpoints; the second epoch is the last."""
+    seen: list[int] = []
+    broken = True
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        if broken and len(seen) == 6 * failing:
+            raise OSError("a damaged video")
+        assert not model.training
+        return {"val": float(model.heads["verb"].weight.detach().sum())}  # type: ignore[index,union-attr]
+
+    def note(progress: Progress, step: Step) -> None:
+        seen.append(progress.step)
+
+    whole, net = PointNet(dropout=0.5), PointNet(dropout=0.5)
+    broken = False
+    expected = engine(tmp_path / "whole", whole).run(on_epoch=validate)
+    broken = True
+    for _ in range(2):  # also when it fails again
+        with pytest.raises(OSError, match="a damaged video"):
+            engine(tmp_path / "parts", PointNet(dropout=0.5)).run(note, validate)
+    assert seen == list(range(1, 6 * failing + 1))
+    broken = False
+    progress = engine(tmp_path / "parts", net).run(note, validate)
+    assert seen == list(range(1, 13))
+    assert progress.history == expected.history
+    assert [entry["epoch"] for entry in progress.history] == [1, 2]
+    assert same(net, whole)
+    assert engine(tmp_path / "parts", net).progress == progress  # what was completed is on the disk
 
 
 def _stop_at(step: int, at: int) -> None:

@@ -116,6 +116,14 @@ class Checkpoints:
             tensors[_MOMENTS] = read_moments(self._model, self._optimizer)
         on_main(self.accelerator, lambda: self._write(part, tensors, progress))
 
+    def update(self, progress: Progress) -> None:
+        """Let the checkpoint of `progress.step`, which is there, tell another progress; tensors stay.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoint is as it was.
+        """
+        on_main(self.accelerator, lambda: self._update(self._place(progress), progress))
+
     def load(self) -> Progress | None:
         """Put the newest checkpoint into model, optimizer and average; None if there is none.
 
@@ -162,7 +170,7 @@ class Checkpoints:
             }
             write_text(part / _STATE, json.dumps(state, indent=2) + "\n")
             flush(part)
-            os.replace(part, self.directory / f"step-{progress.step:08d}")
+            os.replace(part, self._place(progress))
             flush(self.directory)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
@@ -175,6 +183,25 @@ class Checkpoints:
             ) from None
         for path in self.all()[: -self.keep]:
             shutil.rmtree(path)
+
+    def _place(self, progress: Progress) -> Path:
+        return self.directory / f"step-{progress.step:08d}"
+
+    def _update(self, path: Path, progress: Progress) -> None:
+        # Not a second checkpoint: a directory that has files cannot be replaced in one move, so a kill in between
+        # would leave neither, and no tensor has changed. One file can: a kill leaves the old state or the new one.
+        part = path / f"{_STATE}.part"
+        try:
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            write_text(part, json.dumps(state | {"progress": asdict(progress)}, indent=2) + "\n")
+            os.replace(part, path / _STATE)
+            flush(path)
+        except (OSError, ValueError) as error:
+            part.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"cannot write the end of the epoch into {path}: {error}. If the checkpoint is still there, it is as "
+                "it was: make room, then start again with --resume, which validates again and repeats no step"
+            ) from None
 
     def _agreed_newest(self) -> Path | None:
         found = self.all()

@@ -153,8 +153,9 @@ class Engine:
 
         Args:
             on_step: called after each step, on every process.
-            on_epoch: called after each epoch on every process, with the model in evaluation mode; what it returns
-                joins the epoch's history.
+            on_epoch: called after each epoch on every process, with the model in evaluation mode, which it must leave
+                as it was; what it returns joins the epoch's history. The epoch's checkpoint is written before, so if
+                this raises or is killed, the next run calls it again and repeats no step.
 
         Returns:
             The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.
@@ -163,6 +164,8 @@ class Engine:
             DivergenceError: the loss or the gradient is not finite.
             CheckpointError: a checkpoint cannot be written.
         """
+        if self._epoch_is_due:
+            self._end_epoch(on_epoch)
         while self.progress.step < self.plan.steps:
             epoch, position = divmod(self.progress.step, self.plan.steps_per_epoch)
             batches = self.source.batches(epoch, position * self.plan.accumulate)
@@ -183,21 +186,31 @@ class Engine:
         on_epoch: Callable[[nn.Module], dict[str, float]],
     ) -> None:
         """One optimizer step and everything that is due after it."""
-        progress, per_epoch = self.progress, self.plan.steps_per_epoch
+        progress = self.progress
         began = time.perf_counter()
         report = self._step(batches, began)
         progress.step += 1
         progress.seconds += time.perf_counter() - began
         progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in report.figures.items()}
         on_step(progress, report)
-        ends_epoch = progress.step % per_epoch == 0
-        if ends_epoch:
-            means = {name: total / per_epoch for name, total in progress.sums.items()}
-            self.model.eval()
-            progress.history.append({"epoch": progress.step // per_epoch, **means, **on_epoch(self.unwrapped)})
-            progress.sums = {}
-        if ends_epoch or (self.plan.checkpoint_every and progress.step % self.plan.checkpoint_every == 0):
+        if self._epoch_is_due or (self.plan.checkpoint_every and progress.step % self.plan.checkpoint_every == 0):
             self.checkpoints.save(progress)
+        if self._epoch_is_due:
+            self._end_epoch(on_epoch)
+
+    @property
+    def _epoch_is_due(self) -> bool:
+        """Whether the epoch's steps are done, but not what follows them: its sums are not history yet."""
+        return self.progress.step % self.plan.steps_per_epoch == 0 and bool(self.progress.sums)
+
+    def _end_epoch(self, on_epoch: Callable[[nn.Module], dict[str, float]]) -> None:
+        """Close an epoch whose checkpoint is on the disk already: a validation that raises loses no training."""
+        progress, per_epoch = self.progress, self.plan.steps_per_epoch
+        means = {name: total / per_epoch for name, total in progress.sums.items()}
+        self.model.eval()
+        progress.history.append({"epoch": progress.step // per_epoch, **means, **on_epoch(self.unwrapped)})
+        progress.sums = {}
+        self.checkpoints.update(progress)
 
     def _step(self, batches: Iterator[MicroBatch], began: float) -> Step:
         plan, accelerator, number = self.plan, self.accelerator, self.progress.step

@@ -46,13 +46,19 @@ class JsonLines:
     """One JSON object a line; what a resumed training does again is written once.
 
     Args:
-        path: the file; lines of later steps than `step` are removed from it, and one that was cut off.
+        path: the file; lines of later steps or epochs than these are removed from it, and one that was cut off.
         step: where the training stands.
+        epochs: how many of them are finished. One fewer than the steps make if the last one's validation failed, or
+            was killed before the checkpoint had it: it is done again, and so is its line.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, epochs: int) -> None:
         self.path = path
-        kept = [line for line in self._whole_lines() if json.loads(line).get("step", 0) <= step] if step else []
+
+        def stays(line: dict[str, Any]) -> bool:
+            return line.get("step", 0) <= step and (line["kind"] != "epoch" or line["epoch"] <= epochs)
+
+        kept = [line for line in self._whole_lines() if stays(json.loads(line))] if step else []
         part = path.with_name(f"{path.name}.part")
         part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(part, path)
@@ -111,7 +117,7 @@ class Log:
         self.accelerator.init_trackers("cast", config={key: _plain(value) for key, value in _flat(self.settings)})
         if not self.speaks:
             return
-        self._lines = JsonLines(self.directory / "log.jsonl", progress.step)
+        self._lines = JsonLines(self.directory / "log.jsonl", progress.step, len(progress.history))
         self._lines.write("start", step=progress.step, steps=self.steps, settings=self.settings)
         self.console.print(note, highlight=False, markup=False, soft_wrap=True)
         if self._bars is not None:
