@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("build")
     tree = work / "tree"
     compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
-    for name in ("cast", "cast_kernels", "csrc"):
+    for name in ("cast", "cast_kernels", "csrc", "recipes"):
         shutil.copytree(ROOT / name, tree / name, ignore=compiled)
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -42,7 +42,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_wheel_from_the_sdist_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.startswith(("csrc", "tests", "build"))]
+        assert not [name for name in archive.namelist() if name.startswith(("csrc", "tests", "build", "recipes"))]
+        assert "cast/recipes/ek100.yaml" in archive.namelist()
         archive.extractall(tmp_path / "site")
     code = """
 import json, cast, cast_kernels, torch
