@@ -32,14 +32,8 @@ class CASTBlock(BCAST):
     def __init__(self, config: CASTConfig, index: int, running: Running | None = None) -> None:
         running = running or Running()
         super().__init__(
-            dim=config.embed_dim,
-            bottleneck_dim=config.bottleneck_dim,
-            num_heads=config.num_heads,
-            num_frames=config.exchange_frames,
-            num_patches=config.num_patches,
-            windows=config.windows,
+            **config.exchange_sizes(),
             directions=config.directions if config.exchanges(index) else (),
-            positions=config.positions,
             backend=running.backend,
             recompute=running.recompute,
         )

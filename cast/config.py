@@ -188,6 +188,18 @@ class CASTConfig:
         """Whether one block has an exchange."""
         return bool(self.directions) and (self.exchange_layers is None or block in self.exchange_layers)
 
+    def exchange_sizes(self) -> dict[str, Any]:
+        """What `cast_kernels.BCAST` takes of this configuration, but for the directions."""
+        return {
+            "dim": self.embed_dim,
+            "bottleneck_dim": self.bottleneck_dim,
+            "num_heads": self.num_heads,
+            "num_frames": self.exchange_frames,
+            "num_patches": self.num_patches,
+            "windows": self.windows,
+            "positions": self.positions,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `CASTConfig(**config.to_dict()) == config`."""
         return asdict(self) | {"heads": self.classes}

@@ -35,6 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.evidence": ("cast_kernels",),
     "cast_kernels": ("cast_kernels",),
     "cast.optional": (),
+    "cast.processes": (),
     "cast.video": ("cast.video", "cast.optional"),
     "cast.config": ("cast_kernels",),
     "cast.layers": ("cast_kernels", "cast.config"),
@@ -83,6 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.baselines",
         "cast.video",
         "cast.optional",
+        "cast.processes",
         "cast.training",
     ),
     "cast.baselines": (
@@ -107,6 +109,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.metrics",
         "cast.labels",
         "cast.training",
+        "cast.processes",
         "cast.files",
         "cast.published",
         "cast.optional",

@@ -26,6 +26,7 @@ from cast.pretrain.command import PICTURE, WEIGHTS, fit
 from cast.pretrain.masking import Mask, assemble, pixels, tube_mask, tubelets
 from cast.pretrain.picture import reconstruct
 from cast.pretrain.videos import unlabelled
+from cast.training.log import Log
 from cast.training.recipes import load_recipe
 from cast.video.augment import AugmentSettings, _multiscale, draw
 from cast.video.datasets import DataSettings
@@ -305,7 +306,6 @@ def test_a_resumed_pre_training_gives_the_same_bits(
 ) -> None:
     few = ("optim.epochs=3", "pictures=0")
     assert main(command(folder, tmp_path / "whole", *few)) == 0
-    from cast.pretrain import command as module
 
     class Killed(Exception):
         pass
@@ -314,7 +314,7 @@ def test_a_resumed_pre_training_gives_the_same_bits(
         if progress.step == 2:
             raise Killed
 
-    monkeypatch.setattr(module.Log, "step", dies)
+    monkeypatch.setattr(Log, "step", dies)
     with pytest.raises(Killed):
         main(command(folder, tmp_path / "cut", *few, "checkpoint.every=1"))
     monkeypatch.undo()

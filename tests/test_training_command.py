@@ -117,6 +117,31 @@ def test_from_a_recipe_to_an_action(data: Path, tmp_path: Path, capsys: pytest.C
     assert "going on after step 6" in capsys.readouterr().err
 
 
+def test_a_log_without_checkpoints_is_not_overwritten(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("what an earlier training left\n")
+    command = ["train", "digits", f"data.root={data}", f"out={tmp_path}", *TINY, "optim.epochs=1"]
+    assert main([*command, "optim.warmup_epochs=0"]) == 1
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told
+    assert "choose another out, or add --resume to begin anew" in told
+    assert log.read_text() == "what an earlier training left\n"
+    assert not (tmp_path / "settings.yaml").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Log, progress: Progress, step: Step) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Log, "step", interrupt)
+    assert main(["train", "digits", f"data.root={data}", f"out={tmp_path}", *TINY]) == 130
+    assert "stopped; the same command with --resume goes on" in capsys.readouterr().err
+
+
 class Killed(BaseException):
     pass
 
@@ -220,7 +245,7 @@ def launch(mode: str, out: Path, *overrides: str, extra: str = "") -> None:
     assert done.returncode == 0, done.stderr
 
 
-def close(out: Path, reference: Path) -> None:
+def assert_close(out: Path, reference: Path) -> None:
     """The same weights up to the order of additions, and the same figures."""
     found, want = weights(out), weights(reference)
     start = lines(reference, "start")
@@ -250,13 +275,13 @@ def shared(data: Path, *more: str) -> tuple[str, ...]:
 def test_two_processes_equal_one(data: Path, single: Path, tmp_path: Path) -> None:
     """On gloo, each with two micro-batches of 2 for the one's batch of 8; validation of 10 clips is shared, too."""
     together(sharded_process.run, "ddp", str(tmp_path), *shared(data), processes=2, logs=tmp_path)
-    close(tmp_path, single)
+    assert_close(tmp_path, single)
 
 
 @pytest.mark.heavy
 def test_fsdp2_equals_one_process(data: Path, single: Path, tmp_path: Path) -> None:
     launch("fsdp2", tmp_path, *shared(data), "optim.ema=0.5")
-    close(tmp_path, single)
+    assert_close(tmp_path, single)
     fit(
         settings(data, tmp_path, *shared(data), "optim.micro_batch=8", "optim.ema=0.5"), resume=True
     )  # whole tensors: one can read them
@@ -269,7 +294,7 @@ def test_deepspeed_equals_one_process(data: Path, single: Path, tmp_path: Path, 
     pytest.importorskip("deepspeed")
     for _ in range(2):  # the second time it reads what the first one finished
         launch(mode, tmp_path, *shared(data), extra=os.environ.get("PYTHONPATH", ""))
-        close(tmp_path, single)
+        assert_close(tmp_path, single)
 
 
 def test_a_training_can_start_from_a_cast(data: Path, whole: Path, tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from log_messages import log_messages
 
 from cast.video.annotations import read_table
 from cast.video.augment import AugmentSettings
@@ -184,16 +184,8 @@ def test_an_annotation_file_alone_is_a_validation_set(tmp_path: Path) -> None:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    seen: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            seen.append(record.getMessage())
-
-    handler = Handler()
-    logging.getLogger("cast.video.datasets").addHandler(handler)
-    yield seen
-    logging.getLogger("cast.video.datasets").removeHandler(handler)
+    with log_messages("cast.video.datasets") as seen:
+        yield seen
 
 
 def test_a_skip_list_is_followed_and_said_aloud_once(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from log_messages import log_messages
 from video_files import numbers, write_video
 
 from cast.video import loader as loader_module
@@ -47,16 +47,8 @@ def quick_polling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    seen: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            seen.append(record.getMessage())
-
-    handler = Handler()
-    logging.getLogger("cast.video.loader").addHandler(handler)
-    yield seen
-    logging.getLogger("cast.video.loader").removeHandler(handler)
+    with log_messages("cast.video.loader") as seen:
+        yield seen
 
 
 def make(samples: list[Sample], batch_size: int = 3, train: bool = True, **changes: Any) -> ClipLoader:

@@ -48,14 +48,8 @@ class Bottleneck(Exchange):
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running) -> None:
         super().__init__(config, prefixes, running)
         self.bcast = BCAST(
-            dim=config.embed_dim,
-            bottleneck_dim=config.bottleneck_dim,
-            num_heads=config.num_heads,
-            num_frames=config.exchange_frames,
-            num_patches=config.num_patches,
-            windows=config.windows,
+            **config.exchange_sizes(),
             directions=config.directions,
-            positions=config.positions,
             backend=running.backend,
             recompute=running.recompute,
         )

@@ -7,14 +7,12 @@ hardware). No sampler pads anything, so no sample is counted twice.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +21,7 @@ from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, from_records, record
 from cast.evaluation.protocol import Protocol, normalise
 from cast.metrics import average_views
+from cast.processes import join_processes, peak_memory
 from cast.video.annotations import Sample
 
 #: Told after each chunk of this process: videos done and videos in all, both of this process.
@@ -58,7 +57,7 @@ class Cost:
     seconds: float = 0.0
     processes: int = 1
     device: str = ""
-    peak_memory: int = 0  # bytes, see peak_memory()
+    peak_memory: int = 0  # bytes, see cast.processes.peak_memory
     resumed: int = 0  # videos that an earlier run had finished
 
 
@@ -89,7 +88,7 @@ def evaluate(
         ValueError: no samples, two with one name, heads other than `classes` has, or an answer that is not a number.
         VideoError: a file that can't be read as a video; finished videos are kept in `parts`.
     """
-    run, state = run or Run(), processes()
+    run, state = run or Run(), join_processes()
     names = sample_names(samples)
     done = parts.load() if parts else {}
     state.wait_for_everyone()  # before anyone writes into what others still read
@@ -128,23 +127,6 @@ def evaluate(
         raise RuntimeError(f"{len(every)} answers for {len(samples)} samples: the processes saw different data")
     predictions = from_records([by_name[name] for name in names], classes, about or {})
     return predictions, _together(costs)
-
-
-def processes() -> PartialState:
-    """This process among those that torchrun or accelerate started; without either it is alone.
-
-    Raises:
-        ValueError: WORLD_SIZE asks for several processes, but they were not connected.
-    """
-    # accelerate connects processes without a GPU only if told that there is none.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != wanted:
-        raise ValueError(
-            f"WORLD_SIZE is {wanted}, but {state.num_processes} processes are connected: start them with torchrun or "
-            "accelerate launch, or unset it"
-        )
-    return state
 
 
 def sample_names(samples: Sequence[Sample]) -> list[str]:
@@ -238,12 +220,3 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: PyTorch's peak allocation on a GPU since the process began, or the process's peak on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where only this figure would be missing
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

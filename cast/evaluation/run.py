@@ -19,7 +19,7 @@ from torch import nn
 
 from cast.evaluation.checkpoint import PREDICTIONS, find_log, load_checkpoint
 from cast.evaluation.cost import ModelCost, model_cost
-from cast.evaluation.inference import Cost, Run, evaluate, processes, sample_names
+from cast.evaluation.inference import Cost, Run, evaluate, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
 from cast.evaluation.protocol import Protocol
@@ -30,6 +30,7 @@ from cast.evaluation.summary import summarise
 from cast.files import write_json, write_text
 from cast.labels import numbers
 from cast.optional import require
+from cast.processes import join_processes
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
 
@@ -97,7 +98,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         answered = _read_answers(Path(checkpoint), samples)
     else:
         answered = _answers(checkpoint, videos, samples, out, options)
-    if not processes().is_main_process:
+    if not join_processes().is_main_process:
         return {}
     predictions = answered.predictions
     if predictions.model in options.baselines:
@@ -180,7 +181,7 @@ def _answers(
         "dtype": options.dtype,
         "protocol": protocol.to_dict(),
     }
-    path, state = out / f"predictions.{options.format}", processes()
+    path, state = out / f"predictions.{options.format}", join_processes()
     if path.exists():
         found = read_predictions(path)
         if found.about != about or list(found.videos) != sample_names(samples):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cast.config import CASTConfig, make_config
-from cast.training.settings import CheckpointSettings, LogSettings, OptimSettings, RunSettings
-from cast.video.datasets import DataSettings
+from cast.training.settings import OptimSettings, RecipeSettings
 
 
 @dataclass(frozen=True)
@@ -55,39 +53,28 @@ def _published() -> OptimSettings:
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
-    """A recipe of `cast pretrain`.
+class PretrainSettings(RecipeSettings):
+    """A recipe of `cast pretrain`; videomae.safetensors and reconstruction.png go to <out>.
+
+    Labels are not used: `data.train: null` takes every video below `data.root`. Of the model the temporal expert's
+    sizes count; the rest of CAST's settings has no effect.
 
     Args:
-        data: videos and augmentation. Labels are not used; `train: null` takes every video below `root`.
-        model: sizes of the temporal expert; the rest of CAST's settings has no effect.
+        optim: optimizer, batch and schedule.
         decoder: sizes of the decoder.
         mask_ratio: share of the patches that is hidden.
         normalised: whether each patch's target has mean 0 and deviation 1 in each colour.
-        optim: optimizer, batch and schedule.
-        run: precision, kernels, compilation.
-        checkpoint: states that a killed training goes on from.
-        log: progress and figures.
-        out: directory for checkpoints, log.jsonl, settings.yaml, videomae.safetensors and reconstruction.png; empty
-            for runs/<recipe>.
-        seed: of the data's order, augmentation, masks, new weights.
         pictures: clips in reconstruction.png; 0 for no picture.
     """
 
-    data: DataSettings
-    model: CASTConfig = field(default_factory=CASTConfig)
+    optim: OptimSettings = field(default_factory=_published)
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     mask_ratio: float = 0.9
     normalised: bool = True
-    optim: OptimSettings = field(default_factory=_published)
-    run: RunSettings = field(default_factory=RunSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    log: LogSettings = field(default_factory=LogSettings)
-    out: str = ""
-    seed: int = 0
     pictures: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1")
         if self.pictures < 0:
@@ -98,14 +85,3 @@ class PretrainSettings:
                     f"data.augment.{name} is {getattr(self.data.augment, name)}; there are no labels to mix or smooth, "
                     "and clips are not mixed in pre-training: set it to 0"
                 )
-        for ours, theirs in (("image_size", "size"), ("num_frames", "frames")):
-            if getattr(self.model, ours) != getattr(self.data, theirs):
-                raise ValueError(
-                    f"model.{ours} is {getattr(self.model, ours)}, data.{theirs} {getattr(self.data, theirs)}; "
-                    "the model sees the data's clips, so they must be equal"
-                )
-
-    @property
-    def directory(self) -> Path:
-        """Where everything goes."""
-        return Path(self.out)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from cast.training.distributed import on_main
 from cast.training.ema import Average
 from cast.training.files import CheckpointError, checksum, flush, read_tensors, write_tensors, write_text
+from cast.training.plain import flat
 from cast.training.progress import Progress
 from cast.training.tensors import (
     digest,
@@ -226,7 +227,7 @@ class Checkpoints:
         if broken:
             raise CheckpointError(f"{path} is damaged: {', '.join(broken)} changed since it was written: {advice}")
         if state["identity"] != self.identity:
-            theirs, ours = _flat(state["identity"]), _flat(self.identity)
+            theirs, ours = flat(state["identity"]), flat(self.identity)
             differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
             raise ValueError(
                 f"{path} is of another training: it has { {key: theirs.get(key) for key in differing} }, this one "
@@ -238,16 +239,6 @@ class Checkpoints:
                 f"this model's have {self._frozen}: load the same experts as then"
             )
         return state
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    result: dict[str, Any] = {}
-    for key, inner in value.items():
-        result |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return result
 
 
 def load_trained(model: nn.Module, checkpoint: str | os.PathLike[str], average: bool = False) -> None:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cast.training.checkpoints import Checkpoints
-from cast.training.distributed import join_processes, make_accelerator, on_main
+from cast.training.distributed import on_main
 from cast.training.engine import Engine, Mix, Plan
-from cast.training.files import CheckpointError, write_text
-from cast.training.log import Log, check_trackers
 from cast.training.models import Model, blueprint, build, compile_blocks, how_to_use, save_finished, whole_weights
 from cast.training.progress import Progress
 from cast.training.recipes import parse
-from cast.training.schedule import cosine
+from cast.training.session import Session, writing
 from cast.training.settings import TrainSettings
-from cast.training.simple import fingerprint, videos_digest
 from cast.video.datasets import open_dataset
 from cast.video.loader import ClipLoader
 
@@ -67,107 +61,44 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
 
     Raises:
         ValueError: settings that do not fit each other, the data or the weights, or a loss that is not finite.
-        OSError: a file that is missing, damaged or cannot be written, or checkpoints that `resume` should name.
+        OSError: a file that is missing, damaged or cannot be written, or a training that `resume` should name.
         MissingExtraError: a tracker that is not installed.
     """
-    check_trackers(list(settings.log.trackers))
-    optim, out = settings.optim, settings.directory
-    processes = join_processes()
-    accumulate = optim.accumulate(processes.num_processes)
-    accelerator = make_accelerator(
-        settings.run.precision,
-        accumulate,
-        optim.micro_batch,
-        optim.clip_grad,
-        list(settings.log.trackers),
-        str(out),
-    )
+    session = Session(settings, _FREE, resume, recipe)
+    accelerator, out = session.accelerator, session.out
     videos = open_dataset(settings.data)
     train = videos.samples("train")
     model, notes = build(settings, videos.classes)
-    loader = ClipLoader(
-        train, settings.data, optim.micro_batch, True, settings.seed, processes.process_index, processes.num_processes
-    )
-    plan = make_plan(settings, len(loader) // accumulate, accumulate, len(train))
-    checkpoints = Checkpoints(
-        out / "checkpoints",
-        accelerator,
-        {
-            "settings": identity(settings),
-            "samples": len(train),
-            "videos": videos_digest(train, settings.data.root),
-            "model": fingerprint(model),
-        },
-        model,
-        settings.checkpoint.weights,
-        settings.checkpoint.keep,
-    )
-    if not resume and checkpoints.all():
-        raise FileExistsError(
-            f"{out} has a training already ({checkpoints.all()[-1].name}): add --resume to go on, or choose another out"
-        )
+    loader = session.loader(train)
+    mix = make_mix(settings, videos.classes)
+    # Mixing smooths by itself.
+    plan = session.plan(loader, len(train), 0.0 if mix is not None else settings.data.augment.smoothing)
+    checkpoints = session.checkpoints(model, train)
     if settings.run.compile:
         compile_blocks(model, settings.run.compile)
     make, use = blueprint(model), how_to_use(model, out / "model")
-    engine = Engine(model, loader, plan, accelerator, checkpoints, make_mix(settings, videos.classes))
-    validate = Validation(settings, videos.samples("val"), accelerator) if _validates(settings, videos.splits) else None
-    log = Log(out, accelerator, plan.steps, _plain(settings), settings.log.bars, settings.log.every)
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "settings.yaml", recipe or json.dumps(_plain(settings), indent=2))
+    engine = Engine(model, loader, plan, accelerator, checkpoints, mix)
+    validation = (
+        Validation(settings, videos.samples("val"), accelerator)
+        if settings.validate_every > 0 and "val" in videos.splits
+        else None
+    )
 
-    def on_epoch(unwrapped: nn.Module) -> dict[str, float]:
-        progress, epoch = engine.progress, engine.progress.step // plan.steps_per_epoch
-        figures: dict[str, float] = {}
-        if validate is not None and (epoch % settings.validate_every == 0 or epoch == plan.epochs):
-            figures = {f"val {name}": value for name, value in validate(unwrapped).items()}
-            if engine.average is not None:
-                with engine.average.applied():
-                    figures |= {f"val ema {name}": value for name, value in validate(unwrapped).items()}
-        means = {name: total / plan.steps_per_epoch for name, total in progress.sums.items()}
-        log.epoch(progress, {"epoch": epoch, **means, **figures})
+    def validate(unwrapped: nn.Module, epoch: int) -> dict[str, float]:
+        if validation is None or (epoch % settings.validate_every and epoch != plan.epochs):
+            return {}
+        figures = {f"val {name}": value for name, value in validation(unwrapped).items()}
+        if engine.average is not None:
+            with engine.average.applied():
+                figures |= {f"val ema {name}": value for name, value in validation(unwrapped).items()}
         return figures
 
-    done = ""
-    try:
-        log.start(engine.progress, _summary(settings, plan, engine.progress, model, processes, notes))
-        progress = engine.run(log.step, on_epoch)
+    def finish() -> str:
         _finish(engine, accelerator, make, videos.classes, out)
-        done = f"finished: {use}"
-    except KeyboardInterrupt:
-        done = "stopped; the same command with --resume goes on from the newest checkpoint"
-        raise
-    finally:
-        log.end(done)
-    return progress
+        return use
 
-
-def make_plan(settings: TrainSettings, steps_per_epoch: int, accumulate: int, clips: int) -> Plan:
-    """The recipe in the loop's numbers.
-
-    Raises:
-        ValueError: too few clips for one step.
-    """
-    optim = settings.optim
-    if not steps_per_epoch:
-        raise ValueError(f"{clips} videos make no step of optim.total_batch={optim.total_batch} clips; lower it")
-    steps = optim.epochs * steps_per_epoch
-    mixed = settings.data.augment.mixup > 0 or settings.data.augment.cutmix > 0
-    return Plan(
-        epochs=optim.epochs,
-        steps_per_epoch=steps_per_epoch,
-        accumulate=accumulate,
-        micro_batch=optim.micro_batch,
-        rate=cosine(optim.peak, optim.floor, round(optim.warmup_epochs * steps_per_epoch), steps),
-        weight_decay=optim.weight_decay,
-        layer_decay=optim.layer_decay,
-        smoothing=0.0 if mixed else settings.data.augment.smoothing,  # Mixing smooths by itself
-        clip_grad=optim.clip_grad,
-        ema=optim.ema,
-        betas=optim.betas,
-        seed=settings.seed,
-        checkpoint_every=settings.checkpoint.every,
-    )
+    note = _summary(settings, plan, engine.progress, model, accelerator, notes)
+    return session.run(engine, note, validate, finish)
 
 
 def make_mix(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> Mix | None:
@@ -229,36 +160,20 @@ class Validation:
         return torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
 
 
-def identity(settings: TrainSettings) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from."""
-    values = _plain(settings)
-    for name in _FREE:
-        section, _, key = name.partition(".")
-        if key:
-            values[section].pop(key)
-        else:
-            values.pop(section)
-    return values
-
-
-def _plain(settings: TrainSettings) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return plain
-
-
-def _validates(settings: TrainSettings, splits: Sequence[str]) -> bool:
-    return settings.validate_every > 0 and "val" in splits
-
-
 def _summary(
-    settings: TrainSettings, plan: Plan, progress: Progress, model: nn.Module, processes: PartialState, notes: list[str]
+    settings: TrainSettings,
+    plan: Plan,
+    progress: Progress,
+    model: nn.Module,
+    accelerator: Accelerator,
+    notes: list[str],
 ) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
         f"{plan.steps} steps ({_count(plan.epochs, 'epoch')} of {plan.steps_per_epoch}) of "
         f"{settings.optim.total_batch} clips = {plan.micro_batch} x {plan.accumulate} micro-batches x "
-        f"{_count(processes.num_processes, 'process')} on "
-        f"{processes.device.type}; peak learning rate {settings.optim.peak:.3g}; {trained:,} parameters train",
+        f"{_count(accelerator.num_processes, 'process')} on "
+        f"{accelerator.device.type}; peak learning rate {settings.optim.peak:.3g}; {trained:,} parameters train",
         *notes,
     ]
     if progress.step:
@@ -283,12 +198,7 @@ def _finish(
 
     def save() -> None:
         for name, tensors in models.items():
-            try:
+            with writing(out / name):
                 save_finished(make, tensors, classes, out / name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"cannot write {out / name}: {error}. The last checkpoint is whole: make room, then start again "
-                    "with --resume, which writes the model without training again"
-                ) from None
 
     on_main(accelerator, save)

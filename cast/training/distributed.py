@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list
+
+from cast.processes import computes_on_cpu, join_processes
 
 #: fp32 has no autocast; the others keep fp32 weights.
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-def join_processes() -> PartialState:
-    """Meet the other processes of this training, if a launcher started any.
-
-    Raises:
-        ValueError: the launcher's number of processes is not the one that met; training would go on apart.
-    """
-    state = PartialState(cpu=_on_cpu())
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != wanted:
-        raise ValueError(
-            f"WORLD_SIZE is {wanted}, but accelerate made a group of {state.num_processes} on {state.device.type}: "
-            "start with accelerate launch or torchrun, and look at the settings of accelerate config"
-        )
-    return state
-
-
-def _on_cpu() -> bool:
-    """accelerate takes gloo for several processes only if it is told that they compute on the CPU."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return asked or not torch.accelerator.is_available()
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -87,7 +66,7 @@ def make_accelerator(
     _forget_another_precision(_NAMES[precision])
     join_processes()
     accelerator = Accelerator(
-        cpu=_on_cpu(),
+        cpu=computes_on_cpu(),
         mixed_precision=_NAMES[precision],
         gradient_accumulation_steps=accumulate,
         log_with=trackers or None,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -18,6 +15,8 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from cast.optional import require
+from cast.processes import peak_memory
+from cast.training.plain import flat
 from cast.training.progress import Progress, Step
 
 #: Module that a tracker needs; the extra has the tracker's name.
@@ -32,14 +31,6 @@ def check_trackers(names: list[str]) -> None:
     """
     for name in names:
         require(_TRACKERS[name], name)
-
-
-def memory_gb() -> float:
-    """Peak memory of this process in 10^9 bytes: of the GPU's allocator, or of the process where there is none."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated()) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class JsonLines:
@@ -114,7 +105,8 @@ class Log:
 
     def start(self, progress: Progress, note: str) -> None:
         """Open everything; `note` is said to the person."""
-        self.accelerator.init_trackers("cast", config={key: _plain(value) for key, value in _flat(self.settings)})
+        parameters = {key: _plain(value) for key, value in flat(self.settings).items()}
+        self.accelerator.init_trackers("cast", config=parameters)
         if not self.speaks:
             return
         self._lines = JsonLines(self.directory / "log.jsonl", progress.step, len(progress.history))
@@ -130,11 +122,11 @@ class Log:
             return
         self._speeds.append((step.clips, step.seconds))
         if self._bars is not None:
-            figures = f"{_figures(step.figures)}  {self.speed:.1f} clips/s  {memory_gb():.1f} GB"
+            figures = f"{_figures(step.figures)}  {self.speed:.1f} clips/s  {self.memory_gb:.1f} GB"
             self._bars.update(self._task, completed=progress.step, figures=figures)
         if progress.step % self.every == 0 or progress.step == self.steps:
             values: dict[str, Any] = {**step.figures, "lr": step.lr, "grad_norm": step.grad_norm}
-            values |= {"clips_per_s": round(self.speed, 3), "memory_gb": round(memory_gb(), 3)}
+            values |= {"clips_per_s": round(self.speed, 3), "memory_gb": round(self.memory_gb, 3)}
             if step.skipped:
                 values["skipped"] = True
             self._lines.write("step", step=progress.step, **values)
@@ -150,7 +142,7 @@ class Log:
         self.accelerator.log({f"epoch/{name}": value for name, value in rest.items()}, step=progress.step)
         self.console.print(
             f"epoch {entry['epoch']:.0f}  step {progress.step} of {self.steps}  {_figures(rest)}  "
-            f"{self.speed:.1f} clips/s  {memory_gb():.1f} GB",
+            f"{self.speed:.1f} clips/s  {self.memory_gb:.1f} GB",
             highlight=False,
             soft_wrap=True,
         )
@@ -163,6 +155,11 @@ class Log:
             tracker.finish()
         if self.speaks and note:
             self.console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def memory_gb(self) -> float:
+        """Peak memory of this process, in 10^9 bytes."""
+        return peak_memory(self.accelerator.device) / 1e9
 
     @property
     def speed(self) -> float:
@@ -187,14 +184,6 @@ def _figures(figures: dict[str, float]) -> str:
     return "  ".join(
         f"{name} {value:.3f}" if name.endswith("loss") else f"{name} {value:.1f}%" for name, value in figures.items()
     )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        pairs += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return pairs
 
 
 def _plain(value: Any) -> Any:

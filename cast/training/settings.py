@@ -227,32 +227,28 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """A recipe.
+class RecipeSettings:
+    """What every recipe says.
 
     Args:
         data: videos, annotations, sampling, augmentation.
-        model: sizes and switches of CAST; its heads come from the data.
-        experts: what the model starts from.
+        model: sizes and switches of the model.
         optim: optimizer, batch and schedule.
         run: precision, kernels, compilation.
         checkpoint: states that a killed training goes on from.
         log: progress and figures.
-        out: directory for checkpoints, log.jsonl, settings.yaml and the finished model; empty for runs/<recipe>.
-        seed: of the data's order, augmentation, new weights, drop path.
-        validate_every: epochs between validations (one centre view of each validation video); 0 for none.
+        out: directory for checkpoints, log.jsonl, settings.yaml and what is finished; empty for runs/<recipe>.
+        seed: of the data's order, augmentation, new weights, drop path and masks.
     """
 
     data: DataSettings
     model: CASTConfig = field(default_factory=CASTConfig)
-    experts: ExpertSettings = field(default_factory=ExpertSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     out: str = ""
     seed: int = 0
-    validate_every: int = 1
 
     def __post_init__(self) -> None:
         for ours, theirs in (("image_size", "size"), ("num_frames", "frames")):
@@ -261,10 +257,26 @@ class TrainSettings:
                     f"model.{ours} is {getattr(self.model, ours)}, data.{theirs} {getattr(self.data, theirs)}; "
                     "the model sees the data's clips, so they must be equal"
                 )
-        if self.validate_every < 0:
-            raise ValueError(f"validate_every is {self.validate_every}; it must be 0 or more epochs")
 
     @property
     def directory(self) -> Path:
         """Where everything goes."""
         return Path(self.out)
+
+
+@dataclass(frozen=True)
+class TrainSettings(RecipeSettings):
+    """A recipe of `cast train`; CAST's heads come from the data, and the finished model goes to <out>/model.
+
+    Args:
+        experts: what the model starts from.
+        validate_every: epochs between validations (one centre view of each validation video); 0 for none.
+    """
+
+    experts: ExpertSettings = field(default_factory=ExpertSettings)
+    validate_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validate_every < 0:
+            raise ValueError(f"validate_every is {self.validate_every}; it must be 0 or more epochs")

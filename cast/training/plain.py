@@ -1,0 +1,39 @@
+"""Settings as plain values: for checkpoints, logs and trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def plain(settings: DataclassInstance) -> dict[str, Any]:
+    """What JSON can hold, by section."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return values
+
+
+def identity(settings: DataclassInstance, free: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from: all but `free`, such as `out` and `data.root`."""
+    values = plain(settings)
+    for name in free:
+        section, _, key = name.partition(".")
+        if key:
+            values[section].pop(key)
+        else:
+            values.pop(section)
+    return values
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        result |= flat(inner, f"{prefix}.{key}" if prefix else key)
+    return result

@@ -1,0 +1,171 @@
+"""What `cast train` and `cast pretrain` do around the engine, the same for both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from cast.processes import join_processes
+from cast.training.checkpoints import Checkpoints
+from cast.training.distributed import make_accelerator, on_main
+from cast.training.engine import Engine, Plan
+from cast.training.files import CheckpointError, write_text
+from cast.training.log import Log, check_trackers
+from cast.training.plain import identity, plain
+from cast.training.progress import Progress
+from cast.training.schedule import cosine
+from cast.training.settings import RecipeSettings
+from cast.training.simple import fingerprint, videos_digest
+from cast.video.annotations import Sample
+from cast.video.loader import ClipLoader
+
+#: (model in evaluation mode, epoch counted from 1) -> figures that join the epoch's history.
+Validate = Callable[[nn.Module, int], dict[str, float]]
+
+
+class Session:
+    """One training by a recipe, from joining the processes to the finished files.
+
+    Args:
+        settings: the recipe.
+        free: settings that a resumed training may change, such as `out` and `data.root`.
+        resume: whether to go on from the newest checkpoint in `<out>/checkpoints`.
+        recipe: the settings as YAML, kept as `<out>/settings.yaml`.
+
+    Raises:
+        ValueError: a batch or a precision that these processes cannot have.
+        MissingExtraError: a tracker that is not installed.
+    """
+
+    def __init__(self, settings: RecipeSettings, free: Sequence[str], resume: bool, recipe: str) -> None:
+        trackers: list[str] = list(settings.log.trackers)
+        check_trackers(trackers)
+        self.settings, self.free, self.resume, self.recipe = settings, free, resume, recipe
+        self.out = settings.directory
+        optim = settings.optim
+        self.accumulate = optim.accumulate(join_processes().num_processes)
+        self.accelerator = make_accelerator(
+            settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out)
+        )
+
+    def loader(self, samples: Sequence[Sample]) -> ClipLoader:
+        """The training clips of this process."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        settings = self.settings
+        return ClipLoader(samples, settings.data, settings.optim.micro_batch, True, settings.seed, rank, world)
+
+    def plan(self, loader: ClipLoader, clips: int, smoothing: float = 0.0) -> Plan:
+        """The recipe in the loop's numbers.
+
+        Raises:
+            ValueError: too few clips for one step.
+        """
+        optim = self.settings.optim
+        per_epoch = len(loader) // self.accumulate
+        if not per_epoch:
+            raise ValueError(f"{clips} videos make no step of optim.total_batch={optim.total_batch} clips; lower it")
+        return Plan(
+            epochs=optim.epochs,
+            steps_per_epoch=per_epoch,
+            accumulate=self.accumulate,
+            micro_batch=optim.micro_batch,
+            rate=cosine(optim.peak, optim.floor, round(optim.warmup_epochs * per_epoch), optim.epochs * per_epoch),
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            smoothing=smoothing,
+            clip_grad=optim.clip_grad,
+            ema=optim.ema,
+            betas=optim.betas,
+            seed=self.settings.seed,
+            checkpoint_every=self.settings.checkpoint.every,
+        )
+
+    def checkpoints(self, model: nn.Module, samples: Sequence[Sample]) -> Checkpoints:
+        """Where states are kept.
+
+        Raises:
+            FileExistsError: there is a training in `out` already, and nobody asked to go on.
+        """
+        checkpoints = Checkpoints(
+            self.out / "checkpoints",
+            self.accelerator,
+            {
+                "settings": identity(self.settings, self.free),
+                "samples": len(samples),
+                "videos": videos_digest(samples, self.settings.data.root),
+                "model": fingerprint(model),
+            },
+            model,
+            self.settings.checkpoint.weights,
+            self.settings.checkpoint.keep,
+        )
+        if not self.resume:
+            on_main(self.accelerator, lambda: self._refuse_another(checkpoints))
+        return checkpoints
+
+    def _refuse_another(self, checkpoints: Checkpoints) -> None:
+        if found := checkpoints.all():
+            raise FileExistsError(
+                f"{self.out} has a training already ({found[-1].name}): add --resume to go on, or choose another out"
+            )
+        if (self.out / "log.jsonl").exists():
+            raise FileExistsError(
+                f"{self.out} has the log.jsonl of a training without checkpoints: choose another out, or add --resume "
+                "to begin anew in this one, which overwrites it"
+            )
+
+    def run(self, engine: Engine, note: str, validate: Validate, finish: Callable[[], str]) -> Progress:
+        """Train to the end.
+
+        Args:
+            engine: made with this session's plan and checkpoints.
+            note: said at the beginning.
+            validate: called after each epoch.
+            finish: called at the end; what it returns says what was made.
+        """
+        settings, plan = self.settings, engine.plan
+        log = Log(self.out, self.accelerator, plan.steps, plain(settings), settings.log.bars, settings.log.every)
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(self.out / "settings.yaml", self.recipe or json.dumps(plain(settings), indent=2))
+
+        def on_epoch(model: nn.Module) -> dict[str, float]:
+            progress = engine.progress
+            epoch = progress.step // plan.steps_per_epoch
+            figures = validate(model, epoch)
+            means = {name: total / plan.steps_per_epoch for name, total in progress.sums.items()}
+            log.epoch(progress, {"epoch": epoch, **means, **figures})
+            return figures
+
+        done = ""
+        try:
+            log.start(engine.progress, note)
+            progress = engine.run(log.step, on_epoch)
+            done = f"finished: {finish()}"
+        except KeyboardInterrupt:
+            done = "stopped; the same command with --resume goes on from the newest checkpoint"
+            raise
+        finally:
+            log.end(done)
+        return progress
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While a finished file is written.
+
+    Raises:
+        CheckpointError: it could not be; the message says how to write it without training again.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}. The last checkpoint is whole: make room, then start again with --resume, "
+            "which writes it without training again"
+        ) from None
