@@ -61,6 +61,18 @@ def test_what_is_refused_is_never_taken() -> None:
     assert {trial.reason for trial in trials if trial.ms is None} == {"wrong: spatial"}
 
 
+def test_tiles_whose_recompute_levels_would_differ_are_refused() -> None:
+    """h is added up by `exchange` in forward, by its backward where it is computed again: in the same steps."""
+    other = replace(START.row, k=64)
+    for changes in ({"exchange": other}, {"exchange_backward": other}, {"few": {"exchange": other}}):
+        with pytest.raises(ValueError, match=r"steps k are .*: 64.*must be equal"):
+            replace(START, **changes)
+    own = replace(START, exchange_backward=replace(START.row, warps=8))
+    best, _, trials = search(own, lambda candidate: 1.0 if candidate.row.k == 64 else 10.0)
+    assert best.row.k == 32
+    assert any("must be equal" in trial.reason for trial in trials)
+
+
 def test_a_gain_within_the_noise_is_none() -> None:
     best, _, _ = search(START, lambda candidate: 10.0 if candidate == START else 9.95)
     assert best == START
@@ -100,6 +112,8 @@ def test_a_program_holds_whole_tiles_of_queries() -> None:
 def test_an_entry_reads_back() -> None:
     text = as_python("sm_90", 16, 384, START)
     assert eval(f"{{{text}}}", {"TileSet": TileSet, "Tile": Tile}) == {("sm_90", 16, False): START}
+    own = replace(START, adapter_backward=replace(START.row, warps=8))  # not tuned, and kept
+    assert eval(f"{{{as_python('sm_90', 16, 384, own)}}}", {"TileSet": TileSet, "Tile": Tile}).popitem()[1] == own
     few = replace(START, few_rows=100, few={"project": START.row})
     text = as_python("sm_90", 16, 384, few)
     assert eval(f"{{{text}}}", {"TileSet": TileSet, "Tile": Tile}) == {("sm_90", 16, False): few}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ PROBLEMS = ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 384))
 _CONTRACTION = ("rows", "k", "columns", "warps", "stages")
 _ATTENTION = ("queries", "keys", "key_stages")
 #: Parts of a set -> the fields that their kernels read, in the order in which they are tuned: forward's first, on which
-#: backward's time depends.
+#: backward's time depends. The steps `k` of `exchange` and its backward are the rows': a set refuses unequal ones.
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "project": (*_CONTRACTION, "widen_stages"),
-    "exchange": (*_CONTRACTION, "widen_stages", *_ATTENTION),
+    "exchange": ("rows", "columns", "warps", "stages", "widen_stages", *_ATTENTION),
     "exchange_short": ("rows", "queries"),
-    "exchange_backward": _CONTRACTION,
+    "exchange_backward": ("rows", "columns", "warps", "stages"),
     "project_backward": ("rows", "k", "warps", "stages"),
     "weight_gradient": _CONTRACTION,
     "attention_backward": ("warps", *_ATTENTION),
@@ -94,8 +94,8 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
                 if candidate in seen:
                     continue
                 seen.add(candidate)
-                tried = _with(best, part, candidate)
                 try:
+                    tried = _with(best, part, candidate)
                     ms = time(tried)
                 except RefusedError as error:
                     trials.append(Trial(part, candidate, None, str(error)))
@@ -108,7 +108,10 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
 
 def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
     changes: dict[str, Any] = {part: tile}
-    return replace(tile_set, **changes)
+    try:
+        return replace(tile_set, **changes)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
 
 
 def neighbours(part: str, tile: Tile) -> Iterator[Tile]:
@@ -156,7 +159,8 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
 def as_python(arch: str, bits: int, d: int, found: TileSet) -> str:
     """An entry of the table."""
     lines = [f'    ("{arch}", {bits}, {d > 384}): TileSet(', f'        "{found.source}",']
-    lines += [f"        {part}={tile!r}," for part in PARTS if (tile := getattr(found, part)) is not None]
+    own = {item.name: getattr(found, item.name) for item in fields(found)}
+    lines += [f"        {name}={tile!r}," for name, tile in own.items() if isinstance(tile, Tile)]
     if found.few:
         lines += [f"        few_rows={found.few_rows},", f"        few={dict(found.few)!r},"]
     return "\n".join([*lines, "    ),"])

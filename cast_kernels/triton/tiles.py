@@ -70,6 +70,16 @@ class TileSet:
     few_rows: int = 0  # up to so many rows of both streams the kernels in `few` take its tiles
     few: Mapping[str, Tile] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # h is added up by `exchange` in forward, by `exchange_backward` where backward computes it again.
+        both = ("exchange", "exchange_short", "exchange_backward")
+        steps = {name: self.of(name).k for name in both}
+        steps |= {f"few[{name!r}]": tile.k for name, tile in self.few.items() if name in both}
+        if len(set(steps.values())) > 1:
+            raise ValueError(
+                f"the output projection's steps k are {steps}; they must be equal, or recompute levels differ in bits"
+            )
+
     def of(self, kernel: str) -> Tile:
         """The tile of one kernel: its own, or the one that it shares."""
         own: Tile | None = getattr(self, kernel, None)
