@@ -234,6 +234,7 @@ def test_the_command_writes_everything_and_reads_it_again(
     monkeypatch.setattr("cast.evaluation.run.evaluate", lambda *arguments: pytest.fail("answered again"))
     assert command([str(word) for word in ("evaluate", checkpoint, root, *options)]) == 0
     baseline = f"--baselines.spatial={out / 'predictions.jsonl'}"
+    (out / "log.jsonl").write_text("somebody else's\n")  # found beside the answers, not asked for
     arguments = ("evaluate", out / "predictions.jsonl", root, "--out", again, baseline)
     assert command([str(word) for word in arguments]) == 0
     compared = json.loads((again / "metrics.json").read_text())
@@ -242,7 +243,9 @@ def test_the_command_writes_everything_and_reads_it_again(
     capsys.readouterr()
     assert command([str(word) for word in (*arguments[:-1], baseline.replace("spatial", "CAST"))]) == 1
     assert "a baseline cannot be called 'CAST'" in capsys.readouterr().err
-    assert "over spatial" in (again / "report.html").read_text()
+    report = (again / "report.html").read_text()
+    assert "over spatial" in report
+    assert "left out:" in report
 
 
 @pytest.mark.parametrize(

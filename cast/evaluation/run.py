@@ -24,7 +24,7 @@ from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
 from cast.evaluation.protocol import Protocol
 from cast.evaluation.report import Evidence, html
-from cast.evaluation.report.curves import read_log
+from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.summary import summarise
 from cast.files import write_json, write_text
@@ -107,7 +107,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         name: read_predictions(path).aligned_to(predictions, f"the baseline {os.fspath(path)}")
         for name, path in options.baselines.items()
     }
-    log = options.log or find_log(checkpoint)
+    log, fault = _training_log(checkpoint, options)
     summary = summarise(predictions, baselines)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", summary)
@@ -122,8 +122,8 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
         model=answered.model,
         model_cost=answered.size,
         cost=answered.cost,
-        log=None if log is None else read_log(log),
-        facts={"skip list": videos.skipped(options.split), "torch": torch.__version__},
+        log=log,
+        facts={"skip list": videos.skipped(options.split), "torch": torch.__version__, **fault},
     )
     write_text(out / "report.html", html(evidence))
     _print(summary, out)
@@ -141,6 +141,19 @@ def _check_before(options: Options) -> None:
     for path in options.baselines.values():
         if not Path(path).is_file():
             raise FileNotFoundError(f"{os.fspath(path)}: no such predictions file for a baseline")
+
+
+def _training_log(checkpoint: PathLike, options: Options) -> tuple[Log | None, dict[str, str]]:
+    """The learning curves, and a fact for the report where a log that nobody named has none: it may be anyone's."""
+    if options.log is not None:
+        return read_log(options.log), {}
+    found = find_log(checkpoint)
+    if found is None:
+        return None, {}
+    try:
+        return read_log(found), {}
+    except ValueError as error:
+        return None, {"learning curves": f"left out: {error}"}
 
 
 def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
