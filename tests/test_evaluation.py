@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluation_cases import CLASSES, COUNTS, small_cast, write_dataset
 from processes import together
+from published_views import views_of
 from torch import Tensor, nn
 from video_files import write_video
 
@@ -26,7 +27,6 @@ from cast.evaluation.run import _class_names
 from cast.labels import numbers
 from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
-from cast.video.dataset import views_of
 from cast.video.datasets import open_dataset
 from cast.video.reader import VideoError
 
@@ -71,9 +71,7 @@ def straight(samples: list[Sample]) -> Predictions:
 def test_clips_are_those_of_the_published_protocol(protocol: Protocol, name: str, tmp_path: Path) -> None:
     video = write_video(tmp_path / "clip.mp4", count=90)
     clips = protocol.read(video)
-    expected = list(
-        views_of(video, protocol.size, protocol.sampling, protocol.views, protocol.crops, protocol.frames, threads=1)
-    )
+    expected = list(views_of(video, protocol.size, protocol.sampling, protocol.views, protocol.crops, protocol.frames))
     assert protocol.name == name
     assert clips.dtype == torch.uint8
     assert len(clips) == protocol.clips == len(expected)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from cast_models import randomise
+from published_views import views_of
 from rich.console import Console
 from video_files import write_video
 
 import cast
 from cast.predict import LABELS, Guess, Prediction, load_labels, main, predict, table
-from cast.video.dataset import views_of
 from cast.video.reader import VideoError
 
 VERBS, NOUNS = ["open", "close", "cut"], ["door", "tap", "onion", "drawer"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cast_models import randomise
+from published_views import views_of
 from video_files import numbers, picture, write_audio, write_video
 
 import cast
@@ -20,7 +21,6 @@ from cast.evaluation.protocol import Protocol
 from cast.labels import LABELS
 from cast.predict import Failure, Prediction, Predictor
 from cast.predict.window import Window
-from cast.video.dataset import views_of
 from cast.video.files import VideoError
 from cast.video.stream import frames, is_live
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from torch import nn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 pytest.importorskip("timm")
 
-from cast.baselines import TwoStream
+from cast import CAST
+from cast.baselines import DESIGNS, SingleExpert, TwoStream
 from cast.cli import main as command
 from cast.config import make_config
 from cast.demo.dataset import Sizes
 from cast.study import main
 from cast.study.data import StoredPictures
 from cast.study.jobs import Job, Settings
-from cast.study.models import EXPERTS, MINIATURE, expert_weights, full_size, miniature, needed_experts, small_expert
+from cast.study.models import EXPERTS, MINIATURE, expert_weights, miniature, needed_experts, small_expert
 from cast.study.results import orderings, tally
 from cast.study.run import print_table
 from cast.study.tables import ROWS, Model, read_plan, select
@@ -51,6 +54,15 @@ def test_the_plan_has_every_table() -> None:
     reference = {row.paper for table in PLAN.tables for row in table.rows if row.model == "cast"}
     assert reference == {(72.5, 60.3, 48.7)}
     assert set(PLAN.models) == {r.model for t in PLAN.tables for r in t.rows} | {"single-spatial", "single-temporal"}
+
+
+def full_size(model: Model, heads: Mapping[str, int]) -> nn.Module:
+    """The row's model as the paper trained it, with random weights. CAST's variations are `cast.CAST` itself."""
+    config = make_config("base", heads)
+    if model.single:
+        return SingleExpert(model.single[0], model.single[1], config)  # type: ignore[arg-type]
+    config = make_config(config, **{"exchange_layers": model.layers(config.depth), **model.config})
+    return CAST(config) if model.design == "cast" else TwoStream(DESIGNS[model.design], config)
 
 
 @pytest.mark.parametrize("name", [name for name, model in PLAN.models.items() if not model.members])

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from video_files import numbers, write_video
 
+from cast.evaluation.protocol import Protocol, normalise
 from cast.video.annotations import Sample
-from cast.video.dataset import VideoDataset, views_of
+from cast.video.dataset import VideoDataset
 from cast.video.reader import VideoError
 from cast.video.sampling import view_indices
 from cast.video.transforms import train_transform, view_transform
@@ -116,7 +117,7 @@ def test_missing_videos_are_counted_at_once(samples: list[Sample], tmp_path: Pat
 
 @pytest.mark.parametrize(("sampling", "views"), [("uniform", 2), ("dense", 5)])
 def test_views_of_a_video_are_the_published_ones(samples: list[Sample], sampling: str, views: int) -> None:
-    clips = list(views_of(samples[0].path, 32, sampling))
+    clips = list(normalise(Protocol(sampling, size=32).read(samples[0].path)))
     assert len(clips) == views * 3
     assert all(clip.shape == (3, 16, 32, 32) and clip.dtype == torch.float32 for clip in clips)
     for view in range(views):

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.video.dataset import PUBLISHED_VIEWS
 from cast.video.decoders import Name, decoder
-from cast.video.sampling import Sampling, view_indices
+from cast.video.sampling import PUBLISHED_VIEWS, Sampling, view_indices
 from cast.video.transforms import MEAN, STD, to_clip, view_transform
 
 

@@ -1,4 +1,4 @@
-"""A row's model at full size and in miniature."""
+"""A row's model in miniature."""
 
 from __future__ import annotations
 
@@ -34,15 +34,6 @@ def needed_experts(model: Model) -> set[str]:
     if model.single:
         return {model.single[0]}
     return {DESIGNS[model.design].spatial, DESIGNS[model.design].temporal}
-
-
-def full_size(model: Model, heads: Mapping[str, int], variant: str = "base") -> nn.Module:
-    """The row's model as the paper trained it, with random weights. CAST's variations are `cast.CAST` itself."""
-    config = make_config(variant, heads)
-    if model.single:
-        return SingleExpert(model.single[0], model.single[1], config)  # type: ignore[arg-type]
-    config = make_config(config, **{"exchange_layers": model.layers(config.depth), **model.config})
-    return CAST(config) if model.design == "cast" else TwoStream(DESIGNS[model.design], config)
 
 
 def small_expert(name: str, seed: int, config: CASTConfig = MINIATURE) -> nn.Module:

@@ -1,9 +1,8 @@
-"""Clips with labels for a DataLoader, and all views of one video for testing."""
+"""Clips with labels, one an item, for a DataLoader of your own and any transform."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,10 +12,7 @@ from torch.utils.data import Dataset
 from cast.video.annotations import Sample
 from cast.video.reader import frame_count, read
 from cast.video.sampling import Sampling, train_indices, view_indices
-from cast.video.transforms import Transform, to_clip, view_transform
-
-#: Temporal views of the published test protocol.
-PUBLISHED_VIEWS = {"uniform": 2, "dense": 5}
+from cast.video.transforms import Transform, to_clip
 
 
 class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
@@ -83,39 +79,3 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))
             return to_clip(frames, self.transform), dict(sample.labels)
-
-
-def views_of(
-    path: str | os.PathLike[str],
-    size: int = 224,
-    sampling: Sampling = "uniform",
-    views: int | None = None,
-    crops: int = 3,
-    frames: int = 16,
-    threads: int = 0,
-) -> Iterator[Tensor]:
-    """All views of one video for the published test protocol, one `[3, frames, size, size]` at a time.
-
-    Average the softmax of the model's logits over them.
-
-    Args:
-        path: a video file.
-        size: side of a crop in pixels.
-        sampling: "uniform" or "dense".
-        views: temporal views; if None the published number, 2 for uniform and 5 for dense sampling.
-        crops: spatial crops of each.
-        frames: frames of a view.
-        threads: decoding threads, 0 lets FFmpeg choose.
-
-    Raises:
-        VideoError: the file can't be read as a video.
-        ValueError: no such sampling.
-    """
-    if sampling not in PUBLISHED_VIEWS:
-        raise ValueError(f"sampling is {sampling!r}; it must be {' or '.join(map(repr, PUBLISHED_VIEWS))}")
-    views = PUBLISHED_VIEWS[sampling] if views is None else views
-    length = frame_count(path, threads)
-    for view in range(views):
-        pictures = read(path, view_indices(length, view, views, sampling, frames), threads)
-        for crop in range(crops):
-            yield to_clip(pictures, view_transform(size, crop, crops))

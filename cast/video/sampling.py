@@ -16,6 +16,9 @@ import numpy as np
 
 Sampling = Literal["uniform", "dense"]
 
+#: Temporal views of the published test protocol.
+PUBLISHED_VIEWS: dict[str, int] = {"uniform": 2, "dense": 5}
+
 #: Distance of the frames in dense sampling.
 STRIDE = 4
 
