@@ -87,7 +87,7 @@ def export(
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, "onnx")
-    name = "cast" if isinstance(model, CAST) else Path(model).name
+    name = "cast" if isinstance(model, CAST) else Path(model).resolve().name
     target = Path(path or f"{name}{ENDINGS[format]}")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target}: give a file in a directory that is there")

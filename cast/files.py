@@ -1,4 +1,4 @@
-"""Writing whole files or none."""
+"""Reading YAML, and writing whole files or none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML forbids and PyYAML takes: a key twice, of which only the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"sets {key.value} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML document.
+
+    Raises:
+        yaml.YAMLError: it is none, or a mapping has a key twice; the message names the line.
+    """
+    return yaml.load(text, _Loader)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

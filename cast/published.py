@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cast.files import parse_yaml
 
 PUBLISHED = Path(__file__).with_suffix(".yaml")
 
 
 def read_published() -> dict[str, Any]:
     """The file's sections by name; a table has `source`, `columns` and `rows`."""
-    content: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_yaml(PUBLISHED.read_text(encoding="utf-8"))
     return content

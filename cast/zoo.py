@@ -128,7 +128,7 @@ def load(what: str | os.PathLike[str], fused: bool = True) -> CAST:
 
 
 def _find(name: str, published: Published, directory: str | os.PathLike[str] | None) -> Path:
-    folder = Path(directory or os.environ.get(VARIABLE) or _HOME.expanduser())
+    folder = Path(directory or os.environ.get(VARIABLE) or _HOME).expanduser()
     for path in (folder / name, *(folder / f"{name}{ending}" for ending in _ENDINGS)):
         if path.exists():
             return path

@@ -112,6 +112,9 @@ def test_the_command_says_what_it_wrote(
     first, second = capsys.readouterr().out.splitlines()
     assert first == "mine.pt2  0.3 MB"
     assert "largest difference from the model" in second
+    monkeypatch.chdir(tmp_path / "mine")
+    assert main(["export", "."]) == 0
+    assert capsys.readouterr().out.startswith("mine.pt2 ")
     assert main(["export", "none"]) == 1
     assert "none: no such directory" in capsys.readouterr().err
 

@@ -134,6 +134,8 @@ def test_a_typo_in_a_file_is_caught(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds a list" in refused(capsys, str(path))
     path.write_text("data: {root: x\n")
     assert "mine.yaml" in refused(capsys, str(path))
+    path.write_text("seed: 1\noptim:\n  lr: 1\n  betas: [0, 1]\n  lr: 2\n")
+    assert f"{path} is no YAML: sets lr twice" in refused(capsys, str(path))
     path.write_bytes(b"data: {root: \xff}\n")
     assert "mine.yaml is no text in UTF-8" in refused(capsys, str(path))
 

@@ -62,6 +62,16 @@ def test_training_skips_what_was_found_and_says_how_many(faulty: Path, capsys: p
     assert len(open_dataset(faulty).samples("train")) == 10
 
 
+def test_classes_without_a_training_video_are_named(faulty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (faulty / "classes.txt").write_text("\n".join(["zero", "one", "two", *(f"more {n}" for n in range(7))]))
+    main(["data", "check", str(faulty), "--workers", "1"])
+    line = "no training video shows 7 of 10 classes of action: more 0, more 1, more 2, more 3, more 4, ...\n"
+    assert line in capsys.readouterr().out
+    (faulty / "classes.txt").write_text("zero\none\ntwo\n")
+    main(["data", "check", str(faulty), "--workers", "1"])
+    assert "no training video" not in capsys.readouterr().out
+
+
 def test_processes_find_what_one_finds(faulty: Path) -> None:
     seen: list[tuple[int, int]] = []
     dataset = open_dataset(faulty)

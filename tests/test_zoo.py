@@ -61,7 +61,9 @@ def test_a_missing_file_is_named_with_where_to_get_it(tmp_path: Path, name: str)
         assert part in str(caught.value)
 
 
-def test_an_official_file_is_found_by_the_environment(tiny: Path, model: cast.CAST) -> None:
+def test_an_official_file_is_found_by_the_environment(
+    tiny: Path, model: cast.CAST, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = {f"backbone.{key}": tensor for key, tensor in model.state_dict().items()}
     torch.save({"module": tensors}, tiny / "cast_tiny_test.pth")
     found = create_model("cast_tiny_test")
@@ -69,6 +71,9 @@ def test_an_official_file_is_found_by_the_environment(tiny: Path, model: cast.CA
     assert found.config.num_heads == 4  # which no shape tells
     assert same(load("cast_tiny_test"), model)
     assert same(create_model("cast_tiny_test", directory=tiny), model)
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    monkeypatch.setenv("CAST_MODELS", f"~/{tiny.name}")  # as a quoted assignment or a service's file leaves it
+    assert same(create_model("cast_tiny_test"), model)
 
 
 def test_a_directory_of_ours_is_found_too(tiny: Path, model: cast.CAST) -> None:

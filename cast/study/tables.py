@@ -13,6 +13,7 @@ import yaml
 from cast.baselines import DESIGNS
 from cast.baselines.two_stream import Adapters
 from cast.config import make_config
+from cast.files import parse_yaml
 
 #: The paper's own rows.
 ROWS = Path(__file__).with_name("rows.yaml")
@@ -89,7 +90,7 @@ def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
         ValueError: no such keys, a model that cannot be built, or a row that names an unknown one.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = parse_yaml(Path(path).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if (

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from cast.files import parse_yaml
+
 Settings = TypeVar("Settings")
 
 #: Where recipes lie: beside the package in a source tree, inside it when installed.
@@ -128,7 +130,7 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
     known = [action.dest for action in parser._actions]
     try:
         recipe = find_recipe(what)
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+        content = parse_yaml(recipe.read_text(encoding="utf-8")) or {}
     except OSError as error:
         parser.error(str(error))
     except UnicodeDecodeError as error:

@@ -18,6 +18,9 @@ from cast.video.skips import DEFAULT_NAME, Skip, write_skips
 #: Faults that are printed; the skip list has all.
 _SHOWN = 20
 
+#: Classes without a video that are named.
+_ABSENT = 5
+
 
 def find_faults(
     dataset: VideoSet, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
@@ -63,6 +66,8 @@ def main(what: PathLike, root: PathLike | None = None, workers: int | None = Non
     for split in dataset.splits:
         print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
     print(", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items()), flush=True)
+    for gap in _gaps(dataset):
+        print(gap, flush=True)
     named = dataset.settings.skip_list
     path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
     if not os.access(path.parent, os.W_OK):  # better now than when every video has been probed
@@ -77,6 +82,19 @@ def main(what: PathLike, root: PathLike | None = None, workers: int | None = Non
         counts = ", ".join(f"{number} {fault}" for fault, number in sorted(Counter(f.fault for f in faults).items()))
         raise ValueError(f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them")
     print(f"every video can be used; {path} is empty")
+
+
+def _gaps(dataset: VideoSet) -> list[str]:
+    """A line for each head with classes that no training video shows: a model learns to never answer them."""
+    if "train" not in dataset.splits:
+        return []
+    seen = {head: {sample.labels[head] for sample in dataset.all_samples("train")} for head in dataset.classes}
+    lines = []
+    for head, names in dataset.classes.items():
+        if absent := [name for index, name in enumerate(names) if index not in seen[head]]:
+            shown = ", ".join(absent[:_ABSENT]) + (", ..." if len(absent) > _ABSENT else "")
+            lines.append(f"no training video shows {len(absent)} of {len(names)} classes of {head}: {shown}")
+    return lines
 
 
 def _with_bar(dataset: VideoSet, workers: int) -> list[Skip]:

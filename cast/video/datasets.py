@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cast.files import parse_yaml
 from cast.video.annotations import PathLike, Sample, read_compositional, read_single, read_table, read_text
 from cast.video.augment import AugmentSettings
 from cast.video.classes import find_classes, read_classes
@@ -300,7 +301,7 @@ def _from_yaml(path: Path, root: str | PathLike | None) -> DataSettings:
     from jsonargparse import ArgumentParser
 
     try:
-        document = yaml.safe_load(read_text(path))
+        document = parse_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     section = document.get("data") if isinstance(document, dict) else None
