@@ -7,6 +7,8 @@ rounding would. One that is not caught gets the reason, which the emulator's che
 - They order accesses to shared memory by the barriers between them, not by the emulator's own order. So a barrier
   whose loss they do not see lies between no two accesses of different warps to one word, on any path that ran.
 - The same holds for a wait: nothing that was in flight is read before another wait.
+- And for a proxy fence: the emulator knows of each word when it was written and who has passed a fence since, so
+  without this one no wgmma reads anything that was written after the writer's or the reader's last fence.
 - A second mutant, the probe, faults if the guard ever is false. If it does not, the guard kept nothing out here.
 """
 
@@ -36,6 +38,7 @@ THRESHOLD = 4e-3
 HARMLESS = (
     "separates nothing",
     "nothing in flight",
+    "nothing to fence",
     "guard never false",
     "reads inside, uses nothing",
     "stores what another lane stores",
@@ -56,6 +59,10 @@ _EDITS: dict[str, tuple[re.Pattern[str], str]] = {
         r"\1\2;",
     ),
 }
+
+
+#: Kinds that order accesses -> what is known of one that nothing saw; each has a check of its own in the emulator.
+_ORDER = {"barrier": "separates nothing", "wait": "nothing in flight", "proxy fence": "nothing to fence"}
 
 
 @dataclass(frozen=True)
@@ -176,8 +183,8 @@ def _why(capture: _Capture, mutant: Mutant, change: float) -> str:
     """Why nothing saw the mutant."""
     if change:
         return f"changes values by {change:.1e} only"
-    if mutant.kind in ("barrier", "wait", "proxy fence"):
-        return {"barrier": "separates nothing", "wait": "nothing in flight"}.get(mutant.kind, "not checked")
+    if mutant.kind in _ORDER:
+        return _ORDER[mutant.kind]
     probing = probe(mutant)
     if probing is None:
         return "unknown"
