@@ -34,7 +34,7 @@ def allowed(loop_spills: int = 0, tensor_core: str = "") -> Allowance:
     return Allowance("measured nowhere yet", loop_spills, tensor_core)
 
 
-KEY = ("sm_80", "product_kernel", 16)
+KEY = ("sm_80", "product_kernel", 16, False)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_an_exception_allows_its_number(spilling: Row) -> None:
     failed = judge(spilling, {KEY: allowed(count - 1)})
     assert failed.failures == (f"{count} spill instructions inside loops; the exception allows {count - 1}",)
     assert failed.allowed == ""
-    for key in (("sm_90", *KEY[1:]), (KEY[0], "other", KEY[2]), (*KEY[:2], 32)):
+    for key in (("sm_90", *KEY[1:]), (KEY[0], "other", *KEY[2:]), (*KEY[:2], 32, False), (*KEY[:3], True)):
         assert judge(spilling, {key: allowed(count)}).failures
 
 
@@ -124,9 +124,10 @@ def test_a_product_laid_out_for_ordinary_multipliers_is_seen() -> None:
 
 
 def test_an_exception_that_nothing_needs_is_named(good: Row, spilling: Row) -> None:
-    exceptions = {KEY: allowed(10**6), ("sm_80", "gone", 16): allowed(1), ("sm_90", "gone", 16): allowed(1)}
-    assert unused([judge(spilling, exceptions)], exceptions) == [("sm_80", "gone", 16)]
-    assert unused([judge(good, exceptions)], exceptions) == [KEY, ("sm_80", "gone", 16)]
+    gone = ("sm_80", "gone", 16, False)
+    exceptions = {KEY: allowed(10**6)} | dict.fromkeys((gone, ("sm_90", *gone[1:]), (*gone[:3], True)), allowed(1))
+    assert unused([judge(spilling, exceptions)], exceptions) == [gone]
+    assert unused([judge(good, exceptions)], exceptions) == [KEY, gone]
 
 
 def test_the_table_shows_every_kernel(good: Row, spilling: Row) -> None:
@@ -172,7 +173,7 @@ def test_what_the_product_launches_is_compiled(tmp_path: Path) -> None:
     """A kernel that two cases launch is one row: drop-path makes another `exchange`, the same `project`."""
     small = Case(2, 3, 7, 64, 32, 2, backward=False)
     rows = compiling.compile_target("sm_80", "bf16", [small, replace(small, scaled=True)], tmp_path)
-    assert {row.key for row in rows} == {("sm_80", "project", 16), ("sm_80", "exchange", 16)}
+    assert {row.key for row in rows} == {("sm_80", "project", 16, False), ("sm_80", "exchange", 16, False)}
     assert all(row.resources.tensor_core == "HMMA" and row.dots for row in rows)
     assert sorted((row.kernel, len(row.cases)) for row in rows) == [("exchange", 1)] * 2 + [("project", 2)]
 

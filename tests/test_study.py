@@ -23,7 +23,7 @@ from cast.baselines import DESIGNS, SingleExpert, TwoStream
 from cast.cli import main as command
 from cast.config import make_config
 from cast.demo.dataset import Sizes
-from cast.study import main
+from cast.study import main, report
 from cast.study.data import StoredPictures
 from cast.study.jobs import Job, Settings
 from cast.study.models import EXPERTS, MINIATURE, expert_weights, miniature, needed_experts, small_expert
@@ -168,6 +168,23 @@ def test_two_rows_from_nothing_to_a_table(
     assert "mine.yaml: Two rows" in printed.replace("\n", "")
     assert "68.2" in printed
     assert "not run: MVD" in printed
+
+
+def test_a_result_becomes_a_document(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    source, path = finished[0] / "study.json", tmp_path / "result.md"
+    report.main(str(source), str(path))
+    text, study = path.read_text(), finished[1]
+    ensemble, add, _ = study["tables"]["mine"]["rows"]
+    assert f"| Add | 68.9 | 56.6 | 44.2 | {add['mean']['verb']:.1f} ± 0.0 |" in text
+    assert "| MVD | - | - | - | not run |  |  |" in text
+    found = study["tables"]["mine"]["orderings"]
+    reversed_ones = [o for o in found if o["verdict"] == "reversed"]
+    assert all(f"{o['metric']}: {o['better']} over {o['worse']} (paper" in text for o in reversed_ones)
+    assert text.count("(paper +") == len(reversed_ones)
+    cells = [" / ".join(str(n) for n in counts.values()) for counts in tally(found).values()]
+    assert f"| **all** | {' | '.join(cells)} |" in text
+    assert f"on {SETTINGS.sizes.val} clips" in text
+    assert f"| {ensemble['mean']['noun']:.1f} ± 0.0 |" in text
 
 
 def test_other_settings_in_the_same_directory_are_refused(

@@ -70,6 +70,7 @@ def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, con
         "seeds": seeds,
         "settings": settings.to_dict(),
         "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
         "training_seconds": round(sum(result["seconds"] for result in results.values()), 1),
         "seconds_of_this_run": round(time.perf_counter() - began, 1),
     }

@@ -57,8 +57,9 @@ PROBLEMS["all"] = (
 )
 
 
-#: (architecture, kernel, bits of an operand) -> what it is allowed.
-Exceptions = Mapping[tuple[str, str, int], Allowance]
+#: (architecture, kernel, bits of an operand, whether its bottleneck is above 384).
+Key = tuple[str, str, int, bool]
+Exceptions = Mapping[Key, Allowance]
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ class Row:
     cases: tuple[str, ...]  # in which it is launched
     resources: Resources
     dots: int  # matrix products in Triton's IR
+    wide: bool = False  # a bottleneck above 384; False for a kernel that does not know it
     failures: tuple[str, ...] = field(default=())
     allowed: str = ""  # the exception that was needed, with its reason
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """As the tile table names it."""
-        return self.target, self.kernel, 8 * DTYPES[self.dtype].itemsize
+        return self.target, self.kernel, 8 * DTYPES[self.dtype].itemsize, self.wide
 
 
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:
@@ -107,7 +109,8 @@ def read(launch: Launch, dtype: str, cases: Iterable[str]) -> Row:
     found = resources(launch.asm, launch.metadata.shared, launch.metadata.num_warps, launch.target)
     return Row(
         launch.target.name, dtype, launch.kernel, describe_tile(launch), tuple(cases), found,
-        len(tensor_core_dots(launch.asm["ttir"])), tuple(dots_elsewhere(launch.asm["ttgir"])),
+        len(tensor_core_dots(launch.asm["ttir"])), launch.constexprs.get("D", 0) > 384,
+        tuple(dots_elsewhere(launch.asm["ttgir"])),
     )  # fmt: skip
 
 
@@ -161,11 +164,11 @@ def judge(row: Row, exceptions: Exceptions) -> Row:
     return replace(row, failures=tuple(failures), allowed=reason)
 
 
-def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[tuple[str, str, int]]:
+def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[Key]:
     """Exceptions of what was compiled that no kernel needed: they must go, or they hide the next spill."""
     needed = {row.key for row in rows if row.allowed}
-    compiled = {(row.key[0], row.key[2]) for row in rows}
-    return [key for key in exceptions if (key[0], key[2]) in compiled and key not in needed]
+    compiled = {(row.key[0], *row.key[2:]) for row in rows}
+    return [key for key in exceptions if (key[0], *key[2:]) in compiled and key not in needed]
 
 
 def render(rows: Sequence[Row]) -> Table:
@@ -228,8 +231,9 @@ def _report(console: Console, rows: Sequence[Row], exceptions: Exceptions) -> No
             console.print(
                 f"exception  {row.target} {row.kernel} {row.dtype}: {row.allowed}", markup=False, soft_wrap=True
             )
-    for key in unused(rows, exceptions):
-        console.print(f"not needed: the exception for {' '.join(map(str, key))} bits", markup=False, soft_wrap=True)
+    for name, kernel, bits, wide in unused(rows, exceptions):
+        at = f"{name} {kernel}, {bits} bits{', d above 384' if wide else ''}"
+        console.print(f"not needed: the exception for {at}", markup=False, soft_wrap=True)
     for row in rows:
         for failure in row.failures:
             console.print(

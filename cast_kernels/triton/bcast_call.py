@@ -258,7 +258,7 @@ class Call:
         tile = self._tile("attention_backward_short")
         short = way.length <= tile.queries
         if not short:
-            tile = self._tile("attention_backward")
+            tile = self._tile("attention_backward_wide" if problem.head_dim > 32 else "attention_backward")
         held = tile.queries // way.length * way.length if short else tile.queries
         programs = triton.cdiv(self.patch_rows, held)
         partial = self._empty(programs, 3 * d, dtype=torch.float32)
