@@ -27,10 +27,11 @@ def predict(
     checkpoint: str,
     top: int = 5,
     json: bool = False,
-    sampling: Literal["uniform", "dense"] = "uniform",
+    sampling: Literal["uniform", "dense"] | None = None,
     every: int = 0,
     window: int = 64,
     batch: int = 6,
+    trust_pickle: bool = False,
 ) -> None:
     """Name the action in a video, in a folder of videos, or in a stream.
 
@@ -43,17 +44,25 @@ def predict(
         checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
         top: how many guesses to show
         json: for one video print JSON instead of a table
-        sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense)
+        sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense); without it as the
+            model was trained, or uniform where it does not say
         every: frames between guesses about a stream; unless 0, a file is read as a stream too. 0 is 16 for cameras
         window: frames of a stream that a guess looks back on
         batch: clips in a forward pass
+        trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
     """
     from cast.predict import main
 
-    main(video, checkpoint, top, json, sampling, every, window, batch)
+    main(video, checkpoint, top, json, sampling, every, window, batch, trust_pickle)
 
 
-def export(checkpoint: str, /, format: Literal["torch", "onnx"] = "torch", out: Path | None = None) -> None:
+def export(
+    checkpoint: str,
+    /,
+    format: Literal["torch", "onnx"] = "torch",
+    out: Path | None = None,
+    trust_pickle: bool = False,
+) -> None:
     """Write a model as a program that runs without this package.
 
     The program takes any number of clips at a time. Before its file appears, its answers are compared with the model's;
@@ -63,10 +72,11 @@ def export(checkpoint: str, /, format: Literal["torch", "onnx"] = "torch", out: 
         checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
         format: for torch.export.load (torch) or ONNX Runtime (onnx)
         out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
+        trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
     """
     from cast.export import main
 
-    main(checkpoint, format, out)
+    main(checkpoint, format, out, trust_pickle)
 
 
 def evaluate(
@@ -75,6 +85,7 @@ def evaluate(
     /,
     out: Path = Path("runs/evaluation"),
     split: str = "val",
+    sampling: Literal["uniform", "dense"] | None = None,
     views: int = 0,
     crops: int = 3,
     batch_size: int = 12,
@@ -84,6 +95,7 @@ def evaluate(
     log: Path | None = None,
     format: Literal["jsonl", "parquet"] = "jsonl",
     sls: tuple[int, int, int] | None = None,
+    trust_pickle: bool = False,
 ) -> None:
     """Test a model on a data set with the published multi-view protocol, and report.
 
@@ -91,10 +103,12 @@ def evaluate(
     among processes; the results are the same. A run that was killed goes on where it was.
 
     Args:
-        checkpoint: directory of a training or of save_pretrained, a published checkpoint, or predictions to report on
+        checkpoint: directory of a training or of save_pretrained, name or file of a published model, repository of the
+            Hub, or predictions to report on
         dataset: directory, YAML file with a data section, or annotation file
         out: directory of the results
         split: train, val or test
+        sampling: of frames; without it as the model was trained, or as the data set says where the model does not
         views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
         crops: spatial crops of each view
         batch_size: clips in a forward pass
@@ -104,10 +118,13 @@ def evaluate(
         log: the training's JSONL log, for the report's learning curves; log.jsonl beside the checkpoint if there is one
         format: of the predictions' file
         sls: also write EPIC-Kitchens-100's submission, with these supervision levels, as [pretraining,labels,data]
+        trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
     """
     from cast.evaluation.run import Options, main
 
-    options = Options(split, views, crops, batch_size, workers, dtype, baselines or {}, log, format, sls)
+    options = Options(
+        split, sampling, views, crops, batch_size, workers, dtype, baselines or {}, log, format, sls, trust_pickle
+    )
     main(checkpoint, dataset, out, options)
 
 

@@ -67,7 +67,10 @@ class _Heads(nn.Module):
 
 
 def export(
-    model: CAST | str | os.PathLike[str], path: str | os.PathLike[str] | None = None, format: Format = "torch"
+    model: CAST | str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    format: Format = "torch",
+    trust_pickle: bool = False,
 ) -> Exported:
     """Write a model as a program.
 
@@ -75,6 +78,7 @@ def export(
         model: a CAST, whose weights are taken in fp32; or where one is, see `cast.zoo.load`.
         path: the file; if None the model's directory's name with `.pt2` or `.onnx`, in the working directory.
         format: "torch" (`torch.export`, loads with `torch.export.load`) or "onnx" (loads with ONNX Runtime).
+        trust_pickle: whether a torch file may run code while it loads.
 
     Raises:
         ValueError: no such format, or a path that is a directory.
@@ -91,7 +95,7 @@ def export(
     target = Path(path or f"{name}{ENDINGS[format]}")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target}: give a file in a directory that is there")
-    given = model if isinstance(model, CAST) else load(model)
+    given = model if isinstance(model, CAST) else load(model, trust_pickle=trust_pickle)
     program = _Heads(_eager(given)).eval()
     config = given.config
     video = torch.randn(2, 3, config.num_frames, config.image_size, config.image_size)
@@ -150,11 +154,13 @@ def _eager(model: CAST) -> CAST:
 def _about(model: CAST) -> dict[str, str]:
     """What a user of the file must know, as text."""
     config = model.config
+    sampling = {} if model.sampling is None else {"sampling": model.sampling}
     return {
         "config.json": json.dumps(config.to_dict()),
         "labels.json": json.dumps(model.labels or numbers(config.classes), ensure_ascii=False),
         "input.json": json.dumps(
             {"layout": "batch, RGB, frames, height, width", "range": [0, 1], "mean": list(MEAN), "std": list(STD)}
+            | sampling
         ),
     }
 
@@ -192,9 +198,9 @@ _Runner = Callable[[Path, list[str]], Callable[[Tensor], Sequence[Tensor]]]
 _FORMATS: dict[str, tuple[_Writer, _Runner]] = {"torch": (_write_torch, _run_torch), "onnx": (_write_onnx, _run_onnx)}
 
 
-def main(checkpoint: str, format: Format, out: Path | None) -> None:
+def main(checkpoint: str, format: Format, out: Path | None, trust_pickle: bool = False) -> None:
     """Export, and print what was written and how well it agrees."""
-    done = export(checkpoint, out, format)
+    done = export(checkpoint, out, format, trust_pickle)
     for file in done.files:
         print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
     print(f"largest difference from the model: {done.error:.1e} of the largest logit, in batches of 1 and 3")

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from cast.config import CASTConfig, make_config
 from cast.labels import LABELS, read_labels
+from cast.sampling import SAMPLING, Sampling, read_sampling, write_sampling
 from cast.weights.source import read_tensors
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+#: What is downloaded of a repository.
+_PUBLISHED = [_CONFIG, _WEIGHTS, LABELS, SAMPLING, "README.md"]
 #: A repository's name on the Hub.
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -33,11 +36,12 @@ class Shared(
     """`save_pretrained`, `from_pretrained` and, inherited, `push_to_hub`, for a module with a `config`.
 
     The directory has `config.json`, `model.safetensors` (official names), `labels.json` where class names are known,
-    and a model card for whoever publishes it.
+    `sampling.json` where it is known how the training's frames were sampled, and a model card for whoever publishes it.
     """
 
     config: CASTConfig
     labels: dict[str, list[str]] | None
+    sampling: Sampling | None
 
     def save_pretrained(  # type: ignore[override]  # the mixin takes a configuration, which a model here has itself
         self,
@@ -79,6 +83,10 @@ class Shared(
             os.replace(path / f"{name}.part", path / name)
         if self.labels is None:
             (path / LABELS).unlink(missing_ok=True)  # an earlier model's names, which this one's classes are not
+        if self.sampling is None:
+            (path / SAMPLING).unlink(missing_ok=True)
+        else:
+            write_sampling(path, self.sampling)
         card = path / "README.md"
         if not card.exists():
             self.generate_model_card(**(model_card_kwargs or {})).save(card)
@@ -115,8 +123,8 @@ class Shared(
             TypeError: a configuration with fields that CASTConfig does not have.
         """
         path = Path(directory)
-        if not path.exists() and _REPOSITORY.fullmatch(os.fspath(directory)):
-            path = _download(
+        if is_repository(directory):
+            path = download(
                 os.fspath(directory),
                 revision=revision,
                 token=token,
@@ -127,6 +135,7 @@ class Shared(
         config = make_config(**_read_config(path))
         model = cls._holding(str(path), config, read_tensors(path / _WEIGHTS), fused)
         model.labels = read_labels(path, config.classes)
+        model.sampling = read_sampling(path)
         return model
 
     @classmethod
@@ -156,9 +165,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _download(repository: str, **options: Any) -> Path:
+def is_repository(what: str | os.PathLike[str]) -> bool:
+    """Whether this names a repository of the Hub, rather than something on the disk."""
+    return not Path(what).exists() and bool(_REPOSITORY.fullmatch(os.fspath(what)))
+
+
+def download(repository: str, **options: Any) -> Path:
+    """The directory that a repository of the Hub was downloaded to.
+
+    Raises:
+        FileNotFoundError: it could not be had; the message says why.
+    """
     try:
-        return Path(snapshot_download(repository, allow_patterns=[_CONFIG, _WEIGHTS, LABELS, "README.md"], **options))
+        return Path(snapshot_download(repository, allow_patterns=_PUBLISHED, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ from cast.experts import check_shape
 from cast.heads import apply_heads, build_heads
 from cast.hub import Shared
 from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames, sincos_table
+from cast.sampling import Sampling
 from cast.weights.assign import assign, check
 from cast.weights.clip import read_clip
 from cast.weights.official import infer_config, read_official
@@ -62,6 +63,8 @@ class CAST(nn.Module, Shared):
         self.config = config = make_config(variant, heads, **overrides)
         #: Class names by head, where they are known; save_pretrained keeps them.
         self.labels: dict[str, list[str]] | None = None
+        #: How the training's frames were sampled, where it is known; tests go by it, save_pretrained keeps it.
+        self.sampling: Sampling | None = None
         dim = config.embed_dim
         self.clip_class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.clip_positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)

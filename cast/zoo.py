@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from cast.config import make_config
+from cast.hub import download, is_repository
 from cast.model import CAST, load_official_checkpoint
+from cast.sampling import Sampling
+from cast.weights.source import DEEPSPEED
 
 #: Environment variable with the directory of downloaded checkpoints.
 VARIABLE = "CAST_MODELS"
 _HOME = Path("~/.cache/cast")
 _ENDINGS = (".pth", ".pt", ".safetensors")
+_CONFIG = "config.json"
 _ZOO = "https://github.com/KHU-VLL/CAST#model-zoo"
 
 
@@ -28,6 +32,7 @@ class Published:
         result: top-1 accuracy in percent as the authors report it (of actions).
         url: where they publish it (README of github.com/KHU-VLL/CAST).
         variant: its sizes, a name in `cast.VARIANTS`.
+        sampling: of its test's frames; 2 x 3 views with uniform sampling, 5 x 3 with dense.
     """
 
     data: str
@@ -35,6 +40,7 @@ class Published:
     result: float
     url: str
     variant: str = "base"
+    sampling: Sampling = "uniform"
 
 
 def _drive(file: str) -> str:
@@ -48,7 +54,9 @@ MODELS: dict[str, Published] = {
     "cast_base_ssv2": Published(
         "Something-Something V2", {"action": 174}, 71.6, _drive("1RrAVF4tlpZCPYNY49M0pKQfopP6p6Vir")
     ),
-    "cast_base_k400": Published("Kinetics-400", {"action": 400}, 85.3, _drive("16ndsBVNjRuJMRM40P0-a3Q1JVA8tNLK7")),
+    "cast_base_k400": Published(
+        "Kinetics-400", {"action": 400}, 85.3, _drive("16ndsBVNjRuJMRM40P0-a3Q1JVA8tNLK7"), sampling="dense"
+    ),
 }
 
 
@@ -86,12 +94,14 @@ def create_model(
         raise ValueError(f"no model {name!r}; {hint}There are {', '.join(MODELS)}")
     published = MODELS[name]
     if not pretrained:
-        return CAST(published.variant, fused=fused, **({"heads": published.heads} | overrides))
+        model = CAST(published.variant, fused=fused, **({"heads": published.heads} | overrides))
+        model.sampling = published.sampling
+        return model
     if overrides:
         raise ValueError(f"{', '.join(overrides)} cannot be set for pre-trained weights; pass pretrained=False")
     path = _find(name, published, directory)
     wanted = make_config(published.variant, heads=published.heads)
-    if (path / "config.json").is_file():
+    if (path / _CONFIG).is_file():
         model = CAST.from_pretrained(path, fused)
     else:
         model = load_official_checkpoint(path, wanted.num_heads, fused, trust_pickle)
@@ -99,32 +109,51 @@ def create_model(
         theirs, ours = model.config.to_dict(), wanted.to_dict()
         differing = ", ".join(f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key])
         raise ValueError(f"{path} is not {name}: it has {differing}. Load it with cast.load_official_checkpoint")
+    model.sampling = model.sampling or published.sampling
     return model
 
 
-def load(what: str | os.PathLike[str], fused: bool = True) -> CAST:
+def locate(what: str | os.PathLike[str]) -> Path:
+    """Where a model is on this disk: a file, or a directory; what is on the Hub only is downloaded.
+
+    Args:
+        what: see :func:`load`.
+
+    Raises:
+        FileNotFoundError: a published model whose file is not here, or a repository that can't be had.
+    """
+    name, path = os.fspath(what), Path(what)
+    if path.exists():
+        # A training's directory has the finished model in it.
+        inner = path / "model"
+        return inner if (inner / _CONFIG).is_file() and not (path / _CONFIG).is_file() else path
+    if name in MODELS:
+        return _find(name, MODELS[name], None)
+    return download(name) if is_repository(name) else path
+
+
+def load(what: str | os.PathLike[str], fused: bool = True, trust_pickle: bool = False) -> CAST:
     """A model from wherever it is.
 
     Args:
-        what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file, or
-            `owner/name` on the Hugging Face Hub.
+        what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file or
+            DeepSpeed directory, or `owner/name` on the Hugging Face Hub.
         fused: whether compiled kernels may run.
+        trust_pickle: whether a torch file may run code while it loads.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: a file that can't be read, or holds something else.
     """
-    name = os.fspath(what)
-    if name in MODELS and not Path(name).exists():
-        return create_model(name, fused=fused)
-    if Path(name).is_file():
-        return load_official_checkpoint(name, fused=fused)
-    if (Path(name) / "model" / "config.json").is_file() and not (Path(name) / "config.json").is_file():
-        name = os.path.join(name, "model")  # a training's directory, with the finished model in it
+    if os.fspath(what) in MODELS and not Path(what).exists():
+        return create_model(os.fspath(what), fused=fused, trust_pickle=trust_pickle)
+    path = locate(what)
+    if path.is_file() or (path / DEEPSPEED).is_file():
+        return load_official_checkpoint(path, fused=fused, trust_pickle=trust_pickle)
     try:
-        return CAST.from_pretrained(name, fused)
-    except TypeError as error:  # a configuration with unknown fields
-        raise ValueError(f"{Path(name) / 'config.json'}: {error}") from None
+        return CAST.from_pretrained(path, fused)
+    except (TypeError, UnicodeDecodeError) as error:  # a configuration with unknown fields, or no text
+        raise ValueError(f"{path / _CONFIG}: {error}") from None
 
 
 def _find(name: str, published: Published, directory: str | os.PathLike[str] | None) -> Path:

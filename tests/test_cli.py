@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_predict_prints_a_table(checkpoint: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(video), "--checkpoint", str(checkpoint), "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "clip.mp4: 40 frames, 6 views"
+    assert lines[0] == "clip.mp4: 40 frames, 6 views, uniform sampling"
     assert all(word in lines[2] for word in ("verb", "noun", "action", "%"))
     assert len([line for line in lines if "│" in line]) == 2
     assert max(map(len, lines)) <= 80
@@ -111,7 +111,8 @@ def test_every_command_has_help_for_every_option(capsys: pytest.CaptureFixture[s
         text = capsys.readouterr().out
         assert "None" not in text
         assert "<class" not in text
-        assert text.count("(default:") == len(command.__defaults__ or ()) - text.count("--json ")
+        switches = text.count("--json ") + text.count("--trust_pickle ")
+        assert text.count("(default:") == len(command.__defaults__ or ()) - switches
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

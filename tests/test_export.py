@@ -28,7 +28,7 @@ needs_onnx = pytest.mark.skipif(
 def model() -> cast.CAST:
     torch.manual_seed(0)
     found = randomise(cast.CAST(heads={"verb": 3, "noun": 4}, **(SMALL | {"depth": 1})))
-    found.labels = NAMES
+    found.labels, found.sampling = NAMES, "dense"
     return found.eval()
 
 
@@ -49,6 +49,7 @@ def test_torch_export_answers_as_the_model(model: cast.CAST, tmp_path: Path) -> 
         assert torch.allclose(verb, wanted["verb"], atol=1e-4)
     assert json.loads(about["labels.json"]) == NAMES
     assert json.loads(about["config.json"])["depth"] == 1
+    assert json.loads(about["input.json"])["sampling"] == "dense"
 
 
 @pytest.mark.slow

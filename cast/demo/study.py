@@ -144,6 +144,7 @@ class Study:
         self.curves[name], self.seconds[name] = progress.history, progress.seconds
 
     def _save(self, model: Any, labels: dict[str, list[str]]) -> None:
+        model.sampling = "uniform"  # as the demo's clips are read
         model.save_pretrained(self.root / "cast")
         write_json(self.root / "cast" / "labels.json", labels)
 

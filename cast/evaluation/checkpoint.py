@@ -9,62 +9,60 @@ from pathlib import Path
 
 from cast.baselines import SingleExpert, TwoStream, is_baseline, read_baseline
 from cast.labels import read_labels
-from cast.model import CAST, load_official_checkpoint
+from cast.model import CAST
+from cast.sampling import Sampling, read_sampling
+from cast.weights.source import weights_file
+from cast.zoo import MODELS, load, locate
 
 #: Files that hold answers rather than weights.
 PREDICTIONS = (".jsonl", ".parquet")
 #: A training's log, in its directory.
 LOG = "log.jsonl"
-_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model, its class names if they are beside it, and the SHA-256 of its weights' file."""
+    """A loaded model, its class names and sampling if they are known, and the SHA-256 of its weights' file."""
 
     model: CAST | TwoStream | SingleExpert
     classes: dict[str, list[str]] | None
     sha256: str
+    sampling: Sampling | None = None
 
 
-def load_checkpoint(path: str | os.PathLike[str], trust_pickle: bool = False) -> Checkpoint:
-    """Load a directory that `save_pretrained` wrote, or a published checkpoint's file.
+def load_checkpoint(what: str | os.PathLike[str], trust_pickle: bool = False) -> Checkpoint:
+    """Load a model of any kind, from wherever it is.
 
     Args:
-        path: a directory of CAST's or a baseline's `save_pretrained`, with `labels.json` where classes have names; a
-            training's directory, whose finished model lies in `model/`; or a file in the official layout.
+        what: a directory of CAST's or a baseline's `save_pretrained`, with `labels.json` where classes have names and
+            `sampling.json` where the training's sampling is known; a training's directory, whose finished model lies
+            in `model/`; a name in `cast.list_models()`; a repository of the Hub; or a file or a DeepSpeed directory
+            in the official layout.
         trust_pickle: whether a torch file may run code while it loads.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or files are missing in it.
+        FileNotFoundError: there is no such model, or files are missing.
         ValueError: the weights don't fit; the message lists what doesn't.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file() and (path / "model").is_dir():
-            path = path / "model"
-        model = _read_model(path)
-        names = read_labels(path, model.config.classes)
-        return Checkpoint(model, names, _sha256(path / _WEIGHTS))
-    if not path.is_file():
+    path = locate(what)
+    if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; give a directory that save_pretrained wrote, a published checkpoint's file, "
-            "or a predictions file"
+            f"a published name ({', '.join(MODELS)}), a repository of the Hub, or a predictions file"
         )
-    return Checkpoint(load_official_checkpoint(path, trust_pickle=trust_pickle), None, _sha256(path))
-
-
-def _read_model(path: Path) -> CAST | TwoStream | SingleExpert:
-    try:
-        if is_baseline(path):
-            return read_baseline(path)
-        return CAST.from_pretrained(path)
-    except (TypeError, UnicodeDecodeError) as error:  # a configuration with unknown fields, or no text
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    if is_baseline(path):
+        baseline = read_baseline(path)
+        names = read_labels(path, baseline.config.classes)
+        return Checkpoint(baseline, names, _sha256(weights_file(path)), read_sampling(path))
+    # A published name says more than its file: what it must hold, and its sampling.
+    model = load(what if os.fspath(what) in MODELS and not Path(what).exists() else path, trust_pickle=trust_pickle)
+    return Checkpoint(model, model.labels, _sha256(weights_file(path)), model.sampling)
 
 
 def find_log(path: str | os.PathLike[str]) -> Path | None:
     """The log of the training that made a checkpoint, if it lies in the training's directory."""
+    if not Path(path).exists():  # a published name: what lies in the working directory is not its log
+        return None
     places = [Path(path) / LOG, Path(path).parent / LOG]
     return next((place for place in places if place.is_file()), None)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cast.video.datasets import VideoSet
 from cast.video.decoders import Name, decoder
 from cast.video.sampling import PUBLISHED_VIEWS, Sampling, view_indices
 from cast.video.transforms import MEAN, STD, to_clip, view_transform
@@ -83,6 +84,31 @@ class Protocol:
         ]
         rows = torch.from_numpy(places.reshape(self.views, self.frames))
         return torch.stack([crop[:, view] for view in rows for crop in cut])
+
+
+def choose_sampling(asked: Sampling | None, model: Sampling | None, videos: VideoSet) -> tuple[Sampling, str]:
+    """The sampling of a test, and who says so: the caller, else the model, else the data set.
+
+    Args:
+        asked: what the caller wants, if anything.
+        model: what the model was trained with, if it is known.
+        videos: the data set.
+
+    Raises:
+        ValueError: nobody asked, and the model and the data set's YAML file say different ones.
+    """
+    if asked is not None:
+        return asked, "as was asked for"
+    stated = f"data.sampling in {videos.stated}"
+    if model is None:
+        guess = f"the default, as neither the model nor {videos.root} says; --sampling names another"
+        return videos.sampling, guess if videos.stated is None else f"{stated}; the model does not say"
+    if videos.stated is not None and videos.sampling != model:
+        raise ValueError(
+            f"the model was trained with {model} sampling, {stated} is {videos.sampling}: correct the file, or "
+            f"say which one is meant with --sampling {model} or --sampling {videos.sampling}"
+        )
+    return model, "as the model was trained"
 
 
 def normalise(clips: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from cast.evaluation.cost import ModelCost, model_cost
 from cast.evaluation.inference import Cost, Run, evaluate, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
-from cast.evaluation.protocol import Protocol
+from cast.evaluation.protocol import Protocol, choose_sampling
 from cast.evaluation.report import Evidence, html
 from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
@@ -31,6 +31,7 @@ from cast.files import write_json, write_text
 from cast.labels import numbers
 from cast.optional import require
 from cast.processes import join_processes
+from cast.sampling import Sampling
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
 
@@ -45,6 +46,7 @@ class Options:
     """What `cast evaluate` can be told; see its help."""
 
     split: str = "val"
+    sampling: Sampling | None = None
     views: int = 0
     crops: int = 3
     batch_size: int = 12
@@ -54,6 +56,7 @@ class Options:
     log: PathLike | None = None
     format: Literal["jsonl", "parquet"] = "jsonl"
     sls: Sequence[int] | None = None
+    trust_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,14 +180,18 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
 def _answers(
     checkpoint: PathLike, videos: VideoSet, samples: Sequence[Sample], out: Path, options: Options
 ) -> _Answered:
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, options.trust_pickle)
     config = loaded.model.config
     classes = _class_names(loaded.classes, videos, config.classes)
+    sampling, why = choose_sampling(options.sampling, loaded.sampling, videos)
     protocol = Protocol(
-        videos.sampling, options.views, options.crops, config.num_frames, config.image_size, videos.settings.decoder
+        sampling, options.views, options.crops, config.num_frames, config.image_size, videos.settings.decoder
     )
     if options.sls is not None:
         _check_submission(config.classes, options.sls)
+    state = join_processes()
+    if state.is_main_process:
+        Console().print(f"{protocol.name} views, {sampling} sampling: {why}", highlight=False, soft_wrap=True)
     about = {
         "model": type(loaded.model).__name__,
         "checkpoint": os.fspath(checkpoint),
@@ -194,7 +201,7 @@ def _answers(
         "dtype": options.dtype,
         "protocol": protocol.to_dict(),
     }
-    path, state = out / f"predictions.{options.format}", join_processes()
+    path = out / f"predictions.{options.format}"
     if path.exists():
         found = read_predictions(path)
         if found.about != about or list(found.videos) != sample_names(samples):

@@ -20,10 +20,11 @@ def main(
     checkpoint: PathLike,
     top: int = 5,
     as_json: bool = False,
-    sampling: Sampling = "uniform",
+    sampling: Sampling | None = None,
     every: int = 0,
     window: int = WINDOW,
     batch: int = 6,
+    trust_pickle: bool = False,
 ) -> None:
     """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
 
@@ -36,6 +37,7 @@ def main(
         every: frames between guesses about a stream; if not 0, a file is read as a stream too.
         window: frames of a stream that a guess looks back on.
         batch: clips in a forward pass.
+        trust_pickle: see :class:`Predictor`.
 
     Raises:
         VideoError: a video that can't be read.
@@ -46,7 +48,13 @@ def main(
     live, folder = is_live(what), Path(what).is_dir()
     if not live and not folder:
         frame_count(what)  # a bad file should not have to wait for the model
-    predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch)
+    predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle)
+    if sampling is None and predictor.model.sampling is None:
+        print(
+            f"cast predict: {os.fspath(checkpoint)} does not say how its training's frames were sampled; uniform "
+            "sampling is taken, --sampling dense is for models of Kinetics",
+            file=sys.stderr,
+        )
     if every or live:
         _stream(predictor, what, every or EVERY, window)
     elif folder:
@@ -62,7 +70,10 @@ def _one(predictor: Predictor, video: str, as_json: bool) -> None:
         return
     console = Console()
     console.print(
-        f"{Path(video).name}: {prediction.frames} frames, {prediction.views} views", highlight=False, markup=False
+        f"{Path(video).name}: {prediction.frames} frames, {prediction.views} views, "
+        f"{predictor.protocol.sampling} sampling",
+        highlight=False,
+        markup=False,
     )
     console.print(table(prediction))
 

@@ -34,12 +34,14 @@ class Predictor:
 
     Args:
         model: a CAST; or where one is: a directory that `save_pretrained` wrote, a name in `cast.list_models()`, or
-            a repository of the Hugging Face Hub.
+            a repository of the Hugging Face Hub; or a file of the authors.
         labels: class names by head; if None those that the model came with, else the classes' numbers.
         top: guesses per head, fewer where there are fewer classes.
-        sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2; 2 x 3 views) or "dense" (Kinetics-400; 5 x 3).
+        sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2; 2 x 3 views) or "dense" (Kinetics-400; 5 x 3);
+            if None the one that the model was trained with, else uniform.
         batch: clips in a forward pass; those of several videos go together.
         device: where the model runs; the GPU if None and there is one.
+        trust_pickle: whether a torch file may run code while it loads.
 
     Raises:
         ValueError: an option that makes no sense, labels that do not fit, or a model that cannot be read.
@@ -51,14 +53,15 @@ class Predictor:
         model: CAST | PathLike,
         labels: Mapping[str, Sequence[str]] | None = None,
         top: int = 5,
-        sampling: Sampling = "uniform",
+        sampling: Sampling | None = None,
         batch: int = 6,
         device: str | torch.device | None = None,
+        trust_pickle: bool = False,
     ) -> None:
         for name, value in (("top", top), ("batch", batch)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        found = model if isinstance(model, CAST) else load(model)
+        found = model if isinstance(model, CAST) else load(model, trust_pickle=trust_pickle)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = found.eval() if isinstance(model, CAST) and device is None else found.eval().to(where)
         config = self.model.config
@@ -66,7 +69,9 @@ class Predictor:
         check_names("labels", names, config.classes)
         self.labels = {head: list(names[head]) for head in config.classes}
         self.top, self.batch = top, batch
-        self.protocol = Protocol(sampling, frames=config.num_frames, size=config.image_size)
+        self.protocol = Protocol(
+            sampling or self.model.sampling or "uniform", frames=config.num_frames, size=config.image_size
+        )
 
     def __call__(self, video: PathLike) -> Prediction:
         """Name the action in one video file.
@@ -163,7 +168,7 @@ def predict(
     video: PathLike,
     labels: Mapping[str, Sequence[str]],
     top: int = 5,
-    sampling: Sampling = "uniform",
+    sampling: Sampling | None = None,
 ) -> Prediction:
     """Name the action in one video with a model where it is; see :class:`Predictor` for arguments and errors."""
     return Predictor(model, labels, top, sampling, batch=1)(Path(video))

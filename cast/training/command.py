@@ -19,7 +19,7 @@ from cast.training.progress import Progress
 from cast.training.recipes import parse
 from cast.training.session import Session, writing
 from cast.training.settings import TrainSettings
-from cast.video.datasets import open_dataset
+from cast.video.datasets import VideoSet, open_dataset
 from cast.video.loader import ClipLoader
 
 _DESCRIPTION = (
@@ -94,7 +94,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
         return figures
 
     def finish() -> str:
-        _finish(engine, accelerator, make, videos.classes, out)
+        _finish(engine, accelerator, make, videos, out)
         return use
 
     note = _summary(settings, plan, engine.progress, model, accelerator, notes)
@@ -189,7 +189,7 @@ def _finish(
     engine: Engine,
     accelerator: Accelerator,
     make: Callable[[], Model],
-    classes: Mapping[str, Sequence[str]],
+    videos: VideoSet,
     out: Path,
 ) -> None:
     models = {"model": whole_weights(engine.unwrapped)}
@@ -199,6 +199,6 @@ def _finish(
     def save() -> None:
         for name, tensors in models.items():
             with writing(out / name):
-                save_finished(make, tensors, classes, out / name)
+                save_finished(make, tensors, videos.classes, videos.sampling, out / name)
 
     on_main(accelerator, save)

@@ -14,6 +14,7 @@ from cast.baselines import DESIGNS, SINGLES, SingleExpert, TwoStream
 from cast.baselines.streams import Stream
 from cast.config import CASTConfig, make_config
 from cast.model import CAST, TRAINABLE, load_official_checkpoint
+from cast.sampling import Sampling, write_sampling
 from cast.training.settings import DOWNLOAD, ExpertSettings, TrainSettings
 from cast.training.tensors import read_weights
 
@@ -166,14 +167,19 @@ def blueprint(model: Model) -> Callable[[], Model]:
 
 
 def save_finished(
-    make: Callable[[], Model], tensors: Mapping[str, Tensor], classes: Mapping[str, Sequence[str]], directory: Path
+    make: Callable[[], Model],
+    tensors: Mapping[str, Tensor],
+    classes: Mapping[str, Sequence[str]],
+    sampling: Sampling,
+    directory: Path,
 ) -> None:
-    """A directory that `from_pretrained` and `cast evaluate` load; class names go into labels.json."""
+    """A directory that `from_pretrained` and `cast evaluate` load, with class names and the training's sampling."""
     model = make()
     model.load_state_dict(tensors)
     model.save_pretrained(directory)
     names = {head: list(own) for head, own in classes.items()}
     (directory / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_sampling(directory, sampling)
 
 
 def how_to_use(model: Model, directory: Path) -> str:

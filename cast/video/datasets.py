@@ -99,10 +99,11 @@ class VideoSet:
 
     Args:
         settings: where everything lies.
+        stated: the YAML file that names its sampling; None where the sampling is a default, or a caller's.
     """
 
-    def __init__(self, settings: DataSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DataSettings, stated: Path | None = None) -> None:
+        self.settings, self.stated = settings, stated
         self.root = Path(settings.root)
         self._samples: dict[str, list[Sample]] = {}
         self._told: set[str] = set()
@@ -288,7 +289,7 @@ def open_dataset(what: str | PathLike | DataSettings, root: str | PathLike | Non
             return open_dataset(path / "dataset.yaml", root or path)
         return VideoSet(guess_settings(path))
     if path.suffix in (".yaml", ".yml"):
-        return VideoSet(_from_yaml(path, root))
+        return _from_yaml(path, root)
     if path.is_file():
         folder = path.parent if root is None else Path(root)
         files: dict[Split, Path] = {"val": path.resolve()}
@@ -296,7 +297,7 @@ def open_dataset(what: str | PathLike | DataSettings, root: str | PathLike | Non
     raise ValueError(f"{path}: no such data set; give a directory, a YAML file with a `data` section, or annotations")
 
 
-def _from_yaml(path: Path, root: str | PathLike | None) -> DataSettings:
+def _from_yaml(path: Path, root: str | PathLike | None) -> VideoSet:
     import yaml
     from jsonargparse import ArgumentParser
 
@@ -316,9 +317,10 @@ def _from_yaml(path: Path, root: str | PathLike | None) -> DataSettings:
     parser.add_class_arguments(DataSettings, "data")
     try:
         namespace = parser.parse_object({"data": section})
-        return parser.instantiate(namespace).data
+        settings = parser.instantiate(namespace).data
     except Exception as error:  # jsonargparse raises its own kinds
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return VideoSet(settings, path if "sampling" in section else None)
 
 
 def guess_settings(root: Path, files: Mapping[Split, Path] | None = None) -> DataSettings:

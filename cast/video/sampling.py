@@ -10,11 +10,9 @@ published code shows such a video's frame 0 sixteen times, which is an unreachab
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-Sampling = Literal["uniform", "dense"]
+from cast.sampling import Sampling as Sampling
 
 #: Temporal views of the published test protocol.
 PUBLISHED_VIEWS: dict[str, int] = {"uniform": 2, "dense": 5}

@@ -19,8 +19,10 @@ Source = str | os.PathLike[str] | Mapping[str, object] | nn.Module
 
 #: Where training codes keep the weights inside a checkpoint: plain torch, VideoMAE, DeepSpeed.
 _CONTAINERS = ("state_dict", "model", "module")
+#: What DeepSpeed calls the weights in a checkpoint's directory.
+DEEPSPEED = "mp_rank_00_model_states.pt"
 #: What a directory may hold, in order of preference: safetensors, transformers, DeepSpeed.
-_FILES = ("model.safetensors", "pytorch_model.bin", "mp_rank_00_model_states.pt")
+_FILES = ("model.safetensors", "pytorch_model.bin", DEEPSPEED)
 #: Prefixes that wrappers leave on keys: data parallelism, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -44,7 +46,7 @@ def read_tensors(source: Source, trust_pickle: bool = False) -> dict[str, Tensor
     elif isinstance(source, Mapping):
         found = source
     elif isinstance(source, str | os.PathLike):
-        found = _read_file(_resolve(Path(source)), trust_pickle)
+        found = _read_file(weights_file(source), trust_pickle)
     else:
         raise TypeError(f"weights came as {type(source).__name__}; give a path, a state dict or a module")
     found = _open_containers(found)
@@ -72,7 +74,13 @@ def strip_prefixes(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> di
     return stripped
 
 
-def _resolve(path: Path) -> Path:
+def weights_file(source: str | os.PathLike[str]) -> Path:
+    """The file that holds the weights: `source` itself, or the best one of a directory.
+
+    Raises:
+        FileNotFoundError: no such file, or a directory without a known one.
+    """
+    path = Path(source)
     if path.is_dir():
         for name in _FILES:
             if (path / name).is_file():
@@ -107,7 +115,8 @@ def _reason(error: Exception, trust_pickle: bool) -> str:
     if isinstance(error, pickle.UnpicklingError) and refused and not trust_pickle:
         return (
             f"it holds more than tensors ({refused[1]}), and reading that runs code that its author chose. If you "
-            "trust the author, pass trust_pickle=True; else have it converted to safetensors"
+            "trust the author, pass trust_pickle=True (in a command --trust_pickle, in a recipe "
+            "experts.trust_pickle=true); else have it converted to safetensors"
         )
     return f"damaged, or no checkpoint ({type(error).__name__}: {(str(error) or 'empty').splitlines()[0]})"
 
