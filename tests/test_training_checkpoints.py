@@ -6,14 +6,16 @@ import errno
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from training_cases import PointNet, engine, planned, same
 
-from cast.training import CheckpointError, load_trained
+from cast.training import CheckpointError, Checkpoints, load_trained
 from cast.training import checkpoints as room
 
 PLAN = planned(checkpoint_every=1)
@@ -192,3 +194,77 @@ def test_what_goes_on_from_a_full_checkpoint_names_the_experts_that_it_has(tmp_p
     load_trained(PointNet(), tmp_path / "step-00000012")
     with pytest.raises(ValueError, match="belongs to frozen weights"):
         load_trained(PointNet(frozen_seed=3), tmp_path / "step-00000012")
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What stands for DeepSpeed: it keeps the optimizer's state in files of its own, in a folder of its own."""
+    monkeypatch.setattr(Checkpoints, "_is_deepspeed", property(lambda self: True))
+    fake: dict[str, Any] = {"fails": None}
+
+    def file(folder: str) -> Path:
+        return Path(folder) / "pytorch_model" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+    def save(self: Accelerator, folder: str, **options: Any) -> None:
+        file(folder).parent.mkdir(parents=True)
+        (Path(folder) / "random_states_0.pkl").write_bytes(b"\0" * 2_000_000)
+        torch.save(self._optimizers[-1].optimizer.state_dict(), file(folder))
+        if fake["fails"]:
+            raise fake["fails"]
+
+    def load(self: Accelerator, folder: str, **options: Any) -> None:
+        self._optimizers[-1].optimizer.load_state_dict(torch.load(file(folder)))
+
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    monkeypatch.setattr(Accelerator, "load_state", load)
+    return fake
+
+
+def test_every_file_of_deepspeed_is_flushed_and_has_a_checksum(
+    tmp_path: Path, deepspeed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(room, "flush", lambda path: flushed.append(path.name))
+    with pytest.raises(KeyboardInterrupt):
+        engine(tmp_path / "a", PointNet(), plan=PLAN, keep=2).run(stop_at(5))
+    newest = tmp_path / "a" / "step-00000004"
+    ours = json.loads((newest / "state.json").read_text())["files"]
+    below = {path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file()}
+    assert ours.keys() == below - {"state.json"}
+    assert len(ours) == 3
+    assert {Path(name).name for name in ours} | {"engine", "pytorch_model"} <= set(flushed)
+
+    whole, net = PointNet(), PointNet()
+    engine(tmp_path / "whole", whole, plan=PLAN).run()
+    engine(tmp_path / "a", net, plan=PLAN, keep=2).run()
+    assert same(net, whole)
+    newest = max(tmp_path.glob("a/step-*"))
+    file = next(newest.rglob("*optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10  # one bit
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: engine/pytorch_model/.*optim_states\.pt changed"):
+        engine(tmp_path / "a", PointNet(), plan=PLAN, keep=2)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"is damaged .*No such file"):
+        engine(tmp_path / "a", PointNet(), plan=PLAN, keep=2)
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("PytorchStreamWriter failed writing file data/0\nat line 1"), OSError(28, "No space left")]
+)
+def test_a_full_disk_under_deepspeed_is_an_error_of_one_line(
+    tmp_path: Path, deepspeed: dict[str, Any], fault: Exception
+) -> None:
+    running = engine(tmp_path, PointNet(), plan=PLAN)
+
+    def fill(progress, report):  # type: ignore[no-untyped-def]
+        if progress.step == 4:
+            deepspeed["fails"] = fault
+
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 4") as caught:
+        running.run(fill)
+    assert str(fault).splitlines()[0] in str(caught.value)
+    assert f"{tmp_path / 'step-00000003'} is whole. A checkpoint takes more than 2 MB" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["step-00000003"]

@@ -111,8 +111,7 @@ class Checkpoints:
         part = self.directory / "unfinished"
         on_main(self.accelerator, lambda: shutil.rmtree(part, ignore_errors=True))
         if self._is_deepspeed:
-            # DeepSpeed's word for leaving the experts out.
-            self.accelerator.save_state(str(part / _ENGINE), exclude_frozen_parameters=self.weights == "trainable")
+            self._save_engine(part, progress)
         elif self._optimizer is not None:
             tensors[_MOMENTS] = read_moments(self._model, self._optimizer)
         on_main(self.accelerator, lambda: self._write(part, tensors, progress))
@@ -153,12 +152,36 @@ class Checkpoints:
     def _is_deepspeed(self) -> bool:
         return bool(self.accelerator.distributed_type == "DEEPSPEED")
 
-    def _write(self, part: Path, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
+    def _save_engine(self, part: Path, progress: Progress) -> None:
+        """DeepSpeed's own files, which every process writes a part of."""
+        try:
+            # DeepSpeed's word for leaving the experts out.
+            self.accelerator.save_state(str(part / _ENGINE), exclude_frozen_parameters=self.weights == "trainable")
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+            # Raised where it happened, with no word to the others: they wait in DeepSpeed, and the launcher ends them.
+            written = sum(path.stat().st_size for path in _files(part))
+            if self.accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)
+            raise self._unwritten(progress, error, f"more than {written / 1e6:.0f}") from None
+        self.accelerator.wait_for_everyone()  # accelerate does not, and the main process reads what the others write
+
+    def _unwritten(self, progress: Progress, error: Exception, megabytes: str) -> CheckpointError:
         older = self.all()
+        left = f"{older[-1]} is whole" if older else "there was none before it"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return CheckpointError(
+            f"cannot write the checkpoint of step {progress.step} into {self.directory}: {reason}. {left}. A "
+            f"checkpoint takes {megabytes} MB, {self.keep + 1} of them while one is written: make room, "
+            "then start again with --resume"
+        )
+
+    def _write(self, part: Path, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
         try:
             part.mkdir(parents=True, exist_ok=True)
             for name, content in tensors.items():
                 write_tensors(part / name, content, {"frozen": self._frozen, "weights": self.weights})
+            for path in part.rglob("*"):  # DeepSpeed's files and folders; ours are on the disk already
+                flush(path)
             scaler = self.accelerator.scaler
             state = {
                 "format": _FORMAT,
@@ -167,21 +190,17 @@ class Checkpoints:
                 "weights": self.weights,
                 "progress": asdict(progress),
                 "scaler": scaler.state_dict() if scaler is not None else {},
-                "files": {name: checksum(part / name) for name in tensors},
+                "files": {path.relative_to(part).as_posix(): checksum(path) for path in _files(part)},
             }
             write_text(part / _STATE, json.dumps(state, indent=2) + "\n")
             flush(part)
             os.replace(part, self._place(progress))
             flush(self.directory)
         except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
             size = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
-            left = f"{older[-1]} is whole" if older else "there was none before it"
-            raise CheckpointError(
-                f"cannot write the checkpoint of step {progress.step} into {self.directory}: {error}. {left}. A "
-                f"checkpoint takes {size / 1e6:.0f} MB, {self.keep + 1} of them while one is written: make room, "
-                "then start again with --resume"
-            ) from None
+            size += sum(path.stat().st_size for path in _files(part / _ENGINE))
+            shutil.rmtree(part, ignore_errors=True)
+            raise self._unwritten(progress, error, f"{size / 1e6:.0f}") from None
         for path in self.all()[: -self.keep]:
             shutil.rmtree(path)
 
@@ -239,6 +258,11 @@ class Checkpoints:
                 f"this model's have {self._frozen}: load the same experts as then"
             )
         return state
+
+
+def _files(directory: Path) -> list[Path]:
+    """Every file below a directory."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 def load_trained(model: nn.Module, checkpoint: str | os.PathLike[str], average: bool = False) -> None:
