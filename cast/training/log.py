@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from cast.processes import peak_memory
 from cast.training.plain import flat
 from cast.training.progress import Progress, Step
 
+#: Keeps the run's id at Weights & Biases, in the training's directory.
+WANDB_ID = "wandb-id.txt"
 #: Module that a tracker needs; the extra has the tracker's name.
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -104,9 +107,22 @@ class Log:
         self._lines: JsonLines | None = None
 
     def start(self, progress: Progress, note: str) -> None:
-        """Open everything; `note` is said to the person."""
+        """Open everything; `note` is said to the person.
+
+        Raises:
+            ValueError: Weights & Biases refuses; says why, and what to do.
+        """
         parameters = {key: _plain(value) for key, value in flat(self.settings).items()}
-        self.accelerator.init_trackers("cast", config=parameters)
+        options = {"wandb": self._wandb_run(progress)} if "wandb" in map(str, self.accelerator.log_with) else {}
+        try:
+            self.accelerator.init_trackers("cast", config=parameters, init_kwargs=options)
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb"):
+                raise
+            raise ValueError(
+                f"Weights & Biases cannot start: {' '.join(str(error).split())}. Run wandb login, set WANDB_MODE=offline, "
+                "or leave wandb out of log.trackers"
+            ) from None
         if not self.speaks:
             return
         self._lines = JsonLines(self.directory / "log.jsonl", progress.step, len(progress.history))
@@ -115,6 +131,18 @@ class Log:
         if self._bars is not None:
             self._bars.start()
             self._task = self._bars.add_task("training", total=self.steps, completed=progress.step)
+
+    def _wandb_run(self, progress: Progress) -> dict[str, str]:
+        """Where Weights & Biases writes, and which run this is: a resumed training goes on in the run that it began."""
+        if not self.speaks:
+            return {}
+        path = self.directory / WANDB_ID
+        name = path.read_text(encoding="utf-8").strip() if progress.step and path.is_file() else ""
+        if not name:
+            name = secrets.token_hex(4)
+            path.write_text(f"{name}\n", encoding="utf-8")
+        directory = self.directory.resolve()
+        return {"dir": str(directory), "name": directory.name, "id": name, "resume": "allow"}
 
     def step(self, progress: Progress, step: Step) -> None:
         """One optimizer step."""
