@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,52 @@ def test_a_command_in_a_document_parses(path: Path, words: list[str], monkeypatc
     parse(words, monkeypatch)
 
 
+#: What makes another evaluation of one and the same model and data.
+_ANSWERS = ("--split", "--sampling", "--views", "--crops", "--dtype", "--format")
+
+
+def work(words: list[str]) -> tuple[str, tuple[str, ...]] | None:
+    """The directory that a command fills, and what it fills it with; None where only a part of the command is shown."""
+    if words[0] not in (*RECIPES, "evaluate") or "..." in words or words[1:2] == ["--help"]:
+        return None
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if words[0] == "evaluate":
+        options = dict(itertools.pairwise(words))
+        given = tuple(f"{option} {options[option]}" for option in _ANSWERS if option in options)
+        return options.get("--out", "runs/evaluation"), (*words[:3], *given)
+    recipe = Path(words[1]).stem
+    overrides = [word for word in words[2:] if "=" in word]
+    out = next((word.removeprefix("out=") for word in overrides if word.startswith("out=")), f"runs/{recipe}")
+    return out, (words[0], recipe, *sorted(overrides))
+
+
+def collisions(calls: list[list[str]]) -> list[str]:
+    """Directories that commands of one page would fill with different things: the second ends in a refusal."""
+    filled: dict[str, set[tuple[str, ...]]] = {}
+    for out, content in filter(None, map(work, calls)):
+        filled.setdefault(out, set()).add(content)
+    return [f"{out}: {sorted(contents)}" for out, contents in filled.items() if len(contents) > 1]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_commands_of_one_page_fill_directories_of_their_own(path: Path) -> None:
+    assert not collisions(blocks(path))
+
+
+def test_two_commands_for_one_directory_are_found() -> None:
+    calls = [
+        ["evaluate", "runs/a", "data"],
+        ["evaluate", "runs/b", "data"],
+        ["evaluate", "runs/b", "data", "--out", "c"],
+    ]
+    assert len(collisions(calls)) == 1
+    assert not collisions(calls[1:])
+    assert collisions([["evaluate", "a", "d"], ["evaluate", "a", "d", "--dtype", "float16"]])
+    assert collisions([["train", "ek100", "data.root=a"], ["train", "recipes/ek100.yaml", "data.root=b"]])
+    assert not collisions([["train", "ek100", "..."], ["train", "ek100", "data.root=b"]])
+    assert not collisions([["evaluate", "a", "d", "--out=x"], ["evaluate", "a", "d", "--out", "x", "--workers", "3"]])
+
+
 def test_a_command_that_does_not_parse_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "wrong.md"
     document.write_text(
@@ -111,3 +160,48 @@ def test_each_row_of_the_study_is_an_override_that_a_recipe_takes() -> None:
         values = {key.split(".")[1]: yaml.safe_load(value) for key, value in pairs}
         assert line.startswith("experts.") or make_config(**values)
         assert line.startswith("model.") or ExpertSettings(**values)
+
+
+def program(name: str, folder: Path) -> Path:
+    """A Python program of docs/reproduce.md as a file."""
+    code = re.search(rf"^```python\n(# {name}\n.*?)^```", (ROOT / "docs/reproduce.md").read_text(), re.S | re.M)
+    assert code is not None
+    (folder / name).write_text(code[1])
+    return folder / name
+
+
+def run(*words: str | Path) -> list[str]:
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_segments_get_the_names_of_the_official_list(tmp_path: Path) -> None:
+    """EPIC-KITCHENS-100 names a segment by its narration, the official lists do by the same."""
+    (tmp_path / "train.csv").write_text(
+        "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,verb_class,all_nouns\n"
+        "P01_01_0,P01,P01_01,00:00:01.089,00:00:00.14,00:00:03.37,3,\"['door', 'tap']\"\n"
+        "P02_101_7,P02,P02_101,00:00:01.089,00:01:00.14,00:01:03.37,3,['door']\n"
+    )
+    (tmp_path / "P02_101_7.mp4").touch()
+    (line,) = run(program("cut.py", tmp_path), "EPIC", tmp_path, tmp_path / "train.csv")
+    words = shlex.split(line)
+    assert "-ss 00:00:00.14 -to 00:00:03.37 -i EPIC/P01/videos/P01_01.MP4" in line
+    assert (words[0], words[-1], words[-2]) == ("ffmpeg", f"{tmp_path}/P01_01_0.mp4", f"{tmp_path}/P01_01_0.mp4.part")
+
+
+def test_kinetics_training_list_has_the_numbers_of_the_official_one(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("-a", "b"):
+        (tmp_path / "train" / f"{name}.mp4").touch()
+    (tmp_path / "val.csv").write_text("v.mp4 1\nlost.mp4 3\nw.mp4 0\n")
+    header = "label,youtube_id,time_start,time_end,split\n"
+    (tmp_path / "validate.csv").write_text(f"{header}riding a bike,v,1,11,validate\nabseiling,w,1,11,validate\n")
+    (tmp_path / "all.csv").write_text(
+        f"{header}abseiling,-a,0,10,train\nriding a bike,b,0,10,train\nabseiling,c,0,10,train\n"
+    )
+    words = (program("kinetics.py", tmp_path), tmp_path / "validate.csv", tmp_path / "all.csv", tmp_path)
+    assert run(*words) == []
+    assert (tmp_path / "train.csv").read_text() == "-a.mp4 0\nb.mp4 1\n"
+    (tmp_path / "val.csv").write_text("v.mp4 1\nw.mp4 0\n" + "w.mp4 2\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        run(*words)

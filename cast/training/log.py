@@ -120,8 +120,8 @@ class Log:
             if not type(error).__module__.startswith("wandb"):
                 raise
             raise ValueError(
-                f"Weights & Biases cannot start: {' '.join(str(error).split())}. Run wandb login, set WANDB_MODE=offline, "
-                "or leave wandb out of log.trackers"
+                f"Weights & Biases cannot start: {' '.join(str(error).split())}. Run wandb login, set "
+                "WANDB_MODE=offline, or leave wandb out of log.trackers"
             ) from None
         if not self.speaks:
             return
