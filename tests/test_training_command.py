@@ -99,7 +99,8 @@ def test_from_a_recipe_to_an_action(data: Path, tmp_path: Path, capsys: pytest.C
     assert main(["predict", str(video), "--checkpoint", str(out / "model"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["guesses"]["noun"][0]["label"] in json.loads((data / "classes.json").read_text())["noun"]
-    assert CAST.from_pretrained(out / "model").config.classes == {"verb": 12, "noun": 10}
+    finished = CAST.from_pretrained(out / "model")
+    assert (finished.config.classes, finished.sampling) == ({"verb": 12, "noun": 10}, "uniform")
 
     assert main(command) == 1
     assert "add --resume to go on" in capsys.readouterr().err
