@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
 import ptx_emulator  # noqa: F401  registers every builder
+import pytest
 from ptx_emulator.decode import BUILDERS
 
 FOLDER = Path(__file__).parent

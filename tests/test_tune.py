@@ -122,13 +122,30 @@ def test_an_entry_reads_back() -> None:
 
 def test_tiles_are_tried_and_put_back() -> None:
     before = {key: tiles.find_set(*key) for key in (("sm_90", 16, 384), ("sm_89", 16, 384), ("sm_90", 16, 768))}
-    for arch in ("sm_90", "sm_89"):  # the second takes another architecture's entries
+    for arch in ("sm_90", "sm_89"):  # the second has no entry of its own
         with tiles.trying(arch, 16, 384, START):
             assert tiles.find_set(arch, 16, 384) is START
             assert tiles.find_set(arch, 16, 768) is not START
     with pytest.raises(ZeroDivisionError), tiles.trying("sm_90", 16, 384, START):
         raise ZeroDivisionError
     assert {key: tiles.find_set(*key) for key in before} == before
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120", "sm_121"])
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("d", [384, 768])
+def test_architectures_with_the_shared_memory_of_sm_86_take_its_tiles(arch: str, bits: int, d: int) -> None:
+    """Not the nearest older one's: sm_100's take 172080 bytes, compute capability 12 allows 101376."""
+    assert tiles.find_set(arch, bits, d) is tiles.find_set("sm_86", bits, d)
+    with tiles.trying(arch, bits, d, START):
+        assert tiles.find_set(arch, bits, d) is START
+        assert tiles.find_set("sm_86", bits, d) is not START  # an entry of its own, as `tune` writes one
+
+
+def test_other_architectures_take_the_nearest_older_ones_tiles() -> None:
+    for arch, older in {"sm_87": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100"}.items():
+        assert tiles.find_set(arch, 16, 384) is tiles.find_set(older, 16, 384)
+    assert tiles.find_set("gfx950", 16, 384) is tiles.find_set("interpreter", 16, 384)
 
 
 def test_few_rows_have_tiles_of_their_own() -> None:
