@@ -51,6 +51,11 @@ class Allowance(NamedTuple):
     tensor_core: str = ""  # opcode that may stand for the architecture's own, as "HMMA" on sm_90
 
 
+#: Kernels whose steps `k` must be equal: h is added up by `exchange` in forward, by `exchange_backward` where backward
+#: computes it again, to the same bits.
+SAME_K = ("exchange", "exchange_short", "exchange_backward")
+
+
 @dataclass(frozen=True)
 class TileSet:
     """The tiles of all kernels for one architecture, operand size and width of the bottleneck."""
@@ -73,10 +78,8 @@ class TileSet:
     few: Mapping[str, Tile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # h is added up by `exchange` in forward, by `exchange_backward` where backward computes it again.
-        both = ("exchange", "exchange_short", "exchange_backward")
-        steps = {name: self.of(name).k for name in both}
-        steps |= {f"few[{name!r}]": tile.k for name, tile in self.few.items() if name in both}
+        steps = {name: self.of(name).k for name in SAME_K}
+        steps |= {f"few[{name!r}]": tile.k for name, tile in self.few.items() if name in SAME_K}
         if len(set(steps.values())) > 1:
             raise ValueError(
                 f"the output projection's steps k are {steps}; they must be equal, or recompute levels differ in bits"
