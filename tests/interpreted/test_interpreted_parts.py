@@ -24,7 +24,7 @@ TILES = tiles.TileSet(
     weight_gradient=tiles.Tile(rows=32, k=16, columns=64, warps=4, stages=1, programs=4),
     attention_backward=tiles.Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
 )
-#: (problem, its bottleneck, parts), rows in steps of 16: ten layers in 14 tiles, of 44 and 40 rows; ten in as many tiles,
+#: (problem, its bottleneck, parts), rows in steps of 16: ten layers in 14 tiles, of 44 and 40 rows; ten in ten tiles,
 #: whose second part has no row; two in three tiles, of 45 rows, whose fourth part has none.
 PROBLEMS = [
     (bcast_cases, bcast_cases.Case(frames=2, patches=10, dim=48, bottleneck=32, heads=2, seed=1), 32, 2),
