@@ -93,7 +93,7 @@ class TileSet:
 
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
 _BY_MODEL = "compiled and predicted: fewest bytes from L2 among tiles without spills inside a loop"
-_FITS = "by arithmetic, then compiled: operands and stages fit in shared memory, no spill inside a loop but by exception"
+_FITS = "by arithmetic, then compiled: fits in shared memory, no spill inside a loop but by exception"
 _BY_ARITHMETIC = "by arithmetic: operands and stages fit in shared memory; not compiled for this table yet"
 
 #: `attention_backward` with 64 channels a head: four warps spill 254 times inside loops at 128 rows on sm_80 and 397 on
