@@ -152,6 +152,18 @@ def test_published_names_label_a_layout_of_indices(tmp_path: Path) -> None:
         open_dataset(DataSettings(str(tmp_path), "single", classes={"verb": 2})).samples("train")
 
 
+def test_a_number_of_classes_takes_the_names_of_the_published_file(tmp_path: Path) -> None:
+    """As the recipes have it; else a mirrored "jump left" would train as one."""
+    write(tmp_path, train_csv="a.mp4 1\n", kinetics_400_labels_csv="id,name\n0,jump left\n1,jump right\n")
+    settings = {"layout": "single", "val": None, "classes": {"action": 2}}
+    assert open_dataset(DataSettings(str(tmp_path), **settings)).classes == {"action": ["jump left", "jump right"]}
+    with pytest.raises(ValueError, match="a mirrored 'jump left' is no longer one"):
+        labels(tmp_path, **settings, augment=AugmentSettings(flip=0.5))
+    message = r"classes says 3 for 'action', but .*kinetics_400_labels\.csv names 2: give the number of the file"
+    with pytest.raises(ValueError, match=message):
+        labels(tmp_path, **(settings | {"classes": {"action": 3}}))
+
+
 def test_a_yaml_file_describes_a_data_set(tmp_path: Path) -> None:
     write(tmp_path, train_csv="a.mp4 1\n", val_csv="a.mp4 0\n")
     text = "data: {layout: single, size: 112, augment: {flip: 0.5, scale: [0.5, 1]}, classes: {action: 2}}\noptim: 3\n"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cast.files import parse_yaml
 from cast.video.annotations import PathLike, Sample, read_compositional, read_single, read_table, read_text
 from cast.video.augment import AugmentSettings
-from cast.video.classes import find_classes, read_classes
+from cast.video.classes import find_classes, find_file, read_classes
 from cast.video.sampling import Sampling
 from cast.video.skips import DEFAULT_NAME, read_skips
 
@@ -44,7 +44,8 @@ class DataSettings:
         test: of the test videos.
         videos: directory of the files; "{split}" in it stands for train, val or test.
         classes: how many classes each head has, or the file with their names: {"verb": 97, "noun": "nouns.csv"}; one
-            file name for all heads; null to look for published files, then to take them from the annotations.
+            file name for all heads; null to take them from the annotations. With a number or null, names come from
+            the files that data sets publish, where one lies in `root`; it must have that number of them.
         columns: layout "csv" only: what a column holds (path, verb, noun, action) -> its name in the header, where
             it can't be guessed.
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
@@ -152,7 +153,18 @@ class VideoSet:
         return {head: self._named(head, entries[head]) for head in self.heads}
 
     def _named(self, head: str, entry: int | str) -> list[str]:
-        return read_classes(self.root / entry, head) if isinstance(entry, str) else _numbers(head, entry)
+        if isinstance(entry, str):
+            return read_classes(self.root / entry, head)
+        path = find_file(self.root, head)
+        if path is None:
+            return _numbers(head, entry)
+        names = read_classes(path, head)
+        if len(names) != entry:
+            raise ValueError(
+                f"classes says {entry} for {head!r}, but {path} names {len(names)}: give the number of the file, or, "
+                "if it is not about these videos, move it elsewhere"
+            )
+        return names
 
     def _from_annotations(self) -> dict[str, list[str]]:
         """Names as the training annotations write them; for labels written as indices, up to the largest anywhere."""
