@@ -187,6 +187,15 @@ def data(
     main(dataset, root, workers or None, out)
 
 
+_BATCH = "lower optim.micro_batch (the steps stay those of optim.total_batch)"
+#: What to try when a device's memory is full, by command.
+_MEMORY = {
+    "train": f"{_BATCH}, or give run.recompute=all",
+    "pretrain": _BATCH,
+    "evaluate": "lower --batch_size, or take --dtype bfloat16",
+    "predict": "lower --batch",
+}
+
 #: In the order in which a person meets them.
 COMMANDS: tuple[Callable[..., None], ...] = (demo, data, pretrain, train, evaluate, predict, export, study)
 
@@ -211,10 +220,30 @@ def _run(name: str, command: Callable[[], None]) -> int:
     except (ValueError, OSError, MissingExtraError) as error:
         print(f"cast {name}: error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        text = _explained(name, error)
+        if text is None:
+            raise
+        print(f"cast {name}: error: {text}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"cast {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _explained(name: str, error: RuntimeError) -> str | None:
+    """One line for an error that a person can do something about; None if it is a fault of the program."""
+    from torch import OutOfMemoryError  # only now: whoever raised them has loaded both
+
+    from cast.video.workers import WorkerError
+
+    if isinstance(error, WorkerError):
+        return str(error)
+    if isinstance(error, OutOfMemoryError):
+        said = ". ".join(str(error).split(". ")[:2])  # what it wanted; then come PyTorch's statistics
+        return f"{said}; {_MEMORY.get(name, 'free memory on the device')}"
+    return None
 
 
 class _Help(DefaultHelpFormatter):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
 from cast.video.datasets import open_dataset
 from cast.video.reader import VideoError
+from cast.video.workers import WorkerError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
@@ -151,6 +155,35 @@ def test_a_killed_run_goes_on_with_the_same_bits(samples: list[Sample], straight
     parts.own.write_text(parts.own.read_text().replace('"views"', "views", 1))
     with pytest.raises(ValueError, match="damaged"):
         parts.load()
+
+
+def test_a_bad_video_is_one_line_from_a_worker_too(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data", 2)
+    bad = data / "val" / "clip_1.mp4"
+    bad.write_text("no video\n" * 300)
+    words = ["evaluate", checkpoint, data, "--out", tmp_path / "out", "--workers", "1", "--views", "1"]
+    assert command([str(word) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"cast evaluate: error: {bad}: is not a video")
+    assert error.count("\n") == 1
+
+
+class _Deadly(Protocol):
+    """Ends the process that reads."""
+
+    def read(self, path: Any, threads: int = 1) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return torch.empty(0)
+
+
+def test_a_worker_that_is_killed_is_told_with_its_videos(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)
+    with pytest.raises(WorkerError, match=r"died at or soon after .*clip_0\.mp4.* \(killed by SIGKILL\).*--workers"):
+        evaluate(small_cast(), samples, CLASSES, _Deadly(size=16), Run(batch_size=12, workers=1))
 
 
 def test_what_cannot_be_evaluated_is_refused(samples: list[Sample], tmp_path: Path) -> None:

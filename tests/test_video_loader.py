@@ -26,6 +26,7 @@ from cast.video.decoders import PyAV
 from cast.video.files import VideoError
 from cast.video.loader import Batch, ClipLoader
 from cast.video.sampling import view_indices
+from cast.video.workers import WorkerError
 
 AUGMENT = AugmentSettings(flip=0.5, randaugment="rand-m7-n4-mstd0.5-inc1", erasing=0.5, color_jitter=0.4)
 SETTINGS = DataSettings("unused", size=24, workers=0, augment=AUGMENT)
@@ -191,7 +192,7 @@ def test_a_batch_that_kills_every_worker_is_named(
 ) -> None:
     monkeypatch.setattr(loader_module, "decoder", lambda name: Deadly())
     loader = make(samples, 2, train=False, workers=1)
-    with pytest.raises(RuntimeError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
+    with pytest.raises(WorkerError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
         list(loader.batches(0))
     assert len(messages) == 2
 

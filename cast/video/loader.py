@@ -8,12 +8,8 @@ decoder) its batch is made again by another one and nothing changes but the time
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +24,7 @@ from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.sampling import train_indices, view_indices
 from cast.video.transforms import to_clip, view_transform
+from cast.video.workers import WorkerDied, WorkerError, items
 
 if TYPE_CHECKING:
     from cast.video.datasets import DataSettings
@@ -138,7 +135,7 @@ class ClipLoader:
 
         Raises:
             VideoError: a video can't be read; the message names it.
-            RuntimeError: workers die again and again at the same batch.
+            WorkerError: workers die again and again at the same batch.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start is {start}; an epoch has batches 0 to {len(self) - 1}")
@@ -153,11 +150,11 @@ class ClipLoader:
                 for made in self._workers(keys[done:]):
                     yield _batch(made)
                     done, deaths = done + 1, 0
-            except _WorkerDied as death:
+            except WorkerDied as death:
                 deaths += 1
                 names = ", ".join(self._clips.names(keys[done]))
                 if deaths == MOST_DEATHS:
-                    raise RuntimeError(
+                    raise WorkerError(
                         f"{deaths} workers died in a row at the batch of {names} ({death}); is there enough memory "
                         "(and /dev/shm)? Lower data.workers, or look for the file with cast data check"
                     ) from None
@@ -180,55 +177,7 @@ class ClipLoader:
             prefetch_factor=AHEAD,
             pin_memory=torch.cuda.is_available(),
         )
-        before = set(multiprocessing.active_children())
-        iterator: Any = None
-        ours: set[Any] = set()
-        try:
-            with _deaths_told_by_polling():
-                iterator = iter(loader)
-            ours = set(multiprocessing.active_children()) - before
-            while True:
-                try:
-                    made = next(iterator)
-                except StopIteration:
-                    return
-                yield made
-        except (RuntimeError, OSError, EOFError) as error:
-            dead = [worker for worker in ours if worker.exitcode]
-            if not dead and "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-                raise
-            raise _WorkerDied(_how(dead) or str(error)) from error
-        finally:
-            del iterator  # ends the workers that are left
-
-
-class _WorkerDied(Exception):
-    pass
-
-
-def _how(dead: Sequence[Any]) -> str:
-    """How processes ended, such as "killed by SIGKILL"."""
-    codes = sorted({worker.exitcode for worker in dead})
-    return ", ".join(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in codes)
-
-
-@contextmanager
-def _deaths_told_by_polling() -> Iterator[None]:
-    """Keep DataLoader from raising about dead workers wherever the main thread happens to be.
-
-    Its signal handler would interrupt a training step, where nobody can make up for the worker; without the handler
-    the next request for a batch finds out, at most five seconds later.
-    """
-    if threading.current_thread() is not threading.main_thread():  # PyTorch sets no handler here
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    if getattr(before, "__module__", "").startswith("torch."):  # of another DataLoader, which polls as well
-        before = signal.SIG_DFL
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+        yield from items(loader)
 
 
 class _Key(NamedTuple):
