@@ -168,12 +168,19 @@ def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, wo
 
 
 def data(
-    action: Literal["check"], dataset: Path, /, root: Path | None = None, workers: int = 0, out: Path | None = None
+    action: Literal["check"],
+    dataset: Path,
+    /,
+    root: Path | None = None,
+    workers: int = 0,
+    out: Path | None = None,
+    every_frame: bool = False,
 ) -> None:
     """Check a data set before training on it.
 
     Reads every annotation and probes every video in parallel. Prints those that are missing, empty, undecodable or too
     short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
+    Lines that a person added to the list, with a fault of another name, stay.
 
     Args:
         action: what to do
@@ -181,10 +188,11 @@ def data(
         root: directory of the data set, where dataset is not it
         workers: processes that probe; 0 for one per core
         out: where to write the skip list, if not to skip.csv in the data set's directory
+        every_frame: decode every frame, as training may take any; slow. Else those that validation takes
     """
     from cast.video.check import main
 
-    main(dataset, root, workers or None, out)
+    main(dataset, root, workers or None, out, every_frame)
 
 
 _BATCH = "lower optim.micro_batch (the steps stay those of optim.total_batch)"
@@ -287,7 +295,8 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     )
     for name, kind in kinds.items():
         if kind == "switch":
-            parser.add_argument(f"--{name}", action="store_true", help=helps[name])
+            names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+            parser.add_argument(*names, dest=name, action="store_true", help=helps[name])
     return parser
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,8 @@ from cast.training.models import build
 from cast.training.recipes import load_recipe
 from cast.training.settings import TrainSettings
 from cast.video.datasets import open_dataset
+from cast.video.files import VideoError
+from cast.video.loader import ClipLoader
 
 HERE = Path(__file__).parent
 #: Three steps of 8 clips an epoch, two epochs; a small model.
@@ -384,6 +390,55 @@ def test_a_model_that_finds_no_room_is_written_by_resuming(
     assert weights(tmp_path)
 
 
+def test_a_training_goes_on_without_a_video_that_turned_out_damaged(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, root)
+    recipe = settings(root, out, "checkpoint.every=1", "validate_every=0")
+    loader = ClipLoader(open_dataset(recipe.data).samples("train"), recipe.data, 8, True, recipe.seed)
+    bad = Path(list(loader.batches(0))[-1].names[3])
+    bad.write_bytes(bad.read_bytes()[:1500])
+    with pytest.raises(VideoError, match=rf"^{bad}: ") as caught:
+        fit(recipe)
+    assert [line["step"] for line in lines(out, "step")] == [1, 2]
+
+    line = re.search("add the line (.*) to (.*), below the header (.*), and go on", str(caught.value))
+    assert line is not None
+    assert line[2] == str(root / "skip.csv")
+    (root / "skip.csv").write_text(f"{line[3]}\n{line[1]}\n")
+    shutil.copytree(out, tmp_path / "again")
+    capsys.readouterr()
+    assert fit(recipe, resume=True).step == 6
+    told = "23 of the 24 training videos that this training began with are left"
+    assert told in capsys.readouterr().err.replace("\n", " ")
+    assert told in lines(out, "start")[-1]["note"]
+    assert [line["step"] for line in lines(out, "step")] == [1, 2, 3, 4, 5, 6]
+
+    # Cut off once more, it still gives the same bits.
+    again = replace(recipe, out=str(tmp_path / "again"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "step", stop_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            fit(again, resume=True)
+    fit(again, resume=True)
+    assert equal(weights(out), weights(tmp_path / "again"))
+
+    (root / "skip.csv").unlink()
+    with pytest.raises(ValueError, match=r"is of another training: it has {'videos'.* may get lost, but not be added"):
+        fit(recipe, resume=True)
+
+
+def stop_at(number: int) -> Any:
+    """A `Log.step` that ends the training before the checkpoint of a step."""
+
+    def step(log: Log, progress: Progress, step: Step) -> None:
+        if progress.step == number:
+            raise KeyboardInterrupt
+
+    return step
+
+
 def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("".join(f'{{"kind": "step", "step": {step}}}\n' for step in range(3)) + '{"kind": "st')
@@ -391,3 +446,16 @@ def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [0, 1, 2]
     JsonLines(path, 0, 0)
     assert path.read_text() == ""
+
+
+def test_an_infinite_gradient_is_null_in_the_log(tmp_path: Path) -> None:
+    """As a step has it that fp16 skipped; "Infinity" is no JSON."""
+    log = Log(tmp_path, make_accelerator(), 1, {"clip_grad": math.inf}, bars=False, console=Console(quiet=True))
+    log.start(Progress(), "")
+    log.step(Progress(step=1), Step({"loss": math.nan}, 0.1, math.inf, clips=8, seconds=1.0, skipped=True))
+    start, step = (
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    )
+    assert start["settings"] == {"clip_grad": None}
+    assert (step["grad_norm"], step["loss"], step["skipped"]) == (None, None, True)

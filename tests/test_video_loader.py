@@ -241,6 +241,19 @@ def test_missing_files_are_counted_at_once(samples: list[Sample], tmp_path: Path
         next(make(samples).batches(0, start=4))
 
 
+def test_an_epoch_that_lost_videos_keeps_its_length(samples: list[Sample]) -> None:
+    """Nine videos were planned, three batches of three; seven are left, and two of them come a second time."""
+    loader = make(samples[:7], 3, planned=9)
+    assert len(loader) == 3
+    order = [name for batch in loader.batches(1) for name in batch.names]
+    assert len(order) == 9
+    assert (len(set(order[:7])), order[7:]) == (7, order[:2])
+    assert_same(list(loader.batches(1))[1:], list(loader.batches(1, start=1)))
+    shares = [make(samples[:7], 1, rank=rank, world=3, planned=9) for rank in range(3)]
+    dealt = zip(*(share.batches(1) for share in shares), strict=True)
+    assert [batch.names[0] for step in dealt for batch in step] == order
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_video_is_one_line_that_begins_with_its_name(tmp_path: Path, workers: int) -> None:
     bad = tmp_path / "bad.mp4"
@@ -250,4 +263,5 @@ def test_a_bad_video_is_one_line_that_begins_with_its_name(tmp_path: Path, worke
     with pytest.raises(VideoError) as caught:
         list(loader.batches(0))
     assert str(caught.value).startswith(f"{bad}: ")
+    assert f"add the line bad.mp4,by hand to {tmp_path / 'skip.csv'}, below" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -23,6 +23,7 @@ from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.sampling import train_indices, view_indices
+from cast.video.skips import how_to_skip
 from cast.video.transforms import to_clip, view_transform
 from cast.video.workers import WorkerDied, WorkerError, items
 
@@ -87,6 +88,8 @@ class ClipLoader:
         seed: source of all randomness.
         rank: number of this process.
         world: number of processes.
+        planned: videos that a training epoch is made for, if it began with more than there are now: it keeps its
+            length, and where those left don't fill it, the first of its order come a second time.
 
     Raises:
         ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not there.
@@ -101,6 +104,7 @@ class ClipLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        planned: int | None = None,
     ) -> None:
         repeats = settings.augment.repeats if train else 1
         if batch_size < 1 or batch_size % repeats:
@@ -116,6 +120,7 @@ class ClipLoader:
         self.settings, self.batch_size, self.train, self.seed = settings, batch_size, train, seed
         self.rank, self.world, self.repeats = rank, world, repeats
         self._clips = _Clips(samples, settings, train, seed)
+        self._videos = planned if train and planned else len(samples)  # of an epoch
         self._per_step = batch_size // repeats * world  # videos of a global batch
         if train and len(samples) < self._per_step:
             raise ValueError(
@@ -124,10 +129,9 @@ class ClipLoader:
             )
 
     def __len__(self) -> int:
-        videos = len(self._clips)
+        full, rest = divmod(self._videos, self._per_step)
         if self.train:
-            return videos // self._per_step
-        full, rest = divmod(videos, self._per_step)
+            return full
         return full + (rest > self.rank)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -164,7 +168,8 @@ class ClipLoader:
         """What each micro-batch of this process is made of."""
         count, step = len(self._clips), self._per_step
         order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(count) if self.train else np.arange(count)
-        parts = [order[first : first + step][self.rank :: self.world] for first in range(0, count, step)]
+        order = np.resize(order, self._videos)  # which begins anew where the order ends
+        parts = [order[first : first + step][self.rank :: self.world] for first in range(0, self._videos, step)]
         return [_Key(epoch, tuple(part.tolist())) for part in parts[: len(self)]]
 
     def _workers(self, keys: list[_Key]) -> Iterator[_Made | VideoError]:
@@ -261,12 +266,16 @@ class _Clips(Dataset[_Made | VideoError]):
         """The stored frames of a clip, uint8 `[T, H, W, 3]`, and the generator that augments them."""
         path, count, sampling = self._path(index), self.settings.frames, self.settings.sampling
         rng = np.random.default_rng((_CLIP, self.seed, epoch, index))
-        length = self.decoder.frame_count(path, threads=1)
-        if self.train:
-            indices = train_indices(length, rng, sampling, count)
-        else:
-            indices = view_indices(length, 0, 1, sampling, count)
-        return self.decoder.read(path, indices, threads=1), rng
+        try:
+            length = self.decoder.frame_count(path, threads=1)
+            if self.train:
+                indices = train_indices(length, rng, sampling, count)
+            else:
+                indices = view_indices(length, 0, 1, sampling, count)
+            return self.decoder.read(path, indices, threads=1), rng
+        except VideoError as error:
+            advice = how_to_skip(path, self.settings.root, self.settings.skip_list)
+            raise VideoError(f"{error}; {advice}") from None
 
     def _plan(self, augment: AugmentSettings, pictures: np.ndarray, rng: np.random.Generator) -> tuple[Plan, int, int]:
         height, width = pictures.shape[1:3]
