@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -310,6 +311,35 @@ def test_another_evaluation_in_the_directory_is_kept(
     assert command(["evaluate", str(checkpoint), str(root), "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_challenge_without_labels_gets_its_submission_and_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_cast(heads={"verb": 97, "noun": 300}).save_pretrained(tmp_path / "model")
+    for number, count in enumerate((20, 12)):
+        write_video(tmp_path / f"P01_{number}.mp4", count=count)  # the second is shorter than a clip
+    annotations, out = tmp_path / "annotations.csv", tmp_path / "out"
+    annotations.write_text("narration_id\nP01_0\nP01_1\n")
+    (tmp_path / "skip.csv").write_text("path,fault\nP01_1.mp4,short\n")
+    words = ["evaluate", tmp_path / "model", annotations, "--workers", "0", "--sls", "[2,3,3]", "--out"]
+    assert command([str(word) for word in (*words, out)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((out / "metrics.json").read_text())
+    assert found.keys() == {"about", "videos", "note"}
+    assert found["note"] == "the data set has no labels, so nothing was measured"
+    assert found["note"] in shown
+    assert "accuracies, for the data set has no labels" in (out / "report.html").read_text()
+    with ZipFile(out / "submission.zip") as file:
+        results = json.loads(file.read("test.json"))["results"]
+    assert {name: len(answers["noun"]) for name, answers in results.items()} == {"P01_0": 300, "P01_1": 300}
+
+    (tmp_path / "skip.csv").write_text("path,fault\nP01_1.mp4,undecodable\n")
+    assert command([str(word) for word in (*words, tmp_path / "again")]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 videos are skipped (1 undecodable)" in error
+    assert "a submission must answer every video" in error
+    assert not (tmp_path / "again").exists()
 
 
 def test_class_names_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,11 @@ from cast.demo.dataset import Sizes, make_dataset
 from cast.training import CheckpointError, Checkpoints, Progress, Step, load_trained
 from cast.training.command import Validation, fit
 from cast.training.log import Log
+from cast.training.distributed import make_accelerator
 from cast.training.models import build
 from cast.training.recipes import load_recipe
 from cast.training.settings import TrainSettings
+from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
 from cast.video.files import VideoError
 from cast.video.loader import ClipLoader
@@ -409,6 +411,11 @@ def test_a_training_goes_on_without_a_video_that_turned_out_damaged(
     (root / "skip.csv").unlink()
     with pytest.raises(ValueError, match=r"is of another training: it has {'videos'.* may get lost, but not be added"):
         fit(recipe, resume=True)
+
+
+def test_validation_needs_labels(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.val\) have no labels; set data\.val=null"):
+        Validation(settings(data, tmp_path), [Sample(data / "val" / "val_00000.mp4", {})], make_accelerator())
 
 
 def stop_at(number: int) -> Any:

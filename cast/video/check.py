@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cast.video.annotations import PathLike
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.probe import Fault, Probe, probe_all
-from cast.video.skips import DEFAULT_NAME, FAULTS, Skip, read_rows, write_skips
+from cast.video.skips import DEFAULT_NAME, FAULTS, SHORT, Skip, read_rows, write_skips
 
 #: Faults that are printed; the skip list has all.
 _SHOWN = 20
@@ -77,7 +77,8 @@ def main(
     dataset = open_dataset(what, root)
     for split in dataset.splits:
         print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
-    print(", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items()), flush=True)
+    classes = ", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items())
+    print(classes or "no labels", flush=True)
     for gap in _gaps(dataset):
         print(gap, flush=True)
     named = dataset.settings.skip_list
@@ -97,7 +98,10 @@ def main(
         print(f"... and {len(faults) - _SHOWN} more in {path}")
     if faults:
         counts = ", ".join(f"{number} {fault}" for fault, number in sorted(Counter(f.fault for f in faults).items()))
-        raise ValueError(f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them")
+        tested = "; short ones are tested all the same" if any(skip.fault == SHORT for skip in faults) else ""
+        raise ValueError(
+            f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them{tested}"
+        )
     if not by_hand:
         print(f"every video can be used; {path} is empty")
 

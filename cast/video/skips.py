@@ -13,8 +13,10 @@ from cast.video.annotations import PathLike, read_text
 
 #: In the data set's directory.
 DEFAULT_NAME = "skip.csv"
+#: The fault of a video with fewer frames than a clip, which can be tested all the same.
+SHORT = "short"
 #: What `cast data check` finds. Lines with any other fault are a person's: a check keeps them.
-FAULTS = ("missing", "empty", "undecodable", "short")
+FAULTS = ("missing", "empty", "undecodable", SHORT)
 #: The fault of a line that a person has added.
 BY_HAND = "by hand"
 
