@@ -16,6 +16,7 @@ from evaluation_cases import CLASSES, COUNTS, small_cast, write_dataset
 from processes import together
 from published_views import views_of
 from torch import Tensor, nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from video_files import write_video
 
 from cast.baselines import TwoStream, build
@@ -182,7 +183,8 @@ class _Deadly(Protocol):
 def test_a_worker_that_is_killed_is_told_with_its_videos(
     samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)
+    # DataLoader looks for dead workers every five seconds.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
     with pytest.raises(WorkerError, match=r"died at or soon after .*clip_0\.mp4.* \(killed by SIGKILL\).*--workers"):
         evaluate(small_cast(), samples, CLASSES, _Deadly(size=16), Run(batch_size=12, workers=1))
 

@@ -30,8 +30,8 @@ from cast.cli import main
 from cast.demo.dataset import Sizes, make_dataset
 from cast.training import CheckpointError, Checkpoints, Progress, Step, load_trained
 from cast.training.command import Validation, fit
-from cast.training.log import Log
 from cast.training.distributed import make_accelerator
+from cast.training.log import Log
 from cast.training.models import build
 from cast.training.recipes import load_recipe
 from cast.training.settings import TrainSettings
