@@ -16,6 +16,7 @@ COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
 PROBLEMS = ("step", "paper", "all")
+LEVELS = ("nothing", "cheap", "all")
 SIZES = ("small", "paper")
 DEVICES = ("A100", "H100", "H200")
 
@@ -94,12 +95,16 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path | None, metavar="DIR", help="also write a JSON a GPU and README.md here")
     parser.add_argument("--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
+    parser.add_argument("--recompute", choices=LEVELS, default="cheap", help="what backward computes again")
 
 
 def _predict(options: Namespace) -> int:
     from cast_kernels.evidence import predict
 
-    return predict.main(options.device, options.batch, options.json, options.folder, options.cache, options.emulate)
+    return predict.main(
+        options.device, options.batch, options.json, options.folder, options.cache, options.emulate,
+        options.recompute,
+    )  # fmt: skip
 
 
 def _gpu_check_options(parser: ArgumentParser) -> None:

@@ -27,9 +27,10 @@ DIRECTIONS = ("t2s", "s2t")
 
 
 class Recompute(StrEnum):
-    """What backward computes again instead of finding it kept by forward: memory against time, never other bits.
+    """What backward computes again instead of finding it kept by forward: memory against time.
 
-    Each op's documentation says what the three mean for it. Backends that leave this to PyTorch's autograd ignore it.
+    The same values are computed by the same formulas; each op's documentation says what the three mean for it, and
+    whether its gradients keep every bit. Backends that leave this to PyTorch's autograd ignore it.
     """
 
     NOTHING = "nothing"  # keep every intermediate that backward reads: fastest

@@ -230,7 +230,15 @@ def test_committed_predictions_are_labelled_and_their_table_is_theirs() -> None:
     assert "no kernel of ours has been timed" in text
 
 
-@pytest.mark.parametrize("arguments", [["--device", "V100"], ["--batch", "0"], ["--batch", "some"]])
+def test_a_folder_is_of_the_default_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--recompute", "all", "--folder", str(tmp_path)]) == 2
+    assert "--folder is for the level 'cheap'; write 'all' with --json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device", "V100"], ["--batch", "0"], ["--batch", "some"], ["--recompute", "some"]]
+)
 def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["predict", *arguments])

@@ -134,8 +134,25 @@ def test_instructions_without_effect() -> None:
     np.testing.assert_array_equal(got, LANES)
 
 
+def test_a_cache_policy_changes_no_value() -> None:
+    """What Triton makes of `eviction_policy` on a load."""
+    code = (
+        "createpolicy.fractional.L2::evict_first.b64 %d1, 1.0; "
+        "ld.global.L1::evict_first.L2::cache_hint.b32 %o, [%d32], %d1;"
+    )
+    (got,) = lanewise(code, [LANES + 7], [np.uint32])
+    np.testing.assert_array_equal(got, LANES + 7)
+
+
 @pytest.mark.parametrize(
-    "text", ["mov.u32 %r1, %clock;", "nosuch.op %r1;", "match.any.sync.b32 %r1, %r2, -1;", "mov.u32 %r1, nowhere;"]
+    "text",
+    [
+        "discard.global.L2 [%ptr0], 128;",
+        "mov.u32 %r1, %clock;",
+        "nosuch.op %r1;",
+        "match.any.sync.b32 %r1, %r2, -1;",
+        "mov.u32 %r1, nowhere;",
+    ],
 )
 def test_unknown(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=text.split()[0]):

@@ -31,6 +31,8 @@ from cast.study.results import orderings, tally
 from cast.study.run import print_table
 from cast.study.tables import ROWS, Model, read_plan, select
 from cast.training import Recipe
+from cast.training.recipes import find_recipe, load_recipe
+from cast.training.settings import TrainSettings
 
 RECIPE = Recipe(epochs=1, batch_size=8, lr=1e-3, warmup=0.5)
 SMALL = make_config(MINIATURE, depth=2, embed_dim=16, num_heads=2, down_ratio=2.0)
@@ -100,19 +102,27 @@ def test_quarters_of_the_layers() -> None:
     assert PLAN.models["cast"].layers(12) is None
 
 
-def test_an_override_of_each_row_is_one_that_the_recipe_takes() -> None:
-    """docs/study.md says which fields of CASTConfig make which row."""
-    text = (ROWS.parents[2] / "docs/study.md").read_text()
-    for name, model in PLAN.models.items():
-        if model.design == "cast" and not model.single and not model.members:
-            for field, value in {
-                **model.config,
-                **({} if name == "cast" else {"exchange_layers": model.layers(12)}),
-            }.items():
-                if value is not None:
-                    shown = str(list(value)).replace("'", "") if isinstance(value, list | tuple) else str(value).lower()
-                    line = next(line for line in text.splitlines() if f"`model.{field}=" in line)
-                    assert shown in line, name
+@pytest.mark.parametrize("name", [name for name, model in PLAN.models.items() if not model.members])
+def test_the_recipe_of_each_row_is_what_the_row_says(name: str) -> None:
+    model, recipe = PLAN.models[name], load_recipe(TrainSettings, f"rows/{name}")
+    design = f"single-{'spatial' if model.single[0] == 'clip' else 'temporal'}" if model.single else model.design
+    assert recipe.experts.design == design
+    wanted = make_config("base", **{"exchange_layers": model.layers(12), **model.config})
+    for field in ("down_ratio", "windows", "exchange_layers", "directions", "positions"):
+        assert getattr(recipe.model, field) == getattr(wanted, field), field
+    defaults = load_recipe(TrainSettings, "ablation")
+    assert (recipe.optim, recipe.data, recipe.run) == (defaults.optim, defaults.data, defaults.run)
+    (figures,) = {row.paper for table in PLAN.tables for row in table.rows if row.model == name} or {()}
+    if figures:
+        assert f": verb {figures[0]}, noun {figures[1]}, action {figures[2]}." in find_recipe(name).read_text()
+
+
+def test_rows_by_the_names_of_their_recipes() -> None:
+    (table,) = select(["rows/late-add", "recipes/rows/cast.yaml", "late-add", "ensemble"]).tables
+    assert [(row.model, row.paper) for row in table.rows] == [
+        ("late-add", (68.9, 56.6, 44.2)), ("cast", (72.5, 60.3, 48.7)), ("ensemble", (68.2, 55.3, 42.9)),
+    ]  # fmt: skip
+    assert len(select(["cast", "table8"]).tables) == 2
 
 
 def test_parity_labels() -> None:

@@ -79,6 +79,7 @@ def test_overrides_with_and_without_dashes() -> None:
 
 def test_a_recipe_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert find_recipe("late-add") == find_recipe("rows/late-add") == find_recipe("recipes/rows/late-add.yaml")
     assert find_recipe("ek100") == find_recipe("recipes/ek100.yaml") == ROOT / "recipes" / "ek100.yaml"
     (tmp_path / "ek100").write_text("seed: 5\n")
     assert find_recipe("ek100") == Path("ek100")
@@ -138,6 +139,24 @@ def test_a_typo_in_a_file_is_caught(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{path} is no YAML: sets lr twice" in refused(capsys, str(path))
     path.write_bytes(b"data: {root: \xff}\n")
     assert "mine.yaml is no text in UTF-8" in refused(capsys, str(path))
+
+
+def test_a_recipe_on_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: ek100\noptim: {lr: 0.5}\nmodel: {windows: [space, space]}\n")
+    second.write_text(f"base: {first}\noptim: {{epochs: 7}}\ndata: {{root: there}}\n")
+    made, base = load(str(second)), load("ek100")
+    assert (made.optim.lr, made.optim.epochs, made.data.root) == (0.5, 7, "there")
+    assert made.model.windows == ("space", "space")
+    assert (made.data.val, made.optim.layer_decay) == (base.data.val, base.optim.layer_decay)
+    first.write_text(f"base: {second}\n")
+    assert f"{second} has the base {first}" in refused(capsys, str(first))
+    first.write_text("base: [ek100]\n")
+    assert "has the base ['ek100']; it must be a recipe's name or file" in refused(capsys, str(first))
+    first.write_text("base: ek10\n")
+    assert "no recipe 'ek10'" in refused(capsys, str(first))
+    first.write_text("base: ek100\noptim: {lrr: 1}\n")
+    assert f"{first} sets optim.lrr" in refused(capsys, str(first))
 
 
 def test_a_hint_names_the_command_that_was_asked(capsys: pytest.CaptureFixture[str]) -> None:

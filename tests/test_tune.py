@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -67,10 +67,67 @@ def test_tiles_whose_recompute_levels_would_differ_are_refused() -> None:
     for changes in ({"exchange": other}, {"exchange_backward": other}, {"few": {"exchange": other}}):
         with pytest.raises(ValueError, match=r"steps k are .*: 64.*must be equal"):
             replace(START, **changes)
-    own = replace(START, exchange_backward=replace(START.row, warps=8))
-    best, _, trials = search(own, lambda candidate: 1.0 if candidate.row.k == 64 else 10.0)
-    assert best.row.k == 32
-    assert any("must be equal" in trial.reason for trial in trials)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_that_must_be_equal_change_together(shared: bool) -> None:
+    """As sm_80's entry, in which `exchange_backward` is the rows', or as one in which no kernel shares a tile."""
+    few = {"project": START.row, "exchange": START.row}
+    forward = dict.fromkeys(("exchange", "exchange_short"), replace(START.row, warps=8))
+    own = replace(START, **forward, few=few, exchange_backward=None if shared else replace(START.row, stages=3))
+
+    def time(candidate: TileSet) -> float:
+        together = [candidate.exchange, candidate.exchange_short, candidate.of("exchange_backward")]
+        assert len({tile.k for tile in [*together, candidate.few["exchange"]] if tile}) == 1
+        return 1.0 if candidate.of("exchange").k == 64 and candidate.row.k == 32 else 10.0
+
+    best, _, trials = search(own, time)
+    assert best.exchange == best.exchange_short == replace(START.row, warps=8, k=64)
+    assert best.exchange_backward == replace(START.row, stages=2 if shared else 3, k=64)
+    assert best.few == {"project": START.row, "exchange": replace(START.row, k=64)}
+    assert best.row == START.row
+    assert not any(trial.reason for trial in trials)
+    rows = [trial for trial in trials if trial.part == "row" and trial.tile.k == 64]
+    assert rows  # and their step took those with tiles of their own along, or it would have been refused
+
+
+def test_the_rows_step_takes_along_what_must_be_equal() -> None:
+    own = replace(START, exchange=replace(START.row, warps=8))
+    best, _, _ = search(own, lambda candidate: 1.0 if candidate.row.k == 64 else 10.0)
+    assert (best.row.k, best.exchange) == (64, replace(START.row, warps=8, k=64))
+    assert best.exchange_short is best.exchange_backward is None
+
+
+@pytest.mark.parametrize(("arch", "bits", "d"), [("sm_80", 16, 384), ("sm_90", 16, 384), ("sm_80", 32, 384)])
+def test_every_step_of_the_tables_own_entries_is_tried(arch: str, bits: int, d: int) -> None:
+    _, _, trials = search(tiles.find_set(arch, bits, d), lambda candidate: 1.0)
+    assert [trial for trial in trials if trial.ms is None] == []
+    entry = tiles.find_set(arch, bits, d)
+    for part in ("row", "exchange"):
+        k = entry.of(part).k
+        assert {trial.tile.k for trial in trials if trial.part == part} >= {k // 2, 2 * k} - {8}
+
+
+def test_what_is_not_tuned_is_known() -> None:
+    """Each kernel's tile, and each field of one, is tuned or named in an entry's source."""
+    assert {*tune.PARTS, *tune.NOT_TUNED} - {"programs"} == {f.name for f in fields(TileSet)} - {"source", "few_rows"}
+    read = {name for names in tune.PARTS.values() for name in names}
+    assert read | {"programs"} == {f.name for f in fields(Tile)}
+    assert not read & set(tune.NOT_TUNED)
+
+
+def test_an_entry_names_what_was_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "measured", lambda *_: lambda candidate: 5.0)
+    assert tune.tune(FakeMachine(), "sm_90", tmp_path / "entries") == 0
+    names = {"TileSet": TileSet, "Tile": Tile}
+    text = (tmp_path / "entries").read_text()
+    entries = eval(f"{{{text}}}", names)
+    assert max(len(line) for line in text.splitlines() if "Tile(" not in line) <= 120  # no formatter breaks a text
+    assert len(entries) == len(tune.PROBLEMS)
+    for entry in entries.values():
+        assert entry.source.startswith("measured on NVIDIA H100 80GB HBM3: 5.000 ms")
+        named = "adapter_forward, adapter_backward, attention_backward_wide, few, programs"
+        assert entry.source.endswith(f"; not tuned: {named}")
 
 
 def test_a_gain_within_the_noise_is_none() -> None:
@@ -122,13 +179,30 @@ def test_an_entry_reads_back() -> None:
 
 def test_tiles_are_tried_and_put_back() -> None:
     before = {key: tiles.find_set(*key) for key in (("sm_90", 16, 384), ("sm_89", 16, 384), ("sm_90", 16, 768))}
-    for arch in ("sm_90", "sm_89"):  # the second takes another architecture's entries
+    for arch in ("sm_90", "sm_89"):  # the second has no entry of its own
         with tiles.trying(arch, 16, 384, START):
             assert tiles.find_set(arch, 16, 384) is START
             assert tiles.find_set(arch, 16, 768) is not START
     with pytest.raises(ZeroDivisionError), tiles.trying("sm_90", 16, 384, START):
         raise ZeroDivisionError
     assert {key: tiles.find_set(*key) for key in before} == before
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120", "sm_121"])
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("d", [384, 768])
+def test_architectures_with_the_shared_memory_of_sm_86_take_its_tiles(arch: str, bits: int, d: int) -> None:
+    """Not the nearest older one's: sm_100's take 172080 bytes, compute capability 12 allows 101376."""
+    assert tiles.find_set(arch, bits, d) is tiles.find_set("sm_86", bits, d)
+    with tiles.trying(arch, bits, d, START):
+        assert tiles.find_set(arch, bits, d) is START
+        assert tiles.find_set("sm_86", bits, d) is not START  # an entry of its own, as `tune` writes one
+
+
+def test_other_architectures_take_the_nearest_older_ones_tiles() -> None:
+    for arch, older in {"sm_87": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100"}.items():
+        assert tiles.find_set(arch, 16, 384) is tiles.find_set(older, 16, 384)
+    assert tiles.find_set("gfx950", 16, 384) is tiles.find_set("interpreter", 16, 384)
 
 
 def test_few_rows_have_tiles_of_their_own() -> None:

@@ -116,16 +116,26 @@ def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
 def select(names: Sequence[str]) -> Plan:
     """The tables with these names: of the paper (`table1a`, ..., or `all`), or all of a YAML file.
 
+    Rows by themselves (`lateral`, `rows/lateral`, as their recipes are called) become a table of their own.
+
     Raises:
         ValueError: an unknown name, or two models or tables that are called the same and differ.
     """
-    plans = [read_plan(name) for name in names if name.endswith((".yaml", ".yml"))]
-    wanted = [name for name in names if not name.endswith((".yaml", ".yml"))]
     paper = read_plan()
+    rows = [row for name in names if (row := _row_named(name, paper))]
+    others = [name for name in names if not _row_named(name, paper)]
+    plans = [read_plan(name) for name in others if name.endswith((".yaml", ".yml"))]
+    wanted = [name for name in others if not name.endswith((".yaml", ".yml"))]
     known = {table.name: table for table in paper.tables}
     for name in wanted:
         if name not in (*known, "all"):
-            raise ValueError(f"unknown table {name!r}; there are all, {', '.join(known)}, or a YAML file of your own")
+            raise ValueError(
+                f"unknown table {name!r}; there are all, {', '.join(known)}, rows by their names "
+                f"({', '.join(paper.models)}), or a YAML file of your own"
+            )
+    if rows:
+        chosen = Table("chosen", "Chosen rows", "Paper", tuple(dict.fromkeys(rows)))
+        plans.insert(0, Plan((chosen,), paper.models))
     if "all" in wanted:
         wanted = list(known)
     if wanted:
@@ -140,6 +150,16 @@ def select(names: Sequence[str]) -> Plan:
         if tables.setdefault(table.name, table) != table:
             raise ValueError(f"two files define the table {table.name!r} differently; rename one")
     return Plan(tuple(tables.values()), models)
+
+
+def _row_named(name: str, paper: Plan) -> Row | None:
+    """The row of a model or of its recipe, labelled with its name; None if it is neither."""
+    path = Path(name)
+    called = path.stem if "rows" in path.parts and path.suffix in ("", ".yaml") else name
+    rows = (row for table in paper.tables for row in table.rows if row.model == called)
+    if called not in paper.models or (path.is_file() and path.resolve().parent.parent.name != "recipes"):
+        return None
+    return Row(called, called, next((row.paper for row in rows), None))
 
 
 def _model(where: str, entry: Mapping[str, Any]) -> Model:

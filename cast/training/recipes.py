@@ -38,7 +38,7 @@ class Command(Generic[Settings]):
 
 
 def find_recipe(what: str) -> Path:
-    """A recipe's file: a path, or a name such as `ek100` or `recipes/ek100.yaml` of one that comes with the package.
+    """A recipe's file: a path, or a name such as `ek100`, `recipes/ek100.yaml` or `rows/lateral` of the package's own.
 
     Raises:
         FileNotFoundError: there is none; the message names close ones and all.
@@ -47,11 +47,19 @@ def find_recipe(what: str) -> Path:
     if path.is_file():
         return path
     names = {found.stem: found for home in reversed(_HOMES) for found in sorted(home.glob("**/*.yaml"))}
-    if path.stem in names and path.parent in (Path("."), Path("recipes")):
-        return names[path.stem]
+    known = names.get(path.stem)
+    if known is not None and path.with_suffix("") in _spellings(known):
+        return known
     close = difflib.get_close_matches(path.stem, names, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise FileNotFoundError(f"no recipe {what!r}: there is no such file. {hint}By name there are {', '.join(names)}")
+
+
+def _spellings(recipe: Path) -> Iterator[Path]:
+    """What a recipe of the package may be called: `lateral`, `rows/lateral`, `recipes/rows/lateral`."""
+    parts = recipe.with_suffix("").parts
+    begin = len(parts) - 1 - parts[::-1].index("recipes")
+    yield from (Path(*parts[i:]) for i in range(begin, len(parts)))
 
 
 def parse(
@@ -130,17 +138,9 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
     known = [action.dest for action in parser._actions]
     try:
         recipe = find_recipe(what)
-        content = parse_yaml(recipe.read_text(encoding="utf-8")) or {}
+        content = _content(parser, recipe, known, ())
     except OSError as error:
         parser.error(str(error))
-    except UnicodeDecodeError as error:
-        parser.error(f"{recipe} is no text in UTF-8: {error}")
-    except yaml.YAMLError as error:
-        parser.error(f"{recipe} is no YAML: {' '.join(str(error).split())}")
-    if not isinstance(content, dict):
-        parser.error(f"{recipe} holds a {type(content).__name__}; a recipe has sections such as data: and optim:")
-    for key in _keys(content):
-        _check(parser, key, known, str(recipe))
     options = [f"--{override.removeprefix('--')}" for override in overrides]
     for option in options:
         key, equals, _ = option.removeprefix("--").partition("=")
@@ -149,6 +149,37 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
             parser.error(f"{key} has no value: write {key}=VALUE")
     namespace = parser.parse_object(content, defaults=True)
     return parser.parse_args(options, namespace=namespace), recipe
+
+
+def _content(parser: ArgumentParser, recipe: Path, known: Sequence[str], above: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's values; those that it does not have are those of the recipe that it names as `base`."""
+    if recipe in above:
+        parser.error(f"{above[-1]} has the base {recipe}, which is based on it")
+    try:
+        content = parse_yaml(recipe.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        parser.error(f"{recipe} is no text in UTF-8: {error}")
+    except yaml.YAMLError as error:
+        parser.error(f"{recipe} is no YAML: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        parser.error(f"{recipe} holds a {type(content).__name__}; a recipe has sections such as data: and optim:")
+    base = content.pop("base", None)
+    for key in _keys(content):
+        _check(parser, key, known, str(recipe))
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        parser.error(f"{recipe} has the base {base!r}; it must be a recipe's name or file")
+    return _over(_content(parser, find_recipe(base), known, (*above, recipe)), content)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of both, values of `above` where it has some."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _over(under, value) if isinstance(value, Mapping) and isinstance(under, Mapping) else value
+    return merged
 
 
 def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

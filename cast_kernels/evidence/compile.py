@@ -154,9 +154,13 @@ def judge(row: Row, exceptions: Exceptions) -> Row:
             needed.append(f"{spilled}, {allowance.loop_spills} allowed")
         else:
             failures.append(spilled + (f"; the exception allows {allowance.loop_spills}" if allowance else ""))
-    if row.dots and not re.search(goal.tensor_core, used.tensor_core):
-        came = f"{used.tensor_core or 'no tensor-core instruction'} instead of {goal.instruction}"
-        if allowance and allowance.tensor_core and allowance.tensor_core in used.tensor_core.split("+"):
+    # Every kind counts: "HGMMA+HMMA" is a kernel in which one of several products fell back to mma.sync.
+    kinds = used.tensor_core.split("+")
+    others = [kind for kind in kinds if not re.fullmatch(goal.tensor_core, kind)]
+    if row.dots and others:
+        also = " as well as" if len(others) < len(kinds) else " instead of"
+        came = f"{'+'.join(others) or 'no tensor-core instruction'}{also} {goal.instruction}"
+        if allowance and allowance.tensor_core and others == [allowance.tensor_core]:
             needed.append(came)
         else:
             failures.append(came)
@@ -169,6 +173,26 @@ def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[Key]:
     needed = {row.key for row in rows if row.allowed}
     compiled = {(row.key[0], *row.key[2:]) for row in rows}
     return [key for key in exceptions if (key[0], *key[2:]) in compiled and key not in needed]
+
+
+def loose(rows: Sequence[Row], exceptions: Exceptions) -> list[tuple[Key, int]]:
+    """Exceptions that allow more spill instructions than any kernel has, and the largest number found: the rest of what
+    they allow hides the next spill.
+
+    Args:
+        rows: judged, of every problem. Nothing is known of operand sizes of which a dtype was not compiled.
+        exceptions: those of :func:`unused` are left out.
+    """
+    compiled = {(row.target, row.dtype) for row in rows}
+    found = []
+    for key, allowance in exceptions.items():
+        dtypes = [name for name, dtype in DTYPES.items() if 8 * dtype.itemsize == key[2]]
+        own = [row for row in rows if row.key == key]
+        largest = max((row.resources.loop_spills for row in own), default=0)
+        known = compiled >= {(key[0], dtype) for dtype in dtypes} and any(row.allowed for row in own)
+        if known and largest < allowance.loop_spills:
+            found.append((key, largest))
+    return found
 
 
 def render(rows: Sequence[Row]) -> Table:
@@ -217,12 +241,21 @@ def main(
                 judged = [judge(row, exceptions) for row in found]
                 rows += judged
                 console.print(render(judged))
-    # One step does not launch everything that an exception may be for.
+    # One step does not launch everything that an exception may be for, and only "all" everything that may spill most.
     _report(console, rows, {} if problems == "step" else exceptions)
+    if problems == "all":
+        for key, largest in loose(rows, exceptions):
+            line = f"{_name(key)} allows {exceptions[key].loop_spills}, the largest found is {largest}"
+            console.print(f"loose: the exception for {line}", markup=False, soft_wrap=True)
     if json_file:
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # one row a line: short, and differences show
         json_file.write_text(f"[\n{lines}\n]\n")
     return 1 if any(row.failures for row in rows) else 0
+
+
+def _name(key: Key) -> str:
+    name, kernel, bits, wide = key
+    return f"{name} {kernel}, {bits} bits{', d above 384' if wide else ''}"
 
 
 def _report(console: Console, rows: Sequence[Row], exceptions: Exceptions) -> None:
@@ -231,9 +264,8 @@ def _report(console: Console, rows: Sequence[Row], exceptions: Exceptions) -> No
             console.print(
                 f"exception  {row.target} {row.kernel} {row.dtype}: {row.allowed}", markup=False, soft_wrap=True
             )
-    for name, kernel, bits, wide in unused(rows, exceptions):
-        at = f"{name} {kernel}, {bits} bits{', d above 384' if wide else ''}"
-        console.print(f"not needed: the exception for {at}", markup=False, soft_wrap=True)
+    for key in unused(rows, exceptions):
+        console.print(f"not needed: the exception for {_name(key)}", markup=False, soft_wrap=True)
     for row in rows:
         for failure in row.failures:
             console.print(

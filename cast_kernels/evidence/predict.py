@@ -117,16 +117,22 @@ def _phases(case: Case, keeper: _Keeper) -> Iterable[tuple[str, list[Launch]]]:
 
 def main(
     devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None,
-    emulated: bool,
+    emulated: bool, recompute: str = Case().recompute,
 ) -> int:  # fmt: skip
-    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device."""
-    cases = [replace(Case(), batch=batch) for batch in batches]
+    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device.
+
+    Raises:
+        ValueError: a folder for a level that is not the default: its README.md is of the default.
+    """
+    if folder and recompute != Case().recompute:
+        raise ValueError(f"--folder is for the level {Case().recompute!r}; write {recompute!r} with --json")
+    cases = [replace(Case(), batch=batch, recompute=recompute) for batch in batches]
     eager = eager_predictions(devices, cases)
     runs = [run for name in devices for run in predict(name, cases, cache, emulated)]
     console = wide_console()
     for run in runs:
         console.print(report.kernels(run))
-    found = report.collect(runs, eager, report.EMULATED if emulated else report.TRACED)
+    found = report.collect(runs, eager, report.EMULATED if emulated else report.TRACED, recompute)
     console.print(report.summary(found))
     for line in (*report.targets(found), *report.failures(runs)):
         console.print(line, markup=False, highlight=False)

@@ -11,10 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from cast_kernels.evidence import eager_model
+from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.devices import Constant, device
 from cast_kernels.evidence.model import CEILINGS, LABEL, UNCERTAINTY, Prediction
 
-#: Phase -> how B-CAST is called. Training keeps for backward what its default recompute level keeps.
+#: Phase -> how B-CAST is called. Training keeps for backward what its recompute level keeps.
 PHASES = ("inference", "forward", "backward")
 #: Where counters come from.
 TRACED = "traced: PTX's control flow was followed, every lane taken as active"
@@ -80,9 +81,11 @@ def kernels(run: Run) -> Table:
     return table
 
 
-def collect(runs: Sequence[Run], eager: Sequence[Eager], counters: str) -> dict[str, Any]:
+def collect(
+    runs: Sequence[Run], eager: Sequence[Eager], counters: str, recompute: str = Case().recompute
+) -> dict[str, Any]:
     """Everything, as it is written to JSON: by device, then one entry a batch."""
-    found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters}
+    found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters, "recompute": recompute}
     found |= {"assumptions": _shares(), "devices": {}}
     for name in dict.fromkeys(run.device for run in runs):
         batches = []
@@ -206,10 +209,10 @@ def markdown(folder: Path) -> str:
     devices = {name: entry for found in all_found for name, entry in found["devices"].items()}
     lines = [
         "# Predicted times of B-CAST's Triton kernels", "",
-        f"Written by `cast-kernels predict --folder`. **{LABEL[0].upper()}{LABEL[1:]}.** Microseconds at the paper's "
-        f"size in bfloat16, a lower bound for ours with an uncertainty of +-{UNCERTAINTY:.0%}: inside a kernel all "
-        "overlaps, and launches have no gaps. Eager's times are by its own model, with the shares of the peaks that "
-        "library kernels reach: ours to theirs is an upper bound of the speed-up.", "",
+        f"Written by `cast-kernels predict --emulate --folder`. **{LABEL[0].upper()}{LABEL[1:]}.** Microseconds at the "
+        f"paper's size in bfloat16, a lower bound for ours with an uncertainty of +-{UNCERTAINTY:.0%}: inside a kernel "
+        "all overlaps, and launches have no gaps. Eager's times are by its own model, with the shares of the peaks "
+        "that library kernels reach: ours to theirs is an upper bound of the speed-up.", "",
         *markdown_table(_COLUMNS, rows({"devices": devices})), "",
         "`floor`: for each of our kernels the larger of its FLOPs at the tensor peak and its tensors' bytes at DRAM's "
         "bandwidth. `inference` keeps nothing for backward.", "",

@@ -6,6 +6,7 @@ Nothing is tuned while the library runs: what this writes is read, reviewed and 
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,18 +21,18 @@ from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError
 from cast_kernels.evidence.variants import steps
 from cast_kernels.triton import tiles
 from cast_kernels.triton.common import architecture
-from cast_kernels.triton.tiles import Tile, TileSet
+from cast_kernels.triton.tiles import SAME_K, Tile, TileSet
 
 #: (dtype, channels of the bottleneck) that are tuned, one entry of the table each.
 PROBLEMS = ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 384))
 _CONTRACTION = ("rows", "k", "columns", "warps", "stages")
 _ATTENTION = ("queries", "keys", "key_stages")
 #: Parts of a set -> the fields that their kernels read, in the order in which they are tuned: forward's first, on which
-#: backward's time depends. The steps `k` of `exchange` and its backward are the rows': a set refuses unequal ones.
+#: backward's time depends. The step `k` of `exchange` is its backward's too: a set refuses unequal ones.
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "project": (*_CONTRACTION, "widen_stages"),
-    "exchange": ("rows", "columns", "warps", "stages", "widen_stages", *_ATTENTION),
+    "exchange": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "exchange_short": ("rows", "queries"),
     "exchange_backward": ("rows", "columns", "warps", "stages"),
     "project_backward": ("rows", "k", "warps", "stages"),
@@ -39,6 +40,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention_backward": ("warps", *_ATTENTION),
     "attention_backward_short": ("warps", "queries"),
 }
+#: What no trial changes or runs: parts of a set, and a field of `weight_gradient`. An entry's source says so.
+NOT_TUNED = ("adapter_forward", "adapter_backward", "attention_backward_wide", "few", "programs")
 #: Values that a field may take: powers of two, as Triton needs, from what a tensor core contracts.
 _VALUES: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64, 128, 256), "k": (16, 32, 64, 128), "columns": (32, 64, 128, 256), "warps": (4, 8, 16),
@@ -107,11 +110,15 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
 
 
 def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
+    """The set with this tile for the part, and its `k` for all kernels that must have the same."""
     changes: dict[str, Any] = {part: tile}
-    try:
-        return replace(tile_set, **changes)
-    except ValueError as error:
-        raise RefusedError(str(error)) from None
+    shared = [name for name in SAME_K if getattr(tile_set, name) is None]
+    if tile.k != tile_set.of(part).k and (part in SAME_K or (part == "row" and shared)):
+        follow = shared if part == "row" else [part]
+        changes |= {name: replace(tile_set.of(name), k=tile.k) for name in SAME_K if name not in follow}
+        few = tile_set.few.items()
+        changes["few"] = {name: replace(own, k=tile.k) if name in SAME_K else own for name, own in few}
+    return replace(tile_set, **changes)
 
 
 def neighbours(part: str, tile: Tile) -> Iterator[Tile]:
@@ -158,7 +165,9 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
 
 def as_python(arch: str, bits: int, d: int, found: TileSet) -> str:
     """An entry of the table."""
-    lines = [f'    ("{arch}", {bits}, {d > 384}): TileSet(', f'        "{found.source}",']
+    source = textwrap.wrap(found.source, 100, drop_whitespace=False)
+    lines = [f'    ("{arch}", {bits}, {d > 384}): TileSet(', *(f'        "{line}"' for line in source)]
+    lines[-1] += ","
     own = {item.name: getattr(found, item.name) for item in fields(found)}
     lines += [f"        {name}={tile!r}," for name, tile in own.items() if isinstance(tile, Tile)]
     if found.few:
@@ -190,7 +199,10 @@ def tune(machine: Machine, arch: str, write: Path | None) -> int:
             continue
         for trial in trials:
             print(f"  {trial.part} {trial.tile}: {trial.reason if trial.ms is None else f'{trial.ms:.3f} ms'}")
-        source = f"measured on {name}: {ms:.3f} ms a training step of {_BATCH} clips, torch {torch.__version__}"
+        source = (
+            f"measured on {name}: {ms:.3f} ms a training step of {_BATCH} clips, torch {torch.__version__}; "
+            f"not tuned: {', '.join(NOT_TUNED)}"
+        )
         entries.append(as_python(arch, bits, d, replace(best, source=source)))
         print(entries[-1])
     if write is not None:

@@ -162,7 +162,7 @@ def backward(
 
 
 def _recompute(call: Call, parts: dict[str, Tensor], recompute: str) -> None:
-    """Complete `parts` by what backward reads: the same kernels on the same inputs, so the same bits."""
+    """Complete `parts` by what backward reads: the same kernels on the same inputs."""
     if recompute == Recompute.NOTHING:
         return
     call.project(parts, from_z=recompute == Recompute.CHEAP)

@@ -1,8 +1,8 @@
 """Kernel `project`: down-projection, LayerNorm, positions, and the queries, keys and values of both directions.
 
 One launch for both streams: z = x Wd^T + b, n = LayerNorm(z), Q = (n + q_pos) Wq^T + b, [K V] = (n + kv_pos) Wkv^T + b.
-z is rounded to the compute dtype before its statistics, as a linear layer of that dtype would do: whoever has z has
-the same n again, bit for bit.
+z is rounded to the compute dtype before its statistics, as a linear layer of that dtype would do: whoever has z can
+compute n again. With FROM_Z the statistics' sums run over another layout of the row, so fp32's last bit may differ.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ No tuning at run time or import. `cast-kernels tune` measures on the GPU at hand
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,11 @@ class Allowance(NamedTuple):
     tensor_core: str = ""  # opcode that may stand for the architecture's own, as "HMMA" on sm_90
 
 
+#: Kernels whose steps `k` must be equal: h is added up by `exchange` in forward, by `exchange_backward` where backward
+#: computes it again, to the same bits.
+SAME_K = ("exchange", "exchange_short", "exchange_backward")
+
+
 @dataclass(frozen=True)
 class TileSet:
     """The tiles of all kernels for one architecture, operand size and width of the bottleneck."""
@@ -72,10 +78,8 @@ class TileSet:
     few: Mapping[str, Tile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # h is added up by `exchange` in forward, by `exchange_backward` where backward computes it again.
-        both = ("exchange", "exchange_short", "exchange_backward")
-        steps = {name: self.of(name).k for name in both}
-        steps |= {f"few[{name!r}]": tile.k for name, tile in self.few.items() if name in both}
+        steps = {name: self.of(name).k for name in SAME_K}
+        steps |= {f"few[{name!r}]": tile.k for name, tile in self.few.items() if name in SAME_K}
         if len(set(steps.values())) > 1:
             raise ValueError(
                 f"the output projection's steps k are {steps}; they must be equal, or recompute levels differ in bits"
@@ -220,8 +224,9 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ),
 }
 
-#: Architectures that take another's entries as they are: sm_120 is newer than sm_90 but has sm_86's shared memory.
-_SAME = {"sm_89": "sm_86", "sm_120": "sm_86"}
+#: Newer than sm_90 and sm_100, with the shared memory of sm_86: compute capability 12 allows a CTA 101376 bytes (CUDA
+#: programming guide, technical specifications per compute capability), and sm_100's tiles take 172080.
+_LIKE_SM_86 = re.compile(r"sm_12\d")
 
 #: Where nothing else is known: what the smallest shared memory takes.
 _DEFAULT = TileSet(
@@ -316,16 +321,18 @@ EXCEPTIONS: dict[tuple[str, str, int, bool], Allowance] = {
 def find_set(arch: str, bits: int, d: int) -> TileSet:
     """The tiles for an architecture: its own, then the nearest older one's of the same vendor, then the default.
 
+    Older than sm_12x is sm_86, for its shared memory.
+
     Args:
         arch: "sm_90", "gfx942".
         bits: of an operand, 16 or 32.
         d: channels of the bottleneck.
     """
-    arch, wide = _SAME.get(arch, arch), d > 384
+    wide = d > 384
     exact = _TABLE.get((arch, bits, wide))
     if exact is not None or not arch.startswith("sm_"):
         return exact or _DEFAULT
-    version = int(arch.removeprefix("sm_"))
+    version = 86 if _LIKE_SM_86.fullmatch(arch) else int(arch.removeprefix("sm_"))
     known = {int(a.removeprefix("sm_")): a for a, b, w in _TABLE if a.startswith("sm_") and (b, w) == (bits, wide)}
     older = [v for v in known if v <= version]
     return _TABLE[(known[max(older)], bits, wide)] if older else _DEFAULT
@@ -334,7 +341,7 @@ def find_set(arch: str, bits: int, d: int) -> TileSet:
 @contextmanager
 def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
     """Inside, the table has these tiles for the architecture: how candidates are measured."""
-    key, before = (_SAME.get(arch, arch), bits, d > 384), dict(_TABLE)
+    key, before = (arch, bits, d > 384), dict(_TABLE)
     _TABLE[key] = tiles
     find_set.cache_clear()
     try:

@@ -148,7 +148,7 @@ def build_negate(d: Decoder, ins: Instruction) -> Action | None:
     return _plain(d, ins, kind, as_type(np.negative if ins.root == "neg" else np.abs, kind))
 
 
-@instruction("and", "or", "xor", "not", "cnot")
+@instruction("and", "or", "xor", "not")
 def build_logic(d: Decoder, ins: Instruction) -> Action | None:
     mods = Modifiers(ins)
     types = mods.types()
@@ -159,7 +159,6 @@ def build_logic(d: Decoder, ins: Instruction) -> Action | None:
         "or": np.bitwise_or,
         "xor": np.bitwise_xor,
         "not": np.invert,
-        "cnot": lambda a: (a == 0).astype(a.dtype),
     }
     function = functions[ins.root]
     if kind != "pred":

@@ -109,7 +109,7 @@ def global_read(m: "Machine", offsets: Array, unit: int, count: int) -> list[Arr
     return [view.take(index if k == 0 else index + k) for k in range(count)]
 
 
-@instruction("ld", "ldu")
+@instruction("ld")
 def build_load(d: Decoder, ins: Instruction) -> Action | None:
     mods = Modifiers(ins)
     space = space_of(mods)

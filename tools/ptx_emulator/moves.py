@@ -132,9 +132,12 @@ def _nothing(m: "Machine", mask: Array | None) -> None:
     return None
 
 
-@instruction("membar", "prefetch", "prefetchu", "griddepcontrol", "nanosleep", "discard", "applypriority", "setmaxnreg")
+@instruction("membar", "prefetch", "griddepcontrol", "setmaxnreg")
 def build_nothing(d: Decoder, ins: Instruction) -> Action | None:
-    """Ordering, caching and scheduling hints: no effect on values where memory is sequential."""
+    """Ordering, caching and scheduling hints: no effect on values where memory is sequential.
+
+    Not among them: discard, which destroys what lies there.
+    """
     return _nothing
 
 
