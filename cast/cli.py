@@ -185,12 +185,19 @@ def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, wo
 
 
 def data(
-    action: Literal["check"], dataset: Path, /, root: Path | None = None, workers: int = 0, out: Path | None = None
+    action: Literal["check"],
+    dataset: Path,
+    /,
+    root: Path | None = None,
+    workers: int = 0,
+    out: Path | None = None,
+    every_frame: bool = False,
 ) -> None:
     """Check a data set before training on it.
 
     Reads every annotation and probes every video in parallel. Prints those that are missing, empty, undecodable or too
     short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
+    Lines that a person added to the list, with a fault of another name, stay.
 
     Args:
         action: what to do
@@ -198,11 +205,21 @@ def data(
         root: directory of the data set, where dataset is not it
         workers: processes that probe; 0 for one per core
         out: where to write the skip list, if not to skip.csv in the data set's directory
+        every_frame: decode every frame, as training may take any; slow. Else those that validation takes
     """
     from cast.video.check import main
 
-    main(dataset, root, workers or None, out)
+    main(dataset, root, workers or None, out, every_frame)
 
+
+_BATCH = "lower optim.micro_batch (the steps stay those of optim.total_batch)"
+#: What to try when a device's memory is full, by command.
+_MEMORY = {
+    "train": f"{_BATCH}, or give run.recompute=all",
+    "pretrain": _BATCH,
+    "evaluate": "lower --batch_size, or take --dtype bfloat16",
+    "predict": "lower --batch",
+}
 
 #: In the order in which a person meets them.
 COMMANDS: tuple[Callable[..., None], ...] = (demo, data, pretrain, train, evaluate, predict, export, study)
@@ -228,10 +245,30 @@ def _run(name: str, command: Callable[[], None]) -> int:
     except (ValueError, OSError, MissingExtraError) as error:
         print(f"cast {name}: error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        text = _explained(name, error)
+        if text is None:
+            raise
+        print(f"cast {name}: error: {text}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"cast {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _explained(name: str, error: RuntimeError) -> str | None:
+    """One line for an error that a person can do something about; None if it is a fault of the program."""
+    from torch import OutOfMemoryError  # only now: whoever raised them has loaded both
+
+    from cast.video.workers import WorkerError
+
+    if isinstance(error, WorkerError):
+        return str(error)
+    if isinstance(error, OutOfMemoryError):
+        said = ". ".join(str(error).split(". ")[:2])  # what it wanted; then come PyTorch's statistics
+        return f"{said}; {_MEMORY.get(name, 'free memory on the device')}"
+    return None
 
 
 class _Help(DefaultHelpFormatter):
@@ -275,7 +312,8 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     )
     for name, kind in kinds.items():
         if kind == "switch":
-            parser.add_argument(f"--{name}", action="store_true", help=helps[name])
+            names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+            parser.add_argument(*names, dest=name, action="store_true", help=helps[name])
     return parser
 
 

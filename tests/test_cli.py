@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cast_models import randomise
 from video_files import write_audio, write_video
 
@@ -17,6 +18,7 @@ import cast.demo
 from cast import optional
 from cast.cli import COMMANDS, main, pretrain, train
 from cast.optional import MissingExtraError, require
+from cast.video.workers import WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,7 @@ def test_every_command_has_help_for_every_option(capsys: pytest.CaptureFixture[s
         text = capsys.readouterr().out
         assert "None" not in text
         assert "<class" not in text
-        switches = text.count("--json ") + text.count("--trust_pickle ")
-        assert text.count("(default:") == len(command.__defaults__ or ()) - switches
+        assert text.count("(default:") == sum(value is not False for value in command.__defaults__ or ())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,3 +174,29 @@ def test_an_interrupt_is_not_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(cast.demo, "main", interrupt, raising=False)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "cast demo: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "advice"),
+    [
+        ("cast.training.command.main", ["train", "ek100"], "lower optim.micro_batch (the steps stay"),
+        ("cast.pretrain.command.main", ["pretrain", "own-data"], "lower optim.micro_batch"),
+        ("cast.evaluation.run.main", ["evaluate", "a", "b"], "lower --batch_size"),
+        ("cast.predict.main", ["predict", "a", "--checkpoint", "b"], "lower --batch"),
+    ],
+)
+def test_a_full_device_and_dead_workers_are_one_line(
+    name: str, words: list[str], advice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> str:
+        def main_(*arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(name, main_)
+        return refused(capsys, *words)
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\na lot of statistics. ")
+    assert f"cast {words[0]}: error: CUDA out of memory. Tried to allocate 2.00 GiB; {advice}" in fail(full)
+    assert fail(WorkerError("3 workers died")) == f"cast {words[0]}: error: 3 workers died\n"
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        fail(RuntimeError("a fault of ours"))

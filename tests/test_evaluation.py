@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from evaluation_cases import CLASSES, COUNTS, small_cast, write_dataset
 from processes import together
 from published_views import views_of
 from torch import Tensor, nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from video_files import write_video
 
 from cast.baselines import TwoStream, build
@@ -29,6 +34,7 @@ from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
 from cast.video.datasets import open_dataset
 from cast.video.reader import VideoError
+from cast.video.workers import WorkerError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
@@ -151,6 +157,36 @@ def test_a_killed_run_goes_on_with_the_same_bits(samples: list[Sample], straight
     parts.own.write_text(parts.own.read_text().replace('"views"', "views", 1))
     with pytest.raises(ValueError, match="damaged"):
         parts.load()
+
+
+def test_a_bad_video_is_one_line_from_a_worker_too(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data", 2)
+    bad = data / "val" / "clip_1.mp4"
+    bad.write_text("no video\n" * 300)
+    words = ["evaluate", checkpoint, data, "--out", tmp_path / "out", "--workers", "1", "--views", "1"]
+    assert command([str(word) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"cast evaluate: error: {bad}: is not a video")
+    assert error.count("\n") == 1
+
+
+class _Deadly(Protocol):
+    """Ends the process that reads."""
+
+    def read(self, path: Any, threads: int = 1) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return torch.empty(0)
+
+
+def test_a_worker_that_is_killed_is_told_with_its_videos(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # DataLoader looks for dead workers every five seconds.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
+    with pytest.raises(WorkerError, match=r"died at or soon after .*clip_0\.mp4.* \(killed by SIGKILL\).*--workers"):
+        evaluate(small_cast(), samples, CLASSES, _Deadly(size=16), Run(batch_size=12, workers=1))
 
 
 def test_what_cannot_be_evaluated_is_refused(samples: list[Sample], tmp_path: Path) -> None:
@@ -277,6 +313,35 @@ def test_another_evaluation_in_the_directory_is_kept(
     assert command(["evaluate", str(checkpoint), str(root), "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_challenge_without_labels_gets_its_submission_and_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_cast(heads={"verb": 97, "noun": 300}).save_pretrained(tmp_path / "model")
+    for number, count in enumerate((20, 12)):
+        write_video(tmp_path / f"P01_{number}.mp4", count=count)  # the second is shorter than a clip
+    annotations, out = tmp_path / "annotations.csv", tmp_path / "out"
+    annotations.write_text("narration_id\nP01_0\nP01_1\n")
+    (tmp_path / "skip.csv").write_text("path,fault\nP01_1.mp4,short\n")
+    words = ["evaluate", tmp_path / "model", annotations, "--workers", "0", "--sls", "[2,3,3]", "--out"]
+    assert command([str(word) for word in (*words, out)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((out / "metrics.json").read_text())
+    assert found.keys() == {"about", "videos", "note"}
+    assert found["note"] == "the data set has no labels, so nothing was measured"
+    assert found["note"] in shown
+    assert "accuracies, for the data set has no labels" in (out / "report.html").read_text()
+    with ZipFile(out / "submission.zip") as file:
+        results = json.loads(file.read("test.json"))["results"]
+    assert {name: len(answers["noun"]) for name, answers in results.items()} == {"P01_0": 300, "P01_1": 300}
+
+    (tmp_path / "skip.csv").write_text("path,fault\nP01_1.mp4,undecodable\n")
+    assert command([str(word) for word in (*words, tmp_path / "again")]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 videos are skipped (1 undecodable)" in error
+    assert "a submission must answer every video" in error
+    assert not (tmp_path / "again").exists()
 
 
 def test_class_names_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ pytest.importorskip("PIL")
 import sharded_process
 import torch
 from processes import started, together
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,11 +31,14 @@ from cast.demo.dataset import Sizes, make_dataset
 from cast.training import CheckpointError, Checkpoints, Progress, Step, load_trained
 from cast.training.command import Validation, fit
 from cast.training.distributed import make_accelerator
-from cast.training.log import JsonLines, Log
+from cast.training.log import Log
 from cast.training.models import build
 from cast.training.recipes import load_recipe
 from cast.training.settings import TrainSettings
+from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
+from cast.video.files import VideoError
+from cast.video.loader import ClipLoader
 
 HERE = Path(__file__).parent
 #: Three steps of 8 clips an epoch, two epochs; a small model.
@@ -357,20 +361,6 @@ def test_precision_compilation_and_a_tracker(data: Path, tmp_path: Path) -> None
     assert not any("_orig_mod" in name for name in weights(tmp_path))
 
 
-def test_bars_show_speed_memory_and_time_left(tmp_path: Path) -> None:
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=160)
-    log = Log(tmp_path, make_accelerator(), 10, {"seed": 0}, console=console)
-    log.start(Progress(step=2), "hello")
-    for number in (3, 4):
-        log.step(Progress(step=number), Step({"loss": 1.25, "verb": 50.0}, 1e-3, 0.5, 8, 0.5, False))
-    log.end("bye")
-    text = screen.getvalue()
-    assert all(
-        word in text for word in ("hello", "4/10", "loss 1.250", "verb 50.0%", "16.0 clips/s", "GB", "0:00:", "bye")
-    )
-
-
 def test_a_model_that_finds_no_room_is_written_by_resuming(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,10 +375,55 @@ def test_a_model_that_finds_no_room_is_written_by_resuming(
     assert weights(tmp_path)
 
 
-def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(f'{{"kind": "step", "step": {step}}}\n' for step in range(3)) + '{"kind": "st')
-    JsonLines(path, 1, 0).write("step", step=2, loss=0.5)
-    assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [0, 1, 2]
-    JsonLines(path, 0, 0)
-    assert path.read_text() == ""
+def test_a_training_goes_on_without_a_video_that_turned_out_damaged(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, root)
+    recipe = settings(root, out, "checkpoint.every=1", "validate_every=0")
+    loader = ClipLoader(open_dataset(recipe.data).samples("train"), recipe.data, 8, True, recipe.seed)
+    bad = Path(list(loader.batches(0))[-1].names[3])
+    bad.write_bytes(bad.read_bytes()[:1500])
+    with pytest.raises(VideoError, match=rf"^{bad}: ") as caught:
+        fit(recipe)
+    assert [line["step"] for line in lines(out, "step")] == [1, 2]
+
+    line = re.search("add the line (.*) to (.*), below the header (.*), and go on", str(caught.value))
+    assert line is not None
+    assert line[2] == str(root / "skip.csv")
+    (root / "skip.csv").write_text(f"{line[3]}\n{line[1]}\n")
+    shutil.copytree(out, tmp_path / "again")
+    capsys.readouterr()
+    assert fit(recipe, resume=True).step == 6
+    told = "23 of the 24 training videos that this training began with are left"
+    assert told in capsys.readouterr().err.replace("\n", " ")
+    assert told in lines(out, "start")[-1]["note"]
+    assert [line["step"] for line in lines(out, "step")] == [1, 2, 3, 4, 5, 6]
+
+    # Cut off once more, it still gives the same bits.
+    again = replace(recipe, out=str(tmp_path / "again"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "step", stop_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            fit(again, resume=True)
+    fit(again, resume=True)
+    assert equal(weights(out), weights(tmp_path / "again"))
+
+    (root / "skip.csv").unlink()
+    with pytest.raises(ValueError, match=r"is of another training: it has {'videos'.* may get lost, but not be added"):
+        fit(recipe, resume=True)
+
+
+def test_validation_needs_labels(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.val\) have no labels; set data\.val=null"):
+        Validation(settings(data, tmp_path), [Sample(data / "val" / "val_00000.mp4", {})], make_accelerator())
+
+
+def stop_at(number: int) -> Any:
+    """A `Log.step` that ends the training before the checkpoint of a step."""
+
+    def step(log: Log, progress: Progress, step: Step) -> None:
+        if progress.step == number:
+            raise KeyboardInterrupt
+
+    return step

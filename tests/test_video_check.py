@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import av
 import pytest
 from deadly_probe import DeadlyProbe
 from video_files import write_video
@@ -13,6 +14,7 @@ from cast.cli import main
 from cast.video.check import find_faults
 from cast.video.datasets import open_dataset
 from cast.video.probe import probe_all
+from cast.video.skips import how_to_skip, read_skips, write_skips
 
 
 @pytest.fixture
@@ -43,6 +45,7 @@ def test_the_command_lists_every_fault_with_its_line(faulty: Path, capsys: pytes
     assert captured.out.count("train.csv:") == 5 + 1
     assert "(12 frames, a clip has 16)" in captured.out
     assert "5 videos can't be used (1 empty, 1 missing, 1 short, 2 undecodable)" in captured.err
+    assert "short ones are tested all the same" in captured.err
     rows = list(csv.DictReader((faulty / "skip.csv").read_text().splitlines()))
     assert {Path(row["path"]).stem: row["fault"] for row in rows} == FAULTS
 
@@ -112,3 +115,55 @@ def test_a_list_that_could_not_be_written_is_an_error_before_the_work(
     monkeypatch.setattr("cast.video.check.find_faults", lambda *_: pytest.fail("probed all the same"))
     assert main(["data", "check", str(faulty), "--out", str(faulty / "no/skip.csv")]) == 1
     assert "choose another file with --out" in capsys.readouterr().err
+
+
+def damaged_at(path: Path, frame: int) -> None:
+    """A video of 120 frames, each on its own, one of which can't be decoded."""
+    write_video(path, count=120, size=(96, 128), codec="mpeg4", gop=1, b_frames=0)
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][frame]
+        assert packet.pos is not None
+        place, size = packet.pos, packet.size
+    content = bytearray(path.read_bytes())
+    content[place : place + size] = bytes(size)
+    path.write_bytes(content)
+
+
+def test_damage_between_the_frames_of_validation_is_found_by_decoding_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged_at(tmp_path / "v.mp4", 110)  # validation takes the 64 frames in the middle
+    (tmp_path / "train.csv").write_text("v.mp4 0\n")
+    (tmp_path / "dataset.yaml").write_text("data: {layout: single, sampling: dense, val: null}\n")
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    assert main(["data", "check", str(tmp_path), "--workers", "1", "--every-frame"]) == 1
+    assert "train.csv:1: undecodable: v.mp4 (" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cast.video.probe._MEMORY", 96 * 128 * 3 * 32)  # 120 frames in four parts
+        assert [skip.fault for skip in find_faults(open_dataset(tmp_path), every_frame=True)] == ["undecodable"]
+
+
+def test_lines_that_a_person_added_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b,1"):
+        write_video(tmp_path / f"{name}.mp4", count=30, size=(96, 128))
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb,1.mp4 1\ngone.mp4 1\n")
+    (tmp_path / "skip.csv").write_text('path,fault\n"b,1.mp4",by hand\nold.mp4,undecodable\n')
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 1
+    assert read_skips(tmp_path / "skip.csv") == {"gone.mp4": "missing", "b,1.mp4": "by hand"}
+    assert "keeps 1 more, listed by hand" in capsys.readouterr().out
+    assert [sample.path.stem for sample in open_dataset(tmp_path).samples("train")] == ["a"]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_advice_about_a_bad_video_is_a_line_that_the_list_takes(tmp_path: Path, listed: bool) -> None:
+    if listed:
+        write_skips(tmp_path / "skip.csv", [])
+    advice = how_to_skip(tmp_path / 'a, "b".mp4', tmp_path, "auto")
+    assert f"to {tmp_path / 'skip.csv'}" in advice
+    line = advice.partition("add the line ")[2].partition(" to ")[0]
+    header = "" if listed else "path,fault\n"
+    assert ("below the header path,fault" in advice) is not listed
+    with (tmp_path / "skip.csv").open("a") as file:
+        file.write(f"{header}{line}\n")
+    assert read_skips(tmp_path / "skip.csv") == {'a, "b".mp4': "by hand"}
+    assert "set data.skip_list=auto" in how_to_skip(tmp_path / "a.mp4", tmp_path, "none")

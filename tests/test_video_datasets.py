@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,47 @@ def test_published_names_label_a_layout_of_indices(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"classes are given for \['verb'\], the labels are \['action'\]"):
         open_dataset(DataSettings(str(tmp_path), "single", classes={"verb": 2})).samples("train")
+
+
+def test_a_number_of_classes_takes_the_names_of_the_published_file(tmp_path: Path) -> None:
+    """As the recipes have it; else a mirrored "jump left" would train as one."""
+    write(tmp_path, train_csv="a.mp4 1\n", kinetics_400_labels_csv="id,name\n0,jump left\n1,jump right\n")
+    settings = {"layout": "single", "val": None, "classes": {"action": 2}}
+    assert open_dataset(DataSettings(str(tmp_path), **settings)).classes == {"action": ["jump left", "jump right"]}
+    with pytest.raises(ValueError, match="a mirrored 'jump left' is no longer one"):
+        labels(tmp_path, **settings, augment=AugmentSettings(flip=0.5))
+    message = r"classes says 3 for 'action', but .*kinetics_400_labels\.csv names 2: give the number of the file"
+    with pytest.raises(ValueError, match=message):
+        labels(tmp_path, **(settings | {"classes": {"action": 3}}))
+
+
+def test_only_training_needs_labels(tmp_path: Path) -> None:
+    write(tmp_path, train_csv="video,label\na,wave\nb,clap\n", test_csv="narration_id,start\nP01_1,3\n")
+    settings = DataSettings(str(tmp_path), val=None, test="test.csv")
+    dataset = open_dataset(settings)
+    assert dataset.classes == {"action": ["clap", "wave"]}
+    assert [(sample.path.name, sample.labels) for sample in dataset.samples("test")] == [("P01_1.mp4", {})]
+    # Where columns are named, those of the labels may be absent together, but not one of them alone.
+    columns = {"path": "narration_id", "verb": "V", "noun": "N"}
+    assert open_dataset(replace(settings, train=None, columns=columns)).samples("test")[0].labels == {}
+    write(tmp_path, test_csv="narration_id,V\nP01_1,3\n")
+    with pytest.raises(ValueError, match="has no column 'N' for 'noun'"):
+        open_dataset(replace(settings, train=None, columns=columns)).samples("test")
+    write(tmp_path, train_csv="narration_id\nP01_1\n")
+    with pytest.raises(ValueError, match="and one for the label"):
+        open_dataset(settings).samples("train")
+
+
+def test_short_videos_are_tested_but_not_trained_on(tmp_path: Path) -> None:
+    """The published code tests videos of fewer frames than a clip has."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("a.mp4 0\nshort.mp4 0\ngone.mp4 0\n")
+    write_skips(tmp_path / "skip.csv", [Skip("short.mp4", "short", "", ""), Skip("gone.mp4", "missing", "", "")])
+    dataset = open_dataset(tmp_path)
+    assert [sample.path.stem for sample in dataset.samples("train")] == ["a"]
+    assert [sample.path.stem for sample in dataset.samples("val")] == ["a", "short"]
+    assert "2 of 3 videos are skipped (1 missing, 1 short)" in dataset.skipped("train")
+    assert "1 of 3 videos are skipped (1 missing)" in dataset.skipped("val")
 
 
 def test_a_yaml_file_describes_a_data_set(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from cast.video.decoders import PyAV
 from cast.video.files import VideoError
 from cast.video.loader import Batch, ClipLoader
 from cast.video.sampling import view_indices
+from cast.video.workers import WorkerError
 
 AUGMENT = AugmentSettings(flip=0.5, randaugment="rand-m7-n4-mstd0.5-inc1", erasing=0.5, color_jitter=0.4)
 SETTINGS = DataSettings("unused", size=24, workers=0, augment=AUGMENT)
@@ -191,7 +192,7 @@ def test_a_batch_that_kills_every_worker_is_named(
 ) -> None:
     monkeypatch.setattr(loader_module, "decoder", lambda name: Deadly())
     loader = make(samples, 2, train=False, workers=1)
-    with pytest.raises(RuntimeError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
+    with pytest.raises(WorkerError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
         list(loader.batches(0))
     assert len(messages) == 2
 
@@ -240,6 +241,19 @@ def test_missing_files_are_counted_at_once(samples: list[Sample], tmp_path: Path
         next(make(samples).batches(0, start=4))
 
 
+def test_an_epoch_that_lost_videos_keeps_its_length(samples: list[Sample]) -> None:
+    """Nine videos were planned, three batches of three; seven are left, and two of them come a second time."""
+    loader = make(samples[:7], 3, planned=9)
+    assert len(loader) == 3
+    order = [name for batch in loader.batches(1) for name in batch.names]
+    assert len(order) == 9
+    assert (len(set(order[:7])), order[7:]) == (7, order[:2])
+    assert_same(list(loader.batches(1))[1:], list(loader.batches(1, start=1)))
+    shares = [make(samples[:7], 1, rank=rank, world=3, planned=9) for rank in range(3)]
+    dealt = zip(*(share.batches(1) for share in shares), strict=True)
+    assert [batch.names[0] for step in dealt for batch in step] == order
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_video_is_one_line_that_begins_with_its_name(tmp_path: Path, workers: int) -> None:
     bad = tmp_path / "bad.mp4"
@@ -249,4 +263,5 @@ def test_a_bad_video_is_one_line_that_begins_with_its_name(tmp_path: Path, worke
     with pytest.raises(VideoError) as caught:
         list(loader.batches(0))
     assert str(caught.value).startswith(f"{bad}: ")
+    assert f"add the line bad.mp4,by hand to {tmp_path / 'skip.csv'}, below" in str(caught.value)
     assert "\n" not in str(caught.value)

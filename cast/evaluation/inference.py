@@ -23,6 +23,8 @@ from cast.evaluation.protocol import Protocol, normalise
 from cast.metrics import average_views
 from cast.processes import join_processes, peak_memory
 from cast.video.annotations import Sample
+from cast.video.files import VideoError
+from cast.video.workers import WorkerDied, WorkerError, items
 
 #: Told after each chunk of this process: videos done and videos in all, both of this process.
 Progress = Callable[[int, int], None]
@@ -87,6 +89,7 @@ def evaluate(
     Raises:
         ValueError: no samples, two with one name, heads other than `classes` has, or an answer that is not a number.
         VideoError: a file that can't be read as a video; finished videos are kept in `parts`.
+        WorkerError: a decoding process died; the same.
     """
     run, state = run or Run(), join_processes()
     names = sample_names(samples)
@@ -154,12 +157,17 @@ def _share(samples: int, size: int, process: int, processes: int) -> list[range]
     return [range(start, min(start + size, samples)) for start in starts[process::processes]]
 
 
-class _Videos(Dataset[Tensor]):
+class _Videos(Dataset[Tensor | VideoError]):
+    """All clips of a video, or why there are none: DataLoader would bury an error in a traceback."""
+
     def __init__(self, paths: Sequence[Any], protocol: Protocol) -> None:
         self.paths, self.protocol = paths, protocol
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.protocol.read(self.paths[index])
+    def __getitem__(self, index: int) -> Tensor | VideoError:
+        try:
+            return self.protocol.read(self.paths[index])
+        except VideoError as error:
+            return error
 
 
 def _decoded(
@@ -168,9 +176,22 @@ def _decoded(
     """Each chunk with its clips, uint8 [videos, clips, 3, T, S, S]."""
     order = [index for chunk in chunks for index in chunk]
     loader = DataLoader(_Videos(paths, protocol), batch_size=None, sampler=order, num_workers=workers)
-    videos = iter(loader)
+    videos = items(loader)
     for chunk in chunks:
-        yield chunk, torch.stack([next(videos) for _ in chunk])
+        try:
+            yield chunk, torch.stack([_clips(next(videos)) for _ in chunk])
+        except WorkerDied as death:
+            names = ", ".join(str(paths[index]) for index in chunk)
+            raise WorkerError(
+                f"a decoding process died at or soon after {names} ({death}); is there enough memory (and /dev/shm)? "
+                "The same command goes on where it was: lower --workers, or look for the file with cast data check"
+            ) from None
+
+
+def _clips(read: Tensor | VideoError) -> Tensor:
+    if isinstance(read, VideoError):
+        raise read
+    return read
 
 
 @torch.inference_mode()

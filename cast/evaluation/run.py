@@ -97,6 +97,11 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
     _check_before(options)
     videos = open_dataset(dataset)
     samples = videos.samples(options.split)
+    if options.sls is not None and len(samples) < len(videos.all_samples(options.split)):
+        raise ValueError(
+            f"{videos.skipped(options.split)}: a submission must answer every video, so mend these and run cast data "
+            "check again, or evaluate without --sls"
+        )
     if Path(checkpoint).suffix in PREDICTIONS:
         answered = _read_answers(Path(checkpoint), samples)
     else:
@@ -230,11 +235,13 @@ def _read_cost(directory: Path) -> Cost | None:
 def _class_names(
     own: dict[str, list[str]] | None, videos: VideoSet, counts: Mapping[str, int]
 ) -> Mapping[str, Sequence[str]]:
-    """The checkpoint's class names, or the data set's where it has numbers only.
+    """The checkpoint's class names, or the data set's where it has numbers only; the latter may have no labels.
 
     Raises:
         ValueError: another number of classes, or other names: a label would then mean another class.
     """
+    if not videos.classes:
+        return own or numbers(counts)
     theirs = {head: len(names) for head, names in videos.classes.items()}
     if theirs != dict(counts):
         raise ValueError(f"the checkpoint's heads have {dict(counts)} classes and the data set's {theirs}")
@@ -284,4 +291,6 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
             cells = [f"{figures[figure]:.2f}" if figure in figures else "" for figures in models.values()]
             table.add_row(figure, *cells)
         console.print(table)
+    else:
+        console.print(f"{summary['videos']} videos; {summary['note']}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -160,10 +160,10 @@ def f1_gains(predictions: Predictions, baseline: Predictions, head: str) -> Tens
 
 
 def summarise(predictions: Predictions, baselines: Mapping[str, Predictions]) -> dict[str, Any]:
-    """The content of `metrics.json`; `baselines` by name, aligned to `predictions`."""
+    """The content of `metrics.json`, which without labels is a note; `baselines` by name, aligned to `predictions`."""
     summary: dict[str, Any] = {"about": dict(predictions.about), "videos": len(predictions.videos)}
     if not predictions.labels:
-        return summary
+        return summary | {"note": "the data set has no labels, so nothing was measured"}
     summary |= {
         "metrics": metrics(predictions),
         "meanings": meanings(predictions),

@@ -5,6 +5,7 @@ A checkpoint is a directory `step-<number>`:
 * `weights.safetensors`: parameters that train and persistent buffers, or, if asked for, the frozen ones too;
 * `optimizer.safetensors`: AdamW's moments, `ema.safetensors`: averaged weights, if there are any;
 * `engine/`: DeepSpeed's own files instead of `optimizer.safetensors`, under DeepSpeed;
+* `videos.safetensors`: a hash of every training video, 8 bytes each;
 * `state.json`: which training it is, where it stands, which frozen experts it belongs to, checksums of the files.
 
 It is written under another name, flushed and renamed, and only then older ones go. So a kill, a full disk or a
@@ -44,11 +45,12 @@ from cast.training.tensors import (
 #: Which weights a checkpoint holds.
 Weights = Literal["trainable", "full"]
 
-_STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _ENGINE = (
+_STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _VIDEOS, _ENGINE = (
     "state.json",
     "weights.safetensors",
     "optimizer.safetensors",
     "ema.safetensors",
+    "videos.safetensors",
     "engine",
 )
 _FORMAT = 1
@@ -65,6 +67,8 @@ class Checkpoints:
         model: before it is prepared; its frozen parameters are hashed.
         weights: `trainable` leaves the frozen parameters out (180 MB instead of 870 for CAST-B/16 in fp32).
         keep: how many of the newest stay.
+        videos: int64 [videos], a hash of each; a checkpoint whose identity differs in `videos` alone is then taken if
+            these are some of its own, in its order.
     """
 
     def __init__(
@@ -75,12 +79,14 @@ class Checkpoints:
         model: nn.Module,
         weights: Weights = "trainable",
         keep: int = 1,
+        videos: Tensor | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
         if weights not in ("trainable", "full"):
             raise ValueError(f"weights is {weights!r}; a checkpoint holds 'trainable' or 'full' weights")
         self.directory, self.accelerator, self.keep, self.weights = Path(directory), accelerator, keep, weights
+        self.videos = videos
         self.identity = json.loads(json.dumps(identity))
         self._frozen = digest(model, frozen_names(model)) if accelerator.is_main_process else ""
         # Set by attach(), once the model and the optimizer are where they train.
@@ -108,6 +114,8 @@ class Checkpoints:
         tensors = {_WEIGHTS: read_weights(self._model, self.weights == "full")}
         if self._average is not None:
             tensors[_AVERAGE] = self._average.read()
+        if self.videos is not None:
+            tensors[_VIDEOS] = {"hashes": self.videos}
         part = self.directory / "unfinished"
         on_main(self.accelerator, lambda: shutil.rmtree(part, ignore_errors=True))
         if self._is_deepspeed:
@@ -248,16 +256,35 @@ class Checkpoints:
         if state["identity"] != self.identity:
             theirs, ours = flat(state["identity"]), flat(self.identity)
             differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-            raise ValueError(
-                f"{path} is of another training: it has { {key: theirs.get(key) for key in differing} }, this one "
-                f"{ {key: ours.get(key) for key in differing} }; give the same values, or choose another directory"
-            )
+            if differing != ["videos"] or not self._only_lost(path, state):
+                more = ". Training videos may get lost, but not be added, changed or sorted otherwise"
+                raise ValueError(
+                    f"{path} is of another training: it has { {key: theirs.get(key) for key in differing} }, this one "
+                    f"{ {key: ours.get(key) for key in differing} }; give the same values, or choose another directory"
+                    f"{more if 'videos' in differing else ''}"
+                )
         if state["weights"] == "trainable" and state["frozen"] != self._frozen:
             raise ValueError(
                 f"{path} holds only what trains, and belongs to frozen weights with the hash {state['frozen']}; "
                 f"this model's have {self._frozen}: load the same experts as then"
             )
         return state
+
+    def _only_lost(self, path: Path, state: Mapping[str, Any]) -> bool:
+        """Whether this training's videos are some of the checkpoint's, in its order."""
+        if self.videos is None or _VIDEOS not in state["files"]:
+            return False
+        theirs = iter(read_tensors(path / _VIDEOS)["hashes"].tolist())
+        return all(video in theirs for video in self.videos.tolist())  # each search goes on where the last one ended
+
+
+def planned_videos(directory: str | os.PathLike[str]) -> int | None:
+    """How many videos the training began with whose newest checkpoint lies in a directory; None if nothing says so."""
+    newest = max((path for path in Path(directory).glob("step-*") if _NAME.fullmatch(path.name)), default=None)
+    try:
+        return None if newest is None else int(json.loads((newest / _STATE).read_text())["identity"]["samples"])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, which loading it says better
+        return None
 
 
 def _files(directory: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections import deque
@@ -58,9 +59,12 @@ class JsonLines:
         os.replace(part, path)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append a line and hand it to the system at once, so that a kill loses no line before it."""
+        """Append a line and hand it to the system at once, so that a kill loses no line before it.
+
+        A figure that is infinite or NaN becomes null, as JSON has neither.
+        """
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(json.dumps(_valid({"kind": kind, **values}), allow_nan=False) + "\n")
 
     def _whole_lines(self) -> list[str]:
         if not self.path.exists():
@@ -126,7 +130,7 @@ class Log:
         if not self.speaks:
             return
         self._lines = JsonLines(self.directory / "log.jsonl", progress.step, len(progress.history))
-        self._lines.write("start", step=progress.step, steps=self.steps, settings=self.settings)
+        self._lines.write("start", step=progress.step, steps=self.steps, settings=self.settings, note=note)
         self.console.print(note, highlight=False, markup=False, soft_wrap=True)
         if self._bars is not None:
             self._bars.start()
@@ -194,6 +198,15 @@ class Log:
         """Clips a second over the last steps, of all processes together."""
         seconds = sum(seconds for _, seconds in self._speeds)
         return sum(clips for clips, _ in self._speeds) / seconds if seconds else 0.0
+
+
+def _valid(value: Any) -> Any:
+    """JSON has no infinity, which a gradient is that overflowed under fp16, and no NaN: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _valid(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_valid(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Figures(ProgressColumn):

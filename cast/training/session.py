@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cast.processes import join_processes
-from cast.training.checkpoints import Checkpoints
+from cast.training.checkpoints import Checkpoints, planned_videos
 from cast.training.distributed import make_accelerator, on_main
 from cast.training.engine import Engine, Plan
 from cast.training.files import CheckpointError, write_text
@@ -20,7 +20,7 @@ from cast.training.plain import identity, plain
 from cast.training.progress import Progress
 from cast.training.schedule import cosine
 from cast.training.settings import RecipeSettings
-from cast.training.simple import fingerprint, videos_digest
+from cast.training.simple import fingerprint, video_hashes, videos_digest
 from cast.video.annotations import Sample
 from cast.video.loader import ClipLoader
 
@@ -47,6 +47,7 @@ class Session:
         check_trackers(trackers)
         self.settings, self.free, self.resume, self.recipe = settings, free, resume, recipe
         self.out = settings.directory
+        self.planned = self.videos = 0  # videos at the beginning of the training, and now
         optim = settings.optim
         self.accumulate = optim.accumulate(join_processes().num_processes)
         self.accelerator = make_accelerator(
@@ -54,10 +55,14 @@ class Session:
         )
 
     def loader(self, samples: Sequence[Sample]) -> ClipLoader:
-        """The training clips of this process."""
+        """The training clips of this process; epochs stay as long as those that a resumed training began with."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         settings = self.settings
-        return ClipLoader(samples, settings.data, settings.optim.micro_batch, True, settings.seed, rank, world)
+        planned = planned_videos(self.out / "checkpoints") if self.resume else None
+        self.planned, self.videos = planned or len(samples), len(samples)
+        return ClipLoader(
+            samples, settings.data, settings.optim.micro_batch, True, settings.seed, rank, world, self.planned
+        )
 
     def plan(self, loader: ClipLoader, clips: int, smoothing: float = 0.0) -> Plan:
         """The recipe in the loop's numbers.
@@ -86,7 +91,7 @@ class Session:
         )
 
     def checkpoints(self, model: nn.Module, samples: Sequence[Sample]) -> Checkpoints:
-        """Where states are kept.
+        """Where states are kept; to be asked for after the loader.
 
         Raises:
             FileExistsError: there is a training in `out` already, and nobody asked to go on.
@@ -96,17 +101,27 @@ class Session:
             self.accelerator,
             {
                 "settings": identity(self.settings, self.free),
-                "samples": len(samples),
+                "samples": self.planned,
                 "videos": videos_digest(samples, self.settings.data.root),
                 "model": fingerprint(model),
             },
             model,
             self.settings.checkpoint.weights,
             self.settings.checkpoint.keep,
+            video_hashes(samples, self.settings.data.root),
         )
         if not self.resume:
             on_main(self.accelerator, lambda: self._refuse_another(checkpoints))
         return checkpoints
+
+    def _lost(self) -> str:
+        """A line about training videos that were lost on the way, or nothing."""
+        if self.videos == self.planned:
+            return ""
+        return (
+            f"\n{self.videos} of the {self.planned} training videos that this training began with are left. Its "
+            "schedule and the steps of an epoch stay; the order of each epoch, from here on, is drawn from those left"
+        )
 
     def _refuse_another(self, checkpoints: Checkpoints) -> None:
         if found := checkpoints.all():
@@ -144,7 +159,7 @@ class Session:
 
         done = ""
         try:
-            log.start(engine.progress, note)
+            log.start(engine.progress, note + self._lost())
             progress = engine.run(log.step, on_epoch)
             done = f"finished: {finish()}"
         except KeyboardInterrupt:

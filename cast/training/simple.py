@@ -174,6 +174,18 @@ def fingerprint(model: nn.Module) -> str:
 def videos_digest(samples: Sequence[Sample], root: str) -> str:
     """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
     result = hashlib.sha256()
-    for sample in samples:
-        result.update(f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n".encode())
+    for line in _video_lines(samples, root):
+        result.update(line)
     return result.hexdigest()[:16]
+
+
+def video_hashes(samples: Sequence[Sample], root: str) -> Tensor:
+    """int64 [videos]: 8 bytes for each video's name and labels, to tell later which ones are gone."""
+    digests = b"".join(hashlib.sha256(line).digest()[:8] for line in _video_lines(samples, root))
+    return torch.from_numpy(np.frombuffer(digests, np.int64).copy())
+
+
+def _video_lines(samples: Sequence[Sample], root: str) -> Iterator[bytes]:
+    for sample in samples:
+        line = f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n"
+        yield line.encode(errors="surrogateescape")

@@ -183,7 +183,7 @@ class Table:
         return samples
 
 
-def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None) -> Table:
+def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None, labelled: bool = True) -> Table:
     """Read a CSV with a header: a column for the file, and `verb` and `noun` or one label.
 
     A file name without an ending gets `.mp4`. The separator is a comma, semicolon or tab, whichever the header has.
@@ -192,6 +192,7 @@ def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None) 
         annotations: the annotation file.
         columns: what a column holds ("path", "verb", "noun", "action", or another head) -> its name in the header;
             what is not named is found by the names in `COLUMNS`.
+        labelled: whether there must be labels; otherwise a table without any has no `heads`.
 
     Raises:
         ValueError: the file is missing or empty, lacks a column, or has a line that doesn't fit.
@@ -202,7 +203,7 @@ def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None) 
     separator = next((mark for mark in ",;\t" if mark in header), ",")
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     titles = [title.strip() for title in next(reader, [])]
-    places = _columns(where, titles, columns or {})
+    places = _columns(where, titles, columns or {}, labelled)
     heads = tuple(role for role in places if role != "path")
     rows = []
     for cells in reader:
@@ -220,8 +221,10 @@ def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None) 
     return Table(annotations, tuple(rows), heads)
 
 
-def _columns(where: str, titles: list[str], given: Mapping[str, str]) -> dict[str, int]:
+def _columns(where: str, titles: list[str], given: Mapping[str, str], labelled: bool) -> dict[str, int]:
     """What the columns hold -> their places: the path first, then the heads."""
+    if not labelled and not any(title in titles for role, title in given.items() if role != "path"):
+        given = {role: title for role, title in given.items() if role == "path"}
     places = {}
     for role, title in given.items():
         if title not in titles:
@@ -239,7 +242,7 @@ def _columns(where: str, titles: list[str], given: Mapping[str, str]) -> dict[st
         pair = found.keys() & {"verb", "noun"}
         wanted = ("verb", "noun") if len(pair) == 2 else ("action",) if "action" in found else tuple(pair)
         places |= {role: found[role] for role in wanted if role in found}
-    if "path" not in places or len(places) < 2:
+    if "path" not in places or (labelled and len(places) < 2):
         raise ValueError(
             f"{where}: the header must have a column for the video ({', '.join(COLUMNS['path'][:4])}) and one for the "
             f"label ({', '.join(COLUMNS['action'])}) or a verb and a noun; it has {titles}. Else say which is which: "

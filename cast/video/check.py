@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cast.video.annotations import PathLike
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.probe import Fault, Probe, probe_all
-from cast.video.skips import DEFAULT_NAME, Skip, write_skips
+from cast.video.skips import DEFAULT_NAME, FAULTS, SHORT, Skip, read_rows, write_skips
 
 #: Faults that are printed; the skip list has all.
 _SHOWN = 20
@@ -23,7 +23,10 @@ _ABSENT = 5
 
 
 def find_faults(
-    dataset: VideoSet, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+    dataset: VideoSet,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    every_frame: bool = False,
 ) -> list[Skip]:
     """Every video of every split that training cannot use, in the order of the annotations.
 
@@ -31,6 +34,7 @@ def find_faults(
         dataset: what to check; its present skip list plays no part.
         workers: processes.
         progress: called with videos probed and videos in all.
+        every_frame: decode all frames, not only those that validation takes.
 
     Raises:
         ValueError: an annotation file does not fit (the message names file and line), or `workers` is below 1.
@@ -43,7 +47,7 @@ def find_faults(
     for split in dataset.splits:
         for sample in dataset.all_samples(split):
             where.setdefault(os.fspath(sample.path), f"{dataset.annotations(split)}:{sample.line}")
-    probe = Probe(settings.frames, settings.sampling, settings.decoder)
+    probe = Probe(settings.frames, settings.sampling, settings.decoder, every_frame)
     found: dict[str, Fault] = {}
     for done, (path, fault) in enumerate(probe_all(probe, list(where), workers), start=1):
         progress(done, len(where))
@@ -56,8 +60,16 @@ def find_faults(
     ]
 
 
-def main(what: PathLike, root: PathLike | None = None, workers: int | None = None, out: PathLike | None = None) -> None:
+def main(
+    what: PathLike,
+    root: PathLike | None = None,
+    workers: int | None = None,
+    out: PathLike | None = None,
+    every_frame: bool = False,
+) -> None:
     """Check a data set, print what is wrong and write its skip list, which is empty if nothing is.
+
+    Lines of the present list whose fault is none that a check finds were written by a person, and stay.
 
     Raises:
         ValueError: there is no such data set, its annotations don't fit, or some videos can't be used.
@@ -65,23 +77,33 @@ def main(what: PathLike, root: PathLike | None = None, workers: int | None = Non
     dataset = open_dataset(what, root)
     for split in dataset.splits:
         print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
-    print(", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items()), flush=True)
+    classes = ", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items())
+    print(classes or "no labels", flush=True)
     for gap in _gaps(dataset):
         print(gap, flush=True)
     named = dataset.settings.skip_list
     path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
     if not os.access(path.parent, os.W_OK):  # better now than when every video has been probed
         raise ValueError(f"{path}: its directory is not there or can't be written to; choose another file with --out")
-    faults = _with_bar(dataset, workers or os.cpu_count() or 1)
-    write_skips(path, faults)
+    by_hand = [row for row in read_rows(path) if row.fault not in FAULTS] if path.is_file() else []
+    kept = {row.path for row in by_hand}
+    found = _with_bar(dataset, workers or os.cpu_count() or 1, every_frame)
+    faults = [skip for skip in found if skip.path not in kept]
+    write_skips(path, [*faults, *by_hand])
+    if by_hand:
+        print(f"{path} keeps {len(by_hand)} more, listed by hand")
     for skip in faults[:_SHOWN]:
         print(f"{skip.where}: {skip.fault}: {skip.path} ({skip.detail})")
     if len(faults) > _SHOWN:
         print(f"... and {len(faults) - _SHOWN} more in {path}")
     if faults:
         counts = ", ".join(f"{number} {fault}" for fault, number in sorted(Counter(f.fault for f in faults).items()))
-        raise ValueError(f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them")
-    print(f"every video can be used; {path} is empty")
+        tested = "; short ones are tested all the same" if any(skip.fault == SHORT for skip in faults) else ""
+        raise ValueError(
+            f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them{tested}"
+        )
+    if not by_hand:
+        print(f"every video can be used; {path} is empty")
 
 
 def _gaps(dataset: VideoSet) -> list[str]:
@@ -97,10 +119,12 @@ def _gaps(dataset: VideoSet) -> list[str]:
     return lines
 
 
-def _with_bar(dataset: VideoSet, workers: int) -> list[Skip]:
+def _with_bar(dataset: VideoSet, workers: int, every_frame: bool) -> list[Skip]:
     bar = Progress(
         TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     )
     with bar:
         task = bar.add_task("probing")
-        return find_faults(dataset, workers, lambda done, total: bar.update(task, completed=done, total=total))
+        return find_faults(
+            dataset, workers, lambda done, total: bar.update(task, completed=done, total=total), every_frame
+        )

@@ -47,10 +47,15 @@ def read_classes(path: PathLike, head: str) -> list[str]:
 
 def find_classes(root: Path, heads: Sequence[str]) -> dict[str, list[str]]:
     """Names by head from the files that lie in `root`; empty unless there are some for every head."""
-    if (root / ALL_HEADS).is_file():
-        return {head: read_classes(root / ALL_HEADS, head) for head in heads}
-    paths = {head: [root / name for name in PUBLISHED.get(head, ()) if (root / name).is_file()] for head in heads}
-    return {head: read_classes(found[0], head) for head, found in paths.items()} if all(paths.values()) else {}
+    paths = {head: find_file(root, head) for head in heads}
+    found = {head: read_classes(path, head) for head, path in paths.items() if path}
+    return found if len(found) == len(paths) else {}
+
+
+def find_file(root: Path, head: str) -> Path | None:
+    """The file in `root` that names the classes of `head`; None if there is none."""
+    names = (ALL_HEADS, *PUBLISHED.get(head, ()))
+    return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def _from_json(text: str, head: str) -> list[str]:

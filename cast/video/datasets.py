@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cast.files import parse_yaml
-from cast.video.annotations import PathLike, Sample, read_compositional, read_single, read_table, read_text
+from cast.video.annotations import (
+    PathLike,
+    Sample,
+    Table,
+    read_compositional,
+    read_single,
+    read_table,
+    read_text,
+)
 from cast.video.augment import AugmentSettings
-from cast.video.classes import find_classes, read_classes
+from cast.video.classes import find_classes, find_file, read_classes
 from cast.video.sampling import Sampling
-from cast.video.skips import DEFAULT_NAME, read_skips
+from cast.video.skips import DEFAULT_NAME, SHORT, read_skips
 
 Layout = Literal["compositional", "single", "csv"]
 Split = Literal["train", "val", "test"]
@@ -44,7 +52,8 @@ class DataSettings:
         test: of the test videos.
         videos: directory of the files; "{split}" in it stands for train, val or test.
         classes: how many classes each head has, or the file with their names: {"verb": 97, "noun": "nouns.csv"}; one
-            file name for all heads; null to look for published files, then to take them from the annotations.
+            file name for all heads; null to take them from the annotations. With a number or null, names come from
+            the files that data sets publish, where one lies in `root`; it must have that number of them.
         columns: layout "csv" only: what a column holds (path, verb, noun, action) -> its name in the header, where
             it can't be guessed.
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
@@ -134,8 +143,12 @@ class VideoSet:
 
     @cached_property
     def heads(self) -> tuple[str, ...]:
-        """Names of the labels: verb and noun, or action."""
-        return self.settings.heads or self._table(self.splits[0]).heads
+        """Names of the labels: verb and noun, or action; none if no split has labels and no setting names them."""
+        if self.settings.heads:
+            return self.settings.heads
+        given = self.settings.classes
+        named = tuple(given) if isinstance(given, dict) else ()
+        return next((table.heads for table in map(self._table, self.splits) if table.heads), named)
 
     @cached_property
     def classes(self) -> dict[str, list[str]]:
@@ -153,14 +166,25 @@ class VideoSet:
         return {head: self._named(head, entries[head]) for head in self.heads}
 
     def _named(self, head: str, entry: int | str) -> list[str]:
-        return read_classes(self.root / entry, head) if isinstance(entry, str) else _numbers(head, entry)
+        if isinstance(entry, str):
+            return read_classes(self.root / entry, head)
+        path = find_file(self.root, head)
+        if path is None:
+            return _numbers(head, entry)
+        names = read_classes(path, head)
+        if len(names) != entry:
+            raise ValueError(
+                f"classes says {entry} for {head!r}, but {path} names {len(names)}: give the number of the file, or, "
+                "if it is not about these videos, move it elsewhere"
+            )
+        return names
 
     def _from_annotations(self) -> dict[str, list[str]]:
         """Names as the training annotations write them; for labels written as indices, up to the largest anywhere."""
         if self.settings.layout != "csv":
             everywhere = [sample.labels for split in self.splits for sample in self._read(split, None)]
             return {head: _numbers(head, max(labels[head] for labels in everywhere) + 1) for head in self.heads}
-        tables = [self._table(split) for split in self.splits]
+        tables = [table for table in map(self._table, self.splits) if table.heads]
         names = {}
         for head in self.heads:
             words = tables[0].words(head)
@@ -187,8 +211,9 @@ class VideoSet:
         reader = read_compositional if self.settings.layout == "compositional" else read_single
         return reader(self.annotations(split), self.videos(split), counts)
 
-    def _table(self, split: str) -> Any:
-        return read_table(self.annotations(split), self.settings.columns)
+    def _table(self, split: str) -> Table:
+        # A challenge keeps its test's labels to itself; nothing can be trained without.
+        return read_table(self.annotations(split), self.settings.columns, labelled=split == "train")
 
     @cached_property
     def skip_list(self) -> Path | None:
@@ -212,11 +237,14 @@ class VideoSet:
     def samples(self, split: str) -> list[Sample]:
         """The videos of a split without those on the skip list; the first call says how many those are.
 
+        Short videos are left out of training only: the published code tests them, with frames that repeat. Videos of
+        a CSV for validation or test may have no labels, but then none of them has.
+
         Raises:
             ValueError: no such split, annotations that don't fit, or nothing is left.
         """
         everything = self.all_samples(split)
-        kept = [sample for sample in everything if self._key(sample) not in self._skips]
+        kept = [sample for sample in everything if self._fault(sample, split) is None]
         # Of several training processes the first one speaks.
         if len(kept) < len(everything) and split not in self._told and os.environ.get("RANK", "0") == "0":
             _log.warning(self.skipped(split))
@@ -245,7 +273,7 @@ class VideoSet:
         """How many videos of a split are left out and why, in one line."""
         reasons: dict[str, int] = {}
         for sample in self.all_samples(split):
-            if fault := self._skips.get(self._key(sample)):
+            if fault := self._fault(sample, split):
                 reasons[fault] = reasons.get(fault, 0) + 1
         total, count = sum(reasons.values()), len(self.all_samples(split))
         if not total:
@@ -253,8 +281,10 @@ class VideoSet:
         why = ", ".join(f"{number} {fault}" for fault, number in sorted(reasons.items()))
         return f"{self.annotations(split)}: {total} of {count} videos are skipped ({why}), as {self.skip_list} says"
 
-    def _key(self, sample: Sample) -> str:
-        return os.path.relpath(sample.path, self.root)
+    def _fault(self, sample: Sample, split: str) -> str | None:
+        """Why a video is left out of a split, as the skip list says; None if it is not."""
+        fault = self._skips.get(os.path.relpath(sample.path, self.root))
+        return None if fault == SHORT and split != "train" else fault
 
 
 def _numbers(head: str, count: int) -> list[str]:

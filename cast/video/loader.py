@@ -8,12 +8,8 @@ decoder) its batch is made again by another one and nothing changes but the time
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +23,9 @@ from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.sampling import train_indices, view_indices
+from cast.video.skips import how_to_skip
 from cast.video.transforms import to_clip, view_transform
+from cast.video.workers import WorkerDied, WorkerError, items
 
 if TYPE_CHECKING:
     from cast.video.datasets import DataSettings
@@ -90,6 +88,8 @@ class ClipLoader:
         seed: source of all randomness.
         rank: number of this process.
         world: number of processes.
+        planned: videos that a training epoch is made for, if it began with more than there are now: it keeps its
+            length, and where those left don't fill it, the first of its order come a second time.
 
     Raises:
         ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not there.
@@ -104,6 +104,7 @@ class ClipLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        planned: int | None = None,
     ) -> None:
         repeats = settings.augment.repeats if train else 1
         if batch_size < 1 or batch_size % repeats:
@@ -119,6 +120,7 @@ class ClipLoader:
         self.settings, self.batch_size, self.train, self.seed = settings, batch_size, train, seed
         self.rank, self.world, self.repeats = rank, world, repeats
         self._clips = _Clips(samples, settings, train, seed)
+        self._videos = planned if train and planned else len(samples)  # of an epoch
         self._per_step = batch_size // repeats * world  # videos of a global batch
         if train and len(samples) < self._per_step:
             raise ValueError(
@@ -127,10 +129,9 @@ class ClipLoader:
             )
 
     def __len__(self) -> int:
-        videos = len(self._clips)
+        full, rest = divmod(self._videos, self._per_step)
         if self.train:
-            return videos // self._per_step
-        full, rest = divmod(videos, self._per_step)
+            return full
         return full + (rest > self.rank)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -138,7 +139,7 @@ class ClipLoader:
 
         Raises:
             VideoError: a video can't be read; the message names it.
-            RuntimeError: workers die again and again at the same batch.
+            WorkerError: workers die again and again at the same batch.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start is {start}; an epoch has batches 0 to {len(self) - 1}")
@@ -153,11 +154,11 @@ class ClipLoader:
                 for made in self._workers(keys[done:]):
                     yield _batch(made)
                     done, deaths = done + 1, 0
-            except _WorkerDied as death:
+            except WorkerDied as death:
                 deaths += 1
                 names = ", ".join(self._clips.names(keys[done]))
                 if deaths == MOST_DEATHS:
-                    raise RuntimeError(
+                    raise WorkerError(
                         f"{deaths} workers died in a row at the batch of {names} ({death}); is there enough memory "
                         "(and /dev/shm)? Lower data.workers, or look for the file with cast data check"
                     ) from None
@@ -167,7 +168,8 @@ class ClipLoader:
         """What each micro-batch of this process is made of."""
         count, step = len(self._clips), self._per_step
         order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(count) if self.train else np.arange(count)
-        parts = [order[first : first + step][self.rank :: self.world] for first in range(0, count, step)]
+        order = np.resize(order, self._videos)  # which begins anew where the order ends
+        parts = [order[first : first + step][self.rank :: self.world] for first in range(0, self._videos, step)]
         return [_Key(epoch, tuple(part.tolist())) for part in parts[: len(self)]]
 
     def _workers(self, keys: list[_Key]) -> Iterator[_Made | VideoError]:
@@ -180,55 +182,7 @@ class ClipLoader:
             prefetch_factor=AHEAD,
             pin_memory=torch.cuda.is_available(),
         )
-        before = set(multiprocessing.active_children())
-        iterator: Any = None
-        ours: set[Any] = set()
-        try:
-            with _deaths_told_by_polling():
-                iterator = iter(loader)
-            ours = set(multiprocessing.active_children()) - before
-            while True:
-                try:
-                    made = next(iterator)
-                except StopIteration:
-                    return
-                yield made
-        except (RuntimeError, OSError, EOFError) as error:
-            dead = [worker for worker in ours if worker.exitcode]
-            if not dead and "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-                raise
-            raise _WorkerDied(_how(dead) or str(error)) from error
-        finally:
-            del iterator  # ends the workers that are left
-
-
-class _WorkerDied(Exception):
-    pass
-
-
-def _how(dead: Sequence[Any]) -> str:
-    """How processes ended, such as "killed by SIGKILL"."""
-    codes = sorted({worker.exitcode for worker in dead})
-    return ", ".join(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in codes)
-
-
-@contextmanager
-def _deaths_told_by_polling() -> Iterator[None]:
-    """Keep DataLoader from raising about dead workers wherever the main thread happens to be.
-
-    Its signal handler would interrupt a training step, where nobody can make up for the worker; without the handler
-    the next request for a batch finds out, at most five seconds later.
-    """
-    if threading.current_thread() is not threading.main_thread():  # PyTorch sets no handler here
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    if getattr(before, "__module__", "").startswith("torch."):  # of another DataLoader, which polls as well
-        before = signal.SIG_DFL
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+        yield from items(loader)
 
 
 class _Key(NamedTuple):
@@ -312,12 +266,16 @@ class _Clips(Dataset[_Made | VideoError]):
         """The stored frames of a clip, uint8 `[T, H, W, 3]`, and the generator that augments them."""
         path, count, sampling = self._path(index), self.settings.frames, self.settings.sampling
         rng = np.random.default_rng((_CLIP, self.seed, epoch, index))
-        length = self.decoder.frame_count(path, threads=1)
-        if self.train:
-            indices = train_indices(length, rng, sampling, count)
-        else:
-            indices = view_indices(length, 0, 1, sampling, count)
-        return self.decoder.read(path, indices, threads=1), rng
+        try:
+            length = self.decoder.frame_count(path, threads=1)
+            if self.train:
+                indices = train_indices(length, rng, sampling, count)
+            else:
+                indices = view_indices(length, 0, 1, sampling, count)
+            return self.decoder.read(path, indices, threads=1), rng
+        except VideoError as error:
+            advice = how_to_skip(path, self.settings.root, self.settings.skip_list)
+            raise VideoError(f"{error}; {advice}") from None
 
     def _plan(self, augment: AugmentSettings, pictures: np.ndarray, rng: np.random.Generator) -> tuple[Plan, int, int]:
         height, width = pictures.shape[1:3]

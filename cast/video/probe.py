@@ -21,6 +21,8 @@ from cast.video.sampling import Sampling, view_indices
 SMALLEST = 1024
 #: Videos that a process gets at a time.
 _CHUNK = 16
+#: Bytes of pictures that a process decodes at a time: 300 frames of 640 x 480.
+_MEMORY = 2**28
 
 #: A fault's name and the details.
 Fault = tuple[str, str]
@@ -35,11 +37,13 @@ class Probe:
         frames: of a clip; fewer are a fault.
         sampling: "uniform" or "dense".
         decoder: name of the decoder.
+        every_frame: decode all frames, as training may take any.
     """
 
     frames: int
     sampling: Sampling
     decoder: Name
+    every_frame: bool = False
 
     def __call__(self, path: str) -> Fault | None:
         """What is wrong with a file; None if nothing is."""
@@ -55,12 +59,14 @@ class Probe:
         reader = decoder(self.decoder)
         try:
             length = reader.frame_count(path, threads=1)
-            if length < self.frames:
-                return "short", f"{length} frames, a clip has {self.frames}"
-            reader.read(path, view_indices(length, 0, 1, self.sampling, self.frames), threads=1)
+            pictures = reader.read(path, view_indices(length, 0, 1, self.sampling, self.frames), threads=1)
+            if self.every_frame:
+                at_once = max(1, _MEMORY // pictures[0].nbytes)
+                for first in range(0, length, at_once):
+                    reader.read(path, range(first, min(first + at_once, length)), threads=1)
         except VideoError as error:
             return "undecodable", str(error).removeprefix(f"{path}: ")
-        return None
+        return ("short", f"{length} frames, a clip has {self.frames}") if length < self.frames else None
 
     def chunk(self, paths: Sequence[str]) -> list[Result]:
         """What is wrong with each of some files."""

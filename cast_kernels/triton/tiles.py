@@ -93,6 +93,7 @@ class TileSet:
 
 _COMPILED = "compiled: the largest rows without spills inside a loop, within the shared memory of a CTA"
 _BY_MODEL = "compiled and predicted: fewest bytes from L2 among tiles without spills inside a loop"
+_FITS = "by arithmetic, then compiled: fits in shared memory, no spill inside a loop but by exception"
 _BY_ARITHMETIC = "by arithmetic: operands and stages fit in shared memory; not compiled for this table yet"
 
 #: `attention_backward` with 64 channels a head: four warps spill 254 times inside loops at 128 rows on sm_80 and 397 on
@@ -115,7 +116,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward_wide=_WIDE_HEADS,
     ),
     ("sm_80", 16, True): TileSet(
-        _BY_ARITHMETIC,
+        _FITS,
         row=Tile(rows=32, k=32, columns=64, warps=8, stages=3, queries=32),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4, programs=108),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
@@ -131,7 +132,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
     ),
     ("sm_80", 32, True): TileSet(
-        _BY_ARITHMETIC,
+        _FITS,
         row=Tile(rows=16, k=16, columns=32, warps=8, stages=2, queries=16, keys=32),
         weight_gradient=Tile(rows=64, k=32, columns=64, warps=4, stages=3, programs=108),
         attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=2, queries=32, keys=32),
@@ -175,7 +176,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward_wide=replace(_WIDE_HEADS, key_stages=2),
     ),
     ("sm_90", 16, True): TileSet(
-        _BY_ARITHMETIC,
+        _FITS,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
         weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4, programs=132),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
@@ -205,7 +206,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
     ),
     ("gfx942", 16, True): TileSet(
-        _BY_ARITHMETIC,
+        _FITS,
         row=Tile(rows=32, k=16, columns=64, warps=4, stages=2, queries=32),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=4, stages=2, programs=304),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=1),
