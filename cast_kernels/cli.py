@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # an environment variable that names no choice
         print(f"cast-kernels: {error}", file=sys.stderr)
         return 2
-    except (ModuleNotFoundError, RuntimeError) as error:  # no Triton, no disassembler, no emulator
+    except (
+        ModuleNotFoundError,
+        RuntimeError,
+        OSError,
+    ) as error:  # no Triton, no disassembler, no emulator, no place to write
         print(f"cast-kernels {name}: error: {error}", file=sys.stderr)
         return 1
 
@@ -108,8 +112,8 @@ def _predict(options: Namespace) -> int:
 
 
 def _gpu_check_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--report", type=Path | None, metavar="FILE", help="also write the tables as Markdown")
+    parser.add_argument("--json", type=Path | None, metavar="FILE", help="report as JSON (gpu-check-NAME.json)")
+    parser.add_argument("--report", type=Path | None, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
     parser.add_argument("--quick", action="store_true", help="one problem and one batch size")
 
 

@@ -22,7 +22,7 @@ class FakeMachine:
         self._clock = clock or (lambda: next(self._count))
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "NVIDIA H100 80GB HBM3"}
+        return {"name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132}
 
     def elapsed_ms(self, step: Step) -> float:
         self.log.append("time")

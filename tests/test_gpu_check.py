@@ -34,8 +34,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predictions(folder: Path) -> Path:
     batch = {"batch": 1, "us": {"inference": 1000.0, "forward": 2000.0, "backward": 5000.0}}
-    (folder / "h100.json").write_text(json.dumps({"devices": {"H100": {"batches": [batch]}}}))
-    (folder / "h200.json").write_text(json.dumps({"devices": {"H200": {"batches": []}}}))
+    for name, batches in (("H100", [batch]), ("H200", [batch, batch])):
+        entry = {"constants": {"multiprocessors": 132}, "batches": batches}
+        (folder / f"{name.lower()}.json").write_text(json.dumps({"devices": {name: entry}}))
     return folder
 
 
@@ -63,7 +64,7 @@ def test_ceilings_count_bytes_twice_and_flops_as_two() -> None:
 
 
 def test_every_variant_is_timed_or_says_why_not() -> None:
-    found = gpu_check.times(FakeMachine(), PLAN, SOME)
+    found = list(gpu_check.times(FakeMachine(), PLAN, SOME))
     by_name = {name: [t for t in found if t["variant"] == name and t["batch"] == 2] for name in SOME}
     assert [t["phase"] for t in by_name["eager bf16"]] == ["inference", "training"]
     assert "the streams are on cpu" in by_name["triton"][0]["why_not"]
@@ -75,7 +76,7 @@ def test_every_variant_is_timed_or_says_why_not() -> None:
 
 
 def test_what_cannot_be_captured_has_no_graph_times() -> None:
-    found = gpu_check.times(FakeMachine(can_capture=False), PLAN, {"eager bf16": VARIANTS["eager bf16"]})
+    found = list(gpu_check.times(FakeMachine(can_capture=False), PLAN, {"eager bf16": VARIANTS["eager bf16"]}))
     assert found[0]["no_graph"] == "operation not permitted when stream is capturing"
     assert "graph_warm_ms" not in found[0]
 
@@ -85,12 +86,12 @@ def test_a_variant_that_breaks_is_reported_and_fails_the_check() -> None:
         raise KeyError("inside another library")
 
     plan = replace(PLAN, batches=(1,))
-    found = gpu_check.times(FakeMachine(), plan, {"broken": broken, "eager bf16": VARIANTS["eager bf16"]})
+    found = list(gpu_check.times(FakeMachine(), plan, {"broken": broken, "eager bf16": VARIANTS["eager bf16"]}))
     assert (found[0]["failed"], found[0]["why_not"]) == (True, "KeyError: 'inside another library'")
     assert "warm_ms" in found[1]
     right = [{"backend": "triton", "ok": True, "same_bits_twice": True}]
-    assert not gpu_check.passed({"correctness": right, "sanitizer": [], "times": found})
-    assert gpu_check.passed({"correctness": right, "sanitizer": [], "times": found[1:]})
+    assert not gpu_check.passed({"correctness": right, "sanitizer": [], "times": found, "broken": []})
+    assert gpu_check.passed({"correctness": right, "sanitizer": [], "times": found[1:], "broken": []})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_variant_that_breaks_is_reported_and_fails_the_check() -> None:
     ],
 )
 def test_what_fails_the_check(correct: list[dict[str, Any]], sanitizer: list[dict[str, Any]]) -> None:
-    assert not gpu_check.passed({"correctness": correct, "sanitizer": sanitizer, "times": []})
+    assert not gpu_check.passed({"correctness": correct, "sanitizer": sanitizer, "times": [], "broken": []})
 
 
 def test_a_whole_report_from_emulated_kernels(tmp_path: Path, cache: Path) -> None:
@@ -129,22 +130,77 @@ def test_a_whole_report_from_emulated_kernels(tmp_path: Path, cache: Path) -> No
         assert part in text
 
 
+class DyingMachine(FakeMachine):
+    """A GPU on which a kernel faults at the n-th measured time: CUDA refuses every later call."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def elapsed_ms(self, step: Any) -> float:
+        self.calls -= 1
+        if self.calls < 0:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return super().elapsed_ms(step)
+
+
+@pytest.mark.parametrize("calls", [0, 10 * PLAN.repeats])
+def test_what_was_found_before_the_device_died_is_in_the_report(
+    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    variants = {"eager bf16": VARIANTS["eager bf16"]}
+    assert gpu_check.check(DyingMachine(calls), PLAN, None, None, 5, tmp_path, variants) == 1
+    found = json.loads((tmp_path / "gpu-check-nvidia-h100-80gb-hbm3.json").read_text())
+    assert [entry["backend"] for entry in found["correctness"]] == ["cpu"]
+    assert [entry["failed"] for entry in found["times"] if "failed" in entry] == ([True] * 2 if not calls else [True])
+    assert [b["section"] for b in found["broken"]] == ([] if calls else ["ceilings"])
+    text = (tmp_path / "gpu-check-nvidia-h100-80gb-hbm3.md").read_text()
+    assert "illegal memory access" in text
+    assert "FAIL" in text
+    assert "gpu-check-nvidia-h100-80gb-hbm3.md" in capsys.readouterr().out
+
+
+def test_a_section_that_raises_is_in_the_report_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_resources(*_: Any) -> Any:
+        yield {"backend": "cpu", "ok": True, "same_bits_twice": True, "dtype": "bf16", "case": "one", "worst": "x",
+               "rms": 0.0, "eager_rms": 0.0}  # fmt: skip
+        raise MemoryError("shared memory")
+
+    saved = []
+    monkeypatch.setattr(gpu_check, "correctness", out_of_resources)
+    monkeypatch.setattr(gpu_check, "times", lambda *_: iter(()))
+    found = gpu_check.collect(FakeMachine(), PLAN, 5, tmp_path, {}, lambda found: saved.append(json.dumps(found)))
+    assert found["broken"] == [{"section": "correctness", "error": "MemoryError: shared memory"}]
+    assert len(found["correctness"]) == 1
+    assert found["ceilings"]
+    assert "MemoryError" in saved[0]
+    assert not gpu_check.passed(found)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        gpu_check.check(DyingMachine(-1), PLAN, tmp_path / "nowhere" / "found.json", None)
+
+
 def test_kernels_that_write_nothing_fail(cache: Path) -> None:
     """Memory is poisoned: what the recorder leaves unwritten is NaN, not what was there before."""
     with offline_driver(target("sm_80"), Recorder(), cache):
-        found = gpu_check.correctness(FakeMachine(), PLAN, 5)
+        found = list(gpu_check.correctness(FakeMachine(), PLAN, 5))
     assert [entry["ok"] for entry in found if entry["backend"] == "triton"] == [False]
 
 
 def test_inputs_differ_from_seed_to_seed() -> None:
-    first, second = (gpu_check.correctness(FakeMachine(), PLAN, seed) for seed in (1, 2))
+    first, second = (list(gpu_check.correctness(FakeMachine(), PLAN, seed)) for seed in (1, 2))
     assert [entry["backend"] for entry in first] == ["cpu"]
     assert first[0]["rms"] != second[0]["rms"]
 
 
 @pytest.mark.parametrize(("measured", "inside"), [(1.3, True), (1.5, False), (0.5, False)])
 def test_predicted_beside_measured(measured: float, inside: bool, tmp_path: Path) -> None:
-    known = gpu_report.predictions_for("NVIDIA H100 80GB HBM3", predictions(tmp_path))
+    known = gpu_report.predictions_for(FakeMachine().describe(), predictions(tmp_path))
     assert known == {(1, "inference"): 1.0, (1, "training"): 7.0}
     times = [
         {"variant": "triton", "batch": 1, "phase": "inference", "warm_ms": 2.0, "graph_warm_ms": measured},
@@ -154,7 +210,8 @@ def test_predicted_beside_measured(measured: float, inside: bool, tmp_path: Path
     ]
     (found,) = gpu_report.beside(times, known)
     assert (found["measured_ms"], found["ratio"], found["inside"]) == (measured, measured, inside)
-    assert gpu_report.predictions_for("NVIDIA GeForce RTX 4090", tmp_path) == {}
+    for name, count in (("NVIDIA GeForce RTX 4090", 128), ("NVIDIA GH200 480GB", 132), ("NVIDIA H100 PCIe", 114)):
+        assert gpu_report.predictions_for({"name": name, "multiprocessors": count}, tmp_path) == {}
 
 
 def test_another_librarys_attention_takes_pytorchs_place() -> None:

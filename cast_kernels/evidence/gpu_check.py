@@ -7,10 +7,13 @@ without us, and each time beside its prediction.
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
 import statistics
 import sys
 import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, 
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError, Step
 from cast_kernels.evidence.variants import CANNOT_RUN, VARIANTS, Variants
+
+#: What is found, by section.
+Found = dict[str, Any]
 
 #: Exit code where there is no GPU.
 NO_GPU = 2
@@ -72,9 +78,8 @@ run(Case(2, 3, 7, 64, 32, 2, scaled=True), "triton", torch.bfloat16, device="cud
 """
 
 
-def correctness(machine: Machine, plan: Plan, seed: int) -> list[dict[str, Any]]:
+def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
     """Every backend that runs here, on inputs from this seed, new memory poisoned: the worst tensor's errors."""
-    found = []
     for number, case in enumerate(plan.cases):
         case = replace(case, seed=seed + number)
         for dtype in plan.dtypes if number == 0 else plan.dtypes[:1]:
@@ -89,12 +94,11 @@ def correctness(machine: Machine, plan: Plan, seed: int) -> list[dict[str, Any]]
                     again = run(case, name, kind, device=machine.device)
                 errors = compare(ours, eager, exact)
                 worst = max(errors, key=lambda e: e.ratio if e.ratio == e.ratio else float("inf"))
-                found.append({
+                yield {
                     "backend": name, "dtype": dtype, "case": str(case), "ok": all(e.ok for e in errors),
                     "tensors": len(errors), "worst": worst.name, "rms": worst.rms, "eager_rms": worst.eager_rms,
                     "same_bits_twice": all(torch.equal(ours[key], again[key]) for key in ours),
-                })  # fmt: skip
-    return found
+                }  # fmt: skip
 
 
 def _problem(case: Case, dtype: torch.dtype, device: torch.device) -> cast_kernels.problem.Problem:
@@ -129,25 +133,21 @@ def ceilings(machine: Machine, plan: Plan) -> dict[str, float]:
     return {"copy_bytes_per_s": 2e3 * plan.copy_bytes / copy, "gemm_flops_per_s": 2e3 * plan.gemm**3 / product}
 
 
-def times(machine: Machine, plan: Plan, variants: Variants = VARIANTS) -> list[dict[str, Any]]:
+def times(machine: Machine, plan: Plan, variants: Variants = VARIANTS) -> Iterator[dict[str, Any]]:
     """Every variant at every batch: medians of inference and training, or why there are none."""
-    found = []
     for batch in plan.batches:
         case = replace(plan.timed, batch=batch)
         for name, make in variants.items():
             try:
                 steps = make(case, machine.device)
                 for phase, step in (("inference", steps.forward), ("training", steps.training)):
-                    found.append(
-                        {"variant": name, "batch": batch, "phase": phase} | _timed(machine, step, plan.repeats)
-                    )
+                    yield {"variant": name, "batch": batch, "phase": phase} | _timed(machine, step, plan.repeats)
             except CANNOT_RUN as error:
-                found.append({"variant": name, "batch": batch, "phase": "", "why_not": str(error), "failed": False})
+                yield {"variant": name, "batch": batch, "phase": "", "why_not": str(error), "failed": False}
             except Exception as error:  # another library's failure must not cost the rest of the report
                 traceback.print_exc()
                 reason = f"{type(error).__name__}: {error}"
-                found.append({"variant": name, "batch": batch, "phase": "", "why_not": reason, "failed": True})
-    return found
+                yield {"variant": name, "batch": batch, "phase": "", "why_not": reason, "failed": True}
 
 
 def _timed(machine: Machine, step: Step, repeats: int) -> dict[str, Any]:
@@ -164,39 +164,55 @@ def _timed(machine: Machine, step: Step, repeats: int) -> dict[str, Any]:
     return timed | {"graph_cold_ms": median_ms(machine, replay, repeats, cold=True)}
 
 
-def sanitize(machine: Machine) -> list[dict[str, Any]]:
-    """What compute-sanitizer's tools find; empty where it is not installed."""
-    found = []
+def sanitize(machine: Machine) -> Iterator[dict[str, Any]]:
+    """What compute-sanitizer's tools find; nothing where it is not installed."""
     for tool in SANITIZERS:
         result = machine.sanitize(tool, _SANITIZED)
         if result is not None:
-            found.append({"tool": tool, "ok": result[0], "output": result[1]})
+            yield {"tool": tool, "ok": result[0], "output": result[1]}
+
+
+def collect(
+    machine: Machine, plan: Plan, seed: int, predictions: Path, variants: Variants, save: Callable[[Found], None]
+) -> Found:
+    """Everything, as it is written to JSON.
+
+    A section that an exception ends keeps what it had found, and the others follow. After a fault in a kernel CUDA
+    refuses every later call, so what can be diagnosed comes before what is timed. `save` is called after each section.
+    """
+    found: Found = {
+        "device": machine.describe(), "cast_kernels": cast_kernels.__version__, "seed": seed, "plan": asdict(plan),
+        "correctness": [], "sanitizer": [], "ceilings": {}, "times": [], "predicted": [], "broken": [],
+    }  # fmt: skip
+    expected = gpu_report.predictions_for(found["device"], predictions)
+    steps: dict[str, Callable[[], Iterable[Any]]] = {
+        "correctness": lambda: correctness(machine, plan, seed),
+        "sanitizer": lambda: sanitize(machine) if plan.sanitize else (),
+        "ceilings": lambda: ceilings(machine, plan).items(),
+        "times": lambda: times(machine, plan, variants),
+        "predicted": lambda: gpu_report.beside(found["times"], expected),
+    }
+    for name, step in steps.items():
+        try:
+            for entry in step():
+                if name == "ceilings":
+                    found[name][entry[0]] = entry[1]
+                else:
+                    found[name].append(entry)
+        except Exception as error:  # whatever it is, it goes into the report instead of ending it
+            traceback.print_exc()
+            found["broken"].append({"section": name, "error": f"{type(error).__name__}: {error}"})
+        save(found)
     return found
 
 
-def collect(machine: Machine, plan: Plan, seed: int, predictions: Path, variants: Variants) -> dict[str, Any]:
-    """Everything, as it is written to JSON."""
-    description = machine.describe()
-    timed = times(machine, plan, variants)
-    return {
-        "device": description,
-        "cast_kernels": cast_kernels.__version__,
-        "seed": seed,
-        "plan": asdict(plan),
-        "ceilings": ceilings(machine, plan),
-        "correctness": correctness(machine, plan, seed),
-        "sanitizer": sanitize(machine) if plan.sanitize else [],
-        "times": timed,
-        "predicted": gpu_report.beside(timed, gpu_report.predictions_for(description["name"], predictions)),
-    }
-
-
-def passed(found: dict[str, Any]) -> bool:
+def passed(found: Found) -> bool:
     """Whether some backend was checked, all of them are right, the sanitizer is content, and no variant broke."""
     checked = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
     right = all(entry["ok"] and entry["same_bits_twice"] for entry in found["correctness"])
     clean = all(entry["ok"] for entry in found["sanitizer"])
-    return bool(checked) and right and clean and not any(entry.get("failed") for entry in found["times"])
+    whole = not found["broken"] and not any(entry.get("failed") for entry in found["times"])
+    return bool(checked) and right and clean and whole
 
 
 def main(json_file: Path | None, report_file: Path | None, quick: bool) -> int:
@@ -213,17 +229,35 @@ def check(
     machine: Machine, plan: Plan, json_file: Path | None, report_file: Path | None, seed: int | None = None,
     predictions: Path = gpu_report.PREDICTIONS, variants: Variants = VARIANTS,
 ) -> int:  # fmt: skip
-    """Do what the plan says, print and write it -> exit code."""
-    found = collect(machine, plan, secrets.randbelow(1 << 30) if seed is None else seed, predictions, variants)
+    """Do what the plan says, print and write it -> exit code.
+
+    Args:
+        machine: where it runs.
+        plan: how much is done.
+        json_file, report_file: None for `gpu-check-<name>.json` and `.md` in the working directory.
+        seed: of the inputs, None for another one every time.
+        predictions: folder of what `cast-kernels predict` wrote.
+        variants: that are timed.
+    """
+    stem = "gpu-check-" + re.sub(r"[^a-z0-9]+", "-", machine.describe()["name"].lower()).strip("-")
+    json_file, report_file = json_file or Path(f"{stem}.json"), report_file or Path(f"{stem}.md")
+
+    def save(found: Found) -> None:
+        _write(json_file, json.dumps(found, indent=1) + "\n")
+        _write(report_file, gpu_report.markdown(found, passed(found)))
+
+    _write(json_file, "")  # a place that cannot be written to is told before the work
+    found = collect(machine, plan, secrets.randbelow(1 << 30) if seed is None else seed, predictions, variants, save)
     console = wide_console()
     for table in gpu_report.tables(found):
         console.print(table)
     console.print(gpu_report.verdict(passed(found)), markup=False)
-    _write(json_file, json.dumps(found, indent=1) + "\n")
-    _write(report_file, gpu_report.markdown(found, passed(found)))
+    console.print(f"the report: {report_file} and {json_file}", markup=False, soft_wrap=True)
     return 0 if passed(found) else 1
 
 
-def _write(path: Path | None, text: str) -> None:
-    if path is not None:
-        path.write_text(text)
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

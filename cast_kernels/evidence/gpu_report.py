@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,20 @@ _PHASES = {"inference": ("inference",), "training": ("forward", "backward")}
 _TIMES = ("warm_ms", "cold_ms", "graph_warm_ms", "graph_cold_ms")
 
 
-def predictions_for(name: str, folder: Path) -> dict[tuple[int, str], float]:
-    """(batch, measured phase) -> predicted milliseconds for the GPU of this name; empty if there are none."""
+def predictions_for(gpu: Mapping[str, Any], folder: Path) -> dict[tuple[int, str], float]:
+    """(batch, measured phase) -> predicted milliseconds; empty if there are none for this GPU.
+
+    Args:
+        gpu: `name`, in which the prediction's must be a word (a GH200 is no H200), and `multiprocessors`, of which it
+            must have as many (an H100 PCIe is no H100 SXM).
+        folder: of what `cast-kernels predict` wrote.
+    """
+    words = re.findall(r"[A-Z0-9]+", gpu["name"].upper())
     for path in sorted(folder.glob("*.json")):
-        if path.stem.upper() in name.upper():
+        if path.stem.upper() in words:
             (entry,) = json.loads(path.read_text())["devices"].values()
+            if entry["constants"]["multiprocessors"] != gpu["multiprocessors"]:
+                return {}
             return {
                 (one["batch"], measured): sum(one["us"][phase] for phase in phases) / 1e3
                 for one in entry["batches"]
@@ -60,8 +70,14 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     """Everything as titled tables of text."""
     device, ceilings = found["device"], found["ceilings"]
     summary: list[tuple[str, ...]] = [(key, str(value)) for key, value in device.items()]
-    summary += [("copy", f"{ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s")]
-    summary += [("bf16 GEMM", f"{ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s")]
+    if ceilings:
+        summary += [("copy", f"{ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s")]
+        summary += [("bf16 GEMM", f"{ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s")]
+    broken: list[Section] = []
+    if found["broken"]:
+        cells: list[tuple[str, ...]] = [("FAIL", b["section"], b["error"].replace("\n", " ")) for b in found["broken"]]
+        broken = [("what an error ended; entries before it are below", ("", "section", "error"), cells)]
+    nothing = "no prediction for this GPU" if PREDICTIONS.is_dir() else "predictions come with the source tree"
     correct: list[tuple[str, ...]] = [
         (
             "ok" if c["ok"] and c["same_bits_twice"] else "FAIL", c["backend"], c["dtype"], c["case"], c["worst"],
@@ -83,6 +99,7 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
         (s["tool"], "ok" if s["ok"] else "FAIL", s["output"].replace("\n", " ")) for s in found["sanitizer"]
     ]
     return [
+        *broken,
         ("GPU and its measured ceilings", ("", ""), summary),
         ("correctness against fp64, the worst tensor of each; at most twice eager's error",
          ("", "backend", "dtype", "case", "tensor", "rms", "eager's", "run twice"), correct),
@@ -91,7 +108,7 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
          ("B", "variant", "phase", "warm", "cold L2", "graph", "graph, cold L2", "peak MB", ""), times),
         (f"predicted beside measured (best of ours); the model claims +-{UNCERTAINTY:.0%}",
          ("B", "phase", "measured ms", "predicted ms", "ratio", "inside"),
-         predicted or [("-", "no prediction for this GPU", "", "", "", "")]),
+         predicted or [("-", nothing, "", "", "", "")]),
     ]  # fmt: skip
 
 

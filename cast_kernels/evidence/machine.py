@@ -13,6 +13,10 @@ import torch
 Step = Callable[[], object]
 
 
+#: compute-sanitizer slows kernels down a hundredfold and more; what takes longer than this hangs.
+_SANITIZER_SECONDS = 1800
+
+
 class NoGPUError(RuntimeError):
     """There is no GPU that PyTorch can use; the message says why."""
 
@@ -23,7 +27,7 @@ class Machine(Protocol):
     device: torch.device
 
     def describe(self) -> dict[str, Any]:
-        """Name and figures for the report; "name" is always there."""
+        """Name and figures for the report; "name" and "multiprocessors" are always there."""
 
     def elapsed_ms(self, step: Step) -> float:
         """Milliseconds that the GPU took for one call, by two events around it; waits for the second."""
@@ -108,5 +112,8 @@ class CudaMachine:
         if path is None:
             return None
         command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False, f"not done after {_SANITIZER_SECONDS} s"
         return done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-5:])
