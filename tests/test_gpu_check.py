@@ -16,6 +16,7 @@ from cast_kernels.evidence import gpu_check, gpu_report
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.emulator import Emulator
+from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gpu_check import Plan
 from cast_kernels.evidence.targets import target
 from cast_kernels.evidence.variants import VARIANTS, AttentionBy
@@ -111,15 +112,16 @@ def test_what_fails_the_check(correct: list[dict[str, Any]], sanitizer: list[dic
 def test_a_whole_report_from_emulated_kernels(tmp_path: Path, cache: Path) -> None:
     machine = FakeMachine()
     machine.findings = {"memcheck": (True, "ERROR SUMMARY: 0 errors")}
-    plan = replace(PLAN, batches=(1,), repeats=1)
+    plan = replace(PLAN, batches=(1,), repeats=1, experts=(ExpertCase(20, 32, 48, 16, scaled=True),))
     variants = {name: VARIANTS[name] for name in ("triton", "eager bf16")}
     json_file, report = tmp_path / "found.json", tmp_path / "found.md"
     with offline_driver(target("sm_80"), Emulator(), cache):
         code = gpu_check.check(machine, plan, json_file, report, 5, predictions(tmp_path), variants)
     found = json.loads(json_file.read_text())
     triton = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
-    assert [entry["ok"] for entry in triton] == [True]
-    assert triton[0]["same_bits_twice"]
+    assert [entry["ok"] for entry in triton] == [True, True]
+    assert all(entry["same_bits_twice"] for entry in triton)
+    assert (triton[1]["tensors"], triton[1]["case"][:11]) == (1 + 1 + 10, "FFN 20 rows")
     assert triton[0]["rms"] <= 2 * triton[0]["eager_rms"]
     assert triton[0]["tensors"] == 2 + 2 + 28
     assert code == 0

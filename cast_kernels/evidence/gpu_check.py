@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cast_kernels import backends
 from cast_kernels.evidence import gpu_report
 from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
+from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError, Step
 from cast_kernels.evidence.variants import CANNOT_RUN, VARIANTS, Variants
 
@@ -47,6 +49,7 @@ class Plan:
     dtypes: tuple[str, ...]  # of the first case; the others are checked in the first of these
     batches: tuple[int, ...]  # timed at the paper's size
     repeats: int
+    experts: tuple[ExpertCase, ...] = ()  # an expert's half block, checked in every dtype where triton runs
     timed: Case = field(default_factory=Case)  # at each batch size
     copy_bytes: int = 1 << 30
     gemm: int = 8192
@@ -67,14 +70,17 @@ FULL = Plan(
     dtypes=("bf16", "fp16", "fp32"),
     batches=(1, 6, 32),
     repeats=50,
+    experts=(ExpertCase(scaled=True), ExpertCase(activation="quick_gelu", recompute="nothing")),
 )
 QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), batches=(6,), repeats=10, sanitize=False)
 
-#: What compute-sanitizer runs: one forward and backward of awkward sizes.
+#: What compute-sanitizer runs: one forward and backward of awkward sizes, of B-CAST and of an expert's half block.
 _SANITIZED = """
 import torch
 from cast_kernels.evidence.cases import Case, run
+from cast_kernels.evidence.experts import ExpertCase, run_expert
 run(Case(2, 3, 7, 64, 32, 2, scaled=True), "triton", torch.bfloat16, device="cuda")
+run_expert(ExpertCase(37, 96, 160, 48, scaled=True), torch.bfloat16, device="cuda")
 """
 
 
@@ -89,16 +95,36 @@ def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, A
             exact = run(case, None, kind, exact=True, device=machine.device) if names else {}
             eager = run(case, "eager", kind, device=machine.device) if names else {}
             for name in names:
-                with poisoned_memory():
-                    ours = run(case, name, kind, device=machine.device)
-                    again = run(case, name, kind, device=machine.device)
-                errors = compare(ours, eager, exact)
-                worst = max(errors, key=lambda e: e.ratio if e.ratio == e.ratio else float("inf"))
-                yield {
-                    "backend": name, "dtype": dtype, "case": str(case), "ok": all(e.ok for e in errors),
-                    "tensors": len(errors), "worst": worst.name, "rms": worst.rms, "eager_rms": worst.eager_rms,
-                    "same_bits_twice": all(torch.equal(ours[key], again[key]) for key in ours),
-                }  # fmt: skip
+                yield _checked(
+                    partial(run, case, name, kind, device=machine.device),
+                    eager, exact, {"backend": name, "dtype": dtype, "case": str(case)},
+                )  # fmt: skip
+    if not backends.can_run("triton", _problem(plan.cases[0], DTYPES[plan.dtypes[0]], machine.device)).ok:
+        return
+    for number, expert in enumerate(plan.experts):
+        expert = replace(expert, seed=seed + number)
+        for dtype in plan.dtypes:
+            yield _checked(
+                partial(run_expert, expert, DTYPES[dtype], device=machine.device),
+                run_expert(expert, DTYPES[dtype], "eager", device=machine.device),
+                run_expert(expert, DTYPES[dtype], None, exact=True, device=machine.device),
+                {"backend": "triton", "dtype": dtype, "case": str(expert)},
+            )
+
+
+def _checked(
+    call: Callable[[], dict[str, torch.Tensor]], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor],
+    about: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What is reported of one call: its worst tensor, and whether a second one has the same bits."""
+    with poisoned_memory():
+        ours, again = call(), call()
+    errors = compare(ours, eager, exact)
+    worst = max(errors, key=lambda e: e.ratio if e.ratio == e.ratio else float("inf"))
+    return about | {
+        "ok": all(e.ok for e in errors), "tensors": len(errors), "worst": worst.name, "rms": worst.rms,
+        "eager_rms": worst.eager_rms, "same_bits_twice": all(torch.equal(ours[key], again[key]) for key in ours),
+    }  # fmt: skip
 
 
 def _problem(case: Case, dtype: torch.dtype, device: torch.device) -> cast_kernels.problem.Problem:
