@@ -81,7 +81,8 @@ def test_a_folder_is_lines_and_bad_files_are_counted(
     assert ["error" in line for line in lines] == [False, True, False, False, True]
     assert lines[0]["guesses"]["verb"][0]["label"] in NAMES["verb"]
     errors = captured.err.splitlines()
-    assert errors[0].startswith(f"cast predict: {folder / 'b.mp4'}: ")
+    assert "does not say how its training's frames were sampled" in errors[0]
+    assert errors[1].startswith(f"cast predict: {folder / 'b.mp4'}: ")
     assert errors[-1] == "cast predict: error: 2 of 5 videos could not be read; the others are predicted"
 
 
