@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,22 @@ import torch
 from fake_machine import FakeMachine
 
 from cast_kernels.cli import main
-from cast_kernels.evidence import gpu_check, gpu_report
-from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence import cases, experts, gpu_check, gpu_report
+from cast_kernels.evidence import machine as machines
+from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.emulator import Emulator
-from cast_kernels.evidence.experts import ExpertCase
+from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gpu_check import Plan
+from cast_kernels.evidence.machine import CudaMachine
 from cast_kernels.evidence.targets import target
 from cast_kernels.evidence.variants import VARIANTS, AttentionBy
 
 SMALL = Case(2, 2, 5, 32, 32, 2)
 PLAN = Plan((SMALL,), ("bf16",), (1, 2), repeats=5, timed=SMALL, copy_bytes=1 << 10, gemm=16)
-SOME = {name: VARIANTS[name] for name in ("triton", "eager bf16", "eager AMP", "flash-attn")}
+EXPERTS = tuple(ExpertCase(20, 32, 48, 16, scaled=True, op=op, heads=2) for op in ("ffn", "self_attention", "adapter"))
+ATTENDING = ("self-attention by sdpa", "self-attention by xformers")
+SOME = {name: VARIANTS[name] for name in ("triton", "eager bf16", "eager AMP", "flash-attn", *ATTENDING)}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests are about a machine without a GPU")
 
@@ -70,6 +75,8 @@ def test_every_variant_is_timed_or_says_why_not() -> None:
     assert [t["phase"] for t in by_name["eager bf16"]] == ["inference", "training"]
     assert "the streams are on cpu" in by_name["triton"][0]["why_not"]
     assert "pip install flash-attn" in by_name["flash-attn"][0]["why_not"]
+    assert [t["phase"] for t in by_name["self-attention by sdpa"]] == ["inference", "training"]
+    assert "xformers runs on cuda" in by_name["self-attention by xformers"][0]["why_not"]
     one = by_name["eager AMP"][0]
     assert one["warm_ms"] < one["cold_ms"] < one["graph_warm_ms"] < one["graph_cold_ms"]  # the fake's times only rise
     assert one["peak_bytes"] == 3_000_000
@@ -112,16 +119,16 @@ def test_what_fails_the_check(correct: list[dict[str, Any]], sanitizer: list[dic
 def test_a_whole_report_from_emulated_kernels(tmp_path: Path, cache: Path) -> None:
     machine = FakeMachine()
     machine.findings = {"memcheck": (True, "ERROR SUMMARY: 0 errors")}
-    plan = replace(PLAN, batches=(1,), repeats=1, experts=(ExpertCase(20, 32, 48, 16, scaled=True),))
+    plan = replace(PLAN, batches=(1,), repeats=1, experts=EXPERTS[:2])
     variants = {name: VARIANTS[name] for name in ("triton", "eager bf16")}
     json_file, report = tmp_path / "found.json", tmp_path / "found.md"
     with offline_driver(target("sm_80"), Emulator(), cache):
         code = gpu_check.check(machine, plan, json_file, report, 5, predictions(tmp_path), variants)
     found = json.loads(json_file.read_text())
     triton = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
-    assert [entry["ok"] for entry in triton] == [True, True]
+    assert [entry["ok"] for entry in triton] == [True] * 3
     assert all(entry["same_bits_twice"] for entry in triton)
-    assert (triton[1]["tensors"], triton[1]["case"][:11]) == (1 + 1 + 10, "FFN 20 rows")
+    assert [entry["tensors"] for entry in triton[1:]] == [1 + 1 + 10, 1 + 1 + 10]
     assert triton[0]["rms"] <= 2 * triton[0]["eager_rms"]
     assert triton[0]["tensors"] == 2 + 2 + 28
     assert code == 0
@@ -141,9 +148,12 @@ class DyingMachine(FakeMachine):
 
     def elapsed_ms(self, step: Any) -> float:
         self.calls -= 1
+        self.synchronise()
+        return super().elapsed_ms(step)
+
+    def synchronise(self) -> None:
         if self.calls < 0:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-        return super().elapsed_ms(step)
 
 
 @pytest.mark.parametrize("calls", [0, 10 * PLAN.repeats])
@@ -154,9 +164,9 @@ def test_what_was_found_before_the_device_died_is_in_the_report(
     variants = {"eager bf16": VARIANTS["eager bf16"]}
     assert gpu_check.check(DyingMachine(calls), PLAN, None, None, 5, tmp_path, variants) == 1
     found = json.loads((tmp_path / "gpu-check-nvidia-h100-80gb-hbm3.json").read_text())
-    assert [entry["backend"] for entry in found["correctness"]] == ["cpu"]
-    assert [entry["failed"] for entry in found["times"] if "failed" in entry] == ([True] * 2 if not calls else [True])
-    assert [b["section"] for b in found["broken"]] == ([] if calls else ["ceilings"])
+    assert [entry["backend"] for entry in found["correctness"]] == ["triton", "cpu"]
+    assert [entry["failed"] for entry in found["times"] if "failed" in entry] == ([True] if calls else [])
+    assert [b["section"] for b in found["broken"]] == ([] if calls else ["ceilings", "times"])
     text = (tmp_path / "gpu-check-nvidia-h100-80gb-hbm3.md").read_text()
     assert "illegal memory access" in text
     assert "FAIL" in text
@@ -178,13 +188,140 @@ def test_a_section_that_raises_is_in_the_report_with_the_others(
     assert found["broken"] == [{"section": "correctness", "error": "MemoryError: shared memory"}]
     assert len(found["correctness"]) == 1
     assert found["ceilings"]
-    assert "MemoryError" in saved[0]
+    assert len(json.loads(saved[0])["correctness"]) == 1
+    assert json.loads(saved[0])["unfinished"] == [*gpu_check.SECTIONS]
+    assert "MemoryError" in saved[1]
     assert not gpu_check.passed(found)
 
 
+def test_what_raises_is_an_entry_and_the_other_problems_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def running(case: Case, backend: str | None, **rest: Any) -> Any:
+        if backend == "cpu" and case.seed == 5:
+            raise MemoryError("out of resource: shared memory")
+        return run(case, backend, **rest)
+
+    monkeypatch.setattr(gpu_check, "run", running)
+    found = list(gpu_check.correctness(FakeMachine(), replace(PLAN, cases=(SMALL, SMALL)), 5))
+    first, second = [c for c in found if c["backend"] == "cpu"]
+    assert (first["ok"], first["why_not"]) == (False, "MemoryError: out of resource: shared memory")
+    assert second["ok"]
+
+
+def test_a_kernel_that_ends_the_context_ends_the_section_and_is_its_last_entry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = DyingMachine(0)
+
+    def running(*_: Any, **__: Any) -> Any:
+        machine.calls = -1
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_check, "run", running)
+    found = gpu_check.correctness(machine, replace(PLAN, cases=(SMALL, SMALL)), 5)
+    assert next(found)["backend"] == "triton"  # refused: there is no GPU
+    assert "illegal memory" in next(found)["why_not"]
+    next(found)
+    with pytest.raises(gpu_check.UnusableError, match="was not run"):
+        next(found)
+
+
+def test_a_context_that_a_capture_ends_is_no_step_without_a_graph() -> None:
+    class Fatal(DyingMachine):
+        def capture(self, step: Any) -> Any:
+            self.calls = -1
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    plan = replace(PLAN, batches=(1,), repeats=1)
+    (found,) = gpu_check.times(Fatal(1000), plan, {"eager bf16": VARIANTS["eager bf16"]})
+    assert found["failed"]
+    assert "UnusableError" in found["why_not"]
+
+
+def test_errors_with_brackets_and_bars_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(case: Case, device: torch.device) -> Any:
+        raise ValueError("[/rows] |\nmore")
+
+    monkeypatch.chdir(tmp_path)
+    plan = replace(PLAN, batches=(1,), repeats=1)
+    assert gpu_check.check(FakeMachine(), plan, None, None, 5, tmp_path, {"broken": broken}) == 1
+    assert "[/rows]" in capsys.readouterr().out
+    (report,) = tmp_path.glob("*.md")
+    assert "| ValueError: [/rows] \\| more |" in report.read_text()
+
+
+def test_a_report_of_an_unfinished_run_is_no_good_news() -> None:
+    right = [{"backend": "triton", "ok": True, "same_bits_twice": True}]
+    found = {"correctness": right, "sanitizer": [], "times": [], "broken": []}
+    assert gpu_check.passed(found)
+    assert not gpu_check.passed(found | {"unfinished": ["times"]})
+
+
+def sanitizer(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compute-sanitizer of this shell script in the search path, with a limit of half a second."""
+    program = folder / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(machines, "_SANITIZER_SECONDS", 0.5)
+
+
+def test_a_sanitizer_above_its_limit_fails_and_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sanitizer(tmp_path, f"echo begun\nsleep 60 &\necho $! > {tmp_path}/pid\nwait", monkeypatch)
+    assert CudaMachine.sanitize(FakeMachine(), "memcheck", "") == (False, "begun\nnot done after 0.5 s")  # type: ignore
+    child = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize(("code", "ok"), [(0, True), (86, False)])
+def test_the_sanitizer_sees_every_tensor_alone(
+    code: int, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sanitizer(tmp_path, f"echo $2 $PYTORCH_NO_CUDA_MEMORY_CACHING; exit {code}", monkeypatch)
+    assert CudaMachine.sanitize(FakeMachine(), "racecheck", "") == (ok, "racecheck 1")  # type: ignore[arg-type]
+
+
+def test_the_sanitized_program_runs_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are those of problems that exist; the same on triton is in the heavy test."""
+    ran = []
+
+    def eagerly(real: Any) -> Any:
+        def running(case: Any, *arguments: Any, device: str) -> None:
+            ran.append((getattr(case, "op", "bcast"), device))
+            real(case, backend="eager", dtype=torch.bfloat16)
+
+        return running
+
+    monkeypatch.setattr(cases, "run", eagerly(run))
+    monkeypatch.setattr(experts, "run_expert", eagerly(run_expert))
+    exec(gpu_check._SANITIZED, {})
+    assert ran == [(op, "cuda") for op in ("bcast", "ffn", "self_attention", "adapter")]
+
+
+@pytest.mark.heavy
+def test_the_other_expert_ops_and_parameters_in_fp32_in_emulation(cache: Path) -> None:
+    plan = replace(PLAN, cases=(), experts=EXPERTS, batches=(1,), repeats=1)
+    with offline_driver(target("sm_80"), Emulator(), cache):
+        checked = [c for c in gpu_check.correctness(FakeMachine(), plan, 5) if c["backend"] == "triton"]
+        timed = list(gpu_check.times(FakeMachine(), plan, {"triton AMP": VARIANTS["triton AMP"]}))
+    assert [entry["tensors"] for entry in checked] == [1 + 1 + 10, 1 + 1 + 10, 1 + 2 + 4]
+    assert all(entry["ok"] and entry["same_bits_twice"] for entry in checked)
+    assert [entry["phase"] for entry in timed] == ["inference", "training"]
+    with offline_driver(target("sm_80"), Recorder(), cache) as recorder:
+        exec(gpu_check._SANITIZED.replace("cuda", "cpu"), {})
+    adapters = [record for record in recorder.records.values() if record.first.kernel == "adapter_forward"]
+    assert len(adapters) == 3
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
-        gpu_check.check(DyingMachine(-1), PLAN, tmp_path / "nowhere" / "found.json", None)
+    good, bad = tmp_path / "found", tmp_path / "nowhere" / "found"
+    for files in ((bad, good), (good, bad)):
+        with pytest.raises(OSError, match="nowhere"):
+            gpu_check.check(DyingMachine(-1), PLAN, *files)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kernels_that_write_nothing_fail(cache: Path) -> None:
@@ -196,8 +333,9 @@ def test_kernels_that_write_nothing_fail(cache: Path) -> None:
 
 def test_inputs_differ_from_seed_to_seed() -> None:
     first, second = (list(gpu_check.correctness(FakeMachine(), PLAN, seed)) for seed in (1, 2))
-    assert [entry["backend"] for entry in first] == ["cpu"]
-    assert first[0]["rms"] != second[0]["rms"]
+    assert [entry["backend"] for entry in first] == ["triton", "cpu"]
+    assert "the streams are on cpu" in first[0]["why_not"]
+    assert first[1]["rms"] != second[1]["rms"]
 
 
 @pytest.mark.parametrize(("measured", "inside"), [(1.3, True), (1.5, False), (0.5, False)])
@@ -212,7 +350,8 @@ def test_predicted_beside_measured(measured: float, inside: bool, tmp_path: Path
     ]
     (found,) = gpu_report.beside(times, known)
     assert (found["measured_ms"], found["ratio"], found["inside"]) == (measured, measured, inside)
-    for name, count in (("NVIDIA GeForce RTX 4090", 128), ("NVIDIA GH200 480GB", 132), ("NVIDIA H100 PCIe", 114)):
+    for name, count in (("NVIDIA GeForce RTX 4090", 128), ("NVIDIA GH200 480GB", 132), ("NVIDIA H100 PCIe", 114),
+                        ("NVIDIA H100 NVL", 132)):  # fmt: skip
         assert gpu_report.predictions_for({"name": name, "multiprocessors": count}, tmp_path) == {}
 
 

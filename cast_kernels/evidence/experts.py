@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import cast_kernels
+from cast_kernels.backends import AnyProblem
+
+_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class ExpertCase:
-    """Sizes and structure of one `ffn` call. The defaults are ViT-B/16's with the paper's adapter."""
+    """Sizes and structure of one call. The defaults are ViT-B/16's with the paper's adapter."""
 
     rows: int = 197
     dim: int = 768
-    hidden: int = 3072
+    hidden: int = 3072  # of `ffn`
     adapter: int = 192
-    activation: str = "gelu"  # CLIP's expert has "quick_gelu"
-    scaled: bool = False  # whether the adapter's branch has drop-path factors
+    activation: str = "gelu"  # of `ffn`; CLIP's expert has "quick_gelu"
+    scaled: bool = False  # whether the adapter's branch has drop-path factors; `self_attention` has none
     recompute: str = "cheap"
     seed: int = 0
+    op: str = "ffn"  # or "self_attention", "adapter"
+    heads: int = 12  # of `self_attention`
 
     def __str__(self) -> str:
-        sizes = f"FFN {self.rows} rows D{self.dim} F{self.hidden} A{self.adapter} {self.activation}"
-        return f"{sizes}{', drop-path' if self.scaled else ''}, forward, backward, recompute {self.recompute}"
+        what = {"ffn": "FFN", "self_attention": "self-attention", "adapter": "adapter"}[self.op]
+        own = {"ffn": f" F{self.hidden}", "self_attention": f" h{self.heads}"}.get(self.op, "")
+        sizes = f"{what} {self.rows} rows D{self.dim}{own} A{self.adapter}"
+        parts = [f"{sizes} {self.activation}" if self.op == "ffn" else sizes]
+        parts += ["drop-path"] if self.scaled and self.op != "self_attention" else []
+        return ", ".join([*parts, f"forward, backward, recompute {self.recompute}"])
+
+
+def expert_problem(case: ExpertCase, dtype: torch.dtype, device: torch.device) -> AnyProblem:
+    """What backends are asked about."""
+    recompute = cast_kernels.Recompute(case.recompute)
+    if case.op == "ffn":
+        return cast_kernels.FFNProblem(
+            case.rows, case.dim, case.hidden, case.adapter, case.activation, recompute, dtype, device.type
+        )
+    if case.op == "self_attention":
+        return cast_kernels.SelfAttentionProblem(
+            1, case.rows, case.dim, case.heads, case.adapter, recompute, dtype, device.type
+        )
+    return cast_kernels.AdapterProblem(case.rows, case.dim, case.adapter, False, recompute, dtype, device.type)
 
 
 def run_expert(
@@ -33,8 +57,6 @@ def run_expert(
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
     """The output and every gradient, in float64 on the CPU.
-
-    `self_attention` and `adapter` launch the same two adapter kernels with the same things compiled in.
 
     Args:
         case: the problem.
@@ -47,26 +69,43 @@ def run_expert(
 
     def random(*shape: int, around: float = 0.0) -> Tensor:
         spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-        drawn = (around + spread * torch.randn(shape, generator=generator)).to(device, dtype)
-        return (drawn.double() if exact else drawn).requires_grad_()
+        return given(around + spread * torch.randn(shape, generator=generator)).requires_grad_()
 
-    d, f, a = case.dim, case.hidden, case.adapter
-    parameters = cast_kernels.FFNParameters(
-        random(d, around=1.0), random(d), random(f, d), random(f), random(d, f), random(d),
-        random(a, d), random(a), random(d, a), random(d),
-    )  # fmt: skip
-    kind = torch.float64 if exact else dtype
-    x = torch.randn(case.rows, d, generator=generator).to(device, dtype).to(kind).requires_grad_()
-    kept = torch.bernoulli(torch.full((case.rows,), 0.7), generator=generator).to(device, dtype).to(kind)
-    scale = kept / 0.7 if case.scaled else None
-    if backend is None:
-        y = cast_kernels.reference.ffn(x, parameters, activation=case.activation, eps=1e-5, row_scale=scale)
-    else:
-        y = cast_kernels.ffn(
-            x, parameters, activation=case.activation, eps=1e-5, row_scale=scale, recompute=case.recompute,
-            backend=backend,
-        )  # fmt: skip
-    y.backward(torch.randn(y.shape, generator=generator).to(device, dtype).to(kind))
+    def given(drawn: Tensor) -> Tensor:
+        rounded = drawn.to(device, dtype)
+        return rounded.double() if exact else rounded
+
+    parameters = _parameters(case, random)
+    x = given(torch.randn(case.rows, case.dim, generator=generator)).requires_grad_()
+    kept = given(torch.bernoulli(torch.full((case.rows,), 0.7), generator=generator))
     leaves = {"x": x, **parameters._asdict()}
+    options: dict[str, Any] = {} if backend is None else {"backend": backend, "recompute": case.recompute}
+    ops: Any = cast_kernels.reference if backend is None else cast_kernels
+    if case.op == "self_attention":
+        y = ops.self_attention(x.unsqueeze(0), parameters, num_heads=case.heads, eps=_EPS, **options).squeeze(0)
+    else:
+        options["row_scale"] = kept / 0.7 if case.scaled else None
+        if case.op == "ffn":
+            y = ops.ffn(x, parameters, activation=case.activation, eps=_EPS, **options)
+        else:
+            leaves["residual"] = given(torch.randn(case.rows, case.dim, generator=generator)).requires_grad_()
+            y = ops.adapter(x, parameters, residual=leaves["residual"], **options)
+    y.backward(given(torch.randn(y.shape, generator=generator)))
     result = {"y": y} | {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: tensor.detach().double().cpu() for name, tensor in result.items()}
+
+
+def _parameters(case: ExpertCase, random: Any) -> Any:
+    d, f, a = case.dim, case.hidden, case.adapter
+    norm = {"norm_weight": random(d, around=1.0), "norm_bias": random(d)} if case.op != "adapter" else {}
+    adapter = {"down_weight": random(a, d), "down_bias": random(a), "up_weight": random(d, a), "up_bias": random(d)}
+    if case.op == "ffn":
+        return cast_kernels.FFNParameters(
+            **norm, fc1_weight=random(f, d), fc1_bias=random(f), fc2_weight=random(d, f), fc2_bias=random(d), **adapter
+        )
+    if case.op == "self_attention":
+        return cast_kernels.SelfAttentionParameters(
+            **norm, qkv_weight=random(3 * d, d), qkv_bias=random(3 * d), proj_weight=random(d, d), proj_bias=random(d),
+            **adapter,
+        )  # fmt: skip
+    return cast_kernels.AdapterParameters(**adapter)

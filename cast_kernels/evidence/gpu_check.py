@@ -26,10 +26,12 @@ from cast_kernels import backends
 from cast_kernels.evidence import gpu_report
 from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.experts import ExpertCase, run_expert
+from cast_kernels.evidence.experts import ExpertCase, expert_problem, run_expert
 from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError, Step
 from cast_kernels.evidence.variants import CANNOT_RUN, VARIANTS, Variants
 
+#: B-CAST, or an expert's half block.
+AnyCase = Case | ExpertCase
 #: What is found, by section.
 Found = dict[str, Any]
 
@@ -37,6 +39,7 @@ Found = dict[str, Any]
 NO_GPU = 2
 #: Compute-sanitizer's tools: out-of-bounds and misaligned accesses, races in shared memory.
 SANITIZERS = ("memcheck", "racecheck")
+SECTIONS = ("correctness", "sanitizer", "ceilings", "times", "predicted")
 #: Samples that are thrown away: the first calls compile and allocate.
 _WARM_UP = 3
 
@@ -49,7 +52,7 @@ class Plan:
     dtypes: tuple[str, ...]  # of the first case; the others are checked in the first of these
     batches: tuple[int, ...]  # timed at the paper's size
     repeats: int
-    experts: tuple[ExpertCase, ...] = ()  # an expert's half block, checked in every dtype where triton runs
+    experts: tuple[ExpertCase, ...] = ()  # an expert's half blocks, checked in every dtype
     timed: Case = field(default_factory=Case)  # at each batch size
     copy_bytes: int = 1 << 30
     gemm: int = 8192
@@ -70,64 +73,97 @@ FULL = Plan(
     dtypes=("bf16", "fp16", "fp32"),
     batches=(1, 6, 32),
     repeats=50,
-    experts=(ExpertCase(scaled=True), ExpertCase(activation="quick_gelu", recompute="nothing")),
+    experts=(
+        ExpertCase(scaled=True),
+        ExpertCase(activation="quick_gelu", recompute="nothing"),
+        ExpertCase(op="self_attention"),
+        ExpertCase(op="self_attention", recompute="nothing"),
+        ExpertCase(op="adapter"),
+    ),
 )
-QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), batches=(6,), repeats=10, sanitize=False)
+QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), batches=(6,), repeats=10, experts=FULL.experts[::2], sanitize=False)
 
-#: What compute-sanitizer runs: one forward and backward of awkward sizes, of B-CAST and of an expert's half block.
+#: What compute-sanitizer runs: one forward and backward of awkward sizes, of B-CAST and of an expert's half blocks.
 _SANITIZED = """
 import torch
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 run(Case(2, 3, 7, 64, 32, 2, scaled=True), "triton", torch.bfloat16, device="cuda")
-run_expert(ExpertCase(37, 96, 160, 48, scaled=True), torch.bfloat16, device="cuda")
+for op in ("ffn", "self_attention", "adapter"):
+    run_expert(ExpertCase(37, 96, 160, 48, scaled=True, op=op, heads=3), torch.bfloat16, device="cuda")
 """
 
 
+class UnusableError(RuntimeError):
+    """The GPU answers no call any more: a kernel faulted, and CUDA repeats its error until the process ends."""
+
+
+def require_usable(machine: Machine) -> None:
+    """Raise UnusableError if an earlier fault has ended the GPU's context."""
+    try:
+        machine.synchronise()
+    except Exception as error:
+        raise UnusableError(f"the GPU can be used no more ({_reason(error)}); what follows was not run") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
-    """Every backend that runs here, on inputs from this seed, new memory poisoned: the worst tensor's errors."""
-    for number, case in enumerate(plan.cases):
-        case = replace(case, seed=seed + number)
-        for dtype in plan.dtypes if number == 0 else plan.dtypes[:1]:
+    """Every backend that runs here, on inputs from this seed, new memory poisoned: the worst tensor's errors.
+
+    What raises is an entry that failed, and so is what triton refuses: there is no other reason for this command.
+    """
+    every: tuple[AnyCase, ...] = (*plan.cases, *plan.experts)
+    for number, unseeded in enumerate(every):
+        case = replace(unseeded, seed=seed + number)
+        first = isinstance(case, ExpertCase) or number == 0
+        for dtype in plan.dtypes if first else plan.dtypes[:1]:
             kind = DTYPES[dtype]
+            call = _caller(case, kind, machine.device)
             problem = _problem(case, kind, machine.device)
-            names = [name for name in backends.BACKENDS if name != "eager" and backends.can_run(name, problem).ok]
-            exact = run(case, None, kind, exact=True, device=machine.device) if names else {}
-            eager = run(case, "eager", kind, device=machine.device) if names else {}
-            for name in names:
-                yield _checked(
-                    partial(run, case, name, kind, device=machine.device),
-                    eager, exact, {"backend": name, "dtype": dtype, "case": str(case)},
-                )  # fmt: skip
-    if not backends.can_run("triton", _problem(plan.cases[0], DTYPES[plan.dtypes[0]], machine.device)).ok:
-        return
-    for number, expert in enumerate(plan.experts):
-        expert = replace(expert, seed=seed + number)
-        for dtype in plan.dtypes:
-            yield _checked(
-                partial(run_expert, expert, DTYPES[dtype], device=machine.device),
-                run_expert(expert, DTYPES[dtype], "eager", device=machine.device),
-                run_expert(expert, DTYPES[dtype], None, exact=True, device=machine.device),
-                {"backend": "triton", "dtype": dtype, "case": str(expert)},
-            )
+            for name in (name for name in backends.BACKENDS if name != "eager"):
+                about = {"backend": name, "dtype": dtype, "case": str(case)}
+                verdict = backends.can_run(name, problem)
+                if not verdict.ok:
+                    if name == "triton":
+                        yield about | _failed(f"cannot run: {verdict.reason}")
+                    continue
+                require_usable(machine)
+                try:
+                    yield about | _checked(call, name)
+                except Exception as error:  # the other problems' results are as good as before
+                    traceback.print_exc()
+                    yield about | _failed(_reason(error))
 
 
-def _checked(
-    call: Callable[[], dict[str, torch.Tensor]], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor],
-    about: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """What is reported of one call: its worst tensor, and whether a second one has the same bits."""
+def _caller(case: AnyCase, dtype: torch.dtype, device: torch.device) -> Callable[..., dict[str, torch.Tensor]]:
+    """What runs the case; `backend` and `exact` are missing."""
+    if isinstance(case, ExpertCase):
+        return partial(run_expert, case, dtype=dtype, device=device)
+    return partial(run, case, dtype=dtype, device=device)
+
+
+def _failed(why: str) -> dict[str, Any]:
+    return {"ok": False, "why_not": why}
+
+
+def _checked(call: Callable[..., dict[str, torch.Tensor]], backend: str) -> dict[str, Any]:
+    """What is reported of one backend's call: its worst tensor, and whether a second one has the same bits."""
     with poisoned_memory():
-        ours, again = call(), call()
-    errors = compare(ours, eager, exact)
+        ours, again = call(backend=backend), call(backend=backend)
+    errors = compare(ours, call(backend="eager"), call(backend=None, exact=True))
     worst = max(errors, key=lambda e: e.ratio if e.ratio == e.ratio else float("inf"))
-    return about | {
+    return {
         "ok": all(e.ok for e in errors), "tensors": len(errors), "worst": worst.name, "rms": worst.rms,
         "eager_rms": worst.eager_rms, "same_bits_twice": all(torch.equal(ours[key], again[key]) for key in ours),
     }  # fmt: skip
 
 
-def _problem(case: Case, dtype: torch.dtype, device: torch.device) -> cast_kernels.problem.Problem:
+def _problem(case: AnyCase, dtype: torch.dtype, device: torch.device) -> backends.AnyProblem:
+    if isinstance(case, ExpertCase):
+        return expert_problem(case, dtype, device)
     t2s, s2t = (
         window if way in case.directions else None for way, window in zip(("t2s", "s2t"), case.windows, strict=True)
     )
@@ -151,6 +187,7 @@ def median_ms(machine: Machine, step: Step, repeats: int, cold: bool) -> float:
 
 def ceilings(machine: Machine, plan: Plan) -> dict[str, float]:
     """Copy bandwidth in B/s (read and written bytes) and the rate of a square bf16 GEMM in FLOP/s."""
+    require_usable(machine)
     source = torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
     copy = median_ms(machine, lambda: target.copy_(source), plan.repeats, cold=False)
@@ -164,6 +201,7 @@ def times(machine: Machine, plan: Plan, variants: Variants = VARIANTS) -> Iterat
     for batch in plan.batches:
         case = replace(plan.timed, batch=batch)
         for name, make in variants.items():
+            require_usable(machine)
             try:
                 steps = make(case, machine.device)
                 for phase, step in (("inference", steps.forward), ("training", steps.training)):
@@ -172,8 +210,7 @@ def times(machine: Machine, plan: Plan, variants: Variants = VARIANTS) -> Iterat
                 yield {"variant": name, "batch": batch, "phase": "", "why_not": str(error), "failed": False}
             except Exception as error:  # another library's failure must not cost the rest of the report
                 traceback.print_exc()
-                reason = f"{type(error).__name__}: {error}"
-                yield {"variant": name, "batch": batch, "phase": "", "why_not": reason, "failed": True}
+                yield {"variant": name, "batch": batch, "phase": "", "why_not": _reason(error), "failed": True}
 
 
 def _timed(machine: Machine, step: Step, repeats: int) -> dict[str, Any]:
@@ -185,6 +222,7 @@ def _timed(machine: Machine, step: Step, repeats: int) -> dict[str, Any]:
     try:
         replay = machine.capture(step)
     except RuntimeError as error:
+        require_usable(machine)  # a kernel that faulted is no step that cannot be captured
         return timed | {"no_graph": str(error).splitlines()[0]}
     timed["graph_warm_ms"] = median_ms(machine, replay, repeats, cold=False)
     return timed | {"graph_cold_ms": median_ms(machine, replay, repeats, cold=True)}
@@ -204,11 +242,13 @@ def collect(
     """Everything, as it is written to JSON.
 
     A section that an exception ends keeps what it had found, and the others follow. After a fault in a kernel CUDA
-    refuses every later call, so what can be diagnosed comes before what is timed. `save` is called after each section.
+    refuses every later call, so what can be diagnosed comes before what is timed. `save` is called after each entry: a
+    kernel that hangs is ended from outside.
     """
     found: Found = {
         "device": machine.describe(), "cast_kernels": cast_kernels.__version__, "seed": seed, "plan": asdict(plan),
         "correctness": [], "sanitizer": [], "ceilings": {}, "times": [], "predicted": [], "broken": [],
+        "unfinished": [*SECTIONS],
     }  # fmt: skip
     expected = gpu_report.predictions_for(found["device"], predictions)
     steps: dict[str, Callable[[], Iterable[Any]]] = {
@@ -225,9 +265,11 @@ def collect(
                     found[name][entry[0]] = entry[1]
                 else:
                     found[name].append(entry)
+                    save(found)
         except Exception as error:  # whatever it is, it goes into the report instead of ending it
             traceback.print_exc()
-            found["broken"].append({"section": name, "error": f"{type(error).__name__}: {error}"})
+            found["broken"].append({"section": name, "error": _reason(error)})
+        found["unfinished"].remove(name)
         save(found)
     return found
 
@@ -235,9 +277,11 @@ def collect(
 def passed(found: Found) -> bool:
     """Whether some backend was checked, all of them are right, the sanitizer is content, and no variant broke."""
     checked = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
-    right = all(entry["ok"] and entry["same_bits_twice"] for entry in found["correctness"])
+    right = all(entry["ok"] and entry.get("same_bits_twice") for entry in found["correctness"])
     clean = all(entry["ok"] for entry in found["sanitizer"])
-    whole = not found["broken"] and not any(entry.get("failed") for entry in found["times"])
+    whole = (
+        not found["broken"] and not found.get("unfinished") and not any(entry.get("failed") for entry in found["times"])
+    )
     return bool(checked) and right and clean and whole
 
 
@@ -248,7 +292,11 @@ def main(json_file: Path | None, report_file: Path | None, quick: bool) -> int:
     except NoGPUError as error:
         print(f"cast-kernels gpu-check: {error}; this command measures, so it needs a GPU", file=sys.stderr)
         return NO_GPU
-    return check(machine, QUICK if quick else FULL, json_file, report_file)
+    try:
+        return check(machine, QUICK if quick else FULL, json_file, report_file)
+    except OSError as error:
+        print(f"cast-kernels gpu-check: the report cannot be written: {error}", file=sys.stderr)
+        return 2
 
 
 def check(
@@ -264,15 +312,23 @@ def check(
         seed: of the inputs, None for another one every time.
         predictions: folder of what `cast-kernels predict` wrote.
         variants: that are timed.
+
+    Raises:
+        OSError: a file cannot be written; nothing was done.
     """
     stem = "gpu-check-" + re.sub(r"[^a-z0-9]+", "-", machine.describe()["name"].lower()).strip("-")
     json_file, report_file = json_file or Path(f"{stem}.json"), report_file or Path(f"{stem}.md")
 
     def save(found: Found) -> None:
-        _write(json_file, json.dumps(found, indent=1) + "\n")
-        _write(report_file, gpu_report.markdown(found, passed(found)))
+        try:
+            _write(json_file, json.dumps(found, indent=1) + "\n")
+            _write(report_file, gpu_report.markdown(found, passed(found)))
+        except OSError as error:  # a full disk must not end an hour's measurement: its tables are printed
+            print(f"cast-kernels gpu-check: the report is not up to date: {error}", file=sys.stderr)
 
-    _write(json_file, "")  # a place that cannot be written to is told before the work
+    for path in (json_file, report_file):  # a place that cannot be written to is told before the work
+        _part(path).write_text("")
+        _part(path).unlink()
     found = collect(machine, plan, secrets.randbelow(1 << 30) if seed is None else seed, predictions, variants, save)
     console = wide_console()
     for table in gpu_report.tables(found):
@@ -284,6 +340,9 @@ def check(
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    _part(path).write_text(text)
+    os.replace(_part(path), path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from cast_kernels.evidence.model import UNCERTAINTY
 from cast_kernels.evidence.prediction_report import markdown_table
@@ -30,6 +31,8 @@ def predictions_for(gpu: Mapping[str, Any], folder: Path) -> dict[tuple[int, str
         folder: of what `cast-kernels predict` wrote.
     """
     words = re.findall(r"[A-Z0-9]+", gpu["name"].upper())
+    if "NVL" in words:  # an H100 NVL has an SXM's multiprocessors, but another memory or power limit
+        return {}
     for path in sorted(folder.glob("*.json")):
         if path.stem.upper() in words:
             (entry,) = json.loads(path.read_text())["devices"].values()
@@ -74,11 +77,13 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
         summary += [("copy", f"{ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s")]
         summary += [("bf16 GEMM", f"{ceilings['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s")]
     broken: list[Section] = []
-    if found["broken"]:
-        cells: list[tuple[str, ...]] = [("FAIL", b["section"], b["error"].replace("\n", " ")) for b in found["broken"]]
+    cells: list[tuple[str, ...]] = [("FAIL", b["section"], b["error"].replace("\n", " ")) for b in found["broken"]]
+    cells += [("FAIL", name, "not finished when this was written") for name in found.get("unfinished", ())]
+    if cells:
         broken = [("what an error ended; entries before it are below", ("", "section", "error"), cells)]
     nothing = "no prediction for this GPU" if PREDICTIONS.is_dir() else "predictions come with the source tree"
     correct: list[tuple[str, ...]] = [
+        ("FAIL", c["backend"], c["dtype"], c["case"], "-", "-", "-", c["why_not"]) if "why_not" in c else
         (
             "ok" if c["ok"] and c["same_bits_twice"] else "FAIL", c["backend"], c["dtype"], c["case"], c["worst"],
             f"{c['rms']:.2e}", f"{c['eager_rms']:.2e}", "same" if c["same_bits_twice"] else "DIFFERENT",
@@ -122,7 +127,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     for title, headings, cells in sections(found):
         table = Table(*headings, title=title, title_justify="left")
         for row in cells:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))  # an error's brackets are no markup
         made.append(table)
     return made
 
@@ -131,5 +136,6 @@ def markdown(found: Mapping[str, Any], passed: bool) -> str:
     """The sections as a document."""
     lines = [f"# cast_kernels {found['cast_kernels']} on {found['device']['name']}", ""]
     for title, headings, cells in sections(found):
-        lines += [f"## {title[0].upper()}{title[1:]}", "", *markdown_table(headings, cells), ""]
+        plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in cells]
+        lines += [f"## {title[0].upper()}{title[1:]}", "", *markdown_table(headings, plain), ""]
     return "\n".join([*lines, verdict(passed), ""])

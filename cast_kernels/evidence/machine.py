@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -106,14 +110,28 @@ class CudaMachine:
         return graph.replay
 
     def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
-        import sys
-
         path = shutil.which("compute-sanitizer")
         if path is None:
             return None
         command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code]
+        # PyTorch's allocator cuts tensors out of large blocks, within which an access out of bounds is none to CUDA.
+        return _within(_SANITIZER_SECONDS, command, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _within(seconds: float, command: Sequence[str], environment: Mapping[str, str]) -> tuple[bool, str]:
+    """Run a command -> whether it succeeded in time, and its last lines. Nothing that it started outlives it."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SANITIZER_SECONDS)
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return False, f"not done after {_SANITIZER_SECONDS} s"
-        return done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+            code = None
+        finally:
+            if process.returncode is None:  # with its children: compute-sanitizer's holds the GPU that is timed next
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()[-5:]
+    return code == 0, "\n".join([*lines, f"not done after {seconds:g} s"] if code is None else lines)

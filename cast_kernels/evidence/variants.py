@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +96,34 @@ def _amp(case: Case, device: torch.device) -> Steps:
     )
 
 
+def _ours_amp(case: Case, device: torch.device) -> Steps:
+    return steps(
+        case, device, "triton", torch.float32, lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    )
+
+
+def _attending(name: str, case: Case, device: torch.device) -> Steps:
+    """An expert's self-attention alone, over a whole clip, as `cast_kernels.attention` runs it by this name."""
+    tokens, heads = case.frames * case.patches, case.heads
+    problem = cast_kernels.SelfAttentionProblem(
+        case.batch, tokens, case.dim, heads, 0, cast_kernels.Recompute.CHEAP, torch.bfloat16, device.type
+    )
+    verdict = cast_kernels.attention.can_run(name, problem)
+    if not verdict.ok:
+        raise UnavailableError(verdict.reason)
+    qkv = torch.randn(case.batch, tokens, 3, heads, case.dim // heads, device=device).bfloat16().requires_grad_()
+    gradient = torch.randn(case.batch, tokens, heads, case.dim // heads, device=device).bfloat16()
+
+    def forward() -> object:
+        with torch.no_grad():
+            return cast_kernels.attention.attend(name, qkv)
+
+    def training() -> object:
+        return torch.autograd.grad(cast_kernels.attention.attend(name, qkv), qkv, gradient)
+
+    return Steps(forward, training)
+
+
 def _compiled(case: Case, device: torch.device) -> Steps:
     return steps(case, device, "eager", torch.bfloat16, compiled=True)
 
@@ -119,11 +148,13 @@ def _flash(case: Case, device: torch.device) -> Steps:
 Variants = Mapping[str, Callable[[Case, torch.device], Steps]]
 VARIANTS: Variants = {
     "triton": _ours,
+    "triton AMP": _ours_amp,
     "eager bf16": _eager,
     "eager AMP": _amp,
     "torch.compile + SDPA": _compiled,
     "xformers": _xformers,
     "flash-attn": _flash,
+    **{f"self-attention by {name}": partial(_attending, name) for name in cast_kernels.attention.ATTENTIONS},
 }
 #: What a variant raises that cannot run here.
 CANNOT_RUN = (UnavailableError, cast_kernels.BackendError)
