@@ -1,4 +1,4 @@
-"""Reading YAML, and writing whole files or none."""
+"""Reading YAML and JSON, and writing whole files or none."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: it is none, or a mapping has a key twice; the message names the line.
     """
     return yaml.load(text, _Loader)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no JSON, or no text in UTF-8; the message names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cast.config import CASTConfig, make_config
+from cast.files import read_json
 from cast.labels import LABELS, read_labels
-from cast.sampling import SAMPLING, Sampling, read_sampling, write_sampling
+from cast.sampling import SAMPLING, Sampling, as_json, read_sampling
 from cast.weights.source import read_tensors
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -75,18 +76,15 @@ class Shared(
         # Under other names first: a kill while writing leaves the old checkpoint whole.
         save_file(tensors, path / f"{_WEIGHTS}.part", metadata={"format": "pt"})
         _write(path / f"{_CONFIG}.part", self.config.to_dict())
-        names = [_WEIGHTS, _CONFIG]
-        if self.labels is not None:
-            _write(path / f"{LABELS}.part", self.labels)
-            names.append(LABELS)
+        names, known = [_WEIGHTS, _CONFIG], {LABELS: self.labels, SAMPLING: as_json(self.sampling)}
+        for name, value in known.items():
+            if value is not None:
+                _write(path / f"{name}.part", value)
+                names.append(name)
         for name in names:
             os.replace(path / f"{name}.part", path / name)
-        if self.labels is None:
-            (path / LABELS).unlink(missing_ok=True)  # an earlier model's names, which this one's classes are not
-        if self.sampling is None:
-            (path / SAMPLING).unlink(missing_ok=True)
-        else:
-            write_sampling(path, self.sampling)
+        for name in known.keys() - set(names):
+            (path / name).unlink(missing_ok=True)  # an earlier model's: this one's classes or clips are others
         card = path / "README.md"
         if not card.exists():
             self.generate_model_card(**(model_card_kwargs or {})).save(card)
@@ -154,10 +152,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such directory; give one that save_pretrained wrote")
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json; save_pretrained writes one beside model.safetensors")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
+    fields = read_json(file)
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds a {type(fields).__name__}; expected CASTConfig's fields by name")
     if "design" in fields or "expert" in fields:

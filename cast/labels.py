@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from cast.files import read_json
 
 #: In a checkpoint's directory.
 LABELS = "labels.json"
@@ -24,10 +25,7 @@ def read_labels(directory: str | os.PathLike[str], classes: Mapping[str, int]) -
     path = Path(directory) / LABELS
     if not path.exists():
         return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    names = read_json(path)
     check_names(str(path), names, classes)
     return {head: [str(name) for name in names[head]] for head in classes}
 

@@ -5,10 +5,11 @@ A model that learned from frames four apart answers worse about frames of a whol
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Literal, get_args
+
+from cast.files import read_json, write_json
 
 #: Frames of the whole video (EPIC-Kitchens-100, Something-Something V2), or about four apart (Kinetics-400).
 Sampling = Literal["uniform", "dense"]
@@ -26,10 +27,7 @@ def read_sampling(directory: str | os.PathLike[str]) -> Sampling | None:
     path = Path(directory) / SAMPLING
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    content = read_json(path)
     found = content.get("sampling") if isinstance(content, dict) else None
     for sampling in get_args(Sampling):
         if found == sampling:
@@ -38,9 +36,11 @@ def read_sampling(directory: str | os.PathLike[str]) -> Sampling | None:
     raise ValueError(f"{path}: must hold {allowed}; remove it if the sampling is not known")
 
 
+def as_json(sampling: Sampling | None) -> dict[str, str] | None:
+    """The content of `sampling.json`; None for a sampling that is not known."""
+    return None if sampling is None else {"sampling": sampling}
+
+
 def write_sampling(directory: str | os.PathLike[str], sampling: Sampling) -> None:
     """Write `sampling.json` into a directory; a kill leaves the old file or the new one."""
-    path = Path(directory) / SAMPLING
-    part = path.with_name(f"{SAMPLING}.part")
-    part.write_text(json.dumps({"sampling": sampling}) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(Path(directory) / SAMPLING, as_json(sampling))

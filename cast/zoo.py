@@ -152,7 +152,7 @@ def load(what: str | os.PathLike[str], fused: bool = True, trust_pickle: bool = 
         return load_official_checkpoint(path, fused=fused, trust_pickle=trust_pickle)
     try:
         return CAST.from_pretrained(path, fused)
-    except (TypeError, UnicodeDecodeError) as error:  # a configuration with unknown fields, or no text
+    except TypeError as error:  # a configuration with unknown fields
         raise ValueError(f"{path / _CONFIG}: {error}") from None
 
 

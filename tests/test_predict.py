@@ -107,7 +107,7 @@ def test_json_reads_back(compositional: Path, video: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "labels.json: not JSON"),
+        ("{", "labels.json is no JSON"),
         ('{"verb": ["a", "b", "c"]}', "list of 4 names for 'noun', as the model has; it has none"),
         ('{"verb": ["a"], "noun": []}', "list of 3 names for 'verb', as the model has; it has 1 names"),
         ("[]", "list of 3 names for 'verb'"),

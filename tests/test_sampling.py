@@ -63,7 +63,9 @@ def test_a_model_keeps_its_sampling(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["dense", "[]", "{}", '{"sampling": "sparse"}'])
 def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "sampling.json").write_text(content)
-    with pytest.raises(ValueError, match=r"sampling\.json: (not JSON|must hold .*uniform.* or .*dense.*; remove it)"):
+    with pytest.raises(
+        ValueError, match=r"sampling\.json( is no JSON|: must hold .*uniform.* or .*dense.*; remove it)"
+    ):
         read_sampling(tmp_path)
 
 

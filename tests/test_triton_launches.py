@@ -162,6 +162,15 @@ def test_kernels_that_walk_over_all_rows_multiply_them_in_64_bits(cache: Path) -
         assert re.search(r"tt\.addptr .*(?:xi64>|, i64)", journal.ttir[kernel]), kernel  # of a tile, or of a scalar
 
 
+@pytest.mark.parametrize(("heads", "warps"), [(2, 4), (1, 8)])
+def test_heads_of_64_channels_have_a_tile_of_their_own_in_long_windows(heads: int, warps: int, cache: Path) -> None:
+    case = replace(CASE, patches=70, dim=32, bottleneck=64, heads=heads, directions=("t2s",), positions=False)
+    with offline_driver(target("sm_80"), Recorder(), cache) as recorder:
+        train(replace(case, windows=("space", "space")))
+    (own,) = [r.first for r in recorder.records.values() if r.first.kernel == "attention_backward"]
+    assert (own.constexprs["HEAD"], own.constexprs["BM"], own.metadata.num_warps) == (64 // heads, 128, warps)
+
+
 def test_streams_and_parameters_of_different_dtypes_compile(cache: Path) -> None:
     """As autocast lets them differ: one kernel serves both streams, so its two branches must see the same types."""
     module = CASE.module(backend="triton")

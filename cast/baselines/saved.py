@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from cast.files import read_json
 from cast.weights.assign import assign
 from cast.weights.source import read_tensors
 
@@ -40,10 +41,7 @@ def read_saved(directory: str | os.PathLike[str], key: str) -> dict[str, Any]:
         ValueError: it is no JSON, or belongs to another kind of model.
     """
     path = Path(directory) / CONFIG
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    about = read_json(path)
     if not isinstance(about, dict) or key not in about:
         raise ValueError(
             f"{path} names no {key}; a plain CAST is read by cast.CAST.from_pretrained, a baseline of any kind by "

@@ -16,7 +16,7 @@ _HEAD = """<!-- Written by `python -m cast.study.report {source} {path}`. -->
 
 Top-1 accuracy in percent on {clips:,} clips of the digits data, mean and standard deviation of {seeds} seeds, beside
 the paper's figures on EPIC-Kitchens-100. What a miniature is, and what to hold against it: [study.md](study.md).
-Measured on {date}, {cpu}, {cores} cores, torch {torch}; the trainings of the rows took {hours:.1f} hours of one core.
+Measured on {date}, {cpu}, {cores} cores, torch {torch}; the rows' trainings, one thread each, took {hours:.1f} hours.
 
 An ordering is a pair of rows that the paper tells apart. It *holds* if the row that the paper has ahead is ahead with
 every seed, is *reversed* if it is behind with every seed, else it is *undecided*.

@@ -102,8 +102,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        # Nothing else: what is found here may be deleted, and people keep copies such as step-00000500-best.
-        return sorted(path for path in self.directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+        return _whole(self.directory)
 
     def save(self, progress: Progress) -> None:
         """Write the present state.
@@ -280,11 +279,17 @@ class Checkpoints:
 
 def planned_videos(directory: str | os.PathLike[str]) -> int | None:
     """How many videos the training began with whose newest checkpoint lies in a directory; None if nothing says so."""
-    newest = max((path for path in Path(directory).glob("step-*") if _NAME.fullmatch(path.name)), default=None)
+    found = _whole(Path(directory))
     try:
-        return None if newest is None else int(json.loads((newest / _STATE).read_text())["identity"]["samples"])
+        return int(json.loads((found[-1] / _STATE).read_text())["identity"]["samples"]) if found else None
     except (OSError, ValueError, KeyError, TypeError):  # damaged, which loading it says better
         return None
+
+
+def _whole(directory: Path) -> list[Path]:
+    """Whole checkpoints in a directory, oldest first."""
+    # Nothing else: what is found here may be deleted, and people keep copies such as step-00000500-best.
+    return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def _files(directory: Path) -> list[Path]:

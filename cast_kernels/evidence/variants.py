@@ -90,15 +90,9 @@ def _eager(case: Case, device: torch.device) -> Steps:
     return steps(case, device, "eager", torch.bfloat16)
 
 
-def _amp(case: Case, device: torch.device) -> Steps:
+def _amp(backend: str, case: Case, device: torch.device) -> Steps:
     return steps(
-        case, device, "eager", torch.float32, lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    )
-
-
-def _ours_amp(case: Case, device: torch.device) -> Steps:
-    return steps(
-        case, device, "triton", torch.float32, lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        case, device, backend, torch.float32, lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     )
 
 
@@ -148,9 +142,9 @@ def _flash(case: Case, device: torch.device) -> Steps:
 Variants = Mapping[str, Callable[[Case, torch.device], Steps]]
 VARIANTS: Variants = {
     "triton": _ours,
-    "triton AMP": _ours_amp,
+    "triton AMP": partial(_amp, "triton"),
     "eager bf16": _eager,
-    "eager AMP": _amp,
+    "eager AMP": partial(_amp, "eager"),
     "torch.compile + SDPA": _compiled,
     "xformers": _xformers,
     "flash-attn": _flash,
