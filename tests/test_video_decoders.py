@@ -6,7 +6,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,18 +82,31 @@ def test_pyav_is_the_exact_reader_and_travels(tmp_path: Path) -> None:
 def test_a_decoder_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="decoder is 'decord'; it must be 'pyav' or 'torchcodec'"):
         decoder("decord")  # type: ignore[arg-type]
+    decoders._torchcodec.cache_clear()
     for module in ("torchcodec", "torchcodec.decoders"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Hidden()])
     with pytest.raises(MissingExtraError, match=r"pip install 'cast-kernels\[torchcodec\]'"):
         decoder("torchcodec")
 
-    def without_libraries(module: str, extra: str) -> ModuleType:
+
+@pytest.mark.parametrize("when", ["import", "first file"])
+def test_a_torchcodec_without_ffmpeg_is_no_data_set_of_damaged_videos(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def fail(*arguments: object) -> ModuleType:
         raise RuntimeError("Could not load libtorchcodec.\nmany lines more")
 
-    monkeypatch.setattr(decoders, "require", without_libraries)
+    found = fail if when == "import" else lambda module, extra: SimpleNamespace(VideoDecoder=fail)
+    monkeypatch.setattr(decoders, "require", found)
+    decoders._torchcodec.cache_clear()
     with pytest.raises(MissingExtraError, match=r"install FFmpeg 4 to 8 .* \(Could not load libtorchcodec\.\)$"):
         decoder("torchcodec")
+
+
+def test_the_video_that_torchcodec_is_tried_with_is_one_frame(tmp_path: Path) -> None:
+    (tmp_path / "one.mp4").write_bytes(decoders._one_frame())
+    assert decoder("pyav").frame_count(tmp_path / "one.mp4") == 1
 
 
 class _Hidden:

@@ -6,8 +6,9 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -70,6 +71,32 @@ def test_every_frame_is_the_one_asked_for(tmp_path: Path, name: str, threads: in
         np.testing.assert_array_equal(read(path, asked, threads), everything[asked])
     # Right frames by the slow way would be no credit to the index.
     assert (reader._index(path, threads).times is not None) == (path.suffix in {".mp4", ".mkv", ".webm"})
+
+
+@pytest.mark.parametrize("name", ["open-gop.mp4", "vfr-b-frames.mp4", "vfr.mkv", "short-gop.mp4"])
+def test_what_lies_between_two_wanted_frames_is_not_decoded(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, count = make(tmp_path, name), FILES[name].get("count", 60)
+    times = reader._index(path, 1).times
+    assert times is not None
+    keys = np.union1d(0, np.searchsorted(times.pts, times.keys[:, 0]))
+    decoded: list[int | None] = []
+    packets = reader._packets_from
+
+    def counted(*arguments: Any) -> Iterator[av.Packet]:
+        for packet in packets(*arguments):
+            decoded.append(packet.pos)
+            yield packet
+
+    monkeypatch.setattr(reader, "_packets_from", counted)
+    for first, last in [(0, count - 1), (2, count // 2 + 1), (count // 2, count - 2)]:
+        decoded.clear()
+        asked = [first, first + 1, last]
+        assert numbers(read(path, asked, threads=1)) == asked
+        needed = sum(number - keys[keys <= number].max() + 1 for number in (first + 1, last))
+        assert len(decoded) == len(set(decoded))  # nothing twice
+        assert len(decoded) <= needed + 2 * 5  # the decoder works up to five frames ahead of what it shows
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.52, 2.0), (1.04, 4.6), (3.0, 4.0), (2.32, 2.4)])

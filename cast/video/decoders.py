@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal, Protocol
 
+import av
 import numpy as np
 
 from cast.optional import MissingExtraError, require
@@ -90,15 +93,31 @@ def _opened(path: PathLike, threads: int) -> Any:
     return _last.video
 
 
+@cache
 def _torchcodec() -> Any:
     try:
-        return require("torchcodec.decoders", "torchcodec")
+        module = require("torchcodec.decoders", "torchcodec")
+        # Without FFmpeg's libraries some versions fail at the import, others at the first file, which would look like
+        # a data set of damaged videos.
+        len(module.VideoDecoder(_one_frame()))
+        return module
     except (RuntimeError, OSError) as error:
         raise MissingExtraError(
             "torchcodec is installed, but can't load FFmpeg's libraries: install FFmpeg 4 to 8 with shared libraries "
             f"(apt-get install ffmpeg), or use decoder pyav ({_first_line(error)})",
             name="torchcodec",
         ) from error
+
+
+def _one_frame() -> bytes:
+    """The smallest video: one black picture in MPEG-4, which PyAV's FFmpeg always encodes."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 16
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def _first_line(error: Exception) -> str:
