@@ -117,8 +117,8 @@ class Session:
     @staticmethod
     def _lost(checkpoints: Checkpoints) -> str:
         """A line about training videos that were lost on the way, or nothing."""
-        left, planned = 0 if checkpoints.videos is None else len(checkpoints.videos), checkpoints.identity["samples"]
-        if left == planned:
+        planned = checkpoints.identity["samples"]
+        if checkpoints.videos is None or (left := len(checkpoints.videos)) == planned:
             return ""
         return (
             f"\n{left} of the {planned} training videos that this training began with are left. Its "
