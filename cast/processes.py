@@ -16,6 +16,12 @@ def join_processes() -> PartialState:
         ValueError: the launcher's number of processes is not the one that met; they would go on apart.
     """
     state = PartialState(cpu=computes_on_cpu())
+    if state.num_processes == 1 and _should_be_several():
+        raise ValueError(
+            "accelerate launch was asked for several processes, but has started one that knows of no other: give it "
+            "--multi_gpu where a machine has a single GPU, take torchrun on CPUs, or ask for one process (and unset "
+            "MASTER_ADDR)"
+        )
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != wanted:
         raise ValueError(
@@ -23,6 +29,15 @@ def join_processes() -> PartialState:
             "start with accelerate launch or torchrun, look at the settings of accelerate config, or unset WORLD_SIZE"
         )
     return state
+
+
+def _should_be_several() -> bool:
+    """accelerate 1.15 starts one process on CPUs, and one a machine where each has one GPU, whatever it is asked for.
+
+    Its command then names the place to meet, as for several, but gives no rank and no number of processes.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def computes_on_cpu() -> bool:

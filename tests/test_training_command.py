@@ -348,6 +348,14 @@ def test_settings_that_cannot_train(
     if not torch.cuda.is_available():
         assert "fp16 needs a GPU" in refused("run.precision=fp16")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    told = refused(f"out={tmp_path / 'file' / 'out'}")
+    assert f"cannot write into {tmp_path / 'file' / 'out'}" in told
+    assert "choose another out" in told
+    # What accelerate launch --cpu --num_processes 2 leaves in the environment of the only process that it starts.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert "asked for several processes, but has started one that knows of no other" in refused()
 
 
 def test_precision_compilation_and_a_tracker(data: Path, tmp_path: Path) -> None:

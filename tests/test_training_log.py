@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [0, 1, 2]
     JsonLines(path, 0, 0)
     assert path.read_text() == ""
+
+
+def test_a_log_that_finds_no_room_says_so(tmp_path: Path) -> None:
+    """The system refuses to write more than 100 bytes into a file, as a full disk does."""
+    log = JsonLines(tmp_path / "log.jsonl", 0, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*log\.jsonl: .*make room, then start again with --resume"):
+            log.write("step", note="x" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_infinite_gradient_is_null_in_the_log(tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["ek100", "optim.lrr=1"], "sets optim.lrr, which is no setting: did you mean optim.lr?"),
         (["ek100", "--data.rot=x"], "did you mean data.root?"),
+        (["ek100", "optim.learning_rate=1"], "no setting: optim has epochs, total_batch, micro_batch, lr, min_lr,"),
+        (["ek100", "optim.warmup=5"], "did you mean optim.warmup_epochs?"),
+        (["ek100", "otpim.lr=1"], "did you mean optim.lr?"),
         (["ek100", "drop_path=0.3"], "did you mean model.drop_path?"),
         (["ek100", "optim.lr=fast"], "optim.lr"),
         (["ek100", "run.precision=fp8"], "'fp32', 'bf16', 'fp16'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_single(tmp_path: Path) -> None:
         ("a,1,-2\n", r"train.csv:1: noun is -2; allowed are 0 to 299"),
         (",1,2\n", r"train.csv:1: expected 'video_id,verb,noun'"),
         ("a,1,2.5\n", r"train.csv:1: noun must be a class index, got '2.5'"),
+        ("a,1,1_0\n", r"train.csv:1: noun must be a class index, got '1_0'"),  # which int() takes for 10
         ("\n", "train.csv: has no annotations"),
     ],
 )
@@ -60,6 +62,23 @@ def test_a_bad_compositional_line_is_named(tmp_path: Path, text: str, message: s
 def test_a_bad_single_line_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_single(write(tmp_path, text), "videos", {"action": 400})
+
+
+@pytest.mark.parametrize(
+    ("read", "names", "labelled"),
+    [(read_compositional, "P01_01_0\nP01_01_1\n", "P01_01_2,3,4"), (read_single, "a.mp4\nmy clip.mp4\n", "c.mp4 3")],
+)
+def test_all_lines_of_a_test_may_be_without_labels(tmp_path: Path, read: Any, names: str, labelled: str) -> None:
+    path = write(tmp_path, names)
+    paths = [Path("videos") / (name if name.endswith("mp4") else f"{name}.mp4") for name in names.splitlines()]
+    assert read(path, "videos", labelled=False) == [Sample(name, {}) for name in paths]
+    with pytest.raises(ValueError, match=r"train\.csv:1: "):
+        read(path, "videos")
+    assert read(write(tmp_path, labelled), "videos", labelled=False)[0].labels
+    with pytest.raises(ValueError, match=rf"train\.csv:3: '{labelled}' has labels, line 1 has none"):
+        read(write(tmp_path, names + labelled), "videos", labelled=False)
+    with pytest.raises(ValueError, match=r"train\.csv:2: expected"):
+        read(write(tmp_path, f"{labelled}\n{names}"), "videos", labelled=False)
 
 
 def test_labels_of_another_kind_of_model_are_refused(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def test_the_command_lists_every_fault_with_its_line(faulty: Path, capsys: pytes
     captured = capsys.readouterr()
     for name, fault in FAULTS.items():
         assert f"{faulty / 'train.csv'}:{int(name[1:]) + 2}: {fault}: videos/{name}.mp4 (" in captured.out
-    assert captured.out.count("train.csv:") == 5 + 1
+    assert f"{faulty / 'val.csv'}:1: videos/v0.mp4 is in {faulty / 'train.csv'}:2 already" in captured.out
+    assert captured.out.count("train.csv:") == 5 + 2
     assert "(12 frames, a clip has 16)" in captured.out
     assert "5 videos can't be used (1 empty, 1 missing, 1 short, 2 undecodable)" in captured.err
     assert "short ones are tested all the same" in captured.err
@@ -73,6 +74,20 @@ def test_classes_without_a_training_video_are_named(faulty: Path, capsys: pytest
     (faulty / "classes.txt").write_text("zero\none\ntwo\n")
     main(["data", "check", str(faulty), "--workers", "1"])
     assert "no training video" not in capsys.readouterr().out
+
+
+def test_videos_that_are_annotated_twice_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", count=30, size=(96, 128))
+    (tmp_path / "train.csv").write_text("a.mp4 0\n./a.mp4 0\na.mp4 1\n")
+    (tmp_path / "val.csv").write_text("a.mp4 0\n" * 7)
+    train, val = tmp_path / "train.csv", tmp_path / "val.csv"
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert f"{train}:2: a.mp4 is in {train}:1 already, with the same labels" in told
+    assert f"{train}:3: a.mp4 is in {train}:1 already, with other labels" in told
+    assert f"{val}:5: a.mp4 is in {train}:1 already, with the same labels" in told
+    assert f"... and 2 more in {val}" in told
+    assert sum("already" in line for line in told) == 7
 
 
 def test_processes_find_what_one_finds(faulty: Path) -> None:

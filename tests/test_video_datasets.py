@@ -182,6 +182,20 @@ def test_only_training_needs_labels(tmp_path: Path) -> None:
         open_dataset(settings).samples("train")
 
 
+def test_a_test_without_labels_may_be_written_like_its_training(tmp_path: Path) -> None:
+    write(tmp_path, train_csv="a,1,0\nb,0,2\n", test_csv="P01_1\nP01_2\n")
+    settings = DataSettings(str(tmp_path), "compositional", val=None, test="test.csv")
+    dataset = open_dataset(settings)
+    assert [(sample.path.name, sample.labels) for sample in dataset.samples("test")] == [
+        ("P01_1.mp4", {}),
+        ("P01_2.mp4", {}),
+    ]
+    assert {head: len(names) for head, names in dataset.classes.items()} == {"verb": 2, "noun": 3}
+    assert open_dataset(replace(settings, train=None)).classes == {}
+    with pytest.raises(ValueError, match=r"test\.csv:1: expected 'video_id,verb,noun'"):
+        open_dataset(replace(settings, train="test.csv")).samples("train")
+
+
 def test_short_videos_are_tested_but_not_trained_on(tmp_path: Path) -> None:
     """The published code tests videos of fewer frames than a clip has."""
     for split in ("train", "val"):

@@ -174,7 +174,7 @@ class Checkpoints:
 
     def _unwritten(self, progress: Progress, error: Exception, megabytes: str) -> CheckpointError:
         older = self.all()
-        left = f"{older[-1]} is whole" if older else "there was none before it"
+        left = f"{older[-1]} is whole" if older else "There was none before it"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return CheckpointError(
             f"cannot write the checkpoint of step {progress.step} into {self.directory}: {reason}. {left}. A "

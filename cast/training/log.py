@@ -62,9 +62,18 @@ class JsonLines:
         """Append a line and hand it to the system at once, so that a kill loses no line before it.
 
         A figure that is infinite or NaN becomes null, as JSON has neither.
+
+        Raises:
+            OSError: the disk is full, or refuses for another reason.
         """
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_valid({"kind": kind, **values}), allow_nan=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_valid({"kind": kind, **values}), allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path}: {error}. No checkpoint is touched by this: make room, then start again "
+                "with --resume"
+            ) from None
 
     def _whole_lines(self) -> list[str]:
         if not self.path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -198,6 +198,20 @@ def _check(parser: ArgumentParser, key: str, known: Sequence[str], where: str) -
     ancestors = {".".join(parts[:n]) for n in range(1, len(parts))}
     if key in known or any(name in known and name not in groups for name in ancestors):
         return
-    close = difflib.get_close_matches(key, known, 1, 0.5) or [n for n in known if n.split(".")[-1] == parts[-1]]
-    hint = f"did you mean {close[0]}?" if close else f"{parser.prog} --help names them all"
-    parser.error(f"{where} sets {key}, which is no setting: {hint}")
+    parser.error(f"{where} sets {key}, which is no setting: {_hint(parser, key, known, groups)}")
+
+
+def _hint(parser: ArgumentParser, key: str, known: Sequence[str], groups: Collection[str]) -> str:
+    """The setting that was meant; if none looks alike, all of the section: learning_rate looks like anything but lr."""
+    section, _, name = key.rpartition(".")
+    settings = [setting for setting in known if setting not in groups]
+    beside = {setting.rpartition(".")[2]: setting for setting in settings if setting.rpartition(".")[0] == section}
+    if section and (alike := difflib.get_close_matches(name, beside, 1)):
+        return f"did you mean {beside[alike[0]]}?"
+    if elsewhere := [setting for setting in settings if setting.rpartition(".")[2] == name]:
+        return f"did you mean {elsewhere[0]}?"
+    if alike := difflib.get_close_matches(key, known, 1, 0.75):
+        return f"did you mean {alike[0]}?"
+    if section and beside:
+        return f"{section} has {', '.join(beside)}"
+    return f"{parser.prog} --help names them all"

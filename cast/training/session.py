@@ -47,7 +47,7 @@ class Session:
         check_trackers(trackers)
         self.settings, self.free, self.resume, self.recipe = settings, free, resume, recipe
         self.out = settings.directory
-        self.planned = self.videos = 0  # videos at the beginning of the training, and now
+        self._began_with = planned_videos(self.out / "checkpoints") if resume else None
         optim = settings.optim
         self.accumulate = optim.accumulate(join_processes().num_processes)
         self.accelerator = make_accelerator(
@@ -57,12 +57,12 @@ class Session:
     def loader(self, samples: Sequence[Sample]) -> ClipLoader:
         """The training clips of this process; epochs stay as long as those that a resumed training began with."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        settings = self.settings
-        planned = planned_videos(self.out / "checkpoints") if self.resume else None
-        self.planned, self.videos = planned or len(samples), len(samples)
-        return ClipLoader(
-            samples, settings.data, settings.optim.micro_batch, True, settings.seed, rank, world, self.planned
-        )
+        settings, planned = self.settings, self._planned(samples)
+        return ClipLoader(samples, settings.data, settings.optim.micro_batch, True, settings.seed, rank, world, planned)
+
+    def _planned(self, samples: Sequence[Sample]) -> int:
+        """Videos that the training began with."""
+        return self._began_with or len(samples)
 
     def plan(self, loader: ClipLoader, clips: int, smoothing: float = 0.0) -> Plan:
         """The recipe in the loop's numbers.
@@ -91,7 +91,7 @@ class Session:
         )
 
     def checkpoints(self, model: nn.Module, samples: Sequence[Sample]) -> Checkpoints:
-        """Where states are kept; to be asked for after the loader.
+        """Where states are kept.
 
         Raises:
             FileExistsError: there is a training in `out` already, and nobody asked to go on.
@@ -101,7 +101,7 @@ class Session:
             self.accelerator,
             {
                 "settings": identity(self.settings, self.free),
-                "samples": self.planned,
+                "samples": self._planned(samples),
                 "videos": videos_digest(samples, self.settings.data.root),
                 "model": fingerprint(model),
             },
@@ -114,14 +114,24 @@ class Session:
             on_main(self.accelerator, lambda: self._refuse_another(checkpoints))
         return checkpoints
 
-    def _lost(self) -> str:
+    @staticmethod
+    def _lost(checkpoints: Checkpoints) -> str:
         """A line about training videos that were lost on the way, or nothing."""
-        if self.videos == self.planned:
+        planned = checkpoints.identity["samples"]
+        if checkpoints.videos is None or (left := len(checkpoints.videos)) == planned:
             return ""
         return (
-            f"\n{self.videos} of the {self.planned} training videos that this training began with are left. Its "
+            f"\n{left} of the {planned} training videos that this training began with are left. Its "
             "schedule and the steps of an epoch stay; the order of each epoch, from here on, is drawn from those left"
         )
+
+    def _begin(self) -> None:
+        """The directory, with the recipe in it: what cannot be written says so before the first step."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(self.out / "settings.yaml", self.recipe or json.dumps(plain(self.settings), indent=2))
+        except OSError as error:
+            raise OSError(f"cannot write into {self.out}: {error}; choose another out") from None
 
     def _refuse_another(self, checkpoints: Checkpoints) -> None:
         if found := checkpoints.all():
@@ -145,9 +155,7 @@ class Session:
         """
         settings, plan = self.settings, engine.plan
         log = Log(self.out, self.accelerator, plan.steps, plain(settings), settings.log.bars, settings.log.every)
-        if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.out / "settings.yaml", self.recipe or json.dumps(plain(settings), indent=2))
+        on_main(self.accelerator, self._begin)
 
         def on_epoch(model: nn.Module) -> dict[str, float]:
             progress = engine.progress
@@ -159,7 +167,7 @@ class Session:
 
         done = ""
         try:
-            log.start(engine.progress, note + self._lost())
+            log.start(engine.progress, note + self._lost(engine.checkpoints))
             progress = engine.run(log.step, on_epoch)
             done = f"finished: {finish()}"
         except KeyboardInterrupt:

@@ -6,7 +6,8 @@ Two published layouts, both without a header line and with labels as class indic
 - one label (Kinetics-400, Something-Something V2): `name.mp4 label`, separated by white space.
 
 And a general one: a CSV with a header, a column for the file and one label or a verb and a noun, as class indices
-or as class names. Blank lines are skipped. A new layout is one more reader function that returns a list of `Sample`.
+or as class names. Blank lines are skipped. Of a test set, whose labels a challenge keeps to itself, the first two
+layouts may have the names alone. A new layout is one more reader function that returns a list of `Sample`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ COLUMNS = {
 
 
 def read_compositional(
-    annotations: PathLike, videos: PathLike, classes: Mapping[str, int] | None = None
+    annotations: PathLike, videos: PathLike, classes: Mapping[str, int] | None = None, labelled: bool = True
 ) -> list[Sample]:
     """Samples of a `video_id,verb,noun` file, with labels `verb` and `noun`.
 
@@ -48,6 +49,7 @@ def read_compositional(
         annotations: the annotation file.
         videos: the directory of the video files.
         classes: number of classes by head, to check the labels against.
+        labelled: whether there must be labels; otherwise all lines may be `video_id` alone.
 
     Raises:
         ValueError: the file is missing, empty or has a line that doesn't fit; the message names file and line.
@@ -59,11 +61,18 @@ def read_compositional(
             raise ValueError(f"expected 'video_id,verb,noun', got {line!r}")
         return f"{parts[0]}.mp4", {"verb": parts[1], "noun": parts[2]}
 
-    return _read(annotations, videos, classes, parse)
+    def bare(line: str) -> str | None:
+        return None if "," in line else f"{line}.mp4"
+
+    return _read(annotations, videos, classes, parse, None if labelled else bare)
 
 
 def read_single(
-    annotations: PathLike, videos: PathLike, classes: Mapping[str, int] | None = None, head: str = "action"
+    annotations: PathLike,
+    videos: PathLike,
+    classes: Mapping[str, int] | None = None,
+    head: str = "action",
+    labelled: bool = True,
 ) -> list[Sample]:
     """Samples of a `name.mp4 label` file, with one label called `head`.
 
@@ -72,6 +81,7 @@ def read_single(
         videos: the directory of the video files.
         classes: number of classes by head, to check the labels against.
         head: name of the label.
+        labelled: whether there must be labels; otherwise all lines may be `name.mp4` alone.
 
     Raises:
         ValueError: the file is missing, empty or has a line that doesn't fit; the message names file and line.
@@ -83,7 +93,10 @@ def read_single(
             raise ValueError(f"expected 'name.mp4 label', got {line!r}")
         return parts[0], {head: parts[1]}
 
-    return _read(annotations, videos, classes, parse)
+    def bare(line: str) -> str | None:
+        return None if _is_index(line.split()[-1]) else line  # a name may have spaces in it
+
+    return _read(annotations, videos, classes, parse, None if labelled else bare)
 
 
 def _read(
@@ -91,9 +104,13 @@ def _read(
     videos: PathLike,
     classes: Mapping[str, int] | None,
     parse: Callable[[str], tuple[str, dict[str, str]]],
+    bare: Callable[[str], str | None] | None,
 ) -> list[Sample]:
-    samples = []
-    for number, line in _lines(annotations):
+    """Samples by `parse`, line -> file and labels; or by `bare`, line -> file, if the first line has no labels."""
+    lines, samples = list(_lines(annotations)), []
+    if bare is not None and lines and bare(lines[0][1]) is not None:
+        return _read_names(annotations, videos, lines, bare)
+    for number, line in lines:
         try:
             name, words = parse(line)
             labels = {head: _label(head, word, classes) for head, word in words.items()}
@@ -102,6 +119,18 @@ def _read(
         samples.append(Sample(Path(videos) / name, labels, number))
     if not samples:
         raise ValueError(f"{os.fspath(annotations)}: has no annotations")
+    return samples
+
+
+def _read_names(
+    annotations: PathLike, videos: PathLike, lines: Sequence[tuple[int, str]], bare: Callable[[str], str | None]
+) -> list[Sample]:
+    samples = []
+    for number, line in lines:
+        if (name := bare(line)) is None:
+            where = f"{os.fspath(annotations)}:{number}"
+            raise ValueError(f"{where}: {line!r} has labels, line {lines[0][0]} has none; all lines must, or none")
+        samples.append(Sample(Path(videos) / name, {}, number))
     return samples
 
 
@@ -126,10 +155,9 @@ def _lines(annotations: PathLike) -> Iterator[tuple[int, str]]:
 
 
 def _label(head: str, word: str, classes: Mapping[str, int] | None) -> int:
-    try:
-        label = int(word)
-    except ValueError:
-        raise ValueError(f"{head} must be a class index, got {word!r} (a header line is not allowed)") from None
+    if not _is_index(word.removeprefix("-")):  # int() takes 1_0 for 10
+        raise ValueError(f"{head} must be a class index, got {word!r} (a header line is not allowed)")
+    label = int(word)
     count = None if classes is None else classes.get(head)
     if classes is not None and count is None:
         raise ValueError(f"the file has labels for {head!r}, but classes are given for {sorted(classes)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cast.video.annotations import PathLike
+from cast.video.annotations import PathLike, Sample
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.probe import Fault, Probe, probe_all
 from cast.video.skips import DEFAULT_NAME, FAULTS, SHORT, Skip, read_rows, write_skips
@@ -20,6 +20,8 @@ _SHOWN = 20
 
 #: Classes without a video that are named.
 _ABSENT = 5
+#: Videos of an annotation file that are named because they are annotated before.
+_REPEATED = 5
 
 
 def find_faults(
@@ -79,8 +81,8 @@ def main(
         print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
     classes = ", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items())
     print(classes or "no labels", flush=True)
-    for gap in _gaps(dataset):
-        print(gap, flush=True)
+    for note in (*_gaps(dataset), *_repeats(dataset)):
+        print(note, flush=True)
     named = dataset.settings.skip_list
     path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
     if not os.access(path.parent, os.W_OK):  # better now than when every video has been probed
@@ -116,6 +118,34 @@ def _gaps(dataset: VideoSet) -> list[str]:
         if absent := [name for index, name in enumerate(names) if index not in seen[head]]:
             shown = ", ".join(absent[:_ABSENT]) + (", ..." if len(absent) > _ABSENT else "")
             lines.append(f"no training video shows {len(absent)} of {len(names)} classes of {head}: {shown}")
+    return lines
+
+
+def _repeats(dataset: VideoSet) -> list[str]:
+    """A line for each video that is annotated before, above all a test video that is trained on."""
+    first: dict[str, tuple[Path, Sample]] = {}
+    files: set[Path] = set()
+    lines = []
+    for split in dataset.splits:
+        file = dataset.annotations(split)
+        if file in files:  # val and test may be one
+            continue
+        files.add(file)
+        again = []
+        for sample in dataset.all_samples(split):
+            name = os.path.normpath(sample.path)
+            if name not in first:
+                first[name] = file, sample
+                continue
+            where, other = first[name]
+            how = "the same labels" if sample.labels == other.labels else "other labels"
+            again.append(
+                f"{file}:{sample.line}: {os.path.relpath(name, dataset.root)} is in {where}:{other.line} already, "
+                f"with {how}"
+            )
+        lines += again[:_REPEATED]
+        if len(again) > _REPEATED:
+            lines.append(f"... and {len(again) - _REPEATED} more in {file}")
     return lines
 
 

@@ -182,7 +182,10 @@ class VideoSet:
     def _from_annotations(self) -> dict[str, list[str]]:
         """Names as the training annotations write them; for labels written as indices, up to the largest anywhere."""
         if self.settings.layout != "csv":
-            everywhere = [sample.labels for split in self.splits for sample in self._read(split, None)]
+            samples = [sample for split in self.splits for sample in self._read(split, None)]
+            everywhere = [sample.labels for sample in samples if sample.labels]
+            if not everywhere:
+                return {}
             return {head: _numbers(head, max(labels[head] for labels in everywhere) + 1) for head in self.heads}
         tables = [table for table in map(self._table, self.splits) if table.heads]
         names = {}
@@ -209,11 +212,10 @@ class VideoSet:
 
     def _read(self, split: str, counts: Mapping[str, int] | None) -> list[Sample]:
         reader = read_compositional if self.settings.layout == "compositional" else read_single
-        return reader(self.annotations(split), self.videos(split), counts)
+        return reader(self.annotations(split), self.videos(split), counts, labelled=_has_labels(split))
 
     def _table(self, split: str) -> Table:
-        # A challenge keeps its test's labels to itself; nothing can be trained without.
-        return read_table(self.annotations(split), self.settings.columns, labelled=split == "train")
+        return read_table(self.annotations(split), self.settings.columns, labelled=_has_labels(split))
 
     @cached_property
     def skip_list(self) -> Path | None:
@@ -237,8 +239,8 @@ class VideoSet:
     def samples(self, split: str) -> list[Sample]:
         """The videos of a split without those on the skip list; the first call says how many those are.
 
-        Short videos are left out of training only: the published code tests them, with frames that repeat. Videos of
-        a CSV for validation or test may have no labels, but then none of them has.
+        Short videos are left out of training only: the published code tests them, with frames that repeat. Videos
+        for validation or test may have no labels, but then none of them has.
 
         Raises:
             ValueError: no such split, annotations that don't fit, or nothing is left.
@@ -285,6 +287,11 @@ class VideoSet:
         """Why a video is left out of a split, as the skip list says; None if it is not."""
         fault = self._skips.get(os.path.relpath(sample.path, self.root))
         return None if fault == SHORT and split != "train" else fault
+
+
+def _has_labels(split: str) -> bool:
+    """A challenge keeps its test's labels to itself; nothing can be trained without."""
+    return split == "train"
 
 
 def _numbers(head: str, count: int) -> list[str]:
