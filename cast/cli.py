@@ -80,7 +80,7 @@ def export(
 
 
 def evaluate(
-    checkpoint: Path,
+    checkpoint: list[Path],
     dataset: Path,
     /,
     out: Path = Path("runs/evaluation"),
@@ -104,11 +104,12 @@ def evaluate(
 
     Args:
         checkpoint: directory of a training or of save_pretrained, name or file of a published model, repository of the
-            Hub, or predictions to report on
+            Hub, or predictions to report on; several models answer as one, by the mean of their probabilities
         dataset: directory, YAML file with a data section, or annotation file
         out: directory of the results
         split: train, val or test
-        sampling: of frames; without it as the model was trained, or as the data set says where the model does not
+        sampling: of frames, uniform or dense; without it as the model was trained, or as the data set says where the
+            model does not
         views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
         crops: spatial crops of each view
         batch_size: clips in a forward pass
@@ -305,7 +306,7 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
             annotation = parameters[name].annotation
             choices: dict[str, Any] = {"choices": get_args(annotation)} if get_origin(annotation) is Literal else {}
             metavar = "|".join(choices["choices"]) if choices else name.upper()
-            several = "+" if annotation == list[str] else None
+            several = "+" if get_origin(annotation) is list else None
             parser.add_argument(name, metavar=metavar, nargs=several, help=helps[name], **choices)
     parser.add_function_arguments(
         command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}

@@ -226,7 +226,8 @@ def _curves(log: Log | None) -> str:
 def _card(evidence: Evidence) -> str:
     rows: list[tuple[str, str]] = []
     about, protocol, cost = evidence.predictions.about, evidence.protocol, evidence.cost
-    rows += [(name.replace("_", " "), str(value)) for name, value in about.items() if isinstance(value, (str, int))]
+    said = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in about.items()}
+    rows += [(name.replace("_", " "), str(value)) for name, value in said.items() if isinstance(value, (str, int))]
     if size := evidence.model_cost:
         rows += [
             ("parameters", f"{size.parameters:,}, of which {size.learnable:,} learnable"),
