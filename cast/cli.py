@@ -41,7 +41,8 @@ def predict(
 
     Args:
         video: any file that FFmpeg reads; a folder; a camera such as /dev/video0, an address, or - for a pipe
-        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
+        checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
+            the Hub
         top: how many guesses to show
         json: for one video print JSON instead of a table
         sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense); without it as the
@@ -69,7 +70,8 @@ def export(
     a file that answers otherwise is not written.
 
     Args:
-        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
+        checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
+            the Hub
         format: for torch.export.load (torch) or ONNX Runtime (onnx)
         out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
@@ -276,7 +278,8 @@ class _Help(DefaultHelpFormatter):
     """Help with defaults, without the types that jsonargparse also prints."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        show = action.option_strings and action.nargs != 0 and not action.required
+        told = action.option_strings and action.nargs != 0 and not action.required
+        show = told and action.default is not None  # without one the text says what happens
         return f"{action.help} (default: %(default)s)" if show else action.help or ""
 
 

@@ -113,7 +113,10 @@ def test_every_command_has_help_for_every_option(capsys: pytest.CaptureFixture[s
         text = capsys.readouterr().out
         assert "None" not in text
         assert "<class" not in text
-        assert text.count("(default:") == sum(value is not False for value in command.__defaults__ or ())
+        assert text.count("(default:") == sum(
+            value is not False and value is not None for value in command.__defaults__ or ()
+        )
+        assert "null" not in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,7 @@ def main(
     """
     options, out = options or Options(), Path(out)
     _check_before(options)
+    _check_writable(out)
     videos = open_dataset(dataset)
     samples = videos.samples(options.split)
     if options.sls is not None and len(samples) < len(videos.all_samples(options.split)):
@@ -156,6 +157,15 @@ def _check_before(options: Options) -> None:
     for path in options.baselines.values():
         if not Path(path).is_file():
             raise FileNotFoundError(f"{os.fspath(path)}: no such predictions file for a baseline")
+
+
+def _check_writable(out: Path) -> None:
+    """Whether results can be written, found out without writing."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"--out is {out}, but {place} is a file; name a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--out is {out}, but {place} may not be written to; name another directory")
 
 
 def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Log | None, dict[str, str]]:
