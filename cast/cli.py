@@ -311,14 +311,24 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
             metavar = "|".join(choices["choices"]) if choices else name.upper()
             several = "+" if get_origin(annotation) is list else None
             parser.add_argument(name, metavar=metavar, nargs=several, help=helps[name], **choices)
+    options = [name for name, kind in kinds.items() if kind == "option"]
+    chosen = {name: words for name in options if (words := _words(parameters[name].annotation))}
     parser.add_function_arguments(
-        command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
+        command, as_group=False, skip={name for name in kinds if name not in options or name in chosen}
     )
+    for name, words in chosen.items():  # jsonargparse would answer a wrong word with Python's types
+        parser.add_argument(f"--{name}", choices=words, default=parameters[name].default, help=helps[name])
     for name, kind in kinds.items():
         if kind == "switch":
             names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
             parser.add_argument(*names, dest=name, action="store_true", help=helps[name])
     return parser
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """The words of `Literal[...]` or `Literal[...] | None`; none of another type."""
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return get_args(literals[0]) if literals else ()
 
 
 def _kinds(command: Callable[..., None]) -> dict[str, Literal["positional", "switch", "option", "rest"]]:

@@ -141,7 +141,7 @@ def bars(rows: Sequence[Bar], own: str, label: str) -> str:
         )  # fmt: skip
     axes.set_yticks(list(heights), [_short(row.name) for row in rows], fontsize=8)
     axes.set(xlim=(0, 100), ylim=(0.3, len(rows) + 0.7), xlabel=label)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # room for a marker at 0
     if names:
         figure.legend(loc="outside upper left", ncols=len(names) + 1, frameon=False, fontsize=8)
     return svg(figure)
