@@ -41,7 +41,8 @@ def predict(
 
     Args:
         video: any file that FFmpeg reads; a folder; a camera such as /dev/video0, an address, or - for a pipe
-        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
+        checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
+            the Hub
         top: how many guesses to show
         json: for one video print JSON instead of a table
         sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense); without it as the
@@ -69,7 +70,8 @@ def export(
     a file that answers otherwise is not written.
 
     Args:
-        checkpoint: directory that save_pretrained wrote, name of a published model, or repository of the Hub
+        checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
+            the Hub
         format: for torch.export.load (torch) or ONNX Runtime (onnx)
         out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
@@ -80,7 +82,7 @@ def export(
 
 
 def evaluate(
-    checkpoint: Path,
+    checkpoint: list[Path],
     dataset: Path,
     /,
     out: Path = Path("runs/evaluation"),
@@ -104,11 +106,12 @@ def evaluate(
 
     Args:
         checkpoint: directory of a training or of save_pretrained, name or file of a published model, repository of the
-            Hub, or predictions to report on
+            Hub, or predictions to report on; several models answer as one, by the mean of their probabilities
         dataset: directory, YAML file with a data section, or annotation file
         out: directory of the results
         split: train, val or test
-        sampling: of frames; without it as the model was trained, or as the data set says where the model does not
+        sampling: of frames, uniform or dense; without it as the model was trained, or as the data set says where the
+            model does not
         views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
         crops: spatial crops of each view
         batch_size: clips in a forward pass
@@ -275,7 +278,8 @@ class _Help(DefaultHelpFormatter):
     """Help with defaults, without the types that jsonargparse also prints."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        show = action.option_strings and action.nargs != 0 and not action.required
+        told = action.option_strings and action.nargs != 0 and not action.required
+        show = told and action.default is not None  # without one the text says what happens
         return f"{action.help} (default: %(default)s)" if show else action.help or ""
 
 
@@ -305,16 +309,26 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
             annotation = parameters[name].annotation
             choices: dict[str, Any] = {"choices": get_args(annotation)} if get_origin(annotation) is Literal else {}
             metavar = "|".join(choices["choices"]) if choices else name.upper()
-            several = "+" if annotation == list[str] else None
+            several = "+" if get_origin(annotation) is list else None
             parser.add_argument(name, metavar=metavar, nargs=several, help=helps[name], **choices)
+    options = [name for name, kind in kinds.items() if kind == "option"]
+    chosen = {name: words for name in options if (words := _words(parameters[name].annotation))}
     parser.add_function_arguments(
-        command, as_group=False, skip={name for name, kind in kinds.items() if kind != "option"}
+        command, as_group=False, skip={name for name in kinds if name not in options or name in chosen}
     )
+    for name, words in chosen.items():  # jsonargparse would answer a wrong word with Python's types
+        parser.add_argument(f"--{name}", choices=words, default=parameters[name].default, help=helps[name])
     for name, kind in kinds.items():
         if kind == "switch":
             names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
             parser.add_argument(*names, dest=name, action="store_true", help=helps[name])
     return parser
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """The words of `Literal[...]` or `Literal[...] | None`; none of another type."""
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return get_args(literals[0]) if literals else ()
 
 
 def _kinds(command: Callable[..., None]) -> dict[str, Literal["positional", "switch", "option", "rest"]]:

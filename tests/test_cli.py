@@ -113,7 +113,30 @@ def test_every_command_has_help_for_every_option(capsys: pytest.CaptureFixture[s
         text = capsys.readouterr().out
         assert "None" not in text
         assert "<class" not in text
-        assert text.count("(default:") == sum(value is not False for value in command.__defaults__ or ())
+        assert text.count("(default:") == sum(
+            value is not False and value is not None for value in command.__defaults__ or ()
+        )
+        assert "null" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        (["evaluate", "a", "b", "--sampling", "fast"], "'uniform', 'dense'"),
+        (["evaluate", "a", "b", "--dtype", "half"], "'float32', 'bfloat16', 'float16'"),
+        (["predict", "a", "--checkpoint", "b", "--sampling", "fast"], "'uniform', 'dense'"),
+        (["export", "a", "--format", "tflite"], "'torch', 'onnx'"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_answered_with_those_there_are(
+    words: list[str], allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"(choose from {allowed})" in error
+    assert "typing" not in error
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,10 @@ def work(words: list[str]) -> tuple[str, tuple[str, ...]] | None:
     if words[0] == "evaluate":
         options = dict(itertools.pairwise(words))
         given = tuple(f"{option} {options[option]}" for option in _ANSWERS if option in options)
-        return options.get("--out", "runs/evaluation"), (*words[:3], *given)
+        return options.get("--out", "runs/evaluation"), (
+            *itertools.takewhile(lambda word: not word.startswith("--"), words),
+            *given,
+        )
     recipe = Path(words[1]).stem
     overrides = [word for word in words[2:] if "=" in word]
     out = next((word.removeprefix("out=") for word in overrides if word.startswith("out=")), f"runs/{recipe}")

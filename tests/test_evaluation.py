@@ -305,6 +305,21 @@ def test_bad_usage_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_results_that_cannot_be_written_are_told_before_any_are_made(
+    checkpoint: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("notes")
+    words = ["evaluate", str(checkpoint), str(root), "--workers", "0"]
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert command([*words, "--out", str(out)]) == 1
+        assert f"--out is {out}, but {tmp_path / 'file'} is a file; name a directory" in capsys.readouterr().err
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")  # root may write everywhere
+    assert command([*words, "--out", str(tmp_path / "locked" / "new" / "deep")]) == 1
+    assert f"{tmp_path / 'locked'} may not be written to" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "notes"
+
+
 def test_another_evaluation_in_the_directory_is_kept(
     checkpoint: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

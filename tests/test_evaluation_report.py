@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cast_models import small_model, small_video
@@ -23,10 +25,11 @@ from cast.evaluation.attention import cross_attention
 from cast.evaluation.cost import ModelCost, model_cost
 from cast.evaluation.inference import Cost
 from cast.evaluation.published import EK100, K400_SSV2, dataset_name
-from cast.evaluation.report import Evidence, html
+from cast.evaluation.report import Evidence, html, plots
+from cast.evaluation.report.classes import confusions
 from cast.evaluation.report.clips import chosen
 from cast.evaluation.report.curves import read_log, thinned
-from cast.evaluation.report.plots import Bar, Point, balance, bars, lines, sorted_gains
+from cast.evaluation.report.plots import Bar, Point, balance, bars, heat, lines, sorted_gains
 from cast.evaluation.summary import meanings
 from cast.metrics import harmonic_mean
 
@@ -150,6 +153,9 @@ def test_what_is_not_there_has_no_section_but_a_hint() -> None:
     assert "--log FILE" in page
     made = predictions()
     unlabelled = Predictions(made.videos, made.probabilities, {}, made.views, made.classes)
+    page = html(replace(_evidence(), model=torch.nn.Linear(1, 1)))
+    assert "Not shown" in page
+    assert "attention, which is drawn of a CAST with an exchange" in page
     page = html(Evidence("Test set", unlabelled, Protocol(size=32)))
     assert HEADINGS.findall(page) == ["Model card", "How to read this"]
     assert "the data set has no labels" in page
@@ -173,6 +179,37 @@ def test_published_results_stand_beside_published_data_sets_only() -> None:
 def test_models_at_zero_and_at_a_hundred_can_be_drawn() -> None:
     for points in ([Point("a", 0, 0)], [Point("a", 100, 100)], [Point("a", 0, 100), Point("b", 50, 0)]):
         assert balance(points, [], ("noun", "verb")).startswith("<svg")
+
+
+def test_what_lies_on_an_axis_is_drawn_whole() -> None:
+    """Matplotlib cuts markers at the axes, and F1 of 0 is common where classes are rare."""
+
+    def cut(drawn: str) -> int:
+        return len(re.findall(r'<g clip-path="[^"]*">\s*<use', drawn))
+
+    assert cut(balance([Point("a", 0, 50)], [], ("noun", "verb"))) == 0
+    assert cut(bars([Bar("open", 0.0, {"spatial": 0.0})], "CAST", "F1, %")) == 0
+
+
+def test_a_class_without_videos_is_no_row_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No share of its videos is told as anything: a cell of 0 % would be made up."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "heat", lambda values, *words: drawn.append((values, words)) or "")
+    made = _by_hand()
+    confusions(made, summarise(made, {}))
+    made.labels["noun"][2] = 1  # no video of a pan is left
+    confusions(made, summarise(made, {}))
+    nouns = [entry for entry in drawn if len(entry[0]) == 3]
+    assert not np.isnan(nouns[0][0]).any()
+    assert np.isnan(nouns[1][0][2]).all()
+    assert np.allclose(np.nansum(nouns[1][0], 1), [100, 100, 0])
+    assert "grey" in nouns[1][1][1]
+    assert "grey" not in nouns[0][1][1]
+
+
+def test_a_gap_in_a_matrix_is_drawn() -> None:
+    values = np.array([[100.0, 0.0], [np.nan, np.nan]])
+    assert "#d4d4d4" in heat(values, "guess", "truth", ["open", "close"])
 
 
 def test_the_figures_of_one_head_are_not_explained_as_those_of_pairs() -> None:

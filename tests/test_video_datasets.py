@@ -274,7 +274,7 @@ def test_a_flip_that_would_change_the_label_is_refused(tmp_path: Path) -> None:
         val_csv="video,label\na,Moving it LEFT\n",
     )
     flip = AugmentSettings(flip=0.5)
-    with pytest.raises(ValueError, match=r"a mirrored 'Moving it LEFT' is no longer one .*set augment.flip to 0"):
+    with pytest.raises(ValueError, match=r"a mirrored 'Moving it LEFT' is no longer one .*set data.augment.flip to 0"):
         labels(tmp_path, augment=flip)
     assert len(labels(tmp_path)) == 2
     assert len(labels(tmp_path, "val", augment=flip)) == 1

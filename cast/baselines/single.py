@@ -103,7 +103,8 @@ class SingleExpert(nn.Module):
 class Ensemble(nn.Module):
     """Models, trained apart, whose probabilities are averaged at test time (Table 1(a) 'Ensemble of experts').
 
-    Its logits are the logarithms of the mean probabilities, so that a softmax gives these back. It does not train.
+    Its logits are the logarithms of the mean probabilities, so that a softmax gives these back. It is not for
+    training: its members learn apart.
 
     Raises:
         ValueError: no members.
@@ -113,7 +114,7 @@ class Ensemble(nn.Module):
         super().__init__()
         if not members:
             raise ValueError("an ensemble has no members; give at least one trained model")
-        self.members = nn.ModuleList(members).requires_grad_(False)
+        self.members = nn.ModuleList(members)
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
         """Inputs of the members -> logits by head, [B, classes].

@@ -43,6 +43,8 @@ class Predictions:
         classes: head -> class names.
         about: what made them: the model's name under `model`, checkpoint, data set, protocol. Nothing that changes
             from run to run.
+        subsets: name -> bool [samples], hard samples whose accuracy counts apart, see `cast.evaluation.subsets`; they
+            come from the data set, so no file has them.
     """
 
     videos: Sequence[str]
@@ -51,6 +53,7 @@ class Predictions:
     views: Mapping[str, Tensor]
     classes: Mapping[str, Sequence[str]]
     about: Mapping[str, Any] = field(default_factory=dict)
+    subsets: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.videos)
@@ -121,7 +124,7 @@ class Predictions:
             if not torch.equal(labels[head], other.labels[head]):
                 raise ValueError(f"{name} was made with other labels for {head!r}: compare files of one data set")
         return Predictions(
-            other.videos, sort(self.probabilities), labels, sort(self.views), self.classes, self.about
+            other.videos, sort(self.probabilities), labels, sort(self.views), self.classes, self.about, other.subsets
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from cast.evaluation.checkpoint import PREDICTIONS, find_log, load_checkpoint
+from cast.evaluation.checkpoint import PREDICTIONS, find_log
 from cast.evaluation.cost import ModelCost, model_cost
+from cast.evaluation.ensemble import load_models
 from cast.evaluation.inference import Cost, Run, evaluate, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -26,6 +27,7 @@ from cast.evaluation.protocol import Protocol, choose_sampling
 from cast.evaluation.report import Evidence, html
 from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
+from cast.evaluation.subsets import read_subsets
 from cast.evaluation.summary import summarise
 from cast.files import write_json, write_text
 from cast.labels import numbers
@@ -74,14 +76,17 @@ class _Answered:
         return None if self.model is None else model_cost(self.model, self.protocol.frames, self.protocol.size)
 
 
-def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Options | None = None) -> dict[str, Any]:
+def main(
+    checkpoints: Sequence[PathLike], dataset: PathLike, out: PathLike, options: Options | None = None
+) -> dict[str, Any]:
     """Evaluate, and write `predictions.*`, `metrics.json`, `report.html`, `cost.json` and, if asked, `submission.zip`.
 
     Under torchrun or accelerate every process takes part and the first one writes. A run that was killed goes on
     where it was; a finished one is read rather than run again.
 
     Args:
-        checkpoint: what `load_checkpoint` takes, or a predictions file, to report on it anew.
+        checkpoints: one that `load_checkpoint` takes, several whose probabilities are averaged, or a predictions file,
+            to report on it anew.
         dataset: what `open_dataset` takes.
         out: directory of the results.
         options: everything else.
@@ -95,6 +100,7 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
     """
     options, out = options or Options(), Path(out)
     _check_before(options)
+    _check_writable(out)
     videos = open_dataset(dataset)
     samples = videos.samples(options.split)
     if options.sls is not None and len(samples) < len(videos.all_samples(options.split)):
@@ -102,20 +108,22 @@ def main(checkpoint: PathLike, dataset: PathLike, out: PathLike, options: Option
             f"{videos.skipped(options.split)}: a submission must answer every video, so mend these and run cast data "
             "check again, or evaluate without --sls"
         )
-    if Path(checkpoint).suffix in PREDICTIONS:
-        answered = _read_answers(Path(checkpoint), samples)
+    counts = {head: len(names) for head, names in videos.classes.items()}
+    subsets = read_subsets(videos.root, options.split, samples, counts)
+    if len(checkpoints) == 1 and Path(checkpoints[0]).suffix in PREDICTIONS:
+        answered = _read_answers(Path(checkpoints[0]), samples)
     else:
-        answered = _answers(checkpoint, videos, samples, out, options)
+        answered = _answers(checkpoints, videos, samples, out, options)
     if not join_processes().is_main_process:
         return {}
-    predictions = answered.predictions
+    predictions = replace(answered.predictions, subsets=subsets)
     if predictions.model in options.baselines:
         raise ValueError(f"a baseline cannot be called {predictions.model!r}: the evaluated model is")
     baselines = {
         name: read_predictions(path).aligned_to(predictions, f"the baseline {os.fspath(path)}")
         for name, path in options.baselines.items()
     }
-    log, fault = _training_log(checkpoint, options)
+    log, fault = _training_log(checkpoints, options)
     summary = summarise(predictions, baselines)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", summary)
@@ -151,11 +159,20 @@ def _check_before(options: Options) -> None:
             raise FileNotFoundError(f"{os.fspath(path)}: no such predictions file for a baseline")
 
 
-def _training_log(checkpoint: PathLike, options: Options) -> tuple[Log | None, dict[str, str]]:
+def _check_writable(out: Path) -> None:
+    """Whether results can be written, found out without writing."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"--out is {out}, but {place} is a file; name a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--out is {out}, but {place} may not be written to; name another directory")
+
+
+def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Log | None, dict[str, str]]:
     """The learning curves, and a fact for the report where a log that nobody named has none: it may be anyone's."""
     if options.log is not None:
         return read_log(options.log), {}
-    found = find_log(checkpoint)
+    found = find_log(checkpoints[0]) if len(checkpoints) == 1 else None  # an ensemble has no training
     if found is None:
         return None, {}
     try:
@@ -183,10 +200,10 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
 
 
 def _answers(
-    checkpoint: PathLike, videos: VideoSet, samples: Sequence[Sample], out: Path, options: Options
+    checkpoints: Sequence[PathLike], videos: VideoSet, samples: Sequence[Sample], out: Path, options: Options
 ) -> _Answered:
-    loaded = load_checkpoint(checkpoint, options.trust_pickle)
-    config = loaded.model.config
+    loaded = load_models(checkpoints, options.trust_pickle, options.sampling)
+    config = loaded.config
     classes = _class_names(loaded.classes, videos, config.classes)
     sampling, why = choose_sampling(options.sampling, loaded.sampling, videos)
     protocol = Protocol(
@@ -198,9 +215,7 @@ def _answers(
     if state.is_main_process:
         Console().print(f"{protocol.name} views, {sampling} sampling: {why}", highlight=False, soft_wrap=True)
     about = {
-        "model": type(loaded.model).__name__,
-        "checkpoint": os.fspath(checkpoint),
-        "sha256": loaded.sha256,
+        **loaded.about,
         "dataset": os.fspath(videos.root),
         "split": options.split,
         "dtype": options.dtype,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast.evaluation import subsets
 from cast.evaluation.predictions import Predictions
 from cast.metrics import (
     ClassF1,
@@ -59,6 +60,8 @@ def metrics(predictions: Predictions) -> dict[str, float]:
         figures |= {f"{head}_{name}": value for name, value in _head(predictions, head).items()}
     if predictions.compositional:
         figures |= _actions(predictions)
+    for name, videos in _subsets(predictions).items():
+        figures[f"{name}_top1"] = 100 * float(videos.double().mean())
     return figures
 
 
@@ -67,7 +70,9 @@ def meanings(predictions: Predictions) -> dict[str, str]:
     figures = metrics(predictions)
     of_pairs = {name: meaning for name, meaning in _OF_PAIRS.items() if predictions.compositional and name in figures}
     of_heads = figures.keys() - of_pairs.keys()
-    return {name: text for name, text in _OF_A_HEAD.items() if any(n.endswith(f"_{name}") for n in of_heads)} | of_pairs
+    return {name: text for name, text in _OF_A_HEAD.items() if any(n.endswith(f"_{name}") for n in of_heads)} | (
+        of_pairs | subsets.meanings(predictions.subsets)
+    )
 
 
 def ordered(heads: Mapping[str, Any]) -> list[str]:
@@ -120,9 +125,16 @@ def tasks(predictions: Predictions) -> list[str]:
 
 
 def intervals(predictions: Predictions) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of the top-1 figures, by task."""
-    count = len(predictions.videos)
-    return {task: wilson_interval(int(predictions.hits(task).sum()), count) for task in tasks(predictions)}
+    """95 % confidence intervals of the top-1 figures, by task, and by subset and task."""
+    hits = {task: predictions.hits(task) for task in tasks(predictions)} | _subsets(predictions)
+    return {name: wilson_interval(int(right.sum()), len(right)) for name, right in hits.items()}
+
+
+def _subsets(predictions: Predictions) -> dict[str, Tensor]:
+    """Which samples of a subset are right, bool [its samples]; its name ends with the task."""
+    named = {name: name.rpartition("_")[2] for name in predictions.subsets}
+    known = tasks(predictions)
+    return {name: predictions.hits(task)[predictions.subsets[name]] for name, task in named.items() if task in known}
 
 
 def against(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:

@@ -267,8 +267,8 @@ class VideoSet:
                 ]
                 if None not in pair:
                     raise ValueError(
-                        f"augment.flip is {self.settings.augment.flip}, but a mirrored {pair[0]!r} is no longer one "
-                        f"(there is also {pair[1]!r}); set augment.flip to 0"
+                        f"data.augment.flip is {self.settings.augment.flip}, but a mirrored {pair[0]!r} is no longer "
+                        f"one (there is also {pair[1]!r}); set data.augment.flip to 0"
                     )
 
     def skipped(self, split: str) -> str:

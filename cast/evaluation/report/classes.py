@@ -93,7 +93,8 @@ def confusions(predictions: Predictions, summary: Mapping[str, Any]) -> str:
         drawn = ""
         if len(names) <= _ALL:
             counts = matrix(predictions, head).double()
-            shares = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-            drawn = plots.heat(shares.numpy(), "guess", "truth, % of its videos", names, 3.6 + 0.06 * len(names))
+            shares = 100 * counts / counts.sum(1, keepdim=True)  # 0 / 0 where a class has no videos
+            label = "truth, % of its videos" + (" (grey: none)" if shares.isnan().any() else "")
+            drawn = plots.heat(shares.numpy(), "guess", label, names, 3.6 + 0.06 * len(names))
         parts.append(f'<h3>{escape(head.capitalize())}</h3><div class="pair"><div>{listed}</div>{drawn}</div>')
     return "\n".join(parts)

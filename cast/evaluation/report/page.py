@@ -193,9 +193,7 @@ def _videos(evidence: Evidence) -> str:
 
 def _attention(evidence: Evidence) -> str:
     model, paths, predictions = evidence.model, evidence.paths, evidence.predictions
-    if not isinstance(model, CAST) or not paths:
-        return ""
-    if not any(model.config.exchanges(index) for index in range(model.config.depth)):
+    if not (isinstance(model, CAST) and _exchanges(model)) or not paths:
         return ""
     if predictions.labels:
         groups = clips.chosen(predictions, evidence.baselines, each=1)
@@ -209,6 +207,10 @@ def _attention(evidence: Evidence) -> str:
         "every patch looks over the moments of the same patch: the matrices show which moment asks (rows) and which "
         "answers (columns), mean over patches.</p>\n" + clips.attention_rows(model, evidence.protocol, videos)
     )
+
+
+def _exchanges(model: CAST) -> bool:
+    return any(model.config.exchanges(index) for index in range(model.config.depth))
 
 
 def _curves(log: Log | None) -> str:
@@ -226,7 +228,8 @@ def _curves(log: Log | None) -> str:
 def _card(evidence: Evidence) -> str:
     rows: list[tuple[str, str]] = []
     about, protocol, cost = evidence.predictions.about, evidence.protocol, evidence.cost
-    rows += [(name.replace("_", " "), str(value)) for name, value in about.items() if isinstance(value, (str, int))]
+    said = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in about.items()}
+    rows += [(name.replace("_", " "), str(value)) for name, value in said.items() if isinstance(value, (str, int))]
     if size := evidence.model_cost:
         rows += [
             ("parameters", f"{size.parameters:,}, of which {size.learnable:,} learnable"),
@@ -255,6 +258,8 @@ def _made(evidence: Evidence) -> str:
         missing.append("learning curves (give the training's JSONL log with --log FILE)")
     if evidence.model is None:
         missing.append("attention and the model's size, for the answers were read from a file")
+    elif not (isinstance(evidence.model, CAST) and _exchanges(evidence.model)):
+        missing.append("attention, which is drawn of a CAST with an exchange")
     used = meanings(evidence.predictions) if evidence.predictions.labels else {}
     parts = [facts((name.replace("_", " "), meaning) for name, meaning in used.items())] if used else []
     parts.append(

@@ -47,7 +47,7 @@ def balance(
     for number, point in enumerate(points):
         axes.scatter(
             point.space, point.time, s=80, color=COLOURS[number % 6], marker=_MARKERS[number % 6],
-            edgecolors="white", zorder=4,
+            edgecolors="white", zorder=4, clip_on=False,  # whole also on an axis
         )  # fmt: skip
     for point in lines:
         draw = axes.axhline if math.isnan(point.space) else axes.axvline
@@ -137,11 +137,11 @@ def bars(rows: Sequence[Bar], own: str, label: str) -> str:
         marks = [(row.others[name], height) for row, height in zip(rows, heights, strict=True) if name in row.others]
         axes.plot(
             *zip(*marks, strict=True), linestyle="", marker=_MARKERS[number % 6], color=COLOURS[number % 6],
-            markersize=5, label=plain_text(name), markeredgecolor="white", markeredgewidth=0.5,
+            markersize=5, label=plain_text(name), markeredgecolor="white", markeredgewidth=0.5, clip_on=False, zorder=4,
         )  # fmt: skip
     axes.set_yticks(list(heights), [_short(row.name) for row in rows], fontsize=8)
     axes.set(xlim=(0, 100), ylim=(0.3, len(rows) + 0.7), xlabel=label)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # room for a marker at 0
     if names:
         figure.legend(loc="outside upper left", ncols=len(names) + 1, frameon=False, fontsize=8)
     return svg(figure)
@@ -162,9 +162,10 @@ def sorted_gains(gains: Mapping[str, Sequence[float]]) -> str:
 
 
 def heat(values: np.ndarray, x: str, y: str, names: Sequence[str] | None = None, size: float = 2.2) -> str:
-    """A matrix as colours; with `names` on both axes where there are any."""
+    """A matrix as colours, NaN in grey; with `names` on both axes where there are any."""
     figure, axes = new_figure(size, size)
-    image = axes.imshow(values, cmap="magma", vmin=0, vmax=max(float(values.max()), 1e-9), aspect="equal")
+    image = axes.imshow(values, cmap="magma", vmin=0, vmax=max(float(np.nanmax(values)), 1e-9), aspect="equal")
+    axes.set_facecolor("#d4d4d4")
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
     if names:
