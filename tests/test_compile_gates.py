@@ -15,20 +15,25 @@ from triton_kernels import product, scale
 from cast_kernels.evidence import compile as compiling
 from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import Row, dots_elsewhere, judge, loose, read, render, tensor_core_dots, unused
-from cast_kernels.evidence.driver import Recorder, offline_driver
+from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.resources import Resources
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 
 
-def compiled(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Row:
-    """The row of the small product kernel, [256, 512] @ [512, 256]."""
+def launched(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Launch:
+    """The small product kernel, [256, 512] @ [512, 256]."""
     a, b = torch.zeros(256, 512, dtype=kind), torch.zeros(512, 256, dtype=kind)
     with offline_driver(target(name), Recorder()) as recorder:
         product(a, b, **options)
     (record,) = recorder.records.values()
-    return read(record.first, "bf16", ["a case"])
+    return record.first
+
+
+def compiled(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Row:
+    """Its row."""
+    return read(launched(name, kind, **options), "bf16", ["a case"])
 
 
 def allowed(loop_spills: int = 0, tensor_core: str = "") -> Allowance:
@@ -70,6 +75,12 @@ def test_an_exception_allows_its_number(spilling: Row) -> None:
     assert failed.allowed == ""
     for key in (("sm_90", *KEY[1:]), (KEY[0], "other", *KEY[2:]), (*KEY[:2], 32, False), (*KEY[:3], True)):
         assert judge(spilling, {key: allowed(count)}).failures
+
+
+@pytest.mark.parametrize(("d", "wide"), [(64, False), (384, False), (385, True), (768, True)])
+def test_a_bottleneck_above_384_has_exceptions_of_its_own(d: int, wide: bool) -> None:
+    launch = launched("sm_80", warps=8)
+    assert read(replace(launch, constexprs={**launch.constexprs, "D": d}), "bf16", []).wide is wide
 
 
 def test_spills_outside_of_loops_pass(good: Row) -> None:

@@ -200,6 +200,10 @@ def test_planted_faults_are_caught(name: str) -> None:
     assert {v.why for v in verdicts} <= {"", *planting.HARMLESS}
 
 
+def test_every_reason_that_is_given_for_a_kind_counts_as_harmless() -> None:
+    assert set(planting._ORDER.values()) <= set(planting.HARMLESS)
+
+
 @pytest.mark.parametrize(("n", "why"), [(256, "guard never false"), (300, "")])
 def test_a_guard_is_probed(n: int, why: str) -> None:
     """Of two CTAs of 128 elements no lane is masked; of three, 84 lanes are, and without the mask they fault."""

@@ -15,13 +15,13 @@ import torch
 from cast_kernels.cli import DEVICES as DEVICE_NAMES
 from cast_kernels.cli import main
 from cast_kernels.evidence import eager_model, model, trace
+from cast_kernels.evidence import predict as predicting
 from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.devices import DEVICES, device
 from cast_kernels.evidence.driver import Argument, Launch, Recorder, offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator
 from cast_kernels.evidence.model import Counters
-from cast_kernels.evidence.predict import predict
 from cast_kernels.evidence.resources import Resources
 from cast_kernels.evidence.sampling import Corrections
 from cast_kernels.evidence.targets import target
@@ -191,7 +191,7 @@ def test_a_sample_in_emulation_corrects_the_trace(tmp_path: Path) -> None:
 
 
 def test_phases_and_totals(tmp_path: Path) -> None:
-    runs = predict("A100", [SMALL], tmp_path)
+    runs = predicting.predict("A100", [SMALL], tmp_path)
     assert [run.phase for run in runs] == list(report.PHASES)
     assert [p.kernel for p in runs[0].launches] == ["project", "exchange"]
     assert {"weight_gradient", "project_backward"} < {p.kernel for p in runs[2].launches}
@@ -234,6 +234,19 @@ def test_a_folder_is_of_the_default_level(tmp_path: Path, capsys: pytest.Capture
     assert main(["predict", "--recompute", "all", "--folder", str(tmp_path)]) == 2
     assert "--folder is for the level 'cheap'; write 'all' with --json" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_level_that_is_asked_for_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Case] = []
+
+    def record(name: object, cases: list[Case], *rest: object) -> list[object]:
+        asked.extend(cases)
+        return []
+
+    monkeypatch.setattr(predicting, "predict", record)
+    monkeypatch.setattr(predicting, "eager_predictions", record)
+    main(["predict", "--device", "H100", "--batch", "1", "6", "--recompute", "all"])
+    assert {(case.batch, case.recompute) for case in asked} == {(1, "all"), (6, "all")}
 
 
 @pytest.mark.parametrize(
