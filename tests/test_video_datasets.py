@@ -115,6 +115,7 @@ def test_a_csv_whose_columns_have_other_names(tmp_path: Path) -> None:
         ("", "the header must have a column for the video"),
         ("video,label\n", "has no annotations"),
         ("video,text\na,b\n", "the header must have a column for the video"),
+        ("text,label\na,0\n", "the header must have a column for the video"),
         ("video,label\na.mp4\n", r"train\.csv:2: has 1 cells, the header 2"),
         ("video,label\na.mp4, \n", r"train\.csv:2: column 'label' is empty"),
     ],

@@ -40,6 +40,7 @@ class Budget:
         test: other clips, for the accuracy.
         pretrain: epochs of pre-training.
         finetune: epochs with labels.
+        lr: their learning rate.
         mask_ratio: share of the patches that pre-training hides.
         normalised: whether each patch's target has mean 0 and deviation 1. Backgrounds are photographs of textures,
             which nobody can guess; normalised, a dark texture counts as much as the digit.
@@ -49,6 +50,7 @@ class Budget:
     test: int = 720
     pretrain: int = 20
     finetune: int = 6
+    lr: float = 1e-3
     mask_ratio: float = 0.5
     normalised: bool = False
 
@@ -78,12 +80,14 @@ def pretrain(clips: Part, budget: Budget, seed: int, out: Path) -> list[dict[str
     return history
 
 
-def finetune(name: str, train_clips: Part, test: Part, epochs: int, seed: int, out: Path, start: Path | None) -> float:
+def finetune(
+    name: str, train_clips: Part, test: Part, budget: Budget, seed: int, out: Path, start: Path | None
+) -> float:
     """Accuracy on the test clips, in percent, after training with labels."""
     model = temporal_expert(CONFIG, seed)
     if start is not None:
         model.load(start)
-    recipe = Recipe(epochs=epochs, batch_size=8, lr=1e-3, warmup=0.5, seed=seed)
+    recipe = Recipe(epochs=budget.finetune, batch_size=8, lr=budget.lr, warmup=0.5, seed=seed)
     train(model, train_clips, recipe, out / name)
     answers, truths = probabilities(model, test)
     return float((answers["verb"].argmax(1) == truths["verb"]).float().mean() * 100)
@@ -111,8 +115,8 @@ def run(out: Path = Path("runs/pretraining"), seeds: int = 3, budget: Budget | N
         history = pretrain(unlabelled, budget, seed, folder)
         losses.append([entry["loss"] for entry in history])
         row = {
-            "scratch": finetune("scratch", labelled, test, budget.finetune, seed, folder, None),
-            "pre-trained": finetune("pre-trained", labelled, test, budget.finetune, seed, folder, folder / WEIGHTS),
+            "scratch": finetune("scratch", labelled, test, budget, seed, folder, None),
+            "pre-trained": finetune("pre-trained", labelled, test, budget, seed, folder, folder / WEIGHTS),
         }
         rows.append(row)
         shown = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in row.items())

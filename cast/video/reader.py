@@ -29,6 +29,7 @@ import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from cast.video.files import PathLike, VideoError, check_file, open_video, video_error
@@ -204,6 +205,7 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
         raise video_error(path, f"has frames 0 to {index.count - 1}, but frame {bad[0]} was asked for")
     numbers = sorted(set(wanted))
     found: dict[int, np.ndarray] = {}
+    reformatter = VideoReformatter()
     with open_video(path, threads) as (container, stream):
         parts = [numbers]
         if index.times is not None and stream.codec.canonical_name in JUMPS:
@@ -217,7 +219,7 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
                 if frame.is_corrupt:  # later frames are built on it
                     raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
                 if number in part:
-                    found[number] = upright_rgb(frame)
+                    found[number] = upright_rgb(frame, reformatter)
                 if number >= part[-1]:
                     break
     return found
@@ -287,9 +289,16 @@ def _packets_from(
     yield from packets
 
 
-def upright_rgb(frame: VideoFrame) -> np.ndarray:
-    """A decoded picture as uint8 RGB [H, W, 3], turned as its metadata says."""
-    picture = frame.to_ndarray(format="rgb24")
+def upright_rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """A decoded picture as uint8 RGB [H, W, 3], turned as its metadata says.
+
+    Args:
+        frame: the picture.
+        reformatter: one for all pictures of a file. A picture's own would prepare the conversion anew each time, which
+            takes three to four times as long as the conversion (340 x 256 pixels: 0.27 to 0.65 rather than 0.10 to
+            0.18 ms, Zen 3).
+    """
+    picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
     quarter_turns = round(frame.rotation / 90)
     if quarter_turns % 4 and frame.rotation % 90 == 0:
         picture = np.rot90(picture, quarter_turns)

@@ -10,6 +10,7 @@ import av
 import numpy as np
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 
 from cast.video.files import PathLike, VideoError, check_file
 from cast.video.reader import upright_rgb
@@ -50,10 +51,10 @@ def frames(source: PathLike | BinaryIO, format: str | None = None, **options: st
             if not container.streams.video:
                 raise VideoError(f"{name}: holds no video")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            stream.thread_type, reformatter = "AUTO", VideoReformatter()
             for packet in container.demux(stream):
                 for frame in _whole(packet):
-                    yield upright_rgb(frame)
+                    yield upright_rgb(frame, reformatter)
     except (av.FFmpegError, OSError) as error:
         if isinstance(error, VideoError):
             raise
