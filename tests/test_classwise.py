@@ -70,6 +70,12 @@ def test_f1_by_hand() -> None:
     assert confusion_pairs(matrix, 1) == [Confusion(1, 0, 1, 50.0)]
 
 
+def test_a_confusions_share_is_of_the_true_class() -> None:
+    # 8 samples of class 0 and 2 of class 1; guessed 5 times each.
+    matrix = torch.tensor([[4, 4], [1, 1]])
+    assert confusion_pairs(matrix) == [Confusion(0, 1, 4, 50.0), Confusion(1, 0, 1, 50.0)]
+
+
 def test_impossible_guesses_are_refused() -> None:
     with pytest.raises(ValueError, match="guesses must be integers from 0 to 2"):
         confusion_matrix(torch.tensor([3]), torch.tensor([0]), 3)

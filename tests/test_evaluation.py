@@ -25,7 +25,7 @@ from cast.config import make_config
 from cast.evaluation import Predictions, Protocol, Run, evaluate, read_predictions, write_predictions
 from cast.evaluation.checkpoint import find_log, load_checkpoint
 from cast.evaluation.cost import model_cost
-from cast.evaluation.inference import sample_names
+from cast.evaluation.inference import Cost, _together, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.protocol import normalise
 from cast.evaluation.run import _class_names
@@ -126,6 +126,12 @@ def test_batches_and_workers_change_rounding_at_most(
     assert cost.peak_memory > 2**20
 
 
+def test_processes_work_at_the_same_time() -> None:
+    """Clips add up; of time and of memory the largest counts."""
+    shares = [Cost(12, 3.0, 1, "CPU, 1 thread", 500, 2), Cost(6, 2.0, 1, "CPU, 1 thread", 700, 1)]
+    assert _together(shares) == Cost(18, 3.0, 2, "CPU, 1 thread", 700, 3)
+
+
 class _Dies(nn.Module):
     """A model whose process is killed, as it were, at a forward pass."""
 
@@ -157,6 +163,21 @@ def test_a_killed_run_goes_on_with_the_same_bits(samples: list[Sample], straight
     parts.own.write_text(parts.own.read_text().replace('"views"', "views", 1))
     with pytest.raises(ValueError, match="damaged"):
         parts.load()
+
+
+def test_a_chunk_of_which_a_kill_left_a_part_is_answered_whole(
+    samples: list[Sample], straight: Predictions, tmp_path: Path
+) -> None:
+    parts = Parts(tmp_path / "parts", {"model": "a"}, 0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(_Dies(2), samples, CLASSES, PROTOCOL, Run(12), parts=parts)
+    lines = parts.own.read_text().splitlines(keepends=True)
+    parts.own.write_text("".join(lines[:-1]))  # one of the second chunk's two videos
+    found, cost = evaluate(small_cast(), samples, CLASSES, PROTOCOL, Run(12), parts=parts)
+    assert cost.resumed == 2
+    assert list(found.videos) == list(straight.videos)
+    for head in CLASSES:
+        assert torch.equal(found.probabilities[head], straight.probabilities[head])
 
 
 def test_a_bad_video_is_one_line_from_a_worker_too(

@@ -82,12 +82,18 @@ def test_the_summary_compares_with_every_baseline() -> None:
     gains = [row["f1_gain"]["spatial"] for row in rows if row["videos"]]
     assert entry["f1_gain"]["noun"]["mean"] == pytest.approx(sum(gains) / len(gains))
     assert entry["f1_gain"]["noun"]["classes_better"] == sum(gain > 0 for gain in gains)
+    assert entry["f1_gain"]["noun"]["classes_worse"] == sum(gain < 0 for gain in gains)
     wrong = int((~ours.hits("verb")).sum())
     assert sum(pair["count"] for pair in summary["confusions"]["verb"]) == wrong  # fewer than 20 kinds of mistakes
     low, high = summary["confidence_95"]["action"]
     assert low < summary["metrics"]["action_top1"] < high
     paired = entry["paired"]["action"]
     assert paired["won"] - paired["lost"] == int(ours.hits("action").sum()) - int(theirs.hits("action").sum())
+
+
+def test_classes_that_stay_as_they_were_are_neither_better_nor_worse() -> None:
+    same = summarise(predictions(), {"itself": predictions()})["baselines"]["itself"]["f1_gain"]["noun"]
+    assert same == {"mean": 0.0, "classes_better": 0, "classes_worse": 0}
 
 
 class _Outside(HTMLParser):

@@ -188,6 +188,14 @@ def test_a_copy_that_a_person_keeps_beside_them_is_no_checkpoint(tmp_path: Path)
     assert names(tmp_path) == ["step-00000006-best", "step-00000012", "step-best"]
 
 
+def test_a_file_with_a_checkpoints_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "step-00000099").write_text("mine")
+    running = engine(tmp_path, PointNet(), plan=planned(epochs=1))
+    assert running.progress.step == 0
+    running.run()
+    assert names(tmp_path) == ["step-00000006", "step-00000099"]
+
+
 def test_what_goes_on_from_a_full_checkpoint_names_the_experts_that_it_has(tmp_path: Path) -> None:
     engine(tmp_path, PointNet(), plan=planned(epochs=1), weights="full").run()
     engine(tmp_path, PointNet(frozen_seed=3), weights="trainable").run()  # with the full one's frozen layer

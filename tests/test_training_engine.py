@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training_cases import Batch, PointNet, PointSource, engine, planned, same
 
 from cast import CAST
-from cast.training import DivergenceError, Plan, Progress, Step, cosine, parameter_groups
+from cast.training import Checkpoints, DivergenceError, Engine, Plan, Progress, Step, cosine, parameter_groups
 from cast.training.engine import micro_seed
 
 HAS_KERNELS = CAST("tiny", depth=1).blocks[0].chosen_backend() != "eager"  # type: ignore[operator,union-attr]
@@ -247,13 +247,30 @@ def test_a_gradient_that_is_infinite_stops_too(tmp_path: Path) -> None:
     assert same(net, Net())
 
 
-def test_data_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    class Short(PointSource):
-        def batches(self, epoch: int, start: int = 0):  # type: ignore[no-untyped-def]
-            yield from list(super().batches(epoch, start))[:3]
+class Short(PointSource):
+    """Three micro-batches an epoch, whatever it promised."""
 
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        yield from list(super().batches(epoch, start))[:3]
+
+
+def test_data_that_ends_early_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ended after 1 of 2 micro-batches of step 1"):
         engine(tmp_path, PointNet(), Short(4), planned(accumulate=2, micro_batch=4)).run()
+
+
+def test_another_try_with_the_same_accelerator_starts_a_new_accumulation(tmp_path: Path) -> None:
+    """A step that failed after one micro-batch of two leaves the accelerator in between."""
+    plan = planned(accumulate=2, micro_batch=4, epochs=1)
+    fresh, again = PointNet(), PointNet()
+    engine(tmp_path / "fresh", fresh, PointSource(4), plan).run()
+    failed = engine(tmp_path / "failed", PointNet(), Short(4), plan)
+    with pytest.raises(ValueError, match="ended after 1 of 2"):
+        failed.run()
+    assert failed.accelerator.step == 3
+    checkpoints = Checkpoints(tmp_path / "again", failed.accelerator, {"plan": "test"}, again)
+    Engine(again, PointSource(4), plan, failed.accelerator, checkpoints).run()
+    assert same(again, fresh)
 
 
 def test_nothing_to_train_is_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from cast.cli import main
 from cast.video.check import find_faults
 from cast.video.datasets import open_dataset
 from cast.video.probe import probe_all
-from cast.video.skips import how_to_skip, read_skips, write_skips
+from cast.video.skips import how_to_skip, read_rows, read_skips, write_skips
 
 
 @pytest.fixture
@@ -169,6 +169,20 @@ def test_lines_that_a_person_added_stay(tmp_path: Path, capsys: pytest.CaptureFi
     assert [sample.path.stem for sample in open_dataset(tmp_path).samples("train")] == ["a"]
 
 
+def test_a_faulty_video_that_a_person_listed_is_listed_once(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("gone.mp4 0\n")
+    (tmp_path / "skip.csv").write_text("path,fault\ngone.mp4,by hand\n")
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    assert [(row.path, row.fault) for row in read_rows(tmp_path / "skip.csv")] == [("gone.mp4", "by hand")]
+
+
+def test_a_fault_is_told_with_the_first_line_that_names_its_video(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("gone.mp4 0\n")
+    (tmp_path / "val.csv").write_text("away.mp4 0\ngone.mp4 0\n")
+    told = {skip.path: skip.where for skip in find_faults(open_dataset(tmp_path))}
+    assert told == {"gone.mp4": f"{tmp_path / 'train.csv'}:1", "away.mp4": f"{tmp_path / 'val.csv'}:1"}
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_advice_about_a_bad_video_is_a_line_that_the_list_takes(tmp_path: Path, listed: bool) -> None:
     if listed:
@@ -182,3 +196,5 @@ def test_advice_about_a_bad_video_is_a_line_that_the_list_takes(tmp_path: Path, 
         file.write(f"{header}{line}\n")
     assert read_skips(tmp_path / "skip.csv") == {'a, "b".mp4': "by hand"}
     assert "set data.skip_list=auto" in how_to_skip(tmp_path / "a.mp4", tmp_path, "none")
+    assert f"to {tmp_path / 'skip.csv'}" in how_to_skip(tmp_path / "a.mp4", tmp_path, "none")
+    assert f"to {tmp_path / 'mine.csv'}" in how_to_skip(tmp_path / "a.mp4", tmp_path, "mine.csv")

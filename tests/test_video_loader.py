@@ -26,7 +26,7 @@ from cast.video.decoders import PyAV
 from cast.video.files import VideoError
 from cast.video.loader import Batch, ClipLoader
 from cast.video.sampling import view_indices
-from cast.video.workers import WorkerError
+from cast.video.workers import WorkerDied, WorkerError
 
 AUGMENT = AugmentSettings(flip=0.5, randaugment="rand-m7-n4-mstd0.5-inc1", erasing=0.5, color_jitter=0.4)
 SETTINGS = DataSettings("unused", size=24, workers=0, augment=AUGMENT)
@@ -195,6 +195,25 @@ def test_a_batch_that_kills_every_worker_is_named(
     with pytest.raises(WorkerError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
         list(loader.batches(0))
     assert len(messages) == 2
+
+
+def test_deaths_count_in_a_row_only(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    def one_and_no_more(loader: Any) -> Iterator[Any]:
+        keys = loader.sampler
+        yield loader.dataset[keys[0]]
+        if keys[1:]:
+            raise WorkerDied("killed by SIGKILL")
+
+    monkeypatch.setattr(loader_module, "items", one_and_no_more)
+    assert_same(list(make(samples, 2).batches(0)), list(make(samples, 2, workers=1).batches(0)))
+    assert len(messages) == 4  # of five batches; three deaths in a row would be an error
+
+
+def test_a_validation_has_its_own_videos_whatever_a_training_began_with(samples: list[Sample]) -> None:
+    loader = make(samples[:4], 3, train=False, planned=9)
+    assert [len(batch) for batch in loader.batches(0)] == [3, 1]
 
 
 def test_an_unreadable_video_is_named_and_nothing_takes_its_place(samples: list[Sample], tmp_path: Path) -> None:

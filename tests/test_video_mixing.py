@@ -8,6 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.data import mixup as timm_mixup
 
+from cast.video.augment import AugmentSettings
 from cast.video.mixing import Mixing
 
 CLASSES = {"verb": 7, "noun": 11}
@@ -35,6 +36,13 @@ def test_a_batch_is_mixed_as_timm_mixes_pictures(kind: str, smoothing: float, mo
     torch.testing.assert_close(mixed, expected.view_as(video))
     torch.testing.assert_close(targets["noun"], target)
     assert 0 < drawn.share < 1
+
+
+def test_a_recipes_settings_reach_the_mixing() -> None:
+    settings = AugmentSettings(
+        mixup=0.8, cutmix=0.6, mix_probability=0.9, mix_switch=0.3, mix_mode="elem", smoothing=0.2
+    )
+    assert Mixing.of(settings) == Mixing(0.8, 0.6, 0.9, 0.3, 0.2, "elem")
 
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
