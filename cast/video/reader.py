@@ -211,11 +211,7 @@ def _decode(path: PathLike, wanted: Sequence[int], index: _Index, threads: int) 
         if index.times is not None and stream.codec.canonical_name in JUMPS:
             parts = _parts(index.times, numbers)
         for part in parts:
-            if index.times is None:
-                frames: Iterator[tuple[int, VideoFrame]] = enumerate(_decode_from_start(path, container, stream))
-            else:
-                frames = _from_key_frame(container, stream, index.times, part[0])
-            for number, frame in frames:
+            for number, frame in _frames(path, container, stream, index, part[0]):
                 if frame.is_corrupt:  # later frames are built on it
                     raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
                 if number in part:
@@ -242,6 +238,15 @@ def _key_frame(times: _Times, number: int) -> tuple[int, int]:
     key = int(np.searchsorted(times.keys[:, 0], times.pts[number], side="right")) - 1
     pts, dts = times.keys[key].tolist() if key >= 0 else (times.pts[0], times.pts[0])
     return int(pts), int(dts)
+
+
+def _frames(
+    path: PathLike, container: InputContainer, stream: VideoStream, index: _Index, first: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with their numbers, frame `first` and all after it among them, as far as the decoder shows them."""
+    if index.times is None:
+        return enumerate(_decode_from_start(path, container, stream))
+    return _from_key_frame(container, stream, index.times, first)
 
 
 def _decode_from_start(path: PathLike, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
