@@ -27,6 +27,7 @@ from cast.pretrain.command import PICTURE, WEIGHTS, build, fit
 from cast.pretrain.masking import Mask, assemble, pixels, tube_mask, tubelets
 from cast.pretrain.picture import reconstruct
 from cast.pretrain.videos import unlabelled
+from cast.training.groups import parameter_groups
 from cast.training.log import Log
 from cast.training.recipes import load_recipe
 from cast.video.augment import AugmentSettings, _multiscale, draw
@@ -324,6 +325,12 @@ def test_a_resumed_pre_training_gives_the_same_bits(
     # Not the files' bytes: safetensors writes the entries of a header in any order.
     cut, whole = (VideoMAE.read(tmp_path / name / WEIGHTS).state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in cut.items())
+
+
+def test_the_mask_token_does_not_decay() -> None:
+    model = autoencoder()
+    (group,) = (g for g in parameter_groups(model, 0.05, 1.0) if any(p is model.mask_token for p in g["params"]))
+    assert group["weight_decay"] == 0
 
 
 def test_settings_reach_the_model() -> None:
