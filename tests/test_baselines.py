@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -204,6 +204,16 @@ def test_drop_path_drops_clips_and_only_while_training() -> None:
     assert torch.equal(model(video)["verb"], model(video)["verb"])
     model.train()
     assert not torch.equal(model(video)["verb"], model(video)["verb"])
+
+
+@pytest.mark.parametrize(("trained", "drops"), [("all", True), ("new", False)])
+def test_an_experts_own_branches_are_dropped_where_it_trains(trained: Literal["all", "new"], drops: bool) -> None:
+    design = Design(exchange="none", adapters="none", trained=trained)
+    model = (
+        randomise(TwoStream(design, make_config(**(SMALL | {"heads": HEADS, "drop_path": 0.5}))), 0).double().train()
+    )
+    video = small_video(model, batch=6)
+    assert torch.equal(model(video)["verb"], model(video)["verb"]) is not drops
 
 
 # -- sizes

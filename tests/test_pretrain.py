@@ -16,16 +16,18 @@ import torch.nn.functional as F
 import yaml
 from cast_models import SMALL, randomise
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from video_files import write_video
 
 import cast
 from cast.cli import main
 from cast.config import CASTConfig
 from cast.pretrain import DecoderSettings, PretrainSettings, Reconstruction, VideoMAE
-from cast.pretrain.command import PICTURE, WEIGHTS, fit
+from cast.pretrain.command import PICTURE, WEIGHTS, build, fit
 from cast.pretrain.masking import Mask, assemble, pixels, tube_mask, tubelets
 from cast.pretrain.picture import reconstruct
 from cast.pretrain.videos import unlabelled
+from cast.training.groups import parameter_groups
 from cast.training.log import Log
 from cast.training.recipes import load_recipe
 from cast.video.augment import AugmentSettings, _multiscale, draw
@@ -323,6 +325,31 @@ def test_a_resumed_pre_training_gives_the_same_bits(
     # Not the files' bytes: safetensors writes the entries of a header in any order.
     cut, whole = (VideoMAE.read(tmp_path / name / WEIGHTS).state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in cut.items())
+
+
+def test_the_mask_token_does_not_decay() -> None:
+    model = autoencoder()
+    (group,) = (g for g in parameter_groups(model, 0.05, 1.0) if any(p is model.mask_token for p in g["params"]))
+    assert group["weight_decay"] == 0
+
+
+def test_settings_reach_the_model() -> None:
+    settings = PretrainSettings(
+        data=DataSettings("x", size=32, frames=6), model=CONFIG, decoder=DecoderSettings(depth=3), mask_ratio=0.5,
+        normalised=False,
+    )  # fmt: skip
+    model = build(settings)
+    assert (model.config, model.decoder_settings.depth, model.mask_ratio, model.normalised) == (CONFIG, 3, 0.5, False)
+
+
+def test_an_average_is_what_is_written(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(command(folder, out, "optim.epochs=2", "optim.ema=0.5", "pictures=0")) == 0
+    newest = max((out / "checkpoints").glob("step-*"))
+    average, last = (load_file(newest / f"{name}.safetensors") for name in ("ema", "weights"))
+    written = VideoMAE.read(out / WEIGHTS).state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in average.items())
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in average.items())
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from cast_models import small_model, small_video
 from torch import Tensor, nn
 from training_cases import Batch, PointNet, PointSource, engine, planned, same
 
 from cast import CAST
 from cast.training import Checkpoints, DivergenceError, Engine, Plan, Progress, Step, cosine, parameter_groups
-from cast.training.engine import micro_seed
+from cast.training.distributed import deepspeed_settings
+from cast.training.engine import classification, micro_seed
 
 HAS_KERNELS = CAST("tiny", depth=1).blocks[0].chosen_backend() != "eager"  # type: ignore[operator,union-attr]
 
@@ -245,6 +247,39 @@ def test_a_gradient_that_is_infinite_stops_too(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="the loss is finite, but the gradient's length is"):
         engine(tmp_path, net).run()
     assert same(net, Net())
+
+
+def test_adamw_gets_the_plans_betas(tmp_path: Path) -> None:
+    running = engine(tmp_path, PointNet(), plan=planned(betas=(0.8, 0.95)))
+    assert {group["betas"] for group in running.optimizer.param_groups} == {(0.8, 0.95)}
+
+
+def test_soft_targets_are_not_smoothed_again() -> None:
+    logits, label = {"verb": torch.tensor([[2.0, -1.0, 0.5]])}, torch.tensor([1])
+    soft = nn.functional.one_hot(label, 3) * 0.7 + 0.1  # smoothed by 0.3
+    hard_loss, _ = classification(0.3)(logits, {"verb": label})
+    soft_loss, _ = classification(0.3)(logits, {"verb": soft})
+    torch.testing.assert_close(soft_loss, hard_loss)
+    assert classification(0.0)(logits, {"verb": label})[0] != hard_loss
+
+
+def test_processes_draw_different_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = [PointNet(dropout=0.5) for _ in range(2)]
+    for rank, net in enumerate(nets):
+        running = engine(tmp_path / str(rank), net, plan=planned(epochs=1))
+        monkeypatch.setattr(Accelerator, "process_index", property(lambda self, rank=rank: rank))
+        running.run()
+    assert not same(*nets)
+
+
+def test_deepspeed_clips_only_where_the_recipe_says_so() -> None:
+    assert deepspeed_settings(4, 2, None)["gradient_clipping"] == 0
+    assert deepspeed_settings(4, 2, 0.3) == {
+        "gradient_accumulation_steps": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.3,
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 class Short(PointSource):

@@ -83,6 +83,14 @@ def test_a_directory_of_ours_is_found_too(tiny: Path, model: cast.CAST) -> None:
     assert same(load(tiny / "run"), model)
 
 
+def test_a_directorys_own_sampling_counts_more_than_the_names(tiny: Path, model: cast.CAST) -> None:
+    model.save_pretrained(tiny / "cast_tiny_test")
+    assert create_model("cast_tiny_test").sampling == "uniform"
+    model.sampling = "dense"
+    model.save_pretrained(tiny / "cast_tiny_test")
+    assert create_model("cast_tiny_test").sampling == "dense"
+
+
 def test_another_model_under_the_name_is_refused(tiny: Path) -> None:
     other = cast.CAST("tiny", heads={"action": 5})
     torch.save(other.state_dict(), tiny / "cast_tiny_test.pt")
