@@ -26,11 +26,11 @@ from cast.evaluation.cost import ModelCost, model_cost
 from cast.evaluation.inference import Cost
 from cast.evaluation.published import EK100, K400_SSV2, dataset_name
 from cast.evaluation.report import Evidence, html, plots
-from cast.evaluation.report.classes import confusions
+from cast.evaluation.report.classes import _rank, confusions
 from cast.evaluation.report.clips import chosen
 from cast.evaluation.report.curves import read_log, thinned
 from cast.evaluation.report.plots import Bar, Point, balance, bars, heat, lines, sorted_gains
-from cast.evaluation.summary import meanings
+from cast.evaluation.summary import f1_gains, meanings
 from cast.metrics import harmonic_mean
 
 HEADINGS = re.compile(r"<h2>(.*?)</h2>")
@@ -94,6 +94,19 @@ def test_the_summary_compares_with_every_baseline() -> None:
 def test_classes_that_stay_as_they_were_are_neither_better_nor_worse() -> None:
     same = summarise(predictions(), {"itself": predictions()})["baselines"]["itself"]["f1_gain"]["noun"]
     assert same == {"mean": 0.0, "classes_better": 0, "classes_worse": 0}
+
+
+def test_a_class_without_videos_has_no_gain() -> None:
+    """Both models guess a pan where none is: 0 % against 0 % would count as a class that stayed as it was."""
+    made = _by_hand()
+    made.labels["noun"][2] = 1
+    assert f1_gains(made, made, "noun").isnan().tolist() == [False, False, True]
+
+
+def test_classes_are_ranked_by_mean_gain_or_by_f1_from_the_top() -> None:
+    assert _rank([0, 1, 2], {}, [10.0, 30.0, 20.0]) == [1, 2, 0]
+    gains = {"a": [4.0, 1.0, math.nan, 9.0], "b": [2.0, 1.0, 5.0, 9.0]}
+    assert _rank([0, 1, 2], gains, [0.0, 90.0, 0.0, 0.0]) == [2, 0, 1]
 
 
 class _Outside(HTMLParser):

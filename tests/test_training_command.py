@@ -28,13 +28,12 @@ from safetensors.torch import load_file
 from cast import CAST
 from cast.cli import main
 from cast.demo.dataset import Sizes, make_dataset
-from cast.training import CheckpointError, Checkpoints, Plan, Progress, Step, cosine, load_trained
+from cast.training import CheckpointError, Checkpoints, Progress, Step, load_trained
 from cast.training.command import Validation, fit
 from cast.training.distributed import make_accelerator
 from cast.training.log import Log
 from cast.training.models import build
 from cast.training.recipes import load_recipe
-from cast.training.session import Session
 from cast.training.settings import TrainSettings
 from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
@@ -121,36 +120,6 @@ def test_from_a_recipe_to_an_action(data: Path, tmp_path: Path, capsys: pytest.C
     assert "is of another training: it has {'videos'" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert "going on after step 6" in capsys.readouterr().err
-
-
-def test_every_setting_of_a_recipe_reaches_the_loop(data: Path, tmp_path: Path) -> None:
-    chosen = settings(
-        data, tmp_path / "out", "optim.weight_decay=0.2", "optim.layer_decay=0.7", "optim.clip_grad=0.3",
-        "optim.ema=0.5", "optim.betas=[0.8,0.95]", "seed=5", "checkpoint.every=7", "checkpoint.keep=3",
-        "checkpoint.weights=full", "optim.lr=0.5", "optim.min_lr=0.1", "optim.warmup_epochs=1",
-    )  # fmt: skip
-    session, samples = Session(chosen, (), False, ""), open_dataset(data).samples("train")
-    plan = session.plan(session.loader(samples), len(samples), 0.1)
-    assert plan == Plan(
-        epochs=2,
-        steps_per_epoch=3,
-        accumulate=2,
-        micro_batch=4,
-        rate=plan.rate,
-        weight_decay=0.2,
-        layer_decay=0.7,
-        smoothing=0.1,
-        clip_grad=0.3,
-        ema=0.5,
-        betas=(0.8, 0.95),
-        seed=5,
-        checkpoint_every=7,
-    )
-    peak, floor = chosen.optim.peak, chosen.optim.floor
-    rate = cosine(peak, floor, 3, 6)
-    assert [plan.rate(step) for step in range(6)] == [rate(step) for step in range(6)]
-    checkpoints = session.checkpoints(torch.nn.Linear(2, 2), samples)
-    assert (checkpoints.keep, checkpoints.weights) == (3, "full")
 
 
 def test_a_log_without_checkpoints_is_not_overwritten(
