@@ -71,7 +71,7 @@ class JsonLines:
                 file.write(json.dumps(_valid({"kind": kind, **values}), allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(
-                f"cannot write {self.path}: {error}. No checkpoint is touched by this: make room, then start again "
+                f"cannot write {self.path}: {error.strerror or error}. No checkpoint is touched by this: make room, then start again "
                 "with --resume"
             ) from None
 

@@ -131,7 +131,7 @@ class Session:
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(self.out / "settings.yaml", self.recipe or json.dumps(plain(self.settings), indent=2))
         except OSError as error:
-            raise OSError(f"cannot write into {self.out}: {error}; choose another out") from None
+            raise OSError(f"cannot write into {self.out}: {error.strerror or error}; choose another out") from None
 
     def _refuse_another(self, checkpoints: Checkpoints) -> None:
         if found := checkpoints.all():

@@ -212,10 +212,10 @@ class VideoSet:
 
     def _read(self, split: str, counts: Mapping[str, int] | None) -> list[Sample]:
         reader = read_compositional if self.settings.layout == "compositional" else read_single
-        return reader(self.annotations(split), self.videos(split), counts, labelled=_has_labels(split))
+        return reader(self.annotations(split), self.videos(split), counts, labelled=_needs_labels(split))
 
     def _table(self, split: str) -> Table:
-        return read_table(self.annotations(split), self.settings.columns, labelled=_has_labels(split))
+        return read_table(self.annotations(split), self.settings.columns, labelled=_needs_labels(split))
 
     @cached_property
     def skip_list(self) -> Path | None:
@@ -289,7 +289,7 @@ class VideoSet:
         return None if fault == SHORT and split != "train" else fault
 
 
-def _has_labels(split: str) -> bool:
+def _needs_labels(split: str) -> bool:
     """A challenge keeps its test's labels to itself; nothing can be trained without."""
     return split == "train"
 
