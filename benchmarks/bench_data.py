@@ -87,7 +87,7 @@ def make_clips(path: Path, name: str, sampling: Sampling, size: int = SIZE) -> C
     kept = [read(seed) for seed in range(CLIPS)] if name.startswith(IN_MEMORY) else None
 
     def run() -> None:
-        exact_reader._indices.clear()  # of PyAV's files; torchcodec's knows the last file only, which is another one
+        exact_reader._indices.clear()  # torchcodec knows the last file only, which is another one
         for seed in range(CLIPS):
             frames = kept[seed] if kept else read(seed)
             if augment:
