@@ -71,8 +71,8 @@ class JsonLines:
                 file.write(json.dumps(_valid({"kind": kind, **values}), allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(
-                f"cannot write {self.path}: {error.strerror or error}. No checkpoint is touched by this: make room, then "
-                "start again with --resume"
+                f"cannot write {self.path}: {error.strerror or error}. No checkpoint is touched by this: make room, "
+                "then start again with --resume"
             ) from None
 
     def _whole_lines(self) -> list[str]:
