@@ -24,7 +24,7 @@ from cast.metrics import average_views
 from cast.processes import join_processes, peak_memory
 from cast.video.annotations import Sample
 from cast.video.files import VideoError
-from cast.video.workers import WorkerDied, WorkerError, items
+from cast.video.workers import WorkerDied, WorkerError, context, items
 
 #: Told after each chunk of this process: videos done and videos in all, both of this process.
 Progress = Callable[[int, int], None]
@@ -175,7 +175,13 @@ def _decoded(
 ) -> Iterator[tuple[range, Tensor]]:
     """Each chunk with its clips, uint8 [videos, clips, 3, T, S, S]."""
     order = [index for chunk in chunks for index in chunk]
-    loader = DataLoader(_Videos(paths, protocol), batch_size=None, sampler=order, num_workers=workers)
+    loader = DataLoader(
+        _Videos(paths, protocol),
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        multiprocessing_context=context() if workers else None,
+    )
     videos = items(loader)
     for chunk in chunks:
         try:

@@ -25,7 +25,7 @@ from cast.video.files import VideoError
 from cast.video.sampling import train_indices, view_indices
 from cast.video.skips import how_to_skip
 from cast.video.transforms import to_clip, view_transform
-from cast.video.workers import WorkerDied, WorkerError, items
+from cast.video.workers import WorkerDied, WorkerError, context, items
 
 if TYPE_CHECKING:
     from cast.video.datasets import DataSettings
@@ -181,6 +181,7 @@ class ClipLoader:
             num_workers=self.settings.workers,
             prefetch_factor=AHEAD,
             pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=context(),
         )
         yield from items(loader)
 

@@ -7,6 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_bool
+from multiprocessing.context import BaseContext
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,6 +21,32 @@ class WorkerError(RuntimeError):
 
 class WorkerDied(Exception):
     """A process of a DataLoader died; the message says how, such as "killed by SIGKILL"."""
+
+
+def context() -> BaseContext:
+    """Where a DataLoader's processes come from: the default way, with a :class:`Flag` in place of each event."""
+    usual = multiprocessing.get_context()
+    return type("WorkerContext", (type(usual),), {"Event": lambda self: Flag()})()  # type: ignore[no-any-return]
+
+
+class Flag:
+    """An event that nobody waits for, of one byte and without a lock.
+
+    DataLoader tells its processes by an event to end, and they look at it after every item. Multiprocessing's own takes
+    a lock for a look: a process that is killed in that moment never gives it back, and the next look of the training
+    itself waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._set = RawValue(c_bool, False)
+
+    def is_set(self) -> bool:
+        """Whether some process has called :meth:`set`."""
+        return bool(self._set.value)
+
+    def set(self) -> None:
+        """Set it, for all processes."""
+        self._set.value = True
 
 
 def items(loader: DataLoader[Any]) -> Iterator[Any]:
