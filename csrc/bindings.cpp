@@ -19,7 +19,7 @@ Problem make_problem(i64 batch, i64 frames, i64 patches, i64 dim, i64 bottleneck
 
 void forward(const Problem& p, Address spatial, Address temporal, Address spatial_scale, Address temporal_scale,
              const Addresses& parameters, Address spatial_out, Address temporal_out, Address saved, int recompute,
-             Address packed, int threads) {
+             int threads) {
   const ForwardCall call{p,
                          tensors<Parameters>(parameters),
                          {input(spatial), input(temporal)},
@@ -27,7 +27,6 @@ void forward(const Problem& p, Address spatial, Address temporal, Address spatia
                          {output(spatial_out), output(temporal_out)},
                          output(saved),
                          checked_recompute(recompute),
-                         input(packed),
                          checked_threads(threads)};
   const py::gil_scoped_release release;
   run_forward(call);
@@ -50,12 +49,6 @@ void backward(const Problem& p, Address spatial, Address temporal, Address spati
   run_backward(call);
 }
 
-void pack(const Problem& p, const Addresses& parameters, Address to, int threads) {
-  checked_threads(threads);
-  const py::gil_scoped_release release;
-  run_pack(p, tensors<Parameters>(parameters), output(to), threads);
-}
-
 double fma_ceiling(int threads, double seconds) {
   checked_threads(threads);
   const py::gil_scoped_release release;
@@ -73,11 +66,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "saved_per_clip", [](const Problem& p, int recompute) { return saved_per_clip(p, checked_recompute(recompute)); },
       py::arg("problem"), py::arg("recompute"), "Floats that forward keeps of one clip for backward.");
-  m.def("bcast_packed_size", &packed_size, py::arg("problem"), "Floats of the packed weights.");
-  m.def("bcast_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));
   m.def("bcast_forward", &forward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
         py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("spatial_out"),
-        py::arg("temporal_out"), py::arg("saved"), py::arg("recompute"), py::arg("packed"), py::arg("threads"));
+        py::arg("temporal_out"), py::arg("saved"), py::arg("recompute"), py::arg("threads"));
   m.def("bcast_backward", &backward, py::arg("problem"), py::arg("spatial"), py::arg("temporal"),
         py::arg("spatial_scale"), py::arg("temporal_scale"), py::arg("params"), py::arg("saved"), py::arg("recompute"),
         py::arg("grad_spatial_out"), py::arg("grad_temporal_out"), py::arg("grad_spatial"), py::arg("grad_temporal"),

@@ -16,15 +16,9 @@ FFNProblem make_problem(i64 rows, i64 dim, i64 hidden, i64 adapter, int activati
   return p;
 }
 
-void pack(const FFNProblem& p, const Addresses& parameters, Address to, int threads) {
-  checked_threads(threads);
-  const py::gil_scoped_release release;
-  run_ffn_pack(p, tensors<FFNParameters>(parameters), output(to), threads);
-}
-
-void forward(const FFNProblem& p, Address x, const Addresses& parameters, Address row_scale, Address packed, Address y,
-             Address saved, int threads) {
-  const FFNForwardCall call{p,         tensors<FFNParameters>(parameters), input(x), input(row_scale), input(packed),
+void forward(const FFNProblem& p, Address x, const Addresses& parameters, Address row_scale, Address y, Address saved,
+             int threads) {
+  const FFNForwardCall call{p,         tensors<FFNParameters>(parameters), input(x), input(row_scale),
                             output(y), output(saved),                      checked_threads(threads)};
   const py::gil_scoped_release release;
   run_ffn_forward(call);
@@ -52,10 +46,8 @@ void bind_ffn(pybind11::module_& m) {
       .def(py::init(&make_problem), py::arg("rows"), py::arg("dim"), py::arg("hidden"), py::arg("adapter"),
            py::arg("activation"), py::arg("keep"), py::arg("eps"), py::arg("adapter_scale"), py::arg("bf16") = false);
   m.def("ffn_saved_per_row", &ffn_saved_per_row, py::arg("problem"), "Floats that backward needs of one row.");
-  m.def("ffn_packed_size", &ffn_packed_size, py::arg("problem"), "Floats that ffn_pack writes.");
-  m.def("ffn_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));
   m.def("ffn_forward", &forward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("row_scale"),
-        py::arg("packed"), py::arg("y"), py::arg("saved"), py::arg("threads"));
+        py::arg("y"), py::arg("saved"), py::arg("threads"));
   m.def("ffn_backward", &backward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("row_scale"),
         py::arg("saved"), py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_params"), py::arg("threads"));
 }

@@ -16,17 +16,10 @@ SelfAttentionProblem make_problem(i64 batch, i64 tokens, i64 dim, i64 heads, i64
   return p;
 }
 
-void pack(const SelfAttentionProblem& p, const Addresses& parameters, Address to, int threads) {
-  checked_threads(threads);
-  const py::gil_scoped_release release;
-  pack_self_attention(p, tensors<SelfAttentionParameters>(parameters), output(to), threads);
-}
-
-void forward(const SelfAttentionProblem& p, Address x, const Addresses& parameters, Address packed, Address y,
-             Address saved, int threads) {
-  const SelfAttentionForward call{
-      p, tensors<SelfAttentionParameters>(parameters), input(packed), input(x), output(y), output(saved),
-      checked_threads(threads)};
+void forward(const SelfAttentionProblem& p, Address x, const Addresses& parameters, Address y, Address saved,
+             int threads) {
+  const SelfAttentionForward call{p,         tensors<SelfAttentionParameters>(parameters), input(x),
+                                  output(y), output(saved),                                checked_threads(threads)};
   const py::gil_scoped_release release;
   run_self_attention(call);
 }
@@ -52,11 +45,8 @@ void bind_self_attention(pybind11::module_& m) {
       .def(py::init(&make_problem), py::arg("batch"), py::arg("tokens"), py::arg("dim"), py::arg("heads"),
            py::arg("adapter"), py::arg("recompute"), py::arg("eps"), py::arg("bf16") = false);
   m.def("self_attention_saved", &self_attention_saved, py::arg("problem"), "Floats that backward needs.");
-  m.def("self_attention_packed_size", &self_attention_packed_size, py::arg("problem"),
-        "Floats that self_attention_pack writes.");
-  m.def("self_attention_pack", &pack, py::arg("problem"), py::arg("params"), py::arg("to"), py::arg("threads"));
-  m.def("self_attention_forward", &forward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("packed"),
-        py::arg("y"), py::arg("saved"), py::arg("threads"));
+  m.def("self_attention_forward", &forward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("y"),
+        py::arg("saved"), py::arg("threads"));
   m.def("self_attention_backward", &backward, py::arg("problem"), py::arg("x"), py::arg("params"), py::arg("saved"),
         py::arg("grad_y"), py::arg("grad_x"), py::arg("grad_params"), py::arg("threads"));
 }

@@ -47,7 +47,7 @@ class Fault:
 
 FORWARD, BACKWARD = "csrc/cpu/bcast_forward.h", "csrc/cpu/bcast_backward.h"
 SUMS, SIMD, NORM = "csrc/cpu/weight_sums.h", "csrc/cpu/simd.h", "csrc/cpu/layernorm.h"
-PLAN, PROBLEM, PACKED = "csrc/cpu/forward_plan.h", "csrc/cpu/problem.h", "cast_kernels/cpu/packed.py"
+PLAN, PROBLEM, COMMON = "csrc/cpu/forward_plan.h", "csrc/cpu/problem.h", "cast_kernels/cpu/common.py"
 ATTENTION, GRADIENT, WORKSPACE = "csrc/cpu/attention.h", "csrc/cpu/attention_backward.h", "csrc/cpu/workspace.cpp"
 FFN, FFN_BACKWARD, WORDS = "csrc/cpu/ffn_forward.h", "csrc/cpu/ffn_backward.h", "csrc/cpu/bf16.h"
 SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attention_backward.h"
@@ -104,12 +104,16 @@ FAULTS = [
     fault("GELU left out of the reference", REFERENCE_TEST,
           (REFERENCE, "F.linear(F.gelu(x), p.up_weight", "F.linear(x, p.up_weight")),
     # --- state
-    fault("stale packed weights", "tests/test_packed.py",
-          (PACKED, "w.data_ptr(), w._version, w.shape", "w.data_ptr(), w.shape")),
+    fault("weights kept by address and version", "tests/test_changing_weights.py",
+          (COMMON, "class Addresses:", "_KEPT: dict = {}\n\n\nclass Addresses:"),
+          (COMMON, "        tensor = tensor.detach().to(torch.float32).contiguous()\n",
+           "        key = (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)\n"
+           "        tensor = _KEPT.setdefault(key, tensor.detach().to(torch.float32).clone())\n")),
+    fault("transposed block of another row", NATIVE,
+          ("csrc/cpu/pack.h", "block[r] = load(from + r * depth + k);",
+           "block[r] = load(from + k);")),
     fault("slack of the saved state not defined", NATIVE,
           (FORWARD, "  if (plan.kept.total)\n", "  if (plan.kept.total < 0)\n")),
-    fault("packing in training not dropped", "tests/test_packed.py",
-          (PACKED, "        _KEPT.pop(present[0], None)", "        pass")),
     # --- memory
     fault("a float stored past a row", NATIVE,
           (SIMD, "for (i64 i = 0; i < n; ++i) p[i] = lanes[i];", "for (i64 i = 0; i <= n; ++i) p[i] = lanes[i];")),

@@ -93,9 +93,7 @@ class Guarded:
         )
 
 
-def raw_call(
-    case: Case, threads: int, fill: float, given_fill: float, recompute: str = "nothing", prepack: bool = False
-) -> dict[str, Tensor]:
+def raw_call(case: Case, threads: int, fill: float, given_fill: float, recompute: str = "nothing") -> dict[str, Tensor]:
     """Forward and backward on guarded memory: results pre-filled with `fill`, inputs surrounded by `given_fill`."""
     core = _native.core()
     codes = [{"time": 0, "space": 1, "space-time": 2}[w] for w in case.windows]
@@ -110,13 +108,9 @@ def raw_call(
     outputs = [made.take(tuple(x.shape)) if c >= 0 else None for x, c in zip(streams, codes, strict=True)]
     mode = RECOMPUTE_CODES[recompute]
     saved = made.take((case.batch, core.saved_per_clip(native, mode)))
-    packed = made.take((core.bcast_packed_size(native),)) if prepack else None
-    if packed is not None:
-        core.bcast_pack(native, addresses, packed.data_ptr(), threads)
     core.bcast_forward(
         native, *(x.data_ptr() for x in streams), *scales, addresses,
-        *(0 if x is None else x.data_ptr() for x in outputs), saved.data_ptr(), mode,
-        0 if packed is None else packed.data_ptr(), threads,
+        *(0 if x is None else x.data_ptr() for x in outputs), saved.data_ptr(), mode, threads,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     grads = [given.take(tuple(x.shape), torch.randn(x.shape, generator=generator)) for x in streams]
@@ -165,10 +159,10 @@ def test_bits_do_not_depend_on_threads(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", RAW, ids=str)
-def test_bits_do_not_depend_on_what_is_kept_or_packed(case: Case) -> None:
+def test_bits_do_not_depend_on_what_is_kept(case: Case) -> None:
     kept = raw_call(case, 2, 0.0, 0.0)
-    for recompute, prepack in (("cheap", False), ("all", True)):
-        again = raw_call(case, 2, math.nan, math.nan, recompute, prepack)
+    for recompute in ("cheap", "all"):
+        again = raw_call(case, 2, math.nan, math.nan, recompute)
         for name in kept.keys() - {"saved"}:
             assert torch.equal(again[name], kept[name]), f"{name}, recompute={recompute}"
 
@@ -305,15 +299,15 @@ def test_missing_pointers_and_threads_are_refused() -> None:
     native = core.Problem(1, 2, 3, 8, 4, 2, 0, 1, 1e-6)
     x = torch.zeros(1000)
     with pytest.raises(ValueError, match="spatial input is missing"):
-        core.bcast_forward(native, 0, 0, 0, 0, [0] * 28, 0, 0, 0, 0, 0, 1)
+        core.bcast_forward(native, 0, 0, 0, 0, [0] * 28, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="down or norm parameter of the spatial stream is missing"):
-        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 0, 1)
+        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="threads is 0"):
-        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 0, 0)
+        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="recompute is 3"):
-        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 3, 0, 1)
+        core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 3, 1)
     with pytest.raises(ValueError, match="place for what backward needs"):
-        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 1, 0, 1)
+        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 1, 1)
     with pytest.raises(ValueError, match="what forward saved is missing"):
         core.bcast_backward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, 0, 0, 0, 0, 0, 0, [0] * 28, 1)
 
@@ -323,7 +317,7 @@ def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
     x = torch.zeros(1)
     native = core.Problem(1, 2, 3, 1 << 44, 4, 2, 0, 1, 1e-6)
     with pytest.raises(MemoryError):
-        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 2, 0, 1)
+        core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 2, 1)
 
 
 @pytest.mark.parametrize(

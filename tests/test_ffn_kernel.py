@@ -1,4 +1,4 @@
-"""The native core's FFN: packed weights, every instruction-set level, memory bounds, threads, and its refusals.
+"""The native core's FFN: every instruction-set level, memory bounds, threads, and its refusals.
 
 Called as a script with the name of a level, it prints the pooled errors of that level as JSON: a process chooses its
 level once, so each level needs a process of its own.
@@ -22,13 +22,11 @@ pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_packed_weights_give_the_same_bits(case: Case) -> None:
+def test_training_and_inference_give_the_same_bits(case: Case) -> None:
     x, parameters = case.x().reshape(-1, case.dim), case.parameters()
     problem = pose(x, parameters, case.activation)
-    # Training packs in the call, inference keeps packed weights.
-    results = [cpu_ffn.forward(problem, x, parameters, None, 1e-5, 0.5, save)[0] for save in (True, False, False)]
+    results = [cpu_ffn.forward(problem, x, parameters, None, 1e-5, 0.5, save)[0] for save in (True, False)]
     assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize(
@@ -49,17 +47,15 @@ def test_missing_pointers_and_threads_are_refused() -> None:
     core, at = _native.core(), torch.zeros(1000).data_ptr()
     native = core.FFNProblem(1, 2, 3, 1, 0, False, 1e-5, 0.5)
     with pytest.raises(ValueError, match="LayerNorm parameter is missing"):
-        core.ffn_forward(native, at, [0] * 10, 0, 0, at, 0, 1)
+        core.ffn_forward(native, at, [0] * 10, 0, at, 0, 1)
     with pytest.raises(ValueError, match="parameter of the adapter is missing"):
-        core.ffn_forward(native, at, [at] * 9 + [0], 0, 0, at, 0, 1)
+        core.ffn_forward(native, at, [at] * 9 + [0], 0, at, 0, 1)
     with pytest.raises(ValueError, match="input or the output is missing"):
-        core.ffn_forward(native, 0, [at] * 10, 0, 0, at, 0, 1)
+        core.ffn_forward(native, 0, [at] * 10, 0, at, 0, 1)
     with pytest.raises(ValueError, match="threads is 0"):
-        core.ffn_forward(native, at, [at] * 10, 0, 0, at, 0, 0)
+        core.ffn_forward(native, at, [at] * 10, 0, at, 0, 0)
     with pytest.raises(ValueError, match="what forward saved is missing"):
         core.ffn_backward(native, at, [at] * 10, 0, 0, at, at, [0] * 10, 1)
-    with pytest.raises(ValueError, match="memory to pack into is missing"):
-        core.ffn_pack(native, [at] * 10, 0, 1)
 
 
 def guarded(values: torch.Tensor, fill: float, owners: list[torch.Tensor]) -> torch.Tensor:
@@ -82,7 +78,7 @@ def raw_call(case: Case, keep: bool, threads: int, fill: float) -> list[torch.Te
     empty = [torch.full_like(x, fill), torch.full((rows * core.ffn_saved_per_row(native),), fill)]
     empty += [torch.full_like(x, fill), *(torch.full_like(p, fill) for p in flat if p is not None)]
     y, saved, grad_x, *grads = (guarded(t, fill, made) for t in empty)
-    core.ffn_forward(native, x.data_ptr(), addresses, scale_at, 0, y.data_ptr(), saved.data_ptr(), threads)
+    core.ffn_forward(native, x.data_ptr(), addresses, scale_at, y.data_ptr(), saved.data_ptr(), threads)
     grad_at = [g.data_ptr() for g in grads] + [0] * (10 - len(grads))
     core.ffn_backward(
         native, x.data_ptr(), addresses, scale_at, saved.data_ptr(), grad_y.data_ptr(), grad_x.data_ptr(), grad_at,

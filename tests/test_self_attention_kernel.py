@@ -1,4 +1,4 @@
-"""Self-attention in the native core: every instruction-set level, memory bounds, packed weights, refusals.
+"""Self-attention in the native core: every instruction-set level, memory bounds, refusals.
 
 Called as a script with the name of a level, it checks that level: a process chooses its level once.
 """
@@ -16,7 +16,6 @@ from self_attention_cases import CASES, PAPER, Case, run
 
 import cast_kernels
 from cast_kernels import _native
-from cast_kernels.cpu import packed
 from cast_kernels.cpu import self_attention as cpu
 
 pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: {_native.REASON}")
@@ -62,7 +61,7 @@ def test_results_are_written_whole_and_depend_on_inputs_only(case: Case, recompu
         addresses = [0 if p is None else p.data_ptr() for p in flat]
         y, grad_x, saved = take(shape), take(shape), take((cpu.saved_size(problem),))
         grads = [None if p is None else take(tuple(p.shape)) for p in flat]
-        core.self_attention_forward(made, x.data_ptr(), addresses, 0, y.data_ptr(), saved.data_ptr(), 2)
+        core.self_attention_forward(made, x.data_ptr(), addresses, y.data_ptr(), saved.data_ptr(), 2)
         core.self_attention_backward(
             made, x.data_ptr(), addresses, saved.data_ptr(), grad_y.data_ptr(), grad_x.data_ptr(),
             [0 if g is None else g.data_ptr() for g in grads], 2,
@@ -87,30 +86,6 @@ def test_not_a_number_spreads_as_in_the_reference(value: float) -> None:
     assert exact.isnan().any()
 
 
-def test_inference_packs_once_and_sees_changed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed.clear()
-    case, packings, pack = Case(), [], cpu._pack
-    monkeypatch.setattr(cpu, "_pack", lambda *a: packings.append(1) or pack(*a))
-    parameters = case.parameters()
-
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return cast_kernels.self_attention(case.x(), parameters, num_heads=5, eps=1e-5, backend="cpu")
-
-    first = call()
-    assert torch.equal(call(), first)
-    assert len(packings) == 1
-    for weight in (parameters.qkv_weight, parameters.proj_weight, parameters.down_weight, parameters.up_weight):
-        before = call()
-        weight.mul_(1.5)
-        after = call()
-        exact = cast_kernels.reference.self_attention(case.x(), parameters, num_heads=5, eps=1e-5)
-        assert not torch.equal(before, after)
-        torch.testing.assert_close(after, exact, atol=1e-4, rtol=1e-4)
-    assert len(packings) == 5
-    packed.clear()
-
-
 def test_the_core_refuses_what_makes_no_problem() -> None:
     core = _native.core()
     with pytest.raises(ValueError, match="tokens is 0, but must be at least 1"):
@@ -121,13 +96,13 @@ def test_the_core_refuses_what_makes_no_problem() -> None:
         core.SelfAttentionProblem(1, 4, 8, 2, 0, 3, 1e-5)
     made, x = core.SelfAttentionProblem(1, 4, 8, 2, 3, 0, 1e-5), torch.zeros(1000)
     with pytest.raises(ValueError, match="projection parameter is missing"):
-        core.self_attention_forward(made, x.data_ptr(), [0] * 10, 0, x.data_ptr(), 0, 1)
+        core.self_attention_forward(made, x.data_ptr(), [0] * 10, x.data_ptr(), 0, 1)
     with pytest.raises(ValueError, match="adapter is missing"):
-        core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 6 + [0] * 4, 0, x.data_ptr(), 0, 1)
+        core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 6 + [0] * 4, x.data_ptr(), 0, 1)
     with pytest.raises(ValueError, match="what forward saved is missing"):
         core.self_attention_backward(made, x.data_ptr(), [x.data_ptr()] * 10, 0, x.data_ptr(), 0, [0] * 10, 1)
     with pytest.raises(ValueError, match="threads is 0"):
-        core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 10, 0, x.data_ptr(), 0, 0)
+        core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 10, x.data_ptr(), 0, 0)
 
 
 def _check_accuracy() -> None:

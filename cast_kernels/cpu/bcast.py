@@ -1,7 +1,7 @@
 """Backend `cpu`: B-CAST in native C++, forward and backward, computing in float32.
 
 This side checks nothing twice: shapes are the op's business, pointers and scratch memory the core's. It only makes
-tensors contiguous and float32, allocates results, keeps packed weights and hands addresses over.
+tensors contiguous and float32, allocates results and hands addresses over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.cpu import packed
 from cast_kernels.cpu.common import RECOMPUTE_CODES, Addresses, float32, verdict, zeros
 from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
 
@@ -73,16 +72,13 @@ def forward(
     core = _native.core()
     native = _native_problem(core, problem, eps, recompute or "all")
     alive = Addresses()
-    weights = [alive(p) for p in parameters.flat()]
-    matrices = [p for p in parameters.flat() if p is not None and p.ndim == 2]
-    panels = packed.for_call(matrices, problem.bf16, bool(recompute), lambda: _pack(core, native, weights))
     spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
     saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
     core.bcast_forward(
         native, alive(spatial), alive(temporal), alive(spatial_scale),
-        alive(temporal_scale), weights, spatial_out.data_ptr(), temporal_out.data_ptr(), saved.data_ptr(),
-        RECOMPUTE_CODES[recompute or "all"], 0 if panels is None else panels.data_ptr(), torch.get_num_threads(),
+        alive(temporal_scale), [alive(p) for p in parameters.flat()], spatial_out.data_ptr(), temporal_out.data_ptr(),
+        saved.data_ptr(), RECOMPUTE_CODES[recompute or "all"], torch.get_num_threads(),
     )  # fmt: skip
     return spatial_out.to(spatial.dtype), temporal_out.to(temporal.dtype), saved
 
@@ -142,9 +138,3 @@ def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> 
     native_size = core.saved_per_clip(native, RECOMPUTE_CODES[recompute])
     assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"
     return native
-
-
-def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
-    panels = float32((core.bcast_packed_size(native),))
-    core.bcast_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
-    return panels

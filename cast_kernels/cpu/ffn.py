@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.cpu import packed
 from cast_kernels.cpu.common import Addresses, float32, verdict, zeros
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute, Verdict
 
@@ -56,13 +55,10 @@ def forward(
     """
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps, adapter_scale)
-    weights = [inputs(p) for p in parameters]
-    matrices = (parameters.fc1_weight, parameters.fc2_weight, parameters.down_weight, parameters.up_weight)
-    panels = packed.for_call(matrices, problem.bf16, save, lambda: _pack(core, native, weights))
     y = float32(x.shape)
     saved = float32((problem.rows, saved_per_row(problem) if save else 0))
     core.ffn_forward(
-        native, inputs(x), weights, inputs(row_scale), inputs(panels), y.data_ptr(), saved.data_ptr(),
+        native, inputs(x), [inputs(p) for p in parameters], inputs(row_scale), y.data_ptr(), saved.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype), saved
@@ -109,9 +105,3 @@ def _native_problem(core: Any, problem: FFNProblem, eps: float, adapter_scale: f
     )  # fmt: skip
     assert core.ffn_saved_per_row(native) == saved_per_row(problem), "the two sides disagree about `saved`"
     return native
-
-
-def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
-    panels = float32((core.ffn_packed_size(native),))
-    core.ffn_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
-    return panels

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.cpu import packed
 from cast_kernels.cpu.common import RECOMPUTE_CODES, Addresses, float32, verdict, zeros
 from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem, Verdict
 
@@ -53,21 +52,18 @@ def forward(
         x: [batch, tokens, D], any strides, as are all tensors here.
         parameters: as :class:`~cast_kernels.problem.SelfAttentionParameters` describes.
         eps: LayerNorm epsilon.
-        save: whether backward will follow; if not, the packed weights are kept for the next call.
+        save: whether backward will follow.
 
     Returns:
         [batch, tokens, D] in the dtype of `x`, and `saved` [saved_size] (or [0]), float32.
     """
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps)
-    weights = [inputs(p) for p in parameters]
-    matrices = (parameters.qkv_weight, parameters.proj_weight, parameters.down_weight, parameters.up_weight)
-    panels = packed.for_call(matrices, problem.bf16, save, lambda: _pack(core, native, weights))
     y = float32(x.shape)
     # An empty batch runs no kernel that would write the little that is kept whatever the batch.
     saved = (zeros if problem.batch == 0 else float32)((saved_size(problem) if save else 0,))
     core.self_attention_forward(
-        native, inputs(x), weights, inputs(panels), y.data_ptr(), saved.data_ptr() if save else 0,
+        native, inputs(x), [inputs(p) for p in parameters], y.data_ptr(), saved.data_ptr() if save else 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return y.to(x.dtype), saved
@@ -101,12 +97,6 @@ def backward(
         addresses[0], addresses[1:], torch.get_num_threads(),
     )  # fmt: skip
     return [g if g is None or p is None else g.to(p.dtype) for g, p in zip(grads, primals, strict=True)]
-
-
-def _pack(core: Any, native: Any, weights: list[int]) -> Tensor:
-    panels = float32((core.self_attention_packed_size(native),))
-    core.self_attention_pack(native, weights, panels.data_ptr(), torch.get_num_threads())
-    return panels
 
 
 def _native_problem(core: Any, problem: SelfAttentionProblem, eps: float) -> Any:

@@ -134,7 +134,7 @@ inline BackwardWeights pack_backward(const BackwardCall& call, const StageLayout
     w.projected[s] = {at, stage.width[s], d, stride, bf16};
     at += packed_size(stage.width[s], d);
   }
-  parallel_for(jobs.tasks, call.threads, [&](i64 task, int) { run_pack_job(jobs, task); });
+  run_pack_jobs(jobs, call.threads);
   return w;
 }
 

@@ -58,15 +58,6 @@ void check_problem(const Problem& p) {
 
 i64 saved_per_clip(const Problem& p, Recompute recompute) { return kept_layout(p, recompute).total; }
 
-i64 packed_size(const Problem& p) { return has_any_direction(p) ? selected_kernels().bcast_packed_size(p) : 0; }
-
-void run_pack(const Problem& p, const Parameters& parameters, float* to, int threads) {
-  if (!has_any_direction(p)) return;
-  check_parameters(p, parameters);
-  require(to, "the place for packed weights is missing");
-  selected_kernels().bcast_pack(p, parameters, to, threads);
-}
-
 void run_forward(const ForwardCall& call) {
   const Problem& p = call.problem;
   if (p.batch == 0 || !has_any_direction(p)) return;
@@ -75,8 +66,7 @@ void run_forward(const ForwardCall& call) {
   for (int s = 0; s < 2; ++s) require(!has_direction(p, s) || call.output[s], "an output is missing");
   require(call.saved || saved_per_clip(p, call.recompute) == 0, "the place for what backward needs is missing");
   const Kernels& kernels = selected_kernels();
-  const Workspace workspace(
-      kernels.bcast_forward_workspace(p, call.recompute, call.packed != nullptr, call.threads));
+  const Workspace workspace(kernels.bcast_forward_workspace(p, call.recompute, call.threads));
   kernels.bcast_forward(call, workspace.data());
 }
 

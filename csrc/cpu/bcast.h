@@ -10,11 +10,6 @@ void check_problem(const Problem& problem);
 
 i64 saved_per_clip(const Problem& problem, Recompute recompute);  // floats
 
-// Floats of the packed weights, which serve every batch size; and the packing. The layout belongs to the selected
-// level. Throws std::invalid_argument for a missing pointer.
-i64 packed_size(const Problem& problem);
-void run_pack(const Problem& problem, const Parameters& parameters, float* to, int threads);
-
 // Throws std::invalid_argument for a missing pointer, std::bad_alloc if scratch memory cannot be had.
 void run_forward(const ForwardCall& call);
 // Writes every gradient whose pointer is not null; an empty batch writes nothing.

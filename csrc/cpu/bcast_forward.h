@@ -209,24 +209,17 @@ inline ForwardPlan forward_plan_of(const Problem& p, Recompute recompute, int th
   return plan_forward(p, kept_layout(p, recompute), forward_layout(p, recompute), threads);
 }
 
-// `recompute` is kAll where nothing is kept; `packed` says whether the call brings its weights packed.
-inline i64 forward_workspace(const Problem& p, Recompute recompute, bool packed, int threads) {
+// `recompute` is kAll where nothing is kept.
+inline i64 forward_workspace(const Problem& p, Recompute recompute, int threads) {
   const ForwardPlan plan = forward_plan_of(p, recompute, threads);
-  return (packed ? 0 : bcast_packed_size(p)) + clips_in_flight_floats(plan) + plan.scratch * threads;
+  return forward_weights_size(p, kForwardWeights) + clips_in_flight_floats(plan) + plan.scratch * threads;
 }
 
 inline void bcast_forward(const ForwardCall& call, float* workspace) {
   const Problem& p = call.problem;
   const ForwardPlan plan = forward_plan_of(p, call.recompute, call.threads);
-  ForwardWeights weights{};
-  if (call.packed) {
-    PackJobs unused{};
-    // Only addresses are computed from it: nothing writes to packed weights here.
-    weights = place_forward_weights(p, call.parameters, kForwardWeights, const_cast<float*>(call.packed), unused);
-  } else {
-    weights = pack_forward(p, call.parameters, kForwardWeights, workspace, call.threads);
-    workspace += bcast_packed_size(p);
-  }
+  const ForwardWeights weights = pack_forward(p, call.parameters, kForwardWeights, workspace, call.threads);
+  workspace += forward_weights_size(p, kForwardWeights);
   float* scratch = workspace + clips_in_flight_floats(plan);
   if (plan.kept.total)
     for (i64 clip = 1; clip <= p.batch; ++clip)

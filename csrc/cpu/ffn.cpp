@@ -32,21 +32,13 @@ void check_problem(const FFNProblem& p) {
 
 i64 ffn_saved_per_row(const FFNProblem& p) { return 2 + (p.keep ? p.width[kFFN] + p.width[kAdapter] : 0); }
 
-i64 ffn_packed_size(const FFNProblem& p) { return selected_kernels().ffn_packed_size(p); }
-
-void run_ffn_pack(const FFNProblem& p, const FFNParameters& parameters, float* to, int threads) {
-  check_parameters(p, parameters);
-  require(to, "the memory to pack into is missing");
-  selected_kernels().ffn_pack(p, parameters, to, threads);
-}
-
 void run_ffn_forward(const FFNForwardCall& call) {
   const FFNProblem& p = call.problem;
   if (p.rows == 0) return;
   check_parameters(p, call.parameters);
   require(call.x && call.y, "the input or the output is missing");
   const Kernels& kernels = selected_kernels();
-  const Workspace workspace(kernels.ffn_forward_workspace(p, call.packed != nullptr, call.threads));
+  const Workspace workspace(kernels.ffn_forward_workspace(p, call.threads));
   kernels.ffn_forward(call, workspace.data());
 }
 

@@ -10,10 +10,6 @@ void check_problem(const FFNProblem& problem);
 
 i64 ffn_saved_per_row(const FFNProblem& problem);  // floats
 
-// Weights in the selected level's order, for the `packed` of forward calls with the same sizes and weights.
-i64 ffn_packed_size(const FFNProblem& problem);  // floats
-void run_ffn_pack(const FFNProblem& problem, const FFNParameters& parameters, float* to, int threads);
-
 // Throw std::invalid_argument for a missing pointer, std::bad_alloc if scratch memory cannot be had.
 void run_ffn_forward(const FFNForwardCall& call);
 // Writes every gradient whose pointer is not null; no rows write nothing.

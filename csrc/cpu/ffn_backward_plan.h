@@ -102,7 +102,7 @@ inline FFNBackwardWeights pack_ffn_backward(const FFNBackwardCall& call, const F
     if (plan.needs[b].grad) w.out_grad[b] = add(own.out_weight, p.dim, p.width[b], false);
     if (plan.needs[b].grad && plan.through_norm) w.in_grad[b] = add(own.in_weight, p.width[b], p.dim, false);
   }
-  parallel_for(jobs.tasks, call.threads, [&](i64 task, int) { run_pack_job(jobs, task); });
+  run_pack_jobs(jobs, call.threads);
   return w;
 }
 

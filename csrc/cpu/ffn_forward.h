@@ -14,15 +14,15 @@ struct FFNForwardPlan {
   i64 weights, scratch;  // floats
 };
 
-inline FFNForwardPlan plan_ffn_forward(const FFNProblem& p, bool packed) {
-  FFNForwardPlan plan{ffn_cut(p), packed ? 0 : ffn_packed_size(p), 0};
+inline FFNForwardPlan plan_ffn_forward(const FFNProblem& p) {
+  FFNForwardPlan plan{ffn_cut(p), ffn_packed_size(p), 0};
   const i64 rows = plan.cut.rows;
   plan.scratch = 2 * align16(rows * p.dim) + align16(rows * kHiddenChunk) + align16(rows) + 64;
   return plan;
 }
 
-inline i64 ffn_forward_workspace(const FFNProblem& p, bool packed, int threads) {
-  const FFNForwardPlan plan = plan_ffn_forward(p, packed);
+inline i64 ffn_forward_workspace(const FFNProblem& p, int threads) {
+  const FFNForwardPlan plan = plan_ffn_forward(p);
   return plan.weights + plan.scratch * threads;
 }
 
@@ -121,10 +121,8 @@ inline void ffn_forward_rows(const FFNForwardCall& call, const FFNCut& cut, cons
 
 inline void ffn_forward(const FFNForwardCall& call, float* workspace) {
   const FFNProblem& p = call.problem;
-  const FFNForwardPlan plan = plan_ffn_forward(p, call.packed != nullptr);
-  if (!call.packed) ffn_pack(p, call.parameters, workspace, call.threads);
-  const FFNForwardWeights weights =
-      ffn_forward_weights(p, nullptr, call.packed ? call.packed : workspace, nullptr);
+  const FFNForwardPlan plan = plan_ffn_forward(p);
+  const FFNForwardWeights weights = pack_ffn(p, call.parameters, workspace, call.threads);
   float* scratch = workspace + plan.weights;
   parallel_for(plan.cut.tasks, call.threads, [&](i64 task, int thread) {
     ffn_forward_rows(call, plan.cut, weights, task, scratch + thread * plan.scratch);

@@ -63,29 +63,23 @@ inline i64 ffn_packed_size(const FFNProblem& p) {
   return align16(floats);
 }
 
-// Where ffn_pack puts the panels; adds what must be done to `jobs` if there are any.
-inline FFNForwardWeights ffn_forward_weights(const FFNProblem& p, const FFNParameters* parameters, const float* packed,
-                                             PackJobs* jobs) {
+// The weights packed from `at` on.
+inline FFNForwardWeights pack_ffn(const FFNProblem& p, const FFNParameters& parameters, float* at, int threads) {
   FFNForwardWeights w{};
-  const auto next = [&](i64 depth, i64 columns, const float* weight) {
-    const Panels panels{packed, depth, columns, depth * kTileColumns, kHasBf16 && p.bf16};
-    if (jobs) add_pack_job(*jobs, weight, const_cast<float*>(packed), depth, columns, depth * kTileColumns, true,
-                            panels.bf16);
-    packed += packed_size(depth, columns);
-    return panels;
+  PackJobs jobs{};
+  const auto add = [&](const float* weight, i64 depth, i64 columns) {
+    const Panels packed =
+        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, kHasBf16 && p.bf16);
+    at += packed_size(depth, columns);
+    return packed;
   };
   for (int b = 0; b < 2; ++b) {
     if (!p.width[b]) continue;
-    w.in[b] = next(p.dim, p.width[b], jobs ? parameters->branch[b].in_weight : nullptr);
-    w.out[b] = next(p.width[b], p.dim, jobs ? parameters->branch[b].out_weight : nullptr);
+    w.in[b] = add(parameters.branch[b].in_weight, p.dim, p.width[b]);
+    w.out[b] = add(parameters.branch[b].out_weight, p.width[b], p.dim);
   }
+  run_pack_jobs(jobs, threads);
   return w;
-}
-
-inline void ffn_pack(const FFNProblem& p, const FFNParameters& parameters, float* to, int threads) {
-  PackJobs jobs{};
-  ffn_forward_weights(p, &parameters, to, &jobs);
-  parallel_for(jobs.tasks, threads, [&](i64 task, int) { run_pack_job(jobs, task); });
 }
 
 CAST_ISA_END

@@ -39,9 +39,8 @@ struct FFNForwardCall {
   FFNParameters parameters;
   const float* x;
   const float* row_scale;  // [rows], or null
-  const float* packed;     // what the level's ffn_pack wrote, or null
   float* y;
-  float* saved;            // ffn_saved_layout().total floats, or null
+  float* saved;  // ffn_saved_layout().total floats, or null
   int threads;
 };
 

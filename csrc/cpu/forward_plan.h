@@ -61,11 +61,12 @@ struct WeightsWanted {
 };
 constexpr WeightsWanted kForwardWeights{true, true, true, true};
 
-// The weights laid out from `at` on; `jobs` packs them there.
-inline ForwardWeights place_forward_weights(const Problem& p, const Parameters& parameters,
-                                            const WeightsWanted& wanted, float* at, PackJobs& jobs) {
+// The weights packed from `at` on.
+inline ForwardWeights pack_forward(const Problem& p, const Parameters& parameters, const WeightsWanted& wanted,
+                                   float* at, int threads) {
   const i64 D = p.dim, d = p.bottleneck;
   ForwardWeights w{};
+  PackJobs jobs{};
   const auto add = [&](bool is_wanted, const float* weight, i64 depth, i64 columns) {
     if (!is_wanted) return Panels{};
     const Panels packed =
@@ -83,6 +84,7 @@ inline ForwardWeights place_forward_weights(const Problem& p, const Parameters& 
     w.proj[s] = add(wanted.proj, a.proj_weight, d, d);
     w.up[s] = add(wanted.up, parameters.stream[s].up_weight, d, D);
   }
+  run_pack_jobs(jobs, threads);
   return w;
 }
 
@@ -95,20 +97,6 @@ CAST_INLINE i64 forward_weights_size(const Problem& p, const WeightsWanted& want
       floats += (3 * wanted.projections + wanted.proj) * square + wanted.up * packed_size(p.bottleneck, p.dim);
   }
   return floats + 64;
-}
-
-inline i64 bcast_packed_size(const Problem& p) { return forward_weights_size(p, kForwardWeights); }
-
-inline ForwardWeights pack_forward(const Problem& p, const Parameters& parameters, const WeightsWanted& wanted,
-                                   float* at, int threads) {
-  PackJobs jobs{};
-  const ForwardWeights w = place_forward_weights(p, parameters, wanted, at, jobs);
-  parallel_for(jobs.tasks, threads, [&](i64 task, int) { run_pack_job(jobs, task); });
-  return w;
-}
-
-inline void bcast_pack(const Problem& p, const Parameters& parameters, float* to, int threads) {
-  pack_forward(p, parameters, kForwardWeights, to, threads);
 }
 
 // A group of clips on its way through the phases.

@@ -10,21 +10,15 @@ namespace cast::cpu {
 struct Kernels {
   const char* name;
   // Sizes in floats.
-  i64 (*bcast_packed_size)(const Problem&);
-  void (*bcast_pack)(const Problem&, const Parameters&, float* to, int threads);
-  i64 (*bcast_forward_workspace)(const Problem&, Recompute, bool packed, int threads);
+  i64 (*bcast_forward_workspace)(const Problem&, Recompute, int threads);
   void (*bcast_forward)(const ForwardCall&, float* workspace);
   i64 (*bcast_backward_workspace)(const Problem&, Recompute, int threads);
   void (*bcast_backward)(const BackwardCall&, float* workspace);
-  i64 (*ffn_packed_size)(const FFNProblem&);
-  void (*ffn_pack)(const FFNProblem&, const FFNParameters&, float* to, int threads);
-  i64 (*ffn_forward_workspace)(const FFNProblem&, bool packed, int threads);
+  i64 (*ffn_forward_workspace)(const FFNProblem&, int threads);
   void (*ffn_forward)(const FFNForwardCall&, float* workspace);
   i64 (*ffn_backward_workspace)(const FFNBackwardCall&);
   void (*ffn_backward)(const FFNBackwardCall&, float* workspace);
-  i64 (*self_attention_packed_size)(const SelfAttentionProblem&);  // floats
-  void (*self_attention_pack)(const SelfAttentionProblem&, const SelfAttentionParameters&, float* to, int threads);
-  i64 (*self_attention_workspace)(const SelfAttentionProblem&, bool packed, bool save, int threads);
+  i64 (*self_attention_workspace)(const SelfAttentionProblem&, bool save, int threads);
   void (*self_attention)(const SelfAttentionForward&, float* workspace);
   i64 (*self_attention_backward_workspace)(const SelfAttentionProblem&, int threads);
   void (*self_attention_backward)(const SelfAttentionBackward&, float* workspace);

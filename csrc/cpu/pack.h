@@ -1,23 +1,48 @@
-// Copies of weights in the panel order that `gemm` reads.
+// Weights in the panel order that `gemm` reads.
+//
+// Every call packs what it uses: its weights are read as they are when it starts, whoever wrote them and however. A
+// copy kept between calls would save 1 to 3 % of an inference and could be out of date: no counter sees a write by
+// another process, through a NumPy view, or by a fused optimizer. docs/cpu.md has the measurements.
 #pragma once
 
 #include "gemm.h"
+#include "threads.h"
 
 CAST_ISA_BEGIN
 
-// One panel of a linear layer's right operand W^T, from torch's [columns, depth].
-inline void pack_panel_transposed(const float* weight, i64 depth, i64 columns, i64 panel, bool bf16, float* to) {
+// Rows k .. k + rows of a panel, from the block's vectors; in bfloat16 a row holds two depths.
+template <bool kWords>
+CAST_INLINE void store_block(const vec (&block)[kLanes], i64 k, i64 rows, float* to) {
+#pragma GCC unroll 16
+  for (i64 r = 0; r < rows; r += kWords ? 2 : 1)
+    store(to + panel_row(k + r, kWords), kWords ? pair_words(block[r], block[r + 1]) : block[r]);
+}
+
+// One panel of a linear layer's right operand W^T, from torch's [columns, depth]. The panel behind it lies behind it in
+// the weight too, so its lines are asked for in order while this one is transposed.
+template <bool kWords>
+inline void pack_panel_transposed(const float* weight, i64 depth, i64 columns, i64 panel, float* to) {
   const i64 first = panel * kTileColumns;
-  for (int c = 0; c < kTileVecs; ++c) {
+  const float* behind = weight + (first + kTileColumns) * depth;
+  for (int c = 0; c < kTileVecs; ++c, to += kLanes) {
     const i64 column = first + c * kLanes, valid = min_of(kLanes, columns - column);
+    const float* from = weight + column * depth;
     for (i64 k = 0; k < depth; k += kLanes) {
+      const float* ahead = behind + (c * depth + k) * kLanes;
+#pragma GCC unroll 16
+      for (int line = 0; line < kLanes * kLanes; line += 16) __builtin_prefetch(ahead + line, 0, 2);
+      const i64 rows = min_of(kLanes, depth - k);
       vec block[kLanes];
-      for (int r = 0; r < kLanes; ++r)
-        block[r] = r < valid ? load_first(weight + (column + r) * depth + k, depth - k) : vec{};
-      transpose(block);
-      const i64 rows = min_of(kLanes, depth - k);  // the block is zero behind them
-      for (i64 r = 0; r < rows; r += bf16 ? 2 : 1)
-        store(to + panel_row(k + r, bf16) + c * kLanes, bf16 ? pair_words(block[r], block[r + 1]) : block[r]);
+      if (rows == kLanes && valid == kLanes) {  // literal counts: the block stays in registers
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) block[r] = load(from + r * depth + k);
+        transpose(block);
+        store_block<kWords>(block, k, kLanes, to);
+        continue;
+      }
+      for (int r = 0; r < kLanes; ++r) block[r] = r < valid ? load_first(from + r * depth + k, rows) : vec{};
+      transpose(block);  // zero behind `rows` and `valid`
+      store_block<kWords>(block, k, rows, to);
     }
   }
 }
@@ -34,7 +59,10 @@ inline void pack_panel_plain(const float* weight, i64 depth, i64 columns, i64 pa
     }
 }
 
-// A list of weights to pack, run as one set of tasks (one per panel).
+// Consecutive panels make a task: most then find that their lines have been asked for.
+constexpr i64 kPackedTogether = 4;
+
+// A list of weights to pack, run as one set of tasks.
 struct PackJobs {
   struct Job {
     const float* weight;
@@ -50,7 +78,7 @@ struct PackJobs {
 inline Panels add_pack_job(PackJobs& list, const float* weight, float* to, i64 depth, i64 columns, i64 panel_stride,
                            bool transposed, bool bf16 = false) {
   list.jobs[list.count++] = {weight, to, depth, columns, panel_stride, list.tasks, transposed, bf16};
-  list.tasks += panel_count(columns);
+  list.tasks += ceil_div(panel_count(columns), kPackedTogether);
   return {to, depth, columns, panel_stride, bf16};
 }
 
@@ -58,12 +86,20 @@ inline void run_pack_job(const PackJobs& list, i64 task) {
   int j = list.count - 1;
   while (list.jobs[j].first_task > task) --j;
   const PackJobs::Job& job = list.jobs[j];
-  const i64 panel = task - job.first_task;
-  float* to = job.to + panel * job.panel_stride;
-  if (job.transposed)
-    pack_panel_transposed(job.weight, job.depth, job.columns, panel, job.bf16, to);
-  else
-    pack_panel_plain(job.weight, job.depth, job.columns, panel, job.bf16, to);
+  const i64 first = (task - job.first_task) * kPackedTogether;
+  for (i64 panel = first; panel < min_of(first + kPackedTogether, panel_count(job.columns)); ++panel) {
+    float* to = job.to + panel * job.panel_stride;
+    if (job.transposed && job.bf16)
+      pack_panel_transposed<true>(job.weight, job.depth, job.columns, panel, to);
+    else if (job.transposed)
+      pack_panel_transposed<false>(job.weight, job.depth, job.columns, panel, to);
+    else
+      pack_panel_plain(job.weight, job.depth, job.columns, panel, job.bf16, to);
+  }
+}
+
+inline void run_pack_jobs(const PackJobs& list, int threads) {
+  parallel_for(list.tasks, threads, [&](i64 task, int) { run_pack_job(list, task); });
 }
 
 CAST_ISA_END

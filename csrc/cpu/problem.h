@@ -49,7 +49,6 @@ struct ForwardCall {
   float* output[2];       // null where the stream receives nothing
   float* saved;           // [B, kept_layout().total], or null
   Recompute recompute;    // says what `saved` holds
-  const float* packed;    // the weights as `pack` lays them out, or null: packed in this call
   int threads;
 };
 

@@ -30,25 +30,13 @@ void check_problem(const SelfAttentionProblem& p) {
 
 i64 self_attention_saved(const SelfAttentionProblem& p) { return saved_layout(p).total; }
 
-i64 self_attention_packed_size(const SelfAttentionProblem& p) {
-  return selected_kernels().self_attention_packed_size(p);
-}
-
-void pack_self_attention(const SelfAttentionProblem& p, const SelfAttentionParameters& parameters, float* packed,
-                         int threads) {
-  check_parameters(p, parameters);
-  require(packed, "the memory to pack into is missing");
-  selected_kernels().self_attention_pack(p, parameters, packed, threads);
-}
-
 void run_self_attention(const SelfAttentionForward& call) {
   const SelfAttentionProblem& p = call.problem;
   check_parameters(p, call.parameters);
   if (p.batch == 0) return;
   require(call.input && call.output, "the input or the output is missing");
   const Kernels& kernels = selected_kernels();
-  const Workspace workspace(
-      kernels.self_attention_workspace(p, call.packed != nullptr, call.saved != nullptr, call.threads));
+  const Workspace workspace(kernels.self_attention_workspace(p, call.saved != nullptr, call.threads));
   kernels.self_attention(call, workspace.data());
 }
 

@@ -29,10 +29,9 @@ static_assert(sizeof(SelfAttentionParameters) == 10 * sizeof(void*), "10 paramet
 struct SelfAttentionForward {
   SelfAttentionProblem problem;
   SelfAttentionParameters parameters;
-  const float* packed;  // what pack wrote, or null: the call packs for itself
-  const float* input;   // [batch, tokens, dim]
+  const float* input;  // [batch, tokens, dim]
   float* output;
-  float* saved;         // [self_attention_saved], or null
+  float* saved;  // [self_attention_saved], or null
   int threads;
 };
 
@@ -91,10 +90,7 @@ static inline SelfAttentionSaved saved_layout(const SelfAttentionProblem& p) {
 // The functions that the bindings call. They throw std::invalid_argument for sizes that make no problem and for missing
 // pointers, std::bad_alloc if scratch memory cannot be had.
 void check_problem(const SelfAttentionProblem& problem);
-i64 self_attention_saved(const SelfAttentionProblem& problem);        // floats
-i64 self_attention_packed_size(const SelfAttentionProblem& problem);  // floats
-void pack_self_attention(const SelfAttentionProblem& problem, const SelfAttentionParameters& parameters, float* packed,
-                         int threads);
+i64 self_attention_saved(const SelfAttentionProblem& problem);  // floats
 void run_self_attention(const SelfAttentionForward& call);
 // Writes every gradient whose pointer is not null; an empty batch writes nothing.
 void run_self_attention_backward(const SelfAttentionBackward& call);

@@ -45,14 +45,15 @@ CAST_INLINE SelfQueries self_queries(const SelfAttentionProblem& p, const SelfQu
 struct SelfWeights {
   Panels qkv, proj, down, up;
 };
-CAST_INLINE i64 self_attention_packed_floats(const SelfAttentionProblem& p) {
-  return packed_size(p.dim, 3 * p.dim) + packed_size(p.dim, p.dim) + packed_size(p.dim, p.adapter) +
-         packed_size(p.adapter, p.dim) + 64;
+CAST_INLINE i64 self_attention_packed_size(const SelfAttentionProblem& p) {
+  return align16(packed_size(p.dim, 3 * p.dim) + packed_size(p.dim, p.dim) + packed_size(p.dim, p.adapter) +
+                 packed_size(p.adapter, p.dim) + 64);
 }
 
-// The panels at `at`, and the jobs that fill them; the parameters may be null where only the panels are asked for.
-inline SelfWeights self_weights(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* at,
-                                PackJobs& jobs) {
+// The weights packed from `at` on.
+inline SelfWeights pack_self_attention(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* at,
+                                       int threads) {
+  PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
     const Panels packed =
         add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, kHasBf16 && p.bf16);
@@ -66,14 +67,8 @@ inline SelfWeights self_weights(const SelfAttentionProblem& p, const SelfAttenti
     panels.down = add(w.down_weight, p.dim, p.adapter);
     panels.up = add(w.up_weight, p.adapter, p.dim);
   }
+  run_pack_jobs(jobs, threads);
   return panels;
-}
-
-inline void self_attention_pack(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* to,
-                                int threads) {
-  PackJobs jobs{};
-  self_weights(p, w, to, jobs);
-  parallel_for(jobs.tasks, threads, [&](i64 task, int) { run_pack_job(jobs, task); });
 }
 
 CAST_INLINE i64 self_group_rows(const SelfAttentionProblem& p) { return entries_in_flight(p) * p.tokens; }
@@ -99,9 +94,9 @@ CAST_INLINE SelfScratch self_scratch(const SelfAttentionProblem& p, float* at) {
 
 CAST_INLINE bool keeps_qkv(const SelfAttentionProblem& p, bool save) { return save && p.recompute != kAll; }
 
-inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool packed, bool save, int threads) {
+inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool save, int threads) {
   const i64 state = keeps_qkv(p, save) ? 0 : align16(self_group_rows(p) * 3 * p.dim + read_slack(p));
-  return (packed ? 0 : align16(self_attention_packed_floats(p))) + state + self_scratch_size(p) * threads;
+  return self_attention_packed_size(p) + state + self_scratch_size(p) * threads;
 }
 
 // A product whose columns belong to heads, row r at to + slots[r] and `matrix` floats from head to head. Whole panels to
@@ -227,16 +222,9 @@ inline void self_attention_forward(const SelfAttentionForward& call, float* work
   const SelfAttentionSaved layout = saved_layout(p);
   const i64 D = p.dim, group = entries_in_flight(p);
   const bool keep = keeps_qkv(p, call.saved != nullptr);
-  float* packed = const_cast<float*>(call.packed);  // only read below
-  if (!packed) {
-    packed = workspace;
-    self_attention_pack(p, call.parameters, packed, call.threads);
-    workspace += align16(self_attention_packed_floats(p));
-  }
-  float* state = workspace;
+  const SelfWeights weights = pack_self_attention(p, call.parameters, workspace, call.threads);
+  float* state = workspace + self_attention_packed_size(p);
   float* scratch = state + (keep ? 0 : align16(self_group_rows(p) * 3 * D + read_slack(p)));
-  PackJobs unused{};
-  const SelfWeights weights = self_weights(p, call.parameters, packed, unused);
   const SelfQueryCut cut = self_query_cut(p, call.threads);
   if (call.saved)
     __builtin_memset(call.saved + layout.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));

@@ -94,7 +94,7 @@ inline SelfBackwardWeights pack_self_backward(const SelfAttentionBackward& call,
     panels.proj = add(w.proj_weight, p.dim, p.dim, false);
     panels.qkv = add(w.qkv_weight, 3 * p.dim, p.dim, false);
   }
-  parallel_for(jobs.tasks, call.threads, [&](i64 task, int) { run_pack_job(jobs, task); });
+  run_pack_jobs(jobs, call.threads);
   return panels;
 }
 

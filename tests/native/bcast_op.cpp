@@ -15,7 +15,6 @@ struct Case {
   Sizes sizes;
   bool positions = true, scaled = false;
   cpu::Recompute recompute = cpu::kNothing;
-  bool packed = false;  // forward gets weights packed beforehand
 };
 
 constexpr Window kNone = Window::absent, kTime = Window::time, kSpace = Window::space, kAll = Window::space_time;
@@ -134,7 +133,7 @@ class BcastTrial : public Trial {
     for (const i64 size : {s.batch, s.frames, s.patches, s.dim, s.bottleneck, s.heads}) text += " " + std::to_string(size);
     for (const Window w : s.window) text += std::string(" ") + windows[int(w) + 1];
     text += std::string(case_.positions ? "" : " no positions") + (case_.scaled ? " scaled" : "");
-    return text + " recompute " + std::to_string(case_.recompute) + (case_.packed ? " packed" : "");
+    return text + " recompute " + std::to_string(case_.recompute);
   }
 
   Values<float> run(int threads, Via via) const override { return run(threads, via, ~0u); }
@@ -169,11 +168,6 @@ class BcastTrial : public Trial {
     const i64 kept = s.batch * cpu::saved_per_clip(forward.problem, case_.recompute);
     forward.saved = memory.take(kept);
     backward.saved = forward.saved;
-    if (case_.packed) {
-      float* packed = memory.take(cpu::packed_size(forward.problem), Guarded::Start::aligned);
-      cpu::run_pack(forward.problem, forward.parameters, packed, threads);
-      forward.packed = packed;
-    }
     forward.threads = backward.threads = threads;
     call(forward, backward, via);
     if (!memory.intact()) throw Damage{"a guard band was overwritten with " + std::to_string(threads) + " threads"};
@@ -217,7 +211,7 @@ class BcastTrial : public Trial {
     if (via == Via::entry_points) {
       cpu::run_forward(unsaved);
     } else {
-      const Guarded scratch(level.bcast_forward_workspace(p, cpu::kAll, unsaved.packed, unsaved.threads), Guarded::Start::aligned);
+      const Guarded scratch(level.bcast_forward_workspace(p, cpu::kAll, unsaved.threads), Guarded::Start::aligned);
       level.bcast_forward(unsaved, scratch.data());
       if (!scratch.intact()) throw Damage{"forward wrote past its scratch memory"};
     }
@@ -232,7 +226,7 @@ class BcastTrial : public Trial {
       cpu::run_forward(forward);
       cpu::run_backward(backward);
     } else {
-      const i64 floats = level.bcast_forward_workspace(p, forward.recompute, forward.packed, forward.threads);
+      const i64 floats = level.bcast_forward_workspace(p, forward.recompute, forward.threads);
       const Guarded scratch(floats, Guarded::Start::aligned);
       level.bcast_forward(forward, scratch.data());
       const i64 others = level.bcast_backward_workspace(p, backward.recompute, backward.threads);
@@ -256,7 +250,6 @@ Trials trials(bool few) {
   for (Case c : few ? few_cases() : many_cases()) {
     ++seed;
     c.recompute = cpu::Recompute(seed % 3);
-    c.packed = seed % 2;
     all.push_back(std::make_unique<BcastTrial>(c, seed));
   }
   return all;
@@ -323,16 +316,14 @@ void check_unwanted_gradients() {
 void check_what_is_kept() {
   const Case problem{{2, 3, 7, 40, 24, 3, {kTime, kSpace}}, true, true};
   const Values<float> kept = BcastTrial(problem, 91).run(2, Via::guarded_workspace);
-  for (const cpu::Recompute recompute : {cpu::kNothing, cpu::kCheap, cpu::kAll})
-    for (const bool packed : {false, true}) {
-      Case other = problem;
-      other.recompute = recompute;
-      other.packed = packed;
-      const BcastTrial trial(other, 91);
-      for (const auto& [name, x] : trial.run(2, Via::guarded_workspace))
-        check(name == "saved" || !std::memcmp(x.data(), kept.at(name).data(), sizeof(float) * x.size()),
-              trial.name() + ": " + name + " depends on what is kept for backward, or on packing beforehand");
-    }
+  for (const cpu::Recompute recompute : {cpu::kCheap, cpu::kAll}) {
+    Case other = problem;
+    other.recompute = recompute;
+    const BcastTrial trial(other, 91);
+    for (const auto& [name, x] : trial.run(2, Via::guarded_workspace))
+      check(name == "saved" || !std::memcmp(x.data(), kept.at(name).data(), sizeof(float) * x.size()),
+            trial.name() + ": " + name + " depends on what is kept for backward");
+  }
 }
 
 template <class F>

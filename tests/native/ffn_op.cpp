@@ -9,7 +9,7 @@ namespace {
 
 struct Case {
   i64 rows, dim, hidden, adapter;
-  bool quick, scaled, keep, packed;
+  bool quick, scaled, keep;
 };
 
 const char* const kNames[10] = {"norm_weight", "norm_bias",   "fc1_weight", "fc1_bias",  "fc2_weight",
@@ -87,21 +87,15 @@ class FFNTrial : public Trial {
   std::string name() const override {
     std::string text = "ffn";
     for (const i64 size : {case_.rows, case_.dim, case_.hidden, case_.adapter}) text += " " + std::to_string(size);
-    return text + (case_.quick ? " quick" : "") + (case_.scaled ? " scaled" : "") + (case_.keep ? " keep" : "") +
-           (case_.packed ? " packed" : "");
+    return text + (case_.quick ? " quick" : "") + (case_.scaled ? " scaled" : "") + (case_.keep ? " keep" : "");
   }
 
   Values<float> run(int threads, Via via) const override {
     const cpu::FFNProblem p{case_.rows, case_.dim,   {case_.hidden, case_.adapter}, case_.quick,
                             case_.keep, float(kEps), float(kAdapterScale), false};
     FlatMemory m(given_, p.rows * cpu::ffn_saved_per_row(p));
-    cpu::FFNForwardCall forward{p, {}, m.x, m.row_scale, nullptr, m.y, m.saved, threads};
+    cpu::FFNForwardCall forward{p, {}, m.x, m.row_scale, m.y, m.saved, threads};
     std::memcpy(&forward.parameters, m.weights, sizeof(m.weights));
-    if (case_.packed) {
-      float* packed = m.arena.take(cpu::ffn_packed_size(p), Guarded::Start::aligned);
-      cpu::run_ffn_pack(p, forward.parameters, packed, threads);
-      forward.packed = packed;
-    }
     cpu::FFNBackwardCall backward{p, forward.parameters, m.x, m.row_scale, m.saved, m.grad_y, m.grad_x, {}, threads};
     std::memcpy(&backward.gradients, m.grads, sizeof(m.grads));
     const cpu::Kernels& level = cpu::selected_kernels();
@@ -109,8 +103,7 @@ class FFNTrial : public Trial {
       cpu::run_ffn_forward(forward);
       cpu::run_ffn_backward(backward);
     } else {
-      with_scratch(level.ffn_forward_workspace(p, case_.packed, threads),
-                   [&](float* at) { level.ffn_forward(forward, at); });
+      with_scratch(level.ffn_forward_workspace(p, threads), [&](float* at) { level.ffn_forward(forward, at); });
       with_scratch(level.ffn_backward_workspace(backward), [&](float* at) { level.ffn_backward(backward, at); });
     }
     return m.results(given_, kNames);
@@ -126,14 +119,14 @@ class FFNTrial : public Trial {
 
 Trials trials(bool few) {
   std::vector<Case> cases = {
-      {13, 24, 40, 10, false, true, true, false}, {7, 17, 33, 5, true, false, false, true},
-      {130, 20, 17, 0, false, false, true, true}, {1, 5, 3, 2, true, true, false, false},
-      {29, 16, 400, 8, false, true, false, true},  // hidden columns in several chunks
+      {13, 24, 40, 10, false, true, true}, {7, 17, 33, 5, true, false, false},
+      {130, 20, 17, 0, false, false, true}, {1, 5, 3, 2, true, true, false},
+      {29, 16, 400, 8, false, true, false},  // hidden columns in several chunks
   };
   const std::vector<Case> more = {
-      {230, 50, 96, 24, true, true, true, true},   {97, 47, 21, 13, false, false, false, false},
-      {64, 32, 64, 16, false, true, false, false}, {5, 400, 70, 9, true, false, true, false},
-      {40, 70, 800, 390, false, true, true, true},
+      {230, 50, 96, 24, true, true, true},  {97, 47, 21, 13, false, false, false},
+      {64, 32, 64, 16, false, true, false}, {5, 400, 70, 9, true, false, true},
+      {40, 70, 800, 390, false, true, true},
   };
   if (!few) cases.insert(cases.end(), more.begin(), more.end());
   Trials all;

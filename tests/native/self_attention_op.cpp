@@ -11,7 +11,6 @@ struct Case {
   i64 batch, tokens, dim, heads, adapter;
   bool qkv_bias;
   cpu::Recompute recompute;
-  bool packed;
 };
 
 const char* const kNames[10] = {"norm_weight", "norm_bias",   "qkv_weight", "qkv_bias",  "proj_weight",
@@ -110,21 +109,15 @@ class SelfAttentionTrial : public Trial {
     std::string text = "self_attention";
     for (const i64 size : {case_.batch, case_.tokens, case_.dim, case_.heads, case_.adapter})
       text += " " + std::to_string(size);
-    return text + (case_.qkv_bias ? "" : " no bias") + " recompute " + std::to_string(case_.recompute) +
-           (case_.packed ? " packed" : "");
+    return text + (case_.qkv_bias ? "" : " no bias") + " recompute " + std::to_string(case_.recompute);
   }
 
   Values<float> run(int threads, Via via) const override {
     const cpu::SelfAttentionProblem p{case_.batch,   case_.tokens,    case_.dim,  case_.heads,
                                       case_.adapter, case_.recompute, float(kEps), false};
     FlatMemory m(given_, cpu::self_attention_saved(p));
-    cpu::SelfAttentionForward forward{p, {}, nullptr, m.x, m.y, m.saved, threads};
+    cpu::SelfAttentionForward forward{p, {}, m.x, m.y, m.saved, threads};
     std::memcpy(&forward.parameters, m.weights, sizeof(m.weights));
-    if (case_.packed) {
-      float* packed = m.arena.take(cpu::self_attention_packed_size(p), Guarded::Start::aligned);
-      cpu::pack_self_attention(p, forward.parameters, packed, threads);
-      forward.packed = packed;
-    }
     cpu::SelfAttentionBackward backward{p, forward.parameters, m.x, m.saved, m.grad_y, m.grad_x, {}, threads};
     std::memcpy(&backward.gradients, m.grads, sizeof(m.grads));
     const cpu::Kernels& level = cpu::selected_kernels();
@@ -132,7 +125,7 @@ class SelfAttentionTrial : public Trial {
       cpu::run_self_attention(forward);
       cpu::run_self_attention_backward(backward);
     } else {
-      with_scratch(level.self_attention_workspace(p, case_.packed, true, threads),
+      with_scratch(level.self_attention_workspace(p, true, threads),
                    [&](float* at) { level.self_attention(forward, at); });
       with_scratch(level.self_attention_backward_workspace(p, threads),
                    [&](float* at) { level.self_attention_backward(backward, at); });
@@ -150,15 +143,15 @@ class SelfAttentionTrial : public Trial {
 
 Trials trials(bool few) {
   std::vector<Case> cases = {
-      {2, 9, 24, 3, 10, true, cpu::kNothing, false},
-      {3, 5, 15, 1, 7, false, cpu::kCheap, true},
-      {1, 60, 16, 2, 0, true, cpu::kAll, false},
-      {1, 270, 8, 1, 4, true, cpu::kCheap, true},  // longer than a block of keys
+      {2, 9, 24, 3, 10, true, cpu::kNothing},
+      {3, 5, 15, 1, 7, false, cpu::kCheap},
+      {1, 60, 16, 2, 0, true, cpu::kAll},
+      {1, 270, 8, 1, 4, true, cpu::kCheap},  // longer than a block of keys
   };
   const std::vector<Case> more = {
-      {2, 197, 48, 4, 20, true, cpu::kAll, true},     {1, 1, 20, 5, 3, true, cpu::kNothing, false},
-      {5, 13, 40, 8, 16, false, cpu::kAll, false},    {1, 300, 66, 2, 30, false, cpu::kNothing, true},
-      {9, 16, 33, 3, 0, true, cpu::kCheap, false},    {1, 20, 400, 4, 90, true, cpu::kNothing, true},
+      {2, 197, 48, 4, 20, true, cpu::kAll},  {1, 1, 20, 5, 3, true, cpu::kNothing},
+      {5, 13, 40, 8, 16, false, cpu::kAll},  {1, 300, 66, 2, 30, false, cpu::kNothing},
+      {9, 16, 33, 3, 0, true, cpu::kCheap},  {1, 20, 400, 4, 90, true, cpu::kNothing},
   };
   if (!few) cases.insert(cases.end(), more.begin(), more.end());
   Trials all;
