@@ -26,8 +26,8 @@ from cast.video.transforms import MEAN, STD
 
 Box = tuple[int, int, int, int]
 
-#: Random erasing as in the published code: share of the area, height over width, tries until a box fits.
-_ERASED_AREA, _ERASED_ASPECT, _ERASING_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 100
+#: Random erasing as in the published code: share of the area, logarithm of height over width, tries until a box fits.
+_ERASED_AREA, _ERASED_ASPECT, _ERASING_TRIES = (0.02, 1 / 3), (math.log(0.3), -math.log(0.3)), 100
 #: Sides of multi-scale crops that are nearer to the target than so many pixels become it.
 _SNAP = 3
 
@@ -157,7 +157,7 @@ def _erased(size: int, rng: np.random.Generator) -> Box | None:
     """
     for _ in range(_ERASING_TRIES):
         area = size * size * rng.uniform(*_ERASED_AREA)
-        aspect = math.exp(rng.uniform(*map(math.log, _ERASED_ASPECT)))  # height over width
+        aspect = math.exp(rng.uniform(*_ERASED_ASPECT))  # height over width
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height < size and width < size:
             return int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1)), height, width
