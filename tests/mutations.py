@@ -213,7 +213,7 @@ def apply(fault: Fault, tree: Path) -> dict[Path, str]:
 def copy_tree(to: Path) -> None:
     """What building and testing needs, with the built Python module."""
     useless = shutil.ignore_patterns("__pycache__", ".git")
-    for name in ("cast", "cast_kernels", "csrc", "tests"):
+    for name in ("cast", "cast_kernels", "csrc", "recipes", "tests"):
         shutil.copytree(ROOT / name, to / name, ignore=useless)
     for name in ("CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, to)
