@@ -51,6 +51,8 @@ PLAN, PROBLEM, COMMON = "csrc/cpu/forward_plan.h", "csrc/cpu/problem.h", "cast_k
 ATTENTION, GRADIENT, WORKSPACE = "csrc/cpu/attention.h", "csrc/cpu/attention_backward.h", "csrc/cpu/workspace.cpp"
 FFN, FFN_BACKWARD, WORDS = "csrc/cpu/ffn_forward.h", "csrc/cpu/ffn_backward.h", "csrc/cpu/bf16.h"
 SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attention_backward.h"
+PUBLISHED, PUBLISHED_TRAINING = "tests/test_published.py", "tests/test_published_training.py"
+SAMPLING, AUGMENT, GROUPS = "cast/video/sampling.py", "cast/video/augment.py", "cast/training/groups.py"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -165,6 +167,31 @@ FAULTS = [
            "store_first(da + at + c, y, n);")),
     fault("depths of a bfloat16 word exchanged", BF16,
           (WORDS, "(rounded_bf16(low) >> 16) | rounded_bf16(high)", "(rounded_bf16(high) >> 16) | rounded_bf16(low)")),
+    # --- the published data pipeline and training
+    fault("dense training reaches the last frame", f"{PUBLISHED}::test_training_clips",
+          (SAMPLING, "rng.integers(length - window))\n", "rng.integers(length - window + 1))\n")),
+    fault("short dense views stretched", f"{PUBLISHED}::test_views_of_the_test",
+          (SAMPLING, 'if sampling == "uniform":\n        part',
+           'if sampling == "uniform" or length < frames:\n        part')),
+    fault("pre-training's last step reaches the last frame", f"{PUBLISHED}::test_pre_training_clips",
+          (SAMPLING, "max(length - 2, 0) // stride", "max(length - 1, 0) // stride")),
+    fault("centre crop cut off instead of rounded", f"{PUBLISHED}::test_crops_of_the_test",
+          ("cast/video/transforms.py", "round(room / 2) if self.crops == 1", "room // 2 if self.crops == 1")),
+    fault("multi-scale sides snap within three pixels", f"{PUBLISHED}::test_multiscale_sides_snap_within_two_pixels",
+          (AUGMENT, "_SNAP = 3", "_SNAP = 4")),
+    fault("erased area to 0.33", f"{PUBLISHED}::test_random_erasing", (AUGMENT, "(0.02, 1 / 3)", "(0.02, 0.33)")),
+    fault("ten tries of erasing", f"{PUBLISHED}::test_random_erasing",
+          (AUGMENT, "-math.log(0.3)), 100", "-math.log(0.3)), 10")),
+    fault("CLIP's positions without weight decay", f"{PUBLISHED_TRAINING}::test_parameter_groups",
+          (GROUPS, "_pos|time_positional_embedding", "_pos|positional_embedding")),
+    fault("CLIP's first norm at the heads' rate", f"{PUBLISHED_TRAINING}::test_parameter_groups",
+          (GROUPS, "positional_embedding|ln_pre)\"\n", "positional_embedding)\"\n")),
+    fault("views averaged in float32", "tests/test_published_results.py -k averaged_in_float64",
+          ("cast/metrics/accuracy.py", "logits.cpu().double()", "logits.cpu().float()")),
+    fault("Glorot between encoder and decoder", f"{PUBLISHED_TRAINING}::test_initialisation",
+          ("cast/pretrain/model.py", "for part in (self.encoder, self.decoder):", "for part in (self,):")),
+    fault("a changed rule that leaves no mark", "tests/test_training_session.py",
+          ("cast/training/session.py", 'dense=data.sampling == "dense",', "")),
 ]  # fmt: skip
 
 
@@ -190,7 +217,7 @@ def apply(fault: Fault, tree: Path) -> dict[Path, str]:
 def copy_tree(to: Path) -> None:
     """What building and testing needs, with the built Python module."""
     useless = shutil.ignore_patterns("__pycache__", ".git")
-    for name in ("cast", "cast_kernels", "csrc", "tests"):
+    for name in ("cast", "cast_kernels", "csrc", "recipes", "tests"):
         shutil.copytree(ROOT / name, to / name, ignore=useless)
     for name in ("CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, to)

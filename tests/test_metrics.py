@@ -83,7 +83,7 @@ def test_of_equal_scores_the_lower_class_comes_first() -> None:
 
 def test_views_are_averaged_after_softmax() -> None:
     logits = torch.tensor([[[0.0, 0.0], [0.0, 100.0]]])
-    torch.testing.assert_close(average_views(logits), torch.tensor([[0.25, 0.75]]))
+    torch.testing.assert_close(average_views(logits), torch.tensor([[0.25, 0.75]], dtype=torch.float64))
 
 
 def test_harmonic_means_of_the_paper() -> None:

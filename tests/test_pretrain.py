@@ -33,6 +33,7 @@ from cast.training.recipes import load_recipe
 from cast.video.augment import AugmentSettings, _multiscale, draw
 from cast.video.datasets import DataSettings
 from cast.video.files import video_files
+from cast.video.sampling import stride_indices
 
 CONFIG = CASTConfig(**(SMALL | {"image_size": 32}))  # 16 patches, 3 moments
 FRAMES, PATCHES = CONFIG.exchange_frames, CONFIG.num_patches
@@ -199,7 +200,7 @@ def test_a_right_answer_makes_the_original_picture() -> None:
 def test_multiscale_crops_lie_on_the_published_grid() -> None:
     shares = (1.0, 0.875, 0.75, 0.66)
     rng = np.random.default_rng(0)
-    boxes = {_multiscale(shares, 256, 320, rng) for _ in range(4000)}
+    boxes = {_multiscale(shares, 224, 256, 320, rng) for _ in range(4000)}
     assert draw(AugmentSettings(multiscale=shares), 224, 256, 320, rng).crop in boxes
     sides = [256, 224, 192, 168]
     for top, left, height, width in boxes:
@@ -242,6 +243,7 @@ def test_the_recipe_is_the_published_one() -> None:
     [
         ({"mask_ratio": 1.0}, "mask_ratio is 1.0; it must lie between 0 and 1"),
         ({"pictures": -1}, "pictures is -1"),
+        ({"stride": 0}, "stride is 0"),
         ({"data": DataSettings("x", augment=AugmentSettings(mixup=0.8))}, "data.augment.mixup is 0.8"),
         ({"data": DataSettings("x", augment=AugmentSettings(smoothing=0.1))}, "data.augment.smoothing is 0.1"),
         ({"model": CASTConfig(image_size=32)}, "model.image_size is 32, data.size 224"),
@@ -301,6 +303,25 @@ def test_a_folder_without_labels_trains_and_resumes(
     assert expert.config.embed_dim == 16
     assert main(command(folder, tmp_path / "whole")) == 1  # not twice into one directory
     assert "add --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sampling", "stride", "status"), [("dense", 3, 1), ("uniform", 3, 0), ("dense", 2, 0)])
+def test_frames_are_a_stride_apart_where_sampling_is_dense(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, stride: int, status: int
+) -> None:
+    """And a resumed training can't change it, but for uniform sampling, which has none."""
+    steps = set()
+
+    def watched(length: int, rng: np.random.Generator, sampling: str, frames: int, stride: int) -> np.ndarray:
+        indices = stride_indices(length, rng, sampling, frames, stride)
+        steps.update(np.diff(indices).tolist())
+        return indices
+
+    monkeypatch.setattr("cast.pretrain.command.stride_indices", watched)
+    few = ("optim.epochs=2", "pictures=0", f"data.sampling={sampling}")
+    assert main(command(folder, tmp_path / "out", *few, "stride=2")) == 0
+    assert steps == {2} if sampling == "dense" else len(steps) > 1
+    assert main(command(folder, tmp_path / "out", *few, f"stride={stride}", "--resume")) == status
 
 
 def test_a_resumed_pre_training_gives_the_same_bits(

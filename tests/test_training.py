@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import tempfile
 from dataclasses import replace
@@ -225,6 +226,21 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     other.frozen.requires_grad_(True)
     with pytest.raises(ValueError, match="of another training"):
         train(other, Points(), RECIPE, tmp_path)
+
+
+def test_a_training_from_before_clips_positions_decayed_is_refused(tmp_path: Path) -> None:
+    class Positions(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positional_embedding = nn.Parameter(torch.zeros(2, 2))
+
+    train(Positions(), Points(), RECIPE, tmp_path)
+    (state,) = tmp_path.glob("step-*/state.json")
+    content = json.loads(state.read_text())
+    assert content["identity"].pop("rules") == ["groups"]
+    state.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="written by an earlier version, which had another rule for groups"):
+        train(Positions(), Points(), RECIPE, tmp_path)
 
 
 def test_layer_decay_is_the_published_one() -> None:

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from training_cases import PointNet, engine, planned, same
 
-from cast.training import CheckpointError, Checkpoints, load_trained
+from cast.training import CheckpointError, Checkpoints, Progress, load_trained
 from cast.training import checkpoints as room
+from cast.training.checkpoints import changed_rules
 
 PLAN = planned(checkpoint_every=1)
 
@@ -167,6 +168,24 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(state | {"identity": {"plan": "test", "optim": {"lr": 1}}}))
     with pytest.raises(ValueError, match=r"it has \{'optim.lr': 1\}, this one \{'optim.lr': None\}"):
         engine(tmp_path, PointNet())
+
+
+def test_a_checkpoint_from_before_a_rule_changed_is_refused_by_the_rules_name(tmp_path: Path) -> None:
+    net, accelerator = PointNet(), Accelerator()
+    engine(tmp_path, net).run()
+    assert changed_rules(dense=False) == {}
+    for rules, why in (({"dense": True}, "another rule for dense .docs/training.md"), ({}, None)):
+        again = Checkpoints(tmp_path, accelerator, {"plan": "test", **changed_rules(**rules)}, PointNet())
+        again.attach(PointNet(), None, None)
+        if why is None:
+            assert again.load() is not None
+        else:
+            with pytest.raises(ValueError, match=f"written by an earlier version, which had {why}"):
+                again.load()
+    ruled = Checkpoints(tmp_path / "new", accelerator, {"plan": "test", **changed_rules(dense=True)}, net)
+    ruled.attach(net, None, None)
+    ruled.save(Progress())
+    assert ruled.load() == Progress()
 
 
 @pytest.mark.parametrize(

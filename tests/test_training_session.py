@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
 
 from cast.training import Plan, cosine
 from cast.training.recipes import load_recipe
@@ -44,3 +46,36 @@ def test_every_setting_of_a_recipe_reaches_the_loop(tmp_path: Path) -> None:
     assert [plan.rate(step) for step in range(6)] == [rate(step) for step in range(6)]
     checkpoints = session.checkpoints(torch.nn.Linear(2, 2), samples)
     assert (checkpoints.keep, checkpoints.weights) == (3, "full")
+
+
+class Expert(nn.Module):
+    """Names of CLIP's, before the blocks; `trains` are those that train."""
+
+    def __init__(self, *trains: str) -> None:
+        super().__init__()
+        self.head, self.ln_pre = nn.Linear(2, 2), nn.LayerNorm(2)
+        self.positional_embedding = nn.Parameter(torch.ones(2, 2))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in ("head", *trains))
+
+
+@pytest.mark.parametrize(
+    ("trains", "changes", "rules"),
+    [
+        ((), (), None),
+        (("positional_embedding",), ("optim.weight_decay=0",), None),
+        (("positional_embedding",), (), ["groups"]),
+        (("ln_pre",), (), None),  # no layer decay
+        (("ln_pre",), ("optim.layer_decay=0.75",), ["groups"]),
+        ((), ("data.sampling=dense",), ["dense"]),
+        ((), ("data.augment.erasing=0.25",), ["erasing"]),
+        ((), ("data.augment.multiscale=[1.0]", "data.sampling=dense"), ["dense", "multiscale"]),
+    ],
+)
+def test_a_training_is_marked_by_the_rules_that_changed_and_that_it_goes_by(
+    tmp_path: Path, trains: tuple[str, ...], changes: tuple[str, ...], rules: list[str] | None
+) -> None:
+    """Others go on from checkpoints of before, which have no mark."""
+    chosen = load_recipe(TrainSettings, "digits", f"data.root={tmp_path}", f"out={tmp_path / 'out'}", *changes)
+    checkpoints = Session(chosen, (), False, "").checkpoints(Expert(*trains), [Sample(tmp_path / "a.mp4", {"verb": 0})])
+    assert checkpoints.identity.get("rules") == rules

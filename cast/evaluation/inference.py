@@ -210,7 +210,7 @@ def _answers(
     probabilities, guesses = {}, {}
     for head, parts in {head: [part[head] for part in logits] for head in logits[0]}.items():
         by_view = torch.cat(parts).unflatten(0, (videos, views))
-        probabilities[head] = average_views(by_view).cpu()
+        probabilities[head] = average_views(by_view)
         guesses[head] = by_view.argmax(-1).cpu()
     found = {head: values.shape[1] for head, values in probabilities.items()}
     wanted = {head: len(of_head) for head, of_head in classes.items()}

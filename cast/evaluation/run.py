@@ -228,7 +228,8 @@ def _answers(
             raise ValueError(f"{path} holds another evaluation, {dict(found.about)}: choose another --out")
         return _Answered(found, protocol, loaded.model, _read_cost(out))
     out.mkdir(parents=True, exist_ok=True)
-    parts = Parts(out / "unfinished", {**about, "videos": len(samples)}, state.process_index)
+    # Parts of an earlier version, which averaged in float32 and cut some clips elsewhere, are not mixed with new ones.
+    parts = Parts(out / "unfinished", {**about, "videos": len(samples), "average": "float64"}, state.process_index)
     run = Run(options.batch_size, options.workers, getattr(torch, options.dtype))
     with _bar(state.is_main_process) as progress:
         predictions, cost = evaluate(loaded.model, samples, classes, protocol, run, about, parts, progress)

@@ -19,8 +19,11 @@ from torch import Tensor
 
 
 def average_views(logits: Tensor) -> Tensor:
-    """Logits `[..., views, classes]` -> probabilities `[..., classes]`: softmax of each view, then the mean."""
-    return logits.float().softmax(-1).mean(-2)
+    """Logits `[..., views, classes]` -> probabilities `[..., classes]`: softmax of each view, then the mean.
+
+    In float64, as published, and therefore on the CPU: not every device has float64.
+    """
+    return logits.cpu().double().softmax(-1).mean(-2)
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:

@@ -153,7 +153,7 @@ class Predictor:
 
     def _guesses(self, logits: Mapping[str, Tensor]) -> dict[str, list[Guess]]:
         """From the logits [views, classes] of one video."""
-        return guess({head: average_views(values).cpu() for head, values in logits.items()}, self.labels, self.top)
+        return guess({head: average_views(values) for head, values in logits.items()}, self.labels, self.top)
 
     @torch.inference_mode()
     def _logits(self, clips: Tensor) -> dict[str, Tensor]:

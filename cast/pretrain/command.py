@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from cast.training.recipes import parse
 from cast.training.session import Session, writing
 from cast.video.annotations import Sample
 from cast.video.loader import ClipLoader
+from cast.video.sampling import stride_indices
 
 _DESCRIPTION = (
     "Pre-train a temporal expert on videos without labels, as a masked autoencoder (VideoMAE). RECIPE is a YAML file "
@@ -83,11 +85,12 @@ def fit(settings: PretrainSettings, resume: bool = False, recipe: str = "") -> P
     """
     if settings.pictures:
         require("matplotlib", "demo")  # now, rather than after 800 epochs
-    session = Session(settings, _FREE, resume, recipe)
+    free = _FREE if settings.data.sampling == "dense" else (*_FREE, "stride")
+    session = Session(settings, free, resume, recipe)
     samples, note = unlabelled(settings.data, "train")
     shown = _shown(settings, samples)
     model = build(settings)
-    loader = session.loader(samples)
+    loader = session.loader(samples, partial(stride_indices, stride=settings.stride))
     plan = session.plan(loader, len(samples))
     checkpoints = session.checkpoints(model, samples)
     if settings.run.compile:

@@ -117,15 +117,14 @@ class VideoMAE(nn.Module):
     def _initialise(self) -> None:
         """Glorot's initialisation of matrices, the mask token's deviation 0.02: the official code's choices.
 
-        That code leaves the patch embedding with PyTorch's default for convolutions. Here it counts as the matrix
-        that it is.
+        That code leaves the patch embedding and the layer between encoder and decoder with PyTorch's defaults.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.detach().flatten(1))
+        for part in (self.encoder, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def draw(self, clips: int, device: torch.device | str = "cpu") -> Mask:

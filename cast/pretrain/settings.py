@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from cast.config import CASTConfig, make_config
 from cast.training.settings import OptimSettings, RecipeSettings
+from cast.video.sampling import STRIDE
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class PretrainSettings(RecipeSettings):
         decoder: sizes of the decoder.
         mask_ratio: share of the patches that is hidden.
         normalised: whether each patch's target has mean 0 and deviation 1 in each colour.
+        stride: frames from one of a clip to the next, where data.sampling is dense.
         pictures: clips in reconstruction.png; 0 for no picture.
     """
 
@@ -71,12 +73,15 @@ class PretrainSettings(RecipeSettings):
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     mask_ratio: float = 0.9
     normalised: bool = True
+    stride: int = STRIDE
     pictures: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1")
+        if self.stride < 1:
+            raise ValueError(f"stride is {self.stride}; it must be at least 1 frame")
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}; it must be 0 or more clips")
         for name in ("mixup", "cutmix", "smoothing"):

@@ -54,6 +54,8 @@ _STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _VIDEOS, _ENGINE = (
     "engine",
 )
 _FORMAT = 1
+#: Of an identity: names of rules that an earlier version had otherwise and that matter to this training.
+_RULES = "rules"
 _NAME = re.compile(r"step-\d{8}")
 
 
@@ -255,6 +257,11 @@ class Checkpoints:
         if state["identity"] != self.identity:
             theirs, ours = flat(state["identity"]), flat(self.identity)
             differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+            if differing == [_RULES]:
+                raise ValueError(
+                    f"{path} was written by an earlier version, which had another rule for {', '.join(ours[_RULES])} "
+                    "(docs/training.md says which): go on with that version, or begin anew in another directory"
+                )
             if differing != ["videos"] or not self._only_lost(path, state):
                 more = ". Training videos may get lost, but not be added, changed or sorted otherwise"
                 raise ValueError(
@@ -275,6 +282,17 @@ class Checkpoints:
             return False
         theirs = iter(read_tensors(path / _VIDEOS)["hashes"].tolist())
         return all(video in theirs for video in self.videos.tolist())  # each search goes on where the last one ended
+
+
+def changed_rules(**applies: bool) -> dict[str, list[str]]:
+    """The part of an identity that tells trainings apart from those of versions with other rules.
+
+    Args:
+        applies: name of a rule that changed -> whether this training goes by it. If none does, the part is empty, and
+            checkpoints from before the change are gone on from.
+    """
+    names = sorted(name for name, does in applies.items() if does)
+    return {_RULES: names} if names else {}
 
 
 def planned_videos(directory: str | os.PathLike[str]) -> int | None:

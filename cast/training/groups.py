@@ -7,16 +7,24 @@ from typing import Any
 
 from torch import nn
 
-#: Tables of positions and VideoMAE's mask token: the published codes exclude them from weight decay.
-_POSITIONS = re.compile(r"(_pos|positional_embedding|pos_embed|mask_token)$")
+#: Tables of positions and VideoMAE's mask token: the published codes exclude them from weight decay, but for CLIP's
+#: own table, `positional_embedding`.
+_POSITIONS = re.compile(r"(_pos|time_positional_embedding|pos_embed|mask_token)$")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_EMBEDDING = re.compile(r"(^|\.)(clip_)?(patch_embed|conv1|class_embedding|positional_embedding)\b")
+#: What comes before the first block, in CLIP's, VideoMAE's and timm's names.
+_EMBEDDING = re.compile(
+    r"(^|\.)((clip_)?(patch_embed|conv1|class_embedding|positional_embedding|ln_pre)"
+    r"|cls_token|pos_embed|norm_pre|mask_token)\b"
+)
+#: Of these, what did not decay in an earlier version, and what learned at the rate of the heads.
+_DECAYS_NOW = re.compile(r"(^|\.)(clip_)?positional_embedding$")
+_SLOWER_NOW = re.compile(r"(^|\.)((clip_)?ln_pre|cls_token|pos_embed|norm_pre|mask_token)\b")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Parameters that require gradients, by weight decay and by learning-rate scale.
 
-    Vectors (biases and norms) and tables of positions do not decay, as in the published code.
+    Vectors (biases and norms) and tables of positions do not decay, CLIP's table does, as in the published code.
 
     Args:
         model: any module; blocks are recognised by names with `blocks.<i>.`.
@@ -43,10 +51,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
 
 
 def layer_scale(name: str, depth: int, decay: float) -> float:
-    """Learning-rate factor of a parameter: decay^(depth - i) in block i, decay^(depth + 1) in embeddings, else 1.
+    """Learning-rate factor of a parameter: decay^(depth - i) in block i, decay^(depth + 1) before block 0, else 1.
 
     New parameters inside a block (adapters, exchange) are slowed down like the block, as in the published code.
     """
     if match := _BLOCK.search(name):
         return decay ** (depth - int(match[1]))
     return decay ** (depth + 1) if _EMBEDDING.search(name) else 1.0
+
+
+def grouped_otherwise_before(model: nn.Module, weight_decay: float, layer_decay: float) -> bool:
+    """Whether an earlier version gave a parameter that trains another weight decay or rate (docs/training.md)."""
+    return any(
+        (weight_decay and _DECAYS_NOW.search(name)) or (layer_decay != 1 and _SLOWER_NOW.search(name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )

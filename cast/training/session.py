@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cast.processes import join_processes
-from cast.training.checkpoints import Checkpoints, planned_videos
+from cast.training.checkpoints import Checkpoints, changed_rules, planned_videos
 from cast.training.distributed import make_accelerator, on_main
 from cast.training.engine import Engine, Plan
 from cast.training.files import CheckpointError, write_text
+from cast.training.groups import grouped_otherwise_before
 from cast.training.log import Log, check_trackers
 from cast.training.plain import identity, plain
 from cast.training.progress import Progress
@@ -23,6 +24,7 @@ from cast.training.settings import RecipeSettings
 from cast.training.simple import fingerprint, video_hashes, videos_digest
 from cast.video.annotations import Sample
 from cast.video.loader import ClipLoader
+from cast.video.sampling import Choose, train_indices
 
 #: (model in evaluation mode, epoch counted from 1) -> figures that join the epoch's history.
 Validate = Callable[[nn.Module, int], dict[str, float]]
@@ -54,11 +56,20 @@ class Session:
             settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out)
         )
 
-    def loader(self, samples: Sequence[Sample]) -> ClipLoader:
+    def loader(self, samples: Sequence[Sample], choose: Choose = train_indices) -> ClipLoader:
         """The training clips of this process; epochs stay as long as those that a resumed training began with."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        settings, planned = self.settings, self._planned(samples)
-        return ClipLoader(samples, settings.data, settings.optim.micro_batch, True, settings.seed, rank, world, planned)
+        settings = self.settings
+        return ClipLoader(
+            samples,
+            settings.data,
+            settings.optim.micro_batch,
+            train=True,
+            seed=settings.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            planned=self._planned(samples),
+            choose=choose,
+        )
 
     def _planned(self, samples: Sequence[Sample]) -> int:
         """Videos that the training began with."""
@@ -104,6 +115,7 @@ class Session:
                 "samples": self._planned(samples),
                 "videos": videos_digest(samples, self.settings.data.root),
                 "model": fingerprint(model),
+                **self._changed_rules(model),
             },
             model,
             self.settings.checkpoint.weights,
@@ -113,6 +125,16 @@ class Session:
         if not self.resume:
             on_main(self.accelerator, lambda: self._refuse_another(checkpoints))
         return checkpoints
+
+    def _changed_rules(self, model: nn.Module) -> dict[str, list[str]]:
+        """Which of the rules that were others in an earlier version (docs/training.md) this training goes by."""
+        data, optim = self.settings.data, self.settings.optim
+        return changed_rules(
+            dense=data.sampling == "dense",
+            multiscale=bool(data.augment.multiscale),
+            erasing=data.augment.erasing > 0,
+            groups=grouped_otherwise_before(model, optim.weight_decay, optim.layer_decay),
+        )
 
     @staticmethod
     def _lost(checkpoints: Checkpoints) -> str:

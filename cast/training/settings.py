@@ -98,7 +98,7 @@ class OptimSettings:
         lr: peak learning rate of 256 clips; the actual one is lr x total_batch / 256.
         min_lr: where the cosine ends, scaled like lr.
         warmup_epochs: epochs in which the rate rises from 0.
-        weight_decay: of matrices; vectors and tables of positions have none.
+        weight_decay: of matrices; vectors and tables of positions (but CLIP's own, where it trains) have none.
         layer_decay: block i of L trains at rate x layer_decay^(L - i).
         clip_grad: greatest length of the gradient; null leaves it alone.
         ema: share of the old average that stays after each step, such as 0.9999; null keeps no average.

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cast.training.checkpoints import Checkpoints
+from cast.training.checkpoints import Checkpoints, changed_rules
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Criterion, Engine, Plan
+from cast.training.groups import grouped_otherwise_before
 from cast.training.progress import Progress, Step
 from cast.video.annotations import Sample
 
@@ -39,9 +40,9 @@ class Recipe:
         batch_size: samples of an optimizer step, over all processes; an incomplete last batch is left out.
         lr: peak learning rate; it rises over `warmup` epochs, then falls to 0 as a half cosine.
         warmup: epochs (paper: 5).
-        weight_decay: on matrices; vectors (biases, norms) and position tables have none.
-        layer_decay: block i of L trains at lr * layer_decay ** (L - i), embeddings one step slower, all else at lr
-            (paper: 0.75, in the ablations 0.8).
+        weight_decay: on matrices; vectors (biases, norms) and position tables (but CLIP's own) have none.
+        layer_decay: block i of L trains at lr * layer_decay ** (L - i), what comes before block 0 one step slower, all
+            else at lr (paper: 0.75, in the ablations 0.8).
         label_smoothing: of the cross-entropy (paper: 0.1); the heads' losses are added with equal weight.
         seed: of the batches' order and of PyTorch's generators.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch.
@@ -154,7 +155,8 @@ def train(
         seed=recipe.seed,
         checkpoint_every=recipe.checkpoint_every,
     )
-    identity = {"recipe": asdict(recipe), "samples": len(clips), "model": fingerprint(model)}
+    rules = changed_rules(groups=grouped_otherwise_before(model, recipe.weight_decay, recipe.layer_decay))
+    identity = {"recipe": asdict(recipe), "samples": len(clips), "model": fingerprint(model), **rules}
     source = _Shuffled(clips, recipe, accelerator.process_index, accelerator.num_processes)
     checkpoints = Checkpoints(directory, accelerator, identity, model)
     engine = Engine(model, source, plan, accelerator, checkpoints, criterion=criterion)

@@ -12,6 +12,7 @@ is cut out before it is normalised and resized after: the same numbers, as resiz
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -25,6 +26,11 @@ from cast.video.transforms import MEAN, STD
 
 Box = tuple[int, int, int, int]
 
+#: Random erasing as in the published code: share of the area, logarithm of height over width, tries until a box fits.
+_ERASED_AREA, _ERASED_ASPECT, _ERASING_TRIES = (0.02, 1 / 3), (math.log(0.3), -math.log(0.3)), 100
+#: Sides of multi-scale crops that are nearer to the target than so many pixels become it.
+_SNAP = 3
+
 
 @dataclass(frozen=True)
 class AugmentSettings:
@@ -34,21 +40,25 @@ class AugmentSettings:
         scale: smallest and largest share of the picture's area that a crop takes.
         ratio: smallest and largest width over height of a crop.
         multiscale: VideoMAE's crop for pre-training instead of the two above: width and height are neighbours in this
-            list of shares of the shorter side, at one of 13 fixed places; empty for random resized crops.
+            list of shares of the shorter side (`size` itself if nearer than 3 pixels), at one of 13 fixed places; empty
+            for random resized crops.
         flip: probability of mirroring left and right. Off by default: never for Something-Something V2, nor
             wherever direction is part of the label.
         randaugment: in timm's notation, such as "rand-m7-n4-mstd0.5-inc1" (published code) or
             "rand-m9-mstd0.5-inc1" (the paper's "(9, 0.5)"); null for none.
         color_jitter: brightness, contrast and saturation change by a factor from 1 - x to 1 + x (paper: 0.4;
             published code: none).
-        erasing: probability of replacing a rectangle by noise.
+        erasing: probability of replacing a rectangle by noise: 2 % to a third of the clip's area, height over width
+            0.3 to 1 / 0.3.
         mixup: alpha of mixup's Beta distribution; 0 for none.
         cutmix: alpha of CutMix; 0 for none.
         mix_probability: how many of the batches are mixed.
         mix_switch: with both, how many of the mixed batches get CutMix.
         mix_mode: "batch" draws once per batch, "elem" once per clip.
         smoothing: of the labels, whether mixed or not.
-        repeats: clips made of one decoded video, next to each other in the batch (repeated augmentation).
+        repeats: clips made of one decoded video, next to each other in the batch (repeated augmentation). Batches
+            count clips, so an epoch has that many times the steps; the published loop has that many times the clips in
+            a step instead, see docs/training.md.
         on: where clips are augmented: in the loader's processes ("cpu"), or by `Batch.to` on the training device.
     """
 
@@ -114,18 +124,18 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
         width: of the stored frames.
         rng: source of all randomness; the same state gives the same plan. PyTorch's generators stay as they are.
     """
-    crops, erasing, jittering = _transforms(settings, size)
+    crops, jittering = _transforms(settings, size)
     operations = RandAugment.parse(settings.randaugment).draw(rng) if settings.randaugment else ()
     flip = bool(rng.random() < settings.flip)
     with torch.random.fork_rng(devices=()):
         # torchvision draws from this generator; torch.manual_seed would also look for GPUs.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         if settings.multiscale:
-            box = _multiscale(settings.multiscale, height, width, rng)
+            box = _multiscale(settings.multiscale, size, height, width, rng)
         else:
             crop = crops.make_params([_blank(height, width)])
             box = (crop["top"], crop["left"], crop["height"], crop["width"])
-        erase = erasing.make_params([_blank(size, size)]) if rng.random() < settings.erasing else None
+        erase = _erased(size, rng) if rng.random() < settings.erasing else None
         jitter: tuple[tuple[str, float], ...] = ()
         if settings.color_jitter:
             drawn = jittering.make_params([])
@@ -135,18 +145,33 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
         flip=flip,
         operations=operations,
         jitter=jitter,
-        erase=None if erase is None else (erase["i"], erase["j"], erase["h"], erase["w"]),
+        erase=erase,
         noise=int(rng.integers(2**63)),
     )
 
 
-def _multiscale(shares: tuple[float, ...], height: int, width: int, rng: np.random.Generator) -> Box:
+def _erased(size: int, rng: np.random.Generator) -> Box | None:
+    """A box inside a picture of `size` x `size`, by the published limits; None if a hundred tries made none that fits.
+
+    torchvision's own erasing makes ten tries, and its result for none is the whole picture.
+    """
+    for _ in range(_ERASING_TRIES):
+        area = size * size * rng.uniform(*_ERASED_AREA)
+        aspect = math.exp(rng.uniform(*_ERASED_ASPECT))  # height over width
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < size and width < size:
+            return int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1)), height, width
+    return None
+
+
+def _multiscale(shares: tuple[float, ...], size: int, height: int, width: int, rng: np.random.Generator) -> Box:
     """A crop of VideoMAE's pre-training: two neighbouring sizes, on a grid of quarters of the room that is left.
 
     The published code takes 13 of the grid's 25 points: corners, middles of the edges, centre, and the four between
     centre and corners.
     """
     sides = [int(min(height, width) * share) for share in shares]
+    sides = [size if abs(side - size) < _SNAP else side for side in sides]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     high, wide = pairs[int(rng.integers(len(pairs)))]
     places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]
@@ -188,13 +213,13 @@ def _noise(plan: Plan, video: Tensor) -> Tensor:
 
 
 @cache
-def _transforms(settings: AugmentSettings, size: int) -> tuple[Any, Any, Any]:
-    """torchvision's random crop, erasing and colour jitter, for their draws."""
+def _transforms(settings: AugmentSettings, size: int) -> tuple[Any, Any]:
+    """torchvision's random crop and colour jitter, for their draws."""
     from torchvision.transforms import v2
 
     amount = settings.color_jitter
     crops = v2.RandomResizedCrop(size, tuple(settings.scale), tuple(settings.ratio))
-    return crops, v2.RandomErasing(p=1.0, value=0), v2.ColorJitter(amount, amount, amount)
+    return crops, v2.ColorJitter(amount, amount, amount)
 
 
 def _blank(height: int, width: int) -> Tensor:

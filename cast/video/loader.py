@@ -22,7 +22,7 @@ from cast.video.annotations import Sample
 from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
-from cast.video.sampling import train_indices, view_indices
+from cast.video.sampling import Choose, train_indices, view_indices
 from cast.video.skips import how_to_skip
 from cast.video.transforms import to_clip, view_transform
 from cast.video.workers import WorkerDied, WorkerError, context, items
@@ -90,6 +90,7 @@ class ClipLoader:
         world: number of processes.
         planned: videos that a training epoch is made for, if it began with more than there are now: it keeps its
             length, and where those left don't fill it, the first of its order come a second time.
+        choose: which frames a training clip takes; worker processes get it, so it must pickle.
 
     Raises:
         ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not there.
@@ -105,6 +106,7 @@ class ClipLoader:
         rank: int = 0,
         world: int = 1,
         planned: int | None = None,
+        choose: Choose = train_indices,
     ) -> None:
         repeats = settings.augment.repeats if train else 1
         if batch_size < 1 or batch_size % repeats:
@@ -119,7 +121,7 @@ class ClipLoader:
             )
         self.settings, self.batch_size, self.train, self.seed = settings, batch_size, train, seed
         self.rank, self.world, self.repeats = rank, world, repeats
-        self._clips = _Clips(samples, settings, train, seed)
+        self._clips = _Clips(samples, settings, train, seed, choose)
         self._videos = planned if train and planned else len(samples)  # of an epoch
         self._per_step = batch_size // repeats * world  # videos of a global batch
         if train and len(samples) < self._per_step:
@@ -220,8 +222,10 @@ class _Clips(Dataset[_Made | VideoError]):
     ends up with a copy of a list of hundreds of thousands.
     """
 
-    def __init__(self, samples: Sequence[Sample], settings: DataSettings, train: bool, seed: int) -> None:
-        self.settings, self.train, self.seed = settings, train, seed
+    def __init__(
+        self, samples: Sequence[Sample], settings: DataSettings, train: bool, seed: int, choose: Choose
+    ) -> None:
+        self.settings, self.train, self.seed, self.choose = settings, train, seed, choose
         self.decoder = decoder(settings.decoder)
         encoded = [str(sample.path).encode("utf-8", "surrogateescape") for sample in samples]
         self._ends = np.cumsum([0, *map(len, encoded)])
@@ -270,7 +274,7 @@ class _Clips(Dataset[_Made | VideoError]):
         try:
             length = self.decoder.frame_count(path, threads=1)
             if self.train:
-                indices = train_indices(length, rng, sampling, count)
+                indices = self.choose(length, rng, sampling, count)
             else:
                 indices = view_indices(length, 0, 1, sampling, count)
             return self.decoder.read(path, indices, threads=1), rng

@@ -47,7 +47,8 @@ def train_transform(
 def view_transform(size: int = 224, crop: int = 0, crops: int = 1, normalise: bool = True) -> Transform:
     """The shorter side resized to `size`, then one of `crops` square crops along the longer side.
 
-    One crop is the centre; three are left, centre, right (or top, centre, bottom), the published test protocol.
+    One crop is the centre; three are left, centre, right (or top, centre, bottom), the published test protocol. As
+    published, half a pixel goes to the even side for one crop, and is cut off for several.
 
     Args:
         size: side of the result in pixels.
@@ -59,22 +60,25 @@ def view_transform(size: int = 224, crop: int = 0, crops: int = 1, normalise: bo
 
     if crops < 1 or not 0 <= crop < crops:
         raise ValueError(f"crop is {crop} of {crops} crops; it must be from 0 to crops - 1")
-    share = crop / (crops - 1) if crops > 1 else 0.5
     # The published protocol resizes without antialiasing, so the experts' figures hold for that.
-    steps: list[Callable] = [v2.Resize(size, antialias=False), _Cut(size, share)]
+    steps: list[Callable] = [v2.Resize(size, antialias=False), _Cut(size, crop, crops)]
     return v2.Compose(steps + _normalisation(normalise))
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """A square of side `size`, at `share` (0 to 1) of the way along whichever side is longer."""
+    """A square of side `size` along whichever side is longer: number `crop` of `crops`, or the centre."""
 
     size: int
-    share: float
+    crop: int
+    crops: int
 
     def __call__(self, video: Tensor) -> Tensor:
-        top, left = (int(self.share * (side - self.size)) for side in video.shape[-2:])
+        top, left = (self._offset(side - self.size) for side in video.shape[-2:])
         return video[..., top : top + self.size, left : left + self.size]
+
+    def _offset(self, room: int) -> int:
+        return round(room / 2) if self.crops == 1 else room * self.crop // (self.crops - 1)
 
 
 def _normalisation(normalise: bool) -> list[Callable]:
