@@ -111,7 +111,7 @@ class ClipLoader:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1 and a multiple of repeats = {repeats}")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of {world} processes; it must be from 0 to world - 1")
-        missing = [str(sample.path) for sample in samples if not os.path.isfile(sample.path)]
+        missing = [str(sample.path) for sample in samples if not os.path.exists(sample.path)]
         if not samples or missing:
             raise ValueError(
                 f"{len(missing)} of {len(samples)} videos are missing: "
