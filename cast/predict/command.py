@@ -30,7 +30,8 @@ def main(
     """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
 
     Args:
-        video: a video file or a folder of its frames; a folder of videos; a camera, an address or "-" for standard input.
+        video: a video file or a folder of its frames; a folder of videos; a camera, an address or "-" for
+            standard input.
         checkpoint: see :class:`Predictor`.
         top: guesses per head.
         as_json: for one video JSON instead of a table; the others are JSON lines anyway.

@@ -241,8 +241,8 @@ def check_once(annotations: PathLike, samples: Sequence[Sample]) -> None:
         more = f", and {len(again) - 1} more lines do the like" if len(again) > 1 else ""
         raise ValueError(
             f"{os.fspath(annotations)}:{again[0].line}: names {again[0].path.name} again, with {how} line {other.line}"
-            f"{more}: a line stands for a whole video, so remove all but one. Segments of a video are cut into files of "
-            "their own first, as EPIC-Kitchens' <narration_id>.mp4"
+            f"{more}: a line stands for a whole video, so remove all but one. Segments of a video are cut into files "
+            "of their own first, as EPIC-Kitchens' <narration_id>.mp4"
         )
 
 

@@ -150,8 +150,11 @@ class ClipLoader:
             return
         done, deaths = 0, 0
         while done < len(keys):
+            # Of a worker that dies, finished batches may be lost on their way. So the next batch is made alone: when
+            # a worker dies again, it died of that one.
+            ahead = keys[done : done + 1] if deaths else keys[done:]
             try:
-                for made in self._workers(keys[done:]):
+                for made in self._workers(ahead):
                     yield _batch(made)
                     done, deaths = done + 1, 0
             except WorkerDied as death:
@@ -178,7 +181,7 @@ class ClipLoader:
             batch_size=None,
             sampler=keys,
             collate_fn=_as_it_is,
-            num_workers=self.settings.workers,
+            num_workers=min(self.settings.workers, len(keys)),
             prefetch_factor=AHEAD,
             pin_memory=torch.cuda.is_available(),
         )
