@@ -185,6 +185,16 @@ def test_a_quote_left_open_is_named(text: str, message: str, tmp_path: Path) -> 
         read_table(write(tmp_path, text))
 
 
+@pytest.mark.parametrize("path", ["video_id", "path", "narration_id"])
+def test_segments_are_not_taken_for_whole_videos(path: str, tmp_path: Path) -> None:
+    file = write(tmp_path, f"{path},start_frame,stop_frame,label\nP01_01,12,90,0\n")
+    if path != "video_id":
+        assert read_table(file).rows == ((2, "P01_01", {"action": "0"}),)
+        return
+    with pytest.raises(ValueError, match=r"train\.csv: its lines are segments \(start_frame\) of the videos that"):
+        read_table(file)
+
+
 def test_text_in_another_encoding_is_refused_with_the_cure(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes("Töpfe.mp4 1\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"not a text file in UTF-8 .*; save it as one"):

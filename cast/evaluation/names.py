@@ -34,8 +34,7 @@ def agree(own: Classes, videos: VideoSet, samples: Sequence[Sample]) -> tuple[Cl
     places: dict[str, list[int]] = {}
     for head, theirs in videos.classes.items():
         ours = list(own[head])
-        unnamed = [str(index) for index in range(len(ours))]
-        numbered = list(theirs) == unnamed[: len(theirs)]
+        unnamed, numbered = _numbers(len(ours)), list(theirs) == _numbers(len(theirs))
         if ours == unnamed and not numbered and len(theirs) == len(ours):
             ours = list(theirs)
         stated = videos.settings.classes
@@ -49,6 +48,10 @@ def agree(own: Classes, videos: VideoSet, samples: Sequence[Sample]) -> tuple[Cl
         replace(sample, labels={head: places[head][label] for head, label in sample.labels.items()})
         for sample in samples
     ]
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(index) for index in range(count)]
 
 
 def _other_number(head: str, ours: int, theirs: int) -> str:

@@ -53,6 +53,9 @@ COLUMNS = {
     "action": ("label", "action", "class", "category"),
 }
 
+#: Columns that make EPIC-Kitchens' lines segments of a longer video.
+_SEGMENT = ("start_frame", "stop_frame", "start_timestamp", "stop_timestamp")
+
 #: What parts the words of a line and may surround them. Other white space of Unicode's may be part of a name.
 _BLANKS = " \t"
 _LAST_WORD = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
@@ -322,6 +325,12 @@ def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None, 
     reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     titles = [title.strip() for title in next(reader, [])]
     places = _columns(where, titles, columns or {}, labelled)
+    segment = next((title for title in _SEGMENT if title in titles), None)
+    if segment and titles[places["path"]] == "video_id":
+        raise ValueError(
+            f"{where}: its lines are segments ({segment}) of the videos that video_id names, but they are read whole: "
+            "cut each segment into a file or a folder of its own, and name that in a column narration_id or path"
+        )
     heads = tuple(role for role in places if role != "path")
     rows = []
     for cells in _rows(where, reader):
