@@ -47,12 +47,12 @@ class DataSettings:
 
     Args:
         root: directory of the data set; every other path is relative to it.
-        layout: of the annotation files: "compositional" (`video_id,verb,noun`), "single" (`name.mp4 label`), or
-            "csv" (with a header).
+        layout: of the annotation files: "compositional" (`video_id,verb,noun`), "single" (`name.mp4 label`, or of
+            folders of frames `name pictures label`), or "csv" (with a header).
         train: annotation file of the training videos; null if there is none.
         val: of the validation videos.
         test: of the test videos.
-        videos: directory of the files; "{split}" in it stands for train, val or test.
+        videos: directory of the files or folders of frames; "{split}" in it stands for train, val or test.
         classes: how many classes each head has, or the file with their names: {"verb": 97, "noun": "nouns.csv"}; one
             file name for all heads; null to take them from the annotations. With a number or null, names come from
             the files that data sets publish, where one lies in `root`; it must have that number of them.
