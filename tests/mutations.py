@@ -164,7 +164,7 @@ FAULTS = [
           (WORDS, "(rounded_bf16(low) >> 16) | rounded_bf16(high)", "(rounded_bf16(high) >> 16) | rounded_bf16(low)")),
     fault("lists parted at what Unicode calls a line", "tests/test_video_annotations.py -k line_feeds",
           ("cast/files.py", 'text.removesuffix("\\n").split("\\n")', "text.splitlines()")),
-    fault("a video listed twice", "tests/test_video_check.py -k names_a_video_twice",
+    fault("a video listed twice", "tests/test_video_check.py -k evaluate",
           ("cast/video/datasets.py", "            check_once(self.annotations(split), samples)\n", "")),
     fault("quotes kept in names", "tests/test_video_annotations.py -k quotes_lose",
           (LISTS, "return name[1:-1].replace(mark * 2, mark)", "return name")),
