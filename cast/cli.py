@@ -40,7 +40,8 @@ def predict(
     can't be read are named, and the exit code is then 1.
 
     Args:
-        video: any file that FFmpeg reads; a folder; a camera such as /dev/video0, an address, or - for a pipe
+        video: any file that FFmpeg reads, or a folder of its frames; a folder of videos; a camera such as /dev/video0,
+            an address, or - for a pipe
         checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
             the Hub
         top: how many guesses to show

@@ -29,7 +29,7 @@ from cast.layers import (
     sincos_table,
 )
 from cast.weights.assign import assign
-from cast.weights.clip import read_clip
+from cast.weights.clip import fit_positions, read_clip
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
 
@@ -117,6 +117,8 @@ class SpatialExpert(_Expert):
     def load(self, source: Source, trust_pickle: bool = False) -> SpatialExpert:
         """Take CLIP's weights: OpenAI's TorchScript archive, or open_clip, timm, transformers, SpatialExpert layout.
 
+        Positions of another image size are interpolated.
+
         Args:
             source: path, state dict or module.
             trust_pickle: whether a torch file may run code while it loads; never needed for TorchScript archives.
@@ -125,7 +127,8 @@ class SpatialExpert(_Expert):
             ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file.
         """
         target = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("heads.")}
-        assign("CLIP checkpoint", target, *read_clip(source, trust_pickle))
+        given, unknown = read_clip(source, trust_pickle)
+        assign("CLIP checkpoint", target, fit_positions(given, len(self.positional_embedding)), unknown)
         return self
 
     def embed(self, x: Tensor) -> Tensor:
@@ -175,7 +178,9 @@ class TemporalExpert(_Expert):
         init_linears(self)
 
     def load(self, source: Source, trust_pickle: bool = False) -> TemporalExpert:
-        """Take VideoMAE's weights: official (pre-trained or fine-tuned), transformers or TemporalExpert layout.
+        """Take VideoMAE's weights: official (pre-trained or fine-tuned), MMAction2, transformers, TemporalExpert.
+
+        Positions are a formula of the model's own number of tokens, so weights of another image size fit.
 
         Args:
             source: path, state dict or module.

@@ -1,4 +1,4 @@
-"""Reading YAML and JSON, and writing whole files or none."""
+"""Reading lines, YAML and JSON, and writing whole files or none."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, parted at line feeds alone, as Python's files are.
+
+    `str.splitlines` also parts at a vertical tab, U+0085, U+2028 and others, which names of files and classes may hold.
+    """
+    return text.removesuffix("\n").split("\n")
+
+
 def parse_yaml(text: str) -> Any:
     """The content of a YAML document.
 
@@ -39,7 +47,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is no JSON, or no text in UTF-8; the message names the file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors put a byte order mark in front
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
 

@@ -17,7 +17,7 @@ from cast.hub import Shared
 from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames, sincos_table
 from cast.sampling import Sampling
 from cast.weights.assign import assign, check
-from cast.weights.clip import read_clip
+from cast.weights.clip import fit_positions, read_clip
 from cast.weights.official import infer_config, read_official
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
@@ -153,8 +153,9 @@ class CAST(nn.Module, Shared):
 
         Args:
             clip: CLIP's image tower: OpenAI's TorchScript archive, or open_clip, timm, transformers or
-                SpatialExpert layout. QuickGELU is assumed, as OpenAI trained it.
-            videomae: VideoMAE: official layout (pre-trained or fine-tuned), transformers or TemporalExpert.
+                SpatialExpert layout. QuickGELU is assumed, as OpenAI trained it. Positions of another image size are
+                interpolated.
+            videomae: VideoMAE: official layout (pre-trained or fine-tuned), MMAction2, transformers or TemporalExpert.
             trust_pickle: whether a torch file may run code while it loads; never needed for TorchScript archives.
 
         Raises:
@@ -165,6 +166,7 @@ class CAST(nn.Module, Shared):
         loads: list[tuple[str, dict[str, Tensor], dict[str, Tensor], list[str]]] = []
         if clip is not None:
             given, unknown = read_clip(clip, trust_pickle)
+            given = fit_positions(given, len(self.clip_positional_embedding))
             target = {theirs: own[ours] for theirs, ours in _clip_keys(own).items()}
             loads.append(("CLIP checkpoint", target, given, unknown))
         if videomae is not None:

@@ -53,6 +53,7 @@ FFN, FFN_BACKWARD, WORDS = "csrc/cpu/ffn_forward.h", "csrc/cpu/ffn_backward.h", 
 SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attention_backward.h"
 PUBLISHED, PUBLISHED_TRAINING = "tests/test_published.py", "tests/test_published_training.py"
 SAMPLING, AUGMENT, GROUPS = "cast/video/sampling.py", "cast/video/augment.py", "cast/training/groups.py"
+LISTS, FOLDERS, FOLDERS_TEST = "cast/video/annotations.py", "cast/video/folders.py", "tests/test_video_folders.py"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -192,6 +193,33 @@ FAULTS = [
           ("cast/pretrain/model.py", "for part in (self.encoder, self.decoder):", "for part in (self,):")),
     fault("a changed rule that leaves no mark", "tests/test_training_session.py",
           ("cast/training/session.py", 'dense=data.sampling == "dense",', "")),
+    fault("lists parted at what Unicode calls a line", "tests/test_video_annotations.py -k line_feeds",
+          ("cast/files.py", 'text.removesuffix("\\n").split("\\n")', "text.splitlines()")),
+    fault("a video listed twice", "tests/test_video_check.py -k evaluate",
+          ("cast/video/datasets.py", "            check_once(self.annotations(split), samples)\n", "")),
+    fault("quotes kept in names", "tests/test_video_annotations.py -k quotes_lose",
+          (LISTS, "return name[1:-1].replace(mark * 2, mark)", "return name")),
+    fault("any dot taken for an ending", "tests/test_video_annotations.py -k gets_mp4",
+          (LISTS, "path.suffix.lower() in VIDEO_ENDINGS:", "path.suffix:")),
+    fault("a number of pictures taken for a part of the name", "tests/test_video_annotations.py -k how_many_pictures",
+          (LISTS, "if counted and _is_index(counted[2]):", "if False:")),
+    fault("a gap in a folder of frames closed up", FOLDERS_TEST,
+          (FOLDERS, "if missing := found.count - len(values):", "if missing := 0:")),
+    fault("a folder of frames from any number on", FOLDERS_TEST, (FOLDERS, "if first > 1:", "if False:")),
+    fault("pictures not turned upright", FOLDERS_TEST,
+          (FOLDERS, 'ImageOps.exif_transpose(picture).convert("RGB")', 'picture.convert("RGB")')),
+    fault("PNG's checksums not read", FOLDERS_TEST, (FOLDERS, "picture.verify()", "pass")),
+    fault("transparent pixels shown", FOLDERS_TEST, (FOLDERS, "getextrema()[3][0] < 255", "getextrema()[3][0] < 0")),
+    fault("labels of a test set in the data set's order", "tests/test_evaluation_names.py",
+          ("cast/evaluation/names.py", "places[head][label] for head", "label for head")),
+    fault("CLIP's position table taken by rows", "tests/test_weights_elsewhere.py -k positions",
+          ("cast/weights/clip.py", "(0, (old, old)).movedim(-1, 0)", "(0, (old, old)).permute(2, 1, 0)")),
+    fault("a learned table taken for VideoMAE's", "tests/test_weights_elsewhere.py -k mmaction",
+          ("cast/weights/videomae.py", "_ROUNDING = 1e-3", "_ROUNDING = 1e3")),
+    fault("the average preferred to the weights", "tests/test_weights_elsewhere.py -k average",
+          ("cast/weights/source.py", "    if weights:\n        return _open_containers(weights[1])\n", "")),
+    fault("a lost batch taken for the one that kills", "tests/test_video_loader.py -k lost_with_it",
+          ("cast/video/loader.py", "keys[done : done + 1] if deaths else keys[done:]", "keys[done:]")),
 ]  # fmt: skip
 
 

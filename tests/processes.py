@@ -6,6 +6,7 @@ They are real processes, killed and joined like any other; what they inherit has
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -36,12 +37,21 @@ def started(
         process.join()
 
 
+def free_port() -> int:
+    """A port where nobody listens, not among those that the system gives to outgoing connections (Linux: from 32768).
+
+    So no connection of another program takes it between this call and the use.
+    """
+    while True:
+        port = secrets.randbelow(12768) + 20000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
 def together(target: Callable[..., Any], *arguments: Any, processes: int, logs: Path, timeout: float = 300) -> None:
     """`target` in so many processes, which find each other as under torchrun; each must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     ranks = []
     try:
         for rank in range(processes):

@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast.labels": ("cast.files",),
     "cast.sampling": ("cast.files",),
     "cast.hub": ("cast.config", "cast.files", "cast.labels", "cast.sampling", "cast.weights"),
-    "cast.weights": ("cast_kernels", "cast.config", "cast.weights"),
+    "cast.weights": ("cast_kernels", "cast.config", "cast.layers", "cast.weights"),
     "cast.model": (
         "cast_kernels",
         "cast.config",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bcast_cases import Case
+from processes import free_port
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,11 +78,8 @@ def distances(mode: str, backend: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, dict[str, float]]]:
     """What each of two processes found: mode and backend -> distances."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     here = Path(__file__).parent
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
     ranks = [
         subprocess.Popen(

@@ -28,11 +28,8 @@ from cast.evaluation.cost import model_cost
 from cast.evaluation.inference import Cost, _together, sample_names
 from cast.evaluation.parts import Parts
 from cast.evaluation.protocol import normalise
-from cast.evaluation.run import _class_names
-from cast.labels import numbers
 from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
-from cast.video.datasets import open_dataset
 from cast.video.reader import VideoError
 from cast.video.workers import WorkerError
 
@@ -380,36 +377,9 @@ def test_a_challenge_without_labels_gets_its_submission_and_no_figures(
     assert not (tmp_path / "again").exists()
 
 
-def test_class_names_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Class 0 of the labels would be another class than class 0 of the answers."""
-    root = write_dataset(tmp_path / "data", 1)
-    (root / "classes.json").write_text(json.dumps(CLASSES | {"noun": sorted(CLASSES["noun"])}))
-    model = small_cast()
-    model.labels = CLASSES
-    model.save_pretrained(tmp_path / "model")
-    assert command(["evaluate", str(tmp_path / "model"), str(root), "--out", str(tmp_path / "out")]) == 1
-    assert "call the classes of 'noun' otherwise: class 0 is 'door', not '<b>onion</b>'" in capsys.readouterr().err
-
-
-def test_names_are_preferred_to_numbers(tmp_path: Path) -> None:
-    videos = open_dataset(write_dataset(tmp_path / "data", 1))
-    assert _class_names(numbers(COUNTS), videos, COUNTS) == CLASSES == _class_names(None, videos, COUNTS)
-    (tmp_path / "data" / "classes.json").write_text(json.dumps(numbers(COUNTS)))
-    assert _class_names(CLASSES, open_dataset(tmp_path / "data"), COUNTS) == CLASSES
-
-
 def test_a_report_does_not_make_up_how_a_file_was_made(
     root: Path, straight: Predictions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_predictions(tmp_path / "foreign.jsonl", replace(straight, about={}))
     assert command(["evaluate", str(tmp_path / "foreign.jsonl"), str(root), "--out", str(tmp_path / "out")]) == 1
     assert "does not say how the test was made" in capsys.readouterr().err
-
-
-def test_class_counts_must_agree(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = write_dataset(tmp_path / "data", 1)
-    (root / "classes.json").write_text(json.dumps(CLASSES | {"noun": ["door", "tap"]}))
-    assert command(["evaluate", str(checkpoint), str(root), "--out", str(tmp_path / "out")]) == 1
-    assert f"the checkpoint's heads have {COUNTS}" in capsys.readouterr().err.replace(
-        "'noun': 5, 'verb': 6", "'verb': 6, 'noun': 5"
-    )

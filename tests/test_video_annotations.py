@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cast.video.annotations import Sample, read_compositional, read_single
+from cast.video.annotations import Sample, guess_layout, read_compositional, read_single, read_table
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -94,3 +94,108 @@ def test_files_that_are_no_annotations(tmp_path: Path) -> None:
     (tmp_path / "video.mp4").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ValueError, match="not a text file"):
         read_single(tmp_path / "video.mp4", "videos")
+
+
+#: What str.splitlines and str.split take for separators, and a name may hold.
+ODD = "a\u2028b\x85c\x0bd\x1ce\u00a0f"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_at_line_feeds_alone(end: str, tmp_path: Path) -> None:
+    path = write(tmp_path, f"\ufeff{ODD}.mp4\t 1  {end}{end}{ODD}\x85.mp4 2{end}")
+    assert [(s.path.name, s.labels["action"], s.line) for s in read_single(path, "")] == [
+        (f"{ODD}.mp4", 1, 1),
+        (f"{ODD}\x85.mp4", 2, 3),
+    ]
+    path = write(tmp_path, f"\ufeff{ODD},1,2 {end}{ODD}\u2028 , 3,4{end}")
+    assert [s.path.name for s in read_compositional(path, "")] == [f"{ODD}.mp4", f"{ODD}\u2028.mp4"]
+    path = write(tmp_path, f"\ufeffvideo,label{end}{ODD}.mp4 ,{ODD}{end}b,x{end}")
+    assert read_table(path).rows == ((2, f"{ODD}.mp4", {"action": ODD}), (3, "b", {"action": "x"}))
+    assert read_single(write(tmp_path, f"{ODD}.mp4{end}"), "", labelled=False)[0].path.name == f"{ODD}.mp4"
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ('"my clip.mp4" 7', "my clip.mp4"),
+        ("'my clip.mp4'\t7", "my clip.mp4"),
+        ('" a ""b"" .mp4"  7', ' a "b" .mp4'),
+        ('say "hello".mp4 7', 'say "hello".mp4'),
+        ('"clip 163" 7', "clip 163.mp4"),
+        ("it's.mp4 7", "it's.mp4"),
+    ],
+)
+def test_names_in_quotes_lose_them(line: str, name: str, tmp_path: Path) -> None:
+    assert read_single(write(tmp_path, f"{line}\n"), "") == [Sample(Path(name), {"action": 7})]
+    bare = line.removesuffix("7").strip()
+    assert read_single(write(tmp_path, f"{bare}\n"), "", labelled=False) == [Sample(Path(name), {})]
+
+
+def test_names_in_quotes_may_hold_the_separator(tmp_path: Path) -> None:
+    path = write(tmp_path, '"a, b",1,2\n c ,3,4\n')
+    assert [sample.path.name for sample in read_compositional(path, "")] == ["a, b.mp4", "c.mp4"]
+    path = write(tmp_path, '"a, b"\n')
+    assert [sample.path.name for sample in read_compositional(path, "", labelled=False)] == ["a, b.mp4"]
+
+
+NAMES = {"Cook.Cut_p02": "Cook.Cut_p02.mp4", "v1.0": "v1.0.mp4", "a.mp4": "a.mp4", "A.WebM": "A.WebM", "b": "b.mp4"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_without_a_video_s_ending_gets_mp4(name: str, tmp_path: Path) -> None:
+    expected = tmp_path / NAMES[name]
+    compositional, single = write(tmp_path, f"{name},1,2\n"), tmp_path / "single.csv"
+    single.write_text(f"{name} 1\n")
+    table = tmp_path / "table.csv"
+    table.write_text(f"video,label\n{name},x\n")
+    names = {"action": ["x"]}
+    readers = (
+        lambda: read_compositional(compositional, tmp_path),
+        lambda: read_single(single, tmp_path),
+        lambda: read_table(table).samples(tmp_path, names),
+    )
+    assert {read()[0].path for read in readers} == {expected}
+    if name != NAMES[name]:
+        (tmp_path / name).touch()  # what really lies there under that very name
+        assert {read()[0].path for read in readers} == {tmp_path / name}
+        expected.touch()
+        assert {read()[0].path for read in readers} == {expected}
+
+
+def test_a_list_of_frame_folders_says_how_many_pictures_there_are(tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "my clip").mkdir()
+    path = write(tmp_path, 'v1 163 1\n"my clip" 12 0\nmy clip 12 0\nv2.mp4 4\n')
+    read = [(s.path.relative_to(tmp_path), s.pictures, s.labels["action"]) for s in read_single(path, tmp_path)]
+    mine = (Path("my clip"), 12, 0)
+    assert read == [(Path("v1"), 163, 1), mine, mine, (Path("v2.mp4"), None, 4)]
+    assert guess_layout(path.read_text()) == "single"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('video,label\na.mp4,"wave\nb.mp4,clap\n', r"train\.csv:3: a cell has several lines; is a quote"),
+        ('video,label\n"a.mp4,wave\nb.mp4,clap\n', r"train\.csv:3: has 1 cells, the header 2"),
+        ('video,label\n"' + "a.mp4,wave\n" * 20000, r"train\.csv:\d+: no CSV from here on .* is a quote left open"),
+    ],
+)
+def test_a_quote_left_open_is_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_table(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", ["video_id", "path", "narration_id"])
+def test_segments_are_not_taken_for_whole_videos(path: str, tmp_path: Path) -> None:
+    file = write(tmp_path, f"{path},start_frame,stop_frame,label\nP01_01,12,90,0\n")
+    if path != "video_id":
+        assert read_table(file).rows == ((2, "P01_01", {"action": "0"}),)
+        return
+    with pytest.raises(ValueError, match=r"train\.csv: its lines are segments \(start_frame\) of the videos that"):
+        read_table(file)
+
+
+def test_text_in_another_encoding_is_refused_with_the_cure(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes("Töpfe.mp4 1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"not a text file in UTF-8 .*; save it as one"):
+        read_single(tmp_path / "train.csv", "")

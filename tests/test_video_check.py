@@ -10,6 +10,7 @@ import pytest
 from deadly_probe import DeadlyProbe
 from video_files import write_video
 
+import cast
 from cast.cli import main
 from cast.video.check import find_faults
 from cast.video.datasets import open_dataset
@@ -78,16 +79,46 @@ def test_classes_without_a_training_video_are_named(faulty: Path, capsys: pytest
 
 def test_videos_that_are_annotated_twice_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", count=30, size=(96, 128))
-    (tmp_path / "train.csv").write_text("a.mp4 0\n./a.mp4 0\na.mp4 1\n")
-    (tmp_path / "val.csv").write_text("a.mp4 0\n" * 7)
+    for number in range(6):
+        write_video(tmp_path / f"{number}.mp4", count=30, size=(96, 128))
+    (tmp_path / "train.csv").write_text("a.mp4 0\n" + "".join(f"{number}.mp4 1\n" for number in range(6)))
+    (tmp_path / "val.csv").write_text("./a.mp4 0\n" + "".join(f"{number}.mp4 0\n" for number in range(6)))
     train, val = tmp_path / "train.csv", tmp_path / "val.csv"
     assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert f"{train}:2: a.mp4 is in {train}:1 already, with the same labels" in told
-    assert f"{train}:3: a.mp4 is in {train}:1 already, with other labels" in told
-    assert f"{val}:5: a.mp4 is in {train}:1 already, with the same labels" in told
+    assert f"{val}:1: a.mp4 is in {train}:1 already, with the same labels" in told
+    assert f"{val}:3: 1.mp4 is in {train}:3 already, with other labels" in told
     assert f"... and 2 more in {val}" in told
-    assert sum("already" in line for line in told) == 7
+    assert sum("already" in line for line in told) == 5
+
+
+@pytest.mark.parametrize("command", ["check", "train", "evaluate"])
+@pytest.mark.parametrize("again", ["a.mp4 0", "./a.mp4 1"])
+def test_a_list_that_names_a_video_twice_is_refused(
+    again: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        write_video(tmp_path / f"{name}.mp4", count=30, size=(96, 128))
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text(f"a.mp4 0\n\nb.mp4 1\n{again}\n{again}\n")
+    cast.CAST("tiny", heads={"action": 2}).save_pretrained(tmp_path / "model")
+    data = [f"data.root={tmp_path}", "data.layout=single", "data.train=train.csv", "data.videos=."]
+    commands = {
+        "check": ["data", "check", str(tmp_path), "--workers", "1"],
+        "train": ["train", "k400", *data, f"out={tmp_path / 'run'}"],
+        "evaluate": ["evaluate", str(tmp_path / "model"), str(tmp_path), "--out", str(tmp_path / "out")],
+    }
+    assert main(commands[command]) == 1
+    error = capsys.readouterr().err
+    assert ".csv:4: names a.mp4 again, with " in error
+    assert ("the same labels as" if again == "a.mp4 0" else "other labels than") + " line 1, and 1 more" in error
+
+
+def test_many_segments_of_one_video_are_right_where_each_has_its_file(tmp_path: Path) -> None:
+    header = "narration_id,video_id,verb_class,noun_class\n"
+    (tmp_path / "train.csv").write_text(header + "P01_01_0,P01_01,0,0\nP01_01_1,P01_01,0,0\n")
+    (first, second) = open_dataset(tmp_path).samples("train")
+    assert (first.path.name, second.path.name) == ("P01_01_0.mp4", "P01_01_1.mp4")
 
 
 def test_processes_find_what_one_finds(faulty: Path) -> None:

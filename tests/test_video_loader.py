@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from log_messages import log_messages
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from video_files import numbers, write_video
 
 from cast.video import loader as loader_module
@@ -43,7 +44,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 @pytest.fixture
 def quick_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have DataLoader look for dead workers more often than every five seconds, to save the tests' time."""
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
 
 
 @pytest.fixture
@@ -191,10 +192,31 @@ def test_a_batch_that_kills_every_worker_is_named(
     samples: list[Sample], quick_polling: None, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     monkeypatch.setattr(loader_module, "decoder", lambda name: Deadly())
-    loader = make(samples, 2, train=False, workers=1)
+    batches, got = make(samples, 2, train=False, workers=1).batches(0), []
     with pytest.raises(WorkerError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
-        list(loader.batches(0))
-    assert len(messages) == 2
+        got += batches  # which keeps those before the error
+    assert_same(got, list(make(samples[:4], 2, train=False).batches(0)))
+    # Two at that batch before the error; more where a worker died before its earlier batches had arrived.
+    assert len(messages) >= 2
+    assert set(messages) == {"a data worker died (killed by SIGKILL); others take over, no clip is lost"}
+
+
+def test_the_batch_that_kills_is_told_from_those_that_are_lost_with_it(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    """A worker that dies of its third batch before the first two have arrived, each time."""
+
+    def lost(loader: Any) -> Iterator[Any]:
+        if any(5 in key.videos for key in loader.sampler):
+            raise WorkerDied("killed by SIGKILL")
+        yield from (loader.dataset[key] for key in loader.sampler)
+
+    monkeypatch.setattr(loader_module, "items", lost)
+    got: list[Batch] = []
+    with pytest.raises(WorkerError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
+        got += make(samples, 2, train=False, workers=1).batches(0)
+    assert [len(batch) for batch in got] == [2, 2]
+    assert len(messages) == 4
 
 
 def test_deaths_count_in_a_row_only(
@@ -207,8 +229,8 @@ def test_deaths_count_in_a_row_only(
             raise WorkerDied("killed by SIGKILL")
 
     monkeypatch.setattr(loader_module, "items", one_and_no_more)
-    assert_same(list(make(samples, 2).batches(0)), list(make(samples, 2, workers=1).batches(0)))
-    assert len(messages) == 4  # of five batches; three deaths in a row would be an error
+    assert_same(list(make(samples, 1).batches(0)), list(make(samples, 1, workers=1).batches(0)))
+    assert len(messages) == 5  # of eleven batches; three deaths in a row would be an error
 
 
 def test_a_validation_has_its_own_videos_whatever_a_training_began_with(samples: list[Sample]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.files import write_bytes, write_text
+from cast.files import text_lines, write_bytes, write_text
 from cast.optional import require
 
 PathLike = str | os.PathLike[str]
@@ -164,9 +164,7 @@ def read_predictions(path: PathLike) -> Predictions:
 
 
 def _from_jsonl(path: Path) -> Predictions:
-    # Not splitlines(), which also splits at separators that a name may hold.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    header, *records = [json.loads(line) for line in lines]
+    header, *records = [json.loads(line) for line in text_lines(path.read_text(encoding="utf-8-sig"))]
     _check_header(header)
     return from_records(records, header["classes"], header["about"])
 

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from cast.evaluation.checkpoint import PREDICTIONS, find_log
 from cast.evaluation.cost import ModelCost, model_cost
-from cast.evaluation.ensemble import load_models
+from cast.evaluation.ensemble import Loaded, load_models
 from cast.evaluation.inference import Cost, Run, evaluate, sample_names
+from cast.evaluation.names import Classes, agree
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
 from cast.evaluation.protocol import Protocol, choose_sampling
@@ -108,12 +109,15 @@ def main(
             f"{videos.skipped(options.split)}: a submission must answer every video, so mend these and run cast data "
             "check again, or evaluate without --sls"
         )
-    counts = {head: len(names) for head, names in videos.classes.items()}
-    subsets = read_subsets(videos.root, options.split, samples, counts)
     if len(checkpoints) == 1 and Path(checkpoints[0]).suffix in PREDICTIONS:
-        answered = _read_answers(Path(checkpoints[0]), samples)
+        answers = read_predictions(checkpoints[0])
+        samples, subsets = _fitted(answers.classes, videos, samples, options.split)[1:]
+        answered = _read_answers(Path(checkpoints[0]), answers, samples)
     else:
-        answered = _answers(checkpoints, videos, samples, out, options)
+        loaded = load_models(checkpoints, options.trust_pickle, options.sampling)
+        names = loaded.classes or numbers(loaded.config.classes)
+        classes, samples, subsets = _fitted(names, videos, samples, options.split)
+        answered = _answers(loaded, classes, videos, samples, out, options)
     if not join_processes().is_main_process:
         return {}
     predictions = replace(answered.predictions, subsets=subsets)
@@ -181,8 +185,19 @@ def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Lo
         return None, {"learning curves": f"left out: {error}"}
 
 
-def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
-    predictions = read_predictions(path)
+def _fitted(
+    own: Classes, videos: VideoSet, samples: Sequence[Sample], split: str
+) -> tuple[Classes, list[Sample], Mapping[str, Tensor]]:
+    """The model's class names, the samples with labels that count as it does, and the subsets of hard samples."""
+    counts = {head: len(names) for head, names in own.items()}
+    theirs = {head: len(names) for head, names in videos.classes.items()}
+    classes, fitted = agree(own, videos, samples)
+    # The organisers' numbers of rare classes are the data set's, if it knows all classes.
+    subsets = read_subsets(videos.root, split, samples if theirs == counts else fitted, counts if theirs else {})
+    return classes, fitted, subsets
+
+
+def _read_answers(path: Path, predictions: Predictions, samples: Sequence[Sample]) -> _Answered:
     names = sample_names(samples)
     if list(predictions.videos) != names:
         raise ValueError(
@@ -200,11 +215,9 @@ def _read_answers(path: Path, samples: Sequence[Sample]) -> _Answered:
 
 
 def _answers(
-    checkpoints: Sequence[PathLike], videos: VideoSet, samples: Sequence[Sample], out: Path, options: Options
+    loaded: Loaded, classes: Classes, videos: VideoSet, samples: Sequence[Sample], out: Path, options: Options
 ) -> _Answered:
-    loaded = load_models(checkpoints, options.trust_pickle, options.sampling)
     config = loaded.config
-    classes = _class_names(loaded.classes, videos, config.classes)
     sampling, why = choose_sampling(options.sampling, loaded.sampling, videos)
     protocol = Protocol(
         sampling, options.views, options.crops, config.num_frames, config.image_size, videos.settings.decoder
@@ -246,32 +259,6 @@ def _read_cost(directory: Path) -> Cost | None:
     """What the run that wrote a directory's predictions took; apart from them, for it differs from run to run."""
     path = directory / COST
     return Cost(**json.loads(path.read_text())) if path.is_file() else None
-
-
-def _class_names(
-    own: dict[str, list[str]] | None, videos: VideoSet, counts: Mapping[str, int]
-) -> Mapping[str, Sequence[str]]:
-    """The checkpoint's class names, or the data set's where it has numbers only; the latter may have no labels.
-
-    Raises:
-        ValueError: another number of classes, or other names: a label would then mean another class.
-    """
-    if not videos.classes:
-        return own or numbers(counts)
-    theirs = {head: len(names) for head, names in videos.classes.items()}
-    if theirs != dict(counts):
-        raise ValueError(f"the checkpoint's heads have {dict(counts)} classes and the data set's {theirs}")
-    unnamed, chosen = numbers(counts), {}
-    for head, names in videos.classes.items():
-        ours = own[head] if own else unnamed[head]
-        chosen[head] = names if ours == unnamed[head] else ours
-        wrong = [f"class {n} is {a!r}, not {b!r}" for n, (a, b) in enumerate(zip(ours, names, strict=True)) if a != b]
-        if wrong and unnamed[head] not in (ours, names):
-            raise ValueError(
-                f"the checkpoint's labels.json and the data set call the classes of {head!r} otherwise: "
-                f"{', '.join(wrong[:3])}; give the data set the class names of the training (data.classes)"
-            )
-    return chosen
 
 
 def _check_submission(counts: Mapping[str, int], levels: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ The organisers' annotations (github.com/epic-kitchens/epic-kitchens-100-annotati
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def _column(path: Path, name: str) -> list[str] | None:
     """A column's words; None without the file."""
     if not path.is_file():
         return None
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True))
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True))
     if not rows or name not in rows[0]:
         raise ValueError(f"{path}: must have a header with {name!r} and a line for each; take the organisers' file")
     return [row[name].strip() for row in rows]

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from cast.predict.guesses import Failure, PathLike, table
 from cast.predict.predictor import EVERY, WINDOW, Predictor
-from cast.video.reader import frame_count
+from cast.video.decoders import decoder
+from cast.video.folders import is_folder_of_frames
 from cast.video.sampling import Sampling
 from cast.video.stream import frames, is_live
 
@@ -29,7 +30,8 @@ def main(
     """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
 
     Args:
-        video: a video file; a folder; a camera, an address or "-" for standard input.
+        video: a video file or a folder of its frames; a folder of videos; a camera, an address or "-" for
+            standard input.
         checkpoint: see :class:`Predictor`.
         top: guesses per head.
         as_json: for one video JSON instead of a table; the others are JSON lines anyway.
@@ -45,9 +47,9 @@ def main(
             others are predicted before it is raised.
     """
     what = os.fspath(video)
-    live, folder = is_live(what), Path(what).is_dir()
+    live, folder = is_live(what), Path(what).is_dir() and not is_folder_of_frames(what)
     if not live and not folder:
-        frame_count(what)  # a bad file should not have to wait for the model
+        decoder("pyav").frame_count(what)  # a bad file should not have to wait for the model
     predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle)
     if sampling is None and predictor.model.sampling is None:
         print(

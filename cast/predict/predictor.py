@@ -18,8 +18,8 @@ from cast.metrics import average_views
 from cast.model import CAST
 from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess
 from cast.predict.window import Window
+from cast.video.decoders import decoder
 from cast.video.files import VideoError, video_files
-from cast.video.reader import frame_count
 from cast.video.sampling import Sampling
 from cast.zoo import load
 
@@ -74,10 +74,10 @@ class Predictor:
         )
 
     def __call__(self, video: PathLike) -> Prediction:
-        """Name the action in one video file.
+        """Name the action in one video file, or folder of frames.
 
         Raises:
-            VideoError: the file can't be read as a video.
+            VideoError: it can't be read as a video.
         """
         return self._answer([(os.fspath(video), *self._decode(video))])[0]
 
@@ -137,7 +137,7 @@ class Predictor:
 
     def _decode(self, video: PathLike) -> tuple[int, Tensor]:
         """Number of frames, and clips uint8 [views, 3, T, S, S]."""
-        return frame_count(video), self.protocol.read(video)
+        return decoder(self.protocol.decoder).frame_count(video), self.protocol.read(video)
 
     def _answer(self, videos: Sequence[tuple[str, int, Tensor]]) -> list[Prediction]:
         if not videos:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from cast.files import text_lines
 from cast.optional import require
 from cast.processes import peak_memory
 from cast.training.plain import flat
@@ -79,7 +80,7 @@ class JsonLines:
         if not self.path.exists():
             return []
         lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in text_lines(self.path.read_text(encoding="utf-8")):
             try:
                 json.loads(line)
             except ValueError:

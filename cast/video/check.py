@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cast.video.annotations import PathLike, Sample
 from cast.video.datasets import VideoSet, open_dataset
+from cast.video.files import VideoError
+from cast.video.folders import Folders
 from cast.video.probe import Fault, Probe, probe_all
 from cast.video.skips import DEFAULT_NAME, FAULTS, SHORT, Skip, read_rows, write_skips
 
@@ -20,8 +22,8 @@ _SHOWN = 20
 
 #: Classes without a video that are named.
 _ABSENT = 5
-#: Videos of an annotation file that are named because they are annotated before.
-_REPEATED = 5
+#: Videos of an annotation file that are named because they are annotated before, or hold another number of pictures.
+_NAMED = 5
 
 
 def find_faults(
@@ -81,7 +83,7 @@ def main(
         print(f"{dataset.annotations(split)}: {len(dataset.all_samples(split))} videos")
     classes = ", ".join(f"{len(names)} classes of {head}" for head, names in dataset.classes.items())
     print(classes or "no labels", flush=True)
-    for note in (*_gaps(dataset), *_repeats(dataset)):
+    for note in (*_gaps(dataset), *_repeats(dataset), *_miscounted(dataset)):
         print(note, flush=True)
     named = dataset.settings.skip_list
     path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
@@ -122,7 +124,7 @@ def _gaps(dataset: VideoSet) -> list[str]:
 
 
 def _repeats(dataset: VideoSet) -> list[str]:
-    """A line for each video that is annotated before, above all a test video that is trained on."""
+    """A line for each video that is annotated in a split before, above all a test video that is trained on."""
     first: dict[str, tuple[Path, Sample]] = {}
     files: set[Path] = set()
     lines = []
@@ -143,10 +145,34 @@ def _repeats(dataset: VideoSet) -> list[str]:
                 f"{file}:{sample.line}: {os.path.relpath(name, dataset.root)} is in {where}:{other.line} already, "
                 f"with {how}"
             )
-        lines += again[:_REPEATED]
-        if len(again) > _REPEATED:
-            lines.append(f"... and {len(again) - _REPEATED} more in {file}")
+        lines += _first(again, file)
     return lines
+
+
+def _miscounted(dataset: VideoSet) -> list[str]:
+    """A line for each folder of frames that holds more or fewer pictures than its annotation says."""
+    folders, lines = Folders(), []
+    for split in dataset.splits:
+        other = []
+        for sample in dataset.all_samples(split):
+            if sample.pictures is None or not sample.path.is_dir():
+                continue
+            try:
+                count = folders.frame_count(sample.path)
+            except VideoError:  # the probe names it
+                continue
+            if count != sample.pictures:
+                other.append(
+                    f"{dataset.annotations(split)}:{sample.line}: {os.path.relpath(sample.path, dataset.root)} holds "
+                    f"{count} pictures, not {sample.pictures}; all of them are used"
+                )
+        lines += _first(other, dataset.annotations(split))
+    return lines
+
+
+def _first(lines: list[str], file: Path) -> list[str]:
+    more = [f"... and {len(lines) - _NAMED} more in {file}"] if len(lines) > _NAMED else []
+    return lines[:_NAMED] + more
 
 
 def _with_bar(dataset: VideoSet, workers: int, every_frame: bool) -> list[Skip]:

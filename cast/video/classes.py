@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cast.files import text_lines
 from cast.video.annotations import PathLike, read_text
 
 #: Files with class names that are looked for in a data set's directory, head -> names of the file.
@@ -37,7 +39,7 @@ def read_classes(path: PathLike, head: str) -> list[str]:
         elif suffix == ".csv":
             names = _from_csv(read_text(path))
         else:
-            names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            names = [line.strip() for line in text_lines(read_text(path)) if line.strip()]
         _check(names)
     except ValueError as error:
         text = str(error)
@@ -70,7 +72,7 @@ def _from_json(text: str, head: str) -> list[str]:
 
 
 def _from_csv(text: str) -> list[str]:
-    rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
+    rows = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
     titles = list(rows[0]) if rows else []
     column = next((name for name in ("key", "name", "label", "class") if name in titles), None)
     if "id" not in titles or column is None:

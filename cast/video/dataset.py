@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cast.video.annotations import Sample
-from cast.video.reader import frame_count, read
+from cast.video.decoders import decoder
 from cast.video.sampling import Sampling, train_indices, view_indices
 from cast.video.transforms import Transform, to_clip
 
@@ -45,7 +45,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         seed: int = 0,
         threads: int = 1,
     ) -> None:
-        missing = [sample.path for sample in samples if not sample.path.is_file()]
+        missing = [sample.path for sample in samples if not sample.path.exists()]
         if not samples or missing:
             names = ", ".join(str(path) for path in missing[:3])
             raise ValueError(f"{len(missing)} of {len(samples)} videos are missing: {names or 'there are no samples'}")
@@ -69,12 +69,13 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, int]]:
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        length = frame_count(sample.path, self.threads)
+        reader = decoder("pyav")
+        length = reader.frame_count(sample.path, self.threads)
         if self.train:
             indices = train_indices(length, rng, self.sampling, self.frames)
         else:
             indices = view_indices(length, 0, 1, self.sampling, self.frames)
-        frames = read(sample.path, indices, self.threads)
+        frames = reader.read(sample.path, indices, self.threads)
         # torchvision draws from torch's global generator: give it a seed of this clip, and leave it as it was.
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))

@@ -13,9 +13,12 @@ from typing import Any, Literal
 
 from cast.files import parse_yaml
 from cast.video.annotations import (
+    Layout,
     PathLike,
     Sample,
     Table,
+    check_once,
+    guess_layout,
     read_compositional,
     read_single,
     read_table,
@@ -26,7 +29,6 @@ from cast.video.classes import find_classes, find_file, read_classes
 from cast.video.sampling import Sampling
 from cast.video.skips import DEFAULT_NAME, SHORT, read_skips
 
-Layout = Literal["compositional", "single", "csv"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -45,12 +47,12 @@ class DataSettings:
 
     Args:
         root: directory of the data set; every other path is relative to it.
-        layout: of the annotation files: "compositional" (`video_id,verb,noun`), "single" (`name.mp4 label`), or
-            "csv" (with a header).
+        layout: of the annotation files: "compositional" (`video_id,verb,noun`), "single" (`name.mp4 label`, or of
+            folders of frames `name pictures label`), or "csv" (with a header).
         train: annotation file of the training videos; null if there is none.
         val: of the validation videos.
         test: of the test videos.
-        videos: directory of the files; "{split}" in it stands for train, val or test.
+        videos: directory of the files or folders of frames; "{split}" in it stands for train, val or test.
         classes: how many classes each head has, or the file with their names: {"verb": 97, "noun": "nouns.csv"}; one
             file name for all heads; null to take them from the annotations. With a number or null, names come from
             the files that data sets publish, where one lies in `root`; it must have that number of them.
@@ -200,14 +202,16 @@ class VideoSet:
         """The videos of a split, those on the skip list included.
 
         Raises:
-            ValueError: no such split, or its annotations don't fit; the message names file and line.
+            ValueError: no such split, or its annotations don't fit or name a video twice; the message names file and
+                line.
         """
         if split not in self._samples:
             if self.settings.layout == "csv":
-                self._samples[split] = self._table(split).samples(self.videos(split), self.classes)
+                samples = self._table(split).samples(self.videos(split), self.classes)
             else:
-                counts = {head: len(names) for head, names in self.classes.items()}
-                self._samples[split] = self._read(split, counts)
+                samples = self._read(split, {head: len(names) for head, names in self.classes.items()})
+            check_once(self.annotations(split), samples)
+            self._samples[split] = samples
         return self._samples[split]
 
     def _read(self, split: str, counts: Mapping[str, int] | None) -> list[Sample]:
@@ -375,22 +379,13 @@ def guess_settings(root: Path, files: Mapping[Split, Path] | None = None) -> Dat
     if not names:
         raise ValueError(f"{root}: has none of train.csv, val.csv, test.csv; name them in a dataset.yaml")
     split, name = next(iter(names.items()))
-    layout = _guess_layout(read_text(root / name))
+    layout = guess_layout(read_text(root / name))
     settings: dict[str, Any] = {"train": None, "val": None} | names | {"root": os.fspath(root), "layout": layout}
     tried = ("{split}", "videos", "videos/{split}", ".")
     for videos in tried:
         guess = DataSettings(**settings, videos=videos, skip_list="none")
-        if any(os.path.isfile(sample.path) for sample in VideoSet(guess).all_samples(split)[:100]):
+        if any(os.path.exists(sample.path) for sample in VideoSet(guess).all_samples(split)[:100]):
             break
     else:
         videos = next(place for place in tried if (root / place.replace("{split}", split)).is_dir())
     return DataSettings(**settings, videos=videos)
-
-
-def _guess_layout(text: str) -> Layout:
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    cells = [cell.strip() for cell in line.split(",")]
-    if len(cells) == 3 and all(cell.isdigit() for cell in cells[1:]):
-        return "compositional"
-    words = line.rsplit(maxsplit=1)
-    return "single" if len(words) == 2 and words[1].isdigit() else "csv"

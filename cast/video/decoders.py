@@ -1,4 +1,7 @@
-"""The decoders that training can use. Each gives the exact frames that a player would show, by index."""
+"""The decoders that training can use. Each gives the exact frames that a player would show, by index.
+
+A directory in the place of a file is a folder of frames, see `cast.video.folders`, whatever the decoder.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import numpy as np
 from cast.optional import MissingExtraError, require
 from cast.video import reader
 from cast.video.files import PathLike, check_file, video_error
+from cast.video.folders import Folders
 
 Name = Literal["pyav", "torchcodec"]
 
@@ -71,6 +75,24 @@ class TorchCodec:
             raise video_error(path, f"torchcodec can't decode it ({_first_line(error)})") from error
 
 
+class _FilesAndFolders:
+    """A decoder of files, and beside it the reader of folders."""
+
+    def __init__(self, files: Decoder) -> None:
+        self.files, self.folders = files, Folders()
+
+    def frame_count(self, path: PathLike, threads: int = 0) -> int:
+        """Number of frames that the file presents, or of pictures in the folder."""
+        return self._of(path).frame_count(path, threads)
+
+    def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
+        """The frames `indices` as uint8 RGB `[T, H, W, 3]`."""
+        return self._of(path).read(path, indices, threads)
+
+    def _of(self, path: PathLike) -> Decoder:
+        return self.folders if os.path.isdir(path) else self.files
+
+
 # Of this thread: a decoder has a position in its file.
 _last = threading.local()
 
@@ -125,14 +147,14 @@ def _first_line(error: Exception) -> str:
 
 
 def decoder(name: Name) -> Decoder:
-    """The decoder of that name.
+    """The decoder of that name, which reads folders of frames too.
 
     Raises:
         ValueError: no such decoder.
         MissingExtraError: torchcodec is not installed, or does not find FFmpeg's libraries.
     """
     if name == "pyav":
-        return PyAV()
+        return _FilesAndFolders(PyAV())
     if name == "torchcodec":
-        return TorchCodec()
+        return _FilesAndFolders(TorchCodec())
     raise ValueError(f"decoder is {name!r}; it must be 'pyav' or 'torchcodec'")

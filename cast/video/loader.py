@@ -113,7 +113,7 @@ class ClipLoader:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1 and a multiple of repeats = {repeats}")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of {world} processes; it must be from 0 to world - 1")
-        missing = [str(sample.path) for sample in samples if not os.path.isfile(sample.path)]
+        missing = [str(sample.path) for sample in samples if not os.path.exists(sample.path)]
         if not samples or missing:
             raise ValueError(
                 f"{len(missing)} of {len(samples)} videos are missing: "
@@ -152,8 +152,11 @@ class ClipLoader:
             return
         done, deaths = 0, 0
         while done < len(keys):
+            # Of a worker that dies, finished batches may be lost on their way. So the next batch is made alone: when
+            # a worker dies again, it died of that one.
+            ahead = keys[done : done + 1] if deaths else keys[done:]
             try:
-                for made in self._workers(keys[done:]):
+                for made in self._workers(ahead):
                     yield _batch(made)
                     done, deaths = done + 1, 0
             except WorkerDied as death:
@@ -180,7 +183,7 @@ class ClipLoader:
             batch_size=None,
             sampler=keys,
             collate_fn=_as_it_is,
-            num_workers=self.settings.workers,
+            num_workers=min(self.settings.workers, len(keys)),
             prefetch_factor=AHEAD,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=context(),

@@ -49,9 +49,9 @@ class Probe:
         """What is wrong with a file; None if nothing is."""
         file = Path(path)
         try:
-            if not file.is_file():
+            if not file.is_file() and not file.is_dir():
                 return "missing", "not a regular file" if file.exists() else "no such file"
-            size = file.stat().st_size
+            size = SMALLEST if file.is_dir() else file.stat().st_size
         except OSError as error:  # a name that is too long, a directory that may not be entered
             return "missing", error.strerror or str(error)
         if size < SMALLEST:

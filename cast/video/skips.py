@@ -47,7 +47,7 @@ def read_rows(path: PathLike) -> list[Skip]:
     Raises:
         ValueError: the file is missing or is no skip list.
     """
-    rows = csv.DictReader(read_text(path).splitlines())
+    rows = csv.DictReader(io.StringIO(read_text(path)))
     if rows.fieldnames is None or not {"path", "fault"} <= set(rows.fieldnames):
         raise ValueError(f"{os.fspath(path)}: is no skip list; its header must have path and fault: {rows.fieldnames}")
     return [Skip(row["path"], row["fault"] or BY_HAND, row.get("where") or "", row.get("detail") or "") for row in rows]

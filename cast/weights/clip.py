@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from cast.weights.rename import KeyMap, translate
 from cast.weights.source import Source, read_tensors
@@ -72,3 +76,25 @@ def read_clip(source: Source, trust_pickle: bool = False) -> tuple[dict[str, Ten
         vision = [(rf"(?:vision_model\.)?{pattern}", name) for pattern, name in _HUGGING_FACE]
         return translate(tensors, vision)
     return translate(tensors, _OPENAI)
+
+
+def fit_positions(tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The tensors of :func:`read_clip` with the position table for a model of another image size.
+
+    The patches' positions are resized as a picture, bicubic and with antialiasing in float32, as open_clip and timm do;
+    that of CLS stays. A table that is none of a square grid stays as it is, and so does not fit.
+
+    Args:
+        tensors: CLIP's, `positional_embedding` [1 + patches, D] among them.
+        tokens: 1 + patches of the model.
+    """
+    table = tensors.get("positional_embedding")
+    if table is None or table.dim() != 2 or len(table) in (0, tokens):
+        return tensors
+    old, new = math.isqrt(len(table) - 1), math.isqrt(tokens - 1)
+    if old == 0 or (old**2, new**2) != (len(table) - 1, tokens - 1):
+        return tensors
+    picture = table[1:].float().unflatten(0, (old, old)).movedim(-1, 0)[None]
+    resized = interpolate(picture, (new, new), mode="bicubic", antialias=True, align_corners=False)
+    patches = resized[0].movedim(0, -1).flatten(0, 1).to(table.dtype)
+    return tensors | {"positional_embedding": torch.cat((table[:1], patches))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import pickle
 import re
@@ -19,6 +20,10 @@ Source = str | os.PathLike[str] | Mapping[str, object] | nn.Module
 
 #: Where training codes keep the weights inside a checkpoint: plain torch, VideoMAE, DeepSpeed.
 _CONTAINERS = ("state_dict", "model", "module")
+#: Where they keep a moving average of the weights beside them: timm, VideoMAE, mmengine, and others' own loops.
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+#: What an average counts its steps with: mmengine, PyTorch.
+_COUNTERS = ("steps", "n_averaged")
 #: What DeepSpeed calls the weights in a checkpoint's directory.
 DEEPSPEED = "mp_rank_00_model_states.pt"
 #: What a directory may hold, in order of preference: safetensors, transformers, DeepSpeed.
@@ -26,9 +31,14 @@ _FILES = ("model.safetensors", "pytorch_model.bin", DEEPSPEED)
 #: Prefixes that wrappers leave on keys: data parallelism, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 
+_log = logging.getLogger(__name__)
+
 
 def read_tensors(source: Source, trust_pickle: bool = False) -> dict[str, Tensor]:
     """Tensors by name, containers and wrappers' prefixes taken off.
+
+    Of a checkpoint with weights and a moving average of them (EMA), what stands in the weights' place is taken and a
+    warning says so; the average where it is alone.
 
     Args:
         source: a file (safetensors, torch, TorchScript archive), a directory with one, a state dict, a module.
@@ -122,5 +132,25 @@ def _reason(error: Exception, trust_pickle: bool) -> str:
 
 
 def _open_containers(found: Mapping[str, object]) -> Mapping[str, object]:
-    inner = next((found[name] for name in _CONTAINERS if isinstance(found.get(name), Mapping)), None)
-    return found if inner is None else _open_containers(inner)  # type: ignore[arg-type]
+    weights, average = _inside(found, _CONTAINERS), _inside(found, _AVERAGES)
+    if weights and average:
+        _log.warning(
+            "the checkpoint has weights under %r and others under %r: the former are taken. timm and VideoMAE keep the "
+            "trained weights there and their moving average in the other place, mmengine the reverse; for the other "
+            "ones, load the file and pass what it has under %r",
+            weights[0], average[0], average[0],
+        )  # fmt: skip
+    if weights:
+        return _open_containers(weights[1])
+    if average:
+        return {key: value for key, value in _open_containers(average[1]).items() if key not in _COUNTERS}
+    return found
+
+
+def _inside(found: Mapping[str, object], names: Iterable[str]) -> tuple[str, Mapping[str, object]] | None:
+    """The first of the names under which there are tensors or another container, and what is there."""
+    for name in names:
+        inner = found.get(name)
+        if isinstance(inner, Mapping) and inner:
+            return name, inner
+    return None

@@ -1,9 +1,10 @@
-"""VideoMAE's encoder in three layouts: official, transformers, and our TemporalExpert (the official one)."""
+"""VideoMAE's encoder in four layouts: official, MMAction2, transformers, and our TemporalExpert (the official one)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from cast.layers import sincos_table
 from cast.weights.rename import KeyMap, translate
 from cast.weights.source import Source, read_tensors, strip_prefixes
 
@@ -20,6 +21,18 @@ _OFFICIAL: KeyMap = [
     # MVD's two decoders, of image and of video features.
     (r"(decoder|down|mask_token|pos_embed)_(img|vid)(\..*)?", None),
 ]
+
+_MMACTION: KeyMap = [
+    (rf"patch_embed\.projection\.{_WB}", r"patch_embed.proj.\1"),
+    (rf"blocks\.(\d+)\.mlp\.layers\.0\.0\.{_WB}", r"blocks.\1.mlp.fc1.\2"),
+    (rf"blocks\.(\d+)\.mlp\.layers\.1\.{_WB}", r"blocks.\1.mlp.fc2.\2"),
+    # The classifier, the pre-training decoder, and the mean and deviation of pixels.
+    (r"cls_head\..*|neck\..*|data_preprocessor\..*", None),
+    *_OFFICIAL,
+]
+
+#: Values of a sine table lie between -1 and 1; stored in half precision they are off by less than this.
+_ROUNDING = 1e-3
 
 _LAYER = r"encoder\.layer\.(\d+)\."
 
@@ -48,4 +61,19 @@ def read_videomae(source: Source, trust_pickle: bool = False) -> tuple[dict[str,
     tensors = strip_prefixes(read_tensors(source, trust_pickle), ("videomae.",))
     if any("encoder.layer." in key for key in tensors):
         return translate(tensors, _HUGGING_FACE)
-    return translate(strip_prefixes(tensors, ("backbone.", "encoder.")), _OFFICIAL)
+    tensors = strip_prefixes(tensors, ("backbone.", "encoder."))
+    if "patch_embed.projection.weight" in tensors:
+        renamed, unknown = translate(tensors, _MMACTION)
+        return _without_sine_table(renamed), unknown
+    return translate(tensors, _OFFICIAL)
+
+
+def _without_sine_table(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MMAction2 keeps VideoMAE's fixed table with the weights; a table that was learned stays, and does not fit."""
+    table = tensors.get("pos_embed")
+    if table is None or table.dim() != 3:
+        return tensors
+    fixed = sincos_table(*table.shape[1:]).to(table.device)
+    if table.shape != fixed.shape or (table.float() - fixed).abs().max() > _ROUNDING:
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if key != "pos_embed"}

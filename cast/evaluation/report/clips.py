@@ -19,7 +19,7 @@ from cast.evaluation.report.html import strip, verdict
 from cast.evaluation.summary import ordered, tasks
 from cast.model import CAST
 from cast.optional import require
-from cast.video.reader import frame_count, read
+from cast.video.decoders import decoder
 
 #: Frames of a video that are shown.
 _FRAMES = 8
@@ -98,9 +98,10 @@ def _guess(predictions: Predictions, head: str, number: int) -> str:
 
 
 def _frames(path: Path) -> list[np.ndarray]:
-    length = frame_count(path, threads=1)
+    reader = decoder("pyav")
+    length = reader.frame_count(path, threads=1)
     wanted = ((np.arange(_FRAMES) * 2 + 1) * length // (2 * _FRAMES)).tolist()
-    return list(read(path, wanted, threads=1))
+    return list(reader.read(path, wanted, threads=1))
 
 
 def attention_rows(model: CAST, protocol: Protocol, videos: Mapping[str, Path]) -> str:

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cast.files import text_lines
+
 Series = dict[str, tuple[list[float], list[float]]]
 
 _ACCURACY = re.compile(r"(?<![a-z])(acc(?!um)|top[15]|verb|noun|action|harmonic)")
@@ -47,7 +49,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such training log; give the JSONL file that the training wrote")
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in text_lines(path.read_text(encoding="utf-8-sig", errors="replace")) if line.strip()]
     parsed = [entry for entry in map(_parse, lines) if entry is not None]
     entries = [entry for entry in parsed if entry]
     # Steps where every line has one: epochs may be whole numbers, which would draw all their steps at one place.
