@@ -20,6 +20,7 @@ import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
 import cast_kernels.triton.bcast as triton_bcast
 from cast_kernels import backends
+from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_recompute, check_shape
 from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem, Recompute
 
@@ -194,7 +195,7 @@ def _run_kernel(
     """Call the registered operator. Dtypes may be mixed under autocast: kernels take each tensor as it is."""
     absent = spatial.new_empty(0)
     flat = [absent if p is None else p for p in parameters.flat()]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))):
+    if not _derivatives.may_be_differentiated((spatial, temporal, *flat)):
         recompute = ""
     kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
@@ -273,13 +274,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         inputs
     )
     ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.call = (num_heads, t2s, s2t, eps, recompute, compute, backend)
     ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
 
 
-def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_spatial_out: Tensor | None, grad_temporal_out: Tensor | None, _: None) -> tuple[Any, ...]:
     spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
     num_heads, t2s, s2t, eps, recompute, compute, backend = ctx.call
+    # The kernels read a gradient of each stream that received something, also where nobody used the output.
+    if grad_spatial_out is None:
+        grad_spatial_out = spatial.new_zeros(spatial.shape if t2s else (0,))
+    if grad_temporal_out is None:
+        grad_temporal_out = temporal.new_zeros(temporal.shape if s2t else (0,))
     grads = torch.ops.cast_kernels.bcast_backward(
         spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
         t2s, s2t, eps, recompute, compute, ctx.wanted, backend,
@@ -293,7 +300,7 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("bcast_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::bcast", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::bcast_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("cast_kernels::bcast", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_derivatives.register(_LIBRARY, "bcast", _setup_context, _autograd)
 
 
 def flops(problem: Problem) -> int:
