@@ -22,6 +22,7 @@ from cast.weights.official import infer_config, read_official
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
 from cast_kernels import Recompute, backends
+from cast_kernels import attention as attentions
 
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
@@ -40,7 +41,8 @@ class CAST(nn.Module, Shared):
         recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
             see :class:`cast_kernels.Recompute`.
         attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
-            `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why.
+            `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why. `math`
+            is for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.
         overrides: fields of CASTConfig.
 
     Raises:
@@ -134,17 +136,29 @@ class CAST(nn.Module, Shared):
         grid = (config.exchange_frames, config.num_patches)
         return spatial.unflatten(0, (video.shape[0], grid[0])), temporal.unflatten(1, grid)
 
-    def fuse(self, backend: str = "auto") -> CAST:
-        """Let all ops run in the fastest backend that can (or the one named), from the next call on."""
+    def fuse(self, backend: str = "auto", attention: str | None = None) -> CAST:
+        """Let all ops run in the fastest backend that can (or the one named), from the next call on.
+
+        Args:
+            backend: "auto", or the one that must run.
+            attention: what attends, as the constructor has it; None leaves what was asked for before.
+
+        Raises:
+            ValueError: no such backend or attention.
+        """
         backends.check_name(backend)
+        if attention is not None:
+            attentions.check_name(attention)
         for block in self.blocks:
             assert isinstance(block, CASTBlock)
             block.backend = backend
+            if attention is not None:
+                block.attend_by(attention)
         return self
 
-    def unfuse(self) -> CAST:
-        """Let all ops run in eager PyTorch from the next call on: the same mathematics."""
-        return self.fuse("eager")
+    def unfuse(self, attention: str | None = None) -> CAST:
+        """Let all ops run in eager PyTorch from the next call on: the same mathematics; `attention` as in `fuse`."""
+        return self.fuse("eager", attention)
 
     def load_experts(
         self, clip: Source | None = None, videomae: Source | None = None, trust_pickle: bool = False

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
 import cast_kernels.triton.bcast as triton_bcast
+from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_recompute, check_shape
@@ -40,6 +41,7 @@ def bcast(
     temporal_scale: Tensor | None = None,
     recompute: Recompute | str = Recompute.CHEAP,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """B-CAST: both streams exchange information through a bottleneck (paper section 3.3).
 
@@ -55,6 +57,8 @@ def bcast(
         recompute: what backward computes again instead of finding it kept, see :class:`cast_kernels.Recompute`;
             kernel backends obey it, in `eager` PyTorch keeps what its operators keep.
         backend: "auto", or the one that must run.
+        attention: "auto", or "math", matrix products and a softmax, which only backend eager runs: with it the op has
+            second and forward-mode derivatives.
 
     Returns:
         Both streams with their branch added, in the dtype they came in; a stream that receives nothing is
@@ -64,9 +68,10 @@ def bcast(
         ValueError: a shape, size or device that does not fit, or no value of Recompute.
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
+        NotImplementedError: a kernel is differentiated twice, or in forward mode.
     """
     recompute = check_recompute(recompute).value
-    problem = pose(spatial, temporal, parameters, num_heads, windows)
+    problem = pose(spatial, temporal, parameters, num_heads, windows, attention)
     spatial_scale = _scale("spatial_scale", spatial_scale, problem, 1 + problem.patches, spatial)
     temporal_scale = _scale("temporal_scale", temporal_scale, problem, 1, temporal)
     chosen = backends.select(backend, problem)
@@ -78,7 +83,12 @@ def bcast(
 
 
 def pose(
-    spatial: Tensor, temporal: Tensor, parameters: Parameters, num_heads: int, windows: tuple[str, str]
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    num_heads: int,
+    windows: tuple[str, str],
+    attention: str = "auto",
 ) -> Problem:
     """Check the arguments of :func:`bcast` and return the problem they pose.
 
@@ -104,7 +114,7 @@ def pose(
         batch, frames, patches, dim, bottleneck, num_heads,
         windows[0] if parameters.t2s is not None else None,
         windows[1] if parameters.s2t is not None else None,
-        spatial.dtype, spatial.device.type, autocast_dtype(spatial),
+        spatial.dtype, spatial.device.type, autocast_dtype(spatial), attentions.check_exchange_name(attention),
     )  # fmt: skip
     _check_parameters(problem, parameters)
     streams = {"spatial": spatial, "temporal": temporal}
