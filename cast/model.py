@@ -14,7 +14,8 @@ from cast.config import CASTConfig, make_config
 from cast.experts import check_shape
 from cast.heads import apply_heads, build_heads
 from cast.hub import Shared
-from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames, sincos_table
+from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames
+from cast.positions import FixedPositions
 from cast.sampling import Sampling
 from cast.weights.assign import assign, check
 from cast.weights.clip import read_clip
@@ -28,7 +29,7 @@ from cast_kernels import attention as attentions
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
 
 
-class CAST(nn.Module, Shared):
+class CAST(FixedPositions, Shared):
     """Cross-Attention in Space and Time (arXiv 2311.18825), with the published code's semantics and names.
 
     `state_dict()` has the official layout, so published checkpoints load by name. Only adapters, exchange,
@@ -49,8 +50,6 @@ class CAST(nn.Module, Shared):
         TypeError: an override that CASTConfig does not have.
         ValueError: an unknown variant, or a value that no model can have.
     """
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -79,9 +78,7 @@ class CAST(nn.Module, Shared):
         self.vmae_fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
         for name, module in build_heads(config).items():
             self.add_module(name, module)
-        # Not persistent: published checkpoints do not have it.
-        table = sincos_table(config.exchange_frames * config.num_patches, dim)
-        self.register_buffer("pos_embed", table, persistent=False)
+        self.place_tokens(config.exchange_frames * config.num_patches, dim)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(TRAINABLE.search(name) is not None)
 
@@ -200,7 +197,6 @@ class CAST(nn.Module, Shared):
             model = cls(config, fused=fused)
         check(what, model.state_dict(), tensors)
         model.load_state_dict(tensors, assign=True)
-        model.pos_embed = sincos_table(model.pos_embed.shape[1], config.embed_dim).to(model.clip_ln_pre.weight)
         return model.eval()
 
     def extra_repr(self) -> str:

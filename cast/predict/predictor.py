@@ -16,7 +16,7 @@ from cast.evaluation.protocol import Protocol, normalise
 from cast.labels import check_names, numbers
 from cast.metrics import average_views
 from cast.model import CAST
-from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess
+from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess, path_of
 from cast.predict.window import Window
 from cast.video.files import VideoError, video_files
 from cast.video.reader import frame_count
@@ -78,8 +78,9 @@ class Predictor:
 
         Raises:
             VideoError: the file can't be read as a video.
+            TypeError: no path, an array for example.
         """
-        return self._answer([(os.fspath(video), *self._decode(video))])[0]
+        return self._answer([(path_of(video), *self._decode(video))])[0]
 
     def folder(self, folder: PathLike) -> Iterator[Prediction | Failure]:
         """As :meth:`many`, for every video below a folder, in alphabetical order.
@@ -90,7 +91,13 @@ class Predictor:
         return self.many(video_files(folder))
 
     def many(self, videos: Iterable[PathLike]) -> Iterator[Prediction | Failure]:
-        """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure."""
+        """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure.
+
+        Raises:
+            TypeError: one path instead of many, or what is no path.
+        """
+        if isinstance(videos, str | os.PathLike):
+            raise TypeError(f"videos is the one path {os.fspath(videos)!r}; give a list of paths, or call the predictor")
         ready: list[tuple[str, int, Tensor]] = []
         for name, decoded in self._ahead(videos):
             try:
@@ -129,7 +136,7 @@ class Predictor:
         waiting: deque[tuple[str, Future[tuple[int, Tensor]]]] = deque()
         with ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1)) as pool:
             for video in videos:
-                waiting.append((os.fspath(video), pool.submit(self._decode, video)))
+                waiting.append((path_of(video), pool.submit(self._decode, video)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
             while waiting:

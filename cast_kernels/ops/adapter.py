@@ -24,9 +24,11 @@ from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
+    check_parameters,
     check_recompute,
     check_row_scale,
     check_shape,
+    check_tensors,
 )
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute
 
@@ -90,6 +92,8 @@ def pose(
     Raises:
         ValueError, TypeError: as :func:`adapter`.
     """
+    check_tensors({"x": x, "residual": residual})
+    check_parameters(parameters, AdapterParameters)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     check_shape("residual", residual, tuple(x.shape))

@@ -22,8 +22,15 @@ import cast_kernels.triton.bcast as triton_bcast
 from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels.ops import _derivatives
-from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_recompute, check_shape
-from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem, Recompute
+from cast_kernels.ops._checks import (
+    autocast_dtype,
+    check_kinds,
+    check_parameters,
+    check_recompute,
+    check_shape,
+    check_tensors,
+)
+from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
 KERNELS: dict[str, ModuleType] = {"triton": triton_bcast, "cpu": cpu_bcast}
@@ -95,6 +102,8 @@ def pose(
     Raises:
         ValueError, TypeError: as :func:`bcast`.
     """
+    check_tensors({"spatial": spatial, "temporal": temporal})
+    _check_types(parameters)
     for name, x in (("spatial", spatial), ("temporal", temporal)):
         if x.ndim != 4:
             layout = "[B, T, 1+N, D]" if name == "spatial" else "[B, T, N, D]"
@@ -120,6 +129,15 @@ def pose(
     streams = {"spatial": spatial, "temporal": temporal}
     check_kinds(streams, parameters.flat(), problem.autocast is not None)
     return problem
+
+
+def _check_types(parameters: Parameters) -> None:
+    """Parameters of parameters of tensors; a direction and single fields may be None."""
+    if not isinstance(parameters, Parameters):
+        raise TypeError(f"parameters is a {type(parameters).__qualname__}; it must be a cast_kernels.Parameters")
+    for owner, tensors in parameters._asdict().items():
+        if tensors is not None or owner not in DIRECTIONS:
+            check_parameters(tensors, Direction if owner in DIRECTIONS else Stream, f"{owner}.")
 
 
 def _check_parameters(problem: Problem, parameters: Parameters) -> None:
@@ -156,6 +174,7 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
     """The scale as [B, tokens] in float32 or the stream's dtype; [B] means the same factor for every token."""
     if scale is None:
         return None
+    check_tensors({name: scale})
     shape = tuple(scale.shape)
     if shape not in ((problem.batch,), (problem.batch, tokens)):
         allowed = f"[B] = {(problem.batch,)}" + (f" or [B, 1+N] = {(problem.batch, tokens)}" if tokens > 1 else "")

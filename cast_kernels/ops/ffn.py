@@ -25,9 +25,11 @@ from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
+    check_parameters,
     check_recompute,
     check_row_scale,
     check_shape,
+    check_tensors,
     check_width,
 )
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
@@ -88,6 +90,8 @@ def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompu
     Raises:
         ValueError, TypeError: as :func:`ffn`.
     """
+    check_tensors({"x": x})
+    check_parameters(parameters, FFNParameters)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     if activation not in ACTIVATIONS:

@@ -23,7 +23,15 @@ import cast_kernels.triton.self_attention as triton_self_attention
 from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels.ops import _derivatives
-from cast_kernels.ops._checks import autocast_dtype, check_adapter, check_kinds, check_recompute, check_shape
+from cast_kernels.ops._checks import (
+    autocast_dtype,
+    check_adapter,
+    check_kinds,
+    check_parameters,
+    check_recompute,
+    check_shape,
+    check_tensors,
+)
 from cast_kernels.ops.adapter import adapter
 from cast_kernels.problem import AdapterParameters, Recompute, SelfAttentionParameters, SelfAttentionProblem
 
@@ -91,6 +99,8 @@ def pose(
     Raises:
         ValueError, TypeError: as :func:`self_attention`.
     """
+    check_tensors({"x": x})
+    check_parameters(parameters, SelfAttentionParameters)
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] < 1:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; it must be [batch, tokens, D], 3 dimensions, with at least one token and "
