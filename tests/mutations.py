@@ -33,6 +33,7 @@ BUILDS = {
 BCAST = "tests/test_bcast.py -k error_against_fp64"
 #: That one compares with eager's own error, so it cannot see a fault that eager shares; this one does.
 BF16 = "tests/test_bf16_products.py"
+DERIVATIVES = "tests/test_derivatives.py -k"
 REFERENCE_TEST = "tests/test_bcast.py -k eager_equals_reference"
 
 
@@ -51,6 +52,7 @@ PLAN, PROBLEM, PACKED = "csrc/cpu/forward_plan.h", "csrc/cpu/problem.h", "cast_k
 ATTENTION, GRADIENT, WORKSPACE = "csrc/cpu/attention.h", "csrc/cpu/attention_backward.h", "csrc/cpu/workspace.cpp"
 FFN, FFN_BACKWARD, WORDS = "csrc/cpu/ffn_forward.h", "csrc/cpu/ffn_backward.h", "csrc/cpu/bf16.h"
 SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attention_backward.h"
+TRANSFORMS = "cast_kernels/ops/_derivatives.py"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -110,6 +112,31 @@ FAULTS = [
           (FORWARD, "  if (plan.kept.total)\n", "  if (plan.kept.total < 0)\n")),
     fault("packing in training not dropped", "tests/test_packed.py",
           (PACKED, "        _KEPT.pop(present[0], None)", "        pass")),
+    # --- derivatives, and modules without memory
+    fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
+          (TRANSFORMS, "lambda ctx, inputs, output: None, refuse)", "lambda ctx, inputs, output: None, lambda ctx, *_: "
+           "(None,) * (len(ctx.needs_input_grad) - 4))")),
+    fault("tangents not looked for", f"{DERIVATIVES} forward_mode",
+          (TRANSFORMS, "if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):", "if False:")),
+    fault("gradient of zeros for what is kept", f"{DERIVATIVES} what_it_keeps",
+          (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
+    fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
+          (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
+    fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
+          (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
+    fault("math attention without its scale", f"{DERIVATIVES} maths_error",
+          ("cast_kernels/attention.py", ".transpose(-2, -1) * q.shape[-1] ** -0.5", ".transpose(-2, -1)")),
+    fault("scores of math attention in 16 bits", f"{DERIVATIVES} maths_error",
+          ("cast_kernels/attention.py", "torch.promote_types(q.dtype, torch.float32)", "q.dtype")),
+    fault("exchange not asked for math", f"{DERIVATIVES} model_takes",
+          ("cast_kernels/attention.py", 'return "math" if check_name(attention) == "math" else "auto"',
+           'return "auto" if check_name(attention) == "math" else "auto"')),
+    fault("position table left to fresh memory", "tests/test_positions.py",
+          ("cast/positions.py", "if after is not before and not after.is_meta:", "if False:")),
+    fault("position table left on meta", "tests/test_positions.py",
+          ("cast/positions.py", "if module.pos_embed.is_meta and like is not None:", "if False:")),
+    fault("reset without the norms", "tests/test_positions.py",
+          ("cast_kernels/modules/bcast.py", 'name in ("ln_s_cross", "ln_t_cross"):', "name in ():")),
     # --- memory
     fault("a float stored past a row", NATIVE,
           (SIMD, "for (i64 i = 0; i < n; ++i) p[i] = lanes[i];", "for (i64 i = 0; i <= n; ++i) p[i] = lanes[i];")),

@@ -36,9 +36,7 @@ def refused(what: str) -> Any:
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 TWICE: dict[str, Callable[[Callable[..., Tensor], list[Tensor]], object]] = {
-    "a gradient penalty": lambda f, xs: (
-        torch.autograd.grad(f(*xs), xs, create_graph=True)[0].square().sum().backward()
-    ),
+    "a gradient penalty": lambda f, xs: torch.autograd.grad(f(*xs), xs, create_graph=True)[0].square().sum().backward(),
     "a weight's gradient": lambda f, xs: torch.autograd.grad(
         torch.autograd.grad(f(*xs), xs[-1], create_graph=True)[0].square().sum(), xs[0]
     ),

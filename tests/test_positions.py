@@ -42,7 +42,10 @@ def emptied(module: nn.Module) -> nn.Module:
 
 
 def assert_same(got: nn.Module, want: nn.Module) -> None:
-    for found, expected in ((got.named_parameters(), want.named_parameters()), (got.named_buffers(), want.named_buffers())):
+    for found, expected in (
+        (got.named_parameters(), want.named_parameters()),
+        (got.named_buffers(), want.named_buffers()),
+    ):
         for (name, x), (other, y) in zip(found, expected, strict=True):
             assert name == other
             assert torch.equal(x, y), name

@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,7 +96,9 @@ class Predictor:
             TypeError: one path instead of many, or what is no path.
         """
         if isinstance(videos, str | os.PathLike):
-            raise TypeError(f"videos is the one path {os.fspath(videos)!r}; give a list of paths, or call the predictor")
+            raise TypeError(
+                f"videos is the one path {os.fspath(videos)!r}; give a list of paths, or call the predictor"
+            )
         ready: list[tuple[str, int, Tensor]] = []
         for name, decoded in self._ahead(videos):
             try:
@@ -178,4 +179,4 @@ def predict(
     sampling: Sampling | None = None,
 ) -> Prediction:
     """Name the action in one video with a model where it is; see :class:`Predictor` for arguments and errors."""
-    return Predictor(model, labels, top, sampling, batch=1)(Path(video))
+    return Predictor(model, labels, top, sampling, batch=1)(video)

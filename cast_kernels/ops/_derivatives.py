@@ -47,8 +47,8 @@ def register(library: Any, name: str, setup_context: Callable[..., None], backwa
 
     def refuse(ctx: Any, *_: Any) -> NoReturn:
         raise NotImplementedError(
-            f"cast_kernels::{name} cannot be differentiated twice (double backward, as gradient penalties, Hessians and "
-            f"their products need it): fused kernels have first derivatives only. {_REMEDY}"
+            f"cast_kernels::{name} cannot be differentiated twice (double backward, as gradient penalties and "
+            f"Hessians need it): fused kernels have first derivatives only. {_REMEDY}"
         )
 
     library.impl(name, _kernel(name, name, setup_context, backward), "Autograd", with_keyset=True)
@@ -116,7 +116,9 @@ def _loop(operator: str) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         if not info.batch_size:
-            raise ValueError(f"vmap over a dimension of size 0 calls cast_kernels::{operator} never; map over 1 or more")
+            raise ValueError(
+                f"vmap over a dimension of size 0 calls cast_kernels::{operator} never; map over 1 or more"
+            )
 
         def entry(index: int) -> Any:
             return tree_map(lambda x, dim: x if dim is None else x.select(dim, index), inputs, in_dims)
