@@ -13,7 +13,7 @@ from cast_models import randomise
 from derivative_cases import CALLS, KERNELS
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -134,9 +134,13 @@ def test_func_gives_autograds_gradients(backend: str, op: str) -> None:
         assert torch.equal(grad(f)(*plain), want[0])
     value, pull = vjp(f, *plain)
     assert all(torch.equal(x, y) for x, y in zip(pull(torch.ones_like(value)), want, strict=True))
-    # What the function captures belongs to autograd outside.
-    inner = grad(lambda x: f(x, *xs[1:]))(plain[0])
+    # What the function captures belongs to autograd outside: a value is differentiated there, a gradient refused.
+    inner, value = grad_and_value(lambda x: f(x, *xs[1:]))(plain[0])
     assert torch.equal(inner, want[0])
+    assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(value, xs[1:]), want[1:], strict=True))
+    inner = grad(lambda x: f(x, *xs[1:]))(plain[0])
+    with refused(f"cast_kernels::{op} cannot be differentiated twice"):
+        inner.square().sum().backward()
 
 
 @kernels
@@ -171,9 +175,9 @@ def test_vmap_is_a_loop(backend: str, op: str) -> None:
 
 
 def test_vmap_over_nothing_says_so() -> None:
-    xs = CALLS["ffn"].tensors(torch.float32)
+    xs = CALLS["bcast"].tensors(torch.float32)
     with pytest.raises(ValueError, match="vmap over a dimension of size 0"):
-        vmap(lambda x: CALLS["ffn"].function("cpu")(x, *xs[1:]))(xs[0].new_empty(0, *xs[0].shape))
+        vmap(lambda x: CALLS["bcast"].function("cpu")(x, *xs[1:]))(xs[0].new_empty(0, *xs[0].shape))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -214,7 +218,7 @@ def test_backward_makes_no_gradient_for_what_it_keeps(backend: str, op: str) -> 
     xs, kept = leaves(op), []
     known = {x.data_ptr() for x in xs}
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: x.data_ptr() in known or kept.append(tuple(x.shape)) or x, lambda x: x
+        lambda x: (x.data_ptr() in known or kept.append(tuple(x.shape)), x)[1], lambda x: x
     ):
         outputs = CALLS[op].function(backend)(*xs)
     saved = kept[-1]

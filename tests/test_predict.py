@@ -149,7 +149,7 @@ def test_bad_requests_are_refused(compositional: Path, video: Path, tmp_path: Pa
     guesses = Predictor(model)
     for call in (guesses, lambda x: list(guesses.many([x])), lambda x: predict(model, x, guesses.labels)):
         with pytest.raises(
-            TypeError, match="a video came as ndarray; it must be a file's path. Predictor.stream takes"
+            TypeError, match=r"a video came as ndarray; it must be a file's path. Predictor.stream takes"
         ):
             call(np.zeros((16, 32, 32, 3), np.uint8))
     with pytest.raises(TypeError, match=r"videos is the one path 'a.mp4'; give a list of paths"):

@@ -71,7 +71,9 @@ class _Node(_SingleLevelFunction):
         *flat: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         inputs = tree_unflatten(list(flat), spec)
-        output = run(*inputs)
+        # A node's forward turns both modes off, but the transforms around this one differentiate as well.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            output = run(*inputs)
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
         ctx.compute_gradients = backward
