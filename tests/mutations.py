@@ -122,6 +122,8 @@ FAULTS = [
           (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
     fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
+    fault("transforms around a fused call see none of it", f"{DERIVATIVES} second_derivative",
+          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n            # A", "if False:\n            # A")),
     fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
     fault("math attention without its scale", f"{DERIVATIVES} maths_error",

@@ -39,8 +39,8 @@ def register(library: Any, name: str, setup_context: Callable[..., None], backwa
     Args:
         library: that defines both operators.
         name: of the forward operator.
-        setup_context: (ctx, inputs, output), as `torch.library.register_autograd` has it. The last output is what
-            backward keeps; it has no gradient.
+        setup_context: (ctx, inputs, output), as `torch.library.register_autograd` has it; it marks what is kept for
+            backward as not differentiable.
         backward: (ctx, *gradients of the outputs, None where nobody used one but never all of them) -> a gradient, or
             None, in the place of each input.
     """
@@ -71,8 +71,11 @@ class _Node(_SingleLevelFunction):
         *flat: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         inputs = tree_unflatten(list(flat), spec)
-        # A node's forward turns both modes off, but the transforms around this one differentiate as well.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        if torch._C._are_functorch_transforms_active():
+            # A node's forward turns both modes off, but the transforms around this one differentiate as well.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = run(*inputs)
+        else:
             output = run(*inputs)
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
