@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cast_kernels
 from cast import CAST
+from cast.baselines import Design, SingleExpert, TwoStream
+from cast.config import make_config
 
 kernels = pytest.mark.parametrize(("backend", "op"), KERNELS)
 REMEDY = re.compile(r"fused=False, attention='math'.*unfuse\(attention='math'\).*backend='eager'")
@@ -301,6 +303,22 @@ def test_the_model_takes_the_remedy(heads: dict[str, int]) -> None:
     inputs = (video, weight.detach().clone().requires_grad_())
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+BASELINES: dict[str, Callable[..., torch.nn.Module]] = {
+    "two streams": lambda **options: TwoStream(Design(), **options),
+    "full width": lambda **options: TwoStream(Design(exchange="attention"), **options),
+    "AIM": lambda **options: SingleExpert("clip", "aim", **options),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_take_the_remedy(name: str) -> None:
+    options = {"config": make_config(**TINY), "fused": False, "attention": "math"}
+    model = randomise(BASELINES[name](**options).double().requires_grad_(True))
+    run, video = (lambda x: model(x)["action"]), _video(torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(run, video, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, video, fast_mode=True)
 
 
 def test_a_live_model_takes_the_remedy_and_gives_it_back() -> None:

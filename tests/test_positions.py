@@ -22,8 +22,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "CAST": lambda: CAST(CONFIG),
     "TemporalExpert": lambda: TemporalExpert(CONFIG),
     "VideoMAE": lambda: VideoMAE(CONFIG),
-    "TwoStream": lambda: TwoStream(CONFIG),
-    "SingleExpert": lambda: SingleExpert("videomae", CONFIG),
+    "TwoStream": lambda: TwoStream(config=CONFIG),
+    "SingleExpert": lambda: SingleExpert("videomae", config=CONFIG),
     "BCAST": lambda: cast_kernels.BCAST(16, 8, 2, 2, 3),
 }
 modules = pytest.mark.parametrize("name", MODULES)
@@ -103,17 +103,14 @@ def test_a_load_that_makes_nothing_real_leaves_meta() -> None:
 
 def test_a_reset_of_the_exchange_leaves_nothing_as_it_was() -> None:
     for module in (cast_kernels.BCAST(16, 8, 2, 2, 3), cast_kernels.BCAST(16, 8, 2, 2, 3, ("space-time", "time"))):
-        torch.manual_seed(0)
         fresh = type(module)(16, 8, 2, 2, 3, module.windows)
         emptied(module)
-        torch.manual_seed(0)
-        type(module)(16, 8, 2, 2, 3, module.windows)  # the draws of construction before its own reset
         module.reset_bcast_parameters()
         for (name, x), (_, y) in zip(module.named_parameters(), fresh.named_parameters(), strict=True):
             assert torch.isfinite(x).all(), name
-            deviations = [float(t.std()) if t.numel() > 1 else 0.0 for t in (x, y)]
+            deviations = [float(t.detach().std()) if t.numel() > 1 else 0.0 for t in (x, y)]
             assert deviations[0] == pytest.approx(deviations[1], rel=0.5), name
-            assert float(x.mean()) == pytest.approx(float(y.mean()), abs=0.15), name
+            assert float(x.detach().mean()) == pytest.approx(float(y.detach().mean()), abs=0.15), name
 
 
 def test_a_reset_of_a_blocks_exchange_leaves_its_experts() -> None:
