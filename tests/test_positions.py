@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -103,14 +104,11 @@ def test_a_load_that_makes_nothing_real_leaves_meta() -> None:
 
 def test_a_reset_of_the_exchange_leaves_nothing_as_it_was() -> None:
     for module in (cast_kernels.BCAST(16, 8, 2, 2, 3), cast_kernels.BCAST(16, 8, 2, 2, 3, ("space-time", "time"))):
-        fresh = type(module)(16, 8, 2, 2, 3, module.windows)
-        emptied(module)
-        module.reset_bcast_parameters()
-        for (name, x), (_, y) in zip(module.named_parameters(), fresh.named_parameters(), strict=True):
-            assert torch.isfinite(x).all(), name
-            deviations = [float(t.detach().std()) if t.numel() > 1 else 0.0 for t in (x, y)]
-            assert deviations[0] == pytest.approx(deviations[1], rel=0.5), name
-            assert float(x.detach().mean()) == pytest.approx(float(y.detach().mean()), abs=0.15), name
+        fresh = copy.deepcopy(module)
+        for one in (emptied(module), fresh):
+            torch.manual_seed(0)
+            one.reset_bcast_parameters()
+        assert_same(module, fresh)  # a value that was left would be NaN
 
 
 def test_a_reset_of_a_blocks_exchange_leaves_its_experts() -> None:

@@ -125,7 +125,7 @@ class Wide(Exchange):
 class CrossAttention(nn.Module):
     """Multi-head cross-attention at width D inside windows: asking and answering [B, T, N, D] -> [B, T, N, D]."""
 
-    def __init__(self, config: CASTConfig, window: str, attention: str) -> None:
+    def __init__(self, config: CASTConfig, window: str, attention: str = "auto") -> None:
         super().__init__()
         dim, self.num_heads, self.window, self.attention = config.embed_dim, config.num_heads, window, attention
         axes = {"time": (config.exchange_frames, 1), "space": (1, config.num_patches)}

@@ -66,7 +66,7 @@ class _Node(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, run: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any], spec: Any,
         *flat: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -110,7 +110,7 @@ def _kernel(
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return run(*inputs)
         with enable_single_level_autograd_function():
-            output = _Node.apply(run, setup_context, backward, spec, *flat)
+            output = _Node.apply(run, setup_context, backward, spec, *flat)  # type: ignore[attr-defined]
         return list(output) if operator != name else output
 
     return kernel
