@@ -37,7 +37,7 @@ class CASTBlock(BCAST):
             backend=running.backend,
             recompute=running.recompute,
         )
-        self.attention = attention.check_name(running.attention)
+        self.attend_by(running.attention)
         dim, heads, mlp, adapter = config.embed_dim, config.num_heads, config.mlp_dim, config.adapter_dim
         self.drop_rate = config.drop_rate(index)
         self.drop_path_mode = config.drop_path_mode
@@ -104,10 +104,14 @@ class CASTBlock(BCAST):
             return None
         return drop_factor((temporal.shape[0],), self.drop_rate, temporal)
 
+    def attend_by(self, name: str) -> None:
+        """Say what attends, from the next call on: in the experts the one named, in the exchange what it has of it."""
+        self.attention, self.expert_attention = attention.of_exchange(name), name
+
     @property
     def running(self) -> Running:
         """How the block's ops run."""
-        return Running(self.backend, self.recompute, self.attention)
+        return Running(self.backend, self.recompute, self.expert_attention)
 
     def chosen_backend(self) -> str:
         """The backend that runs the exchange for a batch of the parameters' own dtype and device."""

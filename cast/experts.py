@@ -26,8 +26,8 @@ from cast.layers import (
     embed_frames,
     feed_forward,
     init_linears,
-    sincos_table,
 )
+from cast.positions import FixedPositions
 from cast.weights.assign import assign
 from cast.weights.clip import fit_positions, read_clip
 from cast.weights.source import Source
@@ -149,7 +149,7 @@ class SpatialExpert(_Expert):
         return self.ln_post(self.tokens(x)[:, 0])
 
 
-class TemporalExpert(_Expert):
+class TemporalExpert(_Expert, FixedPositions):
     """VideoMAE's encoder (joint space-time ViT), with the names of the official fine-tuning code.
 
     Args:
@@ -158,8 +158,6 @@ class TemporalExpert(_Expert):
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
         overrides: fields of CASTConfig.
     """
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -171,8 +169,7 @@ class TemporalExpert(_Expert):
         super().__init__(make_config(variant, **overrides), heads)
         config, dim, running = self.config, self.config.embed_dim, Running("auto" if fused else "eager")
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
-        table = sincos_table(config.exchange_frames * config.num_patches, dim)
-        self.register_buffer("pos_embed", table, persistent=False)
+        self.place_tokens(config.exchange_frames * config.num_patches, dim)
         self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
         self.fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
         init_linears(self)

@@ -14,7 +14,8 @@ from cast.config import CASTConfig, make_config
 from cast.experts import check_shape
 from cast.heads import apply_heads, build_heads
 from cast.hub import Shared
-from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames, sincos_table
+from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames
+from cast.positions import FixedPositions
 from cast.sampling import Sampling
 from cast.weights.assign import assign, check
 from cast.weights.clip import fit_positions, read_clip
@@ -22,12 +23,13 @@ from cast.weights.official import infer_config, read_official
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
 from cast_kernels import Recompute, backends
+from cast_kernels import attention as attentions
 
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
 
 
-class CAST(nn.Module, Shared):
+class CAST(FixedPositions, Shared):
     """Cross-Attention in Space and Time (arXiv 2311.18825), with the published code's semantics and names.
 
     `state_dict()` has the official layout, so published checkpoints load by name. Only adapters, exchange,
@@ -40,15 +42,14 @@ class CAST(nn.Module, Shared):
         recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
             see :class:`cast_kernels.Recompute`.
         attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
-            `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why.
+            `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why. `math`
+            is for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.
         overrides: fields of CASTConfig.
 
     Raises:
         TypeError: an override that CASTConfig does not have.
         ValueError: an unknown variant, or a value that no model can have.
     """
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -77,9 +78,7 @@ class CAST(nn.Module, Shared):
         self.vmae_fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
         for name, module in build_heads(config).items():
             self.add_module(name, module)
-        # Not persistent: published checkpoints do not have it.
-        table = sincos_table(config.exchange_frames * config.num_patches, dim)
-        self.register_buffer("pos_embed", table, persistent=False)
+        self.place_tokens(config.exchange_frames * config.num_patches, dim)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(TRAINABLE.search(name) is not None)
 
@@ -134,17 +133,29 @@ class CAST(nn.Module, Shared):
         grid = (config.exchange_frames, config.num_patches)
         return spatial.unflatten(0, (video.shape[0], grid[0])), temporal.unflatten(1, grid)
 
-    def fuse(self, backend: str = "auto") -> CAST:
-        """Let all ops run in the fastest backend that can (or the one named), from the next call on."""
+    def fuse(self, backend: str = "auto", attention: str | None = None) -> CAST:
+        """Let all ops run in the fastest backend that can (or the one named), from the next call on.
+
+        Args:
+            backend: "auto", or the one that must run.
+            attention: what attends, as the constructor has it; None leaves what was asked for before.
+
+        Raises:
+            ValueError: no such backend or attention.
+        """
         backends.check_name(backend)
+        if attention is not None:
+            attentions.check_name(attention)
         for block in self.blocks:
             assert isinstance(block, CASTBlock)
             block.backend = backend
+            if attention is not None:
+                block.attend_by(attention)
         return self
 
-    def unfuse(self) -> CAST:
-        """Let all ops run in eager PyTorch from the next call on: the same mathematics."""
-        return self.fuse("eager")
+    def unfuse(self, attention: str | None = None) -> CAST:
+        """Let all ops run in eager PyTorch from the next call on: the same mathematics; `attention` as in `fuse`."""
+        return self.fuse("eager", attention)
 
     def load_experts(
         self, clip: Source | None = None, videomae: Source | None = None, trust_pickle: bool = False
@@ -188,7 +199,6 @@ class CAST(nn.Module, Shared):
             model = cls(config, fused=fused)
         check(what, model.state_dict(), tensors)
         model.load_state_dict(tensors, assign=True)
-        model.pos_embed = sincos_table(model.pos_embed.shape[1], config.embed_dim).to(model.clip_ln_pre.weight)
         return model.eval()
 
     def extra_repr(self) -> str:

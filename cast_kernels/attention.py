@@ -1,13 +1,15 @@
-"""Which attention kernel the experts' self-attention runs, and why: the one place that decides.
+"""Which attention the experts' self-attention and the exchange run, and why: the one place that decides.
 
 "auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself: on a GPU, for 16-bit
 operands without a mask, it runs the flash-attention kernels that PyTorch ships, the same algorithm as the package
 flash-attn 2. The packages are for those who have measured that theirs is faster; nothing here takes one unasked.
+"math" is for derivatives of another kind: matrix products and a softmax, with scores in memory.
 """
 
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,15 @@ from torch import Tensor
 from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
 
 #: What may be asked for besides "auto", and what it needs to be installed.
-ATTENTIONS: dict[str, str | None] = {"sdpa": None, "flash-attn": "flash_attn", "xformers": "xformers.ops"}
+ATTENTIONS: dict[str, str | None] = {
+    "sdpa": None,
+    "math": None,
+    "flash-attn": "flash_attn",
+    "xformers": "xformers.ops",
+}
+
+#: What may be asked for in the exchange; its kernels attend themselves.
+EXCHANGE_ATTENTIONS = ("auto", "math")
 
 #: Widest head that both packages take.
 _MOST_CHANNELS = 256
@@ -29,6 +39,19 @@ def check_name(attention: str) -> str:
     return attention
 
 
+def check_exchange_name(attention: str) -> str:
+    """The same for the exchange."""
+    if attention not in EXCHANGE_ATTENTIONS:
+        allowed = ", ".join(map(repr, EXCHANGE_ATTENTIONS))
+        raise ValueError(f"attention is {attention!r}; B-CAST takes {allowed}")
+    return attention
+
+
+def of_exchange(attention: str) -> str:
+    """What the exchange is asked for beside experts that attend by `attention`: the packages attend in experts only."""
+    return "math" if check_name(attention) == "math" else "auto"
+
+
 def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
     """Whether one attention kernel can run the problem, and the reason in words either way.
 
@@ -38,6 +61,8 @@ def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; ask for one of {', '.join(map(repr, ATTENTIONS))}")
     package = ATTENTIONS[attention]
+    if attention == "math":
+        return Verdict(True, "products and a softmax: slower, with second and forward-mode derivatives")
     if package is None:
         return Verdict(True, "PyTorch's own, which picks among the kernels that it ships")
     if problem.device != "cuda":
@@ -122,4 +147,22 @@ def attend(name: str, qkv: Tensor) -> Tensor:
 
         return memory_efficient_attention(*qkv.unbind(2))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return mix(name, q, k, v).transpose(1, 2)
+
+
+def mix(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v in PyTorch's operators: "math" spelled out, any other name by its dispatcher.
+
+    Args:
+        name: of the attention.
+        q, k, v: [..., tokens, head_dim].
+    """
+    if name != "math":
+        return F.scaled_dot_product_attention(q, k, v)
+    # Scores of 16-bit operands stay float32, as in the kernels. PyTorch's own switch to its "math" is for the whole
+    # process, so it would reach other threads.
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * q.shape[-1] ** -0.5
+        return (torch.softmax(scores, -1) @ v.to(wide)).to(v.dtype)

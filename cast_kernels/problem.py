@@ -136,6 +136,7 @@ class Problem(_Arithmetic):
     dtype: torch.dtype
     device: str  # device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None
+    attention: str = "auto"  # "math" where derivatives are wanted that no kernel has, see `cast_kernels.attention`
 
     @property
     def head_dim(self) -> int:

@@ -33,6 +33,7 @@ BUILDS = {
 BCAST = "tests/test_bcast.py -k error_against_fp64"
 #: That one compares with eager's own error, so it cannot see a fault that eager shares; this one does.
 BF16 = "tests/test_bf16_products.py"
+DERIVATIVES = "tests/test_derivatives.py -k"
 REFERENCE_TEST = "tests/test_bcast.py -k eager_equals_reference"
 
 
@@ -54,6 +55,7 @@ SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attent
 PUBLISHED, PUBLISHED_TRAINING = "tests/test_published.py", "tests/test_published_training.py"
 SAMPLING, AUGMENT, GROUPS = "cast/video/sampling.py", "cast/video/augment.py", "cast/training/groups.py"
 LISTS, FOLDERS, FOLDERS_TEST = "cast/video/annotations.py", "cast/video/folders.py", "tests/test_video_folders.py"
+TRANSFORMS = "cast_kernels/ops/_derivatives.py"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -117,6 +119,34 @@ FAULTS = [
            "block[r] = load(from + k);")),
     fault("slack of the saved state not defined", NATIVE,
           (FORWARD, "  if (plan.kept.total)\n", "  if (plan.kept.total < 0)\n")),
+    # --- derivatives, and modules without memory
+    fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
+          (TRANSFORMS, "lambda ctx, inputs, output: None, refuse)", "lambda ctx, inputs, output: None, lambda ctx, *_: "
+           "(None,) * (len(ctx.needs_input_grad) - 4))")),
+    fault("tangents not looked for", f"{DERIVATIVES} forward_mode",
+          (TRANSFORMS, "if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):", "if False:")),
+    fault("gradient of zeros for what is kept", f"{DERIVATIVES} what_it_keeps",
+          (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
+    fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
+          (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
+    fault("transforms around a call see none of it", f"{DERIVATIVES} second_derivative",
+          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n            # A",
+           "if False:\n            # A")),
+    fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
+          (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
+    fault("math attention without its scale", f"{DERIVATIVES} maths_error",
+          ("cast_kernels/attention.py", ".transpose(-2, -1) * q.shape[-1] ** -0.5", ".transpose(-2, -1)")),
+    fault("scores of math attention in 16 bits", f"{DERIVATIVES} maths_error",
+          ("cast_kernels/attention.py", "torch.promote_types(q.dtype, torch.float32)", "q.dtype")),
+    fault("exchange not asked for math", f"{DERIVATIVES} model_takes",
+          ("cast_kernels/attention.py", 'return "math" if check_name(attention) == "math" else "auto"',
+           'return "auto" if check_name(attention) == "math" else "auto"')),
+    fault("position table left to fresh memory", "tests/test_positions.py",
+          ("cast/positions.py", "if after is not before and not after.is_meta:", "if False:")),
+    fault("position table left on meta", "tests/test_positions.py",
+          ("cast/positions.py", "if module.pos_embed.is_meta and like is not None:", "if False:")),
+    fault("reset without the norms", "tests/test_positions.py",
+          ("cast_kernels/modules/bcast.py", 'name in ("ln_s_cross", "ln_t_cross"):', "name in ():")),
     # --- memory
     fault("a float stored past a row", NATIVE,
           (SIMD, "for (i64 i = 0; i < n; ++i) p[i] = lanes[i];", "for (i64 i = 0; i <= n; ++i) p[i] = lanes[i];")),

@@ -157,6 +157,8 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] 
     "half": (lambda: spoiled(up_weight=None, up_bias=None), ValueError, "up_weight and up_bias missing"),
     "mixed dtypes": (lambda: spoiled(x=Case().stream("x").bfloat16()), TypeError, "mixed: x torch.bfloat16, residual"),
     "integers": (lambda: spoiled(x=Case().stream("x").int()), TypeError, "must be floating point"),
+    "array": (lambda: spoiled(residual=Case().stream("residual").numpy()), TypeError, "residual is a numpy.ndarray"),
+    "nothing": (lambda: spoiled(x=None), TypeError, "x is None; it must be a torch.Tensor$"),
     "devices": (lambda: spoiled(residual=torch.ones(3, 15, 48, device="meta")), ValueError, "cpu and meta"),
     "recompute": (lambda: spoiled(recompute="some"), ValueError, "'some'; allowed: 'nothing', 'cheap', 'all'"),
     "backend": (lambda: spoiled(backend="gpu"), ValueError, "allowed: 'auto', 'triton', 'cpu', 'eager'"),

@@ -82,13 +82,13 @@ def test_autocast_counts_and_xformers_takes_float32() -> None:
     assert attention.can_run("xformers", problem).ok
 
 
-@pytest.mark.parametrize("name", ["sdpa", *PACKAGES])
+@pytest.mark.parametrize("name", ["sdpa", "math", *PACKAGES])
 def test_every_kernel_gets_its_layout(name: str, packages: list[str]) -> None:
     qkv = torch.randn(2, 7, 3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     exact = (torch.softmax(q @ k.transpose(-2, -1) * 8**-0.5, -1) @ v).transpose(1, 2)
     torch.testing.assert_close(attention.attend(name, qkv), exact, rtol=1e-10, atol=1e-12)
-    assert packages == [name] * (name != "sdpa")
+    assert packages == [name] * (name in PACKAGES)
 
 
 def test_explain_names_every_kernel_and_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_the_op_takes_it() -> None:
     torch.testing.assert_close(asked.double(), exact, atol=1e-5, rtol=1e-5)
     with pytest.raises(cast_kernels.BackendError, match="flash-attn runs on cuda"):
         cast_kernels.self_attention(x, parameters, attention="flash-attn", **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="attention is 'flash'; allowed: 'auto', 'sdpa', 'flash-attn', 'xformers'"):
+    with pytest.raises(ValueError, match="'flash'; allowed: 'auto', 'sdpa', 'math', 'flash-attn', 'xformers'"):
         cast_kernels.self_attention(x, parameters, attention="flash", **options)  # type: ignore[arg-type]
 
 

@@ -383,6 +383,13 @@ BAD_CALLS = {
     "mixed dtypes": (lambda s, t: (s.double(), t), TypeError, "dtypes are mixed.*float64"),
     "integers": (lambda s, t: (s.int(), t.int()), TypeError, "must be floating point"),
     "devices": (lambda s, t: (s.to("meta"), t), ValueError, "tensors lie on cpu and meta"),
+    "array": (lambda s, t: (s.numpy(), t), TypeError, r"spatial is a numpy.ndarray; .*torch.from_numpy makes one"),
+    "second array": (lambda s, t: (s, t.numpy()), TypeError, "temporal is a numpy.ndarray"),
+    "list": (lambda s, t: (s.tolist(), t), TypeError, r"spatial is a list; .*torch.as_tensor makes one"),
+    "none": (lambda s, t: (s, None), TypeError, r"temporal is None; it must be a torch.Tensor$"),
+    "complex": (lambda s, t: (s.to(torch.complex64), t.to(torch.complex64)), TypeError, "must be floating point"),
+    "scale array": (lambda s, t: (s, t, torch.ones(2).numpy()), TypeError, "spatial_scale is a numpy.ndarray"),
+    "scale number": (lambda s, t: (s, t, None, 0.5), TypeError, "temporal_scale is a float"),
     "scale shape": (lambda s, t: (s, t, torch.ones(3)), ValueError, r"spatial_scale has shape \(3,\).*\[B\] = \(2,\)"),
     "scale dtype": (
         lambda s, t: (s, t, None, torch.ones(2, dtype=torch.int64)),
@@ -403,6 +410,25 @@ def test_bad_calls_say_what_came_and_what_is_allowed(name: str) -> None:
     case = Case()
     with pytest.raises(error, match=message):
         case.module()(*spoil(*case.inputs()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: tuple(p), "parameters is a tuple; it must be a cast_kernels.Parameters"),
+        (lambda p: None, "parameters is a NoneType"),
+        (lambda p: p._replace(spatial=None), "spatial is a NoneType; it must be a cast_kernels.Stream"),
+        (lambda p: p._replace(t2s=p.spatial), "t2s is a Stream; it must be a cast_kernels.Direction"),
+        (
+            lambda p: p._replace(s2t=p.s2t._replace(q_pos=p.s2t.q_pos.detach().numpy())),
+            "s2t.q_pos is a numpy.ndarray; it must be a torch.Tensor",
+        ),
+    ],
+)
+def test_parameters_of_another_kind_are_refused(spoil: object, message: str) -> None:
+    parameters = spoil(Case().module().gathered())  # type: ignore[operator]
+    with pytest.raises(TypeError, match=message):
+        cast_kernels.bcast(*Case().inputs(), parameters, num_heads=3)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cast_models import randomise
@@ -14,7 +15,7 @@ from rich.console import Console
 from video_files import write_video
 
 import cast
-from cast.predict import LABELS, Guess, Prediction, load_labels, main, predict, table
+from cast.predict import LABELS, Guess, Prediction, Predictor, load_labels, main, predict, table
 from cast.video.reader import VideoError
 
 VERBS, NOUNS = ["open", "close", "cut"], ["door", "tap", "onion", "drawer"]
@@ -145,5 +146,13 @@ def test_bad_requests_are_refused(compositional: Path, video: Path, tmp_path: Pa
         predict(model, video, {"verb": VERBS, "noun": NOUNS[:2]})
     with pytest.raises(ValueError, match="sampling is 'sparse'; it must be 'uniform' or 'dense'"):
         predict(model, video, {"verb": VERBS, "noun": NOUNS}, sampling="sparse")
+    guesses = Predictor(model)
+    for call in (guesses, lambda x: list(guesses.many([x])), lambda x: predict(model, x, guesses.labels)):
+        with pytest.raises(
+            TypeError, match=r"a video came as ndarray; it must be a file's path. Predictor.stream takes"
+        ):
+            call(np.zeros((16, 32, 32, 3), np.uint8))
+    with pytest.raises(TypeError, match=r"videos is the one path 'a.mp4'; give a list of paths"):
+        list(guesses.many("a.mp4"))
     with pytest.raises(VideoError, match="no such file"):
         main(tmp_path / "none.mp4", compositional)

@@ -302,6 +302,19 @@ BAD_CALLS = {
     ),
     "mixed dtypes": (lambda: (Case().x(torch.float64), changed()), {}, TypeError, "dtypes are mixed: x torch.float64"),
     "integers": (lambda: (torch.ones(2, 3, 40).int(), changed()), {}, TypeError, "must be floating point"),
+    "array": (lambda: (Case().x().numpy(), changed()), {}, TypeError, "x is a numpy.ndarray; .*torch.from_numpy"),
+    "weight array": (
+        lambda: (Case().x(), changed(qkv_bias=torch.ones(120).numpy())),
+        {},
+        TypeError,
+        "qkv_bias is a numpy.ndarray; it must be a torch.Tensor",
+    ),
+    "weights in a dictionary": (
+        lambda: (Case().x(), changed()._asdict()),
+        {},
+        TypeError,
+        "parameters is a dict; it must be a cast_kernels.SelfAttentionParameters",
+    ),
     "devices": (lambda: (Case().x().to("meta"), changed()), {}, ValueError, "tensors lie on cpu and meta"),
 }
 

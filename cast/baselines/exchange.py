@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cast.config import CASTConfig
 from cast.layers import VMAE_EPS, Adapter, Running, init_linears
-from cast_kernels import BCAST
+from cast_kernels import BCAST, attention
 
 Pair = tuple[Tensor, Tensor]
 #: (spatial, temporal) numbers of leading tokens.
@@ -52,6 +52,7 @@ class Bottleneck(Exchange):
             directions=config.directions,
             backend=running.backend,
             recompute=running.recompute,
+            attention=attention.of_exchange(running.attention),
         )
 
     def forward(self, spatial: Tensor, temporal: Tensor, factors: tuple[Tensor | None, Tensor | None]) -> Pair:
@@ -99,7 +100,7 @@ class Wide(Exchange):
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running, adapted: bool) -> None:
         super().__init__(config, prefixes, running)
         self.ln_s, self.ln_t = (nn.LayerNorm(config.embed_dim, eps=VMAE_EPS) for _ in range(2))
-        self.t2s, self.s2t = (CrossAttention(config, window) for window in config.windows)
+        self.t2s, self.s2t = (CrossAttention(config, window, running.attention) for window in config.windows)
         init_linears(self)
         if adapted:
             self.S_Cross_Adapter = Adapter(config.embed_dim, config.adapter_dim)
@@ -124,9 +125,9 @@ class Wide(Exchange):
 class CrossAttention(nn.Module):
     """Multi-head cross-attention at width D inside windows: asking and answering [B, T, N, D] -> [B, T, N, D]."""
 
-    def __init__(self, config: CASTConfig, window: str) -> None:
+    def __init__(self, config: CASTConfig, window: str, attention: str = "auto") -> None:
         super().__init__()
-        dim, self.num_heads, self.window = config.embed_dim, config.num_heads, window
+        dim, self.num_heads, self.window, self.attention = config.embed_dim, config.num_heads, window, attention
         axes = {"time": (config.exchange_frames, 1), "space": (1, config.num_patches)}
         shapes = {axis: shape for axis, shape in axes.items() if axis in window.split("-")} if config.positions else {}
         for axis, shape in shapes.items():
@@ -141,7 +142,7 @@ class CrossAttention(nn.Module):
         frames = asking.shape[1]
         q = self._heads(group(self.q(self._placed(asking, "q"))))
         k, v = (self._heads(group(x)) for x in self.kv(self._placed(answering, "kv")).chunk(2, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+        mixed = attention.mix(self.attention, q, k, v).transpose(-2, -3).flatten(-2)
         return self.proj(ungroup(mixed, frames))
 
     def _placed(self, x: Tensor, side: str) -> Tensor:

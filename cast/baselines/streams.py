@@ -15,6 +15,7 @@ from cast.layers import Adapter, CLIPAttention, Running, attend, feed_forward
 from cast.weights.assign import assign
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
+from cast_kernels import attention as attentions
 
 
 class Stream(nn.Module):
@@ -92,7 +93,7 @@ class CLIPStream(Stream):
         """Tokens of one place, CLS among them, attend along time (AIM, ICLR 2023, section 3.3: no inner skip)."""
         block = self.block(index)
         places = x.transpose(1, 2)
-        return x + adapter(self_attention_of(block.ln_1(places), block.attn)).transpose(1, 2)
+        return x + adapter(self_attention_of(block.ln_1(places), block.attn, self.running.attention)).transpose(1, 2)
 
     def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
         block = self.block(index)
@@ -165,11 +166,11 @@ class MVDStream(VideoMAEStream):
         self.expert.register_buffer("pos_embed", torch.zeros_like(self.expert.pos_embed))
 
 
-def self_attention_of(x: Tensor, attention: CLIPAttention) -> Tensor:
-    """Multi-head self-attention over the last but one dimension: [..., tokens, D] -> the same."""
-    weight, bias, out_weight, out_bias = attention.tensors()
-    q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, attention.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
-    mixed = F.scaled_dot_product_attention(q, k, v)
+def self_attention_of(x: Tensor, layer: CLIPAttention, attention: str) -> Tensor:
+    """Multi-head self-attention over the last but one dimension: [..., tokens, D] -> the same. PyTorch attends."""
+    weight, bias, out_weight, out_bias = layer.tensors()
+    q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, layer.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
+    mixed = attentions.mix(attention, q, k, v)
     return F.linear(mixed.transpose(-2, -3).flatten(-2), out_weight, out_bias)
 
 

@@ -30,7 +30,7 @@ class TimmStream(Stream):
     Args:
         name: a name of `timm.list_models()`, for example `vit_base_patch16_224` or `eva02_base_patch16_clip_224`.
         config: its width, depth and grid must be the model's.
-        running: not used.
+        running: `math` attention is obeyed; there is nothing else that it could say of timm's code.
         pretrained: whether timm downloads the weights that belong to the name.
         options: passed to `timm.create_model`; `img_size=196` gives a model with patches of 14 the grid of 14 x 14,
             and frames are then resized to it.
@@ -55,6 +55,10 @@ class TimmStream(Stream):
             raise ValueError(f"{name} is not built as a VisionTransformer or Eva; choose a vit_* or eva02_* model")
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="token", **options)
         self._check(name, model)
+        if running.attention == "math":
+            for module in model.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = False
         self.expert: Any = model
         self.size = model.patch_embed.img_size
 

@@ -18,6 +18,16 @@ from cast.metrics import top_classes, top_pairs
 PathLike = str | os.PathLike[str]
 
 
+def path_of(video: PathLike) -> str:
+    """The file's path as text, or a TypeError that says what came."""
+    if isinstance(video, str | os.PathLike):
+        return os.fspath(video)
+    raise TypeError(
+        f"a video came as {type(video).__name__}; it must be a file's path. Predictor.stream takes frames, and the "
+        "model itself clips as tensors"
+    )
+
+
 @dataclass(frozen=True)
 class Guess:
     """One answer. `index` is the class, or (verb, noun) for an action of a compositional model."""

@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from cast.evaluation.protocol import Protocol, normalise
 from cast.labels import check_names, numbers
 from cast.metrics import average_views
 from cast.model import CAST
-from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess
+from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess, path_of
 from cast.predict.window import Window
 from cast.video.decoders import decoder
 from cast.video.files import VideoError, video_files
@@ -78,8 +77,9 @@ class Predictor:
 
         Raises:
             VideoError: it can't be read as a video.
+            TypeError: no path, an array for example.
         """
-        return self._answer([(os.fspath(video), *self._decode(video))])[0]
+        return self._answer([(path_of(video), *self._decode(video))])[0]
 
     def folder(self, folder: PathLike) -> Iterator[Prediction | Failure]:
         """As :meth:`many`, for every video below a folder, in alphabetical order.
@@ -90,7 +90,15 @@ class Predictor:
         return self.many(video_files(folder))
 
     def many(self, videos: Iterable[PathLike]) -> Iterator[Prediction | Failure]:
-        """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure."""
+        """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure.
+
+        Raises:
+            TypeError: one path instead of many, or what is no path.
+        """
+        if isinstance(videos, str | os.PathLike):
+            raise TypeError(
+                f"videos is the one path {os.fspath(videos)!r}; give a list of paths, or call the predictor"
+            )
         ready: list[tuple[str, int, Tensor]] = []
         for name, decoded in self._ahead(videos):
             try:
@@ -129,7 +137,7 @@ class Predictor:
         waiting: deque[tuple[str, Future[tuple[int, Tensor]]]] = deque()
         with ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1)) as pool:
             for video in videos:
-                waiting.append((os.fspath(video), pool.submit(self._decode, video)))
+                waiting.append((path_of(video), pool.submit(self._decode, video)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
             while waiting:
@@ -171,4 +179,4 @@ def predict(
     sampling: Sampling | None = None,
 ) -> Prediction:
     """Name the action in one video with a model where it is; see :class:`Predictor` for arguments and errors."""
-    return Predictor(model, labels, top, sampling, batch=1)(Path(video))
+    return Predictor(model, labels, top, sampling, batch=1)(video)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cast.config import CASTConfig, make_config
 from cast.experts import VideoMAEBlock, check_shape
-from cast.layers import VMAE_EPS, Running, TubeletEmbedding, sincos_table
+from cast.layers import VMAE_EPS, Running, TubeletEmbedding
+from cast.positions import FixedPositions
 from cast.pretrain.masking import Mask, gather, hidden_patches, pixels, statistics, tube_mask, tubelets
 from cast.pretrain.settings import DecoderSettings
 from cast.weights.assign import check
@@ -32,17 +33,14 @@ class Reconstruction(NamedTuple):
         return F.mse_loss(self.prediction.float(), self.target.float())
 
 
-class _Encoder(nn.Module):
+class _Encoder(FixedPositions):
     """VideoMAE's encoder, which looks at some tokens only."""
-
-    pos_embed: Tensor
 
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
         dim = config.embed_dim
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
-        table = sincos_table(config.exchange_frames * config.num_patches, dim)
-        self.register_buffer("pos_embed", table, persistent=False)
+        self.place_tokens(config.exchange_frames * config.num_patches, dim)
         self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=VMAE_EPS)
 
@@ -72,7 +70,7 @@ class _Decoder(nn.Module):
         return self.head(self.norm(x[:, -hidden:]))
 
 
-class VideoMAE(nn.Module):
+class VideoMAE(FixedPositions):
     """Masked autoencoder of videos (arXiv 2203.12602), with the official pre-training code's names.
 
     The file that :meth:`save` writes is a VideoMAE checkpoint like any other: `CAST.load_experts(videomae=...)` and
@@ -88,8 +86,6 @@ class VideoMAE(nn.Module):
     Raises:
         ValueError: a ratio that hides nothing or everything, or sizes that no decoder can have.
     """
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -110,8 +106,7 @@ class VideoMAE(nn.Module):
         self.encoder_to_decoder = nn.Linear(config.embed_dim, narrow.embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow.embed_dim))
         self.decoder = _Decoder(narrow, 3 * config.tubelet_size * config.patch_size**2, running)
-        table = sincos_table(config.exchange_frames * config.num_patches, narrow.embed_dim)
-        self.register_buffer("pos_embed", table, persistent=False)
+        self.place_tokens(config.exchange_frames * config.num_patches, narrow.embed_dim)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -175,14 +175,14 @@ class RunSettings:
         precision: of products; weights stay fp32. fp16 needs a GPU.
         fused: whether compiled kernels may run, or eager PyTorch only.
         recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
-        attention: what attends in the experts on a GPU: auto, sdpa, flash-attn, xformers.
+        attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
     """
 
     precision: Precision = "bf16"
     fused: bool = True
     recompute: Literal["nothing", "cheap", "all"] = "cheap"
-    attention: Literal["auto", "sdpa", "flash-attn", "xformers"] = "auto"
+    attention: Literal["auto", "sdpa", "math", "flash-attn", "xformers"] = "auto"
     compile: str | None = None
 
 

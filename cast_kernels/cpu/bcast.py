@@ -24,6 +24,8 @@ def can_run(problem: Problem) -> Verdict:
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
     """
+    if problem.attention != "auto":
+        return Verdict(False, f"attention={problem.attention!r} was asked for; the native core attends itself")
     return verdict(problem.device, problem.dtype, problem.autocast)
 
 

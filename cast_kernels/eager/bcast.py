@@ -1,6 +1,6 @@
 """B-CAST in PyTorch operators, the best that eager mode offers: what a user has without our kernels.
 
-Against the published code: scores are never stored (scaled_dot_product_attention), the CLS row is never
+Against the published code: scores are never stored (but for attention="math"), the CLS row is never
 concatenated before the up-projection, and heads are views instead of copies where the operators allow it.
 """
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cast_kernels import attention
 from cast_kernels.problem import Direction, Parameters, Problem, Stream, Verdict
 
 
@@ -33,11 +34,11 @@ def bcast(
     patches = u_s[:, :, 1:]
     spatial_out, temporal_out = spatial, temporal
     if parameters.t2s is not None and problem.t2s_window is not None:
-        asked = _cross_attention(patches, u_t, parameters.t2s, problem.num_heads, problem.t2s_window)
+        asked = _cross_attention(patches, u_t, parameters.t2s, problem, problem.t2s_window)
         hidden = torch.cat([F.gelu(u_s[:, :, :1]).to(asked.dtype), F.gelu(asked)], dim=2)
         spatial_out = _add(spatial, _up(hidden, parameters.spatial), spatial_scale)
     if parameters.s2t is not None and problem.s2t_window is not None:
-        asked = _cross_attention(u_t, patches, parameters.s2t, problem.num_heads, problem.s2t_window)
+        asked = _cross_attention(u_t, patches, parameters.s2t, problem, problem.s2t_window)
         temporal_out = _add(temporal, _up(F.gelu(asked), parameters.temporal), temporal_scale)
     return spatial_out, temporal_out
 
@@ -58,10 +59,9 @@ def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return (x + branch).to(x.dtype)
 
 
-def _cross_attention(asking: Tensor, answering: Tensor, p: Direction, num_heads: int, window: str) -> Tensor:
+def _cross_attention(asking: Tensor, answering: Tensor, p: Direction, problem: Problem, window: str) -> Tensor:
     """[B, T, N, d] x2 -> [B, T, N, d]. Projections run on the streams' own layout; only heads are regrouped."""
     batch, frames, patches, dim = asking.shape
-    head_dim = dim // num_heads
     rows = {"time": (frames, 1), "space": (1, patches), "space-time": (frames, patches)}[window]
     if p.q_pos is not None:
         asking = asking + p.q_pos.view(*rows, dim)
@@ -72,14 +72,14 @@ def _cross_attention(asking: Tensor, answering: Tensor, p: Direction, num_heads:
 
     def grouped(x: Tensor) -> Tensor:
         """[groups, heads, W, head_dim]. Four dimensions: with five, inductor's CPU attention returns wrong shapes."""
-        x = x.unflatten(-1, (num_heads, head_dim))
+        x = x.unflatten(-1, (problem.num_heads, problem.head_dim))
         if window == "time":
             return x.permute(0, 2, 3, 1, 4).flatten(0, 1)
         if window == "space":
             return x.flatten(0, 1).transpose(1, 2)
         return x.flatten(1, 2).transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(grouped(q), grouped(k), grouped(v))
+    mixed = attention.mix(problem.attention, grouped(q), grouped(k), grouped(v))
     by_time = window == "time"
     mixed = mixed.unflatten(0, (batch, patches)).permute(0, 3, 1, 2, 4) if by_time else mixed.transpose(1, 2)
     return F.linear(mixed.reshape(batch, frames, patches, dim), p.proj_weight, p.proj_bias)

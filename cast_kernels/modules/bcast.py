@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels.ops._checks import check_recompute
 from cast_kernels.ops.bcast import bcast, pose
@@ -89,9 +90,12 @@ class BCAST(nn.Module):
         positions: whether positional embeddings are added (paper table 8).
         backend: `auto`, or the name of the one that must run. May be set at any time.
         recompute: what backward computes again, see :class:`cast_kernels.Recompute`. May be set at any time.
+        attention: `auto`, or `math`: second and forward-mode derivatives, in backend `eager` only. May be set at any
+            time.
 
     Raises:
-        ValueError: a size below 1, heads that do not divide, an unknown window, direction, backend or recompute.
+        ValueError: a size below 1, heads that do not divide, an unknown window, direction, backend, recompute or
+            attention.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class BCAST(nn.Module):
         positions: bool = True,
         backend: str = "auto",
         recompute: Recompute | str = Recompute.CHEAP,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "bottleneck_dim": bottleneck_dim, "num_heads": num_heads}
@@ -116,6 +121,7 @@ class BCAST(nn.Module):
         self.directions = tuple(d for d in DIRECTIONS if d in directions)
         self.backend = backends.check_name(backend)
         self.recompute = check_recompute(recompute).value
+        self.attention = attentions.check_exchange_name(attention)
         if self.directions:
             self.cross_s_down = nn.Linear(dim, bottleneck_dim)
             self.cross_t_down = nn.Linear(dim, bottleneck_dim)
@@ -129,7 +135,7 @@ class BCAST(nn.Module):
         self.reset_bcast_parameters()
 
     def reset_bcast_parameters(self) -> None:
-        """Initialise as the published code does; the up-projections are zero."""
+        """Initialise all of the exchange as the published code does; the up-projections are zero."""
         for name, module in self.named_children():
             if isinstance(module, CrossAttention):
                 module.reset_parameters()
@@ -137,6 +143,8 @@ class BCAST(nn.Module):
                 up = name.endswith("_up")
                 (nn.init.zeros_ if up else lambda w: nn.init.trunc_normal_(w, std=0.02))(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm) and name in ("ln_s_cross", "ln_t_cross"):  # a subclass has others
+                module.reset_parameters()
 
     def gathered(self) -> Parameters:
         """The module's tensors in the op's terms. At least one direction must be present."""
@@ -170,6 +178,7 @@ class BCAST(nn.Module):
             temporal_scale=temporal_scale,
             recompute=self.recompute,
             backend=self.backend,
+            attention=self.attention,
         )
 
     def forward(
@@ -202,19 +211,20 @@ class BCAST(nn.Module):
         windows = [w if d in self.directions else None for d, w in zip(DIRECTIONS, self.windows, strict=True)]
         return Problem(
             batch, self.num_frames, self.num_patches, self.dim, self.bottleneck_dim, self.num_heads,
-            windows[0], windows[1], weight.dtype, weight.device.type,
+            windows[0], windows[1], weight.dtype, weight.device.type, attention=self.attention,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         if not self.directions:
             return "directions=() (no exchange)"
+        attention = "" if self.attention == "auto" else f", attention={self.attention!r}"
         verdicts = f"{self.backend!r}"
         if self.backend == "auto":
             verdicts += f" -> {backends.select('auto', self.problem())!r}"
         return (
             f"dim={self.dim}, bottleneck_dim={self.bottleneck_dim}, num_heads={self.num_heads}, "
             f"num_frames={self.num_frames}, num_patches={self.num_patches}, windows={self.windows}, "
-            f"directions={self.directions}, positions={self.positions}, backend={verdicts}"
+            f"directions={self.directions}, positions={self.positions}, backend={verdicts}{attention}"
         )
 
 
@@ -227,7 +237,7 @@ def explain(module: BCAST, spatial: Tensor, temporal: Tensor) -> str:
     if not module.directions:
         text = "directions=(): the module is the identity, no backend runs"
     else:
-        problem = pose(spatial, temporal, module.gathered(), module.num_heads, module.windows)
+        problem = pose(spatial, temporal, module.gathered(), module.num_heads, module.windows, module.attention)
         text = backends.explain(module.backend, problem)
     print(text)
     return text

@@ -18,6 +18,25 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def check_tensors(tensors: Mapping[str, object]) -> None:
+    """Raise TypeError for the first that is no tensor, in words that say what came and what to do."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor):
+            continue
+        kind = "None" if x is None else f"a {type(x).__module__}.{type(x).__qualname__}".replace(" builtins.", " ")
+        convert = "torch.from_numpy makes one" if hasattr(x, "__array__") else "torch.as_tensor makes one of numbers"
+        raise TypeError(f"{name} is {kind}; it must be a torch.Tensor{'' if x is None else f' ({convert})'}")
+
+
+def check_parameters(parameters: object, expected: type, owner: str = "") -> None:
+    """Raise TypeError unless these are an op's parameters, and each field a tensor, more parameters, or None."""
+    name = owner.removesuffix(".") or "parameters"
+    if not isinstance(parameters, expected):
+        raise TypeError(f"{name} is a {type(parameters).__qualname__}; it must be a cast_kernels.{expected.__name__}")
+    fields: Mapping[str, object] = parameters._asdict()  # type: ignore[attr-defined]
+    check_tensors({f"{owner}{field}": x for field, x in fields.items() if x is not None})
+
+
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the tensor is there and has this shape."""
     if tensor is None:
@@ -91,6 +110,7 @@ def check_row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
     """
     if scale is None:
         return None
+    check_tensors({"row_scale": scale})
     lead = x.shape[:-1]
     fits = scale.ndim <= len(lead)
     if not fits or any(s not in (1, n) for s, n in zip(reversed(scale.shape), reversed(lead), strict=False)):

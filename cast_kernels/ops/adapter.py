@@ -19,13 +19,16 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.eager.adapter as eager_adapter
 import cast_kernels.triton.adapter as triton_adapter
 from cast_kernels import backends
+from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
+    check_parameters,
     check_recompute,
     check_row_scale,
     check_shape,
+    check_tensors,
 )
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute
 
@@ -89,6 +92,8 @@ def pose(
     Raises:
         ValueError, TypeError: as :func:`adapter`.
     """
+    check_tensors({"x": x, "residual": residual})
+    check_parameters(parameters, AdapterParameters)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     check_shape("residual", residual, tuple(x.shape))
@@ -130,7 +135,7 @@ def _run_kernel(
     scale: float,
 ) -> Tensor:
     """Call the registered operator on x and residual [rows, D]; under autocast dtypes may be mixed."""
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    needs_grad = _derivatives.may_be_differentiated((x, *parameters))
     kept = KERNELS[backend].saved_per_row(problem) if needs_grad else 0
     y, _ = torch.ops.cast_kernels.adapter(
         x, residual, list(parameters), row_scale, problem.skip, scale, problem.recompute.value, problem.compute, kept,
@@ -184,12 +189,13 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, flat, row_scale, skip, scale, recompute, compute, _, backend = inputs
     ctx.save_for_backward(x, *flat, row_scale, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.call = (skip, scale, recompute, compute)
     ctx.wanted = [t.requires_grad for t in (x, *flat)]
     ctx.residual, ctx.backend = residual.requires_grad, backend
 
 
-def _autograd(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_y: Tensor, _: None) -> tuple[Any, ...]:
     x, *flat, row_scale, saved = ctx.saved_tensors
     grads = [None] * len(ctx.wanted)
     if any(ctx.wanted):
@@ -205,7 +211,7 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("adapter_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::adapter", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::adapter_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("cast_kernels::adapter", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_derivatives.register(_LIBRARY, "adapter", _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.cast_kernels.adapter)

@@ -19,9 +19,18 @@ from torch.utils.flop_counter import register_flop_formula
 import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
 import cast_kernels.triton.bcast as triton_bcast
+from cast_kernels import attention as attentions
 from cast_kernels import backends
-from cast_kernels.ops._checks import autocast_dtype, check_kinds, check_recompute, check_shape
-from cast_kernels.problem import EPS, WINDOWS, Parameters, Problem, Recompute
+from cast_kernels.ops import _derivatives
+from cast_kernels.ops._checks import (
+    autocast_dtype,
+    check_kinds,
+    check_parameters,
+    check_recompute,
+    check_shape,
+    check_tensors,
+)
+from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
 KERNELS: dict[str, ModuleType] = {"triton": triton_bcast, "cpu": cpu_bcast}
@@ -39,6 +48,7 @@ def bcast(
     temporal_scale: Tensor | None = None,
     recompute: Recompute | str = Recompute.CHEAP,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """B-CAST: both streams exchange information through a bottleneck (paper section 3.3).
 
@@ -54,6 +64,8 @@ def bcast(
         recompute: what backward computes again instead of finding it kept, see :class:`cast_kernels.Recompute`;
             kernel backends obey it, in `eager` PyTorch keeps what its operators keep.
         backend: "auto", or the one that must run.
+        attention: "auto", or "math", matrix products and a softmax, which only backend eager runs: with it the op has
+            second and forward-mode derivatives.
 
     Returns:
         Both streams with their branch added, in the dtype they came in; a stream that receives nothing is
@@ -63,9 +75,10 @@ def bcast(
         ValueError: a shape, size or device that does not fit, or no value of Recompute.
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
+        NotImplementedError: a kernel is differentiated twice, or in forward mode.
     """
     recompute = check_recompute(recompute).value
-    problem = pose(spatial, temporal, parameters, num_heads, windows)
+    problem = pose(spatial, temporal, parameters, num_heads, windows, attention)
     spatial_scale = _scale("spatial_scale", spatial_scale, problem, 1 + problem.patches, spatial)
     temporal_scale = _scale("temporal_scale", temporal_scale, problem, 1, temporal)
     chosen = backends.select(backend, problem)
@@ -77,13 +90,20 @@ def bcast(
 
 
 def pose(
-    spatial: Tensor, temporal: Tensor, parameters: Parameters, num_heads: int, windows: tuple[str, str]
+    spatial: Tensor,
+    temporal: Tensor,
+    parameters: Parameters,
+    num_heads: int,
+    windows: tuple[str, str],
+    attention: str = "auto",
 ) -> Problem:
     """Check the arguments of :func:`bcast` and return the problem they pose.
 
     Raises:
         ValueError, TypeError: as :func:`bcast`.
     """
+    check_tensors({"spatial": spatial, "temporal": temporal})
+    _check_types(parameters)
     for name, x in (("spatial", spatial), ("temporal", temporal)):
         if x.ndim != 4:
             layout = "[B, T, 1+N, D]" if name == "spatial" else "[B, T, N, D]"
@@ -103,12 +123,21 @@ def pose(
         batch, frames, patches, dim, bottleneck, num_heads,
         windows[0] if parameters.t2s is not None else None,
         windows[1] if parameters.s2t is not None else None,
-        spatial.dtype, spatial.device.type, autocast_dtype(spatial),
+        spatial.dtype, spatial.device.type, autocast_dtype(spatial), attentions.check_exchange_name(attention),
     )  # fmt: skip
     _check_parameters(problem, parameters)
     streams = {"spatial": spatial, "temporal": temporal}
     check_kinds(streams, parameters.flat(), problem.autocast is not None)
     return problem
+
+
+def _check_types(parameters: Parameters) -> None:
+    """Parameters of parameters of tensors; a direction and single fields may be None."""
+    if not isinstance(parameters, Parameters):
+        raise TypeError(f"parameters is a {type(parameters).__qualname__}; it must be a cast_kernels.Parameters")
+    for owner, tensors in parameters._asdict().items():
+        if tensors is not None or owner not in DIRECTIONS:
+            check_parameters(tensors, Direction if owner in DIRECTIONS else Stream, f"{owner}.")
 
 
 def _check_parameters(problem: Problem, parameters: Parameters) -> None:
@@ -145,6 +174,7 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
     """The scale as [B, tokens] in float32 or the stream's dtype; [B] means the same factor for every token."""
     if scale is None:
         return None
+    check_tensors({name: scale})
     shape = tuple(scale.shape)
     if shape not in ((problem.batch,), (problem.batch, tokens)):
         allowed = f"[B] = {(problem.batch,)}" + (f" or [B, 1+N] = {(problem.batch, tokens)}" if tokens > 1 else "")
@@ -194,7 +224,7 @@ def _run_kernel(
     """Call the registered operator. Dtypes may be mixed under autocast: kernels take each tensor as it is."""
     absent = spatial.new_empty(0)
     flat = [absent if p is None else p for p in parameters.flat()]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (spatial, temporal, *flat))):
+    if not _derivatives.may_be_differentiated((spatial, temporal, *flat)):
         recompute = ""
     kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
     spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
@@ -273,13 +303,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         inputs
     )
     ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.call = (num_heads, t2s, s2t, eps, recompute, compute, backend)
     ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
 
 
-def _autograd(ctx: Any, grad_spatial_out: Tensor, grad_temporal_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_spatial_out: Tensor | None, grad_temporal_out: Tensor | None, _: None) -> tuple[Any, ...]:
     spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
     num_heads, t2s, s2t, eps, recompute, compute, backend = ctx.call
+    # The kernels read a gradient of each stream that received something, also where nobody used the output.
+    if grad_spatial_out is None:
+        grad_spatial_out = spatial.new_zeros(spatial.shape if t2s else (0,))
+    if grad_temporal_out is None:
+        grad_temporal_out = temporal.new_zeros(temporal.shape if s2t else (0,))
     grads = torch.ops.cast_kernels.bcast_backward(
         spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
         t2s, s2t, eps, recompute, compute, ctx.wanted, backend,
@@ -293,7 +329,7 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("bcast_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::bcast", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::bcast_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("cast_kernels::bcast", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_derivatives.register(_LIBRARY, "bcast", _setup_context, _autograd)
 
 
 def flops(problem: Problem) -> int:

@@ -20,13 +20,16 @@ import cast_kernels.cpu.ffn as cpu_ffn
 import cast_kernels.eager.ffn as eager_ffn
 import cast_kernels.triton.ffn as triton_ffn
 from cast_kernels import backends
+from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
+    check_parameters,
     check_recompute,
     check_row_scale,
     check_shape,
+    check_tensors,
     check_width,
 )
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
@@ -87,6 +90,8 @@ def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompu
     Raises:
         ValueError, TypeError: as :func:`ffn`.
     """
+    check_tensors({"x": x})
+    check_parameters(parameters, FFNParameters)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     if activation not in ACTIVATIONS:
@@ -139,7 +144,7 @@ def _run_kernel(
     """Call the registered operator on x [rows, D]; under autocast dtypes may be mixed."""
     absent = x.new_empty(0)
     flat = [absent if p is None else p for p in parameters]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))
+    needs_grad = _derivatives.may_be_differentiated((x, *flat))
     kept = KERNELS[backend].saved_per_row(problem) if needs_grad else 0
     y, _ = torch.ops.cast_kernels.ffn(
         x, flat, row_scale, problem.activation, eps, adapter_scale, problem.recompute.value, problem.compute, kept,
@@ -196,12 +201,13 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, flat, row_scale, activation, eps, adapter_scale, recompute, compute, _, backend = inputs
     ctx.save_for_backward(x, *flat, row_scale, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.call = (activation, eps, adapter_scale, recompute, compute)
     ctx.wanted = [t.requires_grad for t in (x, *flat)]
     ctx.backend = backend
 
 
-def _autograd(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_y: Tensor, _: None) -> tuple[Any, ...]:
     x, *flat, row_scale, saved = ctx.saved_tensors
     grads = torch.ops.cast_kernels.ffn_backward(
         x, flat, saved, row_scale, grad_y, *ctx.call, ctx.wanted, ctx.backend
@@ -215,7 +221,7 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("ffn_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::ffn", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::ffn_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("cast_kernels::ffn", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_derivatives.register(_LIBRARY, "ffn", _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.cast_kernels.ffn)

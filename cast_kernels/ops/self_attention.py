@@ -22,7 +22,16 @@ import cast_kernels.eager.self_attention as eager_self_attention
 import cast_kernels.triton.self_attention as triton_self_attention
 from cast_kernels import attention as attentions
 from cast_kernels import backends
-from cast_kernels.ops._checks import autocast_dtype, check_adapter, check_kinds, check_recompute, check_shape
+from cast_kernels.ops import _derivatives
+from cast_kernels.ops._checks import (
+    autocast_dtype,
+    check_adapter,
+    check_kinds,
+    check_parameters,
+    check_recompute,
+    check_shape,
+    check_tensors,
+)
 from cast_kernels.ops.adapter import adapter
 from cast_kernels.problem import AdapterParameters, Recompute, SelfAttentionParameters, SelfAttentionProblem
 
@@ -90,6 +99,8 @@ def pose(
     Raises:
         ValueError, TypeError: as :func:`self_attention`.
     """
+    check_tensors({"x": x})
+    check_parameters(parameters, SelfAttentionParameters)
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] < 1:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; it must be [batch, tokens, D], 3 dimensions, with at least one token and "
@@ -141,7 +152,7 @@ def _run_kernel(
     """Call the registered operator; dtypes may be mixed under autocast: kernels take each tensor as it is."""
     absent = x.new_empty(0)
     flat = [absent if p is None else p for p in parameters]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))
+    needs_grad = _derivatives.may_be_differentiated((x, *flat))
     kept = KERNELS[backend].saved_size(problem) if needs_grad else 0
     y, _ = torch.ops.cast_kernels.self_attention(
         x, flat, problem.num_heads, eps, problem.recompute.value, problem.bf16, kept, backend
@@ -200,12 +211,13 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, flat, num_heads, eps, recompute, bf16, _, backend = inputs
     ctx.save_for_backward(x, *flat, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.call = (num_heads, eps, recompute, bf16)
     ctx.wanted = [t.requires_grad for t in (x, *flat)]
     ctx.backend = backend
 
 
-def _autograd(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_y: Tensor, _: None) -> tuple[Any, ...]:
     x, *flat, saved = ctx.saved_tensors
     grads = torch.ops.cast_kernels.self_attention_backward(x, flat, saved, grad_y, *ctx.call, ctx.wanted, ctx.backend)
     given = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
@@ -216,7 +228,7 @@ _LIBRARY.impl("self_attention", _forward, "CPU")
 _LIBRARY.impl("self_attention_backward", _backward, "CPU")
 torch.library.register_fake("cast_kernels::self_attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::self_attention_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("cast_kernels::self_attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_derivatives.register(_LIBRARY, "self_attention", _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.cast_kernels.self_attention)

@@ -29,6 +29,8 @@ _LINE = 32
 
 def can_run(problem: Problem) -> Verdict:
     """Whether Triton can run the problem here, and the reason in words either way."""
+    if problem.attention != "auto":
+        return Verdict(False, f"attention={problem.attention!r} was asked for; the kernels attend themselves")
     if problem.bottleneck_dim > MOST_CHANNELS or problem.bottleneck_dim % 16:
         return Verdict(
             False, f"the bottleneck has {problem.bottleneck_dim} channels; a multiple of 16 up to {MOST_CHANNELS} fits"
