@@ -46,7 +46,8 @@ class CLIPAttention(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
-        return self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias
+        out = self.out_proj
+        return self.in_proj_weight, self.in_proj_bias, out.weight, out.bias
 
 
 class VideoMAEAttention(nn.Module):
@@ -62,16 +63,23 @@ class VideoMAEAttention(nn.Module):
 
     def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
         """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
-        return self.proj(_mix(self.qkv(x) + self._bias(), self.num_heads, kernel))
+        return self.proj(_mix(_added(self.qkv(x), self._bias()), self.num_heads, kernel))
 
     reading = Reading(forward, ("q_bias", "v_bias"), layers={"qkv": BARE_LINEAR, "proj": LINEAR})
 
     def _bias(self) -> Tensor:
-        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q_bias = self.q_bias
+        return torch.cat((q_bias, torch.zeros_like(q_bias), self.v_bias))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
-        return self.qkv.weight, self._bias(), self.proj.weight, self.proj.bias
+        out = self.proj
+        return self.qkv.weight, self._bias(), out.weight, out.bias
+
+
+def _added(x: Tensor, bias: Tensor) -> Tensor:
+    """In the dtype of x, as a linear layer adds its own bias under autocast."""
+    return x + bias.to(x.dtype)
 
 
 def _mix(qkv: Tensor, num_heads: int, kernel: str) -> Tensor:
@@ -102,7 +110,8 @@ class CLIPMlp(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the first and of the second layer."""
-        return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+        first, second = self.c_fc, self.c_proj
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class VideoMAEMlp(nn.Module):
@@ -122,7 +131,8 @@ class VideoMAEMlp(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the first and of the second layer."""
-        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        first, second = self.fc1, self.fc2
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class Adapter(nn.Module):
@@ -140,7 +150,8 @@ class Adapter(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the down- and of the up-projection."""
-        return self.D_fc1.weight, self.D_fc1.bias, self.D_fc2.weight, self.D_fc2.bias
+        first, second = self.D_fc1, self.D_fc2
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class Running(NamedTuple):

@@ -64,7 +64,9 @@ class CrossAttention(nn.Module):
         for layer, x, expert in zip(("q", "kv"), (asking, answering), _ROLES[self.direction], strict=True):
             name, table = f"{self.direction}_{layer}", self._table(expert)
             check_table(f"{self.direction}.{layer}_pos", table, self.window, *x.shape[1:])
-            found.append(self.get_submodule(name)(place(x, table, self.window)) + getattr(self, f"{name}_bias"))
+            y = self.get_submodule(name)(place(x, table, self.window))
+            # In the dtype of y, as a linear layer adds its own bias under autocast.
+            found.append(y + getattr(self, f"{name}_bias").to(y.dtype))
         return found[0], found[1]
 
     def _table(self, expert: str) -> Tensor | None:
@@ -79,7 +81,7 @@ class CrossAttention(nn.Module):
     def gathered(self) -> Direction:
         """The tensors in the op's terms, as attributes: a parametrization computes them, FSDP and others put views."""
         asking, answering = _ROLES[self.direction]
-        own = self.direction
+        own, proj = self.direction, self.t2s_proj
         return Direction(
             q_pos=self._table(asking),
             kv_pos=self._table(answering),
@@ -87,6 +89,6 @@ class CrossAttention(nn.Module):
             q_bias=getattr(self, f"{own}_q_bias"),
             kv_weight=getattr(self, f"{own}_kv").weight,
             kv_bias=getattr(self, f"{own}_kv_bias"),
-            proj_weight=self.t2s_proj.weight,
-            proj_bias=self.t2s_proj.bias,
+            proj_weight=proj.weight,
+            proj_bias=proj.bias,
         )
