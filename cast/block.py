@@ -132,8 +132,8 @@ class CASTBlock(BCAST):
         found = {"the exchange": self.obstacle()} if self.directions else {}
         for what, both in halves.items():
             for expert, names in zip(("spatial", "temporal"), both, strict=True):
-                layers = (self._modules.get(name) for name in names)
-                found[f"{what} of the {expert} expert"] = obstacle(*layers, names)  # type: ignore[misc, arg-type]
+                norm, layer, adapter = (self._modules.get(name) for name in names)
+                found[f"{what} of the {expert} expert"] = obstacle(norm, layer, adapter, names)
         return {what: reason for what, reason in found.items() if reason}
 
     def chosen_backend(self) -> str:

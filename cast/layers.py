@@ -173,7 +173,7 @@ class Names(NamedTuple):
     adapter: str = "adapter"
 
 
-def obstacle(norm: nn.Module, layer: nn.Module, adapter: nn.Module | None, names: Names) -> str:
+def obstacle(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module | None, names: Names) -> str:
     """Which part of half a block must be called, so that no kernel can run it, and why; "" if none must.
 
     Args:

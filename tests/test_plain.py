@@ -23,20 +23,19 @@ import cast
 import cast_kernels
 from cast_kernels import plain
 
-#: Each layer that a block's ops read, and the last linear layer (or the norm) in it: scaling that one scales its output.
-LAYERS = {
-    name: f"{name}{'.' if last else ''}{last}"
-    for prefix, lasts in {
-        "": ("clip_ln_1", "clip_ln_2", "norm1", "norm2", "ln_s_cross", "ln_t_cross"),
-        "clip_attn": ("out_proj",), "attn": ("qkv", "proj"), "clip_mlp": ("c_fc", "c_proj"), "mlp": ("fc1", "fc2"),
-        "S_Adapter": ("D_fc1", "D_fc2"), "T_Adapter": ("D_fc1", "D_fc2"),
-        "S_MLP_Adapter": ("D_fc1", "D_fc2"), "T_MLP_Adapter": ("D_fc1", "D_fc2"),
-        "t2s_cross": ("t2s_q", "t2s_kv", "t2s_proj"), "s2t_cross": ("s2t_q", "s2t_kv", "t2s_proj"),
-        "cross_s_down": (), "cross_t_down": (), "cross_s_up": (), "cross_t_up": (),
-    }.items()
-    for name, last in [(prefix, lasts[-1] if lasts else "")] * bool(prefix)
-    + [(f"{prefix}{'.' if prefix else ''}{child}", "") for child in lasts]
+#: Wrapper -> the linear layers in it; scaling the last one scales the wrapper's output.
+WRAPPERS = {
+    "clip_attn": ("out_proj",), "attn": ("qkv", "proj"), "clip_mlp": ("c_fc", "c_proj"), "mlp": ("fc1", "fc2"),
+    "S_Adapter": ("D_fc1", "D_fc2"), "T_Adapter": ("D_fc1", "D_fc2"),
+    "S_MLP_Adapter": ("D_fc1", "D_fc2"), "T_MLP_Adapter": ("D_fc1", "D_fc2"),
+    "t2s_cross": ("t2s_q", "t2s_kv", "t2s_proj"), "s2t_cross": ("s2t_q", "s2t_kv", "t2s_proj"),
 }  # fmt: skip
+SINGLE = [
+    "clip_ln_1", "clip_ln_2", "norm1", "norm2", "ln_s_cross", "ln_t_cross",
+    "cross_s_down", "cross_t_down", "cross_s_up", "cross_t_up",
+]  # fmt: skip
+#: Every layer that the ops of a block read.
+LAYERS = [*SINGLE, *WRAPPERS, *(f"{name}.{child}" for name, children in WRAPPERS.items() for child in children)]
 #: One of each kind, and B-CAST's own in both directions.
 SOME = ["attn.qkv", "clip_mlp.c_fc", "S_Adapter.D_fc2", "cross_s_down", "t2s_cross.t2s_q", "s2t_cross.t2s_proj"]
 
@@ -181,7 +180,7 @@ def test_a_hook_on_any_layer_fires_once_and_counts(name: str) -> None:
         return 1.5 * output
 
     ours.blocks[0].get_submodule(name).register_forward_hook(hook)
-    last = same.blocks[0].get_submodule(LAYERS[name])
+    last = same.blocks[0].get_submodule(f"{name}.{WRAPPERS[name][-1]}" if name in WRAPPERS else name)
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.mul_(1.5)
@@ -386,14 +385,16 @@ def test_offloaded_weights_are_there_when_they_are_used() -> None:
 
 
 def test_a_compiled_model_calls_its_layers_and_sees_a_later_hook() -> None:
-    model, video = small_model().float(), small_video(small_model(), dtype=torch.float32)
+    model, video = small_model(depth=1).float(), small_video(small_model(), dtype=torch.float32)
     lora(model.blocks[0], "attn.qkv")
     lora(model.blocks[0], "t2s_cross.t2s_q")
     torch._dynamo.reset()
     fast = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(fast(video), model(video))
-    model.blocks[1].get_submodule("mlp.fc1").register_forward_hook(lambda _, args, output: 2 * output)
+    before = model(video)["action"]
+    model.blocks[0].get_submodule("mlp.fc1").register_forward_hook(lambda _, args, output: 2 * output)
     torch.testing.assert_close(fast(video), model(video))
+    assert not torch.allclose(before, model(video)["action"])
 
 
 def test_an_attention_asked_for_by_name_attends_or_says_why_not() -> None:
