@@ -37,6 +37,7 @@ class CAST(nn.Module, Shared):
         variant: a name in `cast.VARIANTS`, or a CASTConfig.
         heads: name -> classes: one head under any name ({"action": 400} if None), or {"verb": 97, "noun": 300}.
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
+            Either way a layer that was replaced or has a hook is called (docs/model.md).
         recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
             see :class:`cast_kernels.Recompute`.
         attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,12 +40,7 @@ LAYERS = [*SINGLE, *WRAPPERS, *(f"{name}.{child}" for name, children in WRAPPERS
 SOME = ["attn.qkv", "clip_mlp.c_fc", "S_Adapter.D_fc2", "cross_s_down", "t2s_cross.t2s_q", "s2t_cross.t2s_proj"]
 
 
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    """What the tests do on purpose is warned about."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*by its modules")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:.*by its modules")  # which the tests cause on purpose
 
 
 class LoRA(nn.Module):
@@ -437,15 +432,12 @@ def test_positions_that_do_not_fit_are_said_by_modules_too() -> None:
         module(spatial, temporal, torch.ones(7))
 
 
-SMALL_EXPERT = {key: value for key, value in SMALL.items() if key != "heads"}
-
-
 @pytest.mark.parametrize("kind", [cast.SpatialExpert, cast.TemporalExpert])
 def test_the_experts_alone_call_their_layers(kind: type) -> None:
     names = ["ln_1", "attn", "attn.out_proj", "ln_2", "mlp", "mlp.c_fc", "mlp.c_proj"]
     if kind is cast.TemporalExpert:
         names = ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"]
-    expert: Any = randomise(kind(**SMALL_EXPERT))
+    expert: Any = randomise(kind(**SMALL))
     frames = (2, 3, 16, 16) if kind is cast.SpatialExpert else (2, 3, 6, 16, 16)
     x = torch.randn(frames, generator=torch.Generator().manual_seed(0))
     want, fired = expert.tokens(x), []
