@@ -11,6 +11,7 @@ from cast.layers import (
     Adapter,
     CLIPAttention,
     CLIPMlp,
+    Names,
     Running,
     VideoMAEAttention,
     VideoMAEMlp,
@@ -18,8 +19,15 @@ from cast.layers import (
     drop_factor,
     feed_forward,
     init_linears,
+    obstacle,
 )
 from cast_kernels import BCAST, attention, backends
+
+#: The four half blocks, and the layers of each.
+SPATIAL_ATTENTION = Names("clip_ln_1", "clip_attn", "S_Adapter")
+TEMPORAL_ATTENTION = Names("norm1", "attn", "T_Adapter")
+SPATIAL_FFN = Names("clip_ln_2", "clip_mlp", "S_MLP_Adapter")
+TEMPORAL_FFN = Names("norm2", "mlp", "T_MLP_Adapter")
 
 
 class CASTBlock(BCAST):
@@ -69,24 +77,27 @@ class CASTBlock(BCAST):
     def _attend_spatial(self, spatial: Tensor) -> Tensor:
         """Within each frame; the adapter has a skip of its own and no drop path."""
         frames = spatial.flatten(0, 1)
-        return attend(frames, self.clip_ln_1, self.clip_attn, self.S_Adapter, self.running).view_as(spatial)
+        done = attend(frames, self.clip_ln_1, self.clip_attn, self.S_Adapter, self.running, SPATIAL_ATTENTION)
+        return done.view_as(spatial)
 
     def _attend_temporal(self, temporal: Tensor) -> Tensor:
         """Over all T*N tokens of a clip."""
         clips = temporal.flatten(1, 2)
-        return attend(clips, self.norm1, self.attn, self.T_Adapter, self.running).view_as(temporal)
+        done = attend(clips, self.norm1, self.attn, self.T_Adapter, self.running, TEMPORAL_ATTENTION)
+        return done.view_as(temporal)
 
     def _ffn_spatial(self, spatial: Tensor) -> Tensor:
         factor = self._drop_spatial(spatial)
         if factor is not None:
             factor = factor[:, None, None] if factor.dim() == 1 else factor[:, None, :]
-        return feed_forward(spatial, self.clip_ln_2, self.clip_mlp, self.S_MLP_Adapter, factor, self.running)
+        adapter = self.S_MLP_Adapter
+        return feed_forward(spatial, self.clip_ln_2, self.clip_mlp, adapter, factor, self.running, SPATIAL_FFN)
 
     def _ffn_temporal(self, temporal: Tensor) -> Tensor:
         factor = self._drop_temporal(temporal)
         if factor is not None:
             factor = factor[:, None, None]
-        return feed_forward(temporal, self.norm2, self.mlp, self.T_MLP_Adapter, factor, self.running)
+        return feed_forward(temporal, self.norm2, self.mlp, self.T_MLP_Adapter, factor, self.running, TEMPORAL_FFN)
 
     def _drop_spatial(self, spatial: Tensor) -> Tensor | None:
         """A new draw for the spatial stream: [B], or [B, 1+N] with equal rows, or None where nothing is dropped."""
@@ -113,11 +124,30 @@ class CASTBlock(BCAST):
         """How the block's ops run."""
         return Running(self.backend, self.recompute, self.expert_attention)
 
+    def obstacles(self) -> dict[str, str]:
+        """Op, in words -> the layer that must be called, so that no kernel can run the op, and why.
+
+        Ops that read all of their layers' weights are left out; see :mod:`cast_kernels.plain`.
+        """
+        halves = {
+            "self-attention": (SPATIAL_ATTENTION, TEMPORAL_ATTENTION),
+            "the FFN": (SPATIAL_FFN, TEMPORAL_FFN),
+        }
+        found = {"the exchange": self.obstacle()} if self.directions else {}
+        for what, both in halves.items():
+            for expert, names in zip(("spatial", "temporal"), both, strict=True):
+                norm, layer, adapter = (self._modules.get(name) for name in names)
+                found[f"{what} of the {expert} expert"] = obstacle(norm, layer, adapter, names)
+        return {what: reason for what, reason in found.items() if reason}
+
     def chosen_backend(self) -> str:
-        """The backend that runs the exchange for a batch of the parameters' own dtype and device."""
-        if self.backend != "auto":
-            return self.backend
-        return backends.select(self.backend, self.problem())
+        """What runs the exchange for a batch of the parameters' own dtype and device.
+
+        The backend; "modules" where a layer of it must be called, which a kernel asked for by name refuses.
+        """
+        if self.backend in ("auto", "eager") and self.obstacle():
+            return "modules"
+        return backends.select("auto", self.problem()) if self.backend == "auto" else self.backend
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_rate={self.drop_rate:.3g}"

@@ -18,6 +18,7 @@ from cast.layers import (
     VMAE_EPS,
     CLIPAttention,
     CLIPMlp,
+    Names,
     Running,
     TubeletEmbedding,
     VideoMAEAttention,
@@ -33,6 +34,10 @@ from cast.weights.clip import fit_positions, read_clip
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
 
+#: Layers of either half of a block.
+CLIP_NAMES = (Names("ln_1", "attn"), Names("ln_2", "mlp"))
+VMAE_NAMES = (Names("norm1", "attn"), Names("norm2", "mlp"))
+
 
 class CLIPBlock(nn.Module):
     """[frames, 1+N, D] -> the same."""
@@ -46,8 +51,8 @@ class CLIPBlock(nn.Module):
         self.mlp = CLIPMlp(config.embed_dim, config.mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = attend(x, self.ln_1, self.attn, None, self.running)
-        return feed_forward(x, self.ln_2, self.mlp, None, None, self.running)
+        x = attend(x, self.ln_1, self.attn, None, self.running, CLIP_NAMES[0])
+        return feed_forward(x, self.ln_2, self.mlp, None, None, self.running, CLIP_NAMES[1])
 
 
 class VideoMAEBlock(nn.Module):
@@ -62,8 +67,8 @@ class VideoMAEBlock(nn.Module):
         self.mlp = VideoMAEMlp(config.embed_dim, config.mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = attend(x, self.norm1, self.attn, None, self.running)
-        return feed_forward(x, self.norm2, self.mlp, None, None, self.running)
+        x = attend(x, self.norm1, self.attn, None, self.running, VMAE_NAMES[0])
+        return feed_forward(x, self.norm2, self.mlp, None, None, self.running, VMAE_NAMES[1])
 
 
 class _Expert(nn.Module):

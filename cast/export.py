@@ -6,6 +6,7 @@ logits of each head in the heads' alphabetical order. It is compared with the mo
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -145,10 +146,8 @@ def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> floa
 
 
 def _eager(model: CAST) -> CAST:
-    """An fp32 copy on the CPU in which compilers see through every op."""
-    copy = CAST(model.config, fused=False)
-    copy.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()})
-    return copy.requires_grad_(False).eval()
+    """An fp32 copy on the CPU in which compilers see through every op; what was put around its layers comes along."""
+    return copy.deepcopy(model).float().cpu().unfuse().requires_grad_(False).eval()
 
 
 def _about(model: CAST) -> dict[str, str]:

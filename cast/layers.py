@@ -8,14 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cast_kernels import FFNParameters, SelfAttentionParameters, ffn, self_attention
+from cast_kernels import (
+    BackendError,
+    FFNParameters,
+    Recompute,
+    SelfAttentionParameters,
+    SelfAttentionProblem,
+    ffn,
+    plain,
+    self_attention,
+)
+from cast_kernels import attention as kernels
+from cast_kernels.plain import BARE_LINEAR, LINEAR, NORM, Reading
 
 #: LayerNorm epsilon of CLIP's and of VideoMAE's norms.
 CLIP_EPS, VMAE_EPS = 1e-5, 1e-6
+#: Factor of the adapters beside the FFN.
+ADAPTER_SCALE = 0.5
 
 
 class CLIPAttention(nn.Module):
-    """Parameters of CLIP's multi-head self-attention, with one packed input projection. `attend` runs it."""
+    """CLIP's multi-head self-attention, with one packed input projection. `attend` reads it or calls it."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -25,13 +38,20 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
+    def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
+        """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
+        return self.out_proj(_mix(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads, kernel))
+
+    reading = Reading(forward, ("in_proj_weight", "in_proj_bias"), layers={"out_proj": LINEAR})
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
-        return self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias
+        out = self.out_proj
+        return self.in_proj_weight, self.in_proj_bias, out.weight, out.bias
 
 
 class VideoMAEAttention(nn.Module):
-    """Parameters of VideoMAE's multi-head self-attention; queries and values have a bias. `attend` runs it."""
+    """VideoMAE's multi-head self-attention; queries and values have a bias. `attend` reads it or calls it."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -41,14 +61,39 @@ class VideoMAEAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
+    def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
+        """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
+        return self.proj(_mix(_added(self.qkv(x), self._bias()), self.num_heads, kernel))
+
+    reading = Reading(forward, ("q_bias", "v_bias"), layers={"qkv": BARE_LINEAR, "proj": LINEAR})
+
+    def _bias(self) -> Tensor:
+        q_bias = self.q_bias
+        return torch.cat((q_bias, torch.zeros_like(q_bias), self.v_bias))
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        return self.qkv.weight, bias, self.proj.weight, self.proj.bias
+        out = self.proj
+        return self.qkv.weight, self._bias(), out.weight, out.bias
+
+
+def _added(x: Tensor, bias: Tensor) -> Tensor:
+    """In the dtype of x, as a linear layer adds its own bias under autocast."""
+    return x + bias.to(x.dtype)
+
+
+def _mix(qkv: Tensor, num_heads: int, kernel: str) -> Tensor:
+    """Queries, keys and values side by side, [..., tokens, 3D] -> what the tokens see, [..., tokens, D]."""
+    heads = qkv.reshape(-1, *qkv.shape[-2:]).unflatten(-1, (3, num_heads, -1))
+    problem = SelfAttentionProblem(
+        heads.shape[0], heads.shape[1], qkv.shape[-1] // 3, num_heads, 0, Recompute.CHEAP, qkv.dtype, qkv.device.type,
+        attention=kernel,
+    )  # fmt: skip
+    return kernels.attend(kernels.select(problem), heads).reshape(*qkv.shape[:-1], -1)
 
 
 class CLIPMlp(nn.Module):
-    """Parameters of CLIP's FFN with QuickGELU, x * sigmoid(1.702 x). `feed_forward` runs it."""
+    """CLIP's FFN with QuickGELU, x * sigmoid(1.702 x). `feed_forward` reads it or calls it."""
 
     activation = "quick_gelu"
 
@@ -57,13 +102,20 @@ class CLIPMlp(nn.Module):
         self.c_fc = nn.Linear(dim, hidden)
         self.c_proj = nn.Linear(hidden, dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # silu(1.702 x) / 1.702 is QuickGELU; it keeps one tensor for backward where the product keeps two.
+        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
+
+    reading = Reading(forward, layers={"c_fc": LINEAR, "c_proj": LINEAR})
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the first and of the second layer."""
-        return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+        first, second = self.c_fc, self.c_proj
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class VideoMAEMlp(nn.Module):
-    """Parameters of VideoMAE's FFN with exact GELU. `feed_forward` runs it."""
+    """VideoMAE's FFN with exact GELU. `feed_forward` reads it or calls it."""
 
     activation = "gelu"
 
@@ -72,9 +124,15 @@ class VideoMAEMlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    reading = Reading(forward, layers={"fc1": LINEAR, "fc2": LINEAR})
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the first and of the second layer."""
-        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        first, second = self.fc1, self.fc2
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class Adapter(nn.Module):
@@ -88,9 +146,12 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.D_fc2(F.gelu(self.D_fc1(x)))
 
+    reading = Reading(forward, layers={"D_fc1": LINEAR, "D_fc2": LINEAR})
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the down- and of the up-projection."""
-        return self.D_fc1.weight, self.D_fc1.bias, self.D_fc2.weight, self.D_fc2.bias
+        first, second = self.D_fc1, self.D_fc2
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class Running(NamedTuple):
@@ -104,17 +165,74 @@ class Running(NamedTuple):
     attention: str = "auto"
 
 
+class Names(NamedTuple):
+    """What the layers of half a block are called where a message names them."""
+
+    norm: str
+    layer: str
+    adapter: str = "adapter"
+
+
+def obstacle(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module | None, names: Names) -> str:
+    """Which part of half a block must be called, so that no kernel can run it, and why; "" if none must.
+
+    Args:
+        norm: before attention or FFN.
+        layer: the attention or the FFN.
+        adapter: its adapter, if it has one.
+        names: what the answer calls the three.
+    """
+    found = plain.global_obstacle() or plain.obstacle(names.norm, norm, NORM) or plain.obstacle(names.layer, layer)
+    return found if found or adapter is None else plain.obstacle(names.adapter, adapter)
+
+
 def attend(
     x: Tensor,
     norm: nn.LayerNorm,
     attention: CLIPAttention | VideoMAEAttention,
     adapter: Adapter | None,
     running: Running,
+    names: Names,
 ) -> Tensor:
-    """x + a + adapter(a) with a = attention(norm(x)): [batch, tokens, D] -> the same (paper equation 3)."""
+    """x + a + adapter(a) with a = attention(norm(x)): [batch, tokens, D] -> the same (paper equation 3).
+
+    Raises:
+        BackendError: a kernel was asked for by name that cannot run it, or reads a layer that must be called.
+    """
+    found = obstacle(norm, attention, adapter, names)
+    if found:
+        plain.announce("self-attention", running.backend, found, attention)
+        return _attend_by_modules(x, norm, attention, adapter, running.attention)
     tensors = () if adapter is None else adapter.tensors()
     parameters = SelfAttentionParameters(norm.weight, norm.bias, *attention.tensors(), *tensors)
     return self_attention(x, parameters, num_heads=attention.num_heads, eps=norm.eps, **running._asdict())
+
+
+def _attend_by_modules(
+    x: Tensor, norm: nn.Module, attention: nn.Module, adapter: nn.Module | None, kernel: str
+) -> Tensor:
+    a = attended(attention, norm(x), kernel)
+    y = x + a
+    if adapter is not None:
+        y = y + adapter(a)
+    # Under autocast the branches have its dtype; the residual keeps the stream's.
+    return y.to(x.dtype)
+
+
+def attended(attention: nn.Module, x: Tensor, kernel: str) -> Tensor:
+    """The attention, called: [..., tokens, D] -> the same.
+
+    Raises:
+        BackendError: a kernel was asked for by name, and what stands in the attention's place takes none.
+    """
+    if kernel == "auto":
+        return attention(x)
+    if isinstance(attention, CLIPAttention | VideoMAEAttention):
+        return attention(x, kernel)
+    raise BackendError(
+        f"attention={kernel!r} was asked for, but the attention was replaced by a {type(attention).__qualname__}, "
+        "which attends in a way of its own; use attention='auto'"
+    )
 
 
 def feed_forward(
@@ -124,17 +242,38 @@ def feed_forward(
     adapter: Adapter | None,
     row_scale: Tensor | None,
     running: Running,
+    names: Names,
 ) -> Tensor:
     """x + mlp(n) + row_scale * 0.5 * adapter(n) with n = norm(x): [..., D] -> the same (paper equations 4 and 5).
 
     The published code halves the adapters beside the FFN. `row_scale` is a drop-path draw, broadcastable to [...].
+
+    Raises:
+        BackendError: a kernel was asked for by name that cannot run it, or reads a layer that must be called.
     """
+    found = obstacle(norm, mlp, adapter, names)
+    if found:
+        plain.announce("the FFN", running.backend, found, mlp)
+        return _feed_by_modules(x, norm, mlp, adapter, row_scale)
     tensors = () if adapter is None else adapter.tensors()
     parameters = FFNParameters(norm.weight, norm.bias, *mlp.tensors(), *tensors)
     return ffn(
-        x, parameters, activation=mlp.activation, eps=norm.eps, adapter_scale=0.5, row_scale=row_scale,
+        x, parameters, activation=mlp.activation, eps=norm.eps, adapter_scale=ADAPTER_SCALE, row_scale=row_scale,
         recompute=running.recompute, backend=running.backend,
     )  # fmt: skip
+
+
+def _feed_by_modules(
+    x: Tensor, norm: nn.Module, mlp: nn.Module, adapter: nn.Module | None, row_scale: Tensor | None
+) -> Tensor:
+    normed = norm(x)
+    y = x + mlp(normed)
+    if adapter is not None:
+        branch = adapter(normed)
+        if row_scale is not None:
+            branch = branch * row_scale[..., None].to(branch.dtype)
+        y = torch.add(y, branch, alpha=ADAPTER_SCALE)
+    return y.to(x.dtype)
 
 
 class TubeletEmbedding(nn.Module):
@@ -148,6 +287,8 @@ class TubeletEmbedding(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         # Contiguous once here: every residual after it would keep the convolution's channel-first strides.
         return self.proj(video).flatten(2).transpose(1, 2).contiguous()
+
+    reading = Reading(forward, layers={"proj": Reading(nn.Conv3d.forward, ("weight", "bias"))})
 
 
 def embed_frames(frames: Tensor, conv: nn.Conv2d, cls: Tensor, positions: Tensor, norm: nn.LayerNorm) -> Tensor:

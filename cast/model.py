@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from cast.weights.clip import fit_positions, read_clip
 from cast.weights.official import infer_config, read_official
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
-from cast_kernels import Recompute, backends
+from cast_kernels import Recompute, backends, plain
 from cast_kernels import attention as attentions
 
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
@@ -39,6 +39,7 @@ class CAST(FixedPositions, Shared):
         variant: a name in `cast.VARIANTS`, or a CASTConfig.
         heads: name -> classes: one head under any name ({"action": 400} if None), or {"verb": 97, "noun": 300}.
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
+            Either way a layer that was replaced or has a hook is called (docs/model.md).
         recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
             see :class:`cast_kernels.Recompute`.
         attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
@@ -117,10 +118,17 @@ class CAST(FixedPositions, Shared):
             return self._embed(video)
         # PyTorch's bfloat16 convolutions take 1.9 s a clip on a processor without such instructions, float32 0.05 s.
         with torch.autocast("cpu", enabled=False):
-            return self._embed(video.to(self.clip_conv1.weight.dtype))
+            return self._embed(video.to(self.clip_class_embedding.dtype))
 
     def _is_fused(self) -> bool:
-        return any(isinstance(block, CASTBlock) and block.backend != "eager" for block in self.blocks)
+        return any(block.backend != "eager" for _, block in self.cast_blocks())
+
+    def cast_blocks(self) -> Iterator[tuple[str, CASTBlock]]:
+        """The blocks by their names in the model, also those that something was wrapped around."""
+        for index, child in enumerate(self.blocks):
+            for name, module in [("", child)] if isinstance(child, CASTBlock) else child.named_modules():
+                if isinstance(module, CASTBlock):
+                    yield f"blocks.{index}{name and '.'}{name}", module
 
     def _embed(self, video: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -146,8 +154,7 @@ class CAST(FixedPositions, Shared):
         backends.check_name(backend)
         if attention is not None:
             attentions.check_name(attention)
-        for block in self.blocks:
-            assert isinstance(block, CASTBlock)
+        for _, block in self.cast_blocks():
             block.backend = backend
             if attention is not None:
                 block.attend_by(attention)
@@ -156,6 +163,22 @@ class CAST(FixedPositions, Shared):
     def unfuse(self, attention: str | None = None) -> CAST:
         """Let all ops run in eager PyTorch from the next call on: the same mathematics; `attention` as in `fuse`."""
         return self.fuse("eager", attention)
+
+    def explain(self) -> str:
+        """Print, and return, where the exchange runs, and which ops call a layer instead of reading weights, and why.
+
+        Such an op runs by its modules in PyTorch, or is refused where a kernel was asked for by name: see
+        :mod:`cast_kernels.plain` and docs/model.md. `cast_kernels.explain` says for one exchange which backends can.
+        """
+        lines = [self.extra_repr()]
+        for name, block in self.cast_blocks():
+            for what, found in block.obstacles().items():
+                lines.append(f"{name}: {plain.verdict(what, block.backend, found)}")
+        if len(lines) == 1:
+            lines.append("every op reads the weights of its layers; none has to be called")
+        text = "\n".join(lines)
+        print(text)
+        return text
 
     def load_experts(
         self, clip: Source | None = None, videomae: Source | None = None, trust_pickle: bool = False
@@ -203,7 +226,7 @@ class CAST(FixedPositions, Shared):
 
     def extra_repr(self) -> str:
         """The configuration in a line, and where the exchange runs."""
-        runs = {block.chosen_backend() for block in self.blocks if isinstance(block, CASTBlock) and block.directions}
+        runs = {block.chosen_backend() for _, block in self.cast_blocks() if block.directions}
         return f"heads={self.config.classes}, exchange runs on: {', '.join(sorted(runs)) or 'nothing, there is none'}"
 
 

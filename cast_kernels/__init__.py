@@ -3,9 +3,10 @@
 # torch comes first: the native core then binds to the OpenMP runtime that torch has loaded, one thread pool for both.
 import torch  # noqa: F401
 
-from cast_kernels import attention, backends, reference
+from cast_kernels import attention, backends, plain, reference
 from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain
+from cast_kernels.modules.cross_attention import CrossAttention
 from cast_kernels.ops.adapter import adapter
 from cast_kernels.ops.bcast import bcast
 from cast_kernels.ops.ffn import ffn
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterParameters",
     "AdapterProblem",
     "BackendError",
+    "CrossAttention",
     "Direction",
     "FFNParameters",
     "FFNProblem",
@@ -53,6 +55,7 @@ __all__ = [
     "bcast",
     "explain",
     "ffn",
+    "plain",
     "reference",
     "self_attention",
 ]

@@ -56,6 +56,7 @@ PUBLISHED, PUBLISHED_TRAINING = "tests/test_published.py", "tests/test_published
 SAMPLING, AUGMENT, GROUPS = "cast/video/sampling.py", "cast/video/augment.py", "cast/training/groups.py"
 LISTS, FOLDERS, FOLDERS_TEST = "cast/video/annotations.py", "cast/video/folders.py", "tests/test_video_folders.py"
 TRANSFORMS = "cast_kernels/ops/_derivatives.py"
+PLAIN, CROSS, LAYERS = "cast_kernels/plain.py", "cast_kernels/modules/cross_attention.py", "tests/test_plain.py"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -72,7 +73,7 @@ FAULTS = [
           (SUMS, "const bool cls = at.n < 0;\n    rows.left[r] = cls && left.skip_cls",
            "const bool cls = at.n < 0;\n    rows.left[r] = cls && false")),
     fault("CLS rule dropped in eager", REFERENCE_TEST,
-          (EAGER, "torch.cat([F.gelu(u_s[:, :, :1])", "torch.cat([F.gelu(u_t[:, :, :1])")),
+          (EAGER, "hidden = activate(u_s[:, :, :1]", "hidden = activate(u_t[:, :, :1]")),
     fault("tanh for erf GELU", NATIVE,
           (SIMD, "return x * normal(x).cdf; }",
            "return x / (1.0f + exp2((x + x * x * x * 0.044715f) * -2.302208f)); }")),
@@ -250,6 +251,41 @@ FAULTS = [
           ("cast/weights/source.py", "    if weights:\n        return _open_containers(weights[1])\n", "")),
     fault("a lost batch taken for the one that kills", "tests/test_video_loader.py -k lost_with_it",
           ("cast/video/loader.py", "keys[done : done + 1] if deaths else keys[done:]", "keys[done:]")),
+    # --- layers that must be called
+    fault("a replaced layer's weight is read", LAYERS,
+          (PLAIN, "reading is None or kind.forward is not reading.forward", "reading is None")),
+    fault("a forward on the instance is passed over", LAYERS, (PLAIN, '"forward" in module.__dict__', "False")),
+    fault("a forward hook is passed over", LAYERS,
+          (PLAIN, "module._forward_hooks or module._forward_pre_hooks", "module._forward_pre_hooks")),
+    fault("a forward pre-hook is passed over", LAYERS,
+          (PLAIN, "module._forward_hooks or module._forward_pre_hooks", "module._forward_hooks")),
+    fault("a backward hook is passed over", LAYERS,
+          (PLAIN, "module._backward_hooks or module._backward_pre_hooks", "module._backward_pre_hooks")),
+    fault("global hooks are passed over", LAYERS, (PLAIN, "if not any(_GLOBAL_HOOKS):", "if True:")),
+    fault("FLOP counting takes kernels away", LAYERS,
+          (PLAIN, 'isinstance(getattr(hook, "__self__", None), ModuleTracker)', "False")),
+    fault("any tensor's type is read", LAYERS, (PLAIN, "if found not in _TENSORS:", "if found is type(None):")),
+    fault("a bias that was added is not read", LAYERS, (PLAIN, "for field in reading.absent:", "for field in ():")),
+    fault("layers inside a wrapper are not looked at", LAYERS,
+          (PLAIN, "inside = obstacle_among(module, reading.layers)", 'inside = ""')),
+    fault("a warning a call", LAYERS, (PLAIN, "elif _WARNED.get(owner) != found:", "else:")),
+    fault("a named kernel falls back", LAYERS, (PLAIN, "        raise BackendError(text)\n", "        _warn(text)\n")),
+    fault("a projection's own bias forgotten by modules", LAYERS,
+          (CROSS, 'found.append(y + getattr(self, f"{name}_bias").to(y.dtype))', "found.append(y)")),
+    fault("VideoMAE's bias forgotten by modules", LAYERS,
+          ("cast/layers.py", "_added(self.qkv(x), self._bias())", "self.qkv(x)")),
+    fault("the FFN's adapter whole by modules", LAYERS,
+          ("cast/layers.py", "y = torch.add(y, branch, alpha=ADAPTER_SCALE)", "y = y + branch")),
+    fault("no drop path by modules", LAYERS,
+          ("cast/layers.py", "branch = branch * row_scale[..., None].to(branch.dtype)", "pass")),
+    fault("the adapter's skip forgotten by modules", LAYERS,
+          ("cast/layers.py", "y = y + adapter(a)", "y = x + adapter(a)")),
+    fault("a wrapped embedding is read", "tests/test_pretrain.py -k wrapped",
+          ("cast/pretrain/model.py", 'plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed)',
+           "plain.global_obstacle()")),
+    fault("a stream passes over its block's hooks", "tests/test_baselines.py -k have_to_be_called",
+          ("cast/baselines/streams.py", "    if found:\n        raise TypeError",
+           "    if False:\n        raise TypeError")),
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.reference": (),
     "cast_kernels.problem": (),
     "cast_kernels.attention": ("cast_kernels.problem",),
+    "cast_kernels.plain": ("cast_kernels.problem",),
     "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
     "cast_kernels.triton": ("cast_kernels.problem", "cast_kernels.attention", "cast_kernels.triton"),
     "cast_kernels.cpu": ("cast_kernels.problem", "cast_kernels.cpu", "cast_kernels._native", "cast_kernels._C"),
@@ -35,8 +36,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.modules": (
         "cast_kernels.problem",
         "cast_kernels.attention",
+        "cast_kernels.plain",
         "cast_kernels.backends",
         "cast_kernels.ops",
+        "cast_kernels.modules",
+        "cast_kernels.eager",
     ),
     "cast_kernels.evidence": ("cast_kernels",),
     "cast_kernels": ("cast_kernels",),
@@ -78,6 +82,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "cast.export": ("cast.config", "cast.labels", "cast.model", "cast.zoo", "cast.video", "cast.optional"),
     "cast.pretrain": (
+        "cast_kernels",
         "cast.config",
         "cast.layers",
         "cast.positions",
@@ -115,6 +120,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast.published": ("cast.files",),
     "cast.metrics": ("cast.metrics",),
     "cast.evaluation": (
+        "cast_kernels",
         "cast.config",
         "cast.block",
         "cast.model",

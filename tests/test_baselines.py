@@ -198,6 +198,41 @@ def test_aim_s_adapter_over_time_by_hand() -> None:
     torch.testing.assert_close(model.spatial.attend_over_time(0, x, adapter), x + adapter(mixed))
 
 
+@pytest.mark.filterwarnings("ignore:.*by its modules")
+@pytest.mark.parametrize("name", ["independent-adapters", "b-cast" if "b-cast" in DESIGNS else OWN[-1]])
+def test_every_layer_of_either_expert_is_called_where_it_must_be(name: str) -> None:
+    """Hooks that halve what they see change what the plain model's halved weights change."""
+    ours, same = small(name), small(name)
+    last = {"norm1", "attn.proj", "mlp.fc2", "ln_1", "attn.out_proj", "mlp.c_proj", "D_fc2", "cross_s_up", "t2s_proj"}
+    fired: list[str] = []
+
+    def hook(name: str) -> Any:
+        return lambda module, args, output: fired.append(name) or output / 2
+
+    names = [key for key, _ in ours.named_modules() if any(key.endswith(f".{end}") for end in last)]
+    for key in names:
+        ours.get_submodule(key).register_forward_hook(hook(key))
+        with torch.no_grad():
+            for parameter in same.get_submodule(key).parameters():
+                parameter.div_(2)
+    got, want = ours(small_video(ours)), same(small_video(same))
+    for head, logits in want.items():
+        torch.testing.assert_close(got[head], logits)
+    assert set(fired) == set(names)
+
+
+def test_a_block_that_would_have_to_be_called_is_refused() -> None:
+    model = small(OWN[0])
+    handle = model.temporal.expert.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match=r"halves of an expert's block apart.*blocks\.1 has a forward hook.*on them"):
+        model(small_video(model))
+    handle.remove()
+    blocks = model.spatial.expert.transformer.resblocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    with pytest.raises(TypeError, match=r"resblocks\.0 is a .*OptimizedModule"):
+        model(small_video(model))
+
+
 def test_drop_path_drops_clips_and_only_while_training() -> None:
     model = small("lateral", drop_path=0.9)
     video = small_video(model, batch=6)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from bcast_cases import Case
 from processes import free_port
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import cast_kernels
@@ -24,7 +25,7 @@ import cast_kernels
 CASE = Case(batch=4, frames=2, patches=5, dim=32, bottleneck=16, heads=1)
 BACKENDS = ["eager", "cpu"]
 #: What the two processes do: the wrapper, and whether activations are checkpointed and products run under autocast.
-MODES = ["ddp", "fsdp", "ddp-checkpoint", "fsdp-autocast"]
+MODES = ["ddp", "fsdp", "fsdp1", "fsdpeach", "ddp-checkpoint", "fsdp-autocast"]
 
 
 class Exchange(nn.Module):
@@ -49,28 +50,37 @@ def gradients(module: nn.Module, spatial: Tensor, temporal: Tensor, autocast: bo
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = module(spatial, temporal)
     sum(x.float().square().mean() for x in outputs).backward()
-    found = {name: p.grad for name, p in module.named_parameters()}
+    if isinstance(module, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(module, with_grads=True):
+            found = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    else:
+        found = {name: p.grad for name, p in module.named_parameters()}
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in found.items() if x is not None}
 
 
 def distances(mode: str, backend: str) -> dict[str, float]:
     """In one of the processes: each gradient's distance from the single process's, relative to its norm."""
     kind, _, extra = mode.partition("-")
+    if kind == "fsdpeach" and backend == "cpu":
+        backend = "auto"  # its layers must be called, which a kernel asked for by name refuses
     single, module = (Exchange(backend, extra == "checkpoint") for _ in range(2))
     wrapped: nn.Module
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(module)
+    elif kind == "fsdp1":  # its parameters are views into a flat one, and plain tensors while it computes
+        wrapped = FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
     else:
-        from torch.distributed.fsdp import fully_shard
-
         for child in module.children():
+            if kind == "fsdpeach":  # hooks on layers inside: each has its weights only while it is called
+                fully_shard(child.cross_s_down)
+                fully_shard(child.t2s_cross)
             fully_shard(child)
         wrapped = fully_shard(module)
     spatial, temporal = CASE.inputs()
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     want = gradients(single, spatial, temporal, extra == "autocast")
     found = gradients(wrapped, spatial[half], temporal[half], extra == "autocast")
-    found = {name.removeprefix("module."): x for name, x in found.items()}
+    found = {name.removeprefix("module.").removeprefix("_fsdp_wrapped_module."): x for name, x in found.items()}
     assert found.keys() == want.keys()
     return {name: float((found[name] - x).norm() / x.norm()) for name, x in want.items()}
 

@@ -305,6 +305,16 @@ def test_attention_is_what_the_exchange_computes(windows: tuple[str, str], posit
             torch.testing.assert_close(found.over_space.mean(), torch.ones(()))
 
 
+@pytest.mark.filterwarnings("ignore:.*by its modules")
+def test_attention_is_that_of_layers_that_were_wrapped() -> None:
+    ours, same = small_model(), small_model()
+    ours.blocks[0].get_submodule("t2s_cross.t2s_q").register_forward_hook(lambda _, args, output: 4 * output)
+    with torch.no_grad():
+        same.blocks[0].get_submodule("t2s_cross.t2s_q").weight.mul_(4)
+    got, want = (cross_attention(model, small_video(model))[0]["t2s"].over_time for model in (ours, same))
+    torch.testing.assert_close(got, want)
+
+
 def _naive(
     block: Any, direction: str, window: str, asking: torch.Tensor, answering: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -50,6 +51,16 @@ def test_torch_export_answers_as_the_model(model: cast.CAST, tmp_path: Path) -> 
     assert json.loads(about["labels.json"]) == NAMES
     assert json.loads(about["config.json"])["depth"] == 1
     assert json.loads(about["input.json"])["sampling"] == "dense"
+
+
+def test_layers_that_were_wrapped_are_exported_as_they_are(model: cast.CAST, tmp_path: Path) -> None:
+    hooked = copy.deepcopy(model)
+    hooked.blocks[0].get_submodule("attn.qkv").register_forward_hook(lambda _, args, output: 2 * output)
+    export(hooked, tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    verb = hooked.unfuse()(clips(2))["verb"]
+    assert torch.allclose(program(clips(2))[1], verb, atol=1e-4)
+    assert not torch.allclose(model(clips(2))["verb"], verb, atol=1e-2)
 
 
 @pytest.mark.slow

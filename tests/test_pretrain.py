@@ -131,6 +131,18 @@ def in_their_names(model: VideoMAE, theirs: dict[str, torch.Tensor]) -> dict[str
     return result
 
 
+@pytest.mark.parametrize("name", ["patch_embed", "patch_embed.proj"])
+def test_an_embedding_that_was_wrapped_is_called(name: str) -> None:
+    ours, same = autoencoder().double(), autoencoder().double()
+    ours.encoder.get_submodule(name).register_forward_hook(lambda _, args, output: 3 * output)
+    with torch.no_grad():
+        for parameter in same.encoder.patch_embed.proj.parameters():
+            parameter.mul_(3)
+    mask = ours.draw(2)
+    got, want = (model(clips().double(), mask).prediction for model in (ours, same))
+    torch.testing.assert_close(got, want)
+
+
 def test_what_is_hidden_is_not_seen() -> None:
     model, video = autoencoder(), clips()
     mask = model.draw(2)

@@ -6,16 +6,15 @@ All streams speak one shape, [B, T, C+N, D]: `C` leading tokens a frame that are
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cast.config import CASTConfig
-from cast.experts import CLIPBlock, SpatialExpert, TemporalExpert, VideoMAEBlock
-from cast.layers import Adapter, CLIPAttention, Running, attend, feed_forward
+from cast.experts import CLIP_NAMES, VMAE_NAMES, CLIPBlock, SpatialExpert, TemporalExpert, VideoMAEBlock
+from cast.layers import Adapter, Running, attend, attended, feed_forward
 from cast.weights.assign import assign
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
-from cast_kernels import attention as attentions
+from cast_kernels import plain
 
 
 class Stream(nn.Module):
@@ -87,17 +86,20 @@ class CLIPStream(Stream):
 
     def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
         block = self.block(index)
-        return attend(x.flatten(0, 1).contiguous(), block.ln_1, block.attn, adapter, self.running).view_as(x)
+        frames = x.flatten(0, 1).contiguous()
+        return attend(frames, block.ln_1, block.attn, adapter, self.running, CLIP_NAMES[0]).view_as(x)
 
     def attend_over_time(self, index: int, x: Tensor, adapter: Adapter) -> Tensor:
         """Tokens of one place, CLS among them, attend along time (AIM, ICLR 2023, section 3.3: no inner skip)."""
         block = self.block(index)
         places = x.transpose(1, 2)
-        return x + adapter(self_attention_of(block.ln_1(places), block.attn, self.running.attention)).transpose(1, 2)
+        asked = attended(block.attn, block.ln_1(places), self.running.attention)
+        return x + adapter(asked).transpose(1, 2)
 
     def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
         block = self.block(index)
-        return feed_forward(x.contiguous(), block.ln_2, block.mlp, adapter, rows(factor), self.running)
+        factors = rows(factor)
+        return feed_forward(x.contiguous(), block.ln_2, block.mlp, adapter, factors, self.running, CLIP_NAMES[1])
 
     def pool(self, x: Tensor) -> Tensor:
         return self.last_norm()(x[:, :, 0].mean(1))
@@ -110,8 +112,8 @@ class CLIPStream(Stream):
 
     def block(self, index: int) -> CLIPBlock:
         block = self.expert.transformer.get_submodule(f"resblocks.{index}")
-        assert isinstance(block, CLIPBlock)
-        return block
+        _check_halves(f"resblocks.{index}", block, CLIPBlock)
+        return block  # type: ignore[return-value]
 
 
 class VideoMAEStream(Stream):
@@ -128,11 +130,13 @@ class VideoMAEStream(Stream):
 
     def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
         block = self.block(index)
-        return attend(x.flatten(1, 2).contiguous(), block.norm1, block.attn, adapter, self.running).view_as(x)
+        clips = x.flatten(1, 2).contiguous()
+        return attend(clips, block.norm1, block.attn, adapter, self.running, VMAE_NAMES[0]).view_as(x)
 
     def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
         block = self.block(index)
-        return feed_forward(x.contiguous(), block.norm2, block.mlp, adapter, rows(factor), self.running)
+        factors = rows(factor)
+        return feed_forward(x.contiguous(), block.norm2, block.mlp, adapter, factors, self.running, VMAE_NAMES[1])
 
     def pool(self, x: Tensor) -> Tensor:
         return self.last_norm()(x.flatten(1, 2).mean(1))
@@ -150,8 +154,8 @@ class VideoMAEStream(Stream):
 
     def block(self, index: int) -> VideoMAEBlock:
         block = self.expert.blocks[index]
-        assert isinstance(block, VideoMAEBlock)
-        return block
+        _check_halves(f"blocks.{index}", block, VideoMAEBlock)
+        return block  # type: ignore[return-value]
 
 
 class MVDStream(VideoMAEStream):
@@ -166,12 +170,14 @@ class MVDStream(VideoMAEStream):
         self.expert.register_buffer("pos_embed", torch.zeros_like(self.expert.pos_embed))
 
 
-def self_attention_of(x: Tensor, layer: CLIPAttention, attention: str) -> Tensor:
-    """Multi-head self-attention over the last but one dimension: [..., tokens, D] -> the same. PyTorch attends."""
-    weight, bias, out_weight, out_bias = layer.tensors()
-    q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, layer.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
-    mixed = attentions.mix(attention, q, k, v)
-    return F.linear(mixed.transpose(-2, -3).flatten(-2), out_weight, out_bias)
+def _check_halves(name: str, block: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise TypeError where a block must be called: a stream calls its layers, for an exchange comes between them."""
+    found = plain.obstacle(name, block, plain.Reading(kind.forward))
+    if found:
+        raise TypeError(
+            f"a stream runs the halves of an expert's block apart and never calls the block, but {found}; "
+            "replace its layers, or put the hook on them"
+        )
 
 
 def rows(factor: Tensor | None) -> Tensor | None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cast.block import CASTBlock
 from cast.model import CAST
+from cast_kernels import CrossAttention
 
 Streams = list[tuple[Tensor, Tensor]]
 
@@ -56,8 +56,7 @@ def cross_attention(model: CAST, video: Tensor) -> list[dict[str, Attention]]:
 
 
 def _exchanging(model: CAST) -> Iterator[tuple[int, CASTBlock]]:
-    blocks = [block for block in model.blocks if isinstance(block, CASTBlock) and block.directions]
-    yield from enumerate(blocks)
+    yield from enumerate(block for _, block in model.cast_blocks() if block.directions)
 
 
 @contextmanager
@@ -85,44 +84,32 @@ def _recorded(model: CAST) -> Iterator[Streams]:
 
 
 def _of_block(block: CASTBlock, spatial: Tensor, temporal: Tensor) -> dict[str, Attention]:
-    parameters = block.gathered()
-
-    def down(x: Tensor, stream: Any) -> Tensor:
-        hidden = F.linear(x, stream.down_weight, stream.down_bias)
-        norm = block.ln_s_cross
-        assert isinstance(norm, torch.nn.LayerNorm)
-        return F.layer_norm(hidden, hidden.shape[-1:], stream.norm_weight, stream.norm_bias, norm.eps)
-
-    streams = {"s": down(spatial, parameters.spatial)[:, :, 1:], "t": down(temporal, parameters.temporal)}
+    down = {"s": block.cross_s_down(spatial), "t": block.cross_t_down(temporal)}
+    streams = {"s": block.ln_s_cross(down["s"])[:, :, 1:], "t": block.ln_t_cross(down["t"])}
     found = {}
     for direction, window in zip(("t2s", "s2t"), block.windows, strict=True):
-        weights = getattr(parameters, direction)
-        if weights is not None:
-            asking, answering = streams[direction[-1]], streams[direction[0]]
-            mean = _weights(asking, answering, weights, block.num_heads, window)
+        if direction in block.directions:
+            cross = block.get_submodule(f"{direction}_cross")
+            if not isinstance(cross, CrossAttention):
+                raise TypeError(
+                    f"{direction}_cross was replaced by a {type(cross).__qualname__}, whose attention weights are not "
+                    "known; put the CrossAttention back"
+                )
+            queries, answers = cross.projected(streams[direction[-1]], streams[direction[0]])
+            mean = _weights(queries, answers[..., : queries.shape[-1]], block.num_heads, window)
             found[direction] = _reduced(mean, window, block.num_frames)
     return found
 
 
-def _weights(asking: Tensor, answering: Tensor, p: Any, heads: int, window: str) -> Tensor:
+def _weights(queries: Tensor, keys: Tensor, heads: int, window: str) -> Tensor:
     """[B, T, N, d] each -> [B, groups, W, W] averaged over heads; one group holds the tokens that attend together."""
 
     def grouped(x: Tensor) -> Tensor:
-        """[B, groups, W, d]."""
-        if window == "time":
-            return x.transpose(1, 2)
-        return x if window == "space" else x.flatten(1, 2)[:, None]
-
-    def split(x: Tensor) -> Tensor:
         """[B, groups, heads, W, d / heads]."""
+        x = x.transpose(1, 2) if window == "time" else x if window == "space" else x.flatten(1, 2)[:, None]
         return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
 
-    asking, answering = grouped(asking), grouped(answering)
-    asking = asking if p.q_pos is None else asking + p.q_pos
-    answering = answering if p.kv_pos is None else answering + p.kv_pos
-    width = asking.shape[-1]
-    queries = split(F.linear(asking, p.q_weight, p.q_bias))
-    keys = split(F.linear(answering, p.kv_weight[:width], p.kv_bias[:width]))
+    queries, keys = grouped(queries), grouped(keys)
     mean = torch.zeros((), device=queries.device)
     for head in range(heads):  # one at a time: a space-time window's scores are large
         scores = queries[:, :, head] @ keys[:, :, head].transpose(-1, -2)

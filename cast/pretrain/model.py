@@ -20,6 +20,7 @@ from cast.positions import FixedPositions
 from cast.pretrain.masking import Mask, gather, hidden_patches, pixels, statistics, tube_mask, tubelets
 from cast.pretrain.settings import DecoderSettings
 from cast.weights.assign import check
+from cast_kernels import plain
 
 
 class Reconstruction(NamedTuple):
@@ -38,7 +39,7 @@ class _Encoder(FixedPositions):
 
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
-        dim = config.embed_dim
+        self.config, dim = config, config.embed_dim
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.place_tokens(config.exchange_frames * config.num_patches, dim)
         self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
@@ -46,13 +47,24 @@ class _Encoder(FixedPositions):
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Pixels [B, T*N, tubelet * patch * patch, 3] and the numbers [B, K] of those to see -> [B, K, D]."""
-        # The published embedding is a convolution over all tokens; nine tenths of its work would be thrown away.
-        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)
-        x = F.linear(gather(tokens, visible).flatten(2), weight, self.patch_embed.proj.bias)
+        x = self._embed(gather(tokens, visible))
         x = x + gather(self.pos_embed.expand(len(x), -1, -1), visible)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _embed(self, seen: Tensor) -> Tensor:
+        """Pixels [B, K, tubelet * patch * patch, 3] -> [B, K, D].
+
+        The published embedding is a convolution over all tokens; nine tenths of its work would be thrown away.
+        """
+        if plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed):
+            # A layer that must be called sees each token as a video of its own.
+            size = (self.config.tubelet_size, self.config.patch_size, self.config.patch_size)
+            videos = seen.flatten(0, 1).transpose(1, 2).unflatten(2, size)
+            return self.patch_embed(videos).view(*seen.shape[:2], -1)
+        conv = self.patch_embed.proj
+        return F.linear(seen.flatten(2), conv.weight.permute(0, 2, 3, 4, 1).flatten(1), conv.bias)
 
 
 class _Decoder(nn.Module):

@@ -26,7 +26,7 @@ class WorkerDied(Exception):
 def context() -> BaseContext:
     """Where a DataLoader's processes come from: the default way, with a :class:`Flag` in place of each event."""
     usual = multiprocessing.get_context()
-    return type("WorkerContext", (type(usual),), {"Event": lambda self: Flag()})()  # type: ignore[no-any-return]
+    return type("WorkerContext", (type(usual),), {"Event": lambda self: Flag()})()
 
 
 class Flag:

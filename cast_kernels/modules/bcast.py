@@ -2,76 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cast_kernels import attention as attentions
-from cast_kernels import backends
+from cast_kernels import backends, plain
+from cast_kernels.eager.bcast import activate, add
+from cast_kernels.modules.cross_attention import CrossAttention
 from cast_kernels.ops._checks import check_recompute
-from cast_kernels.ops.bcast import bcast, pose
-from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
-
-#: direction -> (expert whose tokens ask, expert whose tokens answer); the published tables carry these names.
-_ROLES = {"t2s": ("clip", "vmae"), "s2t": ("vmae", "clip")}
-_AXES = {"time": ("time",), "space": ("space",), "space-time": ("time", "space")}
-
-
-class CrossAttention(nn.Module):
-    """Parameters of one direction; the arithmetic is in the op, fused with what surrounds it.
-
-    A `space-time` window has a time and a space table, whose sum over the axes gives each position its
-    vector: the same capacity for every window shape, as the paper's table 1(e) demands.
-    """
-
-    def __init__(
-        self, direction: str, window: str, dim: int, num_heads: int, frames: int, patches: int, positions: bool
-    ) -> None:
-        super().__init__()
-        self.direction, self.window, self.num_heads, self.positions = direction, window, num_heads, positions
-        lengths = {"time": frames, "space": patches}
-        for expert in sorted(_ROLES[direction]) if positions else ():
-            for axis in _AXES[window]:
-                self.register_parameter(f"{expert}_{axis}_pos", nn.Parameter(torch.empty(lengths[axis], dim)))
-        self.register_parameter(f"{direction}_q_bias", nn.Parameter(torch.empty(dim)))
-        self.register_parameter(f"{direction}_kv_bias", nn.Parameter(torch.empty(2 * dim)))
-        self.add_module(f"{direction}_q", nn.Linear(dim, dim, bias=False))
-        self.add_module(f"{direction}_kv", nn.Linear(dim, 2 * dim, bias=False))
-        # The published checkpoints call this projection t2s_proj in both directions.
-        self.t2s_proj = nn.Linear(dim, dim)
-
-    def reset_parameters(self) -> None:
-        """Tables: normal with std head_dim^-0.5; linears: truncated normal with std 0.02; biases: zero."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("_pos"):
-                nn.init.normal_(parameter, std=(parameter.shape[1] // self.num_heads) ** -0.5)
-            elif name.endswith("weight"):
-                nn.init.trunc_normal_(parameter, std=0.02)
-            else:
-                nn.init.zeros_(parameter)
-
-    def _table(self, expert: str) -> Tensor | None:
-        """[W, d]: the positions of one expert's tokens in this window."""
-        if not self.positions:
-            return None
-        tables = [self.get_parameter(f"{expert}_{axis}_pos") for axis in _AXES[self.window]]
-        if len(tables) == 1:
-            return tables[0]
-        return (tables[0][:, None] + tables[1][None]).flatten(0, 1)
-
-    def gathered(self) -> Direction:
-        """The tensors in the op's terms."""
-        asking, answering = _ROLES[self.direction]
-        own = self.direction
-        return Direction(
-            q_pos=self._table(asking),
-            kv_pos=self._table(answering),
-            q_weight=self.get_parameter(f"{own}_q.weight"),
-            q_bias=self.get_parameter(f"{own}_q_bias"),
-            kv_weight=self.get_parameter(f"{own}_kv.weight"),
-            kv_bias=self.get_parameter(f"{own}_kv_bias"),
-            proj_weight=self.t2s_proj.weight,
-            proj_bias=self.t2s_proj.bias,
-        )
+from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose
+from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, BackendError, Parameters, Problem, Recompute, Stream
 
 
 class BCAST(nn.Module):
@@ -132,6 +72,8 @@ class BCAST(nn.Module):
                 cross = CrossAttention(direction, window, bottleneck_dim, num_heads, num_frames, num_patches, positions)
                 self.add_module(f"{direction}_cross", cross)
                 self.add_module(f"cross_{direction[-1]}_up", nn.Linear(bottleneck_dim, dim))
+        #: What the op reads of the module's layers; a subclass may have others that are not the exchange's.
+        self._layers = {name: _readings(name) for name in self._modules}
         self.reset_bcast_parameters()
 
     def reset_bcast_parameters(self) -> None:
@@ -150,13 +92,23 @@ class BCAST(nn.Module):
         """The module's tensors in the op's terms. At least one direction must be present."""
 
         def stream(letter: str) -> Stream:
-            down, norm = self.get_submodule(f"cross_{letter}_down"), self.get_submodule(f"ln_{letter}_cross")
-            up = getattr(self, f"cross_{letter}_up", None)
+            down, norm = getattr(self, f"cross_{letter}_down"), getattr(self, f"ln_{letter}_cross")
+            up = self._modules.get(f"cross_{letter}_up")
             up_weight, up_bias = (None, None) if up is None else (up.weight, up.bias)
             return Stream(down.weight, down.bias, norm.weight, norm.bias, up_weight, up_bias)  # type: ignore[arg-type]
 
-        t2s, s2t = (getattr(self, f"{direction}_cross", None) for direction in DIRECTIONS)
-        return Parameters(stream("s"), stream("t"), t2s and t2s.gathered(), s2t and s2t.gathered())
+        t2s, s2t = (getattr(self, f"{d}_cross").gathered() if d in self.directions else None for d in DIRECTIONS)
+        return Parameters(stream("s"), stream("t"), t2s, s2t)
+
+    def obstacle(self) -> str:
+        """Which layer of the exchange must be called, so that no kernel can run it, and why; "" if none must.
+
+        See :mod:`cast_kernels.plain`.
+        """
+        found = plain.global_obstacle() or plain.obstacle_among(self, self._layers)
+        if not found and self.ln_s_cross.eps != self.ln_t_cross.eps:
+            found = f"ln_s_cross has eps {self.ln_s_cross.eps}, ln_t_cross {self.ln_t_cross.eps}, and the op has one"
+        return found
 
     def exchange(
         self,
@@ -168,18 +120,52 @@ class BCAST(nn.Module):
         """:meth:`forward` under a name that a subclass with a forward of its own can call."""
         if not self.directions:
             return spatial, temporal
+        found = self.obstacle()
+        if found:
+            plain.announce("the exchange", self.backend, found, self)
+            return self._by_modules(spatial, temporal, spatial_scale, temporal_scale)
         return bcast(
             spatial,
             temporal,
             self.gathered(),
             num_heads=self.num_heads,
             windows=self.windows,
+            eps=self.ln_s_cross.eps,
             spatial_scale=spatial_scale,
             temporal_scale=temporal_scale,
             recompute=self.recompute,
             backend=self.backend,
             attention=self.attention,
         )
+
+    def _by_modules(
+        self, spatial: Tensor, temporal: Tensor, spatial_scale: Tensor | None, temporal_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What :func:`cast_kernels.bcast` computes, each layer called."""
+        check_streams(spatial, temporal)
+        spatial_scale = check_scale("spatial_scale", spatial_scale, spatial.shape[2], spatial)
+        temporal_scale = check_scale("temporal_scale", temporal_scale, 1, temporal)
+        u_s, u_t = self.ln_s_cross(self.cross_s_down(spatial)), self.ln_t_cross(self.cross_t_down(temporal))
+        patches = u_s[:, :, 1:]
+        spatial_out, temporal_out = spatial, temporal
+        if "t2s" in self.directions:
+            hidden = activate(u_s[:, :, :1], self._asked("t2s_cross", patches, u_t))
+            spatial_out = add(spatial, self.get_submodule("cross_s_up")(hidden), spatial_scale)
+        if "s2t" in self.directions:
+            asked = F.gelu(self._asked("s2t_cross", u_t, patches))
+            temporal_out = add(temporal, self.get_submodule("cross_t_up")(asked), temporal_scale)
+        return spatial_out, temporal_out
+
+    def _asked(self, name: str, asking: Tensor, answering: Tensor) -> Tensor:
+        cross = self.get_submodule(name)
+        if self.attention == "auto":
+            return cross(asking, answering)
+        if not isinstance(cross, CrossAttention):
+            raise BackendError(
+                f"attention={self.attention!r} was asked for, but {name} was replaced by a "
+                f"{type(cross).__qualname__}, which attends in a way of its own; use attention='auto'"
+            )
+        return cross(asking, answering, self.attention)
 
     def forward(
         self,
@@ -218,8 +204,11 @@ class BCAST(nn.Module):
         if not self.directions:
             return "directions=() (no exchange)"
         attention = "" if self.attention == "auto" else f", attention={self.attention!r}"
+        found = self.obstacle()
         verdicts = f"{self.backend!r}"
-        if self.backend == "auto":
+        if found:
+            verdicts += f" -> its modules in PyTorch ({found})"
+        elif self.backend == "auto":
             verdicts += f" -> {backends.select('auto', self.problem())!r}"
         return (
             f"dim={self.dim}, bottleneck_dim={self.bottleneck_dim}, num_heads={self.num_heads}, "
@@ -236,11 +225,21 @@ def explain(module: BCAST, spatial: Tensor, temporal: Tensor) -> str:
     """
     if not module.directions:
         text = "directions=(): the module is the identity, no backend runs"
+    elif found := module.obstacle():
+        check_streams(spatial, temporal)
+        text = plain.verdict("the exchange", module.backend, found)
     else:
         problem = pose(spatial, temporal, module.gathered(), module.num_heads, module.windows, module.attention)
         text = backends.explain(module.backend, problem)
     print(text)
     return text
+
+
+def _readings(layer: str) -> plain.Reading | None:
+    """What the op reads of the exchange's layer with this name; None: as the layer itself says."""
+    if layer.startswith("ln_"):
+        return plain.NORM
+    return None if layer.endswith("_cross") else plain.LINEAR
 
 
 def _check_arguments(sizes: dict[str, int], windows: tuple[str, str], directions: tuple[str, ...]) -> None:

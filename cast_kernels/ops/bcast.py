@@ -79,8 +79,8 @@ def bcast(
     """
     recompute = check_recompute(recompute).value
     problem = pose(spatial, temporal, parameters, num_heads, windows, attention)
-    spatial_scale = _scale("spatial_scale", spatial_scale, problem, 1 + problem.patches, spatial)
-    temporal_scale = _scale("temporal_scale", temporal_scale, problem, 1, temporal)
+    spatial_scale = check_scale("spatial_scale", spatial_scale, 1 + problem.patches, spatial)
+    temporal_scale = check_scale("temporal_scale", temporal_scale, 1, temporal)
     chosen = backends.select(backend, problem)
     if parameters.t2s is None and parameters.s2t is None:
         return spatial, temporal
@@ -102,18 +102,9 @@ def pose(
     Raises:
         ValueError, TypeError: as :func:`bcast`.
     """
-    check_tensors({"spatial": spatial, "temporal": temporal})
+    check_streams(spatial, temporal)
     _check_types(parameters)
-    for name, x in (("spatial", spatial), ("temporal", temporal)):
-        if x.ndim != 4:
-            layout = "[B, T, 1+N, D]" if name == "spatial" else "[B, T, N, D]"
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {layout}, 4 dimensions")
     batch, frames, patches, dim = temporal.shape
-    if tuple(spatial.shape) != (batch, frames, patches + 1, dim):
-        raise ValueError(
-            f"spatial has shape {tuple(spatial.shape)} and temporal {tuple(temporal.shape)}; with this temporal, "
-            f"spatial must be {(batch, frames, patches + 1, dim)}: same B, T and D, a CLS token before the N patches"
-        )
     if len(windows) != 2 or any(w not in WINDOWS for w in windows):
         raise ValueError(f"windows is {windows!r}; it must be two (t2s, s2t) out of {', '.join(map(repr, WINDOWS))}")
     bottleneck = parameters.spatial.down_weight.shape[0]
@@ -140,6 +131,34 @@ def _check_types(parameters: Parameters) -> None:
             check_parameters(tensors, Direction if owner in DIRECTIONS else Stream, f"{owner}.")
 
 
+def check_streams(spatial: Tensor, temporal: Tensor) -> None:
+    """Raise ValueError unless the streams have the same B, T, N and D, and the spatial one CLS tokens besides.
+
+    Whatever is no tensor is a TypeError.
+    """
+    check_tensors({"spatial": spatial, "temporal": temporal})
+    for name, x in (("spatial", spatial), ("temporal", temporal)):
+        if x.ndim != 4:
+            layout = "[B, T, 1+N, D]" if name == "spatial" else "[B, T, N, D]"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {layout}, 4 dimensions")
+    batch, frames, patches, dim = temporal.shape
+    if tuple(spatial.shape) != (batch, frames, patches + 1, dim):
+        raise ValueError(
+            f"spatial has shape {tuple(spatial.shape)} and temporal {tuple(temporal.shape)}; with this temporal, "
+            f"spatial must be {(batch, frames, patches + 1, dim)}: same B, T and D, a CLS token before the N patches"
+        )
+
+
+def check_table(name: str, table: Tensor | None, window: str, frames: int, patches: int, dim: int) -> None:
+    """Raise ValueError unless a table of positions, if there is one, has a row for each token of a window."""
+    length = WINDOWS[window](frames, patches)
+    if table is not None and tuple(table.shape) != (length, dim):
+        raise ValueError(
+            f"{name} has shape {tuple(table.shape)}, but the streams have {frames} frames of {patches} patches: a "
+            f"{window!r} window holds {length} tokens of {dim} channels, so the table must be {(length, dim)}"
+        )
+
+
 def _check_parameters(problem: Problem, parameters: Parameters) -> None:
     """Every parameter has the shape that the streams and the bottleneck imply."""
     dim, d = problem.dim, problem.bottleneck_dim
@@ -159,25 +178,19 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
         for field, shape in shapes.items():
             check_shape(f"{owner}.{field}", getattr(tensors, field), shape)
         if window is not None:
-            length = WINDOWS[window](problem.frames, problem.patches)
             for field in ("q_pos", "kv_pos"):
                 table = getattr(tensors, field)
-                if table is not None and tuple(table.shape) != (length, d):
-                    raise ValueError(
-                        f"{owner}.{field} has shape {tuple(table.shape)}, but the streams have {problem.frames} frames "
-                        f"of {problem.patches} patches: a {window!r} window holds {length} tokens of {d} channels, "
-                        f"so the table must be {(length, d)}"
-                    )
+                check_table(f"{owner}.{field}", table, window, problem.frames, problem.patches, d)
 
 
-def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like: Tensor) -> Tensor | None:
+def check_scale(name: str, scale: Tensor | None, tokens: int, like: Tensor) -> Tensor | None:
     """The scale as [B, tokens] in float32 or the stream's dtype; [B] means the same factor for every token."""
     if scale is None:
         return None
     check_tensors({name: scale})
-    shape = tuple(scale.shape)
-    if shape not in ((problem.batch,), (problem.batch, tokens)):
-        allowed = f"[B] = {(problem.batch,)}" + (f" or [B, 1+N] = {(problem.batch, tokens)}" if tokens > 1 else "")
+    shape, batch = tuple(scale.shape), like.shape[0]
+    if shape not in ((batch,), (batch, tokens)):
+        allowed = f"[B] = {(batch,)}" + (f" or [B, 1+N] = {(batch, tokens)}" if tokens > 1 else "")
         raise ValueError(f"{name} has shape {shape}; it must be {allowed}")
     if not scale.is_floating_point():
         raise TypeError(f"{name} is {scale.dtype}; it must be floating point")
@@ -185,7 +198,7 @@ def _scale(name: str, scale: Tensor | None, problem: Problem, tokens: int, like:
         raise ValueError(f"{name} lies on {scale.device}, the streams on {like.device}; move it there")
     if scale.requires_grad:
         raise ValueError(f"{name} requires a gradient, but drop-path factors are constants; pass {name}.detach()")
-    return scale.reshape(problem.batch, -1).expand(problem.batch, tokens).to(like.dtype)
+    return scale.reshape(batch, -1).expand(batch, tokens).to(like.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""Whether an op may read a layer's weights instead of calling the layer: the one place that decides.
+
+An op computes what several layers would compute one after the other, from their weights. That is right only as long as
+calling each of them would do no more than its class does with plain weights. A layer that was replaced (LoRA, a
+quantised one, a compiled one), that has a hook or a `forward` of its own on the instance (offloading), or whose weight
+is a tensor subclass, must be called. What reads its weights as attributes, as parametrizations do, may be read.
+
+A call of the modules asks :func:`obstacle` first, and where there is one says so with :func:`announce` and calls its
+layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as _module
+from torch.utils.module_tracker import ModuleTracker
+
+from cast_kernels.problem import BackendError
+
+#: Types of weights that hold their values plainly. Compilers put the last two in the place of the others.
+_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+
+#: Hooks on every module of the process; torch changes these mappings in place.
+_GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+
+class Reading(NamedTuple):
+    """What an op reads of a module, and what calling the module must come down to.
+
+    A module that has a :class:`Reading` keeps it as its attribute `reading`; linear layers and norms have theirs here.
+    """
+
+    forward: Callable[..., Any]
+    tensors: tuple[str, ...] = ()  # attributes that the op reads
+    absent: tuple[str, ...] = ()  # attributes that must be None, for the op does not read them
+    layers: Mapping[str, Reading | None] = {}  # submodules; None: as their own `reading` says
+
+
+LINEAR = Reading(nn.Linear.forward, ("weight", "bias"))
+#: A linear layer whose bias lies elsewhere, or that has none.
+BARE_LINEAR = Reading(nn.Linear.forward, ("weight",), absent=("bias",))
+NORM = Reading(nn.LayerNorm.forward, ("weight", "bias"))
+
+
+def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None) -> str:
+    """Why an op may not read a module's weights, "" if it may.
+
+    Args:
+        name: what the answer calls the module.
+        module: it and the submodules that `reading` names are looked at; global hooks are not.
+        reading: what the op reads of it; its own if None.
+
+    Returns:
+        A clause that begins with the name of the layer that must be called: "attention.qkv has a forward hook".
+    """
+    if module is None:
+        return f"{name} is None"
+    kind = type(module)
+    reading = reading or getattr(module, "reading", None)
+    # Attributes rather than `__dict__`: torch.compile guards on what it reads so, and sees a hook that comes later.
+    if reading is None or kind.forward is not reading.forward or kind.__call__ is not nn.Module.__call__:
+        return f"{name} is a {kind.__module__}.{kind.__qualname__}, which computes in a way of its own"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own on the instance, as offloading sets it"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has a backward hook"
+    own = module._parameters
+    for field in reading.tensors:
+        tensor = own.get(field)
+        if type(tensor) not in _TENSORS:
+            found = type(getattr(module, field, None))  # a parametrization's, or a view into FSDP's flat parameter
+            if found not in _TENSORS:
+                return f"{name} has no {field}" if found is type(None) else f"{name}.{field} is a {found.__qualname__}"
+    for field in reading.absent:
+        if own.get(field) is not None or getattr(module, field, None) is not None:
+            return f"{name} has a {field}, which the op does not read"
+    inside = obstacle_among(module, reading.layers)
+    return f"{name}.{inside}" if inside else ""
+
+
+def obstacle_among(module: nn.Module, layers: Mapping[str, Reading | None]) -> str:
+    """The same for submodules of a module that itself is called, by their names in it."""
+    children = module._modules
+    for name, reading in layers.items():
+        found = obstacle(name, children.get(name), reading)
+        if found:
+            return found
+    return ""
+
+
+def global_obstacle() -> str:
+    """A clause that says that modules have global hooks, "" if there are none.
+
+    Those of PyTorch's own ModuleTracker, by which FlopCounterMode knows where it is, only look on and do not count.
+    """
+    if not any(_GLOBAL_HOOKS):
+        return ""
+    hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
+    if all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks):
+        return ""
+    return "a global hook is on every module"
+
+
+def announce(what: str, backend: str, found: str, owner: nn.Module) -> None:
+    """Say that `what` runs by its modules in PyTorch: under "auto" with one warning for each owner and reason.
+
+    Backend "eager" is PyTorch either way and says nothing.
+
+    Args:
+        what: the op, in words.
+        backend: what was asked for.
+        found: what :func:`obstacle` found.
+        owner: the module whose warnings are counted.
+
+    Raises:
+        BackendError: a kernel was asked for by name.
+    """
+    if backend == "eager":
+        return
+    text = verdict(what, backend, found)
+    if backend != "auto":
+        raise BackendError(text)
+    if torch.compiler.is_compiling():
+        _warn(text)
+    elif _WARNED.get(owner) != found:
+        _WARNED[owner] = found
+        _warn(text)
+
+
+def verdict(what: str, backend: str, found: str) -> str:
+    """What becomes of an op of which a layer must be called, as a sentence."""
+    if backend in ("auto", "eager"):
+        return f"{what} runs by its modules in PyTorch, not fused, with the same mathematics: {found}"
+    return (
+        f"backend={backend!r} cannot run {what}: it reads weights and calls no layer, but {found}. Use backend='auto' "
+        "or 'eager', which then call the layers, or put the plain layer back (merge the adapter, remove the hook)."
+    )
+
+
+#: Owner -> the last reason that was warned about.
+_WARNED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _warn(text: str) -> bool:
+    """A warning; under torch.compile one when it traces. It returns something because a constant has to."""
+    warnings.warn(text, stacklevel=3)
+    return True
