@@ -161,6 +161,19 @@ FAULTS = [
            "store_first(da + at + c, y, n);")),
     fault("depths of a bfloat16 word exchanged", BF16,
           (WORDS, "(rounded_bf16(low) >> 16) | rounded_bf16(high)", "(rounded_bf16(high) >> 16) | rounded_bf16(low)")),
+    # --- builds and versions
+    fault("fast math not taken back", "tests/test_build_flags.py -k fast_math_changes",
+          ("CMakeLists.txt", "foreach(flag -fno-fast-math -fno-unsafe-math-optimizations", "foreach(flag")),
+    fault("fast math only warned of", "tests/test_build_flags.py -k do_not_compile",
+          ("csrc/cpu/base.h", '#error "the kernels', '#warning "the kernels')),
+    fault("this processor's instructions in the baseline", "tests/test_build_flags.py -k leak",
+          ("CMakeLists.txt", "set(CAST_OLDEST -march=x86-64 -mno-sse3)", "set(CAST_OLDEST)")),
+    fault("an sdist with built modules", "tests/test_build.py -k sdist_is",
+          ("MANIFEST.in", "global-exclude *.so", "global-exclude")),
+    fault("a wheel with what an earlier build left", "tests/test_build.py -k own_build",
+          ("setup.py", "shutil.rmtree(library / package", "print(library / package")),
+    fault("an old torch or Triton taken", "tests/test_versions.py -k old",
+          ("cast_kernels/versions.py", "release(version) >= OLDEST[package]", "OLDEST[package]")),
 ]  # fmt: skip
 
 
@@ -186,9 +199,9 @@ def apply(fault: Fault, tree: Path) -> dict[Path, str]:
 def copy_tree(to: Path) -> None:
     """What building and testing needs, with the built Python module."""
     useless = shutil.ignore_patterns("__pycache__", ".git")
-    for name in ("cast", "cast_kernels", "csrc", "tests"):
+    for name in ("cast", "cast_kernels", "csrc", "docs", "recipes", "tests", "tools"):
         shutil.copytree(ROOT / name, to / name, ignore=useless)
-    for name in ("CMakeLists.txt", "pyproject.toml"):
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, to)
 
 
