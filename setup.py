@@ -83,9 +83,13 @@ class BuildNative(build_ext):
 
 
 class BuildWithRecipes(build_py):
-    """Puts the recipes, which lie beside the package in the source tree, into the installed package."""
+    """Copies into empty packages, and puts the recipes, which lie beside the package, into the installed one."""
 
     def run(self) -> None:
+        library = Path(self.build_lib).resolve()
+        if not self.editable_mode and library != ROOT:
+            for package in {name.partition(".")[0] for name in self.packages}:
+                shutil.rmtree(library / package, ignore_errors=True)  # an earlier build's would go into the wheel
         super().run()
         if self.editable_mode:
             return  # the source tree's own are found

@@ -3,6 +3,7 @@
 # torch comes first: the native core then binds to the OpenMP runtime that torch has loaded, one thread pool for both.
 import torch  # noqa: F401
 
+import cast_kernels.versions  # noqa: F401  before all that would fail with an older torch
 from cast_kernels import attention, backends, plain, reference
 from cast_kernels.backends import BackendError
 from cast_kernels.modules.bcast import BCAST, explain

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +24,16 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         import cast_kernels._C as core
     except ImportError as error:
-        cause = RECORD.get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error})"
+        cause = RECORD.get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error}){_others()}"
         return None, f"the native core is not built: {cause}; to build it, run in a checkout: {BUILD_COMMAND}"
     return core, ""
+
+
+def _others() -> str:
+    """What another Python's build left here."""
+    ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
+    found = sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours)
+    return f"; {', '.join(found)} is not for this Python, {sys.implementation.cache_tag}" if found else ""
 
 
 def _isa() -> tuple[str, str]:

@@ -56,6 +56,7 @@ def render(info: dict[str, Any]) -> Table:
             missing = f"; the compiler lacks {', '.join(rest['levels_missing'])}" if rest.get("levels_missing") else ""
             table.add_row("  compiler", str(rest.get("compiler", "not recorded")))
             table.add_row("  levels", levels + missing)
+            table.add_row("  flags", _flags(rest))
             table.add_row("  OpenMP", "yes" if rest.get("openmp") else "no: one thread only")
         if "change_with" in info[part]:
             table.add_row("  to change it", info[part]["change_with"])
@@ -64,6 +65,14 @@ def render(info: dict[str, Any]) -> Table:
     for name, (ok, reason) in info["backends"].items():
         table.add_row(f"backend {name}", f"{'yes' if ok else 'no'}: {reason}")
     return table
+
+
+def _flags(cpu: dict[str, Any]) -> str:
+    """What the compiler and the linker were told from outside, and what the build appended to take it back."""
+    if "compiler_flags" not in cpu:
+        return "not recorded"
+    given = f"compiler {cpu['compiler_flags'] or 'none'}; linker {cpu['linker_flags'] or 'none'}"
+    return f"{given}; appended {cpu['appended_flags']}"
 
 
 def show() -> None:

@@ -44,6 +44,12 @@ def small_model(seed: int = 0, **overrides: Any) -> cast.CAST:
     return randomise(model, seed).double().eval()  # type: ignore[return-value]
 
 
+def set_layer(block: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one with this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, layer)
+
+
 def small_video(model: cast.CAST, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     config = model.config
     size = (batch, 3, config.num_frames, config.image_size, config.image_size)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -22,16 +23,39 @@ def call(command: list[str], cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
+#: What a build leaves in the tree, for this Python and for others; none of it may travel.
+LEFT_BEHIND = (
+    "cast_kernels/_C.cpython-310-x86_64-linux-gnu.so",
+    "cast_kernels/_C.cp314-win_amd64.pyd",
+    "cast_kernels/_C.so",
+    "cast_kernels/_build.json",
+    "cast_kernels/__pycache__/_native.cpython-310.pyc",
+    "tools/ptx_emulator/__pycache__/loads.cpython-310.pyc",
+)
+
+
+def source_tree(folder: Path) -> Path:
+    """A copy of what the package is made from, with files as an earlier build would have left them."""
+    compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", ".*", "*.egg-info")
+    tree = folder / "tree"
+    for name in ("cast", "cast_kernels", "csrc", "docs", "recipes", "tests", "tools"):
+        shutil.copytree(ROOT / name, tree / name, ignore=compiled)
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in LEFT_BEHIND:
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("{}")
+    stale = tree / "cast_kernels.egg-info"
+    stale.mkdir()
+    (stale / "SOURCES.txt").write_text("\n".join(LEFT_BEHIND))
+    return tree
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that neither old results in the tree help nor new ones are left there."""
     work = tmp_path_factory.mktemp("build")
-    tree = work / "tree"
-    compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
-    for name in ("cast", "cast_kernels", "csrc", "recipes"):
-        shutil.copytree(ROOT / name, tree / name, ignore=compiled)
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    tree = source_tree(work)
     call([sys.executable, "setup.py", "-q", "sdist", "-d", str(work)], tree)
     (sdist,) = work.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--disable-pip-version-check"]
@@ -39,11 +63,51 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(work.glob("*.whl"))
 
 
+def names_in(archive: Path) -> set[str]:
+    """The files of an sdist, below its first folder, or of a wheel."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return set(wheel.namelist())
+    with tarfile.open(archive) as sdist:
+        return {member.name.partition("/")[2] for member in sdist if member.isfile()}
+
+
+def test_an_sdist_is_all_source_and_nothing_built(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    call([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], tree)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    names = names_in(sdist)
+    assert not names & set(LEFT_BEHIND)
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc"))]
+    assert {
+        "CMakeLists.txt", "csrc/cpu/level.cpp", "recipes/ek100.yaml", "docs/architecture.md",
+        "tools/ptx_emulator/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py", "tests/levels.py",
+    } <= names  # fmt: skip
+
+
+def test_a_wheel_holds_what_its_own_build_made(tmp_path: Path) -> None:
+    """From a tree in which other Pythons built, and with what an earlier version left in `build/`."""
+    tree = source_tree(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    call([sys.executable, "setup.py", "-q", "build_py"], tree)
+    (library,) = (tree / "build").iterdir()
+    (library / "cast_kernels/gone.py").write_text("")
+    (library / "cast_kernels/_C.abi3.so").write_text("")
+    call([*command], tree, CAST_KERNELS_BUILD_CPU="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    names = names_in(wheel)
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc", "gone.py"))]
+    with zipfile.ZipFile(wheel) as archive:
+        assert not json.loads(archive.read("cast_kernels/_build.json"))["cpu"]["built"]
+
+
 @pytest.mark.slow
 def test_a_wheel_from_the_sdist_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    names = names_in(wheel)
+    assert not [name for name in names if name.startswith(("csrc", "tests", "build", "recipes", "docs", "tools"))]
+    assert "cast/recipes/ek100.yaml" in names
+    assert len([name for name in names if Path(name).name.startswith("_C.")]) == 1
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.startswith(("csrc", "tests", "build", "recipes"))]
-        assert "cast/recipes/ek100.yaml" in archive.namelist()
         archive.extractall(tmp_path / "site")
     code = """
 import json, cast, cast_kernels, torch

@@ -30,7 +30,7 @@ from cast.pretrain.videos import unlabelled
 from cast.training.groups import parameter_groups
 from cast.training.log import Log
 from cast.training.recipes import load_recipe
-from cast.video.augment import AugmentSettings, _multiscale, draw
+from cast.video.augment import AugmentSettings
 from cast.video.datasets import DataSettings
 from cast.video.files import video_files
 from cast.video.sampling import stride_indices
@@ -207,25 +207,6 @@ def test_a_right_answer_makes_the_original_picture() -> None:
     masked, made, original = reconstruct(model, video, model.draw(1))
     assert torch.allclose(made, original, atol=1e-5)
     assert float((masked == 0.5).float().mean()) == pytest.approx(0.75, abs=0.01)
-
-
-def test_multiscale_crops_lie_on_the_published_grid() -> None:
-    shares = (1.0, 0.875, 0.75, 0.66)
-    rng = np.random.default_rng(0)
-    boxes = {_multiscale(shares, 224, 256, 320, rng) for _ in range(4000)}
-    assert draw(AugmentSettings(multiscale=shares), 224, 256, 320, rng).crop in boxes
-    sides = [256, 224, 192, 168]
-    for top, left, height, width in boxes:
-        assert abs(sides.index(height) - sides.index(width)) <= 1
-        assert top % max((256 - height) // 4, 1) == left % max((320 - width) // 4, 1) == 0
-        assert top + height <= 256
-        assert left + width <= 320
-    assert {(h, w) for _, _, h, w in boxes} == {
-        (a, b) for i, a in enumerate(sides) for b in sides[max(i - 1, 0) : i + 2]
-    }
-    assert len({box[:2] for box in boxes if box[2:] == (192, 192)}) == 13
-    with pytest.raises(ValueError, match="multiscale is"):
-        AugmentSettings(multiscale=(1.5,))
 
 
 def test_every_recipe_is_valid() -> None:

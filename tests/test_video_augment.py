@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from cast.video.augment import AugmentSettings, Plan, apply, draw
+from cast.video.augment import AugmentSettings, Plan, _multiscale, apply, draw
 from cast.video.transforms import MEAN, STD
 
 SIZE = 32
@@ -132,3 +132,22 @@ def test_jitter_stays_within_its_bounds_and_takes_all_orders() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AugmentSettings(**wrong)
+
+
+def test_multiscale_crops_lie_on_the_published_grid() -> None:
+    shares = (1.0, 0.875, 0.75, 0.66)
+    rng = np.random.default_rng(0)
+    boxes = {_multiscale(shares, 224, 256, 320, rng) for _ in range(4000)}
+    assert draw(AugmentSettings(multiscale=shares), 224, 256, 320, rng).crop in boxes
+    sides = [256, 224, 192, 168]
+    for top, left, height, width in boxes:
+        assert abs(sides.index(height) - sides.index(width)) <= 1
+        assert top % max((256 - height) // 4, 1) == left % max((320 - width) // 4, 1) == 0
+        assert top + height <= 256
+        assert left + width <= 320
+    assert {(h, w) for _, _, h, w in boxes} == {
+        (a, b) for i, a in enumerate(sides) for b in sides[max(i - 1, 0) : i + 2]
+    }
+    assert len({box[:2] for box in boxes if box[2:] == (192, 192)}) == 13
+    with pytest.raises(ValueError, match="multiscale is"):
+        AugmentSettings(multiscale=(1.5,))

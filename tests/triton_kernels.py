@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cast_kernels.evidence.emulator import EmulationFault
+from cast_kernels.versions import FENCED_TRITON, release
+
+_UNFENCED = pytest.mark.xfail(
+    release(triton.__version__) < FENCED_TRITON,
+    reason=f"Triton {triton.__version__} leaves out fences on sm_90, and the emulator must say so",
+    raises=EmulationFault,
+    strict=True,
+)
+#: What the emulator runs, for tests whose products read what was copied asynchronously.
+EMULATED = ("sm_80", pytest.param("sm_90", marks=_UNFENCED))
 
 
 @triton.jit

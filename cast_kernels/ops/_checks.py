@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cast_kernels.problem import Recompute
 
+#: Listed here, at import: torch.compile of torch 2.11 cannot iterate over an enumeration.
+_RECOMPUTES = tuple(r.value for r in Recompute)
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in on the tensor's device, or None outside of autocast."""
@@ -69,9 +72,8 @@ def check_kinds(streams: Mapping[str, Tensor], parameters: Iterable[Tensor | Non
 
 def check_recompute(recompute: Recompute | str) -> Recompute:
     """The value of the enum, or ValueError naming the allowed ones."""
-    allowed = [r.value for r in Recompute]
-    if recompute not in allowed:
-        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, allowed))}")
+    if recompute not in _RECOMPUTES:
+        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, _RECOMPUTES))}")
     return Recompute(recompute)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cast_kernels.problem import Verdict
+from cast_kernels.versions import FENCED_TRITON, release, too_old
 
 #: Dtypes of streams and of dense products. float32 runs as three tf32 products.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,7 +26,8 @@ def verdict(device: str, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
     if device == "cuda":
         return _on_gpu()
     if device == "cpu" and interpreting():
-        return Verdict(True, "Triton's interpreter (TRITON_INTERPRET=1): for tests, it models no GPU")
+        fault = _cannot_use_triton()
+        return Verdict(not fault, fault or "Triton's interpreter (TRITON_INTERPRET=1): for tests, it models no GPU")
     if device == "cpu" and _emulating():
         return Verdict(True, "an emulated GPU stands in for the driver")
     return Verdict(False, f"the streams are on {device}; Triton kernels run on cuda")
@@ -44,17 +46,40 @@ def _emulating() -> bool:
     return bool(getattr(getattr(driver.driver, "_active", None), "runs_on_cpu", False))
 
 
-def _on_gpu() -> Verdict:
+@torch.compiler.assume_constant_result
+def _cannot_use_triton() -> str:
+    """Why Triton cannot be used, with what to do; "" if it can. Imports it."""
     try:
         import triton
     except ImportError as error:
-        return Verdict(False, f"Triton cannot be imported: {error}; pip install triton")
+        return f"Triton cannot be imported: {error}; pip install triton"
+    return too_old("triton", triton.__version__)
+
+
+@torch.compiler.assume_constant_result
+def _triton() -> str:
+    """Triton's version, and what is known against it."""
+    import triton
+
+    if release(triton.__version__) >= FENCED_TRITON:
+        return f"Triton {triton.__version__}"
+    fenced = ".".join(map(str, FENCED_TRITON))
+    return (
+        f"Triton {triton.__version__}, which on sm_90 and newer leaves out fences that PTX asks for between copies and "
+        f"products; {fenced} has them (docs/versions.md)"
+    )
+
+
+def _on_gpu() -> Verdict:
+    fault = _cannot_use_triton()
+    if fault:
+        return Verdict(False, fault)
     if torch.cuda.is_available() and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < OLDEST:
             oldest = "".join(map(str, OLDEST))
             return Verdict(False, f"the GPU is sm_{major}{minor}; the kernels need sm_{oldest} or newer")
-    return Verdict(True, f"Triton {triton.__version__}")
+    return Verdict(True, _triton())
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+// CMakeLists.txt takes such flags back; a build by other means would be wrong by 8e-2 without a word.
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "the kernels need IEEE arithmetic; remove -ffast-math, -Ofast and their parts from the compiler's flags"
+#endif
+
 namespace cast::cpu {
 
 using i64 = std::int64_t;

@@ -4,6 +4,12 @@
 
 #include "kernels.h"
 
+// What CMakeLists.txt appends turns SSE3 and all that builds on it off again; these can only be left out of CXXFLAGS.
+#if defined(__x86_64__) && (defined(__SSE3__) || defined(__POPCNT__) || defined(__LZCNT__) || defined(__BMI__) || \
+                            defined(__BMI2__) || defined(__MOVBE__) || defined(__ADX__))
+#error "this file must run on every x86-64 processor; remove options such as -mbmi2 and -mpopcnt from CXXFLAGS"
+#endif
+
 namespace cast::cpu {
 namespace {
 

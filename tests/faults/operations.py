@@ -1,0 +1,91 @@
+"""Faults in what surrounds the kernels: derivatives, layers that must be called, builds."""
+
+from __future__ import annotations
+
+from faults.base import fault
+
+DERIVATIVES = "tests/test_derivatives.py -k"
+FFN = "csrc/cpu/ffn_forward.h"
+TRANSFORMS = "cast_kernels/ops/_derivatives.py"
+PLAIN = "cast_kernels/plain.py"
+CROSS = "cast_kernels/modules/cross_attention.py"
+LAYERS = "tests/test_plain.py"
+
+FAULTS = [
+    # --- derivatives, and modules without memory
+    fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
+          (TRANSFORMS, "lambda ctx, inputs, output: None, refuse)", "lambda ctx, inputs, output: None, lambda ctx, *_: "
+           "(None,) * (len(ctx.needs_input_grad) - 4))")),
+    fault("tangents not looked for", f"{DERIVATIVES} forward_mode",
+          (TRANSFORMS, "if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):", "if False:")),
+    fault("gradient of zeros for what is kept", f"{DERIVATIVES} what_it_keeps",
+          (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
+    fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
+          (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
+    fault("transforms around a call see none of it", f"{DERIVATIVES} second_derivative",
+          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n            # A",
+           "if False:\n            # A")),
+    fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
+          (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
+    fault("math attention without its scale", f"{DERIVATIVES} maths_error",
+          ("cast_kernels/attention.py", ".transpose(-2, -1) * q.shape[-1] ** -0.5", ".transpose(-2, -1)")),
+    fault("scores of math attention in 16 bits", f"{DERIVATIVES} maths_error",
+          ("cast_kernels/attention.py", "torch.promote_types(q.dtype, torch.float32)", "q.dtype")),
+    fault("exchange not asked for math", f"{DERIVATIVES} model_takes",
+          ("cast_kernels/attention.py", 'return "math" if check_name(attention) == "math" else "auto"',
+           'return "auto" if check_name(attention) == "math" else "auto"')),
+    fault("position table left to fresh memory", "tests/test_positions.py",
+          ("cast/positions.py", "if after is not before and not after.is_meta:", "if False:")),
+    fault("position table left on meta", "tests/test_positions.py",
+          ("cast/positions.py", "if module.pos_embed.is_meta and like is not None:", "if False:")),
+    fault("reset without the norms", "tests/test_positions.py",
+          ("cast_kernels/modules/bcast.py", 'name in ("ln_s_cross", "ln_t_cross"):', "name in ():")),
+    # --- layers that must be called
+    fault("a replaced layer's weight is read", LAYERS,
+          (PLAIN, "reading is None or kind.forward is not reading.forward", "reading is None")),
+    fault("a forward on the instance is passed over", LAYERS, (PLAIN, '"forward" in module.__dict__', "False")),
+    fault("a forward hook is passed over", LAYERS,
+          (PLAIN, "module._forward_hooks or module._forward_pre_hooks", "module._forward_pre_hooks")),
+    fault("a forward pre-hook is passed over", LAYERS,
+          (PLAIN, "module._forward_hooks or module._forward_pre_hooks", "module._forward_hooks")),
+    fault("a backward hook is passed over", LAYERS,
+          (PLAIN, "module._backward_hooks or module._backward_pre_hooks", "module._backward_pre_hooks")),
+    fault("global hooks are passed over", LAYERS, (PLAIN, "if not any(_GLOBAL_HOOKS):", "if True:")),
+    fault("FLOP counting takes kernels away", LAYERS,
+          (PLAIN, 'isinstance(getattr(hook, "__self__", None), ModuleTracker)', "False")),
+    fault("any tensor's type is read", LAYERS, (PLAIN, "if found not in _TENSORS:", "if found is type(None):")),
+    fault("a bias that was added is not read", LAYERS, (PLAIN, "for field in reading.absent:", "for field in ():")),
+    fault("layers inside a wrapper are not looked at", LAYERS,
+          (PLAIN, "inside = obstacle_among(module, reading.layers)", 'inside = ""')),
+    fault("a warning a call", LAYERS, (PLAIN, "elif _WARNED.get(owner) != found:", "else:")),
+    fault("a named kernel falls back", LAYERS, (PLAIN, "        raise BackendError(text)\n", "        _warn(text)\n")),
+    fault("a projection's own bias forgotten by modules", LAYERS,
+          (CROSS, 'found.append(y + getattr(self, f"{name}_bias").to(y.dtype))', "found.append(y)")),
+    fault("VideoMAE's bias forgotten by modules", LAYERS,
+          ("cast/layers.py", "_added(self.qkv(x), self._bias())", "self.qkv(x)")),
+    fault("the FFN's adapter whole by modules", LAYERS,
+          ("cast/layers.py", "y = torch.add(y, branch, alpha=ADAPTER_SCALE)", "y = y + branch")),
+    fault("no drop path by modules", LAYERS,
+          ("cast/layers.py", "branch = branch * row_scale[..., None].to(branch.dtype)", "pass")),
+    fault("the adapter's skip forgotten by modules", LAYERS,
+          ("cast/layers.py", "y = y + adapter(a)", "y = x + adapter(a)")),
+    fault("a wrapped embedding is read", "tests/test_pretrain.py -k wrapped",
+          ("cast/pretrain/model.py", 'plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed)',
+           "plain.global_obstacle()")),
+    fault("a stream passes over its block's hooks", "tests/test_baselines.py -k have_to_be_called",
+          ("cast/baselines/streams.py", "    if found:\n        raise TypeError",
+           "    if False:\n        raise TypeError")),
+    # --- builds and versions
+    fault("fast math not taken back", "tests/test_build_flags.py -k fast_math_changes",
+          ("CMakeLists.txt", "foreach(flag -fno-fast-math -fno-unsafe-math-optimizations", "foreach(flag")),
+    fault("fast math only warned of", "tests/test_build_flags.py -k do_not_compile",
+          ("csrc/cpu/base.h", '#error "the kernels', '#warning "the kernels')),
+    fault("this processor's instructions in the baseline", "tests/test_build_flags.py -k leak",
+          ("CMakeLists.txt", "set(CAST_OLDEST -march=x86-64 -mno-sse3)", "set(CAST_OLDEST)")),
+    fault("an sdist with built modules", "tests/test_build.py -k sdist_is",
+          ("MANIFEST.in", "global-exclude *.so", "global-exclude")),
+    fault("a wheel with what an earlier build left", "tests/test_build.py -k own_build",
+          ("setup.py", "shutil.rmtree(library / package", "print(library / package")),
+    fault("an old torch or Triton taken", "tests/test_versions.py -k old",
+          ("cast_kernels/versions.py", "release(version) >= OLDEST[package]", "OLDEST[package]")),
+]  # fmt: skip
