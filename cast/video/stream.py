@@ -54,7 +54,7 @@ def frames(source: PathLike | BinaryIO, format: str | None = None, **options: st
             stream.thread_type, reformatter = "AUTO", VideoReformatter()
             for packet in container.demux(stream):
                 for frame in _whole(packet):
-                    yield upright_rgb(frame, reformatter)
+                    yield upright_rgb(name, frame, reformatter)
     except (av.FFmpegError, OSError) as error:
         if isinstance(error, VideoError):
             raise
