@@ -66,9 +66,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.video",
         "cast.metrics",
         "cast.evaluation.protocol",
+        "cast.files",
         "cast.predict",
     ),
-    "cast.export": ("cast.config", "cast.labels", "cast.model", "cast.zoo", "cast.video", "cast.optional"),
+    "cast.export": (
+        "cast.config",
+        "cast.labels",
+        "cast.model",
+        "cast.zoo",
+        "cast.video",
+        "cast.optional",
+        "cast.sampling",
+    ),
     "cast.pretrain": (
         "cast.config",
         "cast.layers",
@@ -77,6 +86,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.video",
         "cast.training",
         "cast.pretrain",
+        "cast.files",
         "cast.optional",
     ),
     "cast.training": (

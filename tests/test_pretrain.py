@@ -32,7 +32,7 @@ from cast.training.log import Log
 from cast.training.recipes import load_recipe
 from cast.video.augment import AugmentSettings, _multiscale, draw
 from cast.video.datasets import DataSettings
-from cast.video.files import video_files
+from cast.video.folder import find_videos
 
 CONFIG = CASTConfig(**(SMALL | {"image_size": 32}))  # 16 patches, 3 moments
 FRAMES, PATCHES = CONFIG.exchange_frames, CONFIG.num_patches
@@ -288,7 +288,7 @@ def command(folder: Path, out: Path, *overrides: str) -> list[str]:
 def test_a_folder_without_labels_trains_and_resumes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert [path.name for path in video_files(folder)] == ["broken.mp4", "0.mp4", "2.mp4", "1.mp4", "3.mp4"]
+    assert [path.name for path in find_videos(folder).videos] == ["broken.mp4", "0.mp4", "2.mp4", "1.mp4", "3.mp4"]
     plain = ("normalised=false", "data.augment.scale=[1.0,1.0]", "data.augment.ratio=[1.0,1.0]")  # bars are flat
     assert main(command(folder, tmp_path / "whole", *plain)) == 0
     assert "4 of 5 videos below it are taken" in " ".join(capsys.readouterr().err.split())

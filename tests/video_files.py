@@ -69,7 +69,7 @@ def write_video(
 ) -> Path:
     """Encode pictures 0 to count - 1; `times` are milliseconds, 25 pictures a second if None.
 
-    `matrix` is the display matrix's a, b, c, d. `draw(number, height, width)` makes a picture if it is not the number's.
+    `matrix` is the display matrix's a, b, c, d. `draw(number, height, width)` makes the pictures, if given.
     """
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=FPS, options=options or {})

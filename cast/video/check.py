@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cast.files import printable
 from cast.video.annotations import PathLike, Sample
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.probe import Fault, Probe, probe_all
@@ -56,7 +57,7 @@ def find_faults(
         if fault:
             found[path] = fault
     return [
-        Skip(os.path.relpath(path, dataset.root), found[path][0], place, found[path][1])
+        Skip(printable(os.path.relpath(path, dataset.root)), found[path][0], printable(place), found[path][1])
         for path, place in where.items()
         if path in found
     ]

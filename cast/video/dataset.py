@@ -30,6 +30,8 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         frames: frames of a clip.
         seed: source of all randomness, together with epoch and index.
         threads: decoding threads. DataLoader workers are processes already, so more than 1 slows them down.
+        short_side: pictures whose shorter side has more pixels are made smaller before the transform, see
+            `cast.video.shrink`; None leaves them as they are.
 
     Raises:
         ValueError: there are no samples, or files of theirs are missing; the message counts them and names three.
@@ -44,6 +46,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         frames: int = 16,
         seed: int = 0,
         threads: int = 1,
+        short_side: int | None = None,
     ) -> None:
         missing = [sample.path for sample in samples if not sample.path.is_file()]
         if not samples or missing:
@@ -51,7 +54,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
             raise ValueError(f"{len(missing)} of {len(samples)} videos are missing: {names or 'there are no samples'}")
         self.samples = list(samples)
         self.transform, self.train, self.sampling = transform, train, sampling
-        self.frames, self.seed, self.threads = frames, seed, threads
+        self.frames, self.seed, self.threads, self.short_side = frames, seed, threads, short_side
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -74,7 +77,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
             indices = train_indices(length, rng, self.sampling, self.frames)
         else:
             indices = view_indices(length, 0, 1, self.sampling, self.frames)
-        frames = read(sample.path, indices, self.threads)
+        frames = read(sample.path, indices, self.threads, self.short_side)
         # torchvision draws from torch's global generator: give it a seed of this clip, and leave it as it was.
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))

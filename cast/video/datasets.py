@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from cast.files import parse_yaml
+from cast.files import parse_yaml, printable
 from cast.video.annotations import (
     PathLike,
     Sample,
@@ -59,6 +59,8 @@ class DataSettings:
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
         frames: frames of a clip.
         size: side of a clip in pixels.
+        short_side: pictures whose shorter side has more pixels are made smaller when they are decoded, before
+            augmentation and in tests of the finished model alike (see docs/video.md); null leaves them as they are.
         decoder: "pyav", or "torchcodec" if it is installed.
         workers: processes that decode; 0 decodes in the training process.
         skip_list: what `cast data check` found unusable: its file, "auto" for skip.csv in `root` if there is one, or
@@ -77,6 +79,7 @@ class DataSettings:
     sampling: Sampling = "uniform"
     frames: int = 16
     size: int = 224
+    short_side: int | None = 320
     decoder: Literal["pyav", "torchcodec"] = "pyav"
     workers: int = 4
     skip_list: str = "auto"
@@ -94,6 +97,11 @@ class DataSettings:
         for name, lowest in (("frames", 1), ("size", 1), ("workers", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        if self.short_side is not None and self.short_side < self.size:
+            raise ValueError(
+                f"short_side is {self.short_side}, less than size {self.size}, to which clips would be enlarged again; "
+                "make it larger, about 1.4 x size, or null to leave pictures as they are"
+            )
         if self.columns and self.layout != "csv":
             raise ValueError(f"columns are given, but layout {self.layout!r} has no header; leave them out")
 
@@ -285,7 +293,7 @@ class VideoSet:
 
     def _fault(self, sample: Sample, split: str) -> str | None:
         """Why a video is left out of a split, as the skip list says; None if it is not."""
-        fault = self._skips.get(os.path.relpath(sample.path, self.root))
+        fault = self._skips.get(printable(os.path.relpath(sample.path, self.root)))
         return None if fault == SHORT and split != "train" else fault
 
 

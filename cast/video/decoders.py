@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import av
 import numpy as np
 
+from cast.files import printable
 from cast.optional import MissingExtraError, require
 from cast.video import reader
 from cast.video.files import PathLike, check_file, open_video, video_error
@@ -127,8 +128,10 @@ def _opened(path: PathLike, threads: int) -> _Opened:
     key = (os.path.abspath(path), status.st_mtime_ns, status.st_size, threads, os.getpid())
     if getattr(_last, "key", None) != key:
         try:
+            # torchcodec takes names in UTF-8 only.
+            source: Any = path if printable(path) == os.fspath(path) else io.FileIO(path)
             video = _torchcodec().VideoDecoder(
-                os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+                source, dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
             )
             length = len(video)
         except (RuntimeError, ValueError, TypeError) as error:

@@ -221,7 +221,7 @@ class _Clips(Dataset[_Made | VideoError]):
 
     def __init__(self, samples: Sequence[Sample], settings: DataSettings, train: bool, seed: int) -> None:
         self.settings, self.train, self.seed = settings, train, seed
-        self.decoder = decoder(settings.decoder)
+        self.decoder = decoder(settings.decoder, settings.short_side)
         encoded = [str(sample.path).encode("utf-8", "surrogateescape") for sample in samples]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._paths = np.frombuffer(b"".join(encoded), np.uint8)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 
 from cast.video.files import PathLike, video_error
@@ -32,10 +32,10 @@ def display_matrix(path: PathLike, frame: VideoFrame) -> Matrix | None:
         VideoError: the metadata can't be read.
     """
     try:
-        found = frame.side_data.get(Type.DISPLAYMATRIX)
+        found = frame.side_data.get("DISPLAYMATRIX")
     except ValueError as error:  # PyAV refuses all metadata of a picture if it does not know one kind
         raise video_error(path, f"has metadata that PyAV doesn't know ({error}); a newer PyAV may") from None
-    if found is None:
+    if not isinstance(found, SideData):
         return None
     a, b, _, c, d, *_ = struct.unpack("9i", bytes(found))
     return (a, b, c, d) if any((a, b, c, d)) else None  # nothing but zeros is what careless writers leave

@@ -13,6 +13,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+from cast.files import printable
 from cast.video.decoders import Name, decoder
 from cast.video.files import VideoError
 from cast.video.sampling import Sampling, view_indices
@@ -65,7 +66,7 @@ class Probe:
                 for first in range(0, length, at_once):
                     reader.read(path, range(first, min(first + at_once, length)), threads=1)
         except VideoError as error:
-            return "undecodable", str(error).removeprefix(f"{path}: ")
+            return "undecodable", str(error).removeprefix(f"{printable(path)}: ")
         return ("short", f"{length} frames, a clip has {self.frames}") if length < self.frames else None
 
     def chunk(self, paths: Sequence[str]) -> list[Result]:
