@@ -64,19 +64,18 @@ def test_a_camera_that_stops_midway_is_an_error_in_time(kind: str, tmp_path: Pat
     video = write_video(tmp_path / "v.ts", count=120, b_frames=0).read_bytes()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp2t\r\n\r\n" if kind == "http" else b""
     seen = []
-    with camera(head + video[: len(video) * 3 // 4]) as port, pytest.raises(VideoError) as caught:
+    with camera(head + video[: len(video) * 3 // 4]) as port:
         # Probing would wait for more than there is.
-        pictures = frames(f"{kind}://127.0.0.1:{port}/live", timeout=(LONG, 1.0), probesize="5000", format="mpegts")
-        for picture in pictures:
-            seen.append(picture)
-    assert "gave no picture for 1 seconds" in str(caught.value)
-    assert [numbers(picture[None])[0] for picture in seen] == list(range(len(seen)))
+        pictures = frames(f"{kind}://127.0.0.1:{port}/live", "mpegts", (LONG, 1.0), probesize="5000")
+        with pytest.raises(VideoError, match="gave no picture for 1 seconds"):
+            seen.extend(numbers(picture[None])[0] for picture in pictures)
+    assert seen == list(range(len(seen)))
 
 
 def test_a_pipe_that_stays_empty_is_an_error_in_time() -> None:
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0) as pipe:
-        with pytest.raises(VideoError, match="^the pipe: did not answer within 0.3 seconds"):
+        with pytest.raises(VideoError, match=r"^the pipe: did not answer within 0\.3 seconds"):
             next(frames(pipe, timeout=(0.3, LONG)))
         os.close(writer)
 
