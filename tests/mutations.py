@@ -51,6 +51,8 @@ PLAN, PROBLEM, PACKED = "csrc/cpu/forward_plan.h", "csrc/cpu/problem.h", "cast_k
 ATTENTION, GRADIENT, WORKSPACE = "csrc/cpu/attention.h", "csrc/cpu/attention_backward.h", "csrc/cpu/workspace.cpp"
 FFN, FFN_BACKWARD, WORDS = "csrc/cpu/ffn_forward.h", "csrc/cpu/ffn_backward.h", "csrc/cpu/bf16.h"
 SELF, SELF_BACKWARD = "csrc/cpu/self_attention_forward.h", "csrc/cpu/self_attention_backward.h"
+SIDES = "tests/test_short_side.py -k evaluat"
+ORIENTATION, FOLDER = "cast/video/orientation.py", "cast/video/folder.py"
 EAGER, CPU, REFERENCE = "cast_kernels/eager/bcast.py", "cast_kernels/cpu/bcast.py", "cast_kernels/reference.py"
 
 
@@ -161,6 +163,32 @@ FAULTS = [
            "store_first(da + at + c, y, n);")),
     fault("depths of a bfloat16 word exchanged", BF16,
           (WORDS, "(rounded_bf16(low) >> 16) | rounded_bf16(high)", "(rounded_bf16(high) >> 16) | rounded_bf16(low)")),
+    # --- files
+    fault("a mirrored file shown by its angle alone", "tests/test_video_reader.py -k display_matrix",
+          (ORIENTATION, "picture, across, down = picture.swapaxes(0, 1), c, b",
+           "picture, across, down = picture.swapaxes(0, 1), -b, b")),
+    fault("a file shown at any angle as it is stored", "tests/test_video_reader.py -k turned_otherwise",
+          (ORIENTATION, "        raise video_error(\n            path,\n            f\"is to be shown",
+           "        return picture\n        raise video_error(\n            path,\n            f\"is to be shown")),
+    fault("pictures shrunk without antialiasing", "tests/test_video_shrink.py",
+          ("cast/video/shrink.py", "antialias=True", "antialias=False")),
+    fault("tests that look at pictures as they are stored", SIDES,
+          ("cast/evaluation/protocol.py", "decoder(self.decoder, self.short_side)", "decoder(self.decoder)")),
+    fault("a stream that is not shrunk", SIDES,
+          ("cast/predict/window.py", "shrink(np.ascontiguousarray(frame), self.protocol.short_side)",
+           "np.ascontiguousarray(frame)")),
+    fault("a model that forgets its short side", SIDES,
+          ("cast/hub.py", "as_json(self.sampling, self.short_side)", "as_json(self.sampling)")),
+    fault("endings in small letters only", "tests/test_video_folder.py",
+          (FOLDER, "path.suffix.lower() not in", "path.suffix not in")),
+    fault("linked folders searched as often as they are linked", "tests/test_video_folder.py -k links",
+          (FOLDER, "            seen.add((status.st_dev, status.st_ino))\n",
+           "            seen.add((status.st_dev, status.st_ino)) if not place.is_symlink() else None\n")),
+    fault("names printed as Python holds them", "tests/test_video_folder.py",
+          ("cast/files.py", "return _SURROGATE.sub(", "return os.fspath(name) or _SURROGATE.sub(")),
+    fault("a wait for a camera without an end", "tests/test_video_stream_waits.py -k in_time --timeout 20",
+          ("cast/video/stream.py", "self._made.get(timeout=seconds or None)", "self._made.get()"),
+          ("cast/video/stream.py", "limit + _LONGER if limit else None", "None")),
 ]  # fmt: skip
 
 

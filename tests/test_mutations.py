@@ -10,7 +10,7 @@ import pytest
 
 
 def test_every_fault_can_be_made_and_taken_back(tmp_path: Path) -> None:
-    for name in ("cast_kernels", "csrc"):
+    for name in ("cast", "cast_kernels", "csrc"):
         shutil.copytree(mutations.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     assert len({fault.name for fault in mutations.FAULTS}) == len(mutations.FAULTS) >= 30
     for fault in mutations.FAULTS:

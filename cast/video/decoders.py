@@ -82,7 +82,7 @@ class TorchCodec:
             asked = f"frame {bad[0]} was asked for" if bad else "no frame was asked for"
             raise video_error(path, f"has frames 0 to {len(video) - 1}, but {asked}")
         try:
-            if not opened.turned and (self.short_side is None or min(_sides(video)) <= self.short_side):
+            if not opened.mirrored and (self.short_side is None or min(_sides(video)) <= self.short_side):
                 return video.get_frames_at(indices=wanted).data.numpy()
             # One by one, so that a clip of large pictures is never in memory as a whole.
             pictures = {
@@ -102,13 +102,13 @@ class _Opened:
     matrix: Matrix | None
 
     @property
-    def turned(self) -> bool:
+    def mirrored(self) -> bool:
         """Whether torchcodec's pictures must still be mirrored: it goes by the matrix's angle alone."""
         return self.matrix is not None and self.matrix[0] * self.matrix[3] < self.matrix[1] * self.matrix[2]
 
     def upright(self, path: PathLike, picture: np.ndarray) -> np.ndarray:
         """One of torchcodec's pictures `[H, W, 3]` as it is meant to be seen, contiguous."""
-        if self.turned:
+        if self.mirrored:
             stored = np.rot90(picture, -round(self.video.metadata.rotation / 90))
             picture = upright(path, stored, self.matrix)
         return np.ascontiguousarray(picture)
@@ -129,7 +129,8 @@ def _opened(path: PathLike, threads: int) -> _Opened:
     if getattr(_last, "key", None) != key:
         try:
             # torchcodec takes names in UTF-8 only.
-            source: Any = path if printable(path) == os.fspath(path) else io.FileIO(path)
+            name = os.fspath(path)
+            source = name if printable(name) == name else io.FileIO(name)
             video = _torchcodec().VideoDecoder(
                 source, dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
             )
