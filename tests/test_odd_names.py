@@ -53,7 +53,7 @@ def test_an_evaluation_is_written_and_goes_on(tmp_path: Path, format: str) -> No
     pytest.importorskip("matplotlib")
     if format == "parquet":
         pytest.importorskip("pyarrow")
-    root, out, model = odd(tmp_path, b"d\xe9"), odd(tmp_path, b"o\xe9"), tmp_path / "model"
+    root, out, model = odd(tmp_path, b"d\xe9"), tmp_path / "out", tmp_path / "model"
     write_dataset(root, 2)
     small_cast().save_pretrained(model)
     arguments = ["evaluate", str(model), str(root), "--out", str(out), "--workers", "0", "--format", format]
