@@ -354,7 +354,7 @@ def test_an_average_is_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     data = DataSettings(os.fspath(tmp_path), train=None, size=32, frames=6)
-    with pytest.raises(ValueError, match="no file below it ends in"):
+    with pytest.raises(ValueError, match="no file below it has a name that ends in one of"):
         fit(PretrainSettings(data, CONFIG, out=str(tmp_path / "out"), pictures=0))
     with pytest.raises(ValueError, match=r"no such directory; data\.root names the one with the videos"):
         fit(PretrainSettings(DataSettings("/none", train=None, size=32, frames=6), CONFIG, pictures=0))

@@ -24,6 +24,7 @@ from cast.video.annotations import (
 from cast.video.augment import AugmentSettings
 from cast.video.classes import find_classes, find_file, read_classes
 from cast.video.sampling import Sampling
+from cast.video.shrink import check_short_side
 from cast.video.skips import DEFAULT_NAME, SHORT, read_skips
 
 Layout = Literal["compositional", "single", "csv"]
@@ -59,8 +60,7 @@ class DataSettings:
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
         frames: frames of a clip.
         size: side of a clip in pixels.
-        short_side: pictures whose shorter side has more pixels are made smaller when they are decoded, before
-            augmentation and in tests of the finished model alike (see docs/video.md); null leaves them as they are.
+        short_side: larger pictures are first shrunk to this, in tests too (docs/video.md); null leaves them alone.
         decoder: "pyav", or "torchcodec" if it is installed.
         workers: processes that decode; 0 decodes in the training process.
         skip_list: what `cast data check` found unusable: its file, "auto" for skip.csv in `root` if there is one, or
@@ -97,11 +97,7 @@ class DataSettings:
         for name, lowest in (("frames", 1), ("size", 1), ("workers", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
-        if self.short_side is not None and self.short_side < self.size:
-            raise ValueError(
-                f"short_side is {self.short_side}, less than size {self.size}, to which clips would be enlarged again; "
-                "make it larger, about 1.4 x size, or null to leave pictures as they are"
-            )
+        check_short_side(self.short_side, self.size)
         if self.columns and self.layout != "csv":
             raise ValueError(f"columns are given, but layout {self.layout!r} has no header; leave them out")
 

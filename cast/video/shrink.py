@@ -5,6 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 
+def check_short_side(short_side: int | None, size: int) -> None:
+    """Raise ValueError for a shorter side below the clip's own, `size`: clips would be enlarged again."""
+    if short_side is not None and short_side < size:
+        raise ValueError(
+            f"short_side is {short_side}, less than size {size}, to which clips would be enlarged again; make it "
+            "larger, about 1.4 x size, or null to leave pictures as they are"
+        )
+
+
 def shrink(picture: np.ndarray, short_side: int | None) -> np.ndarray:
     """A picture whose shorter side has at most `short_side` pixels; a smaller one stays as it is.
 
