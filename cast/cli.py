@@ -8,7 +8,9 @@ stay inside the functions, so that `cast --help` need not load PyTorch.
 from __future__ import annotations
 
 import argparse
+import codecs
 import inspect
+import io
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -32,12 +34,13 @@ def predict(
     window: int = 64,
     batch: int = 6,
     trust_pickle: bool = False,
+    timeout: float = 30.0,
 ) -> None:
     """Name the action in a video, in a folder of videos, or in a stream.
 
     Of files it takes all views of the published test protocol, every frame decoded exactly, and averages the model's
     probabilities over them. A folder gives a line of JSON for each video, a stream one for each guess. Files that
-    can't be read are named, and the exit code is then 1.
+    can't be read are named, and the exit code is then 1. Of a folder, what is not taken for a video is named.
 
     Args:
         video: any file that FFmpeg reads, or a folder of its frames; a folder of videos; a camera such as /dev/video0,
@@ -52,10 +55,11 @@ def predict(
         window: frames of a stream that a guess looks back on
         batch: clips in a forward pass
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
+        timeout: seconds until a stream must be open, and until each next picture must come; 0 waits without an end
     """
     from cast.predict import main
 
-    main(video, checkpoint, top, json, sampling, every, window, batch, trust_pickle)
+    main(video, checkpoint, top, json, sampling, every, window, batch, trust_pickle, timeout)
 
 
 def export(
@@ -231,6 +235,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (demo, data, pretrain, train, evalua
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 after an error, 130 after an interrupt. Bad usage exits with 2."""
+    _print_anything()
     words = sys.argv[1:] if arguments is None else list(arguments)
     own = {command.__name__: command for command in COMMANDS if "rest" in _kinds(command).values()}
     if words and words[0] in own:
@@ -241,6 +246,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = namespace[namespace.subcommand].as_dict()
     positional = [options.pop(name) for name, kind in _kinds(command).items() if kind == "positional"]
     return _run(namespace.subcommand, lambda: command(*positional, **options))
+
+
+def _print_anything() -> None:
+    """Let what the terminal's encoding lacks, as in files' names and class names, come out escaped, not as an error."""
+
+    def escape(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+        return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)), error.end
+
+    codecs.register_error("cast-json", escape)  # a line of JSON stays one
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="cast-json")
 
 
 def _run(name: str, command: Callable[[], None]) -> int:

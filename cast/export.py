@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cast.labels import numbers
 from cast.model import CAST
 from cast.optional import require
+from cast.sampling import as_json
 from cast.video.transforms import MEAN, STD
 from cast.zoo import load
 
@@ -153,7 +154,7 @@ def _eager(model: CAST) -> CAST:
 def _about(model: CAST) -> dict[str, str]:
     """What a user of the file must know, as text."""
     config = model.config
-    sampling = {} if model.sampling is None else {"sampling": model.sampling}
+    sampling = as_json(model.sampling, model.short_side) or {}
     return {
         "config.json": json.dumps(config.to_dict()),
         "labels.json": json.dumps(model.labels or numbers(config.classes), ensure_ascii=False),

@@ -1,13 +1,17 @@
-"""Reading lines, YAML and JSON, and writing whole files or none."""
+"""Reading lines, YAML and JSON, writing whole files or none, and files' names as text."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+#: What Python makes of bytes in a file's name that are no UTF-8.
+_SURROGATE = re.compile("[\udc80-\udcff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,6 +32,15 @@ def text_lines(text: str) -> list[str]:
     `str.splitlines` also parts at a vertical tab, U+0085, U+2028 and others, which names of files and classes may hold.
     """
     return text.removesuffix("\n").split("\n")
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """A file's name as text that can be printed and written anywhere: bytes that are no UTF-8 become `\\xe9`.
+
+    Python reads such bytes as lone surrogates, which no file, terminal or Parquet column takes. Names in UTF-8 stay as
+    they are.
+    """
+    return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", os.fspath(name))
 
 
 def parse_yaml(text: str) -> Any:
@@ -60,8 +73,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8; see :func:`write_bytes`."""
-    write_bytes(path, text.encode())
+    """UTF-8, with escapes for what no UTF-8 has; see :func:`write_bytes`."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cast.config import CASTConfig, make_config
 from cast.files import read_json
 from cast.labels import LABELS, read_labels
-from cast.sampling import SAMPLING, Sampling, as_json, read_sampling
+from cast.sampling import SAMPLING, Sampling, as_json, read_sampling, read_short_side
 from cast.weights.source import read_tensors
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -37,12 +37,14 @@ class Shared(
     """`save_pretrained`, `from_pretrained` and, inherited, `push_to_hub`, for a module with a `config`.
 
     The directory has `config.json`, `model.safetensors` (official names), `labels.json` where class names are known,
-    `sampling.json` where it is known how the training's frames were sampled, and a model card for whoever publishes it.
+    `sampling.json` where it is known how the training's frames were sampled and shrunk, and a model card for whoever
+    publishes it.
     """
 
     config: CASTConfig
     labels: dict[str, list[str]] | None
     sampling: Sampling | None
+    short_side: int | None
 
     def save_pretrained(  # type: ignore[override]  # the mixin takes a configuration, which a model here has itself
         self,
@@ -76,7 +78,7 @@ class Shared(
         # Under other names first: a kill while writing leaves the old checkpoint whole.
         save_file(tensors, path / f"{_WEIGHTS}.part", metadata={"format": "pt"})
         _write(path / f"{_CONFIG}.part", self.config.to_dict())
-        names, known = [_WEIGHTS, _CONFIG], {LABELS: self.labels, SAMPLING: as_json(self.sampling)}
+        names, known = [_WEIGHTS, _CONFIG], {LABELS: self.labels, SAMPLING: as_json(self.sampling, self.short_side)}
         for name, value in known.items():
             if value is not None:
                 _write(path / f"{name}.part", value)
@@ -133,7 +135,7 @@ class Shared(
         config = make_config(**_read_config(path))
         model = cls._holding(str(path), config, read_tensors(path / _WEIGHTS), fused)
         model.labels = read_labels(path, config.classes)
-        model.sampling = read_sampling(path)
+        model.sampling, model.short_side = read_sampling(path), read_short_side(path)
         return model
 
     @classmethod

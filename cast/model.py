@@ -67,6 +67,8 @@ class CAST(FixedPositions, Shared):
         self.labels: dict[str, list[str]] | None = None
         #: How the training's frames were sampled, where it is known; tests go by it, save_pretrained keeps it.
         self.sampling: Sampling | None = None
+        #: Pixels to which the training shrank larger pictures first; None if it did not. Kept and obeyed likewise.
+        self.short_side: int | None = None
         dim = config.embed_dim
         self.clip_class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.clip_positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)

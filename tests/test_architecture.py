@@ -84,9 +84,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.video",
         "cast.metrics",
         "cast.evaluation.protocol",
+        "cast.files",
         "cast.predict",
     ),
-    "cast.export": ("cast.config", "cast.labels", "cast.model", "cast.zoo", "cast.video", "cast.optional"),
+    "cast.export": (
+        "cast.config",
+        "cast.labels",
+        "cast.model",
+        "cast.zoo",
+        "cast.video",
+        "cast.optional",
+        "cast.sampling",
+    ),
     "cast.pretrain": (
         "cast_kernels",
         "cast.config",
@@ -97,6 +106,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.video",
         "cast.training",
         "cast.pretrain",
+        "cast.files",
         "cast.optional",
     ),
     "cast.training": (

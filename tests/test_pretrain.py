@@ -32,7 +32,7 @@ from cast.training.log import Log
 from cast.training.recipes import load_recipe
 from cast.video.augment import AugmentSettings
 from cast.video.datasets import DataSettings
-from cast.video.files import video_files
+from cast.video.folder import find_videos
 from cast.video.sampling import stride_indices
 
 CONFIG = CASTConfig(**(SMALL | {"image_size": 32}))  # 16 patches, 3 moments
@@ -283,7 +283,7 @@ def command(folder: Path, out: Path, *overrides: str) -> list[str]:
 def test_a_folder_without_labels_trains_and_resumes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert [path.name for path in video_files(folder)] == ["broken.mp4", "0.mp4", "2.mp4", "1.mp4", "3.mp4"]
+    assert [path.name for path in find_videos(folder).videos] == ["broken.mp4", "0.mp4", "2.mp4", "1.mp4", "3.mp4"]
     plain = ("normalised=false", "data.augment.scale=[1.0,1.0]", "data.augment.ratio=[1.0,1.0]")  # bars are flat
     assert main(command(folder, tmp_path / "whole", *plain)) == 0
     assert "4 of 5 videos below it are taken" in " ".join(capsys.readouterr().err.split())
@@ -368,7 +368,7 @@ def test_an_average_is_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     data = DataSettings(os.fspath(tmp_path), train=None, size=32, frames=6)
-    with pytest.raises(ValueError, match="no file below it ends in"):
+    with pytest.raises(ValueError, match="no file below it has a name that ends in one of"):
         fit(PretrainSettings(data, CONFIG, out=str(tmp_path / "out"), pictures=0))
     with pytest.raises(ValueError, match=r"no such directory; data\.root names the one with the videos"):
         fit(PretrainSettings(DataSettings("/none", train=None, size=32, frames=6), CONFIG, pictures=0))

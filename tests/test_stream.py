@@ -82,7 +82,10 @@ def test_a_folder_is_lines_and_bad_files_are_counted(
     assert lines[0]["guesses"]["verb"][0]["label"] in NAMES["verb"]
     errors = captured.err.splitlines()
     assert "does not say how its training's frames were sampled" in errors[0]
-    assert errors[1].startswith(f"cast predict: {folder / 'b.mp4'}: ")
+    assert errors[1] == (
+        f"cast predict: {folder}: left out below it: 1 whose names don't end like a video's (notes.txt)"
+    )
+    assert errors[2].startswith(f"cast predict: {folder / 'b.mp4'}: ")
     assert errors[-1] == "cast predict: error: 2 of 5 videos could not be read; the others are predicted"
 
 
@@ -90,7 +93,7 @@ def test_a_folder_without_videos_is_an_error(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", str(tmp_path), "--checkpoint", str(checkpoint)]) == 1
-    assert "no file below it ends in .mp4" in capsys.readouterr().err
+    assert "no file below it has a name that ends in one of .264, " in capsys.readouterr().err
 
 
 def shown(clip: torch.Tensor) -> list[int]:

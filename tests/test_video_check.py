@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from cast.cli import main
 from cast.video.check import find_faults
 from cast.video.datasets import open_dataset
 from cast.video.probe import probe_all
+from cast.video.sizes import about_sizes, command, scale
 from cast.video.skips import how_to_skip, read_rows, read_skips, write_skips
 
 
@@ -121,6 +123,36 @@ def test_many_segments_of_one_video_are_right_where_each_has_its_file(tmp_path: 
     assert (first.path.name, second.path.name) == ("P01_01_0.mp4", "P01_01_1.mp4")
 
 
+@pytest.mark.parametrize("setting", ["320", "null"])
+def test_large_videos_are_named_with_the_command_that_shrinks_them(
+    tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, size, rotation in (("a", (96, 128), 0), ("b", (490, 600), 90), ("c", (482, 900), 0)):
+        write_video(tmp_path / f"{name}.mp4", count=17, size=size, rotation=rotation)
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 0\nc.mp4 0\n")
+    (tmp_path / "dataset.yaml").write_text(f"data: {{layout: single, val: null, short_side: {setting}}}\n")
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    (line,) = [number for number, text in enumerate(told) if "shorter side" in text]
+    assert told[line].startswith("2 of 3 videos have a shorter side of more than 480 pixels, up to 490 x 600 (")
+    assert f"{tmp_path / 'b.mp4'}): " in told[line]
+    assert ("shrinks their pictures to 320" in told[line]) is (setting == "320")
+    assert ("data.short_side is null" in told[line]) is (setting == "null")
+    assert told[line + 1] == f"  {command(320)}"
+    assert not about_sizes({"a": (480, 900), "b": (640, 480)}, 320)
+
+
+@pytest.mark.parametrize(("size", "result"), [((108, 192), (40, 72)), ((193, 108), (72, 40)), ((100, 100), (40, 40))])
+def test_ffmpeg_s_filter_makes_the_shorter_side(size: tuple[int, int], result: tuple[int, int]) -> None:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=size[1], height=size[0], format="rgb24", time_base=Fraction(1, 25))
+    name, _, options = scale(40).partition("=")
+    graph.link_nodes(source, graph.add(name, options), graph.add("buffersink")).configure()
+    graph.push(av.VideoFrame(size[1], size[0], "rgb24"))
+    frame = graph.pull()
+    assert (frame.height, frame.width) == result
+
+
 def test_processes_find_what_one_finds(faulty: Path) -> None:
     seen: list[tuple[int, int]] = []
     dataset = open_dataset(faulty)
@@ -133,8 +165,8 @@ def test_processes_find_what_one_finds(faulty: Path) -> None:
 def test_a_file_that_kills_its_process_is_found_and_the_rest_is_probed() -> None:
     paths = [f"file {number}" for number in range(40)]
     results = list(probe_all(DeadlyProbe(16, "uniform", "pyav"), paths, workers=1))
-    assert sorted(path for path, _ in results) == sorted(paths)
-    assert [(path, fault[0]) for path, fault in results if fault] == [("file 13", "undecodable")]
+    assert sorted(result.path for result in results) == sorted(paths)
+    assert [(result.path, result.fault[0]) for result in results if result.fault] == [("file 13", "undecodable")]
 
 
 def test_an_annotation_that_does_not_fit_is_named(faulty: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +190,7 @@ def test_a_name_that_no_file_can_have_is_a_fault_of_its_line(faulty: Path) -> No
 def test_a_list_that_could_not_be_written_is_an_error_before_the_work(
     faulty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cast.video.check.find_faults", lambda *_: pytest.fail("probed all the same"))
+    monkeypatch.setattr("cast.video.check.look_at", lambda *_: pytest.fail("probed all the same"))
     assert main(["data", "check", str(faulty), "--out", str(faulty / "no/skip.csv")]) == 1
     assert "choose another file with --out" in capsys.readouterr().err
 

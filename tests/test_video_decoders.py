@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from video_files import numbers, trim, write_video
+from video_files import ORIENTATIONS, corners, numbers, trim, write_video
 
 from cast.optional import MissingExtraError
 from cast.video import decoders
@@ -18,10 +18,10 @@ from cast.video.decoders import Decoder, decoder
 from cast.video.reader import VideoError, read
 
 
-def torchcodec() -> Decoder:
+def torchcodec(short_side: int | None = None) -> Decoder:
     """torchcodec's decoder, or a skip that says why there is none here."""
     try:
-        return decoder("torchcodec")
+        return decoder("torchcodec", short_side)
     except MissingExtraError as error:
         pytest.skip(str(error))
 
@@ -55,6 +55,23 @@ def test_torchcodec_shows_the_frames_that_pyav_shows(name: str, tmp_path: Path) 
     if name != "rotated.mp4":
         assert numbers(frames) == numbers(expected)
     assert np.abs(frames.astype(int) - expected).mean() < 1
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_torchcodec_obeys_the_whole_display_matrix(tmp_path: Path, matrix: tuple[float, float, float, float]) -> None:
+    path = write_video(tmp_path / "v.mp4", count=4, draw=corners, matrix=matrix)
+    for short_side in (None, 24):
+        mine = decoder("pyav", short_side).read(path, [3, 0, 3], threads=1)
+        frames = torchcodec(short_side).read(path, [3, 0, 3], threads=1)
+        assert frames.shape == mine.shape
+        assert np.abs(frames.astype(int) - mine).max() < 24
+
+
+def test_torchcodec_refuses_a_picture_that_is_turned_otherwise(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", count=4, matrix=(0.707, -0.707, 0.707, 0.707))
+    for reader in (decoder("pyav"), torchcodec()):
+        with pytest.raises(VideoError, match="display matrix"):
+            reader.read(path, [1])
 
 
 def test_torchcodec_names_a_file_that_it_cannot_read(tmp_path: Path) -> None:

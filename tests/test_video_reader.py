@@ -13,10 +13,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from video_files import numbers, picture, trim, write_audio, write_video
+from video_files import ORIENTATIONS, corners, numbers, picture, shown, trim, write_audio, write_video
 
 from cast.video import reader
 from cast.video.reader import VideoError, frame_count, read
+from cast.video.shrink import shrink
+from cast.video.stream import frames
 
 
 def vfr(count: int) -> list[int]:
@@ -157,11 +159,60 @@ def test_pictures_before_the_first_key_frame_are_no_frames(tmp_path: Path) -> No
     assert numbers(read(path, range(60 - second_key))) == list(range(second_key, 60))
 
 
-@pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (180, 2), (-90, 3), (45, 0)])
+@pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (180, 2), (-90, 3)])
 def test_rotation_in_the_metadata_is_applied(tmp_path: Path, degrees: int, turns: int) -> None:
     path = write_video(tmp_path / "turned.mp4", count=3, rotation=degrees)
     upright = read(write_video(tmp_path / "upright.mp4", count=3), [2])[0]
     np.testing.assert_array_equal(read(path, [2])[0], np.rot90(upright, turns))  # counter-clockwise
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+@pytest.mark.parametrize("container", ["mp4", "mov"])
+def test_the_whole_display_matrix_is_applied(
+    tmp_path: Path, matrix: tuple[float, float, float, float], container: str
+) -> None:
+    stored = read(write_video(tmp_path / "stored.mp4", count=2, draw=corners), [1])[0]
+    path = write_video(tmp_path / f"shown.{container}", count=2, draw=corners, matrix=matrix)
+    np.testing.assert_array_equal(read(path, [1])[0], shown(stored, matrix))
+    np.testing.assert_array_equal(next(frames(path)), shown(stored, matrix))  # as a stream
+
+
+@pytest.mark.parametrize(
+    ("matrix", "like"),
+    [
+        ((2, 0, 0, 2), (1, 0, 0, 1)),  # how large it is shown is left to the player
+        ((0, -0.5, 0.5, 0), (0, -1, 1, 0)),
+        ((-1.5, 0, 0, 1), (-1, 0, 0, 1)),  # as are pixels that are not square
+        ((0.99995, -0.01, 0.01, 0.99995), (1, 0, 0, 1)),  # within a degree
+        ((0, 0, 0, 0), (1, 0, 0, 1)),  # says nothing
+    ],
+)
+def test_the_size_in_a_display_matrix_plays_no_part(
+    tmp_path: Path, matrix: tuple[float, float, float, float], like: tuple[float, float, float, float]
+) -> None:
+    stored = read(write_video(tmp_path / "stored.mp4", count=2, draw=corners), [1])[0]
+    path = write_video(tmp_path / "shown.mp4", count=2, draw=corners, matrix=matrix)
+    np.testing.assert_array_equal(read(path, [1])[0], shown(stored, like))
+
+
+@pytest.mark.parametrize("matrix", [(0.707, -0.707, 0.707, 0.707), (0.999, 0.04, -0.04, 0.999), (1, 0, 0.5, 1)])
+def test_a_picture_that_is_turned_otherwise_is_refused(
+    tmp_path: Path, matrix: tuple[float, float, float, float]
+) -> None:
+    path = write_video(tmp_path / "turned.mp4", count=2, matrix=matrix)
+    with pytest.raises(VideoError, match=r"display matrix \([-0-9., ]*\); only quarter turns and mirroring .* upright"):
+        read(path, [1])
+    with pytest.raises(VideoError, match="display matrix"):
+        next(frames(path))
+
+
+def test_a_frame_is_made_smaller_when_it_is_decoded(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "turned.mp4", count=3, size=(96, 160), rotation=90)
+    large, small = read(path, [2, 0, 2]), read(path, [2, 0, 2], short_side=40)
+    assert (large.shape, small.shape) == ((3, 160, 96, 3), (3, 67, 40, 3))
+    for whole, shrunk in zip(large, small, strict=True):
+        np.testing.assert_array_equal(shrunk, shrink(whole, 40))
+    np.testing.assert_array_equal(read(path, [1], short_side=96), read(path, [1]))  # never made larger
 
 
 def test_colours_are_in_rgb_order(tmp_path: Path) -> None:

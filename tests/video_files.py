@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,30 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
     bits = (number >> np.arange(8)) & 1
     bars = np.repeat(bits, -(-width // 8))[:width]
     return np.broadcast_to((bars * 255).astype(np.uint8)[None, :, None], (height, width, 3)).copy()
+
+
+def corners(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """uint8 [height, width, 3] that looks different in each of its eight orientations."""
+    grey = np.repeat(np.repeat([[250, 30], [110, 180]], height // 2, 0), width // 2, 1)
+    return np.repeat(grey[..., None], 3, 2).astype(np.uint8)
+
+
+def shown(stored: np.ndarray, matrix: tuple[float, float, float, float]) -> np.ndarray:
+    """A picture pixel by pixel where a display matrix of whole numbers says that it is."""
+    a, b, c, d = matrix
+    rows, columns = np.mgrid[: stored.shape[0], : stored.shape[1]]
+    x, y = (a * columns + c * rows).astype(int), (b * columns + d * rows).astype(int)
+    x, y = x - x.min(), y - y.min()
+    result = np.zeros((y.max() + 1, x.max() + 1, 3), np.uint8)
+    result[y, x] = stored
+    return result
+
+
+#: a, b, c, d of the eight orientations: turned by none, one, two, three quarters, then the same mirrored.
+ORIENTATIONS = [
+    *[(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)],
+    *[(-1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 0, -1), (0, -1, -1, 0)],
+]
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -37,10 +62,15 @@ def write_video(
     size: tuple[int, int] = (HEIGHT, WIDTH),
     pixels: str = "yuv420p",
     rotation: int = 0,
+    matrix: tuple[float, float, float, float] | None = None,
+    draw: Callable[[int, int, int], np.ndarray] | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """Encode pictures 0 to count - 1; `times` are milliseconds, 25 pictures a second if None."""
+    """Encode pictures 0 to count - 1; `times` are milliseconds, 25 pictures a second if None.
+
+    `matrix` is the display matrix's a, b, c, d. `draw(number, height, width)` makes the pictures, if given.
+    """
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=FPS, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *size, pixels
@@ -48,10 +78,13 @@ def write_video(
         stream.codec_context.max_b_frames = b_frames
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            a, b, c, d = (round(65536 * value) for value in matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         if times is not None:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for number in range(count):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray((draw or picture)(number, *size), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))

@@ -10,7 +10,7 @@ from pathlib import Path
 from cast.baselines import SingleExpert, TwoStream, is_baseline, read_baseline
 from cast.labels import read_labels
 from cast.model import CAST
-from cast.sampling import Sampling, read_sampling
+from cast.sampling import Sampling, read_sampling, read_short_side
 from cast.weights.source import weights_file
 from cast.zoo import MODELS, load, locate
 
@@ -22,12 +22,16 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model, its class names and sampling if they are known, and the SHA-256 of its weights' file."""
+    """A loaded model, its class names and sampling if they are known, and the SHA-256 of its weights' file.
+
+    `short_side` is the one that the training shrank larger pictures to, None if it did not.
+    """
 
     model: CAST | TwoStream | SingleExpert
     classes: dict[str, list[str]] | None
     sha256: str
     sampling: Sampling | None = None
+    short_side: int | None = None
 
 
 def load_checkpoint(what: str | os.PathLike[str], trust_pickle: bool = False) -> Checkpoint:
@@ -53,10 +57,11 @@ def load_checkpoint(what: str | os.PathLike[str], trust_pickle: bool = False) ->
     if is_baseline(path):
         baseline = read_baseline(path)
         names = read_labels(path, baseline.config.classes)
-        return Checkpoint(baseline, names, _sha256(weights_file(path)), read_sampling(path))
+        sha256 = _sha256(weights_file(path))
+        return Checkpoint(baseline, names, sha256, read_sampling(path), read_short_side(path))
     # A published name says more than its file: what it must hold, and its sampling.
     model = load(what if os.fspath(what) in MODELS and not Path(what).exists() else path, trust_pickle=trust_pickle)
-    return Checkpoint(model, model.labels, _sha256(weights_file(path)), model.sampling)
+    return Checkpoint(model, model.labels, _sha256(weights_file(path)), model.sampling, model.short_side)
 
 
 def find_log(path: str | os.PathLike[str]) -> Path | None:

@@ -12,6 +12,7 @@ from torch import nn
 from cast.baselines import Ensemble
 from cast.config import CASTConfig
 from cast.evaluation.checkpoint import PREDICTIONS, Checkpoint, load_checkpoint
+from cast.files import printable
 from cast.labels import numbers
 from cast.sampling import Sampling
 
@@ -22,6 +23,7 @@ PathLike = str | os.PathLike[str]
 class Loaded:
     """What is tested: a model, its sizes and heads, class names and sampling where known, and where it came from.
 
+    `short_side` is the one that the training shrank larger pictures to, None if it did not.
     `about` goes into the predictions' file: `model`, `checkpoint` and `sha256`, of an ensemble lists of the latter two
     and `members`.
     """
@@ -30,6 +32,7 @@ class Loaded:
     config: CASTConfig
     classes: dict[str, list[str]] | None
     sampling: Sampling | None
+    short_side: int | None
     about: Mapping[str, Any]
 
 
@@ -45,7 +48,7 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
         FileNotFoundError, ValueError: as `load_checkpoint`; or members that cannot look at the same clips, name other
             classes or were trained with another sampling, or a member given twice or as a predictions file.
     """
-    names = [os.fspath(checkpoint) for checkpoint in checkpoints]
+    names = [printable(checkpoint) for checkpoint in checkpoints]
     if len(names) > 1 and (answers := [name for name in names if name.endswith(PREDICTIONS)]):
         raise ValueError(f"{answers[0]} holds answers, an ensemble's members must be checkpoints of models")
     members = [load_checkpoint(checkpoint, trust_pickle) for checkpoint in checkpoints]
@@ -53,11 +56,12 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
     if len(members) == 1:
         (only,) = members
         about: dict[str, Any] = {"model": kinds[0], "checkpoint": names[0], "sha256": shas[0]}
-        return Loaded(only.model, only.model.config, only.classes, only.sampling, about)
+        return Loaded(only.model, only.model.config, only.classes, only.sampling, only.short_side, about)
     config = members[0].model.config
     _agree(names, "heads", [dict(member.model.config.classes) for member in members])
     _agree(names, "frames", [member.model.config.num_frames for member in members])
     _agree(names, "pixels", [member.model.config.image_size for member in members])
+    _agree(names, "short side", [member.short_side for member in members])
     if sampling is None:
         _agree(names, "sampling", _known(members, lambda member: member.sampling), "; settle it with --sampling")
     if twice := [name for number, name in enumerate(names) if shas[number] in shas[:number]]:
@@ -66,7 +70,8 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
     _agree(names, "class names", named)
     known = next((member.sampling for member in members if member.sampling), None)
     about = {"model": "Ensemble", "members": kinds, "checkpoint": names, "sha256": shas}
-    return Loaded(Ensemble([member.model for member in members]), config, named[0], known, about)
+    model, side = Ensemble([member.model for member in members]), members[0].short_side
+    return Loaded(model, config, named[0], known, side, about)
 
 
 def _known(members: Sequence[Checkpoint], read: Callable[[Checkpoint], Any]) -> list[Any]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, from_records, record
 from cast.evaluation.protocol import Protocol, normalise
+from cast.files import printable
 from cast.metrics import average_views
 from cast.processes import join_processes, peak_memory
 from cast.video.annotations import Sample
@@ -140,7 +141,7 @@ def sample_names(samples: Sequence[Sample]) -> list[str]:
     """
     depth = 1
     while True:
-        names = ["/".join(sample.path.parts[-depth:]) for sample in samples]
+        names = [printable("/".join(sample.path.parts[-depth:])) for sample in samples]
         if len(set(names)) == len(names) and names:
             return names
         if not names:

@@ -47,7 +47,7 @@ class Parts:
         """Add finished records; they survive a kill once this returns."""
         self.directory.mkdir(parents=True, exist_ok=True)
         new = not self.own.exists()
-        with open(self.own, "a", encoding="utf-8") as file:
+        with open(self.own, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(map(json_line, [*([self.identity] if new else []), *records]))
 
     def remove(self) -> None:

@@ -240,7 +240,7 @@ def _to_parquet(predictions: Predictions) -> bytes:
     columns |= {f"label_{head}": arrow.array(label.numpy()) for head, label in predictions.labels.items()}
     columns |= {f"views_{head}": rows(guesses) for head, guesses in predictions.views.items()}
     columns |= {f"probability_{head}": rows(values.float()) for head, values in predictions.probabilities.items()}
-    header = json.dumps(_header(predictions), ensure_ascii=False)
+    header = json.dumps(_header(predictions))
     table = arrow.table(columns).replace_schema_metadata({_FORMAT: header})
     sink = arrow.BufferOutputStream()
     parquet.write_table(table, sink)

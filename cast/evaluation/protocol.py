@@ -32,6 +32,8 @@ class Protocol:
         frames: frames of a clip.
         size: side of a clip in pixels.
         decoder: what reads the videos, see `cast.video.decoders`.
+        short_side: pictures whose shorter side has more pixels are made smaller first, see `cast.video.shrink`; None
+            leaves them as they are. It must be the one of the model's training.
 
     Raises:
         ValueError: a sampling that doesn't exist, or a number below 1.
@@ -43,6 +45,7 @@ class Protocol:
     frames: int = 16
     size: int = 224
     decoder: Name = "pyav"
+    short_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampling not in PUBLISHED_VIEWS:
@@ -52,6 +55,8 @@ class Protocol:
         for name in ("views", "crops", "frames", "size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or None")
 
     @property
     def clips(self) -> int:
@@ -64,8 +69,11 @@ class Protocol:
         return f"{self.views}x{self.crops}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that make it, for JSON."""
-        return asdict(self)
+        """The arguments that make it, for JSON; a short side only if there is one, as earlier versions knew none."""
+        values = asdict(self)
+        if self.short_side is None:
+            del values["short_side"]
+        return values
 
     def read(self, path: str | os.PathLike[str], threads: int = 1) -> Tensor:
         """All clips of a video, uint8 [clips, 3, frames, size, size]; every frame is decoded once.
@@ -73,7 +81,7 @@ class Protocol:
         Raises:
             VideoError: the file can't be read as a video.
         """
-        reader = decoder(self.decoder)
+        reader = decoder(self.decoder, self.short_side)
         length = reader.frame_count(path, threads)
         wanted = [view_indices(length, view, self.views, self.sampling, self.frames) for view in range(self.views)]
         unique, places = np.unique(np.stack(wanted), return_inverse=True)

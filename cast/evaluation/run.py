@@ -30,7 +30,7 @@ from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.subsets import read_subsets
 from cast.evaluation.summary import summarise
-from cast.files import write_json, write_text
+from cast.files import printable, write_json, write_text
 from cast.labels import numbers
 from cast.optional import require
 from cast.processes import join_processes
@@ -134,7 +134,7 @@ def main(
     if options.sls is not None:
         write_submission(out / "submission.zip", predictions, options.sls)
     evidence = Evidence(
-        title=f"{predictions.model} on {videos.root.resolve().name}, {options.split}",
+        title=f"{predictions.model} on {printable(videos.root.resolve().name)}, {options.split}",
         predictions=predictions,
         protocol=answered.protocol,
         baselines=baselines,
@@ -220,7 +220,13 @@ def _answers(
     config = loaded.config
     sampling, why = choose_sampling(options.sampling, loaded.sampling, videos)
     protocol = Protocol(
-        sampling, options.views, options.crops, config.num_frames, config.image_size, videos.settings.decoder
+        sampling,
+        options.views,
+        options.crops,
+        config.num_frames,
+        config.image_size,
+        videos.settings.decoder,
+        loaded.short_side,
     )
     if options.sls is not None:
         _check_submission(config.classes, options.sls)
@@ -229,7 +235,7 @@ def _answers(
         Console().print(f"{protocol.name} views, {sampling} sampling: {why}", highlight=False, soft_wrap=True)
     about = {
         **loaded.about,
-        "dataset": os.fspath(videos.root),
+        "dataset": printable(videos.root),
         "split": options.split,
         "dtype": options.dtype,
         "protocol": protocol.to_dict(),

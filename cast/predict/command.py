@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cast.files import printable
 from cast.predict.guesses import Failure, PathLike, table
 from cast.predict.predictor import EVERY, WINDOW, Predictor
 from cast.video.decoders import decoder
-from cast.video.folders import is_folder_of_frames
+from cast.video.folder import find_videos
+from cast.video.frame_folders import is_folder_of_frames
 from cast.video.sampling import Sampling
-from cast.video.stream import frames, is_live
+from cast.video.stream import TIMEOUT, frames, is_live
 
 
 def main(
@@ -26,6 +28,7 @@ def main(
     window: int = WINDOW,
     batch: int = 6,
     trust_pickle: bool = False,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
 
@@ -40,11 +43,12 @@ def main(
         window: frames of a stream that a guess looks back on.
         batch: clips in a forward pass.
         trust_pickle: see :class:`Predictor`.
+        timeout: seconds until a stream must be open, and until each picture must come; 0 waits without an end.
 
     Raises:
         VideoError: a video that can't be read.
-        ValueError: there is no usable checkpoint, an option below 1, or files in the folder that can't be read; the
-            others are predicted before it is raised.
+        ValueError: there is no usable checkpoint, an option below 1, no video in the folder, or files there that can't
+            be read; the others are predicted before it is raised.
     """
     what = os.fspath(video)
     live, folder = is_live(what), Path(what).is_dir() and not is_folder_of_frames(what)
@@ -53,12 +57,12 @@ def main(
     predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle)
     if sampling is None and predictor.model.sampling is None:
         print(
-            f"cast predict: {os.fspath(checkpoint)} does not say how its training's frames were sampled; uniform "
+            f"cast predict: {printable(checkpoint)} does not say how its training's frames were sampled; uniform "
             "sampling is taken, --sampling dense is for models of Kinetics",
             file=sys.stderr,
         )
     if every or live:
-        _stream(predictor, what, every or EVERY, window)
+        _stream(predictor, what, every or EVERY, window, timeout)
     elif folder:
         _folder(predictor, what)
     else:
@@ -72,7 +76,7 @@ def _one(predictor: Predictor, video: str, as_json: bool) -> None:
         return
     console = Console()
     console.print(
-        f"{Path(video).name}: {prediction.frames} frames, {prediction.views} views, "
+        f"{printable(Path(video).name)}: {prediction.frames} frames, {prediction.views} views, "
         f"{predictor.protocol.sampling} sampling",
         highlight=False,
         markup=False,
@@ -81,8 +85,11 @@ def _one(predictor: Predictor, video: str, as_json: bool) -> None:
 
 
 def _folder(predictor: Predictor, folder: str) -> None:
+    found = find_videos(folder)
+    if found.note:
+        print(f"cast predict: {found.note}", file=sys.stderr)
     bad, total = 0, 0
-    for answer in predictor.folder(folder):
+    for answer in predictor.many(found.videos):
         print(answer.to_json(indent=None), flush=True)
         total += 1
         if isinstance(answer, Failure):
@@ -92,7 +99,9 @@ def _folder(predictor: Predictor, folder: str) -> None:
         raise ValueError(f"{bad} of {total} videos could not be read; the others are predicted")
 
 
-def _stream(predictor: Predictor, source: str, every: int, window: int) -> None:
-    pictures = frames(sys.stdin.buffer if source == "-" else source)
+def _stream(predictor: Predictor, source: str, every: int, window: int, timeout: float) -> None:
+    pipe = sys.stdin.buffer
+    # Without its buffer: Python can't end while a thread waits inside that one.
+    pictures = frames(getattr(pipe, "raw", pipe) if source == "-" else source, timeout=timeout)
     for moment in predictor.stream(pictures, every, window):
         print(moment.to_json(indent=None), flush=True)

@@ -39,7 +39,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model sees in a video. `guesses` are by head, best first."""
+    """What a model sees in a video. `guesses` are by head, best first; odd bytes in the name `video` are escaped."""
 
     video: str
     frames: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 from cast.evaluation.protocol import Protocol, normalise
+from cast.files import printable
 from cast.labels import check_names, numbers
 from cast.metrics import average_views
 from cast.model import CAST
 from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess, path_of
 from cast.predict.window import Window
 from cast.video.decoders import decoder
-from cast.video.files import VideoError, video_files
+from cast.video.files import VideoError
+from cast.video.folder import find_videos
 from cast.video.sampling import Sampling
 from cast.zoo import load
 
@@ -26,6 +29,8 @@ from cast.zoo import load
 WINDOW, EVERY = 64, 16
 #: Videos that are decoded while the model works.
 _AHEAD = 4
+
+_log = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -69,7 +74,10 @@ class Predictor:
         self.labels = {head: list(names[head]) for head in config.classes}
         self.top, self.batch = top, batch
         self.protocol = Protocol(
-            sampling or self.model.sampling or "uniform", frames=config.num_frames, size=config.image_size
+            sampling or self.model.sampling or "uniform",
+            frames=config.num_frames,
+            size=config.image_size,
+            short_side=self.model.short_side,
         )
 
     def __call__(self, video: PathLike) -> Prediction:
@@ -79,15 +87,18 @@ class Predictor:
             VideoError: it can't be read as a video.
             TypeError: no path, an array for example.
         """
-        return self._answer([(path_of(video), *self._decode(video))])[0]
+        return self._answer([(printable(path_of(video)), *self._decode(video))])[0]
 
     def folder(self, folder: PathLike) -> Iterator[Prediction | Failure]:
-        """As :meth:`many`, for every video below a folder, in alphabetical order.
+        """As :meth:`many`, for every video below a folder, in alphabetical order; a warning names what is left out.
 
         Raises:
             ValueError: there is none.
         """
-        return self.many(video_files(folder))
+        found = find_videos(folder)
+        if found.note:
+            _log.warning(found.note)
+        return self.many(found.videos)
 
     def many(self, videos: Iterable[PathLike]) -> Iterator[Prediction | Failure]:
         """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure.
@@ -137,7 +148,7 @@ class Predictor:
         waiting: deque[tuple[str, Future[tuple[int, Tensor]]]] = deque()
         with ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1)) as pool:
             for video in videos:
-                waiting.append((path_of(video), pool.submit(self._decode, video)))
+                waiting.append((printable(path_of(video)), pool.submit(self._decode, video)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
             while waiting:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cast.evaluation.protocol import Protocol
 from cast.video.sampling import view_indices
+from cast.video.shrink import shrink
 from cast.video.transforms import view_transform
 
 
@@ -59,7 +60,8 @@ class Window:
             raise TypeError(f"frame {number} is {frame.dtype}; give uint8 from 0 to 255")
         if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
             raise ValueError(f"frame {number} has shape {list(frame.shape)}; give RGB pictures [H, W, 3]")
-        picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+        frame = shrink(np.ascontiguousarray(frame), self.protocol.short_side)
+        picture = torch.from_numpy(frame).permute(2, 0, 1)[None]
         small: Tensor = self._transform(picture)
         return small[0]
 

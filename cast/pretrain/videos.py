@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cast.files import printable
 from cast.video.annotations import Sample
 from cast.video.datasets import DataSettings, VideoSet
-from cast.video.files import video_files
+from cast.video.folder import find_videos
 from cast.video.skips import DEFAULT_NAME, read_skips
 
 
@@ -31,13 +32,14 @@ def _folder(settings: DataSettings) -> tuple[list[Sample], str]:
         raise ValueError("data.root is empty; it must name the directory with the videos")
     root = Path(settings.root)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such directory; data.root names the one with the videos")
-    found = video_files(root)
+        raise ValueError(f"{printable(root)}: no such directory; data.root names the one with the videos")
+    found = find_videos(root)
     skips: dict[str, str] = {}
     listed = root / (DEFAULT_NAME if settings.skip_list == "auto" else settings.skip_list)
     if settings.skip_list != "none" and (settings.skip_list != "auto" or listed.is_file()):
         skips = read_skips(listed)
-    kept = [path for path in found if str(path.relative_to(root)) not in skips]
+    kept = [path for path in found.videos if printable(path.relative_to(root)) not in skips]
     if not kept:
-        raise ValueError(f"{root}: all {len(found)} videos are on {listed}")
-    return [Sample(path, {}) for path in kept], f"{root}: {len(kept)} of {len(found)} videos below it are taken"
+        raise ValueError(f"{printable(root)}: all {len(found.videos)} videos are on {printable(listed)}")
+    taken = f"{printable(root)}: {len(kept)} of {len(found.videos)} videos below it are taken"
+    return [Sample(path, {}) for path in kept], f"{taken}\n{found.note}" if found.note else taken

@@ -254,21 +254,21 @@ class Checkpoints:
             raise CheckpointError(f"{path} is damaged ({error}): {advice}") from None
         if broken:
             raise CheckpointError(f"{path} is damaged: {', '.join(broken)} changed since it was written: {advice}")
-        if state["identity"] != self.identity:
-            theirs, ours = flat(state["identity"]), flat(self.identity)
-            differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-            if differing == [_RULES]:
-                raise ValueError(
-                    f"{path} was written by an earlier version, which had another rule for {', '.join(ours[_RULES])} "
-                    "(docs/training.md says which): go on with that version, or begin anew in another directory"
-                )
-            if differing != ["videos"] or not self._only_lost(path, state):
-                more = ". Training videos may get lost, but not be added, changed or sorted otherwise"
-                raise ValueError(
-                    f"{path} is of another training: it has { {key: theirs.get(key) for key in differing} }, this one "
-                    f"{ {key: ours.get(key) for key in differing} }; give the same values, or choose another directory"
-                    f"{more if 'videos' in differing else ''}"
-                )
+        # A setting that earlier versions did not have counts as null: that is what they did.
+        theirs, ours = flat(state["identity"]), flat(self.identity)
+        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        if differing == [_RULES]:
+            raise ValueError(
+                f"{path} was written by an earlier version, which had another rule for {', '.join(ours[_RULES])} "
+                "(docs/training.md says which): go on with that version, or begin anew in another directory"
+            )
+        if differing and (differing != ["videos"] or not self._only_lost(path, state)):
+            more = ". Training videos may get lost, but not be added, changed or sorted otherwise"
+            raise ValueError(
+                f"{path} is of another training: it has { {key: theirs.get(key) for key in differing} }, this one "
+                f"{ {key: ours.get(key) for key in differing} }; give the same values, or choose another directory"
+                f"{more if 'videos' in differing else ''}"
+            )
         if state["weights"] == "trainable" and state["frozen"] != self._frozen:
             raise ValueError(
                 f"{path} holds only what trains, and belongs to frozen weights with the hash {state['frozen']}; "

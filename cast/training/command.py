@@ -201,6 +201,7 @@ def _finish(
     def save() -> None:
         for name, tensors in models.items():
             with writing(out / name):
-                save_finished(make, tensors, videos.classes, videos.sampling, out / name)
+                how = videos.settings
+                save_finished(make, tensors, videos.classes, how.sampling, out / name, how.short_side)
 
     on_main(accelerator, save)

@@ -30,8 +30,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file and wait until the disk has it."""
-    path.write_text(text, encoding="utf-8")
+    """Write a text file, with escapes for what no UTF-8 has, and wait until the disk has it."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     flush(path)
 
 

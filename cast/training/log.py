@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from cast.files import text_lines
+from cast.files import printable, text_lines
 from cast.optional import require
 from cast.processes import peak_memory
 from cast.training.plain import flat
@@ -239,4 +239,4 @@ def _figures(figures: dict[str, float]) -> str:
 
 def _plain(value: Any) -> Any:
     """What every tracker takes as a hyper-parameter."""
-    return value if isinstance(value, bool | int | float | str) else str(value)
+    return value if isinstance(value, bool | int | float) else printable(str(value))

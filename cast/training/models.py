@@ -172,14 +172,24 @@ def save_finished(
     classes: Mapping[str, Sequence[str]],
     sampling: Sampling,
     directory: Path,
+    short_side: int | None = None,
 ) -> None:
-    """A directory that `from_pretrained` and `cast evaluate` load, with class names and the training's sampling."""
+    """A directory that `from_pretrained` and `cast evaluate` load, with class names and what tests must know of clips.
+
+    Args:
+        make: of the same build, without weights.
+        tensors: the weights.
+        classes: class names by head.
+        sampling: of the training's frames.
+        directory: receives the files.
+        short_side: what the training shrank larger pictures to, in pixels.
+    """
     model = make()
     model.load_state_dict(tensors)
     model.save_pretrained(directory)
     names = {head: list(own) for head, own in classes.items()}
     (directory / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_sampling(directory, sampling)
+    write_sampling(directory, sampling, short_side)
 
 
 def how_to_use(model: Model, directory: Path) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cast.files import text_lines
-from cast.video.files import VIDEO_ENDINGS
+from cast.video.folder import VIDEO_ENDINGS
 
 PathLike = str | os.PathLike[str]
 Layout = Literal["compositional", "single", "csv"]

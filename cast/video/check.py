@@ -10,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cast.files import printable
 from cast.video.annotations import PathLike, Sample
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.files import VideoError
-from cast.video.folders import Folders
+from cast.video.frame_folders import Folders
 from cast.video.probe import Fault, Probe, probe_all
+from cast.video.sizes import about_sizes
 from cast.video.skips import DEFAULT_NAME, FAULTS, SHORT, Skip, read_rows, write_skips
 
 #: Faults that are printed; the skip list has all.
@@ -26,13 +28,27 @@ _ABSENT = 5
 _NAMED = 5
 
 
+#: File -> width and height of its pictures.
+Sizes = dict[str, tuple[int, int]]
+
+
 def find_faults(
     dataset: VideoSet,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     every_frame: bool = False,
 ) -> list[Skip]:
-    """Every video of every split that training cannot use, in the order of the annotations.
+    """Every video of every split that training cannot use; arguments and errors as of :func:`look_at`."""
+    return look_at(dataset, workers, progress, every_frame)[0]
+
+
+def look_at(
+    dataset: VideoSet,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    every_frame: bool = False,
+) -> tuple[list[Skip], Sizes]:
+    """Every video of every split that training cannot use, in the order of the annotations; and how large they all are.
 
     Args:
         dataset: what to check; its present skip list plays no part.
@@ -53,15 +69,19 @@ def find_faults(
             where.setdefault(os.fspath(sample.path), f"{dataset.annotations(split)}:{sample.line}")
     probe = Probe(settings.frames, settings.sampling, settings.decoder, every_frame)
     found: dict[str, Fault] = {}
-    for done, (path, fault) in enumerate(probe_all(probe, list(where), workers), start=1):
+    sizes: Sizes = {}
+    for done, (path, fault, size) in enumerate(probe_all(probe, list(where), workers), start=1):
         progress(done, len(where))
         if fault:
             found[path] = fault
-    return [
-        Skip(os.path.relpath(path, dataset.root), found[path][0], place, found[path][1])
+        if size:
+            sizes[path] = size
+    faults = [
+        Skip(printable(os.path.relpath(path, dataset.root)), found[path][0], printable(place), found[path][1])
         for path, place in where.items()
         if path in found
     ]
+    return faults, {path: sizes[path] for path in where if path in sizes}
 
 
 def main(
@@ -91,7 +111,9 @@ def main(
         raise ValueError(f"{path}: its directory is not there or can't be written to; choose another file with --out")
     by_hand = [row for row in read_rows(path) if row.fault not in FAULTS] if path.is_file() else []
     kept = {row.path for row in by_hand}
-    found = _with_bar(dataset, workers or os.cpu_count() or 1, every_frame)
+    found, sizes = _with_bar(dataset, workers or os.cpu_count() or 1, every_frame)
+    for line in about_sizes(sizes, dataset.settings.short_side):
+        print(line)
     faults = [skip for skip in found if skip.path not in kept]
     write_skips(path, [*faults, *by_hand])
     if by_hand:
@@ -175,12 +197,10 @@ def _first(lines: list[str], file: Path) -> list[str]:
     return lines[:_NAMED] + more
 
 
-def _with_bar(dataset: VideoSet, workers: int, every_frame: bool) -> list[Skip]:
+def _with_bar(dataset: VideoSet, workers: int, every_frame: bool) -> tuple[list[Skip], Sizes]:
     bar = Progress(
         TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     )
     with bar:
         task = bar.add_task("probing")
-        return find_faults(
-            dataset, workers, lambda done, total: bar.update(task, completed=done, total=total), every_frame
-        )
+        return look_at(dataset, workers, lambda done, total: bar.update(task, completed=done, total=total), every_frame)

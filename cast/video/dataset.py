@@ -30,6 +30,8 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         frames: frames of a clip.
         seed: source of all randomness, together with epoch and index.
         threads: decoding threads. DataLoader workers are processes already, so more than 1 slows them down.
+        short_side: pictures whose shorter side has more pixels are made smaller before the transform, see
+            `cast.video.shrink`; None leaves them as they are.
 
     Raises:
         ValueError: there are no samples, or files of theirs are missing; the message counts them and names three.
@@ -44,6 +46,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         frames: int = 16,
         seed: int = 0,
         threads: int = 1,
+        short_side: int | None = None,
     ) -> None:
         missing = [sample.path for sample in samples if not sample.path.exists()]
         if not samples or missing:
@@ -51,7 +54,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
             raise ValueError(f"{len(missing)} of {len(samples)} videos are missing: {names or 'there are no samples'}")
         self.samples = list(samples)
         self.transform, self.train, self.sampling = transform, train, sampling
-        self.frames, self.seed, self.threads = frames, seed, threads
+        self.frames, self.seed, self.threads, self.short_side = frames, seed, threads, short_side
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -69,7 +72,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, int]]:
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        reader = decoder("pyav")
+        reader = decoder("pyav", self.short_side)
         length = reader.frame_count(sample.path, self.threads)
         if self.train:
             indices = train_indices(length, rng, self.sampling, self.frames)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from cast.files import parse_yaml
+from cast.files import parse_yaml, printable
 from cast.video.annotations import (
     Layout,
     PathLike,
@@ -27,6 +27,7 @@ from cast.video.annotations import (
 from cast.video.augment import AugmentSettings
 from cast.video.classes import find_classes, find_file, read_classes
 from cast.video.sampling import Sampling
+from cast.video.shrink import check_short_side
 from cast.video.skips import DEFAULT_NAME, SHORT, read_skips
 
 Split = Literal["train", "val", "test"]
@@ -61,6 +62,7 @@ class DataSettings:
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
         frames: frames of a clip.
         size: side of a clip in pixels.
+        short_side: larger pictures are first shrunk to this, in tests too (docs/video.md); null leaves them alone.
         decoder: "pyav", or "torchcodec" if it is installed.
         workers: processes that decode; 0 decodes in the training process.
         skip_list: what `cast data check` found unusable: its file, "auto" for skip.csv in `root` if there is one, or
@@ -79,6 +81,7 @@ class DataSettings:
     sampling: Sampling = "uniform"
     frames: int = 16
     size: int = 224
+    short_side: int | None = 320
     decoder: Literal["pyav", "torchcodec"] = "pyav"
     workers: int = 4
     skip_list: str = "auto"
@@ -96,6 +99,7 @@ class DataSettings:
         for name, lowest in (("frames", 1), ("size", 1), ("workers", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        check_short_side(self.short_side, self.size)
         if self.columns and self.layout != "csv":
             raise ValueError(f"columns are given, but layout {self.layout!r} has no header; leave them out")
 
@@ -289,7 +293,7 @@ class VideoSet:
 
     def _fault(self, sample: Sample, split: str) -> str | None:
         """Why a video is left out of a split, as the skip list says; None if it is not."""
-        fault = self._skips.get(os.path.relpath(sample.path, self.root))
+        fault = self._skips.get(printable(os.path.relpath(sample.path, self.root)))
         return None if fault == SHORT and split != "train" else fault
 
 

@@ -1,6 +1,6 @@
 """The decoders that training can use. Each gives the exact frames that a player would show, by index.
 
-A directory in the place of a file is a folder of frames, see `cast.video.folders`, whatever the decoder.
+A directory in the place of a file is a folder of frames, see `cast.video.frame_folders`, whatever the decoder.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ import io
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
 
 import av
 import numpy as np
 
+from cast.files import printable
 from cast.optional import MissingExtraError, require
 from cast.video import reader
-from cast.video.files import PathLike, check_file, video_error
-from cast.video.folders import Folders
+from cast.video.files import PathLike, check_file, open_video, video_error
+from cast.video.frame_folders import Folders
+from cast.video.orientation import Matrix, display_matrix, upright
+from cast.video.shrink import shrink
 
 Name = Literal["pyav", "torchcodec"]
 
@@ -31,12 +35,19 @@ class Decoder(Protocol):
         ...
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
-        """The frames `indices` as uint8 RGB `[T, H, W, 3]`."""
+        """The frames `indices` as uint8 RGB `[T, H, W, 3]`, upright, and no larger than the decoder was told."""
         ...
 
 
 class PyAV:
-    """The exact reader of `cast.video.reader`, which needs nothing but PyAV."""
+    """The exact reader of `cast.video.reader`, which needs nothing but PyAV.
+
+    Args:
+        short_side: see `cast.video.reader.read`.
+    """
+
+    def __init__(self, short_side: int | None = None) -> None:
+        self.short_side = short_side
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
         """Number of frames that the file presents."""
@@ -44,42 +55,78 @@ class PyAV:
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
         """The frames `indices` as uint8 RGB `[T, H, W, 3]`."""
-        return reader.read(path, indices, threads)
+        return reader.read(path, indices, threads, self.short_side)
 
 
 class TorchCodec:
     """torchcodec in its exact mode. The last file stays open, so that counting and reading scan it once.
 
+    Args:
+        short_side: see `cast.video.reader.read`.
+
     Raises:
         MissingExtraError: torchcodec is not installed, or does not find FFmpeg's libraries.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, short_side: int | None = None) -> None:
+        self.short_side = short_side
         _torchcodec()
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
         """Number of frames that the file presents."""
-        return len(_opened(path, threads))
+        return len(_opened(path, threads).video)
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
         """The frames `indices` as uint8 RGB `[T, H, W, 3]`."""
         wanted = [int(i) for i in indices]
-        video = _opened(path, threads)
+        opened = _opened(path, threads)
+        video = opened.video
         bad = [i for i in wanted if not 0 <= i < len(video)]
         if bad or not wanted:
             asked = f"frame {bad[0]} was asked for" if bad else "no frame was asked for"
             raise video_error(path, f"has frames 0 to {len(video) - 1}, but {asked}")
         try:
-            return video.get_frames_at(indices=wanted).data.numpy()
+            if not opened.mirrored and (self.short_side is None or min(_sides(video)) <= self.short_side):
+                return video.get_frames_at(indices=wanted).data.numpy()
+            # One by one, so that a clip of large pictures is never in memory as a whole.
+            pictures = {
+                number: shrink(opened.upright(path, video.get_frame_at(number).data.numpy()), self.short_side)
+                for number in sorted(set(wanted))
+            }
         except (RuntimeError, ValueError, IndexError) as error:
             raise video_error(path, f"torchcodec can't decode it ({_first_line(error)})") from error
+        return np.stack([pictures[number] for number in wanted])
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """torchcodec's decoder of a file, and the file's display matrix where it has one."""
+
+    video: Any
+    matrix: Matrix | None
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether torchcodec's pictures must still be mirrored: it goes by the matrix's angle alone."""
+        return self.matrix is not None and self.matrix[0] * self.matrix[3] < self.matrix[1] * self.matrix[2]
+
+    def upright(self, path: PathLike, picture: np.ndarray) -> np.ndarray:
+        """One of torchcodec's pictures `[H, W, 3]` as it is meant to be seen, contiguous."""
+        if self.mirrored:
+            stored = np.rot90(picture, -round(self.video.metadata.rotation / 90))
+            picture = upright(path, stored, self.matrix)
+        return np.ascontiguousarray(picture)
+
+
+def _sides(video: Any) -> tuple[int, int]:
+    return video.metadata.height, video.metadata.width
 
 
 class _FilesAndFolders:
     """A decoder of files, and beside it the reader of folders."""
 
-    def __init__(self, files: Decoder) -> None:
-        self.files, self.folders = files, Folders()
+    def __init__(self, files: Decoder, short_side: int | None) -> None:
+        self.files, self.folders = files, Folders(short_side)
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
         """Number of frames that the file presents, or of pictures in the folder."""
@@ -97,22 +144,35 @@ class _FilesAndFolders:
 _last = threading.local()
 
 
-def _opened(path: PathLike, threads: int) -> Any:
+def _opened(path: PathLike, threads: int) -> _Opened:
     check_file(path)
     status = os.stat(path)
     key = (os.path.abspath(path), status.st_mtime_ns, status.st_size, threads, os.getpid())
     if getattr(_last, "key", None) != key:
         try:
+            # torchcodec takes names in UTF-8 only.
+            name = os.fspath(path)
+            source = name if printable(name) == name else io.FileIO(name)
             video = _torchcodec().VideoDecoder(
-                os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
+                source, dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
             )
             length = len(video)
         except (RuntimeError, ValueError, TypeError) as error:
             raise video_error(path, f"torchcodec can't read it as a video ({_first_line(error)})") from error
         if not length:
             raise video_error(path, "holds a video stream without a single frame")
-        _last.key, _last.video = key, video
-    return _last.video
+        matrix = None if video.metadata.rotation is None else _matrix(path)
+        _last.key, _last.opened = key, _Opened(video, matrix)
+    opened: _Opened = _last.opened
+    return opened
+
+
+def _matrix(path: PathLike) -> Matrix | None:
+    """The display matrix of a file's first picture, after a look whether it can be obeyed."""
+    with open_video(path, threads=1) as (container, stream):
+        matrix = display_matrix(path, next(container.decode(stream)))
+    upright(path, np.empty((1, 1, 3), np.uint8), matrix)
+    return matrix
 
 
 @cache
@@ -146,15 +206,20 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def decoder(name: Name) -> Decoder:
+def decoder(name: Name, short_side: int | None = None) -> Decoder:
     """The decoder of that name, which reads folders of frames too.
+
+    Args:
+        name: "pyav" or "torchcodec".
+        short_side: frames whose shorter side has more pixels are made smaller, see `cast.video.shrink`; None leaves
+            them as they are.
 
     Raises:
         ValueError: no such decoder.
         MissingExtraError: torchcodec is not installed, or does not find FFmpeg's libraries.
     """
     if name == "pyav":
-        return _FilesAndFolders(PyAV())
+        return _FilesAndFolders(PyAV(short_side), short_side)
     if name == "torchcodec":
-        return _FilesAndFolders(TorchCodec())
+        return _FilesAndFolders(TorchCodec(short_side), short_side)
     raise ValueError(f"decoder is {name!r}; it must be 'pyav' or 'torchcodec'")

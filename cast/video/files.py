@@ -11,6 +11,8 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from cast.files import printable
+
 PathLike = str | os.PathLike[str]
 
 #: FFmpeg also turns these into pictures: text as a terminal would draw it, and lists of other files.
@@ -21,22 +23,6 @@ _NOT_VIDEO = {
     "dash": "a playlist",
     "sdp": "a playlist",
 }
-#: Endings of the files that a folder of videos is searched for.
-VIDEO_ENDINGS = (
-    ".mp4",
-    ".webm",
-    ".mkv",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".wmv",
-    ".flv",
-    ".3gp",
-    ".gif",
-)
 #: First bytes of the common containers, to tell a damaged video from a file that never was one: (offset, bytes).
 _SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"), (0, b"RIFF"), (0, b"\0\0\1\xba"))
 
@@ -47,26 +33,7 @@ class VideoError(ValueError):
 
 def video_error(path: PathLike, reason: str) -> VideoError:
     """The error that says of `path` why it can't be read."""
-    return VideoError(f"{os.fspath(path)}: {reason}")
-
-
-def video_files(folder: PathLike) -> list[Path]:
-    """Every file below a folder whose name ends like a video's, in alphabetical order; hidden ones are left out.
-
-    Raises:
-        ValueError: there is none.
-    """
-    root = Path(folder)
-    found = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in VIDEO_ENDINGS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    if not found:
-        raise ValueError(f"{os.fspath(folder)}: no file below it ends in {', '.join(VIDEO_ENDINGS)}")
-    return found
+    return VideoError(f"{printable(path)}: {reason}")
 
 
 @contextmanager

@@ -229,7 +229,7 @@ class _Clips(Dataset[_Made | VideoError]):
         self, samples: Sequence[Sample], settings: DataSettings, train: bool, seed: int, choose: Choose
     ) -> None:
         self.settings, self.train, self.seed, self.choose = settings, train, seed, choose
-        self.decoder = decoder(settings.decoder)
+        self.decoder = decoder(settings.decoder, settings.short_side)
         encoded = [str(sample.path).encode("utf-8", "surrogateescape") for sample in samples]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._paths = np.frombuffer(b"".join(encoded), np.uint8)

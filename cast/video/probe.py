@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
+from cast.files import printable
 from cast.video.decoders import Name, decoder
 from cast.video.files import VideoError
 from cast.video.sampling import Sampling, view_indices
@@ -26,7 +28,14 @@ _MEMORY = 2**28
 
 #: A fault's name and the details.
 Fault = tuple[str, str]
-Result = tuple[str, Fault | None]
+
+
+class Result(NamedTuple):
+    """What a look at a file found: a fault if it has one, and width and height of its pictures if they can be seen."""
+
+    path: str
+    fault: Fault | None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,17 +54,17 @@ class Probe:
     decoder: Name
     every_frame: bool = False
 
-    def __call__(self, path: str) -> Fault | None:
-        """What is wrong with a file; None if nothing is."""
+    def __call__(self, path: str) -> Result:
+        """What is wrong with a file, if anything, and how large its pictures are."""
         file = Path(path)
         try:
             if not file.is_file() and not file.is_dir():
-                return "missing", "not a regular file" if file.exists() else "no such file"
+                return Result(path, ("missing", "not a regular file" if file.exists() else "no such file"))
             size = SMALLEST if file.is_dir() else file.stat().st_size
         except OSError as error:  # a name that is too long, a directory that may not be entered
-            return "missing", error.strerror or str(error)
+            return Result(path, ("missing", error.strerror or str(error)))
         if size < SMALLEST:
-            return "empty", f"{size} bytes"
+            return Result(path, ("empty", f"{size} bytes"))
         reader = decoder(self.decoder)
         try:
             length = reader.frame_count(path, threads=1)
@@ -65,12 +74,13 @@ class Probe:
                 for first in range(0, length, at_once):
                     reader.read(path, range(first, min(first + at_once, length)), threads=1)
         except VideoError as error:
-            return "undecodable", str(error).removeprefix(f"{path}: ")
-        return ("short", f"{length} frames, a clip has {self.frames}") if length < self.frames else None
+            return Result(path, ("undecodable", str(error).removeprefix(f"{printable(path)}: ")))
+        short = ("short", f"{length} frames, a clip has {self.frames}") if length < self.frames else None
+        return Result(path, short, (pictures.shape[2], pictures.shape[1]))
 
     def chunk(self, paths: Sequence[str]) -> list[Result]:
         """What is wrong with each of some files."""
-        return [(path, self(path)) for path in paths]
+        return [self(path) for path in paths]
 
 
 class _Crashed(Exception):
@@ -93,11 +103,11 @@ def probe_all(probe: Probe, paths: Sequence[str], workers: int) -> Iterator[Resu
         done: set[str] = set()
         try:
             for result in _in_parallel(probe, left, workers):
-                done.add(result[0])
+                done.add(result.path)
                 yield result
         except _Crashed as crash:
             for result in _one_by_one(probe, crash.suspects):
-                done.add(result[0])
+                done.add(result.path)
                 yield result
         left = [path for path in left if path not in done]
 
@@ -124,7 +134,8 @@ def _one_by_one(probe: Probe, paths: Sequence[str]) -> Iterator[Result]:
                     yield pool.submit(probe.chunk, left[:1]).result()[0]
                     left.pop(0)
             except BrokenProcessPool:
-                yield left.pop(0), ("undecodable", "reading it ends the process that does (a crash in the decoder)")
+                crash = "undecodable", "reading it ends the process that does (a crash in the decoder)"
+                yield Result(left.pop(0), crash)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

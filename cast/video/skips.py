@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from cast.files import printable
 from cast.video.annotations import PathLike, read_text
 
 #: In the data set's directory.
@@ -22,7 +23,10 @@ BY_HAND = "by hand"
 
 
 class Skip(NamedTuple):
-    """One unusable video. `path` is relative to the data set's directory, `where` is annotation file and line."""
+    """One unusable video. `where` is annotation file and line.
+
+    `path` is relative to the data set's directory, and escaped as `cast.files.printable` does it.
+    """
 
     path: str
     fault: str
@@ -35,7 +39,7 @@ def write_skips(path: PathLike, skips: Iterable[Skip]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Skip._fields)
-    writer.writerows(skips)
+    writer.writerows([printable(cell) for cell in skip] for skip in skips)
     part = Path(f"{os.fspath(path)}.part")
     part.write_text(text.getvalue(), encoding="utf-8")
     os.replace(part, path)
@@ -62,7 +66,7 @@ def how_to_skip(video: PathLike, root: PathLike, skip_list: str) -> str:
     """What to do about a video that a training can't read; `root` and `skip_list` as in the data settings."""
     file = Path(root) / (DEFAULT_NAME if skip_list in ("auto", "none") else skip_list)
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow([os.path.relpath(video, root), BY_HAND])
+    csv.writer(line, lineterminator="").writerow([printable(os.path.relpath(video, root)), BY_HAND])
     header = "" if file.is_file() else ", below the header path,fault,"
     chosen = ", set data.skip_list=auto" if skip_list == "none" else ""
     return (

@@ -1,10 +1,17 @@
-"""Pictures as they come: from a camera, a network address, a pipe, or a file read once from its start."""
+"""Pictures as they come: from a camera, a network address, a pipe, or a file read once from its start.
+
+A thread of its own opens and decodes. FFmpeg may wait for a camera without an end, and nothing interrupts it there:
+neither a signal nor, for a device or a name that is being looked up, a time limit of its own. So the caller waits for
+the thread instead, as long as it wants to.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import BinaryIO
+import threading
+from collections.abc import Callable, Iterator
+from queue import Empty, Full, Queue
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -12,11 +19,21 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from cast.video.files import PathLike, VideoError, check_file
+from cast.video.files import PathLike, VideoError, check_file, video_error
 from cast.video.reader import upright_rgb
 
 #: Cameras are opened through Video4Linux.
 _DEVICES = "/dev/"
+#: Seconds in which a stream must open, and in which each picture must come.
+TIMEOUT = 30.0
+#: Pictures that are decoded before they are asked for.
+_AHEAD = 2
+#: Seconds that FFmpeg gets beyond the caller's, so that the caller's message is the one that is seen.
+_LONGER = 1.0
+#: Seconds after which the thread looks whether its pictures are still wanted.
+_LOOK = 0.2
+#: What the thread says between the pictures.
+_OPEN, _END = "open", "end"
 
 
 def is_live(source: str) -> bool:
@@ -24,41 +41,121 @@ def is_live(source: str) -> bool:
     return source == "-" or source.startswith(_DEVICES) or "://" in source
 
 
-def frames(source: PathLike | BinaryIO, format: str | None = None, **options: str) -> Iterator[np.ndarray]:
-    """Pictures of a stream, uint8 RGB [H, W, 3], decoded when they are asked for.
+def frames(
+    source: PathLike | BinaryIO,
+    format: str | None = None,
+    timeout: float | tuple[float, float] = TIMEOUT,
+    **options: str,
+) -> Iterator[np.ndarray]:
+    """Pictures of a stream, uint8 RGB [H, W, 3]; at most two are decoded before they are asked for.
 
-    A damaged picture is left out, as a stream must go on; `cast.video.reader` is for files, and exact.
+    A damaged picture is left out, as a stream must go on; `cast.video.reader` is for files, and exact. Waiting can be
+    interrupted (Ctrl-C); a thread that FFmpeg still holds then dies with the process.
 
     Args:
         source: a device such as /dev/video0, an address such as rtsp://..., a file, or an open binary file.
         format: FFmpeg's name of the container or device, where it can't be guessed.
+        timeout: seconds until the stream must be open, and until each next picture must be there; two numbers where
+            they differ. 0 waits without an end. Files on the disk have no such limit.
         options: FFmpeg's options, such as `framerate="30"`, `video_size="640x480"`, `rtsp_transport="tcp"`.
 
     Raises:
-        VideoError: it can't be opened, holds no video, or breaks off with an error.
+        VideoError: it can't be opened, holds no video, breaks off with an error, or nothing comes in time.
+        ValueError: a timeout below 0.
     """
-    name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the pipe"
-    opened = source
+    limits = timeout if isinstance(timeout, tuple) else (timeout, timeout)
+    if not all(limit >= 0 for limit in limits):
+        raise ValueError(f"timeout is {timeout}; it must be seconds, or 0 to wait without an end")
+    name, opened = "the pipe", source
     if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
         opened = name
         if name.startswith(_DEVICES):
             format = format or "v4l2"
         elif "://" not in name:
             check_file(name)
-            opened = f"file:{name}"
+            opened, limits = f"file:{name}", (0.0, 0.0)
+    longer = tuple(limit + _LONGER if limit else None for limit in limits)
+    thread = _Thread(lambda: _decoded(name, opened, format, longer, options))
     try:
-        with av.open(opened, format=format, options=options) as container:
+        if thread.next(limits[0], lambda: _silent(name, "did not answer within", limits[0])) is _OPEN:
+            while (
+                picture := thread.next(limits[1], lambda: _silent(name, "gave no picture for", limits[1]))
+            ) is not _END:
+                yield picture
+    finally:
+        thread.stop()
+
+
+def _silent(name: str, what: str, seconds: float) -> VideoError:
+    return video_error(
+        name,
+        f"{what} {seconds:g} seconds; is it switched on and reachable? A greater --timeout (timeout=) waits longer",
+    )
+
+
+class _Thread:
+    """Runs a generator in a thread of its own, a few items ahead.
+
+    Args:
+        make: makes the generator, in the thread; its items, and then `_END`, or its error, are given to the caller.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self._made: Queue[Any] = Queue(_AHEAD)
+        self._unwanted = threading.Event()
+        # A daemon, as an interrupted program must end though FFmpeg waits on.
+        threading.Thread(target=self._run, args=(make,), daemon=True).start()
+
+    def next(self, seconds: float, late: Callable[[], Exception]) -> Any:
+        """The next item; `late()` is raised if it does not come in so many seconds, unless these are 0."""
+        try:
+            item = self._made.get(timeout=seconds or None)
+        except Empty:
+            raise late() from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """Let the thread end when it next has the word."""
+        self._unwanted.set()
+
+    def _run(self, make: Callable[[], Iterator[Any]]) -> None:
+        try:
+            for item in make():
+                if not self._give(item):
+                    return
+            self._give(_END)
+        except Exception as error:  # whatever it is, it is the caller's
+            self._give(error)
+
+    def _give(self, item: Any) -> bool:
+        while not self._unwanted.is_set():
+            try:
+                self._made.put(item, timeout=_LOOK)
+                return True
+            except Full:
+                continue
+        return False
+
+
+def _decoded(
+    name: str, opened: Any, format: str | None, limits: tuple[float | None, ...], options: dict[str, str]
+) -> Iterator[Any]:
+    """`_OPEN`, then the pictures."""
+    try:
+        with av.open(opened, format=format, options=options, timeout=limits) as container:
             if not container.streams.video:
-                raise VideoError(f"{name}: holds no video")
+                raise video_error(name, "holds no video")
+            yield _OPEN
             stream = container.streams.video[0]
             stream.thread_type, reformatter = "AUTO", VideoReformatter()
             for packet in container.demux(stream):
                 for frame in _whole(packet):
-                    yield upright_rgb(frame, reformatter)
+                    yield upright_rgb(name, frame, reformatter)
     except (av.FFmpegError, OSError) as error:
-        if isinstance(error, VideoError):
-            raise
-        raise VideoError(f"{name}: can't be read as a stream ({error.strerror or error})") from error
+        raise video_error(name, f"can't be read as a stream ({error.strerror or error})") from error
 
 
 def _whole(packet: Packet) -> list[VideoFrame]:

@@ -10,8 +10,10 @@ SAMPLING = "cast/video/sampling.py"
 AUGMENT = "cast/video/augment.py"
 GROUPS = "cast/training/groups.py"
 LISTS = "cast/video/annotations.py"
-FOLDERS = "cast/video/folders.py"
-FOLDERS_TEST = "tests/test_video_folders.py"
+FOLDERS = "cast/video/frame_folders.py"
+FOLDERS_TEST = "tests/test_video_frame_folders.py"
+SIDES = "tests/test_short_side.py -k evaluat"
+ORIENTATION, FOLDER = "cast/video/orientation.py", "cast/video/folder.py"
 
 FAULTS = [
     # --- the published data pipeline and training
@@ -66,4 +68,30 @@ FAULTS = [
           ("cast/weights/source.py", "    if weights:\n        return _open_containers(weights[1])\n", "")),
     fault("a lost batch taken for the one that kills", "tests/test_video_loader.py -k lost_with_it",
           ("cast/video/loader.py", "keys[done : done + 1] if deaths else keys[done:]", "keys[done:]")),
+    # --- files
+    fault("a mirrored file shown by its angle alone", "tests/test_video_reader.py -k display_matrix",
+          (ORIENTATION, "picture, across, down = picture.swapaxes(0, 1), c, b",
+           "picture, across, down = picture.swapaxes(0, 1), -b, b")),
+    fault("a file shown at any angle as it is stored", "tests/test_video_reader.py -k turned_otherwise",
+          (ORIENTATION, "        raise video_error(\n            path,\n            f\"is to be shown",
+           "        return picture\n        raise video_error(\n            path,\n            f\"is to be shown")),
+    fault("pictures shrunk without antialiasing", "tests/test_video_shrink.py",
+          ("cast/video/shrink.py", "antialias=True", "antialias=False")),
+    fault("tests that look at pictures as they are stored", SIDES,
+          ("cast/evaluation/protocol.py", "decoder(self.decoder, self.short_side)", "decoder(self.decoder)")),
+    fault("a stream that is not shrunk", SIDES,
+          ("cast/predict/window.py", "shrink(np.ascontiguousarray(frame), self.protocol.short_side)",
+           "np.ascontiguousarray(frame)")),
+    fault("a model that forgets its short side", SIDES,
+          ("cast/hub.py", "as_json(self.sampling, self.short_side)", "as_json(self.sampling)")),
+    fault("endings in small letters only", "tests/test_video_folder.py",
+          (FOLDER, "path.suffix.lower() not in", "path.suffix not in")),
+    fault("linked folders searched as often as they are linked", "tests/test_video_folder.py -k links",
+          (FOLDER, "            seen.add((status.st_dev, status.st_ino))\n",
+           "            seen.add((status.st_dev, status.st_ino)) if not place.is_symlink() else None\n")),
+    fault("names printed as Python holds them", "tests/test_video_folder.py",
+          ("cast/files.py", "return _SURROGATE.sub(", "return os.fspath(name) or _SURROGATE.sub(")),
+    fault("a wait for a camera without an end", "tests/test_video_stream_waits.py -k in_time --timeout 20",
+          ("cast/video/stream.py", "self._made.get(timeout=seconds or None)", "self._made.get()"),
+          ("cast/video/stream.py", "limit + _LONGER if limit else None", "None")),
 ]  # fmt: skip

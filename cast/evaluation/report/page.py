@@ -90,9 +90,15 @@ def _lead(evidence: Evidence) -> str:
     videos = len(evidence.predictions.videos)
     text = (
         f"{videos:,} videos, {evidence.protocol.name} views of {evidence.protocol.frames} frames at "
-        f"{evidence.protocol.size} pixels, {evidence.protocol.sampling} sampling; softmax of every view, then the mean."
+        f"{evidence.protocol.size} pixels{_shrunk(evidence)}, {evidence.protocol.sampling} sampling; softmax of every "
+        "view, then the mean."
     )
     return f'<p class="lead">{escape(text)}</p>'
+
+
+def _shrunk(evidence: Evidence) -> str:
+    side = evidence.protocol.short_side
+    return "" if side is None else f" (larger pictures shrunk to a short side of {side} first, as in training)"
 
 
 def _accuracy(evidence: Evidence, summary: Mapping[str, Any]) -> str:

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from cast.video.files import VIDEO_ENDINGS, PathLike, video_error
+from cast.video.files import PathLike, video_error
+from cast.video.folder import VIDEO_ENDINGS
+from cast.video.shrink import shrink
 
 #: Endings of the files that are frames.
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -47,7 +49,14 @@ class _Numbering:
 
 
 class Folders:
-    """Reads folders of frames as `cast.video.decoders.Decoder` reads files."""
+    """Reads folders of frames as `cast.video.decoders.Decoder` reads files.
+
+    Args:
+        short_side: pictures whose shorter side has more pixels are made smaller, see `cast.video.shrink`.
+    """
+
+    def __init__(self, short_side: int | None = None) -> None:
+        self.short_side = short_side
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
         """Number of pictures in the folder.
@@ -71,7 +80,9 @@ class Folders:
         if bad or not wanted:
             asked = f"frame {bad[0]} was asked for" if bad else "no frame was asked for"
             raise video_error(path, f"has frames 0 to {numbering.count - 1}, but {asked}")
-        pictures = {index: _picture(path, numbering.name(index)) for index in sorted(set(wanted))}
+        pictures = {
+            index: shrink(_picture(path, numbering.name(index)), self.short_side) for index in sorted(set(wanted))
+        }
         sizes = {picture.shape: numbering.name(index) for index, picture in pictures.items()}
         if len(sizes) > 1:
             told = " and ".join(f"{name} has {width}x{height}" for (height, width, _), name in sizes.items())

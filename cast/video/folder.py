@@ -1,0 +1,107 @@
+"""The videos below a folder, and what else is there."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cast.files import printable
+from cast.video.files import PathLike
+
+_ENDINGS = (
+    ".mp4 .m4v .mov .qt .3gp .3g2 .3gpp .mj2 .f4v .webm .mkv .mk3d .avi .divx .wmv .asf .flv .gif "
+    ".mpg .mpeg .mpe .mpv .m1v .m2v .m2p .vob .ts .mts .m2ts .m2t .tp .trp .mod .tod .evo .vro .wtv .dvr-ms "
+    ".ogv .ogm .rm .rmvb .dv .mxf .nut .ivf .obu .y4m .amv .insv .lrv .360 "
+    ".h264 .264 .avc .h265 .265 .hevc .h266 .266 .vvc .mjpg .mjpeg"
+)
+#: Endings of the files that are taken for videos, in small letters.
+VIDEO_ENDINGS = frozenset(_ENDINGS.split())
+#: Files of one kind that a note names.
+_NAMED = 5
+
+
+@dataclass
+class Folder:
+    """What was found below a folder.
+
+    Args:
+        root: the folder.
+        videos: files whose names end like a video's, sorted; hidden ones are left out.
+        left_out: why -> the other files and folders, sorted.
+    """
+
+    root: Path
+    videos: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """What was left out: how many, why, and the first ones; empty if nothing was."""
+        if not self.left_out:
+            return ""
+        parts = [f"{len(paths)} {why} ({self._first(paths)})" for why, paths in self.left_out.items()]
+        return f"{printable(self.root)}: left out below it: {'; '.join(parts)}"
+
+    def _first(self, paths: Sequence[Path]) -> str:
+        names = [printable(path.relative_to(self.root)) for path in paths[:_NAMED]]
+        return ", ".join(names) + (", ..." if len(paths) > _NAMED else "")
+
+
+def find_videos(folder: PathLike) -> Folder:
+    """Every video below a folder, and everything else by the reason for which it is none.
+
+    Links to files and folders are followed. A folder is searched once, however many links lead to it or back to it, and
+    by its own name where that lies below `folder` too. The case of an ending plays no part.
+
+    Raises:
+        ValueError: there is no video; the message says what there is.
+    """
+    found = Folder(Path(folder))
+    waiting, seen = deque([found.root]), set[tuple[int, int]]()
+    links: deque[Path] = deque()  # after all folders proper, so that these keep their names
+    while waiting or links:
+        place = (waiting or links).popleft()
+        try:
+            status = place.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                _leave(found, "links to folders that were searched already", place)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            inside = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            _leave(found, f"folders that can't be read: {error.strerror}", place)
+            continue
+        for entry in inside:
+            path = Path(entry.path)
+            if path.is_dir() and not path.name.startswith("."):
+                (links if entry.is_symlink() else waiting).append(path)
+            else:
+                _sort_in(found, path)
+    found.videos.sort()
+    for paths in found.left_out.values():
+        paths.sort()
+    if not found.videos:
+        known = ", ".join(sorted(VIDEO_ENDINGS))
+        raise ValueError(
+            f"{printable(folder)}: no file below it has a name that ends in one of {known}"
+            + (f". {found.note}" if found.note else ", nor is there any other file")
+        )
+    return found
+
+
+def _sort_in(found: Folder, path: Path) -> None:
+    if path.name.startswith("."):
+        _leave(found, "hidden", path)
+    elif path.suffix.lower() not in VIDEO_ENDINGS:
+        _leave(found, "whose names don't end like a video's", path)
+    elif path.is_file():
+        found.videos.append(path)
+    else:
+        _leave(found, "broken links" if path.is_symlink() else "that are no regular files", path)
+
+
+def _leave(found: Folder, why: str, path: Path) -> None:
+    found.left_out.setdefault(why, []).append(path)
