@@ -94,7 +94,7 @@ def test_autocast_error_is_at_most_twice_eager(backend: str) -> None:
         run(case, torch.float32, backend, autocast=torch.bfloat16),
     )
     assert_at_most_twice_eager(ours, explicit, exact)
-    if backend != "eager":
+    if backend != "eager" and _native.ISA != "avx512_bf16":  # there dense products take bfloat16 operands
         assert all(torch.equal(x, ours[name]) for name, x in run(case, torch.float32, backend).items())
 
 
