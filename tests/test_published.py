@@ -29,6 +29,7 @@ DIFFERENCES = (
     "short videos in training, uniform",
     "one temporal view, uniform",
     "one temporal view, dense",
+    "one crop in the test",
     "validation during training",
     "repeated augmentation",
     "masks of pre-training",
@@ -134,6 +135,14 @@ def test_crops_of_the_test(case: int) -> None:
     small = view_transform(224, normalise=False).transforms[0](torch.zeros(1, 3, *theirs["size"], dtype=torch.uint8))
     assert list(small.shape[-2:]) == theirs["resized"]
     assert [corner(*theirs["resized"], crop, 3) for crop in range(3)] == theirs["test"]
+    assert corner(*theirs["resized"], 0, 1) == theirs["validation"]
+
+
+@pytest.mark.parametrize("case", range(25))
+def test_difference_one_crop(case: int) -> None:
+    """Theirs is the first of three; ours is where their validation looks."""
+    theirs = published()["spatial"]["cases"][case]
+    assert corner(*theirs["resized"], 0, 3) == theirs["test"][0] == [0, 0], "the way to get theirs"
     assert corner(*theirs["resized"], 0, 1) == theirs["validation"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,4 +113,6 @@ def _check_cost(dataset: Mapping[str, Any], headline: Mapping[str, Any]) -> list
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    _parser = argparse.ArgumentParser(description=__doc__)
+    _parser.add_argument("path", help="the document")
+    main(_parser.parse_args().path)

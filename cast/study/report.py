@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,4 +90,7 @@ def _against(orderings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _parser = argparse.ArgumentParser(description=__doc__)
+    _parser.add_argument("source", help="a study's study.json")
+    _parser.add_argument("path", help="the document")
+    main(**vars(_parser.parse_args()))
