@@ -115,9 +115,7 @@ inline BackwardWeights pack_backward(const BackwardCall& call, const StageLayout
   BackwardWeights w{};
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
-    const Panels packed = add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, false, bf16);
-    at += packed_size(depth, columns);
-    return packed;
+    return add_next_pack_job(jobs, weight, at, depth, columns, false, bf16);
   };
   for (int s = 0; s < 2; ++s) {
     const auto& own = call.parameters.stream[s];

@@ -91,10 +91,7 @@ inline FFNBackwardWeights pack_ffn_backward(const FFNBackwardCall& call, const F
   FFNBackwardWeights w{};
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns, bool transposed) {
-    const Panels packed =
-        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, transposed, kHasBf16 && p.bf16);
-    at += packed_size(depth, columns);
-    return packed;
+    return add_next_pack_job(jobs, weight, at, depth, columns, transposed, kHasBf16 && p.bf16);
   };
   for (int b = 0; b < 2; ++b) {
     const auto& own = call.parameters.branch[b];

@@ -68,10 +68,7 @@ inline FFNForwardWeights pack_ffn(const FFNProblem& p, const FFNParameters& para
   FFNForwardWeights w{};
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
-    const Panels packed =
-        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, kHasBf16 && p.bf16);
-    at += packed_size(depth, columns);
-    return packed;
+    return add_next_pack_job(jobs, weight, at, depth, columns, true, kHasBf16 && p.bf16);
   };
   for (int b = 0; b < 2; ++b) {
     if (!p.width[b]) continue;

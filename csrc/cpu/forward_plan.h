@@ -68,11 +68,7 @@ inline ForwardWeights pack_forward(const Problem& p, const Parameters& parameter
   ForwardWeights w{};
   PackJobs jobs{};
   const auto add = [&](bool is_wanted, const float* weight, i64 depth, i64 columns) {
-    if (!is_wanted) return Panels{};
-    const Panels packed =
-        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, uses_bf16(p));
-    at += packed_size(depth, columns);
-    return packed;
+    return is_wanted ? add_next_pack_job(jobs, weight, at, depth, columns, true, uses_bf16(p)) : Panels{};
   };
   for (int s = 0; s < 2; ++s) {
     w.down[s] = add(wanted.down, parameters.stream[s].down_weight, D, d);

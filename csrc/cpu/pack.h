@@ -76,10 +76,18 @@ struct PackJobs {
 };
 
 inline Panels add_pack_job(PackJobs& list, const float* weight, float* to, i64 depth, i64 columns, i64 panel_stride,
-                           bool transposed, bool bf16 = false) {
+                           bool transposed, bool bf16) {
   list.jobs[list.count++] = {weight, to, depth, columns, panel_stride, list.tasks, transposed, bf16};
   list.tasks += ceil_div(panel_count(columns), kPackedTogether);
   return {to, depth, columns, panel_stride, bf16};
+}
+
+// The same at `at`, which moves behind the panels.
+inline Panels add_next_pack_job(PackJobs& list, const float* weight, float*& at, i64 depth, i64 columns, bool transposed,
+                                bool bf16) {
+  const Panels packed = add_pack_job(list, weight, at, depth, columns, depth * kTileColumns, transposed, bf16);
+  at += packed_size(depth, columns);
+  return packed;
 }
 
 inline void run_pack_job(const PackJobs& list, i64 task) {

@@ -55,10 +55,7 @@ inline SelfWeights pack_self_attention(const SelfAttentionProblem& p, const Self
                                        int threads) {
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
-    const Panels packed =
-        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, true, kHasBf16 && p.bf16);
-    at += packed_size(depth, columns);
-    return packed;
+    return add_next_pack_job(jobs, weight, at, depth, columns, true, kHasBf16 && p.bf16);
   };
   SelfWeights panels{};
   panels.qkv = add(w.qkv_weight, p.dim, 3 * p.dim);

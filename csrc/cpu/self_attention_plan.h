@@ -76,10 +76,7 @@ inline SelfBackwardWeights pack_self_backward(const SelfAttentionBackward& call,
   SelfBackwardWeights panels{};
   PackJobs jobs{};
   const auto add = [&](const float* weight, i64 depth, i64 columns, bool transposed) {
-    const Panels packed =
-        add_pack_job(jobs, weight, at, depth, columns, depth * kTileColumns, transposed, kHasBf16 && p.bf16);
-    at += packed_size(depth, columns);
-    return packed;
+    return add_next_pack_job(jobs, weight, at, depth, columns, transposed, kHasBf16 && p.bf16);
   };
   if (p.adapter) {
     if (p.recompute != kNothing) {
