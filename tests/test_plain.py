@@ -110,6 +110,22 @@ def own_forward(block: nn.Module, name: str) -> Tensor:
     return 3 * layer.weight
 
 
+def own_call(block: nn.Module, name: str) -> Tensor:
+    """What `Module.__call__` calls may be set on the instance, as `forward` may."""
+    layer: Any = block.get_submodule(name)
+    called = layer._call_impl
+    layer._call_impl = lambda x: called(3 * x)
+    return 3 * layer.weight
+
+
+def sparse(block: nn.Module, name: str) -> Tensor:
+    layer: Any = block.get_submodule(name)
+    weight = layer.weight.detach()
+    weight = torch.where(weight.abs() < weight.abs().median(), 0, weight)
+    layer.weight = nn.Parameter(weight.to_sparse(), requires_grad=False)
+    return weight
+
+
 def pre_hooked(block: nn.Module, name: str) -> Tensor:
     layer: Any = block.get_submodule(name)
     layer.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
@@ -143,7 +159,7 @@ def compiled(block: nn.Module, name: str) -> Tensor:
 CHANGES: dict[str, Callable[[nn.Module, str], Tensor]] = {
     change.__name__: change
     for change in (
-        lora, quantised, subclassed, biased, own_forward, pre_hooked, weight_normed, pruned, compiled,
+        lora, quantised, subclassed, biased, own_forward, own_call, sparse, pre_hooked, weight_normed, pruned, compiled,
     )
 }  # fmt: skip
 
@@ -320,6 +336,23 @@ def test_a_global_hook_sees_every_layer_and_flop_counting_changes_nothing() -> N
         handle.remove()
     assert {f"blocks.1.{name}" for name in LAYERS} <= seen
     assert "global hook" not in model.explain()
+
+
+@pytest.mark.parametrize("patched", ["__call__", "_call_impl"])
+def test_a_patch_of_every_modules_call_sees_every_layer(patched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = small_model().float(), set()
+    names = {module: name for name, module in model.named_modules()}
+    video = small_video(model, dtype=torch.float32)
+    want, plainly = model(video), getattr(nn.Module, patched)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.add(names[self])
+        return plainly(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, patched, call)
+    torch.testing.assert_close(model(video), want)
+    assert {f"blocks.1.{name}" for name in LAYERS} <= seen
+    assert "was replaced, for every module" in model.explain()
 
 
 def test_norms_of_the_exchange_have_their_own_epsilon() -> None:
