@@ -55,8 +55,8 @@ class Addresses:
             return 0
         if tensor.numel() and not tensor.data_ptr():
             raise ValueError(
-                f"a tensor of shape {tuple(tensor.shape)} has no memory: it was freed, as sharding (FSDP) and offloading "
-                "free weights between calls; call the module that gathers it, or load it again"
+                f"a tensor of shape {tuple(tensor.shape)} has no memory: it was freed, as sharding (FSDP) and "
+                "offloading free weights between calls; call the module that gathers it, or load it again"
             )
         tensor = tensor.detach().to(torch.float32).contiguous()
         if tensor.device.type != "cpu":
