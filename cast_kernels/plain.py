@@ -85,7 +85,7 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
         return f"{name} has a backward hook"
     own = module._parameters
     for field in reading.tensors:
-        tensor = own.get(field)
+        tensor: Any = own.get(field)
         if type(tensor) not in _TENSORS:
             tensor = getattr(module, field, None)  # a parametrization's, or a view into FSDP's flat parameter
             if tensor is None:
