@@ -33,6 +33,7 @@ from cast.weights.assign import assign
 from cast.weights.clip import fit_positions, read_clip
 from cast.weights.source import Source
 from cast.weights.videomae import read_videomae
+from cast_kernels import attention as attentions
 
 #: Layers of either half of a block.
 CLIP_NAMES = (Names("ln_1", "attn"), Names("ln_2", "mlp"))
@@ -98,6 +99,7 @@ class SpatialExpert(_Expert):
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
         heads: name -> classes; linear heads on the pooled features, to train the expert alone.
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
+        attention: what attends, as :class:`cast.CAST` has it.
         overrides: fields of CASTConfig.
     """
 
@@ -106,10 +108,12 @@ class SpatialExpert(_Expert):
         variant: str | CASTConfig = "base",
         heads: Mapping[str, int] | None = None,
         fused: bool = True,
+        attention: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__(make_config(variant, **overrides), heads)
-        config, dim, running = self.config, self.config.embed_dim, Running("auto" if fused else "eager")
+        config, dim = self.config, self.config.embed_dim
+        running = Running("auto" if fused else "eager", attention=attentions.check_name(attention))
         self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
         self.conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
@@ -161,6 +165,7 @@ class TemporalExpert(_Expert, FixedPositions):
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
         heads: name -> classes; linear heads on the pooled features, to train the expert alone.
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
+        attention: what attends, as :class:`cast.CAST` has it.
         overrides: fields of CASTConfig.
     """
 
@@ -169,10 +174,12 @@ class TemporalExpert(_Expert, FixedPositions):
         variant: str | CASTConfig = "base",
         heads: Mapping[str, int] | None = None,
         fused: bool = True,
+        attention: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__(make_config(variant, **overrides), heads)
-        config, dim, running = self.config, self.config.embed_dim, Running("auto" if fused else "eager")
+        config, dim = self.config, self.config.embed_dim
+        running = Running("auto" if fused else "eager", attention=attentions.check_name(attention))
         self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.place_tokens(config.exchange_frames * config.num_patches, dim)
         self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))

@@ -3,7 +3,8 @@
 An op computes what several layers would compute one after the other, from their weights. That is right only as long as
 calling each of them would do no more than its class does with plain weights. A layer that was replaced (LoRA, a
 quantised one, a compiled one), that has a hook or a `forward` of its own on the instance (offloading), or whose weight
-is a tensor subclass, must be called. What reads its weights as attributes, as parametrizations do, may be read.
+is a tensor subclass or sparse, must be called. What reads its weights as attributes, as parametrizations do, may be
+read.
 
 A call of the modules asks :func:`obstacle` first, and where there is one says so with :func:`announce` and calls its
 layers.
@@ -35,6 +36,9 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
+
+#: What calls a module's `forward`, as PyTorch has it: what replaces one of them wants to see every layer.
+_CALLS = (nn.Module.__call__, nn.Module._call_impl)
 
 
 class Reading(NamedTuple):
@@ -71,9 +75,9 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
     kind = type(module)
     reading = reading or getattr(module, "reading", None)
     # Attributes rather than `__dict__`: torch.compile guards on what it reads so, and sees a hook that comes later.
-    if reading is None or kind.forward is not reading.forward or kind.__call__ is not nn.Module.__call__:
+    if reading is None or kind.forward is not reading.forward or (kind.__call__, kind._call_impl) != _CALLS:
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, which computes in a way of its own"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
         return f"{name} has a forward of its own on the instance, as offloading sets it"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{name} has a forward hook"
@@ -81,11 +85,15 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
         return f"{name} has a backward hook"
     own = module._parameters
     for field in reading.tensors:
-        tensor = own.get(field)
+        tensor: Any = own.get(field)
         if type(tensor) not in _TENSORS:
-            found = type(getattr(module, field, None))  # a parametrization's, or a view into FSDP's flat parameter
-            if found not in _TENSORS:
-                return f"{name} has no {field}" if found is type(None) else f"{name}.{field} is a {found.__qualname__}"
+            tensor = getattr(module, field, None)  # a parametrization's, or a view into FSDP's flat parameter
+            if tensor is None:
+                return f"{name} has no {field}"
+            if type(tensor) not in _TENSORS:
+                return f"{name}.{field} is a {type(tensor).__qualname__}"
+        if tensor.layout is not torch.strided:
+            return f"{name}.{field} is laid out as {tensor.layout}"
     for field in reading.absent:
         if own.get(field) is not None or getattr(module, field, None) is not None:
             return f"{name} has a {field}, which the op does not read"
@@ -104,10 +112,12 @@ def obstacle_among(module: nn.Module, layers: Mapping[str, Reading | None]) -> s
 
 
 def global_obstacle() -> str:
-    """A clause that says that modules have global hooks, "" if there are none.
+    """A clause that says what looks at every module of the process, a global hook or a patch, "" if nothing does.
 
-    Those of PyTorch's own ModuleTracker, by which FlopCounterMode knows where it is, only look on and do not count.
+    Hooks of PyTorch's own ModuleTracker, by which FlopCounterMode knows where it is, only look on and do not count.
     """
+    if (nn.Module.__call__, nn.Module._call_impl) != _CALLS:
+        return "torch.nn.Module.__call__ or _call_impl was replaced, for every module"
     if not any(_GLOBAL_HOOKS):
         return ""
     hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]

@@ -221,6 +221,19 @@ def test_a_checkpointed_block_holds_no_copy_until_backward(reentrant: bool) -> N
     assert spatial.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["mlp.fc1.weight", "t2s_cross.clip_time_pos", "S_Adapter.D_fc1.weight", "clip_ln_1.bias"]
+)
+def test_memory_that_was_freed_is_an_error(name: str, dtype: torch.dtype) -> None:
+    """As sharding and offloading free it. The native core took an address of 0 for a tensor that is not there."""
+    model = small().to(dtype)
+    video = small_video(model, dtype=dtype)
+    model.blocks[0].get_parameter(name).untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(ValueError, match="has no memory: it was freed"):
+        model(video)
+
+
 def test_inference_tensors_are_read_at_every_call() -> None:
     with torch.inference_mode():
         model = small()

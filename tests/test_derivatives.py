@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cast_kernels
-from cast import CAST
+from cast import CAST, SpatialExpert, TemporalExpert
 from cast.baselines import Design, SingleExpert, TwoStream
 from cast.config import make_config
+from cast.pretrain.model import VideoMAE
 
 kernels = pytest.mark.parametrize(("backend", "op"), KERNELS)
 REMEDY = re.compile(r"fused=False, attention='math'.*unfuse\(attention='math'\).*backend='eager'")
@@ -317,6 +318,27 @@ def test_baselines_take_the_remedy(name: str) -> None:
     options = {"config": make_config(**TINY), "fused": False, "attention": "math"}
     model = randomise(BASELINES[name](**options).double().requires_grad_(True))
     run, video = (lambda x: model(x)["action"]), _video(torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(run, video, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, video, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", [SpatialExpert, TemporalExpert])
+def test_the_experts_alone_take_the_remedy(kind: type) -> None:
+    expert = randomise(kind(**TINY, fused=False, attention="math").double())
+    video = _video(torch.float64) if kind is TemporalExpert else _video(torch.float64)[:, :, 0]
+    assert torch.autograd.gradcheck(expert.features, video.requires_grad_(), check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(expert.features, video, fast_mode=True)
+    with pytest.raises(ValueError, match="attention is 'maths'; allowed"):
+        kind(**TINY, attention="maths")
+
+
+def test_pretraining_takes_the_remedy() -> None:
+    model = randomise(VideoMAE(make_config(**TINY), mask_ratio=0.5, fused=False, attention="math").double())
+    mask, video = model.draw(1), _video(torch.float64).requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        return model(x, mask).prediction
+
     assert torch.autograd.gradcheck(run, video, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, video, fast_mode=True)
 

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 #: Ops, torch.compile, export, training; Triton's launches, compiler, interpreter and emulation; build and import.
 PART = {
     "ops": ("bcast", "ffn", "self_attention", "adapter", "attention", "golden", "changing_weights", "derivatives"),
-    "model": ("model", "plain", "positions", "experts", "export", "training_engine", "training_checkpoints"),
+    "layers": ("plain", "plain_attention", "plain_everywhere"),
+    "model": ("model", "positions", "experts", "export", "training_engine", "training_checkpoints"),
     "triton": ("triton_launches", "offline_driver", "compile_gates", "emulated_launches", "triton_interpreter"),
     "build": ("info", "versions", "build_flags"),
 }

@@ -20,6 +20,7 @@ from cast.positions import FixedPositions
 from cast.pretrain.masking import Mask, gather, hidden_patches, pixels, statistics, tube_mask, tubelets
 from cast.pretrain.settings import DecoderSettings
 from cast.weights.assign import check
+from cast_kernels import attention as attentions
 from cast_kernels import plain
 
 
@@ -94,6 +95,7 @@ class VideoMAE(FixedPositions):
         mask_ratio: share of the patches that is hidden, the same ones in all frames.
         normalised: whether a patch's target has mean 0 and deviation 1 in each channel (the published choice).
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
+        attention: what attends, as :class:`cast.CAST` has it.
 
     Raises:
         ValueError: a ratio that hides nothing or everything, or sizes that no decoder can have.
@@ -106,13 +108,14 @@ class VideoMAE(FixedPositions):
         mask_ratio: float = 0.9,
         normalised: bool = True,
         fused: bool = True,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config = make_config(variant)
         self.decoder_settings = decoder or DecoderSettings()
         self.mask_ratio, self.normalised = mask_ratio, normalised
         hidden_patches(config.num_patches, mask_ratio)
-        running = Running("auto" if fused else "eager")
+        running = Running("auto" if fused else "eager", attention=attentions.check_name(attention))
         narrow = self.decoder_settings.config(config)
         self.encoder = _Encoder(config, running)
         self.encoder_to_decoder = nn.Linear(config.embed_dim, narrow.embed_dim, bias=False)

@@ -53,6 +53,11 @@ class Addresses:
     def __call__(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
+        if tensor.numel() and not tensor.data_ptr():
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} has no memory: it was freed, as sharding (FSDP) and "
+                "offloading free weights between calls; call the module that gathers it, or load it again"
+            )
         tensor = tensor.detach().to(torch.float32).contiguous()
         if tensor.device.type != "cpu":
             raise TypeError(f"the native core takes tensors on cpu, not on {tensor.device}")

@@ -20,9 +20,9 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _REMEDY = (
-    "PyTorch's own operators have this derivative: build the model with cast.CAST(..., fused=False, attention='math') "
-    "or call model.unfuse(attention='math'); of cast_kernels' functions and of BCAST, ask for backend='eager', and for "
-    "attention='math' where they take it"
+    "PyTorch's own operators have this derivative: build the model with fused=False, attention='math' (CAST, experts, "
+    "VideoMAE, baselines), or call CAST's model.unfuse(attention='math'); of cast_kernels' functions and of BCAST, ask "
+    "for backend='eager', and for attention='math' where they take it"
 )
 
 

@@ -10,6 +10,7 @@ TRANSFORMS = "cast_kernels/ops/_derivatives.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
 LAYERS = "tests/test_plain.py"
+EVERYWHERE = "tests/test_plain_everywhere.py"
 
 FAULTS = [
     # --- derivatives, and modules without memory
@@ -34,6 +35,11 @@ FAULTS = [
     fault("exchange not asked for math", f"{DERIVATIVES} model_takes",
           ("cast_kernels/attention.py", 'return "math" if check_name(attention) == "math" else "auto"',
            'return "auto" if check_name(attention) == "math" else "auto"')),
+    fault("experts alone not asked for math", f"{DERIVATIVES} experts_alone",
+          ("cast/layers.py", "num_heads=attention.num_heads, eps=norm.eps, **running._asdict())",
+           'num_heads=attention.num_heads, eps=norm.eps, **running._replace(attention="auto")._asdict())')),
+    fault("pre-training not asked for math", f"{DERIVATIVES} pretraining_takes",
+          ("cast/pretrain/model.py", ", attention=attentions.check_name(attention))", ")")),
     fault("position table left to fresh memory", "tests/test_positions.py",
           ("cast/positions.py", "if after is not before and not after.is_meta:", "if False:")),
     fault("position table left on meta", "tests/test_positions.py",
@@ -50,10 +56,17 @@ FAULTS = [
           (PLAIN, "module._forward_hooks or module._forward_pre_hooks", "module._forward_hooks")),
     fault("a backward hook is passed over", LAYERS,
           (PLAIN, "module._backward_hooks or module._backward_pre_hooks", "module._backward_pre_hooks")),
-    fault("global hooks are passed over", LAYERS, (PLAIN, "if not any(_GLOBAL_HOOKS):", "if True:")),
-    fault("FLOP counting takes kernels away", LAYERS,
+    fault("global hooks are passed over", EVERYWHERE, (PLAIN, "if not any(_GLOBAL_HOOKS):", "if True:")),
+    fault("FLOP counting takes kernels away", EVERYWHERE,
           (PLAIN, 'isinstance(getattr(hook, "__self__", None), ModuleTracker)', "False")),
-    fault("any tensor's type is read", LAYERS, (PLAIN, "if found not in _TENSORS:", "if found is type(None):")),
+    fault("any tensor's type is read", LAYERS,
+          (PLAIN, "if type(tensor) not in _TENSORS:\n                return", "if False:\n                return")),
+    fault("any layout is read", LAYERS, (PLAIN, "if tensor.layout is not torch.strided:", "if False:")),
+    fault("a patch of every module's call is passed over", EVERYWHERE,
+          (PLAIN, "if (nn.Module.__call__, nn.Module._call_impl) != _CALLS:", "if False:")),
+    fault("a call on the instance is passed over", LAYERS, (PLAIN, ' or "_call_impl" in module.__dict__:', ":")),
+    fault("memory that was freed is read", "tests/test_changing_weights.py -k freed",
+          ("cast_kernels/cpu/common.py", "if tensor.numel() and not tensor.data_ptr():", "if False:")),
     fault("a bias that was added is not read", LAYERS, (PLAIN, "for field in reading.absent:", "for field in ():")),
     fault("layers inside a wrapper are not looked at", LAYERS,
           (PLAIN, "inside = obstacle_among(module, reading.layers)", 'inside = ""')),
