@@ -22,7 +22,17 @@ ROOT = Path(__file__).parent.parent
 
 #: Ops, torch.compile, export, training; Triton's launches, compiler, interpreter and emulation; build and import.
 PART = {
-    "ops": ("bcast", "ffn", "self_attention", "adapter", "attention", "golden", "changing_weights", "derivatives", "plain"),
+    "ops": (
+        "bcast",
+        "ffn",
+        "self_attention",
+        "adapter",
+        "attention",
+        "golden",
+        "changing_weights",
+        "derivatives",
+        "plain",
+    ),
     "model": ("model", "positions", "experts", "export", "training_engine", "training_checkpoints"),
     "triton": ("triton_launches", "offline_driver", "compile_gates", "emulated_launches", "triton_interpreter"),
     "build": ("info", "versions", "build_flags"),
