@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from cast.files import text_lines
-from cast.video.folder import VIDEO_ENDINGS
+from cast.video.files import VIDEO_ENDINGS
 
 PathLike = str | os.PathLike[str]
 Layout = Literal["compositional", "single", "csv"]

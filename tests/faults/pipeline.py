@@ -73,6 +73,10 @@ FAULTS = [
     fault("a lost batch taken for the one that kills", "tests/test_video_loader.py -k lost_with_it",
           ("cast/video/loader.py", "keys[done : done + 1] if deaths else keys[done:]", "keys[done:]")),
     # --- files
+    fault("frames below a folder left out", "tests/test_video_folder.py -k numbered_frames",
+          (FOLDER, "            found.videos.append(place)\n", "            pass\n")),
+    fault("a folder that may not be entered ends the search", "tests/test_video_folder.py -k be_entered",
+          (FOLDER, "if not os.access(place, os.X_OK):", "if False:")),
     fault("a mirrored file shown by its angle alone", "tests/test_video_reader.py -k display_matrix",
           (ORIENTATION, "picture, across, down = picture.swapaxes(0, 1), c, b",
            "picture, across, down = picture.swapaxes(0, 1), -b, b")),
