@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import inspect
 import io
 import sys
@@ -265,7 +266,9 @@ def _run(name: str, command: Callable[[], None]) -> int:
     try:
         command()
     except (ValueError, OSError, MissingExtraError) as error:
-        print(f"cast {name}: error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "; free space where the command writes, or name another place (--out), and give it again" if full else ""
+        print(f"cast {name}: error: {error}{cure}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         text = _explained(name, error)

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(_native.CORE is None, reason=f"nothing to test: 
 def small(seed: int = 0, **overrides: object) -> cast.CAST:
     """A small CAST in fp32 whose every operation runs on backend `cpu`, at evaluation."""
     sizes = {"image_size": 16, "patch_size": 8, "num_frames": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    return randomise(cast.CAST(**(sizes | overrides), fused="cpu"), seed).eval()  # type: ignore[return-value]
+    model = cast.CAST(**(sizes | overrides)).fuse("cpu")
+    return randomise(model, seed).eval()  # type: ignore[return-value]
 
 
 def other(model: cast.CAST) -> cast.CAST:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,3 +222,12 @@ def test_a_full_device_and_dead_workers_are_one_line(
     assert fail(WorkerError("3 workers died")) == f"cast {words[0]}: error: 3 workers died\n"
     with pytest.raises(RuntimeError, match="a fault of ours"):
         fail(RuntimeError("a fault of ours"))
+
+
+def test_a_full_disk_comes_with_a_cure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cast.video.check.main", full)
+    assert main(["data", "check", "anywhere"]) == 1
+    assert "No space left on device; free space where the command writes, or" in capsys.readouterr().err

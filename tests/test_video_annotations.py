@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cast.video.annotations import Sample, guess_layout, read_compositional, read_single, read_table
+from cast.video.annotations import Sample, guess_layout, read_compositional, read_single
+from cast.video.tables import read_table
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -136,6 +137,44 @@ def test_names_in_quotes_may_hold_the_separator(tmp_path: Path) -> None:
     assert [sample.path.name for sample in read_compositional(path, "")] == ["a, b.mp4", "c.mp4"]
     path = write(tmp_path, '"a, b"\n')
     assert [sample.path.name for sample in read_compositional(path, "", labelled=False)] == ["a, b.mp4"]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_blanks_within_quotes_are_part_of_the_name(mark: str, tmp_path: Path) -> None:
+    lines = ['" a "', ' "b "  ', "  c d ", '"e ""f"" "', '"g, h "', 'i "j"']
+    names = [" a ", "b ", "c d", 'e "f" ', "g, h ", 'i "j"']
+    table = "".join(f'{line}{mark} x {mark}" y "\n' for line in lines)
+    rows = read_table(write(tmp_path, f"video{mark} label{mark}note\n{table}")).rows
+    assert [(name, labels["action"]) for _, name, labels in rows] == [(name, "x") for name in names]
+    path = write(tmp_path, "".join(f"{line},1, 2\n" for line in lines))
+    assert [sample.path.name for sample in read_compositional(path, "")] == [f"{name}.mp4" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no annotations"),
+        ("\n \n", "has no annotations"),
+        ("video,label,label\na,x,y\n", "its header has 'label' twice"),
+        ("video,video,label\na,b,x\n", "its header has 'video' twice"),
+        ("video,label\na,3\nb,-1\n", r"train\.csv:3: action is -1; class indices count from 0"),
+        ("{" * 200_000, r"train\.csv:\d: no CSV from here on"),
+    ],
+)
+def test_what_is_no_table_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    assert guess_layout(text) == "csv"
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+
+
+def test_lines_of_any_length_end_in_an_error_with_their_number(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.csv:2: no CSV \(field larger than field limit"):
+        read_compositional(write(tmp_path, "a,1,2\n" + "b" * 200_000 + ",1,2\n"), "")
+
+
+def test_blank_lines_before_a_header_are_skipped(tmp_path: Path) -> None:
+    assert read_table(write(tmp_path, "\n \nvideo;label\na;x\n")).rows == ((4, "a", {"action": "x"}),)
 
 
 NAMES = {"Cook.Cut_p02": "Cook.Cut_p02.mp4", "v1.0": "v1.0.mp4", "a.mp4": "a.mp4", "A.WebM": "A.WebM", "b": "b.mp4"}

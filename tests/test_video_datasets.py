@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from log_messages import log_messages
 
-from cast.video.annotations import read_table
 from cast.video.augment import AugmentSettings
 from cast.video.classes import read_classes
 from cast.video.datasets import DataSettings, open_dataset
 from cast.video.skips import Skip, write_skips
+from cast.video.tables import read_table
 
 
 def write(root: Path, **files: str) -> Path:
@@ -112,7 +112,7 @@ def test_a_csv_whose_columns_have_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the header must have a column for the video"),
+        ("", "has no annotations"),
         ("video,label\n", "has no annotations"),
         ("video,text\na,b\n", "the header must have a column for the video"),
         ("text,label\na,0\n", "the header must have a column for the video"),

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from cast.cli import main
 from cast.predict import Prediction, Predictor
 from cast.pretrain.videos import unlabelled
 from cast.video.datasets import DataSettings
+from cast.video.decoders import decoder
+from cast.video.files import VideoError
 from cast.video.folder import find_videos
 
 
@@ -51,11 +54,13 @@ def test_what_is_no_video_is_counted_and_the_first_are_named(tmp_path: Path) -> 
     touch(tmp_path, "a.mp4", ".hidden.mp4", ".cache/b.mp4", "deep/c.xyz", *(f"n{i}.txt" for i in range(6)), "noend")
     (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (tmp_path / "self.mp4").symlink_to(tmp_path / "self.mp4")
+    (tmp_path / "lost").symlink_to(tmp_path / "away")
     os.mkfifo(tmp_path / "pipe.mp4")
     found = find_videos(tmp_path)
     assert [path.name for path in found.videos] == ["a.mp4"]
     assert found.note == (
-        f"{tmp_path}: left out below it: 2 hidden (.cache, .hidden.mp4); 2 broken links (gone.mp4, self.mp4); "
+        f"{tmp_path}: left out below it: 2 hidden (.cache, .hidden.mp4); "
+        "3 links that can't be followed (gone.mp4, lost, self.mp4); "
         "8 whose names don't end like a video's (deep/c.xyz, n0.txt, n1.txt, n2.txt, n3.txt, ...); "
         "1 that are no regular files (pipe.mp4)"
     )
@@ -89,6 +94,43 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("cast.video.folder.os.scandir", refuse)
     assert "1 folders that can't be read: Permission denied (closed)" in find_videos(tmp_path).note
+
+
+LSTAT = {"follow_symlinks": False}
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its names may be listed, and then every question about what they name is refused."""
+    touch(tmp_path, "a.mp4", "closed/b.mp4", "closed/c/d.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "closed" / "b.mp4")
+    stat, access = os.stat, os.access
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if "closed/" in os.fspath(path) or (os.fspath(path).endswith("link.mp4") and options != LSTAT):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr("os.stat", refuse)
+    monkeypatch.setattr("os.access", lambda path, mode: os.fspath(path)[-6:] != "closed" and access(path, mode))
+    found = find_videos(tmp_path)
+    assert [path.name for path in found.videos] == ["a.mp4"]
+    assert "1 folders that can't be read: Permission denied (closed)" in found.note
+    assert "1 links that can't be followed (link.mp4)" in found.note
+    for name in ("closed/b.mp4", "x" * 300 + ".mp4", "nul\0.mp4"):
+        with pytest.raises(VideoError, match=r"can't be read: (Permission denied|File name too long|embedded null)"):
+            decoder("pyav").frame_count(tmp_path / name)
+
+
+def test_folders_of_numbered_frames_are_videos(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"P01/v{first}/img_{n:05d}.jpg" for first in (0, 1) for n in range(first, 4)))
+    touch(tmp_path, "P01/v1/flow_x_00001.jpg", "P01/v1/n_frames", "P01/v1/more/c.mp4", "gap/1.png", "gap/3.png")
+    touch(tmp_path, "photos/IMG_0231.jpg", "photos/IMG_0232.jpg", "covers/a.jpg", "covers/b1.jpg", "both/1.jpg")
+    touch(tmp_path, "both/c.mp4", ".hidden/1.jpg")
+    assert names(tmp_path) == ["P01/v0", "P01/v1", "P01/v1/more/c.mp4", "both/c.mp4", "gap"]
+    note = find_videos(tmp_path).note
+    left = "P01/v1/n_frames, both/1.jpg, covers/a.jpg, covers/b1.jpg, photos/IMG_0231.jpg, ..."
+    assert f"6 whose names don't end like a video's ({left})" in note
+    assert names(tmp_path / "gap") == ["."]
 
 
 def test_nothing_at_all_is_an_error_that_says_what_there_is(tmp_path: Path) -> None:

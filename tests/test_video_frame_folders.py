@@ -209,3 +209,9 @@ def test_folders_are_found_where_people_put_them(tmp_path: Path) -> None:
     write_folder(tmp_path / "train/v0")
     (tmp_path / "train.csv").write_text("video,label\nv0,wave\n")
     assert open_dataset(tmp_path).samples("train")[0].path == tmp_path / "train/v0"
+
+
+@pytest.mark.filterwarnings("error")
+def test_frames_are_shrunk_without_a_warning(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "v", 2)
+    assert decoder("pyav", 24).read(folder, [0, 1]).shape == (2, 24, 32, 3)

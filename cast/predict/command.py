@@ -51,7 +51,7 @@ def main(
             be read; the others are predicted before it is raised.
     """
     what = os.fspath(video)
-    live, folder = is_live(what), Path(what).is_dir() and not is_folder_of_frames(what)
+    live, folder = is_live(what), os.path.isdir(what) and not is_folder_of_frames(what)
     if not live and not folder:
         decoder("pyav").frame_count(what)  # a bad file should not have to wait for the model
     predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle)

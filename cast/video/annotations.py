@@ -6,26 +6,23 @@ Two published layouts, both without a header line and with labels as class indic
 - one label (Kinetics-400, Something-Something V2): `name.mp4 label`, separated by blanks or tabs. The older tools'
   lists of frame folders are read too: `name pictures label`.
 
-And a general one: a CSV with a header, a column for the file and one label or a verb and a noun, as class indices
-or as class names. Blank lines are skipped. Names may stand in quotes, and those with blanks at an end must. Of a test
-set, whose labels a challenge keeps to itself, the first two layouts may have the names alone. A new layout is one more
-reader function that returns a list of `Sample`.
+Blank lines are skipped. Names may stand in quotes, and those with blanks at an end must. Of a test set, whose labels a
+challenge keeps to itself, both may have the names alone. A file with a header is read by `cast.video.tables`. A new
+layout is one more reader function that returns a list of `Sample`.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
-import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cast.files import text_lines
-from cast.video.folder import VIDEO_ENDINGS
+from cast.video.files import VIDEO_ENDINGS
 
 PathLike = str | os.PathLike[str]
 Layout = Literal["compositional", "single", "csv"]
@@ -45,19 +42,8 @@ class Sample:
     pictures: int | None = field(default=None, compare=False)
 
 
-#: Names that the columns of a CSV with a header may have, by what they hold; small letters, first found wins.
-COLUMNS = {
-    "path": ("path", "video", "file", "filename", "video_path", "name", "narration_id", "video_id", "id"),
-    "verb": ("verb_class", "verb"),
-    "noun": ("noun_class", "noun"),
-    "action": ("label", "action", "class", "category"),
-}
-
-#: Columns that make EPIC-Kitchens' lines segments of a longer video.
-_SEGMENT = ("start_frame", "stop_frame", "start_timestamp", "stop_timestamp")
-
 #: What parts the words of a line and may surround them. Other white space of Unicode's may be part of a name.
-_BLANKS = " \t"
+BLANKS = " \t"
 _LAST_WORD = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
 
 
@@ -128,13 +114,13 @@ def read_single(
             raise ValueError(f"expected 'name.mp4 label', got {line!r}")
         name, label = parts.groups()
         counted = _LAST_WORD.fullmatch(name)
-        if counted and _is_index(counted[2]):
+        if counted and is_index(counted[2]):
             return _Line(_unquoted(counted[1]), {head: label}, int(counted[2]))
         return _Line(_unquoted(name), {head: label})
 
     def bare(line: str) -> str | None:
         parts = _LAST_WORD.fullmatch(line)  # a name may have spaces in it
-        return None if _is_index(parts[2] if parts else line) else _unquoted(line)
+        return None if is_index(parts[2] if parts else line) else _unquoted(line)
 
     return _read(annotations, videos, classes, parse, None if labelled else bare)
 
@@ -149,7 +135,18 @@ class _Line:
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip(_BLANKS) for cell in next(csv.reader([line], skipinitialspace=True))]
+    try:
+        return next(csv.reader([trimmed(line, ",")]), [])
+    except csv.Error as error:
+        raise ValueError(f"no CSV ({error}): {line[:40]!r}...") from None
+
+
+def trimmed(text: str, separator: str) -> str:
+    """Rows of cells without the blanks around them; those in quotes stay, which `csv` can't tell from the others."""
+    blanks = f"[{BLANKS.replace(separator, '')}]"
+    begin, end = rf"(?:^|(?<={separator}))", rf"(?={separator}|$)"
+    around = rf'{begin}{blanks}*("(?:[^"]|"")*"){blanks}*{end}|{begin}{blanks}+|{blanks}+{end}'
+    return re.sub(around, lambda found: found[1] or "", text, flags=re.MULTILINE)
 
 
 def _unquoted(name: str) -> str:
@@ -211,12 +208,12 @@ def read_text(path: PathLike) -> str:
 
 def _lines(annotations: PathLike) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text_lines(read_text(annotations)), start=1):
-        if words := line.strip(_BLANKS):
+        if words := line.strip(BLANKS):
             yield number, words
 
 
 def _label(head: str, word: str, classes: Mapping[str, int] | None) -> int:
-    if not _is_index(word.removeprefix("-")):  # int() takes 1_0 for 10
+    if not is_index(word.removeprefix("-")):  # int() takes 1_0 for 10
         raise ValueError(f"{head} must be a class index, got {word!r} (a header line is not allowed)")
     label = int(word)
     count = None if classes is None else classes.get(head)
@@ -251,147 +248,16 @@ def check_once(annotations: PathLike, samples: Sequence[Sample]) -> None:
 
 def guess_layout(text: str) -> Layout:
     """How an annotation file is written, by its first line."""
-    line = next((line.strip(_BLANKS) for line in text_lines(text) if line.strip(_BLANKS)), "")
-    cells = _cells(line)
-    if len(cells) == 3 and all(map(_is_index, cells[1:])):
+    line = next((line.strip(BLANKS) for line in text_lines(text) if line.strip(BLANKS)), "")
+    try:
+        cells = _cells(line)
+    except ValueError:
+        return "csv"  # whose reader says where the fault is
+    if len(cells) == 3 and all(map(is_index, cells[1:])):
         return "compositional"
     words = _LAST_WORD.fullmatch(line)
-    return "single" if words and _is_index(words[2]) else "csv"
+    return "single" if words and is_index(words[2]) else "csv"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A CSV with a header, before its labels are turned into class indices.
-
-    Args:
-        annotations: the file, for messages.
-        rows: line number, file name and label words by head, one per video.
-        heads: the label columns' heads.
-    """
-
-    annotations: PathLike
-    rows: tuple[tuple[int, str, Mapping[str, str]], ...]
-    heads: tuple[str, ...]
-
-    def indexed(self, head: str) -> bool:
-        """Whether all labels of `head` are written as numbers."""
-        return all(_is_index(words[head]) for _, _, words in self.rows)
-
-    def words(self, head: str) -> list[str]:
-        """The different labels of `head`, sorted."""
-        return sorted({words[head] for _, _, words in self.rows})
-
-    def samples(self, videos: PathLike, names: Mapping[str, Sequence[str]]) -> list[Sample]:
-        """The videos with class indices; a label is a name in `names[head]` or, where no label is one, an index.
-
-        Raises:
-            ValueError: a label is neither; the message names file and line.
-        """
-        indices = {head: {name: index for index, name in enumerate(names[head])} for head in self.heads}
-        numbers = {
-            head: self.indexed(head) and not all(word in indices[head] for word in self.words(head))
-            for head in self.heads
-        }
-        samples = []
-        for line, name, words in self.rows:
-            labels = {}
-            for head, word in words.items():
-                label = int(word) if numbers[head] else indices[head].get(word, -1)
-                if not 0 <= label < len(names[head]):
-                    raise ValueError(f"{os.fspath(self.annotations)}:{line}: {_unknown(head, word, names[head])}")
-                labels[head] = label
-            samples.append(Sample(find_video(videos, name), labels, line))
-        return samples
-
-
-def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None, labelled: bool = True) -> Table:
-    """Read a CSV with a header: a column for the file, and `verb` and `noun` or one label.
-
-    The separator is a comma, semicolon or tab, whichever the header has. Where the videos lie: see :func:`find_video`.
-
-    Args:
-        annotations: the annotation file.
-        columns: what a column holds ("path", "verb", "noun", "action", or another head) -> its name in the header;
-            what is not named is found by the names in `COLUMNS`.
-        labelled: whether there must be labels; otherwise a table without any has no `heads`.
-
-    Raises:
-        ValueError: the file is missing or empty, lacks a column, or has a line that doesn't fit.
-    """
-    where = os.fspath(annotations)
-    text = read_text(annotations)
-    header = text_lines(text)[0]
-    separator = next((mark for mark in ",;\t" if mark in header), ",")
-    reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-    titles = [title.strip() for title in next(reader, [])]
-    places = _columns(where, titles, columns or {}, labelled)
-    segment = next((title for title in _SEGMENT if title in titles), None)
-    if segment and titles[places["path"]] == "video_id":
-        raise ValueError(
-            f"{where}: its lines are segments ({segment}) of the videos that video_id names, but they are read whole: "
-            "cut each segment into a file or a folder of its own, and name that in a column narration_id or path"
-        )
-    heads = tuple(role for role in places if role != "path")
-    rows = []
-    for cells in _rows(where, reader):
-        if len(cells) != len(titles):
-            raise ValueError(f"{where}:{reader.line_num}: has {len(cells)} cells, the header {len(titles)}")
-        values = {role: cells[place].strip(_BLANKS if role == "path" else None) for role, place in places.items()}
-        if empty := [titles[places[role]] for role, value in values.items() if not value]:
-            raise ValueError(f"{where}:{reader.line_num}: column {empty[0]!r} is empty")
-        if any("\n" in value for value in values.values()):
-            raise ValueError(f"{where}:{reader.line_num}: a cell has several lines; is a quote before it left open?")
-        rows.append((reader.line_num, values.pop("path"), values))
-    if not rows:
-        raise ValueError(f"{where}: has no annotations")
-    return Table(annotations, tuple(rows), heads)
-
-
-def _rows(where: str, reader: Any) -> Iterator[list[str]]:
-    """The rows of a `csv.reader` that have anything in them."""
-    try:
-        yield from (cells for cells in reader if any(cell.strip() for cell in cells))
-    except csv.Error as error:
-        raise ValueError(f"{where}:{reader.line_num}: no CSV from here on ({error}); is a quote left open?") from None
-
-
-def _columns(where: str, titles: list[str], given: Mapping[str, str], labelled: bool) -> dict[str, int]:
-    """What the columns hold -> their places: the path first, then the heads."""
-    if not labelled and not any(title in titles for role, title in given.items() if role != "path"):
-        given = {role: title for role, title in given.items() if role == "path"}
-    places = {}
-    for role, title in given.items():
-        if title not in titles:
-            raise ValueError(f"{where}: has no column {title!r} for {role!r}; its header has {titles}")
-        places[role] = titles.index(title)
-    small = [title.lower() for title in titles]
-    found = {
-        role: next(small.index(name) for name in names if name in small)
-        for role, names in COLUMNS.items()
-        if any(name in small for name in names)
-    }
-    if "path" not in places and "path" in found:
-        places["path"] = found["path"]
-    if not places.keys() - {"path"}:
-        pair = found.keys() & {"verb", "noun"}
-        wanted = ("verb", "noun") if len(pair) == 2 else ("action",) if "action" in found else tuple(pair)
-        places |= {role: found[role] for role in wanted if role in found}
-    if "path" not in places or (labelled and len(places) < 2):
-        raise ValueError(
-            f"{where}: the header must have a column for the video ({', '.join(COLUMNS['path'][:4])}) and one for the "
-            f"label ({', '.join(COLUMNS['action'])}) or a verb and a noun; it has {titles}. Else say which is which: "
-            "columns: {path: ..., action: ...}"
-        )
-    return {"path": places.pop("path"), **places}
-
-
-def _is_index(word: str) -> bool:
+def is_index(word: str) -> bool:
     return word.isascii() and word.isdigit()
-
-
-def _unknown(head: str, word: str, names: Sequence[str]) -> str:
-    if _is_index(word):
-        return f"{head} is {word}; allowed are 0 to {len(names) - 1}"
-    close = difflib.get_close_matches(word, names, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else f", for example {names[0]!r}" if names else ""
-    return f"{head} {word!r} is none of the {len(names)} class names{hint}"

@@ -177,7 +177,7 @@ def _miscounted(dataset: VideoSet) -> list[str]:
     for split in dataset.splits:
         other = []
         for sample in dataset.all_samples(split):
-            if sample.pictures is None or not sample.path.is_dir():
+            if sample.pictures is None or not os.path.isdir(sample.path):
                 continue
             try:
                 count = folders.frame_count(sample.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,7 +49,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         threads: int = 1,
         short_side: int | None = None,
     ) -> None:
-        missing = [sample.path for sample in samples if not sample.path.exists()]
+        missing = [sample.path for sample in samples if not os.path.exists(sample.path)]
         if not samples or missing:
             names = ", ".join(str(path) for path in missing[:3])
             raise ValueError(f"{len(missing)} of {len(samples)} videos are missing: {names or 'there are no samples'}")

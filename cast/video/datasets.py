@@ -16,12 +16,10 @@ from cast.video.annotations import (
     Layout,
     PathLike,
     Sample,
-    Table,
     check_once,
     guess_layout,
     read_compositional,
     read_single,
-    read_table,
     read_text,
 )
 from cast.video.augment import AugmentSettings
@@ -29,6 +27,7 @@ from cast.video.classes import find_classes, find_file, read_classes
 from cast.video.sampling import Sampling
 from cast.video.shrink import check_short_side
 from cast.video.skips import DEFAULT_NAME, SHORT, read_skips
+from cast.video.tables import Table, read_table
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import av
 from av.container import InputContainer
@@ -14,6 +14,15 @@ from av.video.stream import VideoStream
 from cast.files import printable
 
 PathLike = str | os.PathLike[str]
+
+_ENDINGS = (
+    ".mp4 .m4v .mov .qt .3gp .3g2 .3gpp .mj2 .f4v .webm .mkv .mk3d .avi .divx .wmv .asf .flv .gif "
+    ".mpg .mpeg .mpe .mpv .m1v .m2v .m2p .vob .ts .mts .m2ts .m2t .tp .trp .mod .tod .evo .vro .wtv .dvr-ms "
+    ".ogv .ogm .rm .rmvb .dv .mxf .nut .ivf .obu .y4m .amv .insv .lrv .360 "
+    ".h264 .264 .avc .h265 .265 .hevc .h266 .266 .vvc .mjpg .mjpeg"
+)
+#: Endings of the files that are taken for videos, in small letters.
+VIDEO_ENDINGS = frozenset(_ENDINGS.split())
 
 #: FFmpeg also turns these into pictures: text as a terminal would draw it, and lists of other files.
 _NOT_VIDEO = {
@@ -54,16 +63,19 @@ def open_video(path: PathLike, threads: int) -> Iterator[tuple[InputContainer, V
 
 def check_file(path: PathLike) -> None:
     """Raise `VideoError` unless `path` is a readable file with something in it."""
-    file = Path(path)
-    if not file.exists():
-        raise video_error(path, "no such file")
-    if file.is_dir():
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise video_error(path, "no such file") from None
+    except (OSError, ValueError) as error:  # a directory that may not be entered; a name too long, or with a zero byte
+        raise video_error(path, f"can't be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(status.st_mode):
         raise video_error(path, "is a directory, not a video file")
-    if not file.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise video_error(path, "is not a regular file")
-    if not os.access(file, os.R_OK):
-        raise video_error(path, "can't be read: permission denied")
-    if file.stat().st_size == 0:
+    if not os.access(path, os.R_OK):
+        raise video_error(path, "can't be read: Permission denied")
+    if status.st_size == 0:
         raise video_error(path, "is empty (0 bytes)")
 
 

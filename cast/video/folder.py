@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -9,16 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cast.files import printable
-from cast.video.files import PathLike
+from cast.video.files import VIDEO_ENDINGS, PathLike
+from cast.video.frame_folders import is_picture, numbered
 
-_ENDINGS = (
-    ".mp4 .m4v .mov .qt .3gp .3g2 .3gpp .mj2 .f4v .webm .mkv .mk3d .avi .divx .wmv .asf .flv .gif "
-    ".mpg .mpeg .mpe .mpv .m1v .m2v .m2p .vob .ts .mts .m2ts .m2t .tp .trp .mod .tod .evo .vro .wtv .dvr-ms "
-    ".ogv .ogm .rm .rmvb .dv .mxf .nut .ivf .obu .y4m .amv .insv .lrv .360 "
-    ".h264 .264 .avc .h265 .265 .hevc .h266 .266 .vvc .mjpg .mjpeg"
-)
-#: Endings of the files that are taken for videos, in small letters.
-VIDEO_ENDINGS = frozenset(_ENDINGS.split())
 #: Files of one kind that a note names.
 _NAMED = 5
 
@@ -29,7 +23,7 @@ class Folder:
 
     Args:
         root: the folder.
-        videos: files whose names end like a video's, sorted; hidden ones are left out.
+        videos: files whose names end like a video's, and folders of numbered frames, sorted; hidden ones are left out.
         left_out: why -> the other files and folders, sorted.
     """
 
@@ -54,7 +48,8 @@ def find_videos(folder: PathLike) -> Folder:
     """Every video below a folder, and everything else by the reason for which it is none.
 
     Links to files and folders are followed. A folder is searched once, however many links lead to it or back to it, and
-    by its own name where that lies below `folder` too. The case of an ending plays no part.
+    by its own name where that lies below `folder` too. The case of an ending plays no part. Pictures that are numbered
+    from 0 or 1, in a folder without videos, are the frames of one.
 
     Raises:
         ValueError: there is no video; the message says what there is.
@@ -71,14 +66,18 @@ def find_videos(folder: PathLike) -> Folder:
                 continue
             seen.add((status.st_dev, status.st_ino))
             inside = sorted(os.scandir(place), key=lambda entry: entry.name)
+            if not os.access(place, os.X_OK):  # names alone may be read: of no use
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             _leave(found, f"folders that can't be read: {error.strerror}", place)
             continue
+        if frames := numbered([entry.name for entry in inside]):
+            found.videos.append(place)
         for entry in inside:
             path = Path(entry.path)
-            if path.is_dir() and not path.name.startswith("."):
+            if os.path.isdir(path) and not path.name.startswith("."):
                 (links if entry.is_symlink() else waiting).append(path)
-            else:
+            elif not (frames and is_picture(path.name)):
                 _sort_in(found, path)
     found.videos.sort()
     for paths in found.left_out.values():
@@ -86,8 +85,8 @@ def find_videos(folder: PathLike) -> Folder:
     if not found.videos:
         known = ", ".join(sorted(VIDEO_ENDINGS))
         raise ValueError(
-            f"{printable(folder)}: no file below it has a name that ends in one of {known}"
-            + (f". {found.note}" if found.note else ", nor is there any other file")
+            f"{printable(folder)}: no folder of numbered frames is in it, and no file below it has a name that ends in "
+            f"one of {known}" + (f". {found.note}" if found.note else ", nor is there any other file")
         )
     return found
 
@@ -95,12 +94,14 @@ def find_videos(folder: PathLike) -> Folder:
 def _sort_in(found: Folder, path: Path) -> None:
     if path.name.startswith("."):
         _leave(found, "hidden", path)
+    elif os.path.islink(path) and not os.path.exists(path):
+        _leave(found, "links that can't be followed", path)
     elif path.suffix.lower() not in VIDEO_ENDINGS:
         _leave(found, "whose names don't end like a video's", path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         found.videos.append(path)
     else:
-        _leave(found, "broken links" if path.is_symlink() else "that are no regular files", path)
+        _leave(found, "that are no regular files", path)
 
 
 def _leave(found: Folder, why: str, path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from cast.video.files import PathLike, video_error
-from cast.video.folder import VIDEO_ENDINGS
+from cast.video.files import VIDEO_ENDINGS, PathLike, video_error
 from cast.video.shrink import shrink
 
 #: Endings of the files that are frames.
@@ -90,12 +89,30 @@ class Folders:
         return np.stack([pictures[index] for index in wanted])
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as a picture's does."""
+    return os.path.splitext(name)[1].lower() in PICTURE_ENDINGS
+
+
 def is_folder_of_frames(path: PathLike) -> bool:
-    """Whether a directory itself holds numbered pictures, and no videos."""
-    if not os.path.isdir(path):
+    """Whether a directory itself holds pictures, and no videos; not if it can't be listed."""
+    try:
+        names = _names(path)
+    except OSError:
         return False
-    endings = {os.path.splitext(name)[1].lower() for name in _names(path)}
-    return not endings.isdisjoint(PICTURE_ENDINGS) and endings.isdisjoint(VIDEO_ENDINGS)
+    return any(map(is_picture, names)) and not any(map(_is_video, names))
+
+
+def numbered(names: Iterable[str]) -> bool:
+    """Whether the pictures among some files are all numbered, from 0 or 1 on, and there are no videos."""
+    shown = [name for name in names if not name.startswith(".")]
+    found = [_NAME.fullmatch(name) for name in shown if is_picture(name)]
+    numbers = [int(match[2]) for match in found if match]
+    return 0 < len(numbers) == len(found) and min(numbers) <= 1 and not any(map(_is_video, shown))
+
+
+def _is_video(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_ENDINGS
 
 
 def _names(path: PathLike) -> list[str]:
@@ -118,7 +135,7 @@ class _Misnumbered(Exception):
 @lru_cache(maxsize=CACHED_FOLDERS)
 def _read_numbering(path: str, changed: int) -> _Numbering:
     """The numbering of a folder that changed last at some time, which says whether an earlier reading still holds."""
-    pictures = [name for name in _names(path) if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS]
+    pictures = list(filter(is_picture, _names(path)))
     if not pictures:
         raise _Misnumbered(f"is a directory without frames: no file in it ends in {', '.join(PICTURE_ENDINGS)}")
     matches = [_NAME.fullmatch(name) for name in pictures]
@@ -161,9 +178,10 @@ def _picture(folder: PathLike, name: str) -> np.ndarray:
             picture.verify()  # PNG's checksums, which loading leaves out
         with Image.open(path) as picture:
             picture.load()
-            return np.asarray(_as_rgb(picture))
+            return np.array(_as_rgb(picture))  # a copy, as PyTorch warns of an array that can't be written
     except Exception as error:  # damaged files raise many kinds, SyntaxError among them
-        reason = " ".join(str(error).replace(path, "it").split()) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error).replace(path, "it")
+        reason = " ".join(said.split()) or type(error).__name__
         raise video_error(folder, f"{name} can't be read as a picture ({reason})") from None
 
 
