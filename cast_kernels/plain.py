@@ -37,8 +37,14 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     _module._global_backward_pre_hooks,
 )
 
-#: What calls a module's `forward`, as PyTorch has it: what replaces one of them wants to see every layer.
-_CALLS = (nn.Module.__call__, nn.Module._call_impl)
+
+def _calls(kind: type[nn.Module]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What calls the `forward` of a class's modules."""
+    return kind.__call__, kind._call_impl
+
+
+#: As PyTorch has it: what replaces one of them wants to see every layer.
+_CALLS = _calls(nn.Module)
 
 
 class Reading(NamedTuple):
@@ -75,7 +81,7 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
     kind = type(module)
     reading = reading or getattr(module, "reading", None)
     # Attributes rather than `__dict__`: torch.compile guards on what it reads so, and sees a hook that comes later.
-    if reading is None or kind.forward is not reading.forward or (kind.__call__, kind._call_impl) != _CALLS:
+    if reading is None or kind.forward is not reading.forward or _calls(kind) != _calls(nn.Module):
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, which computes in a way of its own"
     if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
         return f"{name} has a forward of its own on the instance, as offloading sets it"
@@ -116,7 +122,8 @@ def global_obstacle() -> str:
 
     Hooks of PyTorch's own ModuleTracker, by which FlopCounterMode knows where it is, only look on and do not count.
     """
-    if (nn.Module.__call__, nn.Module._call_impl) != _CALLS:
+    calls = _calls(nn.Module)
+    if calls != _CALLS and not all(map(_is_of_torch, calls)):
         return "torch.nn.Module.__call__ or _call_impl was replaced, for every module"
     if not any(_GLOBAL_HOOKS):
         return ""
@@ -124,6 +131,11 @@ def global_obstacle() -> str:
     if all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks):
         return ""
     return "a global hook is on every module"
+
+
+def _is_of_torch(call: Callable[..., Any]) -> bool:
+    """Whether PyTorch defines it. While `torch.export` traces, its own wrapper stands there, and ops are operators."""
+    return getattr(call, "__globals__", {}).get("__name__", "").startswith("torch.")
 
 
 def announce(what: str, backend: str, found: str, owner: nn.Module) -> None:
