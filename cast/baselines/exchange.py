@@ -100,7 +100,9 @@ class Wide(Exchange):
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running, adapted: bool) -> None:
         super().__init__(config, prefixes, running)
         self.ln_s, self.ln_t = (nn.LayerNorm(config.embed_dim, eps=VMAE_EPS) for _ in range(2))
-        self.t2s, self.s2t = (CrossAttention(config, window, running.attention) for window in config.windows)
+        self.t2s, self.s2t = (
+            CrossAttention(config, window, attention.of_exchange(running.attention)) for window in config.windows
+        )
         init_linears(self)
         if adapted:
             self.S_Cross_Adapter = Adapter(config.embed_dim, config.adapter_dim)

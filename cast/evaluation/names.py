@@ -29,7 +29,10 @@ def agree(own: Classes, videos: VideoSet, samples: Sequence[Sample]) -> tuple[Cl
     if not videos.classes:
         return own, list(samples)
     if videos.classes.keys() != own.keys():
-        raise ValueError(f"the model answers {' and '.join(own)}, the data set has {' and '.join(videos.classes)}")
+        raise ValueError(
+            f"the model answers {' and '.join(own)}, the data set has {' and '.join(videos.classes)}; test on "
+            "annotations with labels of the model's kind, or without any"
+        )
     names: dict[str, Sequence[str]] = {}
     places: dict[str, list[int]] = {}
     for head, theirs in videos.classes.items():

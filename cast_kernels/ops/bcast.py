@@ -123,7 +123,7 @@ def pose(
 
 
 def _check_types(parameters: Parameters) -> None:
-    """Parameters of parameters of tensors; a direction and single fields may be None."""
+    """Raise TypeError unless streams and directions hold tensors; a direction and single fields may be None."""
     if not isinstance(parameters, Parameters):
         raise TypeError(f"parameters is a {type(parameters).__qualname__}; it must be a cast_kernels.Parameters")
     for owner, tensors in parameters._asdict().items():
