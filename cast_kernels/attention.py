@@ -25,6 +25,9 @@ ATTENTIONS: dict[str, str | None] = {
     "xformers": "xformers.ops",
 }
 
+#: Those that read queries, keys and values from one tensor, and give back one gradient.
+PACKED = ("flash-attn",)
+
 #: What may be asked for in the exchange; its kernels attend themselves.
 EXCHANGE_ATTENTIONS = ("auto", "math")
 
@@ -142,12 +145,16 @@ def attend(name: str, qkv: Tensor) -> Tensor:
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv)
+    return attend_apart(name, *qkv.unbind(2))
+
+
+def attend_apart(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same from three tensors [batch, tokens, heads, head_dim], for a `name` that is not in :data:`PACKED`."""
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(*qkv.unbind(2))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return mix(name, q, k, v).transpose(1, 2)
+        return memory_efficient_attention(q, k, v)
+    return mix(name, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def mix(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -59,6 +59,14 @@ def register(library: Any, name: str, setup_context: Callable[..., None], backwa
         library.impl(operator, _refuse_legacy_vmap(name), "Batched")
 
 
+def refuse_tangents(name: str) -> NoReturn:
+    """Say that the op has no derivative in forward mode."""
+    raise NotImplementedError(
+        f"cast_kernels::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
+        f"torch.autograd.forward_ad): fused kernels have first derivatives in reverse mode only. {_REMEDY}"
+    )
+
+
 class _Node(_SingleLevelFunction):
     """One call in autograd's graph. Tensors travel flat, because autograd finds none inside a list.
 
@@ -69,7 +77,7 @@ class _Node(_SingleLevelFunction):
     def forward(
         ctx: Any, run: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any], spec: Any,
         *flat: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
         inputs = tree_unflatten(list(flat), spec)
         if torch._C._are_functorch_transforms_active():
             # A node's forward turns both modes off, but the transforms around this one differentiate as well.
@@ -80,7 +88,7 @@ class _Node(_SingleLevelFunction):
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
         ctx.compute_gradients = backward
-        return tuple(output)
+        return output if isinstance(output, Tensor) else tuple(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -103,10 +111,7 @@ def _kernel(
         flat, spec = tree_flatten(inputs)
         tensors = [x for x in flat if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise NotImplementedError(
-                f"cast_kernels::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
-                f"torch.autograd.forward_ad): fused kernels have first derivatives in reverse mode only. {_REMEDY}"
-            )
+            refuse_tangents(name)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return run(*inputs)
         with enable_single_level_autograd_function():

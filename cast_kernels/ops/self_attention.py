@@ -4,14 +4,14 @@ Read from the bottom up for the machinery, from the top down for the use:
 
     self_attention()                checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
-      -> triton: the same around the op `adapter`
+      -> triton: PyTorch's attention between the operators of _projection.py and the op `adapter`
       -> cpu: torch.ops.cast_kernels.self_attention (schema, fake, autograd, FLOP formula)
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +32,18 @@ from cast_kernels.ops._checks import (
     check_shape,
     check_tensors,
 )
+from cast_kernels.ops._projection import project
 from cast_kernels.ops.adapter import adapter
-from cast_kernels.problem import AdapterParameters, Recompute, SelfAttentionParameters, SelfAttentionProblem
+from cast_kernels.problem import (
+    AdapterParameters,
+    ProjectionParameters,
+    Recompute,
+    SelfAttentionParameters,
+    SelfAttentionProblem,
+)
 
 #: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_size`. Backend
-#: `triton` does not: it is PyTorch's operators around the op `adapter`.
+#: `triton` does not: its attention is PyTorch's, with autograd of its own.
 KERNELS: dict[str, ModuleType] = {"cpu": cpu_self_attention}
 
 
@@ -83,12 +90,21 @@ def self_attention(
     if chosen == "eager":
         return eager_self_attention.self_attention(problem, x, parameters, eps)
     if chosen == "triton":
-
-        def run_adapter(a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
-            return adapter(a, p, residual=residual, skip=True, recompute=recompute, backend="triton")
-
-        return triton_self_attention.self_attention(problem, x, parameters, eps, run_adapter)
+        return triton_self_attention.self_attention(problem, x, parameters, _Parts(problem, eps))
     return _run_kernel(chosen, problem, x, parameters, eps)
+
+
+class _Parts(NamedTuple):
+    """Of backend `triton`: what stands on both sides of PyTorch's attention."""
+
+    problem: SelfAttentionProblem
+    eps: float
+
+    def project(self, x: Tensor, p: ProjectionParameters, packed: bool) -> tuple[list[Tensor], Tensor]:
+        return project(x, p, self.problem.num_heads, self.eps, self.problem.compute, packed)
+
+    def adapt(self, a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
+        return adapter(a, p, residual=residual, skip=True, recompute=self.problem.recompute, backend="triton")
 
 
 def pose(

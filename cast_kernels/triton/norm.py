@@ -43,10 +43,11 @@ def norm(x, n, weight, bias, rows, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward(
-    x, dn, grad_y, grad_x, partial, weight, rows, eps, WANT_X: tl.constexpr, WANT_PARAMETERS: tl.constexpr,
+    x, dn, grad_y, grad_x, partial, weight, rows, eps,
+    RESIDUAL: tl.constexpr, WANT_X: tl.constexpr, WANT_PARAMETERS: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = grad_y + the gradient of LayerNorm's input; PARTS times BM rows, all [rows, DIM].
+    """grad_x = [grad_y +] the gradient of LayerNorm's input; PARTS times BM rows, all [rows, DIM].
 
     `partial` [programs, 2 * DIM] in fp32: column sums of dn * xhat, then of dn.
     """
@@ -67,7 +68,8 @@ def norm_backward(
             g = gradient * w[None, :]
             mean, along = tl.sum(g, 1) / DIM, tl.sum(g * xhat, 1) / DIM
             value = rstd[:, None] * (g - mean[:, None] - xhat * along[:, None])
-            value += tl.load(grad_y + at, mask=here, other=0.0).to(tl.float32)
+            if RESIDUAL:
+                value += tl.load(grad_y + at, mask=here, other=0.0).to(tl.float32)
             tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask=here)
     if WANT_PARAMETERS:
         first = partial + tl.program_id(0) * 2 * DIM
@@ -87,9 +89,9 @@ def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, compute: to
 
 
 def launch_norm_backward(
-    x: Tensor, dn: Tensor, grad_y: Tensor, weight: Tensor, bias: Tensor, eps: float, wanted: tuple[bool, ...]
+    x: Tensor, dn: Tensor, grad_y: Tensor | None, weight: Tensor, bias: Tensor, eps: float, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Gradients of x (with `grad_y`, the residual's, added), weight and bias, None where not wanted.
+    """Gradients of x (with `grad_y`, the residual's, added if there is one), weight and bias, None where not wanted.
 
     Args:
         x, dn, grad_y: [rows, D], contiguous, with at least one row.
@@ -104,9 +106,9 @@ def launch_norm_backward(
     grad_x = torch.empty_like(x) if wanted[0] else None
     partial = x.new_empty((programs if train else 1, 2 * dim), dtype=torch.float32)
     norm_backward[(programs,)](
-        x, dn, grad_y, x if grad_x is None else grad_x, partial, weight.contiguous(), rows, eps,
-        WANT_X=wanted[0], WANT_PARAMETERS=train, DIM=dim, BLOCK=triton.next_power_of_2(dim), BM=ROWS, PARTS=parts,
-        num_warps=4,
+        x, dn, dn if grad_y is None else grad_y, x if grad_x is None else grad_x, partial, weight.contiguous(), rows,
+        eps, RESIDUAL=grad_y is not None, WANT_X=wanted[0], WANT_PARAMETERS=train, DIM=dim,
+        BLOCK=triton.next_power_of_2(dim), BM=ROWS, PARTS=parts, num_warps=4,
     )  # fmt: skip
     if not train:
         return [grad_x, None, None]
