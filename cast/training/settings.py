@@ -174,14 +174,15 @@ class RunSettings:
     Args:
         precision: of products; weights stay fp32. fp16 needs a GPU.
         fused: whether compiled kernels may run, or eager PyTorch only.
-        recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
+        recompute: what backward computes again in fused kernels: nothing, cheap parts or all; auto goes by
+            the GPU's memory.
         attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
     """
 
     precision: Precision = "bf16"
     fused: bool = True
-    recompute: Literal["nothing", "cheap", "all"] = "cheap"
+    recompute: Literal["auto", "nothing", "cheap", "all"] = "auto"
     attention: Literal["auto", "sdpa", "math", "flash-attn", "xformers"] = "auto"
     compile: str | None = None
 

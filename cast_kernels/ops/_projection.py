@@ -56,7 +56,7 @@ def project(
 
 def _run(x: Tensor, *rest: Any) -> Tensor:
     rows = torch.ops.cast_kernels.projection(x.reshape(-1, x.shape[-1]), *rest)
-    return rows.view(*x.shape[:-1], -1)
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def _split(qkv: Tensor, num_heads: int, packed: bool) -> list[Tensor]:

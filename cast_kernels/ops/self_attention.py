@@ -22,13 +22,13 @@ import cast_kernels.eager.self_attention as eager_self_attention
 import cast_kernels.triton.self_attention as triton_self_attention
 from cast_kernels import attention as attentions
 from cast_kernels import backends
+from cast_kernels import recompute as levels
 from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
     check_parameters,
-    check_recompute,
     check_shape,
     check_tensors,
 )
@@ -53,7 +53,7 @@ def self_attention(
     *,
     num_heads: int,
     eps: float,
-    recompute: str = "cheap",
+    recompute: Recompute | str = levels.AUTO,
     backend: str = "auto",
     attention: str = "auto",
 ) -> Tensor:
@@ -72,7 +72,7 @@ def self_attention(
             "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap" 4 D
             (without the last two), "all" D (attention's output alone). The rest is computed again, with the same bits.
             Backend triton keeps what PyTorch's operators keep, and with "nothing" A elements a token more. Backend
-            eager ignores it.
+            eager ignores it. "auto" is a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
         backend: "auto", or the one that must run.
         attention: "auto", or the kernel that must attend, a key of :data:`cast_kernels.attention.ATTENTIONS`; backend
             cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` says which can, and why.
@@ -108,8 +108,9 @@ class _Parts(NamedTuple):
 
 
 def pose(
-    x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: str = "cheap", attention: str = "auto"
-) -> SelfAttentionProblem:
+    x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: Recompute | str = levels.AUTO,
+    attention: str = "auto",
+) -> SelfAttentionProblem:  # fmt: skip
     """Check the arguments of :func:`self_attention` and return the problem they pose.
 
     Raises:
@@ -125,14 +126,16 @@ def pose(
     batch, tokens, dim = x.shape
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads is {num_heads}; it must divide the stream's {dim} channels")
-    checked, attention = check_recompute(recompute), attentions.check_name(attention)
+    levels.check(recompute)
+    attentions.check_name(attention)
     _check_parameters(dim, parameters)
     autocast = autocast_dtype(x)
     check_kinds({"x": x}, parameters, autocast is not None)
     width = 0 if parameters.down_weight is None else parameters.down_weight.shape[0]
-    return SelfAttentionProblem(
-        batch, tokens, dim, num_heads, width, checked, x.dtype, x.device.type, autocast, attention
+    problem = SelfAttentionProblem(
+        batch, tokens, dim, num_heads, width, Recompute.CHEAP, x.dtype, x.device.type, autocast, attention
     )
+    return levels.settle(problem, recompute, x.device)
 
 
 def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
