@@ -28,6 +28,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def unodd(number):
+    """The size that `launch.odd` made odd, for a tuple."""
+    return (number - 3) >> 1
+
+
+@triton.jit
 def offset(row, WIDTH: tl.constexpr):
     """Where the rows begin in a matrix of WIDTH columns."""
     return row.to(tl.int64) * WIDTH
