@@ -28,8 +28,14 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def odd(number):
+    """The number as `launch.as_odd` puts it into tuples."""
+    return 2 * number + 3
+
+
+@triton.jit
 def unodd(number):
-    """The size that `launch.odd` made odd, for a tuple."""
+    """The number that was made odd."""
     return (number - 3) >> 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -28,9 +28,11 @@ LINE = 128
 MOST_PLANS = 64
 #: Attribute of a driver that holds its plans: a compiled kernel is loaded into a context, and goes with it.
 _PLANS = "cast_kernels_plans"
+#: Arguments of a function that makes plans, and what it makes.
+Key, Made = ParamSpec("Key"), TypeVar("Made")
 
 
-def odd(number: int) -> int:
+def as_odd(number: int) -> int:
     """The number as kernels take it inside of tuples, where `unodd` (blocks.py) gives it back.
 
     Triton compiles kernels of their own for integers that are 1 and for multiples of 16. A parameter can be kept from
@@ -170,22 +172,25 @@ class Planner:
         """The next launch; `arguments` are buffers, numbers, and tuples of them or of tuples."""
         self._launches.append((kernel, grid, arguments, constants))
 
-    def plan(self) -> Plan:
-        """The plan of all launches so far."""
-        return Plan(self._buffers, self._launches)
+    def plan(self, saved_shape: tuple[int, ...] = ()) -> Plan:
+        """The plan of all launches so far; `saved_shape` in 4-byte words is at least as much as what is saved."""
+        return Plan(self._buffers, self._launches, saved_shape)
 
 
 class Plan:
     """All launches of one call, with everything computed but addresses.
 
     Attributes:
-        saved_bytes: of the allocation that is kept for backward.
+        saved_shape: 4-byte words of the allocation that is kept for backward, as its maker wants them.
+        saved_bytes: that are used of it.
         scratch_bytes: of the allocation that lives as long as a call.
     """
 
     def __init__(
-        self, buffers: dict[str, list[Buffer]], launches: list[tuple[Any, Sequence[int], tuple[Any, ...], Any]]
-    ) -> None:
+        self, buffers: dict[str, list[Buffer]], launches: list[tuple[Any, Sequence[int], tuple[Any, ...], Any]],
+        saved_shape: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        self.saved_shape = saved_shape
         self._numbers: list[int | float] = []
         self._parts = {kind: _offsets(buffers[kind]) for kind in ("saved", "scratch")}
         self.saved_bytes, self.scratch_bytes = (sum(b.bytes for b in buffers[kind]) for kind in ("saved", "scratch"))
@@ -214,7 +219,7 @@ class Plan:
         Raises:
             ValueError: another tensor's address is not a multiple of 16.
         """
-        addresses = [x.data_ptr() for x in given]
+        addresses: list[Any] = [x.data_ptr() for x in given]
         for i, address in enumerate(addresses):
             if address % ALIGNMENT:
                 if i >= inputs:
@@ -261,23 +266,24 @@ def _offsets(buffers: list[Buffer]) -> list[tuple[int, Buffer]]:
     return found
 
 
-def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
+def planned(make: Callable[Key, Made]) -> Callable[Key, Made]:
     """`make`, with a bounded cache of its plans: by its arguments, device, Triton's settings and table of tiles.
 
     The cache lies on Triton's active driver, so no compiled kernel outlives the context that it was loaded into.
     Nothing is kept for the interpreter, whose time goes elsewhere.
     """
 
-    def find(*arguments: Any) -> Plan:
+    def find(*arguments: Key.args, **none: Key.kwargs) -> Made:
         if interpreting():
-            return make(*arguments)
+            return make(*arguments, **none)
         active = drivers.active
         caches = vars(active).setdefault(_PLANS, {})
         cache = caches.get(make)
         if cache is None:
-            cache = caches.setdefault(make, lru_cache(MOST_PLANS)(lambda circumstances, *rest: make(*rest)))
+            cache = caches.setdefault(make, lru_cache(MOST_PLANS)(lambda _, *rest, **more: make(*rest, **more)))
         compilation = triton.knobs.compilation.instrumentation_mode
         device = active.get_current_device()
-        return cache((device, _HOOKS.debug, compilation, _stages_hook(), tiles.changes), *arguments)
+        made: Made = cache((device, _HOOKS.debug, compilation, _stages_hook(), tiles.changes), *arguments, **none)
+        return made
 
     return find
