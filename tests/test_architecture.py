@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast_kernels.eager",
         "cast_kernels.cpu",
         "cast_kernels.triton",
+        "cast_kernels.ops._casts",
         "cast_kernels.ops._checks",
         "cast_kernels.ops._derivatives",
         "cast_kernels.ops._projection",

@@ -22,6 +22,7 @@ import cast_kernels.triton.ffn as triton_ffn
 from cast_kernels import backends
 from cast_kernels import recompute as levels
 from cast_kernels.ops import _derivatives
+from cast_kernels.ops._casts import cast_frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -79,6 +80,8 @@ def ffn(
     chosen = backends.select(backend, problem)
     if chosen == "eager":
         return eager_ffn.ffn(problem, x, parameters, row_scale, eps, adapter_scale)
+    if chosen == "triton":
+        parameters = cast_frozen(problem, parameters, triton_ffn.CAST)
     rows = x.reshape(-1, x.shape[-1])
     flat_scale = None if row_scale is None else row_scale.reshape(-1)
     return _run_kernel(chosen, problem, rows, parameters, flat_scale, eps, adapter_scale).view(x.shape)

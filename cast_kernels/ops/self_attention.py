@@ -24,6 +24,7 @@ from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels import recompute as levels
 from cast_kernels.ops import _derivatives
+from cast_kernels.ops._casts import cast_frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -90,6 +91,7 @@ def self_attention(
     if chosen == "eager":
         return eager_self_attention.self_attention(problem, x, parameters, eps)
     if chosen == "triton":
+        parameters = cast_frozen(problem, parameters, triton_self_attention.CAST)
         return triton_self_attention.self_attention(problem, x, parameters, _Parts(problem, eps))
     return _run_kernel(chosen, problem, x, parameters, eps)
 

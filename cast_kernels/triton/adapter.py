@@ -6,14 +6,17 @@ This file owns memory and launches; the kernels lie beside it. The ops around th
 
 from __future__ import annotations
 
-from typing import Any
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute, Verdict
-from cast_kernels.triton import tiles
-from cast_kernels.triton.common import architecture, cast_fields, on_device, verdict
+from cast_kernels.triton.common import cast_fields, on_device, verdict
+
+if TYPE_CHECKING:
+    from cast_kernels.triton.adapter_plan import Sizes
 
 #: Widest adapter: a row of it must fit in a program's registers.
 MOST_CHANNELS = 768
@@ -114,21 +117,6 @@ def backward(
     return [grad_x, *grads]
 
 
-def _contiguous(weights: AdapterParameters) -> AdapterParameters:
-    return AdapterParameters(*(w.detach().contiguous() for w in weights))
-
-
-def _constants(kernel: str, weights: AdapterParameters) -> dict[str, Any]:
-    """Sizes and tile of one kernel, as it takes them."""
-    width, dim = weights.down_weight.shape
-    tile = tiles.find(architecture(), kernel, weights.down_weight.dtype.itemsize * 8, width)
-    chunk, chunks = tiles.chunking(width)
-    return {
-        "DIM": dim, "D": width, "BM": tile.rows, "BK": tile.k, "BN": tile.columns, "CHUNK": chunk, "CHUNKS": chunks,
-        "STAGES": tile.stages, "WIDEN_STAGES": tile.widen_stages, "num_warps": tile.warps,
-    }  # fmt: skip
-
-
 def launch_forward(
     x: Tensor,
     residual: Tensor,
@@ -149,15 +137,12 @@ def launch_forward(
         row_scale: [rows].
         scale: factor of the branch.
     """
-    from cast_kernels.triton.adapter_forward import adapter_forward
+    from cast_kernels.triton.adapter_plan import Forward, forward_plan
 
-    rows, constants = x.shape[0], _constants("adapter_forward", weights)
-    residual = residual.contiguous()
-    adapter_forward[(-(-rows // constants["BM"]),)](
-        x.contiguous(), residual, residual if other is None else other.contiguous(), y, y if h is None else h,
-        y if row_scale is None else row_scale.float().contiguous(), *_contiguous(weights), rows, scale,
-        OTHER=other is not None, SCALED=row_scale is not None, STORE_H=h is not None, **constants,
-    )  # fmt: skip
+    kind = Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
+    read = _there(x, residual, other, _factors(row_scale), *weights)
+    filled = [y] if h is None else [y, h]
+    forward_plan(_sizes(x, weights, row_scale, scale), kind).run([*read, *filled], inputs=len(read))
 
 
 def launch_backward(
@@ -183,35 +168,36 @@ def launch_backward(
         weights, row_scale, scale: as in :func:`launch_forward`.
         wanted: for each parameter, whether its gradient is.
     """
-    from cast_kernels.triton import sums, weight_gradient
-    from cast_kernels.triton.adapter_backward import adapter_backward
+    from cast_kernels.triton.adapter_plan import Backward, backward_plan
 
-    train = any(wanted)
-    if grad_x is None and not train:
+    if grad_x is None and not any(wanted):
         return [None] * len(wanted)
-    rows, (width, dim), compute = x.shape[0], weights.down_weight.shape, weights.down_weight.dtype
-    constants = _constants("adapter_backward", weights)
-    programs = -(-rows // constants["BM"])
-    grad_y, x = grad_y.contiguous(), x.contiguous()
-    g, dh = (x.new_empty((rows if train else 1, width), dtype=compute) for _ in range(2))
-    partial = x.new_empty((programs if train else 1, dim + width), dtype=torch.float32)
-    adapter_backward[(programs,)](
-        grad_y, x, g if h is None else h, x if addend is None else addend.contiguous(), x if grad_x is None else grad_x,
-        g, dh, partial, partial if row_scale is None else row_scale.float().contiguous(), *_contiguous(weights)[:3],
-        rows, scale, ADDEND=addend is not None, SCALED=row_scale is not None, RECOMPUTE_H=h is None,
-        WANT_X=grad_x is not None, WANT_PARAMETERS=train, **constants,
+    if any(wanted):
+        x = x.to(weights.down_weight.dtype)
+    dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
+    kind = Backward(
+        grad_y.dtype, x.dtype, h is not None, None if addend is None else addend.dtype,
+        None if grad_x is None else grad_x.dtype, dtype, wanted,
     )  # fmt: skip
-    if not train:
-        return [None] * len(wanted)
-    grads = AdapterParameters(*(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters))
-    layers = []
-    if wanted[0]:
-        layers.append(weight_gradient.Layer(dh, x.to(compute), grads.down_weight))
-    if wanted[2]:
-        layers.append(weight_gradient.Layer(grad_y, g, grads.up_weight))
-    if layers:
-        tile = tiles.find(architecture(), "weight_gradient", compute.itemsize * 8, width)
-        weight_gradient.launch(layers, tile)
-    if wanted[1] or wanted[3]:
-        sums.reduce([sums.Reduction(partial, [grads.up_bias, grads.down_bias])])
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    read = _there(grad_y, x, h, addend, _factors(row_scale), *weights[:3])
+    grads = [p.new_empty(p.shape, dtype=dtype) if want else None for p, want in zip(parameters, wanted, strict=True)]
+    plan = backward_plan(_sizes(x, weights, row_scale, scale), kind)
+    plan.run([*read, *_there(grad_x, *grads)], inputs=len(read))
+    return [grad if grad is None else grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
+
+
+def _sizes(x: Tensor, weights: AdapterParameters, row_scale: Tensor | None, scale: float) -> Sizes:
+    from cast_kernels.triton.adapter_plan import Sizes
+
+    width, dim = weights.down_weight.shape
+    dtypes = (weights.down_weight.dtype, weights.down_bias.dtype, weights.up_bias.dtype)
+    return Sizes(x.shape[0], dim, width, *dtypes, row_scale is not None, scale)
+
+
+def _factors(row_scale: Tensor | None) -> Tensor | None:
+    return None if row_scale is None else row_scale.float()
+
+
+def _there(*tensors: Tensor | None) -> list[Tensor]:
+    """Those that are there, contiguous."""
+    return [t.contiguous() for t in tensors if t is not None]

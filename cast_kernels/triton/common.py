@@ -11,10 +11,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import AdapterParameters, FFNParameters, ProjectionParameters, Verdict
+from cast_kernels.problem import (
+    AdapterParameters,
+    FFNParameters,
+    ProjectionParameters,
+    SelfAttentionParameters,
+    Verdict,
+)
 from cast_kernels.versions import FENCED_TRITON, release, too_old
 
-Parameters = TypeVar("Parameters", FFNParameters, AdapterParameters, ProjectionParameters)
+Parameters = TypeVar("Parameters", FFNParameters, SelfAttentionParameters, AdapterParameters, ProjectionParameters)
 
 #: Dtypes of streams and of dense products. float32 runs as three tf32 products.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

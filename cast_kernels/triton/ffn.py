@@ -18,7 +18,8 @@ from cast_kernels.triton import adapter
 from cast_kernels.triton.common import WIDEST_STREAM, cast_fields, exactly, on_device, verdict
 
 _WORD = 4  # bytes of an element of `saved`
-_FFN = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+#: Parameters that the products read in the compute dtype; the adapter has its own.
+CAST = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
 
 def can_run(problem: FFNProblem) -> Verdict:
@@ -85,7 +86,7 @@ def forward(
     if problem.rows:
         with on_device(x), exactly(x):
             hidden, narrow = _kept(problem, saved)
-            w = cast_fields(p, (*_FFN, *adapter.MATRICES), problem.compute)
+            w = cast_fields(p, (*CAST, *adapter.MATRICES), problem.compute)
             n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
             h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t(), out=hidden)
             active = launch_activate(h, problem.activation, in_place=hidden is None)

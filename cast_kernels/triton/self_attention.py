@@ -24,6 +24,9 @@ from cast_kernels.problem import (
 from cast_kernels.triton import adapter
 from cast_kernels.triton.common import WIDEST_STREAM, verdict
 
+#: Parameters that the products read in the compute dtype; the adapter has its own.
+CAST = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+
 
 def can_run(problem: SelfAttentionProblem) -> Verdict:
     """Whether Triton can run the problem here, and the reason in words either way."""
