@@ -52,7 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels": ("cast_kernels",),
     "cast.optional": (),
     "cast.processes": (),
-    "cast.video": ("cast.video", "cast.files", "cast.optional", "cast.sampling"),
+    "cast.transfer": (),
+    "cast.video": ("cast.video", "cast.files", "cast.optional", "cast.sampling", "cast.transfer"),
     "cast.config": ("cast_kernels",),
     "cast.layers": ("cast_kernels", "cast.config"),
     "cast.positions": ("cast.layers",),
@@ -108,6 +109,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.pretrain",
         "cast.files",
         "cast.optional",
+        "cast.transfer",
     ),
     "cast.training": (
         "cast_kernels",
@@ -120,6 +122,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.processes",
         "cast.sampling",
         "cast.training",
+        "cast.transfer",
     ),
     "cast.baselines": (
         "cast_kernels",

@@ -159,7 +159,7 @@ class Validation:
         losses = [F.cross_entropy(logits[name], ready.labels[name], reduction="sum") for name in self.heads]
         hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in self.heads]
         loss = torch.stack(losses).sum()
-        return torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
+        return torch.stack([loss, *hits, loss.new_full((), len(batch.names))]).double()
 
 
 def _summary(
