@@ -8,8 +8,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    broadcast_object_list,
+)
 
+from cast.graphs import check_device
 from cast.processes import computes_on_cpu, join_processes
 
 #: fp32 has no autocast; the others keep fp32 weights.
@@ -42,6 +48,7 @@ def make_accelerator(
     clip_grad: float | None = None,
     trackers: list[str] | None = None,
     directory: str | None = None,
+    graphs: bool = False,
 ) -> Accelerator:
     """The process group, precision and accumulation of a training.
 
@@ -55,9 +62,10 @@ def make_accelerator(
         clip_grad: greatest length of the gradient, or None.
         trackers: `tensorboard`, `wandb`.
         directory: where trackers write.
+        graphs: whether forward and backward are to be replayed as CUDA graphs.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU; graphs without one, or where processes work together.
     """
     if precision not in _NAMES:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(_NAMES)}")
@@ -75,8 +83,17 @@ def make_accelerator(
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # The official DeepSpeed configuration: initial_scale_power 7, loss_scale_window 128.
             GradScalerKwargs(init_scale=2.0**7, growth_interval=128),
+            # What autocast keeps of one recording must not be found in the next.
+            AutocastKwargs(cache_enabled=not graphs),
         ],
     )
+    if graphs:
+        check_device(accelerator.device)
+        if accelerator.distributed_type != "NO":
+            raise ValueError(
+                f"run.graphs=true works in one process by itself, and this is {accelerator.distributed_type}: "
+                "what processes exchange during backward is not recorded. Set run.graphs=false"
+            )
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
     if plugin is not None:
         if plugin.zero_stage > 2:

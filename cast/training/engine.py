@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from cast.graphs import Graphs
 from cast.training.checkpoints import Checkpoints
 from cast.training.ema import Average
 from cast.training.figures import Figures, Outcome
@@ -85,6 +86,7 @@ class Plan:
         betas: of AdamW.
         seed: of everything random inside the model.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
+        graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph; for one process on a GPU.
     """
 
     epochs: int
@@ -100,6 +102,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     checkpoint_every: int = 0
+    graphs: bool = False
 
     @property
     def steps(self) -> int:
@@ -152,6 +155,7 @@ class Engine:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.average = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
+        self._replayed = Graphs(self._whole, accelerator.device, self._gradients) if plan.graphs else None
         checkpoints.attach(self.model, self.optimizer, self.average)
         self.progress = checkpoints.load() or Progress()
         self.accelerator.step = 0  # each step begins a new accumulation, also after an error
@@ -247,7 +251,7 @@ class Engine:
         length = self._gradient_length()
         self._bad = figures.judge(accelerator, length)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self._replayed is None)  # a graph adds to the gradients that it knows
         batches.start()
         outcome = figures.read()
         self._check(outcome, names, figures)
@@ -258,6 +262,9 @@ class Engine:
 
     def _compute(self, index: int, tensors: Mapping[str, Tensor], figures: Figures, names: list[list[str]]) -> None:
         """Forward and backward of one micro-batch."""
+        if self._replayed is not None:
+            figures.add(self._replayed(tensors, self._seed(index)))
+            return
         torch.manual_seed(self._seed(index))
         loss, found = self._forward(tensors)
         figures.add(found)
@@ -265,6 +272,15 @@ class Engine:
             figures.judge(self.accelerator, None)
             self._check(figures.read(), names, figures)
         self.accelerator.backward(loss)
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward as a graph holds them."""
+        loss, found = self._forward(tensors)
+        self.accelerator.backward(loss)
+        return found
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.unwrapped.parameters() if p.grad is not None]
 
     def _forward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the figures to log."""

@@ -53,8 +53,9 @@ class Session:
         optim = settings.optim
         self.accumulate = optim.accumulate(join_processes().num_processes)
         self.accelerator = make_accelerator(
-            settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out)
-        )
+            settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out),
+            settings.run.graphs,
+        )  # fmt: skip
 
     def loader(self, samples: Sequence[Sample], choose: Choose = train_indices) -> ClipLoader:
         """The training clips of this process; epochs stay as long as those that a resumed training began with."""
@@ -99,6 +100,7 @@ class Session:
             betas=optim.betas,
             seed=self.settings.seed,
             checkpoint_every=self.settings.checkpoint.every,
+            graphs=self.settings.run.graphs,
         )
 
     def checkpoints(self, model: nn.Module, samples: Sequence[Sample]) -> Checkpoints:

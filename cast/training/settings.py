@@ -177,6 +177,8 @@ class RunSettings:
         recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
         attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
+        graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph, which spares the host their
+            launches; for one process on a GPU.
     """
 
     precision: Precision = "bf16"
@@ -184,6 +186,7 @@ class RunSettings:
     recompute: Literal["nothing", "cheap", "all"] = "cheap"
     attention: Literal["auto", "sdpa", "math", "flash-attn", "xformers"] = "auto"
     compile: str | None = None
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
