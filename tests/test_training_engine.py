@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from cast_models import small_model, small_video
 from torch import Tensor, nn
 from training_cases import Batch, PointNet, PointSource, engine, planned, same
@@ -431,3 +433,20 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path: Path) -> None:
     engine(tmp_path / "plain", plain, source, planned(epochs=1, steps_per_epoch=5, ema=0.9)).run()
     for a, b in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_fsdp2_leaves_precision_to_autocast_and_adds_gradients_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_training_command.py, heavy, has two processes whose weights are DDP's under bf16."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16  # accelerate's
+    monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    make_accelerator("bf16")
+    policy = plugin.mixed_precision_policy
+    assert policy.reduce_dtype == torch.float32
+    assert policy.param_dtype is policy.output_dtype is None
+    assert not policy.cast_forward_inputs
+    monkeypatch.setattr(plugin, "fsdp_version", 1)
+    with pytest.raises(ValueError, match=r"version 1 is not supported: give accelerate launch --fsdp_version 2"):
+        make_accelerator("bf16")

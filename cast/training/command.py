@@ -31,7 +31,8 @@ _SWITCHES = {"resume": "go on from the newest checkpoint in the output directory
 #: Settings that a resumed training may change: where things lie, who is told, what does not change the mathematics.
 _FREE = (
     "out", "log", "checkpoint", "experts.clip", "experts.videomae", "experts.spatial", "experts.temporal",
-    "experts.cast", "experts.trust_pickle", "run.compile", "run.graphs", "run.fused", "run.recompute", "run.attention",
+    "experts.cast", "experts.trust_pickle", "run.compile", "run.graphs", "run.deterministic", "run.fused",
+    "run.recompute", "run.attention",
     "data.root", "data.workers", "data.decoder", "data.skip_list", "optim.micro_batch", "validate_every",
 )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 What a step sees is a function of (seed, epoch, position) alone, and so are the random numbers inside the model, which
 are seeded anew for each micro-batch. So a checkpoint needs no generator's state, and a run that was killed and resumed
-gives the same bits as one that was not, on the same machine with the same number of threads and processes.
+gives the same bits as one that was not, on the same machine with the same number of threads and processes; on a GPU
+where PyTorch's operators are deterministic, see `cast.training.determinism`.
 """
 
 from __future__ import annotations
