@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import PARAMETER_NAMES, Direction, Parameters, Problem, Verdict
+from cast_kernels.problem import Direction, Parameters, Problem, Verdict
 from cast_kernels.triton.common import on_device, verdict
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ if TYPE_CHECKING:
 HEAD_DIMS = (16, 32, 64)
 #: Widest bottleneck: a row of it must fit in a program's registers.
 MOST_CHANNELS = 768
-#: Places in PARAMETER_NAMES of the matrices that products read. Positions are added, in fp32.
-_MATRICES = [
-    i for i, name in enumerate(PARAMETER_NAMES) if name.endswith("_weight") and not name.endswith("norm_weight")
-]
+_DTYPE = attrgetter("dtype")
 #: A tensor, or one that may be absent.
 AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 
@@ -125,6 +123,7 @@ def backward(
     The other arguments are those of :func:`forward`.
     """
     from cast_kernels.triton.bcast_backward_plan import backward_plan
+    from cast_kernels.triton.launch import aligned
 
     primals = [spatial, temporal, *parameters.flat()]
     wanted = tuple(want and x is not None for want, x in zip(wanted, primals, strict=True))
@@ -134,25 +133,18 @@ def backward(
         kind, given, alike = _operands(
             problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale), eps, recompute, wanted
         )
-        plan, narrowed, written = backward_plan(problem, kind)
-        grads_out = {
-            name: grad.to(kind.streams).contiguous()
-            for name, grad, window in (
-                ("grad_spatial", grad_spatial_out, problem.t2s_window),
-                ("grad_temporal", grad_temporal_out, problem.s2t_window),
-            )
-            if window is not None
-        }
-        given += grads_out.values()
-        read = {"spatial": given[0], "temporal": given[1]} | grads_out
-        given += [read[name].to(problem.compute) for name in narrowed]
+        plan, written = backward_plan(problem, kind)
+        received = ((grad_spatial_out, problem.t2s_window), (grad_temporal_out, problem.s2t_window))
+        given += [grad.to(kind.streams).contiguous() for grad, window in received if window is not None]
         inputs = len(given)
         grads: list[Tensor | None] = [None] * len(primals)
         for i in written:
-            grads[i] = torch.empty_like(alike[i], memory_format=torch.contiguous_format)
-            given.append(grads[i])
-        plan.run(given, saved.contiguous(), inputs)
-    return [_as(grad, x) if want else None for grad, x, want in zip(grads, primals, wanted, strict=True)]
+            grad = grads[i] = torch.empty_like(alike[i])
+            given.append(grad)
+        plan.run(given, aligned(saved), inputs)
+    return [
+        None if x is None or not want else _as(grad, x) for grad, x, want in zip(grads, primals, wanted, strict=True)
+    ]
 
 
 def _as(grad: Tensor | None, x: Tensor) -> Tensor:
@@ -163,20 +155,21 @@ def _as(grad: Tensor | None, x: Tensor) -> Tensor:
 def _operands(
     problem: Problem, streams: tuple[Tensor, Tensor], parameters: Parameters,
     scales: tuple[Tensor | None, Tensor | None], eps: float, recompute: str, wanted: tuple[bool, ...] = (),
-) -> tuple[Kind, list[Tensor], list[Tensor | None]]:  # fmt: skip
-    """What the plan is of; the tensors that both plans are given first; streams and parameters before products' casts.
+) -> tuple[Kind, list[Tensor], list[Any]]:  # fmt: skip
+    """What the plan is of; the tensors that both plans are given first; and streams and parameters.
 
     One kernel serves both streams, so what autocast lets differ is widened to one dtype: exact, and rare.
     """
     from cast_kernels.triton.bcast_plan import Kind
 
-    alike, flat = _alike(streams), _alike(_with_tables(problem, parameters).flat())
+    alike: Sequence[Tensor] = _alike(streams)
+    flat: Sequence[Any] = _alike(_with_tables(problem, parameters).flat())
     present = tuple(x is not None for x in flat)
     kind = Kind(
         alike[0].dtype, flat[0].dtype, (streams[0].dtype, streams[1].dtype), present,
         (scales[0] is not None, scales[1] is not None), eps, recompute, wanted,
     )  # fmt: skip
-    given = [*alike, *(x for x in _computed(flat, problem.compute) if x is not None)]
+    given = [*alike, *(x for x in flat if x is not None)]
     given += [s.float().contiguous() for s in scales if s is not None]
     return kind, given, [*alike, *flat]
 
@@ -189,14 +182,15 @@ def _with_tables(problem: Problem, parameters: Parameters) -> Parameters:
         return parameters
     from cast_kernels.triton.bcast_plan import ways
 
+    made = {}
     for name, way in ways(problem).items():
         direction: Direction = getattr(parameters, name)
         tables = {
             "q_pos": _table(direction.q_pos, way.asking_length, direction.q_bias),
             "kv_pos": _table(direction.kv_pos, way.answering_length, direction.q_bias),
         }
-        parameters = parameters._replace(**{name: direction._replace(**tables)})
-    return parameters
+        made[name] = direction._replace(**tables)
+    return parameters._replace(**made)  # type: ignore[arg-type]
 
 
 def _table(table: Tensor | None, length: int, like: Tensor) -> Tensor:
@@ -206,20 +200,8 @@ def _table(table: Tensor | None, length: int, like: Tensor) -> Tensor:
 def _alike(tensors: Sequence[AnyTensor]) -> Sequence[AnyTensor]:
     """The tensors contiguous and in one dtype that holds each one's values; mostly they are."""
     there = [x for x in tensors if x is not None]
-    dtypes = {x.dtype for x in there}
-    if len(dtypes) == 1 and all(x.is_contiguous() for x in there):
+    dtypes = set(map(_DTYPE, there))
+    if len(dtypes) == 1 and all(map(Tensor.is_contiguous, there)):
         return tensors
     dtype = reduce(torch.promote_types, dtypes)
     return [x if x is None else x.to(dtype).contiguous() for x in tensors]
-
-
-def _computed(flat: Sequence[Tensor | None], compute: torch.dtype) -> Sequence[Tensor | None]:
-    """The parameters; matrices that products read in the compute dtype, rounded in one launch, in one allocation."""
-    matrices = {i: x for i in _MATRICES if (x := flat[i]) is not None and x.dtype != compute}
-    if not matrices:
-        return flat
-    sources = list(matrices.values())
-    rounded = sources[0].new_empty(sum(x.numel() for x in sources), dtype=compute)
-    views = [part.view_as(x) for part, x in zip(rounded.split([x.numel() for x in sources]), sources, strict=True)]
-    torch._foreach_copy_(views, sources)
-    return [dict(zip(matrices, views, strict=True)).get(i, x) for i, x in enumerate(flat)]

@@ -23,12 +23,11 @@ _BEHIND_ATTENTION = ("q_bias", "kv_bias", "q_pos", "kv_pos")
 class BackwardPlan(NamedTuple):
     """A backward's launches, and what their caller must make.
 
-    Given: both streams, the parameters, the scales, the outputs' gradients of streams that receive; what `narrowed`
-    names, in the compute dtype; then the gradients that kernels write.
+    Given: both streams, the parameters, the scales, the outputs' gradients of streams that receive; then the gradients
+    that kernels write.
     """
 
     plan: Plan
-    narrowed: list[str]  # streams by name, their outputs' gradients with "grad_" before it
     written: list[int]  # numbers of the tensors whose gradients kernels write, the two streams first; others are zero
 
 
@@ -41,17 +40,7 @@ def backward_plan(problem: Problem, kind: Kind) -> BackwardPlan:
     if kind.recompute == Recompute.ALL:
         draft.exchange(None)
     draft.back()
-    return BackwardPlan(draft.planner.plan(), _narrowed(problem, kind), _written(problem, kind))
-
-
-def _narrowed(problem: Problem, kind: Kind) -> list[str]:
-    """Which streams and gradients weight gradients are made of, if they do not come in the compute dtype."""
-    if kind.streams == problem.compute:
-        return []
-    wanted = dict(zip(PARAMETER_NAMES, kind.wanted[2:], strict=True))
-    receives = {"spatial": problem.t2s_window, "temporal": problem.s2t_window}
-    names = [f"grad_{stream}" for stream in STREAMS if wanted[f"{stream}_up_weight"] and receives[stream]]
-    return names + [stream for stream in STREAMS if wanted[f"{stream}_down_weight"]]
+    return BackwardPlan(draft.plan(), _written(problem, kind))
 
 
 def _written(problem: Problem, kind: Kind) -> list[int]:
@@ -71,9 +60,6 @@ class _Backward(Draft):
         self.grad_out = {
             way.asking: given(self.rows[way.asking], problem.dim, dtype=kind.streams) for way in self.ways.values()
         }
-        self.operands: dict[str, Buffer] = self.x | {f"grad_{name}": grad for name, grad in self.grad_out.items()}
-        for name in _narrowed(problem, kind):
-            self.operands[name] = given(*self.operands[name].shape, dtype=problem.compute)
         names = (*STREAMS, *PARAMETER_NAMES)
         made: list[Buffer | None] = [None] * len(names)
         for i in _written(problem, kind):
@@ -101,7 +87,8 @@ class _Backward(Draft):
         want_x = any(grad is not None for grad in self.grad_x.values())
         projects = want_x or bool(self.wants - behind - beside)
         self._exchange_backward(parameters=bool(behind))
-        self.dq, self.dkv = {}, {}
+        self.dq: dict[str, Buffer] = {}
+        self.dkv: dict[str, Buffer] = {}
         for way in self.ways.values():
             if projects or any(name.startswith(way.name) for name in beside):
                 self._attention_backward(way)
@@ -119,7 +106,7 @@ class _Backward(Draft):
 
     def _layer(self, left: Buffer, right: Buffer, weight: Buffer | None) -> None:
         if weight is not None:
-            self.layers.append(weight_gradient.Layer(left, right, weight))
+            self.layers.append(weight_gradient.Layer(self.computed(left), self.computed(right), weight))
 
     def _reduce(self, partial: Buffer, *vectors: tuple[Buffer | None, int]) -> None:
         """Plan the sums of `partial`'s columns if any of the vectors, each beside its length, is wanted."""
@@ -133,11 +120,12 @@ class _Backward(Draft):
         tile = self.tile("exchange_backward")
         sides: dict[str, Received] = {}
         tiles_of = dict.fromkeys(STREAMS, 0)
-        self.do, self.dh = {}, {}
+        self.do: dict[str, Buffer] = {}
+        self.dh: dict[str, Buffer] = {}
         for way in self.ways.values():
             stream, rows, mine = way.asking, self.rows[way.asking], self.attention[way.name]
             tiles_of[stream] = triton.cdiv(rows, tile.rows)
-            weights, direction = getattr(self.weights, stream), getattr(self.weights, way.name)
+            proj, proj_bias, up, _ = self.projections(way)
             grads, own = self.grads[stream], self.grads[way.name]
             self.do[way.name], self.dh[stream] = self._scratch(self.patch_rows[stream], d), self._scratch(rows, d)
             g = self._scratch(*((rows, d) if parameters else (1,)))
@@ -145,10 +133,10 @@ class _Backward(Draft):
             sides[stream] = Received(
                 self.grad_out[stream], mine.h or self._scratch(rows, d), mine.o,
                 self.scale[stream] or self.x[stream], g, self.dh[stream], self.do[way.name], partial,
-                direction.proj_weight, direction.proj_bias, weights.up_weight,
+                proj, proj_bias, up,
             )  # fmt: skip
             self._reduce(partial, (grads.up_bias, dim), (own.proj_bias, d))
-            self._layer(self.operands[f"grad_{stream}"], g, grads.up_weight)
+            self._layer(self.grad_out[stream], g, grads.up_weight)
             patches = self.dh[stream]._replace(shape=(self.patch_rows[stream], d))  # without CLS, which lies behind
             self._layer(patches, mine.o, own.proj_weight)
         some = next(iter(sides.values()))
@@ -163,7 +151,7 @@ class _Backward(Draft):
     def _attention_backward(self, way: Way) -> None:
         """dQ and dKV, the gradients of their biases, and what positions are summed from."""
         problem, d, mine = self.problem, self.problem.bottleneck_dim, self.attention[way.name]
-        own: Direction = self.grads[way.name]
+        own = self.grads[way.name]
         tile = self.tile("attention_backward_short")
         length, rows = way.answering_length, self.patch_rows[way.asking]
         short = length <= tile.queries
@@ -183,12 +171,12 @@ class _Backward(Draft):
             STAGES=tile.key_stages, num_warps=tile.warps,
         )  # fmt: skip
         self._reduce(partial, (own.q_bias, d), (own.kv_bias, 2 * d))
-        weights: Direction = getattr(self.weights, way.name)
+        weights = getattr(self.weights, way.name)
         for table, gradient, weight in (
             (own.q_pos, dq, weights.q_weight), (own.kv_pos, dkv, weights.kv_weight)
         ):  # fmt: skip
             if table is not None:
-                self.tables.append(position_gradient.Table(gradient, weight, table, way.by))  # type: ignore[arg-type]
+                self.tables.append(position_gradient.Table(gradient, self.computed(weight), table, way.by))
 
     def _project_backward(self, want_x: bool, parameters: bool) -> None:
         """dX, and the gradients of norms, down-projections, and of the weights of queries, keys and values."""
@@ -197,8 +185,7 @@ class _Backward(Draft):
         programs = {stream: triton.cdiv(self.rows[stream], tile.rows) for stream in STREAMS}
         sides = []
         for stream in STREAMS:
-            weights: Stream = getattr(self.weights, stream)
-            own: Stream = self.grads[stream]
+            weights, own = getattr(self.weights, stream), self.grads[stream]
             (asks, answers), (q, kv) = self.roles(stream), self.directed(stream)
             dz = self._scratch(self.rows[stream], d)
             partial = self._scratch(programs[stream] if parameters else 1, 3 * d, dtype=torch.float32)
@@ -210,14 +197,15 @@ class _Backward(Draft):
             sides.append(Projected(
                 self.z[stream], self.dq[asks.name] if asks else dz, self.dkv[answers.name] if answers else dz, dz,
                 q_input, kv_input, partial, grad_x, self.grad_out[stream] if asks else self.x[stream],
-                weights.down_weight, weights.norm_weight, weights.norm_bias,
-                q.q_pos, kv.kv_pos, q.q_weight, kv.kv_weight,
+                self.computed(weights.down_weight) if want_x else weights.down_weight,
+                weights.norm_weight, weights.norm_bias, q.q_pos, kv.kv_pos,
+                self.computed(q.q_weight), self.computed(kv.kv_weight),
             ))  # fmt: skip
             if asks:
                 self._layer(self.dq[asks.name], q_input, self.grads[asks.name].q_weight)
             if answers:
                 self._layer(self.dkv[answers.name], kv_input, self.grads[answers.name].kv_weight)
-            self._layer(dz, self.operands[stream], own.down_weight)
+            self._layer(dz, self.x[stream], own.down_weight)
             self._reduce(partial, (own.norm_weight, d), (own.norm_bias, d), (own.down_bias, d))
         if not self.positions:
             sides = [side._replace(q_pos=side.norm, kv_pos=side.norm) for side in sides]  # not read

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from cast_kernels.problem import PARAMETER_NAMES, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
-from cast_kernels.triton import tiles
+from cast_kernels.problem import PARAMETER_NAMES, WINDOWS, Parameters, Problem, Recompute
+from cast_kernels.triton import casts, tiles
 from cast_kernels.triton.bcast_exchange import Asking, exchange
 from cast_kernels.triton.bcast_project import Projected, project
 from cast_kernels.triton.common import architecture
@@ -135,13 +135,15 @@ class Draft:
         self.rows = {name: problem.batch * of.of_a_clip for name, of in self.tokens.items()}
         self.patch_rows = {name: problem.batch * of.patches_of_a_clip for name, of in self.tokens.items()}
         self.arch = architecture()
-        given, compute = self.planner.given, problem.compute
+        self._rounded: dict[Buffer, Buffer] = {}
+        given = self.planner.given
         self.x = {name: given(self.rows[name], problem.dim, dtype=kind.streams) for name in STREAMS}
         self.shapes = _shapes(problem)
-        self.weights = Parameters.from_flat([
-            given(*self.shapes[name], dtype=compute if is_matrix(name) else kind.parameters) if there else None
+        flat: list[Any] = [
+            given(*self.shapes[name], dtype=kind.parameters) if there else None
             for name, there in zip(PARAMETER_NAMES, kind.present, strict=True)
-        ])  # type: ignore[arg-type]  # fmt: skip
+        ]
+        self.weights: Any = Parameters.from_flat(flat)  # fmt: skip
         self.scale = {
             name: given(problem.batch, dtype=torch.float32) if scaled else None
             for name, scaled in zip(STREAMS, kind.scaled, strict=True)
@@ -153,6 +155,20 @@ class Draft:
     def tile(self, kernel: str) -> tiles.Tile:
         bits, rows = self.problem.compute.itemsize * 8, sum(self.rows.values())
         return tiles.find(self.arch, kernel, bits, self.problem.bottleneck_dim, rows)
+
+    def computed(self, operand: Buffer) -> Buffer:
+        """The tensor as products read it: in the compute dtype, rounded by the plan's first launch if it is not."""
+        if operand.dtype == self.problem.compute:
+            return operand
+        if operand not in self._rounded:
+            self._rounded[operand] = self.planner.scratch(*operand.shape, dtype=self.problem.compute)
+        return self._rounded[operand]
+
+    def plan(self) -> Plan:
+        """The plan of all launches."""
+        casts.add(self.planner, self._rounded)
+        words = sum(part.words for part in kept(self.problem, self.kind.recompute))
+        return self.planner.plan((self.problem.batch, words))
 
     def share(self, backward: bool) -> None:
         """Make the tensors that launches share: those that are kept, and those that live as long as the call."""
@@ -196,23 +212,24 @@ class Draft:
         asks = next((way for way in self.ways.values() if way.asking == stream), None)
         return asks, next((way for way in self.ways.values() if way.answering == stream), None)
 
-    def directed(self, stream: str) -> tuple[Direction, Direction]:
+    def directed(self, stream: str) -> tuple[Any, Any]:
         """Tensors of both roles. The kernel reads nothing that matters of an absent one: the other stands in."""
         asks, answers = (None if way is None else getattr(self.weights, way.name) for way in self.roles(stream))
-        return asks or answers, answers or asks  # type: ignore[return-value]
+        return asks or answers, answers or asks
 
     def project(self, from_z: bool = False) -> None:
         """Launch what fills z (unless `from_z`, which reads it), queries, keys and values, and CLS's n."""
         problem, tile = self.problem, self.tile("project")
         sides = []
         for stream in STREAMS:
-            weights: Stream = getattr(self.weights, stream)
+            weights = getattr(self.weights, stream)
             (asks, answers), (q, kv), z = self.roles(stream), self.directed(stream), self.z[stream]
             sides.append(Projected(
                 self.x[stream], z, self.attention[asks.name].q if asks else z,
                 self.attention[answers.name].kv if answers else z,
-                weights.down_weight, weights.down_bias, weights.norm_weight, weights.norm_bias,
-                q.q_pos, kv.kv_pos, q.q_weight, q.q_bias, kv.kv_weight, kv.kv_bias,
+                weights.down_weight if from_z else self.computed(weights.down_weight), weights.down_bias,
+                weights.norm_weight, weights.norm_bias, q.q_pos, kv.kv_pos, self.computed(q.q_weight), q.q_bias,
+                self.computed(kv.kv_weight), kv.kv_bias,
             ))  # fmt: skip
         if not self.positions:
             sides = [side._replace(q_pos=side.norm, kv_pos=side.norm) for side in sides]  # not read
@@ -245,13 +262,19 @@ class Draft:
             STAGES=tile.stages, WIDEN_STAGES=tile.widen_stages, KEY_STAGES=tile.key_stages, num_warps=tile.warps,
         )  # fmt: skip
 
-    def _asking(self, way: Way, outputs: dict[str, Buffer] | None) -> Asking:
+    def projections(self, way: Way, attend_only: bool = False) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+        """Weights and biases of the output and the up-projection, rounded unless nothing reads them."""
         weights, direction = getattr(self.weights, way.asking), getattr(self.weights, way.name)
+        proj, up = direction.proj_weight, weights.up_weight
+        if not attend_only:
+            proj, up = self.computed(proj), self.computed(up)
+        return proj, direction.proj_bias, up, weights.up_bias
+
+    def _asking(self, way: Way, outputs: dict[str, Buffer] | None) -> Asking:
         x, mine = self.x[way.asking], self.attention[way.name]
         return Asking(
             x, x if outputs is None else outputs[way.asking], mine.q, mine.kv, mine.o, mine.lse or mine.o,
-            mine.h or mine.o, self.scale[way.asking] or x, direction.proj_weight, direction.proj_bias,
-            weights.up_weight, weights.up_bias,
+            mine.h or mine.o, self.scale[way.asking] or x, *self.projections(way, attend_only=outputs is None),
         )  # fmt: skip
 
     def _shape(self, way: Way, attend_only: bool) -> _Shape:
@@ -288,13 +311,7 @@ def forward_plan(problem: Problem, kind: Kind) -> Plan:
     draft.share(backward=False)
     draft.project()
     draft.exchange(outputs)
-    words = sum(part.words for part in kept(problem, kind.recompute))
-    return draft.planner.plan((problem.batch, words))
-
-
-def is_matrix(name: str) -> bool:
-    """Whether a parameter is an operand of products, so read in the compute dtype. Positions are added, in fp32."""
-    return name.endswith("_weight") and not name.endswith("norm_weight")
+    return draft.plan()
 
 
 def _is_table(name: str) -> bool:
@@ -306,11 +323,12 @@ def _shapes(problem: Problem) -> dict[str, Sequence[int]]:
     dim, d, of = problem.dim, problem.bottleneck_dim, ways(problem)
     vectors = {"up_bias": dim, "kv_bias": 2 * d}
     matrices = {"down_weight": (d, dim), "up_weight": (dim, d), "kv_weight": (2 * d, d)}
+    matrices |= dict.fromkeys(("q_weight", "proj_weight"), (d, d))
     shapes: dict[str, Sequence[int]] = {}
     for full in PARAMETER_NAMES:
         owner, name = full.split("_", 1)
-        if is_matrix(full):
-            shapes[full] = matrices.get(name, (d, d))
+        if name in matrices:
+            shapes[full] = matrices[name]
         elif _is_table(full):
             way = of.get(owner)
             shapes[full] = () if way is None else (way.asking_length if name == "q_pos" else way.answering_length, d)

@@ -29,7 +29,8 @@ MOST_PLANS = 64
 #: Attribute of a driver that holds its plans: a compiled kernel is loaded into a context, and goes with it.
 _PLANS = "cast_kernels_plans"
 #: Arguments of a function that makes plans, and what it makes.
-Key, Made = ParamSpec("Key"), TypeVar("Made")
+Key = ParamSpec("Key")
+Made = TypeVar("Made")
 
 
 def as_odd(number: int) -> int:
@@ -113,7 +114,7 @@ class Launch:
     def _first(self, values: list[Any]) -> None:
         """Launch through Triton, which compiles; keep the kernel unless Triton looks at more than its arguments."""
         compiled = self.kernel[self.grid](*(pick(values) for pick in self._named), **self.constants)
-        if interpreting() or self.kernel.pre_run_hooks or self.kernel.used_global_vals or _stages_hook():
+        if _INTERPRETED or self.kernel.pre_run_hooks or self.kernel.used_global_vals or _stages_hook():
             return
         if hasattr(compiled, "result"):  # a compilation that was put off
             compiled = compiled.result()
@@ -122,6 +123,8 @@ class Launch:
 
 
 _HOOKS = triton.knobs.runtime
+#: Triton decides this when a kernel is defined, so it holds for the process.
+_INTERPRETED = interpreting()
 
 
 def _stages_hook() -> Any:
@@ -172,6 +175,10 @@ class Planner:
         """The next launch; `arguments` are buffers, numbers, and tuples of them or of tuples."""
         self._launches.append((kernel, grid, arguments, constants))
 
+    def launch_first(self, kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
+        """As :meth:`launch`, before all others so far."""
+        self._launches.insert(0, (kernel, grid, arguments, constants))
+
     def plan(self, saved_shape: tuple[int, ...] = ()) -> Plan:
         """The plan of all launches so far; `saved_shape` in 4-byte words is at least as much as what is saved."""
         return Plan(self._buffers, self._launches, saved_shape)
@@ -193,6 +200,7 @@ class Plan:
         self.saved_shape = saved_shape
         self._numbers: list[int | float] = []
         self._parts = {kind: _offsets(buffers[kind]) for kind in ("saved", "scratch")}
+        self._begins = {kind: [begin for begin, _ in parts] for kind, parts in self._parts.items()}
         self.saved_bytes, self.scratch_bytes = (sum(b.bytes for b in buffers[kind]) for kind in ("saved", "scratch"))
         begins, count = {}, 0
         for kind, those in buffers.items():
@@ -219,15 +227,17 @@ class Plan:
         Raises:
             ValueError: another tensor's address is not a multiple of 16.
         """
-        addresses: list[Any] = [x.data_ptr() for x in given]
+        addresses: list[Any] = list(map(Tensor.data_ptr, given))
         for i, address in enumerate(addresses):
             if address % ALIGNMENT:
                 if i >= inputs:
                     raise ValueError(f"tensor {i} of a plan is at address {address:#x}, no multiple of {ALIGNMENT}")
-                given[i] = given[i].clone(memory_format=torch.contiguous_format)
+                given[i] = aligned(given[i])
                 addresses[i] = given[i].data_ptr()
-        scratch = given[0].new_empty(self.scratch_bytes, dtype=torch.uint8) if self.scratch_bytes else None
-        if interpreting():
+        if saved is not None and (saved.device != given[0].device or saved.data_ptr() % ALIGNMENT):
+            raise ValueError(f"what was saved is on {saved.device} at {saved.data_ptr():#x}; see `aligned`")
+        scratch = _scratch(given[0], self.scratch_bytes) if self.scratch_bytes else None
+        if _INTERPRETED:
             values = self._views(given, saved, scratch)
             for launch in self.launches:
                 launch(values, 0)
@@ -239,8 +249,7 @@ class Plan:
         else:
             for kind, base in (("saved", saved), ("scratch", scratch)):
                 if base is not None:
-                    begin = base.data_ptr()
-                    addresses += [begin + offset for offset, _ in self._parts[kind]]
+                    addresses += map(base.data_ptr().__add__, self._begins[kind])
             addresses += self._numbers
         for launch in self.launches:
             launch(addresses, stream)
@@ -255,6 +264,17 @@ class Plan:
                 count = torch.Size(shape).numel() * dtype.itemsize
                 values.append(flat[offset : offset + count].view(dtype).view(shape))
         return values + self._numbers
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, contiguous, at an address that plans take; mostly it is."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def _scratch(like: Tensor, size: int) -> Tensor:
+    """So many bytes on the tensor's device."""
+    return like.new_empty(size, dtype=torch.uint8)
 
 
 def _offsets(buffers: list[Buffer]) -> list[tuple[int, Buffer]]:
@@ -274,7 +294,7 @@ def planned(make: Callable[Key, Made]) -> Callable[Key, Made]:
     """
 
     def find(*arguments: Key.args, **none: Key.kwargs) -> Made:
-        if interpreting():
+        if _INTERPRETED:
             return make(*arguments, **none)
         active = drivers.active
         caches = vars(active).setdefault(_PLANS, {})

@@ -144,16 +144,7 @@ def add(planner: Planner, tables: Sequence[Table], frames: int, patches: int) ->
     partials = [planner.scratch(*shape, dtype=torch.float32) for shape in shapes]
     ends = list(accumulate(split * length * triton.cdiv(width, COLUMNS) for split, length, width in shapes))
     summed = tuple(
-        Sum(
-            table.x,
-            partial,
-            width,
-            as_odd(length),
-            as_odd(split),
-            as_odd(table.by[0]),
-            as_odd(table.by[1]),
-            as_odd(end),
-        )
+        Sum(table.x, partial, width, *map(as_odd, (length, split, *table.by, end)))
         for table, partial, (split, length, width), end in zip(tables, partials, shapes, ends, strict=True)
     )
     planner.launch(position_sums, (ends[-1],), summed, rows, frames, patches, BR=ROWS, BC=COLUMNS, num_warps=2)
