@@ -13,6 +13,8 @@ from jsonargparse.typing import PositiveInt
 
 # The choices of options, repeated here so that --help and bad usage load no tool; tests compare them.
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+#: Those that `compile` checks unless some are named.
+GATED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
 PROBLEMS = ("step", "paper", "all")
@@ -61,20 +63,29 @@ def _info(options: Namespace) -> int:
 
 
 def _compile_options(parser: ArgumentParser) -> None:
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    _add_choices(parser, "--target", COMPILE_TARGETS, targets, "architectures")
-    _add_choices(parser, "--dtype", DTYPES, DTYPES, "dtypes")
+    _add_choices(parser, "--target", COMPILE_TARGETS, None, "architectures")
+    _add_choices(parser, "--dtype", DTYPES, None, "dtypes")
     parser.add_argument(
         "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
     )
     parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
-    parser.add_argument("--cache", type=Path | None, metavar="FOLDER", help="keep compiled kernels here for next time")
+    parser.add_argument(
+        "--cache", nargs="?", const="", type=str | None, metavar="FOLDER",
+        help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
+        "with what a CAST-B launches on this machine's GPU, or on --target",
+    )  # fmt: skip
 
 
 def _compile(options: Namespace) -> int:
+    if options.cache == "":
+        from cast_kernels.evidence import warm
+
+        return warm.main(options.target, options.dtype)
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
+    targets, dtypes = options.target or GATED_TARGETS, options.dtype or DTYPES
+    cache = Path(options.cache) if options.cache else None
+    return compiling.main(targets, dtypes, options.problems, options.json, cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
@@ -144,10 +155,10 @@ def _tune(options: Namespace) -> int:
 
 
 def _add_choices(
-    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...], what: str
+    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...] | None, what: str
 ) -> None:
     parser.add_argument(
-        name, nargs="+", choices=allowed, default=list(default), metavar=name.strip("-").upper(),
+        name, nargs="+", choices=allowed, default=default and list(default), metavar=name.strip("-").upper(),
         help=f"{what}, out of {', '.join(allowed)}",
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ffn_cases
 import pytest
 import torch
 from bcast_cases import assert_at_most_twice_eager
@@ -189,3 +190,40 @@ def test_gradients_do_not_depend_on_how_they_come(
     ours = launched("sm_80", Emulator(), case, tmp_path, dtype=BF16, wanted=wanted)
     assert_at_most_twice_eager(ours, eager, exact)
     assert set(ours) == {"y", *(f"grad.{name}" for name in wanted)}
+
+
+# --- casts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["ffn", "self_attention"])
+@pytest.mark.parametrize(("level", "times"), [("nothing", 1), ("cheap", 2)])
+def test_a_frozen_weight_is_cast_once_a_step_where_all_is_kept(
+    op: str, level: str, times: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And a trained one once in forward and once in backward; a launch for each of op and adapter."""
+    launches: list[list[int]] = []
+    true = torch._foreach_copy_
+
+    def copy(to: list[Tensor], given: list[Tensor]) -> None:
+        launches.append([t.data_ptr() for t in given])
+        true(to, given)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
+    case: Any = SMALL if op == "self_attention" else ffn_cases.Case(lead=(37,), dim=96, hidden=64, adapter=48)
+    parameters, x = case.parameters(), case.x().requires_grad_()
+    for name in ADAPTER:
+        getattr(parameters, name).requires_grad_()
+    options: dict[str, Any] = {"num_heads": case.heads} if op == "self_attention" else {}
+    with offline_driver(target("sm_80"), Recorder(), tmp_path):
+        with torch.autocast("cpu", BF16):
+            y = getattr(cast_kernels, op)(x, parameters, eps=1e-5, backend="triton", recompute=level, **options)
+        y.sum().backward()
+    copied = Counter(address for launch in launches for address in launch)
+    frozen = [p for name, p in parameters._asdict().items() if name not in ADAPTER and not name.startswith("norm")]
+    in_product = op == "self_attention" and level == "cheap"  # PyTorch's own linear casts the output projection
+    for p in frozen:
+        elsewhere = in_product and (p is parameters.proj_weight or p is parameters.proj_bias)
+        assert copied[p.data_ptr()] <= (0 if elsewhere else times)
+        assert copied[p.data_ptr()] == times or p.ndim == 1 or elsewhere  # backward needs few biases
+    assert copied[parameters.down_weight.data_ptr()] == copied[parameters.up_weight.data_ptr()] == 2
+    assert len(launches) == {("ffn", 2): 2, ("self_attention", 2): 4}.get((op, times), 3)

@@ -98,7 +98,8 @@ def _forward_plan(
 def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, compute: torch.dtype) -> Tensor:
     """LayerNorm of x [rows, D], contiguous, with at least one row -> the same in the compute dtype."""
     n = torch.empty_like(x, dtype=compute)
-    plan = _forward_plan(*x.shape, x.dtype, compute, (weight.dtype, bias.dtype), eps)
+    rows, dim = x.shape
+    plan = _forward_plan(rows, dim, x.dtype, compute, (weight.dtype, bias.dtype), eps)
     plan.run([x, weight.contiguous(), bias.contiguous(), n], inputs=3)
     return n
 
@@ -147,9 +148,9 @@ def launch_norm_backward(
         eps: of forward.
         wanted: for x, weight and bias.
     """
-    train = any(wanted[1:])
+    (rows, dim), train = x.shape, any(wanted[1:])
     residual = None if grad_y is None else grad_y.dtype
-    plan = _backward_plan(*x.shape, _Kind(x.dtype, dn.dtype, residual, weight.dtype, bias.dtype, eps, wanted))
+    plan = _backward_plan(rows, dim, _Kind(x.dtype, dn.dtype, residual, weight.dtype, bias.dtype, eps, wanted))
     read = [x, dn, weight.contiguous()] + ([] if grad_y is None else [grad_y])
     grads = [
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
