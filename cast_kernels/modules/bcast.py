@@ -10,7 +10,7 @@ from cast_kernels import backends, plain
 from cast_kernels.eager.bcast import activate, add
 from cast_kernels.modules.cross_attention import CrossAttention
 from cast_kernels.ops._checks import check_recompute
-from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose
+from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose, spread_scale
 from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, BackendError, Parameters, Problem, Recompute, Stream
 
 
@@ -143,8 +143,9 @@ class BCAST(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What :func:`cast_kernels.bcast` computes, each layer called."""
         check_streams(spatial, temporal)
-        spatial_scale = check_scale("spatial_scale", spatial_scale, spatial.shape[2], spatial)
-        temporal_scale = check_scale("temporal_scale", temporal_scale, 1, temporal)
+        check_scale("spatial_scale", spatial_scale, spatial.shape[2], spatial)
+        check_scale("temporal_scale", temporal_scale, 1, temporal)
+        spatial_scale, temporal_scale = spread_scale(spatial_scale, spatial), spread_scale(temporal_scale, temporal, 1)
         u_s, u_t = self.ln_s_cross(self.cross_s_down(spatial)), self.ln_t_cross(self.cross_t_down(temporal))
         patches = u_s[:, :, 1:]
         spatial_out, temporal_out = spatial, temporal

@@ -7,6 +7,8 @@ from faults.base import fault
 DERIVATIVES = "tests/test_derivatives.py -k"
 FFN = "csrc/cpu/ffn_forward.h"
 TRANSFORMS = "cast_kernels/ops/_derivatives.py"
+OPERATOR, SIGNATURES = "cast_kernels/ops/_operator.py", "cast_kernels/ops/_signatures.py"
+CHECKED = "tests/test_checked_calls.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
 LAYERS = "tests/test_plain.py"
@@ -15,17 +17,17 @@ EVERYWHERE = "tests/test_plain_everywhere.py"
 FAULTS = [
     # --- derivatives, and modules without memory
     fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
-          (TRANSFORMS, "lambda ctx, inputs, output: None, refuse)", "lambda ctx, inputs, output: None, lambda ctx, *_: "
-           "(None,) * (len(ctx.needs_input_grad) - 4))")),
+          (TRANSFORMS, "if all(grad is None for grad in grads):", "if True:")),
+    fault("second derivative passed by", f"{DERIVATIVES} second_derivative",
+          (OPERATOR, "if torch.is_grad_enabled() or watched() or", "if watched() or")),
     fault("tangents not looked for", f"{DERIVATIVES} forward_mode",
           (TRANSFORMS, "if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):", "if False:")),
     fault("gradient of zeros for what is kept", f"{DERIVATIVES} what_it_keeps",
-          (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
+          (OPERATOR, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
     fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
     fault("transforms around a call see none of it", f"{DERIVATIVES} second_derivative",
-          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n            # A",
-           "if False:\n            # A")),
+          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n        with", "if False:\n        with")),
     fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
     fault("math attention without its scale", f"{DERIVATIVES} maths_error",
@@ -46,6 +48,29 @@ FAULTS = [
           ("cast/positions.py", "if module.pos_embed.is_meta and like is not None:", "if False:")),
     fault("reset without the norms", "tests/test_positions.py",
           ("cast_kernels/modules/bcast.py", 'name in ("ln_s_cross", "ln_t_cross"):', "name in ():")),
+    # --- calls that were checked before
+    fault("any tensors are taken for those that were checked", CHECKED,
+          (SIGNATURES, "if guards.check(*tensors):", "if True:")),
+    fault("autocast's dtype is passed over", CHECKED,
+          (OPERATOR, "torch.is_grad_enabled(), autocast_dtype(x), ", "torch.is_grad_enabled(), ")),
+    fault("grad mode is passed over", CHECKED,
+          (OPERATOR, "arguments, torch.is_grad_enabled(), auto", "arguments, auto")),
+    fault("a backend that is gone still runs", CHECKED,
+          (OPERATOR, "autocast_dtype(x), backends.circumstances()", "autocast_dtype(x)")),
+    fault("the memory of checked calls grows", CHECKED,
+          (SIGNATURES, "while len(self._known) > MOST_ARGUMENTS:", "while False:")),
+    fault("the memory of shapes grows", CHECKED, (SIGNATURES, "self._known[: MOST_LISTS - 1]", "self._known")),
+    fault("profilers see no operator", CHECKED,
+          (SIGNATURES, "torch._C._autograd._profiler_enabled()\n        or ", "")),
+    fault("function modes see no operator", CHECKED, (SIGNATURES, "or torch._C._len_torch_function_stack() > 0", "")),
+    fault("what is below autograd is differentiated", CHECKED,
+          (SIGNATURES, "if below and torch.is_grad_enabled():", "if False:")),
+    fault("a lazy negation is passed over", CHECKED,
+          (SIGNATURES, "and torch._C._dispatch_keys(x).raw_repr() in plain[x.device])", ")")),
+    fault("every call goes through the dispatcher", CHECKED,
+          (OPERATOR, "found = Checked(call, kernels,", "found = Checked(call, None,")),
+    fault("every gradient goes through the dispatcher", CHECKED,
+          (OPERATOR, "if checked is not None and _straight_back", "if False and _straight_back")),
     # --- layers that must be called
     fault("a replaced layer's weight is read", LAYERS,
           (PLAIN, "reading is None or kind.forward is not reading.forward", "reading is None")),
