@@ -12,6 +12,7 @@ CHECKED = "tests/test_checked_calls.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
 LAYERS = "tests/test_plain.py"
+GLANCE = "tests/test_plain_glance.py"
 EVERYWHERE = "tests/test_plain_everywhere.py"
 
 FAULTS = [
@@ -109,6 +110,25 @@ FAULTS = [
           ("cast/layers.py", "branch = branch * row_scale[..., None].to(branch.dtype)", "pass")),
     fault("the adapter's skip forgotten by modules", LAYERS,
           ("cast/layers.py", "y = y + adapter(a)", "y = x + adapter(a)")),
+    fault("a later forward hook is passed over", LAYERS,
+          (PLAIN, 'own["_forward_hooks"] or own["_forward_pre_hooks"]', 'own["_forward_pre_hooks"]')),
+    fault("a later backward hook is passed over", GLANCE,
+          (PLAIN, 'own["_backward_hooks"] or own["_backward_pre_hooks"]', 'own["_backward_pre_hooks"]')),
+    fault("a later forward on the instance is passed over", LAYERS, (PLAIN, ' or "forward" in own', "")),
+    fault("another class later is passed over", LAYERS, (PLAIN, "if type(module) is not kind:", "if False:")),
+    fault("a class patched later is passed over", GLANCE,
+          (PLAIN, "if kind.forward is not forward or _calls(kind) != _CALLS:", "if False:")),
+    fault("a global hook later is passed over", EVERYWHERE, (PLAIN, " or any(_GLOBAL_HOOKS):\n", ":\n")),
+    fault("a bias that was added later is not read", LAYERS, (PLAIN, "for field in absent:", "for field in ():")),
+    fault("a layout that came later is read", LAYERS,
+          (PLAIN, "_TENSORS or tensor.layout is not torch.strided or field", "_TENSORS or field")),
+    fault("an attribute before a parameter is passed over", GLANCE,
+          (PLAIN, "torch.strided or field in own:", "torch.strided:")),
+    fault("settings that changed are passed over", GLANCE, (PLAIN, "if own[key] != value:", "if False:")),
+    fault("epsilons that differ later are passed over", GLANCE,
+          ("cast_kernels/modules/bcast.py", 'or self._modules["ln_s_cross"].eps != self._modules["ln_t_cross"].eps',
+           "or False")),
+    fault("nothing is read at a glance", GLANCE, (PLAIN, "    _GLANCES[owner] = known", "    pass")),
     fault("a wrapped embedding is read", "tests/test_pretrain.py -k wrapped",
           ("cast/pretrain/model.py", 'plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed)',
            "plain.global_obstacle()")),
