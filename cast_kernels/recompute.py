@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-import cast_kernels.triton.bcast as triton_bcast
-import cast_kernels.triton.ffn as triton_ffn
 from cast_kernels.problem import AdapterProblem, FFNProblem, Problem, Recompute, SelfAttentionProblem
 
 #: Problems that know their level.
@@ -95,10 +93,14 @@ def _of_adapter(problem: AdapterProblem | SelfAttentionProblem) -> int:
 
 
 def _of_ffn(problem: FFNProblem) -> int:
+    from cast_kernels.triton import ffn as triton_ffn
+
     return problem.rows * triton_ffn.saved_per_row(replace(problem, recompute=Recompute.NOTHING)) * _WORD
 
 
 def _of_exchange(problem: Problem) -> int:
+    from cast_kernels.triton import bcast as triton_bcast
+
     return problem.batch * triton_bcast.saved_per_clip(problem, Recompute.NOTHING.value) * _WORD
 
 

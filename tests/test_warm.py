@@ -86,26 +86,18 @@ def test_the_command_fills_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 # --- the first call --------------------------------------------------------------------------------------------------
 
 
-def test_a_plans_kernels_compile_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plans_kernels_compile_side_by_side(tmp_path: Path) -> None:
     """Not one behind the other in the thread that launches, and once each; the launches come in their order."""
-    threads: list[int] = []
-    true = triton.compiler.compile
-
-    def compile_(*arguments: Any, **options: Any) -> Any:
-        threads.append(threading.get_ident())
-        return true(*arguments, **options)
-
     from triton_kernels import scale_kernel, tuple_kernel
 
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "compile", staticmethod(compile_), raising=False)
-    for kernel in (scale_kernel, tuple_kernel):
-        monkeypatch.setattr(kernel, "compile", compile_)
+    threads: list[int] = []
     planner = Planner()
     x, y = planner.given(128, dtype=torch.float32), planner.given(128, dtype=torch.float32)
     planner.launch(scale_kernel, (1,), x, y, 2.0, 128, BLOCK=128, num_warps=4)
     planner.launch(tuple_kernel, (1,), x, (128, 3), y, BLOCK=128, num_warps=4)
     plan = planner.plan()
-    with offline_driver(target("sm_80"), Recorder(), tmp_path) as recorder:
+    with offline_driver(target("sm_80"), Recorder(), tmp_path) as recorder, triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **_: threads.append(threading.get_ident())
         for _ in range(2):
             plan.run([torch.zeros(128), torch.zeros(128)], inputs=1)
     assert len(threads) == 2

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 import cast_kernels.triton.projection as triton_projection
@@ -138,16 +139,20 @@ def _backward_fake(
     ]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.eps, ctx.wanted = inputs[5], [t is not None and t.requires_grad for t in inputs[:5]]
+class _Packed(_SingleLevelFunction):
+    """The operator in autograd's graph, with one packed gradient; what else reaches x is autograd's to add."""
 
+    @staticmethod
+    def forward(ctx: Any, run: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.eps = inputs[5]
+        return _derivatives.below_autograd(lambda: run(*inputs))
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Of one packed gradient; what else reaches x is autograd's to add."""
-    x, *parameters = ctx.saved_tensors
-    found = torch.ops.cast_kernels.projection_backward(x, *parameters, [grad], None, ctx.eps, ctx.wanted)
-    return *(g if want else None for g, want in zip(found, ctx.wanted, strict=True)), None, None
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        wanted = list(ctx.needs_input_grad[1:6])
+        found = torch.ops.cast_kernels.projection_backward(*ctx.saved_tensors, [grad], None, ctx.eps, wanted)
+        return None, *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None
 
 
 for _key in ("CPU", "CUDA"):
@@ -155,7 +160,7 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("projection_backward", _backward, _key)
 torch.library.register_fake("cast_kernels::projection", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("cast_kernels::projection_backward", _backward_fake, lib=_LIBRARY)
-_derivatives.register(_LIBRARY, "projection", _setup_context, _autograd)
+_derivatives.register(_LIBRARY, "projection", lambda run, inputs: _Packed.apply(run, *inputs))  # type: ignore[attr-defined]
 
 
 @register_flop_formula(torch.ops.cast_kernels.projection)

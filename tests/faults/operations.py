@@ -7,25 +7,59 @@ from faults.base import fault
 DERIVATIVES = "tests/test_derivatives.py -k"
 FFN = "csrc/cpu/ffn_forward.h"
 TRANSFORMS = "cast_kernels/ops/_derivatives.py"
+OPERATOR, SIGNATURES = "cast_kernels/ops/_operator.py", "cast_kernels/ops/_signatures.py"
+CHECKED = "tests/test_checked_calls.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
 LAYERS = "tests/test_plain.py"
+GLANCE = "tests/test_plain_glance.py"
 EVERYWHERE = "tests/test_plain_everywhere.py"
 
+PROJECTION, PROJECTED = "cast_kernels/ops/_projection.py", "tests/test_projection.py"
+PRODUCTS, LEVELS = "cast_kernels/triton/projection.py", "cast_kernels/recompute.py"
+RULE, WARM = "tests/test_recompute.py", "tests/test_warm.py"
+
 FAULTS = [
+    # --- before attention on a GPU
+    fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come",
+          (PRODUCTS, "        start += grad.shape[1]\n", "")),
+    fault("the gradient of the residual is lost before attention", f"{PROJECTED} -k in_emulation",
+          (PRODUCTS, "None if grad_residual is None else grad_residual.contiguous()", "None")),
+    fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come",
+          (PRODUCTS, "total.addmm_(grad, rows)", "total")),
+    fault("gradients of what is frozen before attention", f"{PROJECTED} -k how_they_come",
+          (PROJECTION, "wanted = x.shape[-1], list(ctx.needs_input_grad[:5])", "wanted = x.shape[-1], [True] * 5"),
+          (PROJECTION, "given = [grad if want else None for grad, want in zip(found, wanted, strict=True)]",
+           "given = list(found)")),
+    fault("gradients stacked before attention", f"{PROJECTED} -k keeps_its_layout",
+          (PROJECTION, "if torch.compiler.is_compiling() or torch", "if True or torch")),
+    fault("frozen weights cast twice a step", f"{PROJECTED} -k cast_once",
+          ("cast_kernels/ops/_casts.py", "problem.recompute is not Recompute.NOTHING", "True")),
+    fault("a trained weight is taken for a frozen one", PROJECTED,
+          ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad]", "if t is not None]")),
+    # --- what is kept, and the first call
+    fault("everything kept whatever it takes", RULE,
+          (LEVELS, "if kept(problem) <= allowed(device) else", "if True else")),
+    fault("a level that was asked for is overruled", RULE, (LEVELS, "if check(recompute) != AUTO:", "if False:")),
+    fault("what is free decides what is kept", RULE,
+          (LEVELS, "torch.cuda.get_device_properties(index).total_memory", "torch.cuda.mem_get_info(index)[0]")),
+    fault("kernels compiled ahead for a table of their own", WARM,
+          ("cast_kernels/evidence/warm.py", "DTYPES[dtype])", "None)")),
+    fault("kernels compile one behind the other", WARM,
+          ("cast_kernels/triton/compiling.py", "if len(compilations) < 2 or", "if True or")),
     # --- derivatives, and modules without memory
     fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
-          (TRANSFORMS, "lambda ctx, inputs, output: None, refuse)", "lambda ctx, inputs, output: None, lambda ctx, *_: "
-           "(None,) * (len(ctx.needs_input_grad) - 4))")),
+          (TRANSFORMS, "if all(grad is None for grad in grads):", "if True:")),
+    fault("second derivative passed by", f"{DERIVATIVES} second_derivative",
+          (OPERATOR, "if torch.is_grad_enabled() or watched() or", "if watched() or")),
     fault("tangents not looked for", f"{DERIVATIVES} forward_mode",
           (TRANSFORMS, "if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):", "if False:")),
     fault("gradient of zeros for what is kept", f"{DERIVATIVES} what_it_keeps",
-          (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
+          (OPERATOR, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
     fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
     fault("transforms around a call see none of it", f"{DERIVATIVES} second_derivative",
-          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n            # A",
-           "if False:\n            # A")),
+          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n        with", "if False:\n        with")),
     fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
     fault("math attention without its scale", f"{DERIVATIVES} maths_error",
@@ -46,6 +80,29 @@ FAULTS = [
           ("cast/positions.py", "if module.pos_embed.is_meta and like is not None:", "if False:")),
     fault("reset without the norms", "tests/test_positions.py",
           ("cast_kernels/modules/bcast.py", 'name in ("ln_s_cross", "ln_t_cross"):', "name in ():")),
+    # --- calls that were checked before
+    fault("any tensors are taken for those that were checked", CHECKED,
+          (SIGNATURES, "if guards.check(*tensors):", "if True:")),
+    fault("autocast's dtype is passed over", CHECKED,
+          (OPERATOR, "torch.is_grad_enabled(), autocast_dtype(x), ", "torch.is_grad_enabled(), ")),
+    fault("grad mode is passed over", CHECKED,
+          (OPERATOR, "arguments, torch.is_grad_enabled(), auto", "arguments, auto")),
+    fault("a backend that is gone still runs", CHECKED,
+          (OPERATOR, "autocast_dtype(x), backends.circumstances()", "autocast_dtype(x)")),
+    fault("the memory of checked calls grows", CHECKED,
+          (SIGNATURES, "while len(self._known) > MOST_ARGUMENTS:", "while False:")),
+    fault("the memory of shapes grows", CHECKED, (SIGNATURES, "self._known[: MOST_LISTS - 1]", "self._known")),
+    fault("profilers see no operator", CHECKED,
+          (SIGNATURES, "torch._C._autograd._profiler_enabled()\n        or ", "")),
+    fault("function modes see no operator", CHECKED, (SIGNATURES, "or torch._C._len_torch_function_stack() > 0", "")),
+    fault("what is below autograd is differentiated", CHECKED,
+          (SIGNATURES, "if below and torch.is_grad_enabled():", "if False:")),
+    fault("a lazy negation is passed over", CHECKED,
+          (SIGNATURES, "and torch._C._dispatch_keys(x).raw_repr() in plain[x.device])", ")")),
+    fault("every call goes through the dispatcher", CHECKED,
+          (OPERATOR, "found = Checked(call, kernels,", "found = Checked(call, None,")),
+    fault("every gradient goes through the dispatcher", CHECKED,
+          (OPERATOR, "if checked is not None and _straight_back", "if False and _straight_back")),
     # --- layers that must be called
     fault("a replaced layer's weight is read", LAYERS,
           (PLAIN, "reading is None or kind.forward is not reading.forward", "reading is None")),
@@ -84,6 +141,25 @@ FAULTS = [
           ("cast/layers.py", "branch = branch * row_scale[..., None].to(branch.dtype)", "pass")),
     fault("the adapter's skip forgotten by modules", LAYERS,
           ("cast/layers.py", "y = y + adapter(a)", "y = x + adapter(a)")),
+    fault("a later forward hook is passed over", LAYERS,
+          (PLAIN, 'own["_forward_hooks"] or own["_forward_pre_hooks"]', 'own["_forward_pre_hooks"]')),
+    fault("a later backward hook is passed over", GLANCE,
+          (PLAIN, 'own["_backward_hooks"] or own["_backward_pre_hooks"]', 'own["_backward_pre_hooks"]')),
+    fault("a later forward on the instance is passed over", LAYERS, (PLAIN, ' or "forward" in own', "")),
+    fault("another class later is passed over", LAYERS, (PLAIN, "if type(module) is not kind:", "if False:")),
+    fault("a class patched later is passed over", GLANCE,
+          (PLAIN, "if kind.forward is not forward or _calls(kind) != _CALLS:", "if False:")),
+    fault("a global hook later is passed over", EVERYWHERE, (PLAIN, " or any(_GLOBAL_HOOKS):\n", ":\n")),
+    fault("a bias that was added later is not read", LAYERS, (PLAIN, "for field in absent:", "for field in ():")),
+    fault("a layout that came later is read", LAYERS,
+          (PLAIN, "_TENSORS or tensor.layout is not torch.strided or field", "_TENSORS or field")),
+    fault("an attribute before a parameter is passed over", GLANCE,
+          (PLAIN, "torch.strided or field in own:", "torch.strided:")),
+    fault("settings that changed are passed over", GLANCE, (PLAIN, "if own[key] != value:", "if False:")),
+    fault("epsilons that differ later are passed over", GLANCE,
+          ("cast_kernels/modules/bcast.py", 'or self._modules["ln_s_cross"].eps != self._modules["ln_t_cross"].eps',
+           "or False")),
+    fault("nothing is read at a glance", GLANCE, (PLAIN, "    _GLANCES[owner] = known", "    pass")),
     fault("a wrapped embedding is read", "tests/test_pretrain.py -k wrapped",
           ("cast/pretrain/model.py", 'plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed)',
            "plain.global_obstacle()")),
