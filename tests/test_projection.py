@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,11 +29,14 @@ import cast_kernels
 from cast_kernels import SelfAttentionParameters, attention
 from cast_kernels.evidence.cases import poisoned_memory
 from cast_kernels.evidence.compile import read
-from cast_kernels.evidence.driver import Launcher, Recorder, offline_driver
+from cast_kernels.evidence.driver import Launch, Launcher, Recorder, offline_driver
 from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.gates import EXCEPTIONS, judge
 from cast_kernels.evidence.targets import target
 from cast_kernels.problem import Verdict
+from cast_kernels.triton import adapter as triton_adapter
+from cast_kernels.triton import ffn as triton_ffn
+from cast_kernels.triton import projection as triton_projection
 
 BF16 = torch.bfloat16
 TARGETS = ("sm_80", "sm_90")
@@ -227,3 +232,56 @@ def test_a_frozen_weight_is_cast_once_a_step_where_all_is_kept(
         assert copied[p.data_ptr()] == times or p.ndim == 1 or elsewhere  # backward needs few biases
     assert copied[parameters.down_weight.data_ptr()] == copied[parameters.up_weight.data_ptr()] == 2
     assert len(launches) == {("ffn", 2): 2, ("self_attention", 2): 4}.get((op, times), 3)
+
+
+# --- edges that only show on a device --------------------------------------------------------------------------------
+
+
+def step(op: str, rows: int, autocast: torch.dtype | None = BF16) -> None:
+    """Forward and backward of one half block."""
+    if op == "ffn":
+        ffn_cases.run(
+            ffn_cases.Case(lead=(rows,), dim=96, hidden=64, adapter=48), torch.float32, "triton", autocast=autocast
+        )
+    else:
+        run(replace(SMALL, batch=1, tokens=rows), torch.float32, "triton", autocast=autocast)
+
+
+@pytest.mark.parametrize("op", ["ffn", "self_attention"])
+def test_another_batch_size_compiles_nothing(op: str, tmp_path: Path) -> None:
+    """Neither 1 nor a multiple of 16 makes kernels of their own."""
+    with offline_driver(target("sm_80"), Recorder(), tmp_path) as recorder:
+        step(op, 37)
+        known = set(recorder.records)
+        for rows in (38, 48, 64, 1, 1000):
+            step(op, rows)
+        assert set(recorder.records) == known
+
+
+class Journal:
+    """Whether each launch came inside of `watch`."""
+
+    enforces_limits = True
+
+    def __init__(self) -> None:
+        self.inside: list[bool] = []
+        self.depth = 0
+
+    def launch(self, _: Launch) -> None:
+        self.inside.append(self.depth > 0)
+
+    @contextmanager
+    def watch(self, _: Tensor) -> Iterator[None]:
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+
+@pytest.mark.parametrize("op", ["ffn", "self_attention"])
+def test_every_launch_is_on_the_streams_device(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with offline_driver(target("sm_80"), Journal(), tmp_path) as journal:
+        for module in (triton_adapter, triton_ffn, triton_projection):
+            monkeypatch.setattr(module, "on_device", journal.watch)
+        step(op, 37)
+    assert len(journal.inside) > 6
+    assert all(journal.inside)

@@ -86,9 +86,8 @@ class _Projection(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         dim, wanted = x.shape[-1], list(ctx.needs_input_grad[:5])
         *parts, residual = grads
-        rows = x.shape[:-1].numel()
         found = torch.ops.cast_kernels.projection_backward(
-            x.reshape(-1, dim), *parameters, [part.reshape(rows, -1) for part in parts], residual.reshape(-1, dim),
+            x.reshape(-1, dim), *parameters, [part.flatten(2).flatten(0, 1) for part in parts], residual.reshape(-1, dim),
             ctx.eps, wanted,
         )  # fmt: skip
         given = [grad if want else None for grad, want in zip(found, wanted, strict=True)]

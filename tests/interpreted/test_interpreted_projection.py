@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import ffn_cases
 import pytest
 import torch
 from derivative_cases import CALLS
@@ -118,3 +120,23 @@ def test_nan_and_inf_are_kept(value: float) -> None:
     assert x.grad[0].isnan().all()
     assert y[1].isfinite().all()
     assert x.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("run_op", "case"), [(run, CASE), (ffn_cases.run, ffn_cases.Case(lead=(9,), dim=48, hidden=64, adapter=16))]
+)
+def test_an_overflow_in_fp16_reaches_the_gradients(run_op: Any, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So GradScaler sees it and skips the step: a gradient above 65504, as a large loss scale makes it."""
+    true = type(case).grad_y
+
+    def grad_y(self: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        grad = true(self, dtype)
+        grad.view(-1)[7] = 1e6
+        return grad
+
+    monkeypatch.setattr(type(case), "grad_y", grad_y)
+    for name in ("eager", "triton"):
+        found = run_op(case, torch.float32, name, autocast=torch.float16)
+        assert not found["grad.up_weight"].isfinite().all(), name
+        assert not found["grad.down_weight"].isfinite().all(), name
+        assert not found["grad.x"].isfinite().all(), name
