@@ -175,6 +175,7 @@ class RunSettings:
         precision: of products; weights stay fp32. fp16 needs a GPU.
         fused: whether compiled kernels may run, or eager PyTorch only.
         recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
+        stream_dtype: of CAST's residual streams: auto, float32; autocast, that of precision, which must not be fp32.
         attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
     """
@@ -182,8 +183,16 @@ class RunSettings:
     precision: Precision = "bf16"
     fused: bool = True
     recompute: Literal["nothing", "cheap", "all"] = "cheap"
+    stream_dtype: Literal["auto", "autocast"] = "auto"
     attention: Literal["auto", "sdpa", "math", "flash-attn", "xformers"] = "auto"
     compile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stream_dtype == "autocast" and self.precision == "fp32":
+            raise ValueError(
+                "run.stream_dtype is autocast and run.precision fp32, which has no autocast; choose bf16 or fp16, or "
+                "leave run.stream_dtype at auto"
+            )
 
 
 @dataclass(frozen=True)
