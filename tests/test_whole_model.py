@@ -1,4 +1,4 @@
-"""A whole model's prediction: its composition is the product's, its rules do what they say, what is committed is theirs."""
+"""A whole model's prediction: its composition is the product's, its rules do what they say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cast_models import randomise
 from fake_gpu import fake_gpu, gpu_autocast
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
@@ -84,19 +83,19 @@ def test_the_parts_are_the_products_operators(streams: str, training: bool) -> N
     assert training == bool(backward)
 
 
-def test_streams_are_float32_under_cudas_autocast() -> None:
-    """Of the product on a fake GPU, after the embedding and every block, and in bfloat16 where that was asked for."""
-    for stream_dtype, expected in (("auto", torch.float32), ("autocast", torch.bfloat16)):
-        with fake_gpu():
-            with unset_fake_temporarily(), torch.device("meta"):
-                model = cast.CAST("tiny", heads={"action": 5}, fused=False, stream_dtype=stream_dtype)
-            model = model.to_empty(device="cuda")
-            seen: list[torch.dtype] = []
-            for block in model.blocks:
-                block.register_forward_hook(lambda _, given, out: seen.extend(x.dtype for x in (*given, *out)))
-            with gpu_autocast(torch.bfloat16):
-                model(torch.empty(1, 3, 16, 48, 48, device="cuda"))
-        assert seen == [expected] * 4 * len(model.blocks)
+@pytest.mark.parametrize(("stream_dtype", "expected"), [("auto", torch.float32), ("autocast", torch.bfloat16)], ids=str)
+def test_the_dtype_of_the_streams_under_cudas_autocast(stream_dtype: str, expected: torch.dtype) -> None:
+    """Of the product on a fake GPU, before and behind every block."""
+    with fake_gpu():
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = cast.CAST("tiny", heads={"action": 5}, fused=False, stream_dtype=stream_dtype)
+        model = model.to_empty(device="cuda")
+        seen: list[torch.dtype] = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, given, out: seen.extend(x.dtype for x in (*given, *out)))
+        with gpu_autocast(torch.bfloat16):
+            model(torch.empty(1, 3, 16, 48, 48, device="cuda"))
+    assert seen == [expected] * 4 * len(model.blocks)
 
 
 def test_cudas_rules_on_the_cpu_are_cudas() -> None:
@@ -117,9 +116,8 @@ def test_cudas_rules_on_the_cpu_are_cudas() -> None:
     )
 
 
-def test_what_is_not_run_is_what_would_run(tmp_path: Path) -> None:
-    """Operators around our launches, and the launches, on tensors without contents and on real ones."""
-    del tmp_path
+def test_what_is_not_run_is_what_would_run() -> None:
+    """The same operators on tensors without contents and on real ones."""
     for part in parts(TINY, "eager"):
         real, unrun = Ledger(), Unrun()
         for ledger in (real, unrun):
@@ -146,10 +144,6 @@ def test_every_way_of_a_small_model() -> None:
     assert {"project", "exchange", "adapter_backward", "norm", "activate", "weight_gradient"} <= names
     assert all(row.us >= row.bound for row in ours.rows)
     assert eager.host_us == pytest.approx((eager.kernels - 2) * (host.OPERATOR + host.LAUNCH))
-    fewer = replace(TINY, training=False)
-    assert {way.name: way.kernels for way in whole_model.predict(["H100"], [fewer])} < {
-        way.name: way.kernels for way in (eager, compiled, ours)
-    } or all(a.kernels < b.kernels for a, b in zip(ways(training=False), (eager, compiled, ours), strict=True))
 
 
 def test_a_launch_of_ours_is_charged_as_a_library_kernel() -> None:
@@ -224,13 +218,10 @@ def test_goals_are_held_against_predictions() -> None:
 
 def test_streams_and_kinds_have_the_names_of_the_command_line() -> None:
     assert tuple(STREAMS) == STREAM_NAMES
-    assert KINDS["amp"].streams is None and KINDS["amp16"].streams == STREAMS["bf16"]
+    assert KINDS["amp"].streams is None
+    assert KINDS["amp16"].streams == STREAMS["bf16"]
 
 
 def test_what_is_measured_on_the_host_is_positive(tmp_path: Path) -> None:
     measured = host.measure(tmp_path, repeats=1)
     assert 0 < measured.operator < measured.triton
-
-
-def test_the_tiny_model_is_one_that_can_be_made() -> None:
-    assert randomise(product(TINY))
