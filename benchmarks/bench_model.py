@@ -19,6 +19,7 @@ from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Row, Sizes
 from models import Training, count_flops, exact_logits, exact_training, make_batch, make_model
 from peak_memory import measure_apart
 from peers import onnx_runtime, openvino
+from prediction import predicted_model
 from report import recorded_time
 from torch import Tensor
 from variants import LEVELS, PACKAGES, attending, attentions, compiled, options_of, ours, package_attention
@@ -146,6 +147,7 @@ def make_work(
         samples={"cpu": 9, "cuda": 20}[device],
         seconds={"cpu": 70.0, "cuda": 15.0}[device],
         memory_alone=work == "training memory",
+        predicted=predicted_model(machine, device, kind.name, batch, work) if sizes.name == "paper" else {},
     )
 
 

@@ -124,11 +124,8 @@ def explain(problem: SelfAttentionProblem) -> str:
         verdict = can_run(name, problem)
         lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
     try:
-        why = (
-            ": it dispatches itself, on H100, H200 and B200 to cuDNN first, on other GPUs to flash first"
-            if problem.attention == "auto"
-            else ""
-        )
+        dispatches = ": it dispatches itself, on H100, H200 and B200 to cuDNN first, on other GPUs to flash first"
+        why = dispatches if problem.attention == "auto" else ""
         lines.append(f"attention={problem.attention!r} runs: {select(problem)}{why}")
     except BackendError as error:
         lines.append(str(error))
