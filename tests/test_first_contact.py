@@ -281,6 +281,32 @@ def test_what_comes_back_is_within_the_limits() -> None:
     assert all(name.replace(".", "").replace("_", "").replace("-", "").isalnum() for name in names)
 
 
+#: Packages that we ask pip for and that a bare machine with a GPU may lack.
+LACKING = ("av", "jsonargparse", "docstring_parser", "open_clip", "openvino", "xformers", "flash_attn", "torchcodec")
+
+
+def bare(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program as if those were not installed."""
+    begin = f"import sys\nfor name in {LACKING}: sys.modules[name] = None\n"
+    return subprocess.run([sys.executable, "-c", begin + program], capture_output=True, text=True, env=ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tools")])
+    })  # fmt: skip
+
+
+def test_models_kernels_and_training_load_on_a_bare_machine() -> None:
+    done = bare(
+        "import cast, cast.training, cast_kernels.cli, cast_kernels.evidence.predict"
+        "\nwith __import__('torch').device('meta'): cast.CAST('base')"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_needs_a_lacking_package_says_so() -> None:
+    done = bare("import cast\ntry: cast.Predictor\nexcept ModuleNotFoundError as error: print(error, error.name)")
+    assert done.stdout.startswith("cast.Predictor needs a package that is not installed: "), done.stderr
+    assert done.stdout.rstrip().endswith(" av")
+
+
 def test_the_tree_may_be_sent_along() -> None:
     """A machine that is lent takes a working tree of at most 64 MiB; half of that leaves room for what is carried."""
     if not (ROOT / ".git").exists():
