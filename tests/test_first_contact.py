@@ -242,6 +242,71 @@ def test_nothing_of_a_stage_outlives_it(tmp_path: Path) -> None:
     _wait_for(lambda: "sleep" not in _text(Path(f"/proc/{pid}/comm")) or " Z " in _text(Path(f"/proc/{pid}/stat")))
 
 
+BENCHMARK = """
+import os, signal, types, pytest
+
+@pytest.fixture(scope="session")
+def bench():
+    return types.SimpleNamespace(broken="")
+
+@pytest.fixture
+def measured(row, bench):
+    if row == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if row == "wrong":
+        pytest.fail("wrong: an error of 3 x eager's", pytrace=False)
+    if row in ("late", "lacking"):
+        pytest.skip("not begun: the minutes were over" if row == "late" else "no such package")
+    if row == "faults":
+        bench.broken = "the GPU can be used no more"
+        pytest.fail("an illegal access", pytrace=False)
+    if row == "raises":
+        raise KeyError("in a library")
+    return {"median_ms": 1.5, "all_ms": [1.5]}
+
+@pytest.mark.parametrize("row", ["fine", "wrong", "dies", "lacking", "faults", "raises", "late"], ids=str)
+def test_row(measured):
+    pass
+"""
+
+
+def test_benchmarks_are_rows_whatever_ends_their_process(tmp_path: Path) -> None:
+    (tmp_path / "test_rows.py").write_text(BENCHMARK)
+    pytest_run = (
+        sys.executable,
+        "-m",
+        "pytest",
+        str(tmp_path),
+        "-p",
+        "first_contact.plugin",
+        "-q",
+        f"--rootdir={tmp_path}",
+    )
+    kept = Stage("times", "about times", (*pytest_run, "-p", "no:cacheprovider"), 100)
+    code, made = contact(tmp_path / "out", [(kept,)], seconds=100)
+    assert code == WRONG
+    found = {row["row"]: row for row in made.found[0].rows}
+    expected = {
+        "fine": True,
+        "wrong": False,
+        "dies": False,
+        "lacking": None,
+        "faults": False,
+        "raises": False,
+        "late": None,
+    }
+    assert {name: row["ok"] for name, row in found.items()} == expected
+    assert found["fine"]["median_ms"] == 1.5
+    assert "all_ms" not in found["fine"]
+    assert "3 x eager" in found["wrong"]["why_not"]
+    assert "SIGSEGV" in found["dies"]["why_not"]
+    assert "an illegal access" in found["faults"]["why_not"]
+    assert "KeyError" in found["raises"]["why_not"]
+    assert found["late"]["late"]
+    assert not found["lacking"]["late"]
+    assert not made.found[0].broken
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -313,3 +378,11 @@ def test_the_tree_may_be_sent_along() -> None:
         pytest.skip("no checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert sum((ROOT / name).lstat().st_size for name in listed.split("\0") if name) < 32 << 20
+
+
+def test_the_workers_rows_are_those_of_the_benchmarks() -> None:
+    known = {group.name: group for group in worker.groups(PAPER)}
+    for name in (*worker.CHECKED, *worker.REPEATED):
+        assert worker.OURS in known[name].rows
+    for room in ("correctness", "repetition", "step"):
+        assert worker.ROOMS[room](FakeMachine(), known)

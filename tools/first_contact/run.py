@@ -123,6 +123,8 @@ class Contact:
         while self.running:
             self._look()
             if time.monotonic() >= due:
+                for one in self.running:
+                    one.bring()
                 self._summarise()
                 due = time.monotonic() + _SUMMARY_EVERY
             time.sleep(_LOOK)

@@ -49,6 +49,11 @@ class Found:
         return [row for row in self.rows if row.get("ok") is False]
 
     @property
+    def late(self) -> bool:
+        """Whether the time was too short for something."""
+        return bool(self.ended or self.missing or any(row.get("late") for row in self.rows))
+
+    @property
     def missing(self) -> list[str]:
         """Rows that were never begun."""
         return [name for name in self.planned if name not in self.begun]
@@ -70,7 +75,7 @@ class Running:
         self, stage: Stage, seconds: float, scratch: Path, outputs: Outputs, environment: Mapping[str, str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.stage, self.outputs, self._clock = stage, outputs, clock
+        self.stage, self.outputs, self._scratch, self._clock = stage, outputs, scratch, clock
         self.found = Found(stage.name, stage.about)
         self._begin = self._row_begin = clock()
         self._end = self._begin + seconds
@@ -88,11 +93,13 @@ class Running:
         self._row, self._row_begin = "", self._clock()
         self._count = len(self.found.begun)
         self._processes += 1
-        until = str(time.time() + self._end - self._clock())
+        seconds = self._end - self._clock()
+        places = {"{scratch}": str(self._scratch), "{minutes}": f"{seconds / 60:.3f}"}
+        command = [_filled(part, places) for part in self.stage.command]
         with self._log.path.open("ab") as log:
             self._process = subprocess.Popen(
-                self.stage.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**self._environment, "FIRST_CONTACT_UNTIL": until}, process_group=0,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env={**self._environment, "FIRST_CONTACT_UNTIL": str(time.time() + seconds)}, process_group=0,
             )  # fmt: skip
 
     def finished(self) -> bool:
@@ -131,11 +138,18 @@ class Running:
         self.kill()
         self._collect()
         self.outputs.append(self.stage.file, self._log.rest())
+        self.bring()
         if self._row:
             self._keep({"row": self._row, "ok": None, "why_not": f"not finished: {why}"})
         self.found.ended, self.found.broken = why, broken
         self.found.seconds = self._clock() - self._begin
         return True
+
+    def bring(self) -> None:
+        """Copy the file that the processes keep beside their rows."""
+        path = self._scratch / self.stage.brings
+        if self.stage.brings and path.exists():
+            self.outputs.replace(path.name, path.read_text(errors="replace"))
 
     def stop(self, why: str) -> None:
         """End it now, with what it has."""
@@ -171,6 +185,12 @@ class Running:
         self.found.rows.append(entry)
         self.outputs.append(RESULTS, json.dumps({"stage": self.stage.name, **entry}) + "\n")
         self._row, self._row_begin = "", self._clock()
+
+
+def _filled(text: str, places: Mapping[str, str]) -> str:
+    for name, value in places.items():
+        text = text.replace(name, value)
+    return text
 
 
 def _parsed(line: str) -> dict[str, Any]:

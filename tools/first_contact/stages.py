@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,12 @@ class Stage:
 
     name: str
     about: str
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # {scratch} is a folder, {minutes} what is left for the process
     seconds: float  # most of all its processes
     needs: float = 5.0  # with less time left it is not begun
     row_seconds: float = math.inf  # most of one row, the start of its process included
     file: str = "log.txt"  # where its output goes
+    brings: str = ""  # a file that its processes write in {scratch}, and that comes back as well
 
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
@@ -32,17 +34,29 @@ def _rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds
     return Stage(name, about, _python("first_contact.worker", name), seconds, needs, row_seconds)
 
 
+def _benchmarks(name: str, about: str, seconds: float, which: str) -> Stage:
+    """Rows of `pytest benchmarks/`; all stages keep them in one file, and none measures what it holds already."""
+    pytest = _python(
+        "pytest", str(_BENCHMARKS), "--benchmark-only", "--device", "cuda", "-k", which, "--minutes", "{minutes}",
+        "--rows", "{scratch}/" + _ROWS, "--resume", "-p", "first_contact.plugin", "-p", "no:cacheprovider", "-q",
+    )  # fmt: skip
+    return Stage(name, about, pytest, seconds, needs=15, row_seconds=150, brings=_ROWS)
+
+
+_BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+_ROWS = "benchmarks.json"
+
 #: Stages in one tuple run at the same time: none of them uses the GPU.
 STAGES: tuple[tuple[Stage, ...], ...] = (
     (
         Stage("machine", "what the machine is", _python("first_contact.machine"), 60, file="machine.txt"),
-        Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 120),
+        Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 90),
+        Stage("compile", "every kernel, ahead of its first call", _python("first_contact.compile"), 60),
     ),
-    (_rows("correctness", "errors against fp64, at most twice eager's", 120),),
-    (_rows("ceilings", "copy bandwidth and GEMM rate", 30),),
-    (_rows("times", "medians of CUDA events", 200, row_seconds=90),),
-    (_rows("repetition", "the same bits, many times over", 40),),
-    (_rows("step", "one training step: kernels by time, time on the host", 60),),
-    (_rows("kernels", "registers and spills as loaded", 30),),
+    (_rows("correctness", "errors against fp64, at most twice eager's", 100),),
+    (_benchmarks("times", "ours and eager, medians of CUDA events", 160, "not compile"),),
+    (_rows("repetition", "the same bits, many times over", 45),),
+    (_rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 60),),
+    (_benchmarks("compiled", "the same beside torch.compile", 150, "compile"),),
     (_rows("sanitizer", "compute-sanitizer", 240, needs=30, row_seconds=200),),
 )

@@ -22,7 +22,7 @@ def status(found: Sequence[Found], skipped: Sequence[str]) -> int:
     """The exit status: 1 where something is wrong or broke, 3 where only the time was too short, else 0."""
     if any(stage.wrong or stage.broken for stage in found):
         return WRONG
-    return INCOMPLETE if skipped or any(stage.ended or stage.missing for stage in found) else RIGHT
+    return INCOMPLETE if skipped or any(stage.late for stage in found) else RIGHT
 
 
 def markdown(
