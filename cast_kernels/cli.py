@@ -20,6 +20,7 @@ PROBLEMS = ("step", "paper", "all")
 LEVELS = ("nothing", "cheap", "all")
 SIZES = ("small", "paper")
 DEVICES = ("A100", "H100", "H200")
+TIERS = ("first", "full")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,13 +115,15 @@ def _predict(options: Namespace) -> int:
 def _gpu_check_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="report as JSON (gpu-check-NAME.json)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
-    parser.add_argument("--quick", action="store_true", help="one problem and one batch size")
+    parser.add_argument("--quick", action="store_true", help="one problem, and at most five minutes of benchmarks")
+    parser.add_argument("--tier", choices=TIERS, help="of the benchmarks: the rows of most worth (first), or all")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no group of benchmarks after so many")
 
 
 def _gpu_check(options: Namespace) -> int:
-    from cast_kernels.evidence import gpu_check
+    from cast_kernels.gpu import check
 
-    return gpu_check.main(options.json, options.report, options.quick)
+    return check.main(options.json, options.report, options.quick, options.tier, options.minutes)
 
 
 def _tune_options(parser: ArgumentParser) -> None:
@@ -128,7 +131,7 @@ def _tune_options(parser: ArgumentParser) -> None:
 
 
 def _tune(options: Namespace) -> int:
-    from cast_kernels.evidence import tune
+    from cast_kernels.gpu import tune
 
     return tune.main(options.write)
 
