@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from first_contact.stages import ROOT
+
 COMMANDS = (
     [sys.executable, "-m", "pip", "install", "-e", ".", "--no-deps", "--no-build-isolation", "--no-index"],
     [sys.executable, "setup.py", "build_ext", "--inplace"],  # where pip may not write into the environment

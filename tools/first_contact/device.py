@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from cast_kernels.gpu.machine import CudaMachine, Machine
+from cast_kernels.gpu import machine
 
-#: Whether no GPU is there, and an emulated one takes its place.
+#: Whether no GPU is there, and `tests/rehearsal.py` takes its place.
 EMULATED = bool(os.environ.get("FIRST_CONTACT_EMULATED"))
 
 
 @contextmanager
-def device() -> Iterator[Machine]:
-    """The machine that everything runs on.
+def device() -> Iterator[machine.Machine]:
+    """The machine that everything runs on. What it replaces in a rehearsal must be imported inside.
 
     Raises:
         NoGPUError: there is none, and none is emulated.
     """
     if not EMULATED:
-        yield CudaMachine()
+        yield machine.CudaMachine()
         return
-    raise NotImplementedError
+    from rehearsal import rehearsing
+
+    cache = os.environ.get("REHEARSAL_CACHE")
+    with rehearsing(Path(cache) if cache else None):
+        yield machine.CudaMachine()

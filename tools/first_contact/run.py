@@ -15,7 +15,7 @@ from types import FrameType
 from first_contact.budget import RESERVE, Budget
 from first_contact.outputs import Outputs
 from first_contact.running import Found, Running
-from first_contact.stages import STAGES, Stage
+from first_contact.stages import ROOT, Stage, stages
 from first_contact.summary import markdown, status
 
 SUMMARY = "summary.md"
@@ -48,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"first_contact.sh: {options.out} cannot be written to: {error}", file=sys.stderr)
         return _USAGE
     budget = Budget(60 * options.minutes)
-    environment = {**os.environ, "FIRST_CONTACT_EMULATED": "1"} if options.emulated else dict(os.environ)
-    return Contact(outputs, budget, environment, options.emulated).run(STAGES)
+    environment = dict(os.environ)
+    if options.emulated:
+        path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        environment |= {"FIRST_CONTACT_EMULATED": "1", "PYTHONPATH": path}
+    return Contact(outputs, budget, environment, options.emulated).run(stages(options.emulated))
 
 
 def _minutes(text: str) -> float:
@@ -80,16 +83,16 @@ class Contact:
         self.found: list[Found] = []
         self.skipped: list[str] = []
 
-    def run(self, stages: Sequence[tuple[Stage, ...]]) -> int:
+    def run(self, waves: Sequence[tuple[Stage, ...]]) -> int:
         """Everything that the time allows -> exit status."""
-        self.skipped = [stage.name for wave in stages for stage in wave]
+        self.skipped = [stage.name for wave in waves for stage in wave]
         previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
         # Should this process itself hang, in a write that does not return for example, the alarm gets it out.
         signal.setitimer(signal.ITIMER_REAL, self.budget.left() + RESERVE / 2)
         try:
             with tempfile.TemporaryDirectory(prefix="first-contact-", ignore_cleanup_errors=True) as scratch:
                 try:
-                    for wave in stages:
+                    for wave in waves:
                         self._wave(wave, Path(scratch))
                 except StoppedError as error:
                     signal.setitimer(signal.ITIMER_REAL, 0)

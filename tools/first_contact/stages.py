@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,29 +35,36 @@ def _rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds
     return Stage(name, about, _python("first_contact.worker", name), seconds, needs, row_seconds)
 
 
-def _benchmarks(name: str, about: str, seconds: float, which: str) -> Stage:
+def _benchmarks(name: str, about: str, seconds: float, which: str, emulated: bool) -> Stage:
     """Rows of `pytest benchmarks/`; all stages keep them in one file, and none measures what it holds already."""
+    rehearsed = ("-p", "rehearsal", "--sizes", "small") if emulated else ()
     pytest = _python(
-        "pytest", str(_BENCHMARKS), "--benchmark-only", "--device", "cuda", "-k", which, "--minutes", "{minutes}",
-        "--rows", "{scratch}/" + _ROWS, "--resume", "-p", "first_contact.plugin", "-p", "no:cacheprovider", "-q",
+        "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--device", "cuda", "-k", which,
+        "--minutes", "{minutes}", "--rows", "{scratch}/" + _ROWS, "--resume", *rehearsed,
+        "-p", "first_contact.plugin", "-p", "no:cacheprovider", "-q",
     )  # fmt: skip
     return Stage(name, about, pytest, seconds, needs=15, row_seconds=150, brings=_ROWS)
 
 
-_BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 _ROWS = "benchmarks.json"
+#: Where Triton looks for kernels that were compiled before.
+_CACHE = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+_COMPILE = _python("cast_kernels.cli", "compile", "--target", "sm_90", "--problems", "paper", "--cache", _CACHE)
 
-#: Stages in one tuple run at the same time: none of them uses the GPU.
-STAGES: tuple[tuple[Stage, ...], ...] = (
-    (
-        Stage("machine", "what the machine is", _python("first_contact.machine"), 60, file="machine.txt"),
-        Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 90),
-        Stage("compile", "every kernel, ahead of its first call", _python("first_contact.compile"), 60),
-    ),
-    (_rows("correctness", "errors against fp64, at most twice eager's", 100),),
-    (_benchmarks("times", "ours and eager, medians of CUDA events", 160, "not compile"),),
-    (_rows("repetition", "the same bits, many times over", 45),),
-    (_rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 60),),
-    (_benchmarks("compiled", "the same beside torch.compile", 150, "compile"),),
-    (_rows("sanitizer", "compute-sanitizer", 240, needs=30, row_seconds=200),),
-)
+
+def stages(emulated: bool) -> tuple[tuple[Stage, ...], ...]:
+    """What is done, in order of worth. Stages in one tuple run at the same time: none of them uses the GPU."""
+    return (
+        (
+            Stage("machine", "what the machine is", _python("first_contact.machine"), 60, file="machine.txt"),
+            Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 90),
+            Stage("compile", "kernels into Triton's cache, ahead of their first call", _COMPILE, 60),
+        ),
+        (_rows("correctness", "errors against fp64, at most twice eager's", 100),),
+        (_benchmarks("times", "ours and eager, medians of CUDA events", 160, "not compile", emulated),),
+        (_rows("repetition", "the same bits, many times over", 45),),
+        (_rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 60),),
+        (_benchmarks("compiled", "the same beside torch.compile", 150, "compile", emulated),),
+        (_rows("sanitizer", "compute-sanitizer", 240, needs=30, row_seconds=200),),
+    )
