@@ -374,6 +374,12 @@ def test_what_needs_a_lacking_package_says_so() -> None:
     assert done.stdout.rstrip().endswith(" av")
 
 
+def test_what_runs_the_processes_needs_the_standard_library_alone() -> None:
+    program = "import first_contact.run, first_contact.machine, first_contact.build, first_contact.rows"
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_tree_may_be_sent_along() -> None:
     """A machine that is lent takes a working tree of at most 64 MiB; half of that leaves room for what is carried."""
     if not (ROOT / ".git").exists():
