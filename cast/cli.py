@@ -36,6 +36,7 @@ def predict(
     batch: int = 6,
     trust_pickle: bool = False,
     timeout: float = 30.0,
+    graphs: bool = False,
 ) -> None:
     """Name the action in a video, in a folder of videos, or in a stream.
 
@@ -57,10 +58,11 @@ def predict(
         batch: clips in a forward pass
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
         timeout: seconds until a stream must be open, and until each next picture must come; 0 waits without an end
+        graphs: replay CUDA graphs, which spares the host the launches of kernels; needs a GPU
     """
     from cast.predict import main
 
-    main(video, checkpoint, top, json, sampling, every, window, batch, trust_pickle, timeout)
+    main(video, checkpoint, top, json, sampling, every, window, batch, trust_pickle, timeout, graphs)
 
 
 def export(

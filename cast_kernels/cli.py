@@ -21,6 +21,7 @@ LEVELS = ("nothing", "cheap", "all")
 SIZES = ("small", "paper")
 DEVICES = ("A100", "H100", "H200")
 TIERS = ("first", "full")
+STREAMS = ("fp32", "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,11 +102,20 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
     parser.add_argument("--recompute", choices=LEVELS, default="cheap", help="what backward computes again")
+    parser.add_argument(
+        "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"
+    )
+    _add_choices(parser, "--streams", STREAMS, STREAMS, "with --model: dtypes of the residual streams under autocast")
 
 
 def _predict(options: Namespace) -> int:
-    from cast_kernels.evidence import predict
+    from cast_kernels.evidence import predict, whole_model
 
+    if options.model:
+        return whole_model.main(
+            options.device, options.batch, options.json, options.folder, options.cache, options.recompute,
+            options.streams,
+        )  # fmt: skip
     return predict.main(
         options.device, options.batch, options.json, options.folder, options.cache, options.emulate,
         options.recompute,

@@ -20,13 +20,19 @@ from cast.training.settings import TrainSettings
 
 
 class FSDP2(Accelerator):
+    version = 2
+
     def __init__(self, **options: Any) -> None:
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         super().__init__(**options)
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["CASTBlock"]
+            fsdp_version=self.version,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["CASTBlock"],
         )
+        if self.mixed_precision != "no":  # as accelerate does where it turns to FSDP by itself
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
         _tell(self, DistributedType.FSDP)
 
 

@@ -53,7 +53,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels": ("cast_kernels",),
     "cast.optional": (),
     "cast.processes": (),
-    "cast.video": ("cast.video", "cast.files", "cast.optional", "cast.sampling"),
+    "cast.transfer": (),
+    "cast.graphs": (),
+    "cast.video": ("cast.video", "cast.files", "cast.optional", "cast.sampling", "cast.transfer"),
     "cast.config": ("cast_kernels",),
     "cast.layers": ("cast_kernels", "cast.config"),
     "cast.positions": ("cast.layers",),
@@ -86,7 +88,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.metrics",
         "cast.evaluation.protocol",
         "cast.files",
+        "cast.graphs",
         "cast.predict",
+        "cast.transfer",
     ),
     "cast.export": (
         "cast.config",
@@ -109,6 +113,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.pretrain",
         "cast.files",
         "cast.optional",
+        "cast.transfer",
     ),
     "cast.training": (
         "cast_kernels",
@@ -120,7 +125,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast.optional",
         "cast.processes",
         "cast.sampling",
+        "cast.graphs",
         "cast.training",
+        "cast.transfer",
     ),
     "cast.baselines": (
         "cast_kernels",

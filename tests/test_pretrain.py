@@ -430,3 +430,8 @@ def test_a_misspelt_setting_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> 
         main(["pretrain", "videomae", "data.root=x", "mask_ratoi=0.5"])
     assert caught.value.code == 2
     assert "mask_ratoi, which is no setting: did you mean mask_ratio?" in capsys.readouterr().err
+
+
+def test_graphs_are_refused_as_masks_are_drawn_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match=r"run\.graphs is for cast train: .* set it false"):
+        load_recipe(PretrainSettings, "videomae-digits", "run.graphs=true")

@@ -293,6 +293,15 @@ def test_fsdp2_equals_one_process(data: Path, single: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.heavy
+def test_fsdp2_under_bf16_equals_ddp(data: Path, tmp_path: Path) -> None:
+    """Both add gradients up in fp32 and leave rounding to autocast; bf16 sums would be a hundred times further off."""
+    for mode in ("ddp", "fsdp2"):
+        launch(mode, tmp_path / mode, *shared(data), "run.precision=bf16")
+    found, want = weights(tmp_path / "fsdp2"), weights(tmp_path / "ddp")
+    assert max(float((found[name] - tensor).abs().max()) for name, tensor in want.items()) < 1e-7
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["zero1", "zero2"])
 def test_deepspeed_equals_one_process(data: Path, single: Path, tmp_path: Path, mode: str) -> None:
     """Clipping at 0.7 is the recipe's, not DeepSpeed's own 1.0."""

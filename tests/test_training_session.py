@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from training_cases import PointNet, PointSource, planned
 
-from cast.training import Plan, cosine
+from cast.pretrain import PretrainSettings
+from cast.pretrain.command import _FREE as PRETRAIN_FREE
+from cast.training import Checkpoints, Engine, Plan, cosine
+from cast.training.command import _FREE as TRAIN_FREE
+from cast.training.determinism import NondeterministicError
+from cast.training.plain import identity
 from cast.training.recipes import load_recipe
 from cast.training.session import Session
 from cast.training.settings import TrainSettings
@@ -79,3 +86,61 @@ def test_a_training_is_marked_by_the_rules_that_changed_and_that_it_goes_by(
     chosen = load_recipe(TrainSettings, "digits", f"data.root={tmp_path}", f"out={tmp_path / 'out'}", *changes)
     checkpoints = Session(chosen, (), False, "").checkpoints(Expert(*trains), [Sample(tmp_path / "a.mp4", {"verb": 0})])
     assert checkpoints.identity.get("rules") == rules
+
+
+def deterministic_session(out: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[Session, Engine]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    chosen = load_recipe(
+        TrainSettings, "digits", f"data.root={out}", f"out={out}", "run.deterministic=true", "run.precision=fp32"
+    )
+    session = Session(chosen, (), False, "")
+    checkpoints = Checkpoints(out / "checkpoints", session.accelerator, {"samples": 0}, model)
+    plan = planned(micro_batch=8, epochs=1)
+    session.accelerator.gradient_accumulation_steps = 1
+    return session, Engine(model, PointSource(8), plan, session.accelerator, checkpoints)
+
+
+def test_a_deterministic_training_asks_pytorch_for_it_and_gives_the_switches_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, running = deterministic_session(tmp_path, monkeypatch, PointNet())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen = []
+
+    def look(*_: object) -> None:
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        seen.append((torch.are_deterministic_algorithms_enabled(), warns, torch.backends.cudnn.benchmark))
+
+    running.optimizer.optimizer.register_step_pre_hook(look)
+    session.run(running, "", lambda model, epoch: {}, lambda: "")
+    assert seen == [(True, False, False)] * 6
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+
+
+def test_an_operator_that_is_not_deterministic_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(PointNet):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+            return super().forward(x)
+
+    session, running = deterministic_session(tmp_path, monkeypatch, Net())
+    with pytest.raises(NondeterministicError, match=r"put_ does not have .* run\.deterministic=false trains without"):
+        session.run(running, "", lambda model, epoch: {}, lambda: "")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("attention", ["flash-attn", "xformers"])
+def test_packages_whose_attention_adds_in_any_order_are_refused(attention: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"run.attention={attention} adds up in an order that changes; choose auto"):
+        load_recipe(
+            TrainSettings, "digits", f"data.root={tmp_path}", "run.deterministic=true", f"run.attention={attention}"
+        )
+
+
+def test_checkpoints_from_before_graphs_and_deterministic_are_gone_on_from() -> None:
+    """A setting that a checkpoint does not know would count as another training."""
+    for settings, free in ((TrainSettings, TRAIN_FREE), (PretrainSettings, PRETRAIN_FREE)):
+        known = identity(load_recipe(settings, "digits" if settings is TrainSettings else "videomae-digits"), free)
+        assert not {"graphs", "deterministic"} & known["run"].keys()

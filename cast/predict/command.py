@@ -29,6 +29,7 @@ def main(
     batch: int = 6,
     trust_pickle: bool = False,
     timeout: float = TIMEOUT,
+    graphs: bool = False,
 ) -> None:
     """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
 
@@ -44,6 +45,7 @@ def main(
         batch: clips in a forward pass.
         trust_pickle: see :class:`Predictor`.
         timeout: seconds until a stream must be open, and until each picture must come; 0 waits without an end.
+        graphs: see :class:`Predictor`.
 
     Raises:
         VideoError: a video that can't be read.
@@ -54,7 +56,7 @@ def main(
     live, folder = is_live(what), os.path.isdir(what) and not is_folder_of_frames(what)
     if not live and not folder:
         decoder("pyav").frame_count(what)  # a bad file should not have to wait for the model
-    predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle)
+    predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle, graphs=graphs)
     if sampling is None and predictor.model.sampling is None:
         print(
             f"cast predict: {printable(checkpoint)} does not say how its training's frames were sampled; uniform "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from cast.evaluation.protocol import Protocol, normalise
 from cast.files import printable
+from cast.graphs import Graphs
 from cast.labels import check_names, numbers
 from cast.metrics import average_views
 from cast.model import CAST
 from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess, path_of
 from cast.predict.window import Window
+from cast.transfer import to_device
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.folder import find_videos
@@ -29,6 +31,7 @@ from cast.zoo import load
 WINDOW, EVERY = 64, 16
 #: Videos that are decoded while the model works.
 _AHEAD = 4
+_VIDEO = "video"
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +49,13 @@ class Predictor:
         batch: clips in a forward pass; those of several videos go together.
         device: where the model runs; the GPU if None and there is one.
         trust_pickle: whether a torch file may run code while it loads.
+        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.graphs.Graphs`. Each number of
+            clips up to `batch` that comes twice gets one. Other weights are seen where they lie elsewhere or were
+            written in place; hooks, `fuse` and `unfuse` are not, once a number of clips came twice.
 
     Raises:
-        ValueError: an option that makes no sense, labels that do not fit, or a model that cannot be read.
+        ValueError: an option that makes no sense, graphs without a GPU, labels that do not fit, or a model that cannot
+            be read.
         FileNotFoundError: no such model.
     """
 
@@ -61,6 +68,7 @@ class Predictor:
         batch: int = 6,
         device: str | torch.device | None = None,
         trust_pickle: bool = False,
+        graphs: bool = False,
     ) -> None:
         for name, value in (("top", top), ("batch", batch)):
             if value < 1:
@@ -73,6 +81,10 @@ class Predictor:
         check_names("labels", names, config.classes)
         self.labels = {head: list(names[head]) for head in config.classes}
         self.top, self.batch = top, batch
+        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = self._forward
+        if graphs:
+            device = next(self.model.parameters()).device
+            self._run = Graphs(self._forward, device, read=self._weights)
         self.protocol = Protocol(
             sampling or self.model.sampling or "uniform",
             frames=config.num_frames,
@@ -178,8 +190,18 @@ class Predictor:
     def _logits(self, clips: Tensor) -> dict[str, Tensor]:
         """uint8 [clips, 3, T, S, S] -> logits by head, [clips, classes]."""
         like = next(self.model.parameters())
-        parts = [self.model(normalise(part.to(like.device)).to(like.dtype)) for part in clips.split(self.batch)]
+        parts = [
+            self._run({_VIDEO: normalise(to_device(part, like.device)).to(like.dtype)})
+            for part in clips.split(self.batch)
+        ]
         return {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.model(inputs[_VIDEO])
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from self.model.parameters()
+        yield from self.model.buffers()
 
 
 def predict(

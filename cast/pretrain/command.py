@@ -34,7 +34,7 @@ _SWITCHES = {"resume": "go on from the newest checkpoint in the output directory
 
 #: Settings that a resumed pre-training may change.
 _FREE = (
-    "out", "log", "checkpoint", "pictures", "run.compile", "run.fused",
+    "out", "log", "checkpoint", "pictures", "run.compile", "run.graphs", "run.deterministic", "run.fused",
     "data.root", "data.workers", "data.decoder", "data.skip_list", "optim.micro_batch",
 )  # fmt: skip
 

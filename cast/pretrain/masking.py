@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cast.transfer import to_device
 from cast.video.transforms import MEAN, STD
 
 #: Added to a patch's deviation, in units of pixels from 0 to 1, before dividing by it (the official code's value).
@@ -40,7 +41,7 @@ def tube_mask(clips: int, frames: int, patches: int, ratio: float, device: torch
     times = torch.arange(frames)[:, None] * patches
 
     def tubes(chosen: Tensor) -> Tensor:
-        return (times + chosen.sort(1).values[:, None]).flatten(1).to(device)
+        return to_device((times + chosen.sort(1).values[:, None]).flatten(1), device)
 
     return Mask(tubes(order[:, hidden:]), tubes(order[:, :hidden]))
 
@@ -82,7 +83,7 @@ def gather(tokens: Tensor, chosen: Tensor) -> Tensor:
 
 def pixels(tokens: Tensor) -> Tensor:
     """Tokens of a video that is normalised as the model's input -> pixels from 0 to 1. Channels come last in both."""
-    mean, std = (torch.tensor(values, dtype=tokens.dtype, device=tokens.device) for values in (MEAN, STD))
+    mean, std = (to_device(torch.tensor(values, dtype=tokens.dtype), tokens.device) for values in (MEAN, STD))
     return tokens * std + mean
 
 

@@ -80,6 +80,10 @@ class PretrainSettings(RecipeSettings):
         super().__post_init__()
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1")
+        if self.run.graphs:
+            raise ValueError(
+                "run.graphs is for cast train: pre-training draws a mask on the CPU in every pass; set it false"
+            )
         if self.stride < 1:
             raise ValueError(f"stride is {self.stride}; it must be at least 1 frame")
         if self.pictures < 0:

@@ -31,7 +31,8 @@ _SWITCHES = {"resume": "go on from the newest checkpoint in the output directory
 #: Settings that a resumed training may change: where things lie, who is told, what does not change the mathematics.
 _FREE = (
     "out", "log", "checkpoint", "experts.clip", "experts.videomae", "experts.spatial", "experts.temporal",
-    "experts.cast", "experts.trust_pickle", "run.compile", "run.fused", "run.recompute", "run.attention",
+    "experts.cast", "experts.trust_pickle", "run.compile", "run.graphs", "run.deterministic", "run.fused",
+    "run.recompute", "run.attention",
     "data.root", "data.workers", "data.decoder", "data.skip_list", "optim.micro_batch", "validate_every",
 )  # fmt: skip
 
@@ -159,7 +160,7 @@ class Validation:
         losses = [F.cross_entropy(logits[name], ready.labels[name], reduction="sum") for name in self.heads]
         hits = [(logits[name].argmax(1) == ready.labels[name]).sum() for name in self.heads]
         loss = torch.stack(losses).sum()
-        return torch.stack([loss, *hits, loss.new_tensor(len(batch.names))]).double()
+        return torch.stack([loss, *hits, loss.new_full((), len(batch.names))]).double()
 
 
 def _summary(

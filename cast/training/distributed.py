@@ -8,8 +8,15 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    broadcast_object_list,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from cast.graphs import check_device
 from cast.processes import computes_on_cpu, join_processes
 
 #: fp32 has no autocast; the others keep fp32 weights.
@@ -42,6 +49,7 @@ def make_accelerator(
     clip_grad: float | None = None,
     trackers: list[str] | None = None,
     directory: str | None = None,
+    graphs: bool = False,
 ) -> Accelerator:
     """The process group, precision and accumulation of a training.
 
@@ -55,9 +63,10 @@ def make_accelerator(
         clip_grad: greatest length of the gradient, or None.
         trackers: `tensorboard`, `wandb`.
         directory: where trackers write.
+        graphs: whether forward and backward are to be replayed as CUDA graphs.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU; FSDP1; ZeRO-3; graphs without one, or where processes work together.
     """
     if precision not in _NAMES:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(_NAMES)}")
@@ -75,8 +84,19 @@ def make_accelerator(
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # The official DeepSpeed configuration: initial_scale_power 7, loss_scale_window 128.
             GradScalerKwargs(init_scale=2.0**7, growth_interval=128),
+            # What autocast keeps of one recording must not be found in the next.
+            AutocastKwargs(cache_enabled=not graphs),
         ],
     )
+    if graphs:
+        check_device(accelerator.device)
+        if accelerator.distributed_type != "NO":
+            raise ValueError(
+                f"run.graphs=true works in one process by itself, and this is {accelerator.distributed_type}: "
+                "what processes exchange during backward is not recorded. Set run.graphs=false"
+            )
+    if accelerator.distributed_type == "FSDP":
+        _shard(accelerator.state.fsdp_plugin)
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
     if plugin is not None:
         if plugin.zero_stage > 2:
@@ -97,6 +117,22 @@ def deepspeed_settings(accumulate: int, micro_batch: int, clip_grad: float | Non
         "gradient_clipping": clip_grad or 0.0,
         "zero_allow_untested_optimizer": True,  # AdamW is PyTorch's own, with our groups
     }
+
+
+def _shard(plugin: Any) -> None:
+    """FSDP2 computes as DDP does: autocast alone decides on precision, and gradients are added up in fp32.
+
+    accelerate 1.15 would have FSDP2 round weights, inputs and outputs of each block, and the gradients that processes
+    add up, to the precision of the products.
+
+    Raises:
+        ValueError: FSDP1, whose weights no checkpoint of ours could hold.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP's version {plugin.fsdp_version} is not supported: give accelerate launch --fsdp_version 2"
+        )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _forget_another_precision(name: str) -> None:

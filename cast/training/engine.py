@@ -2,7 +2,8 @@
 
 What a step sees is a function of (seed, epoch, position) alone, and so are the random numbers inside the model, which
 are seeded anew for each micro-batch. So a checkpoint needs no generator's state, and a run that was killed and resumed
-gives the same bits as one that was not, on the same machine with the same number of threads and processes.
+gives the same bits as one that was not, on the same machine with the same number of threads and processes; on a GPU
+where PyTorch's operators are deterministic, see `cast.training.determinism`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from cast.graphs import Graphs
 from cast.training.checkpoints import Checkpoints
 from cast.training.ema import Average
+from cast.training.figures import Figures, Outcome
 from cast.training.groups import parameter_groups
 from cast.training.progress import DivergenceError, Progress, Step
-from cast.training.tensors import whole
+from cast.training.tensors import full
+from cast.transfer import Ahead, to_device
 
 
 class MicroBatch(Protocol):
@@ -60,6 +64,11 @@ Criterion = Callable[[Any, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor
 #: (video, labels, seed) -> video and targets by head: classes int64 [B], or shares of the classes [B, classes].
 Mix = Callable[[Tensor, Mapping[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
 
+#: A micro-batch with its number in the training.
+_Numbered = tuple[int, MicroBatch]
+#: The video's name among the tensors of a micro-batch; heads have names with letters.
+_VIDEO = ""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -78,6 +87,7 @@ class Plan:
         betas: of AdamW.
         seed: of everything random inside the model.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
+        graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph; for one process on a GPU.
     """
 
     epochs: int
@@ -93,6 +103,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     checkpoint_every: int = 0
+    graphs: bool = False
 
     @property
     def steps(self) -> int:
@@ -135,11 +146,17 @@ class Engine:
         if deepspeed and plan.ema is not None:
             raise ValueError("ema is not possible under DeepSpeed, which hides the fp32 weights: use DDP or FSDP2")
         groups = parameter_groups(model, plan.weight_decay, plan.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=plan.betas, eps=1e-8)  # eps as published
+        # eps as published. Fused, it is a few kernels, and can leave a step out without asking the host.
+        optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=plan.betas, eps=1e-8, fused=True)
+        optimizer.register_step_pre_hook(self._leave_if_bad)
+        # A training that failed may have left some in this model; what accelerate prepared might not heed it then.
+        optimizer.zero_grad(set_to_none=True)
+        self._bad: Tensor | None = None
+        self._steps_in_backward = deepspeed
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.optimizer.zero_grad(set_to_none=True)  # a training that failed may have left some in this model
         self.unwrapped: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.average = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
+        self._replayed = Graphs(self._whole, accelerator.device, self._gradients) if plan.graphs else None
         checkpoints.attach(self.model, self.optimizer, self.average)
         self.progress = checkpoints.load() or Progress()
         self.accelerator.step = 0  # each step begins a new accumulation, also after an error
@@ -169,9 +186,12 @@ class Engine:
         while self.progress.step < self.plan.steps:
             epoch, position = divmod(self.progress.step, self.plan.steps_per_epoch)
             batches = self.source.batches(epoch, position * self.plan.accumulate)
+            ends = (self.progress.step, (epoch + 1) * self.plan.steps_per_epoch)
+            numbered = zip(range(*(step * self.plan.accumulate for step in ends)), batches, strict=False)
+            ahead = Ahead(numbered, self._prepare, self.accelerator.device)
             try:
                 for _ in range(position, self.plan.steps_per_epoch):
-                    self._advance(batches, on_step, on_epoch)
+                    self._advance(ahead, on_step, on_epoch)
             finally:
                 close = getattr(batches, "close", None)  # a generator: let its workers go
                 if close is not None:
@@ -181,7 +201,7 @@ class Engine:
 
     def _advance(
         self,
-        batches: Iterator[MicroBatch],
+        batches: Ahead[_Numbered],
         on_step: Callable[[Progress, Step], None],
         on_epoch: Callable[[nn.Module], dict[str, float]],
     ) -> None:
@@ -212,67 +232,107 @@ class Engine:
         progress.sums = {}
         self.checkpoints.update(progress)
 
-    def _step(self, batches: Iterator[MicroBatch], began: float) -> Step:
+    def _step(self, batches: Ahead[_Numbered], began: float) -> Step:
+        """Launches all of a step, then begins with the next micro-batch, and only then waits for the device."""
         plan, accelerator, number = self.plan, self.accelerator, self.progress.step
         lr = plan.rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.model.train()
-        figures, names, clips = _Figures(), [], 0
-        for index, batch in enumerate(islice(batches, plan.accumulate), start=number * plan.accumulate):
+        figures, names = Figures(), []
+        for (index, batch), tensors in islice(batches, plan.accumulate):
+            names.append(batch.names)
             with accelerator.accumulate(self.model):
-                loss = self._forward(batch, index, figures)
-                names.append(batch.names)
-                clips += len(batch.names)
-                if accelerator.sync_gradients:
-                    # Before the last backward pass: under DeepSpeed that one changes the weights.
-                    values = figures.mean(accelerator)
-                    if not math.isfinite(values["loss"]):
-                        self._diverged(f"the loss is {values['loss']}", names, figures.broken())
-                accelerator.backward(loss)
+                self._compute(index, tensors, figures, names)
         if len(names) < plan.accumulate:
             raise ValueError(
                 f"the data ended after {len(names)} of {plan.accumulate} micro-batches of step {number}: it promised "
                 f"{len(self.source)} an epoch"
             )
-        norm = self._gradient_norm(names)
+        length = self._gradient_length()
+        self._bad = figures.judge(accelerator, length)
         self.optimizer.step()
-        skipped = bool(accelerator.optimizer_step_was_skipped)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None and not skipped:
+        self.optimizer.zero_grad(set_to_none=self._replayed is None)  # a graph adds to the gradients that it knows
+        batches.start()
+        outcome = figures.read()
+        self._check(outcome, names, figures)
+        if self.average is not None and not outcome.bad:
             self.average.update()
-        return Step(values, lr, norm, clips * accelerator.num_processes, time.perf_counter() - began, skipped)
+        clips = sum(map(len, names)) * accelerator.num_processes
+        return Step(outcome.values, lr, outcome.length, clips, time.perf_counter() - began, outcome.bad)
 
-    def _forward(self, batch: MicroBatch, index: int, figures: _Figures) -> Tensor:
-        device = self.accelerator.device
-        seed = micro_seed(self.plan.seed, index, self.accelerator.process_index)
-        ready = batch.to(device)
-        video, labels = ready.video, ready.labels
-        targets: Mapping[str, Tensor] = labels
-        if self.mix is not None:
-            video, targets = self.mix(video, labels, seed)
-        torch.manual_seed(seed)
+    def _compute(self, index: int, tensors: Mapping[str, Tensor], figures: Figures, names: list[list[str]]) -> None:
+        """Forward and backward of one micro-batch."""
+        if self._replayed is not None:
+            figures.add(self._replayed(tensors, self._seed(index)))
+            return
+        torch.manual_seed(self._seed(index))
+        loss, found = self._forward(tensors)
+        figures.add(found)
+        if self._steps_in_backward and self.accelerator.sync_gradients:
+            figures.judge(self.accelerator, None)
+            self._check(figures.read(), names, figures)
+        self.accelerator.backward(loss)
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward as a graph holds them."""
+        loss, found = self._forward(tensors)
+        self.accelerator.backward(loss)
+        return found
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.unwrapped.parameters() if p.grad is not None]
+
+    def _forward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the figures to log."""
+        targets = {name: tensor for name, tensor in tensors.items() if name != _VIDEO}
         with self.accelerator.autocast():
-            answers = self.model(video)
+            answers = self.model(tensors[_VIDEO])
         loss, extra = self.criterion(answers, targets)
-        figures.add({"loss": loss.detach(), **extra})
-        return loss
+        return loss, {"loss": loss.detach(), **extra}
 
-    def _gradient_norm(self, names: list[list[str]]) -> float | None:
-        """Length of the gradient, which is clipped on the way if the plan says so."""
+    def _prepare(self, numbered: _Numbered) -> dict[str, Tensor]:
+        """A micro-batch on the device, augmented and mixed: the video under no name of a head, and the targets."""
+        index, batch = numbered
+        device = self.accelerator.device
+        ready = batch.to(device)
+        video, targets = ready.video, ready.labels
+        if self.mix is not None:
+            video, targets = self.mix(video, batch.labels, self._seed(index))
+        return {_VIDEO: video} | {name: to_device(target, device) for name, target in targets.items()}
+
+    def _seed(self, index: int) -> int:
+        return micro_seed(self.plan.seed, index, self.accelerator.process_index)
+
+    def _gradient_length(self) -> Tensor | None:
+        """Length of the gradient, on the device, which is clipped on the way if the plan says so."""
         accelerator, limit = self.accelerator, self.plan.clip_grad
-        if accelerator.distributed_type == "DEEPSPEED":  # has clipped, and stepped, in the last backward pass
-            norm = self.model.get_global_grad_norm()
-            return None if norm is None else float(norm)
+        if self._steps_in_backward:  # and has clipped
+            length = self.model.get_global_grad_norm()
+            return None if length is None else torch.as_tensor(length, device=accelerator.device)
         if limit is not None:
             length = accelerator.clip_grad_norm_(self.model.parameters(), limit)
         else:
             accelerator.unscale_gradients()
             length = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        value = float(whole(length))
-        if not math.isfinite(value) and accelerator.scaler is None:  # fp16's scaler skips such steps, as it must
-            self._diverged(f"the loss is finite, but the gradient's length is {value}", names, [True] * len(names))
-        return value
+        return full(length)
+
+    def _leave_if_bad(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Tell the fused AdamW to leave weights and moments alone, on the device, after a step that was not finite."""
+        if self._bad is not None:
+            optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # fp16's scaler has put a part of it there
+
+    def _check(self, outcome: Outcome, names: list[list[str]], figures: Figures) -> None:
+        """Raise DivergenceError if the step was not finite; the weights are those before it."""
+        if not outcome.bad:
+            return
+        loss = outcome.values["loss"]
+        if not math.isfinite(loss):
+            self._diverged(f"the loss is {loss}", names, figures.broken())
+        # fp16's scaler, and DeepSpeed's, skips such steps, as it must.
+        if self.accelerator.scaler is None and not self._steps_in_backward:
+            what = f"the loss is finite, but the gradient's length is {outcome.length}"
+            self._diverged(what, names, [True] * len(names))
 
     def _diverged(self, what: str, names: list[list[str]], broken: list[bool]) -> None:
         own = [name for group, bad in zip(names, broken, strict=True) if bad for name in group]
@@ -286,26 +346,6 @@ class Engine:
             number,
             videos,
         )
-
-
-class _Figures:
-    """Sums over a step's micro-batches; they stay on the device until the step's end."""
-
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Tensor]] = []
-
-    def add(self, part: dict[str, Tensor]) -> None:
-        self._parts.append(part)
-
-    def mean(self, accelerator: Accelerator) -> dict[str, float]:
-        """Over micro-batches and processes."""
-        names = list(self._parts[0])
-        sums = torch.stack([torch.stack([part[name] for name in names]) for part in self._parts]).mean(0)
-        return dict(zip(names, accelerator.reduce(sums, reduction="mean").tolist(), strict=True))
-
-    def broken(self) -> list[bool]:
-        """Which of this process's micro-batches has a loss that is not finite."""
-        return [not math.isfinite(float(part["loss"])) for part in self._parts]
 
 
 def classification(smoothing: float) -> Criterion:

@@ -12,6 +12,7 @@ from torch import nn
 
 from cast.processes import join_processes
 from cast.training.checkpoints import Checkpoints, changed_rules, planned_videos
+from cast.training.determinism import ask_cublas, deterministic
 from cast.training.distributed import make_accelerator, on_main
 from cast.training.engine import Engine, Plan
 from cast.training.files import CheckpointError, write_text
@@ -49,12 +50,15 @@ class Session:
         check_trackers(trackers)
         self.settings, self.free, self.resume, self.recipe = settings, free, resume, recipe
         self.out = settings.directory
+        if settings.run.deterministic:
+            ask_cublas()
         self._began_with = planned_videos(self.out / "checkpoints") if resume else None
         optim = settings.optim
         self.accumulate = optim.accumulate(join_processes().num_processes)
         self.accelerator = make_accelerator(
-            settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out)
-        )
+            settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out),
+            settings.run.graphs,
+        )  # fmt: skip
 
     def loader(self, samples: Sequence[Sample], choose: Choose = train_indices) -> ClipLoader:
         """The training clips of this process; epochs stay as long as those that a resumed training began with."""
@@ -99,6 +103,7 @@ class Session:
             betas=optim.betas,
             seed=self.settings.seed,
             checkpoint_every=self.settings.checkpoint.every,
+            graphs=self.settings.run.graphs,
         )
 
     def checkpoints(self, model: nn.Module, samples: Sequence[Sample]) -> Checkpoints:
@@ -190,7 +195,8 @@ class Session:
         done = ""
         try:
             log.start(engine.progress, note + self._lost(engine.checkpoints))
-            progress = engine.run(log.step, on_epoch)
+            with deterministic(settings.run.deterministic):
+                progress = engine.run(log.step, on_epoch)
             done = f"finished: {finish()}"
         except KeyboardInterrupt:
             done = "stopped; the same command with --resume goes on from the newest checkpoint"

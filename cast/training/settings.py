@@ -10,6 +10,7 @@ from typing import Literal
 from cast.baselines import DESIGNS, SINGLES
 from cast.config import CASTConfig
 from cast.training.checkpoints import Weights
+from cast.training.determinism import ATTENTIONS
 from cast.training.distributed import Precision
 from cast.video.datasets import DataSettings
 
@@ -177,6 +178,10 @@ class RunSettings:
         recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
         attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
+        graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph, which spares the host their
+            launches; for one process on a GPU.
+        deterministic: whether two trainings on a GPU give the same bits, which costs time; an operator that cannot is
+            an error that names it. False by default, and then attention's backward pass adds up as its parts finish.
     """
 
     precision: Precision = "bf16"
@@ -184,6 +189,15 @@ class RunSettings:
     recompute: Literal["nothing", "cheap", "all"] = "cheap"
     attention: Literal["auto", "sdpa", "math", "flash-attn", "xformers"] = "auto"
     compile: str | None = None
+    graphs: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.deterministic and self.attention not in ATTENTIONS:
+            raise ValueError(
+                f"run.deterministic=true, but run.attention={self.attention} adds up in an order that changes; choose "
+                f"{', '.join(ATTENTIONS)}"
+            )
 
 
 @dataclass(frozen=True)

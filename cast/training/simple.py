@@ -18,6 +18,7 @@ from cast.training.distributed import make_accelerator
 from cast.training.engine import Criterion, Engine, Plan
 from cast.training.groups import grouped_otherwise_before
 from cast.training.progress import Progress, Step
+from cast.transfer import to_device
 
 if TYPE_CHECKING:  # clips that were made before need no package that reads videos
     from cast.video.annotations import Sample
@@ -86,8 +87,8 @@ class _Batch:
     names: list[str]
 
     def to(self, device: torch.device) -> _Batch:
-        labels = {name: label.to(device) for name, label in self.labels.items()}
-        return _Batch(self.video.to(device), labels, self.names)
+        labels = {name: to_device(label, device) for name, label in self.labels.items()}
+        return _Batch(to_device(self.video, device), labels, self.names)
 
 
 class _Shuffled:

@@ -17,12 +17,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def full(tensor: Tensor) -> Tensor:
+    """Not sharded, where it is."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
 def whole(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous, not sharded."""
-    full = tensor.detach()
-    if isinstance(full, DTensor):
-        full = full.full_tensor()
-    return full.cpu().contiguous()
+    return full(tensor).cpu().contiguous()
 
 
 def put(target: Tensor, value: Tensor) -> None:
@@ -66,7 +69,7 @@ def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: M
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(":")
         parameter = parameters[name]
-        value = tensor.clone()  # the step's number stays on the CPU, where AdamW keeps it
+        value = tensor.to(parameter.device, copy=True)  # the step's number; fused AdamW keeps it beside the parameter
         if moment in _MOMENTS:
             value = torch.zeros_like(parameter)
             put(value, tensor)

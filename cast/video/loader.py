@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cast.transfer import to_device
 from cast.video.annotations import Sample
 from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
@@ -64,8 +65,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, augmented there if that is still to be done: float32 `[B, 3, T, S, S]`."""
-        video = self.video.to(device, non_blocking=True)
-        labels = {head: label.to(device, non_blocking=True) for head, label in self.labels.items()}
+        video = to_device(self.video, device)
+        labels = {head: to_device(label, device) for head, label in self.labels.items()}
         if self.plans is not None:
             clips = zip(video, self.plans, strict=True)
             video = torch.stack([apply(plan, clip[..., :h, :w], self.size) for clip, (plan, h, w) in clips])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cast.transfer import to_device
 from cast.video.augment import AugmentSettings
 
 
@@ -61,7 +62,7 @@ class Mixing:
 
         Args:
             video: floating point `[B, 3, T, H, W]` (or any `[B, ..., H, W]`).
-            labels: class indices, head -> int64 `[B]`.
+            labels: class indices, head -> int64 `[B]`; on the CPU nothing waits for a GPU.
             classes: number of classes by head.
             seed: of all randomness; numbers such as (seed, epoch, position), or a generator, which moves on.
 
@@ -76,9 +77,9 @@ class Mixing:
         count = len(video)
         mixes = self._draw(rng, 1 if self.mode == "batch" else count, *video.shape[-2:])
         mixes = mixes * count if self.mode == "batch" else mixes
-        shares = torch.tensor([mix.share for mix in mixes], dtype=torch.float32, device=video.device)
+        shares = torch.tensor([mix.share for mix in mixes], dtype=torch.float32)
         targets = {head: self._targets(head, label, classes, shares) for head, label in labels.items()}
-        return _mixed(video, mixes, shares), targets
+        return _mixed(video, mixes, to_device(shares, video.device)), targets
 
     def _draw(self, rng: np.random.Generator, count: int, height: int, width: int) -> list[_Mix]:
         result = []
@@ -101,7 +102,7 @@ class Mixing:
         spread = self.smoothing / number
         target = torch.full((len(label), number), spread, device=label.device)
         target.scatter_(1, label[:, None], 1 - self.smoothing + spread)
-        share = shares.to(label.device)[:, None]
+        share = to_device(shares, label.device)[:, None]
         return target * share + target.flip(0) * (1 - share)
 
 

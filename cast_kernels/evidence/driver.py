@@ -102,6 +102,8 @@ class OfflineDriver(DriverBase):
 
     #: Kernels may be given CPU tensors; host code asks for this with getattr(driver, "runs_on_cpu", False).
     runs_on_cpu = True
+    #: Plans hand it tensors where a GPU's driver gets addresses: who looks at a launch wants their shapes and bounds.
+    takes_tensors = True
 
     def __init__(self, target: Target, launcher: Launcher) -> None:
         self.target, self.launcher = target, launcher

@@ -30,6 +30,11 @@ LEAST = Constant(2.5e-6, "s", "a small kernel of a CUDA graph", assumed=True)
 KINDS = ("bf16", "amp")
 
 
+#: What PyTorch's library computes, by what is in an operator's name; all others move memory.
+PRODUCTS = ("mm", "convolution")
+ATTENTION = ("scaled_dot_product",)
+
+
 @dataclass(frozen=True)
 class Operation:
     """One kernel that eager launches."""
@@ -37,6 +42,14 @@ class Operation:
     name: str
     flops: int
     bytes: int  # read and written
+
+    @property
+    def kind(self) -> str:
+        """`products`, `attention`, or `elementwise`: all that a compiler could fuse."""
+        for kind, words in (("products", PRODUCTS), ("attention", ATTENTION)):
+            if any(word in self.name for word in words):
+                return kind
+        return "elementwise"
 
     def seconds(self, device: Device) -> float:
         return max(self.flops / (TENSOR_SHARE * device.peak), self.bytes / (DRAM_SHARE * device.dram), LEAST)
@@ -53,21 +66,50 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not _launches_nothing(func):
-            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if _is_made_of_others(func):  # which are then seen one by one
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = self.compute(func, args, kwargs)
+        if not launches_nothing(func) and func.namespace == "aten":
+            moved = sum(x.numel() * x.element_size() for x in (*_read(func, args, kwargs), *_written(func, args, out)))
             flops = _flops(func, args, kwargs, out)
-            moved = sum(x.numel() * x.element_size() for x in (*read, *written))
             self.operations.append(Operation(str(func.overloadpacket), flops, moved))
         return out
 
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operator."""
+        return func(*args, **kwargs)
 
-def _launches_nothing(func: Any) -> bool:
-    """Whether the operation makes a view or uninitialised memory."""
-    if func.namespace != "aten" or any(
-        word in func.overloadpacket.__name__ for word in ("empty", "_unsafe_view", "detach")
-    ):
+    def take(self) -> list[Operation]:
+        """Those since the last call."""
+        taken, self.operations = self.operations, []
+        return taken
+
+
+def _is_made_of_others(func: Any) -> bool:
+    """Whether an operator has no kernel of its own, such as `matmul` below autograd."""
+    if func.namespace != "aten" or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+        return False
+    return bool(func._can_decompose())
+
+
+def _read(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors whose contents the operator reads."""
+    only_written = func.overloadpacket.__name__.strip("_") in ("copy", "foreach_copy", "fill", "zero", "bernoulli")
+    given = (args[1:] if only_written and func._schema.is_mutable else args, {**kwargs, "out": None})
+    return [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+
+
+def _written(func: Any, args: Any, out: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(out if func._schema.returns else args[0]) if isinstance(x, Tensor)]
+
+
+def launches_nothing(func: Any) -> bool:
+    """Whether the operation makes a view or uninitialised memory, or answers a question on the host."""
+    if func.namespace == "cast_kernels":
+        return False
+    words = ("empty", "_unsafe_view", "detach", "_fused_sdp_choice")
+    if func.namespace != "aten" or any(word in func.overloadpacket.__name__ for word in words):
         return True
     returns = [r.alias_info for r in func._schema.returns]
     return any(info is not None and not info.is_write for info in returns)

@@ -26,7 +26,7 @@ from cast_kernels.evidence.resources import Resources, resources
 from cast_kernels.evidence.sampling import Corrections
 
 
-class _Keeper:
+class Keeper:
     """Keeps every launch and runs none."""
 
     enforces_limits = False  # a kernel over the limit is to be reported, not to end the prediction
@@ -54,7 +54,7 @@ def predict(name: str, cases: Sequence[Case], cache: Path | None = None, emulate
     """
     goal, runs = device(name), []
     corrections = Corrections() if emulated else None
-    with offline_driver(goal.target, _Keeper(), cache) as keeper:
+    with offline_driver(goal.target, Keeper(), cache) as keeper:
         for case in cases:
             for phase, launches in _phases(case, keeper):
                 runs.append(Run(name, case.batch, phase, tuple(predict_launches(launches, goal, corrections))))
@@ -95,7 +95,7 @@ def _resources(key: _Key) -> Resources:
     return resources(launch.asm, launch.metadata.shared, launch.metadata.num_warps, launch.target)
 
 
-def _phases(case: Case, keeper: _Keeper) -> Iterable[tuple[str, list[Launch]]]:
+def _phases(case: Case, keeper: Keeper) -> Iterable[tuple[str, list[Launch]]]:
     """The launches of each phase. Tensors are uninitialised: nothing reads them."""
     made = cast_kernels.BCAST(
         case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,

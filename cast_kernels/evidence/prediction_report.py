@@ -113,10 +113,11 @@ def _constants(name: str) -> dict[str, Any]:
         "clock": goal.clock, "efficiency": goal.efficiency, "L2": goal.l2, "DRAM": goal.dram,
         **{f"tensor cores, {kind}": rate for kind, rate in goal.tensor.items()},
     }  # fmt: skip
-    return {key: _constant(value) for key, value in named.items()} | {"multiprocessors": goal.target.processors}
+    return {key: constant(value) for key, value in named.items()} | {"multiprocessors": goal.target.processors}
 
 
-def _constant(value: Constant) -> dict[str, Any]:
+def constant(value: Constant) -> dict[str, Any]:
+    """As it is written to JSON."""
     return {"value": float(value), "unit": value.unit, "source": value.source, "assumed": value.assumed}
 
 
@@ -126,7 +127,7 @@ def _shares() -> dict[str, Any]:
         "eager's DRAM share": eager_model.DRAM_SHARE,
         "eager's least": eager_model.LEAST,
     }
-    return {name: _constant(value) for name, value in shares.items()}
+    return {name: constant(value) for name, value in shares.items()}
 
 
 #: Headings of the summary.

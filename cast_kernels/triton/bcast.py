@@ -3,28 +3,32 @@
     project  ->  exchange
 
 and back through `exchange_backward`, `attention_backward`, `project_backward`, one launch for all weight gradients and
-small fixed-order sums for the vectors. This file owns memory and launches; the kernels lie beside it.
+small fixed-order sums for the vectors. This file hands tensors to plans, which own launches; the kernels lie beside it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import reduce
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import Parameters, Problem, Recompute, Verdict
+from cast_kernels.problem import Direction, Parameters, Problem, Verdict
 from cast_kernels.triton.common import on_device, verdict
 
 if TYPE_CHECKING:
-    from cast_kernels.triton.bcast_call import Call
+    from cast_kernels.triton.bcast_plan import Kind
 
 #: Head dimensions that the attention's tiles take: a tensor core contracts 16 at a time.
 HEAD_DIMS = (16, 32, 64)
 #: Widest bottleneck: a row of it must fit in a program's registers.
 MOST_CHANNELS = 768
-#: Parts of `saved` begin at multiples of 128 bytes, a cache line: 32 words of 4 bytes.
-_LINE = 32
+_DTYPE = attrgetter("dtype")
+#: A tensor, or one that may be absent.
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 
 
 def can_run(problem: Problem) -> Verdict:
@@ -42,41 +46,11 @@ def can_run(problem: Problem) -> Verdict:
     return verdict(problem.device, problem.dtype, problem.compute)
 
 
-def _parts(problem: Problem, recompute: str) -> dict[str, tuple[int, torch.dtype]]:
-    """What forward keeps: name -> (elements of one clip, dtype)."""
-    if recompute in ("", Recompute.ALL):
-        return {}
-    tokens, d, compute = problem.frames * problem.patches, problem.bottleneck_dim, problem.compute
-    parts = {"spatial_z": ((tokens + problem.frames) * d, compute), "temporal_z": (tokens * d, compute)}
-    for name, window in (("t2s", problem.t2s_window), ("s2t", problem.s2t_window)):
-        if window is None:
-            continue
-        parts |= {f"{name}_o": (tokens * d, compute), f"{name}_lse": (tokens * problem.num_heads, torch.float32)}
-        if recompute == Recompute.NOTHING:
-            rows = tokens + (problem.frames if name == "t2s" else 0)
-            parts |= {f"{name}_q": (tokens * d, compute), f"{name}_kv": (tokens * 2 * d, compute)}
-            parts |= {f"{name}_h": (rows * d, compute)}
-    return parts
-
-
-def _words(elements: int, dtype: torch.dtype) -> int:
-    """4-byte words of a part, rounded up to a line."""
-    return (elements * dtype.itemsize + 4 * _LINE - 1) // (4 * _LINE) * _LINE
-
-
 def saved_per_clip(problem: Problem, recompute: str) -> int:
     """4-byte words that forward keeps of one clip. Sizes may be symbolic."""
-    return sum(_words(*part) for part in _parts(problem, recompute).values())
+    from cast_kernels.triton.bcast_plan import kept
 
-
-def _carve(problem: Problem, recompute: str, saved: Tensor) -> dict[str, Tensor]:
-    """Names -> flat views into `saved` [B, saved_per_clip]."""
-    flat, start, views = saved.view(-1), 0, {}
-    for name, (elements, dtype) in _parts(problem, recompute).items():
-        words = problem.batch * _words(elements, dtype)
-        views[name] = flat[start : start + words].view(dtype)[: problem.batch * elements]
-        start += words
-    return views
+    return sum(part.words for part in kept(problem, recompute))
 
 
 def forward(
@@ -105,19 +79,22 @@ def forward(
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
         [B, saved_per_clip], float32 words that hold parts of several dtypes.
     """
-    from cast_kernels.triton.bcast_call import Call
+    from cast_kernels.triton.bcast_plan import forward_plan
 
-    saved = spatial.new_empty((problem.batch, saved_per_clip(problem, recompute)), dtype=torch.float32)
+    streams, received = (spatial, temporal), (problem.t2s_window, problem.s2t_window)
     outputs = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if window is not None else x.new_empty((0,))
-        for x, window in ((spatial, problem.t2s_window), (temporal, problem.s2t_window))
+        for x, window in zip(streams, received, strict=True)
     ]
-    if problem.batch:
-        with on_device(spatial):
-            call = Call(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
-            parts = _carve(problem, recompute, saved)
-            call.project(parts)
-            call.exchange(parts, {"spatial": outputs[0], "temporal": outputs[1]})
+    if problem.batch == 0:
+        return outputs[0], outputs[1], spatial.new_empty((0, saved_per_clip(problem, recompute)), dtype=torch.float32)
+    with on_device(spatial):
+        kind, given, _ = _operands(problem, streams, parameters, (spatial_scale, temporal_scale), eps, recompute)
+        plan = forward_plan(problem, kind)
+        saved = spatial.new_empty(plan.saved_shape, dtype=torch.float32)
+        inputs = len(given)
+        given += [y for y, window in zip(outputs, received, strict=True) if window is not None]
+        plan.run(given, saved, inputs)
     return outputs[0], outputs[1], saved
 
 
@@ -145,28 +122,86 @@ def backward(
 
     The other arguments are those of :func:`forward`.
     """
-    from cast_kernels.triton.bcast_call import Call
+    from cast_kernels.triton.bcast_backward_plan import backward_plan
+    from cast_kernels.triton.launch import aligned
 
     primals = [spatial, temporal, *parameters.flat()]
-    if problem.batch == 0:
-        return [
-            torch.zeros_like(x) if want and x is not None else None for x, want in zip(primals, wanted, strict=True)
-        ]
+    wanted = tuple(want and x is not None for want, x in zip(wanted, primals, strict=True))
+    if problem.batch == 0 or not any(wanted):
+        return [torch.zeros_like(x) if want else None for x, want in zip(primals, wanted, strict=True)]  # type: ignore[arg-type]
     with on_device(spatial):
-        call = Call(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
-        parts = _carve(problem, recompute, saved)
-        _recompute(call, parts, recompute)
-        grads = call.gradients(parts, {"spatial": grad_spatial_out, "temporal": grad_temporal_out}, wanted)
+        kind, given, alike = _operands(
+            problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale), eps, recompute, wanted
+        )
+        plan, written = backward_plan(problem, kind)
+        received = ((grad_spatial_out, problem.t2s_window), (grad_temporal_out, problem.s2t_window))
+        given += [grad.to(kind.streams).contiguous() for grad, window in received if window is not None]
+        inputs = len(given)
+        grads: list[Tensor | None] = [None] * len(primals)
+        for i in written:
+            grad = grads[i] = torch.empty_like(alike[i])
+            given.append(grad)
+        plan.run(given, aligned(saved), inputs)
     return [
-        None if g is None or x is None or not want else g.to(x.dtype)
-        for g, x, want in zip(grads, primals, wanted, strict=True)
+        None if x is None or not want else _as(grad, x) for grad, x, want in zip(grads, primals, wanted, strict=True)
     ]
 
 
-def _recompute(call: Call, parts: dict[str, Tensor], recompute: str) -> None:
-    """Complete `parts` by what backward reads: the same kernels on the same inputs."""
-    if recompute == Recompute.NOTHING:
-        return
-    call.project(parts, from_z=recompute == Recompute.CHEAP)
-    if recompute == Recompute.ALL:
-        call.exchange(parts, None)
+def _as(grad: Tensor | None, x: Tensor) -> Tensor:
+    """The gradient in the dtype of x; zero where nothing that was computed depends on x."""
+    return torch.zeros_like(x) if grad is None else grad if grad.dtype == x.dtype else grad.to(x.dtype)
+
+
+def _operands(
+    problem: Problem, streams: tuple[Tensor, Tensor], parameters: Parameters,
+    scales: tuple[Tensor | None, Tensor | None], eps: float, recompute: str, wanted: tuple[bool, ...] = (),
+) -> tuple[Kind, list[Tensor], list[Any]]:  # fmt: skip
+    """What the plan is of; the tensors that both plans are given first; and streams and parameters.
+
+    One kernel serves both streams, so what autocast lets differ is widened to one dtype: exact, and rare.
+    """
+    from cast_kernels.triton.bcast_plan import Kind
+
+    alike: Sequence[Tensor] = _alike(streams)
+    flat: Sequence[Any] = _alike(_with_tables(problem, parameters).flat())
+    present = tuple(x is not None for x in flat)
+    kind = Kind(
+        alike[0].dtype, flat[0].dtype, (streams[0].dtype, streams[1].dtype), present,
+        (scales[0] is not None, scales[1] is not None), eps, recompute, wanted,
+    )  # fmt: skip
+    given = [*alike, *(x for x in flat if x is not None)]
+    given += [s.float().contiguous() for s in scales if s is not None]
+    return kind, given, [*alike, *flat]
+
+
+def _with_tables(problem: Problem, parameters: Parameters) -> Parameters:
+    """With zeros for a table that is missing beside others: kernels add all of them or none."""
+    directions = [way for way in (parameters.t2s, parameters.s2t) if way is not None]
+    missing = {table is None for way in directions for table in (way.q_pos, way.kv_pos)}
+    if len(missing) == 1:
+        return parameters
+    from cast_kernels.triton.bcast_plan import ways
+
+    made = {}
+    for name, way in ways(problem).items():
+        direction: Direction = getattr(parameters, name)
+        tables = {
+            "q_pos": _table(direction.q_pos, way.asking_length, direction.q_bias),
+            "kv_pos": _table(direction.kv_pos, way.answering_length, direction.q_bias),
+        }
+        made[name] = direction._replace(**tables)
+    return parameters._replace(**made)  # type: ignore[arg-type]
+
+
+def _table(table: Tensor | None, length: int, like: Tensor) -> Tensor:
+    return like.new_zeros(length, like.numel()) if table is None else table
+
+
+def _alike(tensors: Sequence[AnyTensor]) -> Sequence[AnyTensor]:
+    """The tensors contiguous and in one dtype that holds each one's values; mostly they are."""
+    there = [x for x in tensors if x is not None]
+    dtypes = set(map(_DTYPE, there))
+    if len(dtypes) == 1 and all(map(Tensor.is_contiguous, there)):
+        return tensors
+    dtype = reduce(torch.promote_types, dtypes)
+    return [x if x is None else x.to(dtype).contiguous() for x in tensors]

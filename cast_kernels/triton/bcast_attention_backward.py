@@ -16,36 +16,39 @@ from cast_kernels.triton.blocks import dot, offset, patch_row, within
 @triton.jit(do_not_specialize=["patch_rows", "frames", "patches", "window", "query_tiles"])
 def attention_backward(
     q, kv, o, lse, do, dq, dkv, partial, patch_rows, frames, patches, window, query_tiles, softmax_scale,
-    BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, BIASES: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM rows of one head (the grid's second axis), in window order; ONE_BLOCK: the BM // window windows in them.
 
     q, o, do, dq [B*T*N, D], kv, dkv [B*T*N, 2D], lse [B*T*N, HEADS] in base 2, all frame by frame. `partial`
-    [tiles of rows, 3D]: column sums of dQ, dK and dV over a program's rows, the bias gradients' first stage.
+    [tiles of rows, 3D], written with BIASES: column sums of dQ, dK and dV over a program's rows, the first stage of the
+    biases' gradients.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     if ONE_BLOCK:
         _windows(
             q, kv, lse, do, dq, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
-            BY_PATCH, D, HEADS, HEAD, BM,
+            BY_PATCH, BIASES, D, HEADS, HEAD, BM,
         )  # fmt: skip
     elif tile < query_tiles:
         _queries(
             q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
-            BY_PATCH, D, HEADS, HEAD, BM, BLOCK, STAGES,
+            BY_PATCH, BIASES, D, HEADS, HEAD, BM, BLOCK, STAGES,
         )  # fmt: skip
     else:
         _keys(
             q, kv, o, lse, do, dkv, partial, tile - query_tiles, head, patch_rows, frames, patches, window,
-            softmax_scale, BY_PATCH, D, HEADS, HEAD, BM, BLOCK, STAGES,
+            softmax_scale, BY_PATCH, BIASES, D, HEADS, HEAD, BM, BLOCK, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _windows(
     q, kv, lse, do, dq, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
-    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr,
+    BY_PATCH: tl.constexpr, BIASES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     held = BM // window * window
     i = tile * held + tl.arange(0, BM)
@@ -72,10 +75,11 @@ def _windows(
     tl.store(dq + mine, d_queries.to(dq.dtype.element_ty), mask=mask[:, None])
     tl.store(dkv + theirs, dk.to(dkv.dtype.element_ty), mask=mask[:, None])
     tl.store(dkv + theirs + D, dv.to(dkv.dtype.element_ty), mask=mask[:, None])
-    sums = partial + tile * (3 * D) + lane
-    tl.store(sums, tl.sum(d_queries, 0))
-    tl.store(sums + D, tl.sum(dk, 0))
-    tl.store(sums + 2 * D, tl.sum(dv, 0))
+    if BIASES:
+        sums = partial + tile * (3 * D) + lane
+        tl.store(sums, tl.sum(d_queries, 0))
+        tl.store(sums + D, tl.sum(dk, 0))
+        tl.store(sums + 2 * D, tl.sum(dv, 0))
 
 
 @triton.jit
@@ -88,7 +92,7 @@ def _range(start, patch_rows, window, BM: tl.constexpr):
 @triton.jit
 def _queries(
     q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
-    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BY_PATCH: tl.constexpr, BIASES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     start = tile * BM
@@ -118,13 +122,14 @@ def _queries(
         acc = dot(ds.to(k.dtype), k, acc)
     acc *= softmax_scale
     tl.store(dq + mine, acc.to(dq.dtype.element_ty), mask=mask[:, None])
-    tl.store(partial + tile * (3 * D) + lane, tl.sum(acc, 0))
+    if BIASES:
+        tl.store(partial + tile * (3 * D) + lane, tl.sum(acc, 0))
 
 
 @triton.jit
 def _keys(
     q, kv, o, lse, do, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
-    BY_PATCH: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    BY_PATCH: tl.constexpr, BIASES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     start = tile * BM
@@ -159,6 +164,7 @@ def _keys(
     dk *= softmax_scale
     tl.store(dkv + mine, dk.to(dkv.dtype.element_ty), mask=mask[:, None])
     tl.store(dkv + mine + D, dv.to(dkv.dtype.element_ty), mask=mask[:, None])
-    sums = partial + tile * (3 * D) + lane
-    tl.store(sums + D, tl.sum(dk, 0))
-    tl.store(sums + 2 * D, tl.sum(dv, 0))
+    if BIASES:
+        sums = partial + tile * (3 * D) + lane
+        tl.store(sums + D, tl.sum(dk, 0))
+        tl.store(sums + 2 * D, tl.sum(dv, 0))

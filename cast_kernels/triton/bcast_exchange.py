@@ -8,6 +8,8 @@ d channels of O do not fit in registers beside the attention's tiles.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -30,12 +32,26 @@ from cast_kernels.triton.blocks import (
 _SIZES = ["patch_rows", "cls_rows", "frames", "patches", "first_window", "second_window", "first_programs"]
 
 
+class Asking(NamedTuple):
+    """One direction's tensors; x, y and h have the asking stream's rows, the others one a patch."""
+
+    x: Any  # [rows, DIM]
+    y: Any  # [rows, DIM], written
+    q: Any  # [B*T*N, D]
+    kv: Any  # [B*T*N, 2D], keys first
+    o: Any  # [B*T*N, D], written
+    lse: Any  # [B*T*N, HEADS] in fp32 and base 2; written with STORE_LSE
+    h: Any  # [rows, D]; written with STORE_H
+    scale: Any  # [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none"
+    proj: Any  # [D, D]
+    proj_bias: Any  # [D]
+    up: Any  # [DIM, D]
+    up_bias: Any  # [DIM]
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def exchange(
-    first_x, first_y, first_q, first_kv, first_o, first_lse, first_h, first_scale,
-    first_proj, first_proj_bias, first_up, first_up_bias,
-    second_x, second_y, second_q, second_kv, second_o, second_lse, second_h, second_scale,
-    second_proj, second_proj_bias, second_up, second_up_bias,
+    first, second,
     cls, patch_rows, cls_rows, frames, patches, first_window, second_window, first_programs, softmax_scale,
     FIRST_CLS: tl.constexpr, FIRST_BY_PATCH: tl.constexpr, FIRST_ONE_BLOCK: tl.constexpr, FIRST_SCALE: tl.constexpr,
     FIRST_BM: tl.constexpr, FIRST_BQ: tl.constexpr,
@@ -48,9 +64,8 @@ def exchange(
 ):  # fmt: skip
     """Programs below `first_programs` take FIRST_BM rows of the first direction, with BOTH the others of the second.
 
-    Rows in window order; after the `patch_rows` patches come `cls_rows`, if the asking stream has CLS.
-    q [B*T*N, D], kv [B*T*N, 2D], o [B*T*N, D], lse [B*T*N, HEADS] frame by frame; x, y, h as the asking stream's rows.
-    `scale` is [B, tokens] in fp32 with SCALE "token", [B] with "clip", unused with "none".
+    Rows in window order; after the `patch_rows` patches come `cls_rows`, if the asking stream has CLS. `cls` [B*T, D]
+    is its LayerNorm's output in fp32. Tensors lie frame by frame.
     """
     tl.static_assert(
         FIRST_BM % FIRST_BQ == 0 and SECOND_BM % SECOND_BQ == 0,
@@ -59,17 +74,14 @@ def exchange(
     program = tl.program_id(0)
     if program < first_programs:
         _one_direction(
-            program * FIRST_BM, first_x, first_y, first_q, first_kv, first_o, first_lse, first_h, cls, first_scale,
-            first_proj, first_proj_bias, first_up, first_up_bias,
-            patch_rows, cls_rows, frames, patches, first_window, softmax_scale,
+            program * FIRST_BM, first, cls, patch_rows, cls_rows, frames, patches, first_window, softmax_scale,
             FIRST_CLS, FIRST_BY_PATCH, FIRST_ONE_BLOCK, FIRST_SCALE, DIM, D, HEADS, HEAD,
             ATTEND_ONLY, STORE_LSE, STORE_H, FIRST_BM, FIRST_BQ, BKEY, BK, BN, CHUNK, CHUNKS,
             STAGES, WIDEN_STAGES, KEY_STAGES,
         )  # fmt: skip
     elif BOTH:
         _one_direction(
-            (program - first_programs) * SECOND_BM, second_x, second_y, second_q, second_kv, second_o, second_lse,
-            second_h, cls, second_scale, second_proj, second_proj_bias, second_up, second_up_bias,
+            (program - first_programs) * SECOND_BM, second, cls,
             patch_rows, cls_rows, frames, patches, second_window, softmax_scale,
             SECOND_CLS, SECOND_BY_PATCH, SECOND_ONE_BLOCK, SECOND_SCALE, DIM, D, HEADS, HEAD,
             ATTEND_ONLY, STORE_LSE, STORE_H, SECOND_BM, SECOND_BQ, BKEY, BK, BN, CHUNK, CHUNKS,
@@ -79,8 +91,7 @@ def exchange(
 
 @triton.jit
 def _one_direction(
-    start, x, y, q, kv, o, lse, h, cls, scale, proj, proj_bias, up, up_bias,
-    patch_rows, cls_rows, frames, patches, window, softmax_scale,
+    start, own, cls, patch_rows, cls_rows, frames, patches, window, softmax_scale,
     CLS: tl.constexpr, BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, SCALE: tl.constexpr,
     DIM: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     ATTEND_ONLY: tl.constexpr, STORE_LSE: tl.constexpr, STORE_H: tl.constexpr,
@@ -92,12 +103,12 @@ def _one_direction(
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
             _attend(
-                q, kv, o, lse, start + part * BQ, patch_rows, frames, patches, window, softmax_scale,
+                own.q, own.kv, own.o, own.lse, start + part * BQ, patch_rows, frames, patches, window, softmax_scale,
                 BY_PATCH, ONE_BLOCK, D, HEADS, HEAD, STORE_LSE, BQ, BKEY, KEY_STAGES,
             )  # fmt: skip
     if not ATTEND_ONLY:
         tl.debug_barrier()  # O was written by other threads of this program
-        COMPUTE: tl.constexpr = q.dtype.element_ty
+        COMPUTE: tl.constexpr = own.q.dtype.element_ty
         i = start + tl.arange(0, BM)
         is_patch = i < patch_rows
         mask = i < patch_rows + cls_rows if CLS else is_patch
@@ -109,8 +120,8 @@ def _one_direction(
         else:
             frame, token, row = p_row // patches, p_row % patches, p_row
         acc = zeros(BM, CHUNK, CHUNKS)
-        acc = narrow(acc, o, p_row, is_patch, proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        hidden = add_bias(acc, proj_bias, is_patch, D, CHUNK, CHUNKS)
+        acc = narrow(acc, own.o, p_row, is_patch, own.proj, D, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        hidden = add_bias(acc, own.proj_bias, is_patch, D, CHUNK, CHUNKS)
         g = ()
         for c in tl.static_range(CHUNKS):
             value = hidden[c]
@@ -118,22 +129,22 @@ def _one_direction(
                 value += load_chunk(cls, i - patch_rows, mask & (i >= patch_rows), c, D, CHUNK)
             kept = value.to(COMPUTE)
             if STORE_H:
-                store_chunk(h, row, mask, kept, c, D, CHUNK)
+                store_chunk(own.h, row, mask, kept, c, D, CHUNK)
             wide = kept.to(tl.float32)
             g += ((gelu(wide) if kept.dtype == tl.float32 else gelu_to_round(wide)).to(COMPUTE),)
         factor = tl.zeros((BM,), tl.float32) + 1.0
         if SCALE == "token":
-            factor = tl.load(scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
+            factor = tl.load(own.scale + frame // frames * (patches + 1) + token, mask=mask, other=0.0)
         if SCALE == "clip":
-            factor = tl.load(scale + frame // frames, mask=mask, other=0.0)
+            factor = tl.load(own.scale + frame // frames, mask=mask, other=0.0)
         for j in tl.range(0, DIM, BN, num_stages=WIDEN_STAGES):
             at = j + tl.arange(0, BN)
             here = mask[:, None] if DIM % BN == 0 else mask[:, None] & (at < DIM)[None, :]
-            branch = widen(g, up, j, DIM, D, False, BM, BN, CHUNK, CHUNKS)
-            branch += tl.load(up_bias + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
-            old = tl.load(x + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
+            branch = widen(g, own.up, j, DIM, D, False, BM, BN, CHUNK, CHUNKS)
+            branch += tl.load(own.up_bias + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
+            old = tl.load(own.x + offset(row, DIM)[:, None] + at[None, :], mask=here, other=0.0).to(tl.float32)
             new = old + factor[:, None] * branch
-            tl.store(y + offset(row, DIM)[:, None] + at[None, :], new.to(y.dtype.element_ty), mask=here)
+            tl.store(own.y + offset(row, DIM)[:, None] + at[None, :], new.to(own.y.dtype.element_ty), mask=here)
 
 
 @triton.jit

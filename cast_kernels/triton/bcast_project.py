@@ -7,6 +7,8 @@ compute n again. With FROM_Z the statistics' sums run over another layout of the
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,13 +31,28 @@ from cast_kernels.triton.blocks import (
 _SIZES = ["rows", "frames", "patches", "spatial_tiles", "t2s_by_frame", "t2s_by_patch", "s2t_by_frame", "s2t_by_patch"]
 
 
+class Projected(NamedTuple):
+    """One stream's tensors. Of a role that the stream does not have, nothing is read that matters."""
+
+    x: Any  # [rows, DIM]
+    z: Any  # [rows, D] in the compute dtype; read with FROM_Z, else written
+    q: Any  # [B*T*N, D], written
+    kv: Any  # [B*T*N, 2D], written
+    down: Any  # [D, DIM]
+    down_bias: Any  # [D]
+    norm: Any  # [D]
+    norm_bias: Any  # [D]
+    q_pos: Any  # [W, D], of the direction in which the stream asks
+    kv_pos: Any  # [W, D], of the direction in which it answers
+    q_weight: Any  # [D, D]
+    q_bias: Any  # [D]
+    kv_weight: Any  # [2D, D]
+    kv_bias: Any  # [2D]
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def project(
-    spatial, spatial_z, spatial_q, spatial_kv, spatial_down, spatial_down_bias, spatial_norm, spatial_norm_bias,
-    spatial_q_pos, spatial_kv_pos, spatial_q_weight, spatial_q_bias, spatial_kv_weight, spatial_kv_bias,
-    temporal, temporal_z, temporal_q, temporal_kv, temporal_down, temporal_down_bias, temporal_norm, temporal_norm_bias,
-    temporal_q_pos, temporal_kv_pos, temporal_q_weight, temporal_q_bias, temporal_kv_weight, temporal_kv_bias,
-    cls, rows, frames, patches, spatial_tiles, eps,
+    spatial, temporal, cls, rows, frames, patches, spatial_tiles, eps,
     t2s_by_frame, t2s_by_patch, s2t_by_frame, s2t_by_patch,
     DIM: tl.constexpr, D: tl.constexpr, T2S: tl.constexpr, S2T: tl.constexpr, POSITIONS: tl.constexpr,
     FROM_Z: tl.constexpr,
@@ -50,32 +67,26 @@ def project(
     tile = tl.program_id(0)
     if tile < spatial_tiles:
         first = 1
-        x, z_out, q_out, kv_out = spatial, spatial_z, spatial_q, spatial_kv
-        down, down_bias, norm, norm_bias = spatial_down, spatial_down_bias, spatial_norm, spatial_norm_bias
-        q_pos, kv_pos, q_weight, q_bias = spatial_q_pos, spatial_kv_pos, spatial_q_weight, spatial_q_bias
-        kv_weight, kv_bias = spatial_kv_weight, spatial_kv_bias
+        own = spatial
         q_by_frame, q_by_patch, kv_by_frame, kv_by_patch = t2s_by_frame, t2s_by_patch, s2t_by_frame, s2t_by_patch
         q_columns, kv_columns = D * T2S, 2 * D * S2T
     else:
         first = 0
         tile -= spatial_tiles
-        x, z_out, q_out, kv_out = temporal, temporal_z, temporal_q, temporal_kv
-        down, down_bias, norm, norm_bias = temporal_down, temporal_down_bias, temporal_norm, temporal_norm_bias
-        q_pos, kv_pos, q_weight, q_bias = temporal_q_pos, temporal_kv_pos, temporal_q_weight, temporal_q_bias
-        kv_weight, kv_bias = temporal_kv_weight, temporal_kv_bias
+        own = temporal
         q_by_frame, q_by_patch, kv_by_frame, kv_by_patch = s2t_by_frame, s2t_by_patch, t2s_by_frame, t2s_by_patch
         q_columns, kv_columns = D * S2T, 2 * D * T2S
-    COMPUTE: tl.constexpr = spatial_z.dtype.element_ty
+    COMPUTE: tl.constexpr = spatial.z.dtype.element_ty
     tokens = patches + first
     row = tile * BM + tl.arange(0, BM)
     mask = row < rows * tokens
     if FROM_Z:
-        mean, rstd = statistics(load_row(z_out, row, mask, D, CHUNK, CHUNKS), eps, BM, D, CHUNK, CHUNKS)
+        mean, rstd = statistics(load_row(own.z, row, mask, D, CHUNK, CHUNKS), eps, BM, D, CHUNK, CHUNKS)
     else:
         wide = zeros(BM, CHUNK, CHUNKS)
-        wide = narrow(wide, x, row, mask, down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
-        z = rounded(add_bias(wide, down_bias, mask, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
-        store_row(z_out, row, mask, z, D, CHUNK, CHUNKS)
+        wide = narrow(wide, own.x, row, mask, own.down, DIM, D, False, COMPUTE, BK, CHUNK, CHUNKS, STAGES)
+        z = rounded(add_bias(wide, own.down_bias, mask, D, CHUNK, CHUNKS), COMPUTE, CHUNKS)
+        store_row(own.z, row, mask, z, D, CHUNK, CHUNKS)
         mean, rstd = statistics(z, eps, BM, D, CHUNK, CHUNKS)
     # From here on z is read from memory, chunk by chunk: beside the products' operand it would not fit in registers.
     tl.debug_barrier()
@@ -85,15 +96,17 @@ def project(
     kept = mask & (patch >= 0)
     q_at, kv_at = time * q_by_frame + patch * q_by_patch, time * kv_by_frame + patch * kv_by_patch
     a = _with_positions(
-        z_out, row, mask, cls, frame, mask & (patch < 0), T2S, mean, rstd, norm, norm_bias, q_pos, q_at,
+        own.z, row, mask, cls, frame, mask & (patch < 0), T2S, mean, rstd, own.norm, own.norm_bias, own.q_pos, q_at,
         kept & (q_columns > 0), D, POSITIONS, COMPUTE, CHUNK, CHUNKS,
     )  # fmt: skip
-    _multiply(a, q_out, q_columns, D, kept, out_row, q_weight, q_bias, D, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES)
+    _multiply(a, own.q, q_columns, D, kept, out_row, own.q_weight, own.q_bias, D, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES)
     a = _with_positions(
-        z_out, row, mask, cls, frame, mask, False, mean, rstd, norm, norm_bias, kv_pos, kv_at, kept & (kv_columns > 0),
-        D, POSITIONS, COMPUTE, CHUNK, CHUNKS,
+        own.z, row, mask, cls, frame, mask, False, mean, rstd, own.norm, own.norm_bias, own.kv_pos, kv_at,
+        kept & (kv_columns > 0), D, POSITIONS, COMPUTE, CHUNK, CHUNKS,
     )  # fmt: skip
-    _multiply(a, kv_out, kv_columns, 2 * D, kept, out_row, kv_weight, kv_bias, D, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES)
+    _multiply(
+        a, own.kv, kv_columns, 2 * D, kept, out_row, own.kv_weight, own.kv_bias, D, BM, BN, CHUNK, CHUNKS, WIDEN_STAGES
+    )
 
 
 @triton.jit

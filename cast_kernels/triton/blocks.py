@@ -28,6 +28,18 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def odd(number):
+    """The number as `launch.as_odd` puts it into tuples."""
+    return 2 * number + 3
+
+
+@triton.jit
+def unodd(number):
+    """The number that was made odd."""
+    return (number - 3) >> 1
+
+
+@triton.jit
 def offset(row, WIDTH: tl.constexpr):
     """Where the rows begin in a matrix of WIDTH columns."""
     return row.to(tl.int64) * WIDTH

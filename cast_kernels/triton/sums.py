@@ -6,88 +6,93 @@ It adds up the partial sums that programs left, a row each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cast_kernels.triton.blocks import odd, unodd
+from cast_kernels.triton.launch import Buffer, Plan, Planner, as_odd, planned
 
 #: Columns of a program: 64 fp32 are two 128-byte lines a row, and 12 programs cover the paper's largest vector.
 COLUMNS = 64
 #: Rows added at a time, so that loads overlap.
 ROWS = 32
-#: Reductions that one launch takes: B-CAST has two for each of its three backward kernels.
-MOST = 6
 
 
 class Reduction(NamedTuple):
     """Column sums that are to be made: the columns of partial [rows, width] go to the outputs, one behind the other."""
 
-    partial: Tensor  # float32
-    outputs: Sequence[Tensor]  # one to three vectors of one dtype, `width` elements together
+    partial: Any  # float32
+    outputs: Sequence[Any]  # one to three vectors of one dtype, `width` elements together
 
 
-@triton.jit(do_not_specialize=[f"{name}{i}" for i in range(6) for name in ("rows", "width", "middle", "last", "end")])
-def reduce_rows(
-    partial0, partial1, partial2, partial3, partial4, partial5,
-    first0, first1, first2, first3, first4, first5,
-    second0, second1, second2, second3, second4, second5,
-    third0, third1, third2, third3, third4, third5,
-    rows0, rows1, rows2, rows3, rows4, rows5,
-    width0, width1, width2, width3, width4, width5,
-    middle0, middle1, middle2, middle3, middle4, middle5,
-    last0, last1, last2, last3, last4, last5,
-    end0, end1, end2, end3, end4,
-    BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+class Sums(NamedTuple):
+    """One reduction as the kernel takes it."""
+
+    partial: Any  # [rows, width] in fp32
+    first: Any  # [middle], written
+    second: Any  # [last - middle], written
+    third: Any  # [width - last], written
+    rows: Any  # odd
+    width: Any
+    middle: Any
+    last: Any
+    end: Any  # odd: the program before which the reduction ends
+
+
+@triton.jit
+def reduce_rows(reductions, BR: tl.constexpr, BC: tl.constexpr):
     """Sum each partial [rows, width] over rows: columns below `middle` go to first, those below `last` to second.
 
-    One reduction behind the other: number i ends before program `end<i>`.
+    One reduction behind the other.
     """
     tile = tl.program_id(0)
-    partial, first, second, third, rows, width = partial0, first0, second0, third0, rows0, width0
-    middle, last, start = middle0, last0, 0
-    if tile >= end0:
-        partial, first, second, third, rows, width = partial1, first1, second1, third1, rows1, width1
-        middle, last, start = middle1, last1, end0
-    if tile >= end1:
-        partial, first, second, third, rows, width = partial2, first2, second2, third2, rows2, width2
-        middle, last, start = middle2, last2, end1
-    if tile >= end2:
-        partial, first, second, third, rows, width = partial3, first3, second3, third3, rows3, width3
-        middle, last, start = middle3, last3, end2
-    if tile >= end3:
-        partial, first, second, third, rows, width = partial4, first4, second4, third4, rows4, width4
-        middle, last, start = middle4, last4, end3
-    if tile >= end4:
-        partial, first, second, third, rows, width = partial5, first5, second5, third5, rows5, width5
-        middle, last, start = middle5, last5, end4
-    column = (tile - start) * BC + tl.arange(0, BC)
-    inside = column < width
+    own, start = reductions[0], odd(0)
+    for i in tl.static_range(1, len(reductions)):
+        if odd(tile) >= reductions[i - 1].end:
+            own, start = reductions[i], reductions[i - 1].end
+    rows = unodd(own.rows)
+    column = (tile - unodd(start)) * BC + tl.arange(0, BC)
+    inside = column < own.width
     total = tl.zeros((BC,), tl.float32)
     for r in range(0, rows, BR):
         row = (r + tl.arange(0, BR)).to(tl.int64)
-        value = tl.load(
-            partial + row[:, None] * width + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0
-        )
-        total += tl.sum(value, 0)
-    rounded = total.to(first.dtype.element_ty)
-    tl.store(first + column, rounded, mask=inside & (column < middle))
-    tl.store(second + (column - middle), rounded, mask=inside & (column >= middle) & (column < last))
-    tl.store(third + (column - last), rounded, mask=inside & (column >= last))
+        at = row[:, None] * own.width + column[None, :]
+        total += tl.sum(tl.load(own.partial + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0), 0)
+    rounded = total.to(own.first.dtype.element_ty)
+    tl.store(own.first + column, rounded, mask=inside & (column < own.middle))
+    tl.store(own.second + (column - own.middle), rounded, mask=inside & (column >= own.middle) & (column < own.last))
+    tl.store(own.third + (column - own.last), rounded, mask=inside & (column >= own.last))
+
+
+def add(planner: Planner, reductions: Sequence[Reduction]) -> None:
+    """Plan at least one of them, of buffers; all outputs have one dtype."""
+    made, end = [], 0
+    for partial, outputs in reductions:
+        rows, width = partial.shape
+        first, second, third = (*outputs, *[outputs[-1]] * (3 - len(outputs)))
+        middle = first.shape[0]
+        last = middle + (second.shape[0] if len(outputs) > 1 else 0)
+        end += triton.cdiv(width, COLUMNS)
+        made.append(Sums(partial, first, second, third, as_odd(rows), width, middle, last, as_odd(end)))
+    planner.launch(reduce_rows, (end,), tuple(made), BR=ROWS, BC=COLUMNS, num_warps=2)
+
+
+@planned
+def _plan(shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], dtype: torch.dtype) -> Plan:
+    planner = Planner()
+    partials = [planner.given(*partial, dtype=torch.float32) for partial, _ in shapes]
+    vectors: list[list[Buffer]] = [[planner.given(n, dtype=dtype) for n in lengths] for _, lengths in shapes]
+    add(planner, [Reduction(*pair) for pair in zip(partials, vectors, strict=True)])
+    return planner.plan()
 
 
 def reduce(reductions: Sequence[Reduction]) -> None:
-    """Do 1 to :data:`MOST` of them; all outputs have one dtype."""
-    filled = [*reductions, *[reductions[-1]] * (MOST - len(reductions))]
-    columns: list[list[Tensor | int]] = []
-    ends, total = [], 0
-    for number, (partial, outputs) in enumerate(filled):
-        rows, width = partial.shape
-        middle = outputs[0].numel()
-        last = middle + (outputs[1].numel() if len(outputs) > 1 else 0)
-        columns.append([partial, *outputs, *[outputs[-1]] * (3 - len(outputs)), rows, width, middle, last])
-        total += triton.cdiv(width, COLUMNS) if number < len(reductions) else 0
-        ends.append(total)
-    arguments = [value for column in zip(*columns, strict=True) for value in column]
-    reduce_rows[(total,)](*arguments, *ends[:-1], BR=ROWS, BC=COLUMNS, num_warps=2)
+    """Do at least one of them, of tensors; all outputs have one dtype."""
+    given: list[Tensor] = [partial for partial, _ in reductions]
+    given += [vector for _, outputs in reductions for vector in outputs]
+    shapes = tuple((tuple(partial.shape), tuple(x.numel() for x in outputs)) for partial, outputs in reductions)
+    _plan(shapes, given[-1].dtype).run(given)

@@ -344,13 +344,23 @@ def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
     """Inside, the table has these tiles for the architecture: how candidates are measured."""
     key, before = (arch, bits, d > 384), dict(_TABLE)
     _TABLE[key] = tiles
-    find_set.cache_clear()
+    _table_changed()
     try:
         yield
     finally:
         _TABLE.clear()
         _TABLE.update(before)
-        find_set.cache_clear()
+        _table_changed()
+
+
+#: How often the table changed, as `trying` does: what was made from it is kept by this number.
+changes = 0
+
+
+def _table_changed() -> None:
+    global changes
+    changes += 1
+    find_set.cache_clear()
 
 
 def find(arch: str, kernel: str, bits: int, d: int, rows: int | None = None) -> Tile:

@@ -8,6 +8,7 @@ width of their offsets in compiled code.
 from __future__ import annotations
 
 import inspect
+import mmap
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from triton.runtime import interpreter
 
 import cast_kernels
 from cast_kernels.triton import bcast as triton_bcast
+from cast_kernels.triton import launch
 
 #: 8 patches and 10 tokens a clip; 128 channels: the smallest batch past 2^31 elements.
 CASE = Case(batch=2**31 // (8 * 128) + 3, frames=2, patches=4, dim=128, bottleneck=128, heads=2)
@@ -59,6 +61,12 @@ def grown(last: Tensor) -> Tensor:
     return large
 
 
+def untouched(size: int) -> Tensor:
+    """So many bytes, more than there is memory: only pages that are touched are taken."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
+
+
 def test_the_last_rows_of_a_batch_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.bfloat16
     few = Case(**{**{f: getattr(CASE, f) for f in ("frames", "patches", "dim", "bottleneck", "heads")}, "batch": 8})
@@ -68,6 +76,7 @@ def test_the_last_rows_of_a_batch_past_two_to_the_31(monkeypatch: pytest.MonkeyP
     wanted_grads = torch.autograd.grad(outputs, inputs, given)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last_programs)
+    monkeypatch.setattr(launch, "_scratch", lambda _, size: untouched(size))
     parameters = cast_kernels.Parameters.from_flat([p if p is None else p.detach() for p in module.gathered().flat()])
     large = [grown(x.detach()) for x in inputs]
     problem = module.problem(CASE.batch)

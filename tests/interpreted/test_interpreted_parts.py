@@ -46,6 +46,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     true = weight_gradient.sum_parts
 
     class Watched:
+        arg_names = true.arg_names
+
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*arguments: Any, **constants: Any) -> None:
                 seen.append(arguments[-2])
