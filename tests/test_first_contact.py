@@ -313,6 +313,7 @@ def test_benchmarks_are_rows_whatever_ends_their_process(tmp_path: Path) -> None
         (["out", "--minutes", "0.5"], "'0.5' is not a number from 1 to 600"),
         (["out", "--minutes", "nan"], "'nan' is not"),
         (["out", "--minutes", "eight"], "'eight' is not"),
+        (["out", "--stages", "time"], "invalid choice: 'time'"),
         ([], "out"),
     ],
 )
@@ -378,6 +379,13 @@ def test_what_runs_the_processes_needs_the_standard_library_alone() -> None:
     program = "import first_contact.run, first_contact.machine, first_contact.build, first_contact.rows"
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
+
+
+def test_stages_can_be_chosen(tmp_path: Path) -> None:
+    """The machine's own commands need no GPU."""
+    assert main([str(tmp_path), "--minutes", "2", "--stages", "machine"]) == RIGHT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["machine.txt", "summary.md"]
+    assert "$ lscpu" in (tmp_path / "machine.txt").read_text()
 
 
 def test_the_tree_may_be_sent_along() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import bench_adapter
@@ -18,7 +18,7 @@ import bench_model
 import bench_self_attention
 import torch
 from compare import worst_ratio
-from groups import PAPER, SMALL, Group, Sizes
+from groups import PAPER, SMALL, Group, Sizes, Work
 from measure import rms_error
 from torch import Tensor
 
@@ -96,18 +96,24 @@ def checked(machine: Machine, case: check.AnyCase, dtype: str) -> dict[str, Any]
 
 def compared(machine: Machine, group: Group, row: str) -> dict[str, Any]:
     """The worst tensor of one row."""
-    work = group.work(machine)
-    assert work.exact is not None
-    exact = work.exact()
+    work, exact, eager = truth(machine, group)
     with poisoned_memory():
         candidate = work.builders[row]()
         machine.computed()
-        ours = rms_error(candidate.results(), dict(exact))
+        ours = rms_error(candidate.results(), exact)
     if not machine.computed():
         return {"ok": None, "why_not": RECORDED}
-    eager = rms_error(work.builders[group.rows[0]]().results(), dict(exact))
-    ratio, where = worst_ratio(ours, eager, dict(exact))
+    ratio, where = worst_ratio(ours, eager, exact)
     return {"ok": ratio <= 2, "error over eager's": ratio, "worst tensor": where, "rms": ours[where]}
+
+
+@lru_cache(1)
+def truth(machine: Machine, group: Group) -> tuple[Work, dict[str, Tensor], dict[str, float]]:
+    """A group's work, its results in fp64, and the errors of its baseline."""
+    work = group.work(machine)
+    assert work.exact is not None
+    exact = dict(work.exact())
+    return work, exact, rms_error(work.builders[group.rows[0]]().results(), exact)
 
 
 def repetition(machine: Machine, known: Mapping[str, Group]) -> Room:

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--minutes", type=_minutes, default=8.0, help="of the whole run, half a minute of it for the end"
     )
     parser.add_argument("--emulated", action="store_true", help="rehearse without a GPU, at small sizes")
+    names = [stage.name for wave in stages(emulated=False) for stage in wave]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE",
+                        help=f"only these, in the order in which they are done, out of {', '.join(names)}")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         outputs = Outputs(options.out)
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.emulated:
         path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         environment |= {"FIRST_CONTACT_EMULATED": "1", "PYTHONPATH": path}
-    return Contact(outputs, budget, environment, options.emulated).run(stages(options.emulated))
+    waves = [tuple(stage for stage in wave if stage.name in options.stages) for wave in stages(options.emulated)]
+    return Contact(outputs, budget, environment, options.emulated).run(waves)
 
 
 def _minutes(text: str) -> float:
