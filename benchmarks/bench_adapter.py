@@ -7,12 +7,13 @@ A CPU has no kernel of it alone, so there are no rows there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 from expert_op import Call, Op
-from groups import First, Group, Sizes
+from groups import First, Group, Row, Sizes
 from report import recorded_time
 from torch import Tensor
 
@@ -55,5 +56,6 @@ def groups(device: str, sizes: Sizes) -> list[Group]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(timer=recorded_time)
-def test_adapter(measured: dict[str, Any]) -> None:
+def test_adapter(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
+    measure(row)

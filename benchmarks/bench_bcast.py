@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 from baselines import OneDNNLinears, from_published_layout, published, to_published_layout
-from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Sizes, Work
+from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Row, Sizes, Work
 from measure import bytes_kept_for_backward, tensor_bytes
 from models import randomise
 from prediction import predicted
 from report import recorded_time
 from torch import Tensor
-from variants import LEVELS, PACKAGES, attending, attentions, compiled, ours
+from variants import LEVELS, PACKAGES, attending, attentions, compiled, options_of, ours
 
 import cast_kernels
 from cast_kernels.gpu.machine import Machine
@@ -166,9 +166,9 @@ def run_onednn(module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor) ->
 
 def build(name: str, sizes: Sizes, batch: int, kind: Kind, device: torch.device, backward: bool) -> Candidate:
     """One row's candidate; all rows have the same weights and inputs."""
-    mine = {row: options for kind_of in ("cpu", "cuda") for row, options in ours(kind_of, True).items()}
-    module = make_module(sizes, **mine.get(name, {})).to(device, kind.dtype)
-    if name in mine:
+    mine = options_of(name)
+    module = make_module(sizes, **(mine or {})).to(device, kind.dtype)
+    if mine:
         call: Any = module
     elif name == ONEDNN:
         call = partial(run_onednn, module)
@@ -203,5 +203,6 @@ def make_work(
 
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(timer=recorded_time)
-def test_bcast(measured: dict[str, Any]) -> None:
+def test_bcast(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
+    measure(row)

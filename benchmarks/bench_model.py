@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Sizes, Work
+from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Row, Sizes, Work
 from models import Training, count_flops, exact_logits, exact_training, make_batch, make_model
 from peak_memory import measure_apart
 from peers import onnx_runtime, openvino
+from prediction import predicted_model
 from report import recorded_time
 from torch import Tensor
-from variants import LEVELS, PACKAGES, attending, attentions, compiled, ours, package_attention
+from variants import LEVELS, PACKAGES, attending, attentions, compiled, options_of, ours, package_attention
 
 import cast
 from cast_kernels.gpu.machine import Machine
@@ -80,8 +81,7 @@ def row_names(device: str, work: str, kind: Kind) -> tuple[str, ...]:
 
 def build_model(name: str, sizes: Sizes, kind: Kind, device: torch.device) -> tuple[cast.CAST, Callable[..., Any]]:
     """The model and what is called; all rows have the same weights."""
-    mine = {row: options for where in ("cpu", "cuda") for row, options in ours(where, True).items()}
-    options = dict(mine.get(name, {"backend": "eager"}))
+    options = dict(options_of(name) or {"backend": "eager"})
     backend = options.pop("backend")
     model = make_model(sizes.variant, **sizes.model, **options).fuse(backend).to(device, kind.dtype)
     attention = name.partition(" by ")[2]
@@ -114,9 +114,11 @@ def inference(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.dev
     return Candidate(infer, partial(infer, CHECKED))
 
 
-def training(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device) -> Candidate:
+def training(
+    name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device, in_graph: bool = False
+) -> Candidate:
     model, call = build_model(name, sizes, kind, device)
-    run = Training(model, *make_batch(model.config, sizes.clips(batch), device, kind.dtype), call, kind)
+    run = Training(model, *make_batch(model.config, sizes.clips(batch), device, kind.dtype), call, kind, in_graph)
     return Candidate(run.step, partial(run.results, CHECKED))
 
 
@@ -134,7 +136,7 @@ def make_work(
     device: str, sizes: Sizes, work: str, kind: Kind, batch: int, rows: tuple[str, ...], machine: Machine
 ) -> Work:
     train = work != "inference"
-    candidate = training if train else inference
+    candidate: Callable[..., Candidate] = partial(training, in_graph=device == "cuda") if train else inference
     if work == "training memory" and device == "cpu":
         candidate = memory_apart  # resident memory is the whole process's
     return Work(
@@ -145,18 +147,19 @@ def make_work(
         samples={"cpu": 9, "cuda": 20}[device],
         seconds={"cpu": 70.0, "cuda": 15.0}[device],
         memory_alone=work == "training memory",
+        predicted=predicted_model(machine, device, kind.name, batch, work) if sizes.name == "paper" else {},
     )
 
 
 def memory_apart(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device) -> Candidate:
     """Peak memory of two training steps in a process of its own; the group of training steps checks gradients."""
-    mine = ours("cpu", True)
-    arguments = dict(mine.get(name, {"backend": "eager"}))
+    arguments = options_of(name) or {"backend": "eager"}
     found = measure_apart(sizes.variant, sizes.clips(batch), {**sizes.model, **arguments})
     return Candidate(lambda: None, dict, figures=found | {"above_mib": found["peak_mib"] - found["before_mib"]})
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(timer=recorded_time)
-def test_model(measured: dict[str, Any]) -> None:
+def test_model(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
+    measure(row)

@@ -8,13 +8,14 @@ twice that eager's error against fp64. Attention is frozen and the adapter train
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from expert_op import BASELINE, Call, Op
-from groups import First, Group, Sizes
+from groups import First, Group, Row, Sizes
 from report import recorded_time
 from torch import Tensor
 from variants import PACKAGES, attending, attentions, package_attention
@@ -82,5 +83,6 @@ def groups(device: str, sizes: Sizes) -> list[Group]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(timer=recorded_time)
-def test_self_attention(measured: dict[str, Any]) -> None:
+def test_self_attention(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
+    measure(row)

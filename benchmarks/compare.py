@@ -78,7 +78,8 @@ def compare(
             rows[name]["stand_in"] = machine.stand_in
         if name in work.predicted:
             rows[name]["predicted_ms"] = work.predicted[name]
-    _share_memory(rows, names[0])
+    if work.memory_alone:
+        _share_memory(rows, names[0])
     return rows
 
 

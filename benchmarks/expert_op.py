@@ -11,7 +11,7 @@ import torch
 from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Sizes, Work
 from measure import bytes_kept_for_backward, tensor_bytes
 from torch import Tensor
-from variants import compiled, is_ours, ours
+from variants import compiled, options_of, ours
 
 from cast_kernels.gpu.machine import Machine
 
@@ -100,9 +100,8 @@ class Op:
     def _build(
         self, name: str, expert: str, sizes: Sizes, kind: Kind, batch: int, machine: Machine, backward: bool
     ) -> Candidate:
-        if is_ours(name):
-            mine = {row: options for device in ("cpu", "cuda") for row, options in ours(device, True).items()}
-            call = self.call(expert, sizes, **mine[name])
+        if mine := options_of(name):
+            call = self.call(expert, sizes, **mine)
         elif name in (BASELINE, COMPILED):
             call = self.call(expert, sizes, backend="eager")
             call = compiled(call) if name == COMPILED else call

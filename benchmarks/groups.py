@@ -151,7 +151,7 @@ class Row(NamedTuple):
         return f"{self.group.name}-{self.name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sizes:
     """How large the problems are. `small` rehearses a run where only the path matters, not the figures."""
 
@@ -173,10 +173,10 @@ class Sizes:
 
 PAPER = Sizes("paper", 8, 196, 768, 384, 12, 3072, 192, 1 << 10, {})
 SMALL = Sizes(
-    "small", 2, 4, 32, 16, 2, 32, 16, 2,
+    "small", 2, 4, 64, 32, 2, 64, 16, 2,
     {
-        "image_size": 32, "patch_size": 16, "num_frames": 4, "embed_dim": 32, "depth": 2, "num_heads": 2,
-        "mlp_ratio": 1.0, "adapter_ratio": 0.5, "exchange_layers": (0,),
+        "image_size": 16, "patch_size": 8, "num_frames": 4, "embed_dim": 64, "depth": 2, "num_heads": 2,
+        "mlp_ratio": 1.0, "exchange_layers": (0,), "heads": {"verb": 64, "noun": 48},
     },
     "tiny",
 )  # fmt: skip

@@ -74,16 +74,16 @@ class Training:
         video, labels: as :func:`make_batch` returns them.
         call: computes the logits; the model itself if None.
         kind: whose autocast forward runs in.
+        in_graph: whether the optimizer is one that a CUDA graph can hold: fused, its step count on the device.
     """
 
     def __init__(
         self, model: cast.CAST, video: Tensor, labels: dict[str, Tensor], call: Callable[..., Any] | None = None,
-        kind: Kind = KINDS["fp32"],
+        kind: Kind = KINDS["fp32"], in_graph: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.video, self.labels, self.kind = model.train(), video, labels, kind
         self.call = model if call is None else call
-        # On a GPU the optimizer is one kernel, and its step count lives there, so that a graph can hold it.
-        options: dict[str, Any] = {"fused": True, "capturable": True} if video.is_cuda else {}
+        options: dict[str, Any] = {"fused": True, "capturable": True} if in_graph else {}
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, **options)
 
     def backward(self, clips: int | None = None) -> dict[str, Tensor]:

@@ -31,12 +31,28 @@ def predicted(machine: Machine, device: str, kind: str, batch: int, work: str) -
     return {}
 
 
+def predicted_model(machine: Machine, device: str, kind: str, batch: int, work: str) -> dict[str, float]:
+    """Row -> milliseconds of a whole CAST-B's GPU, as a graph runs it; empty if there is no prediction of it."""
+    if device != "cuda" or kind != "amp":
+        return {}
+    mine = next(name for name in ours("cuda", False) if name.endswith("triton"))
+    names = {"eager AMP": "fused=False", "torch.compile": "torch.compile(fused=False)", "ours": mine}
+    gpu = machine.describe()
+    ways = prediction_of(gpu, PREDICTIONS / "model").get("ways", []) if prediction_of(gpu, PREDICTIONS) else []
+    asked = (batch, work == "training step", "fp32")
+    return {
+        names[way["way"]]: way["gpu_us"] / 1e3
+        for way in ways
+        if (way["model"]["batch"], way["model"]["training"], way["model"]["streams"]) == asked and way["way"] in names
+    }
+
+
 def prediction_of(gpu: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A GPU's entry in what `cast-kernels predict` wrote; empty if there is none.
 
     Args:
         gpu: `name`, in which the prediction's must be a word (a GH200 is no H200), and `multiprocessors`, of which it
-            must have as many (an H100 PCIe is no H100 SXM).
+            must have as many (an H100 PCIe is no H100 SXM), where the prediction says.
         folder: of the predictions.
     """
     words = re.findall(r"[A-Z0-9]+", gpu["name"].upper())
@@ -44,7 +60,10 @@ def prediction_of(gpu: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     for path in sorted(folder.glob("*.json")):
         if path.stem.upper() in words:
-            (entry,) = _read(path)["devices"].values()
+            found = _read(path)
+            if "devices" not in found:
+                return found
+            (entry,) = found["devices"].values()
             return dict(entry) if entry["constants"]["multiprocessors"] == gpu["multiprocessors"] else {}
     return {}
 

@@ -75,13 +75,13 @@ class Report:
     def show(self) -> None:
         """Print every group, and where its rows are."""
         self.save()
-        console = Console(width=max(160, Console().width))
+        console = Console(width=max(200, Console().width))
         console.print()
         for title, rows in self.groups.items():
             console.print(render(title, rows))
-            for name, row in rows.items():
-                if why := reason(row):
-                    console.print(f"{name}: {why}", markup=False)
+            for why in dict.fromkeys(filter(None, map(reason, rows.values()))):
+                names = ", ".join(name for name, row in rows.items() if reason(row) == why)
+                console.print(f"{names}: {why}", markup=False)
         for about in (self.about_device, environment(self.command)):
             if about:
                 console.print(", ".join(f"{k} {v}" for k, v in about.items()), markup=False)
@@ -128,7 +128,7 @@ def render(title: str, rows: dict[str, Row]) -> Table:
     """One group as a table."""
     table = Table(title=title, title_justify="left")
     headers, lines = cells(rows)
-    table.add_column(headers[0], overflow="fold")
+    table.add_column(headers[0], no_wrap=True)
     for header in headers[1:]:
         table.add_column(header, justify="right")
     for line in lines:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import cast_kernels
-from cast_kernels import attention
+from cast_kernels import _native, attention
 
 #: Levels beside the default one.
 LEVELS = ("nothing", "all")
@@ -43,6 +43,18 @@ def ours(device: str, backward: bool) -> dict[str, dict[str, Any]]:
         if backward:
             rows |= {f"{name}, recompute={r}": {"backend": backend, "recompute": r} for r in LEVELS}
     return rows
+
+
+def options_of(name: str) -> dict[str, Any] | None:
+    """The arguments of a row of ours, None of any other.
+
+    Raises:
+        Unavailable: its backend was not built.
+    """
+    rows = {row: options for device in ("cpu", "cuda") for row, options in ours(device, True).items()}
+    if name in rows and rows[name]["backend"] == "cpu" and _native.CORE is None:
+        raise Unavailable(_native.REASON)
+    return rows.get(name)
 
 
 def is_ours(name: str) -> bool:

@@ -182,8 +182,18 @@ def obstacle(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module
         adapter: its adapter, if it has one.
         names: what the answer calls the three.
     """
+    parts: dict[str, nn.Module | None] = {"norm": norm, "layer": layer}
+    if adapter is not None:
+        parts["adapter"] = adapter
+    owner = layer if adapter is None else adapter  # that with an adapter and that without have each their own
+    if owner is not None and plain.at_a_glance(owner, parts) is not None:
+        return ""
     found = plain.global_obstacle() or plain.obstacle(names.norm, norm, NORM) or plain.obstacle(names.layer, layer)
-    return found if found or adapter is None else plain.obstacle(names.adapter, adapter)
+    if not found and adapter is not None:
+        found = plain.obstacle(names.adapter, adapter)
+    if not found and owner is not None:
+        plain.found_plain(owner, parts, {name: NORM if name == "norm" else None for name in parts})
+    return found
 
 
 def attend(

@@ -2,54 +2,98 @@
 
 Selection never looks at anything but the problem, so what :func:`explain` prints is what happens. The problem's type
 says which op is asked about.
+
+A backend is a folder with a module for each op, `cast_kernels/<backend>/<op>.py`, which is :class:`Backend`. It is
+imported when it is first asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-import cast_kernels.cpu.bcast as cpu_bcast
-import cast_kernels.cpu.ffn as cpu_ffn
-import cast_kernels.cpu.self_attention as cpu_self_attention
-import cast_kernels.eager.adapter as eager_adapter
-import cast_kernels.eager.bcast as eager_bcast
-import cast_kernels.eager.ffn as eager_ffn
-import cast_kernels.eager.self_attention as eager_self_attention
-import cast_kernels.triton.adapter as triton_adapter
-import cast_kernels.triton.bcast as triton_bcast
-import cast_kernels.triton.ffn as triton_ffn
-import cast_kernels.triton.self_attention as triton_self_attention
-from cast_kernels.problem import AdapterProblem, BackendError, FFNProblem, Problem, SelfAttentionProblem, Verdict
+from torch import Tensor
 
-__all__ = ["BACKENDS", "AnyProblem", "BackendError", "can_run", "check_name", "explain", "select"]
+from cast_kernels import _native
+from cast_kernels.problem import (
+    AdapterProblem,
+    BackendError,
+    FFNProblem,
+    Problem,
+    SelfAttentionProblem,
+    Verdict,
+)
+from cast_kernels.triton.common import emulating, interpreting
 
-#: Backends in order of preference; "auto" takes the first that can run the problem.
-BACKENDS: tuple[str, ...] = ("triton", "cpu", "eager")
+__all__ = ["BACKENDS", "AnyProblem", "Backend", "BackendError", "can_run", "check_name", "explain", "load", "select"]
 
 #: The problem of any op.
 AnyProblem = Problem | FFNProblem | SelfAttentionProblem | AdapterProblem
 
-
-def _inside_its_neighbours(problem: AdapterProblem) -> Verdict:
-    return Verdict(False, "the native core has no kernel of the adapter alone: its ffn and self_attention contain it")
-
-
-#: Type of the problem -> backend -> its `can_run`. Every op has every backend: one that cannot run it says so.
-_CAN_RUN: dict[type, dict[str, Callable[[Any], Verdict]]] = {
-    Problem: {"triton": triton_bcast.can_run, "cpu": cpu_bcast.can_run, "eager": eager_bcast.can_run},
-    FFNProblem: {"triton": triton_ffn.can_run, "cpu": cpu_ffn.can_run, "eager": eager_ffn.can_run},
-    SelfAttentionProblem: {
-        "triton": triton_self_attention.can_run,
-        "cpu": cpu_self_attention.can_run,
-        "eager": eager_self_attention.can_run,
-    },
-    AdapterProblem: {
-        "triton": triton_adapter.can_run,
-        "cpu": _inside_its_neighbours,
-        "eager": eager_adapter.can_run,
-    },
+#: The problem's type -> the op's stem.
+_OPS: dict[type, str] = {
+    Problem: "bcast",
+    FFNProblem: "ffn",
+    SelfAttentionProblem: "self_attention",
+    AdapterProblem: "adapter",
 }
+
+
+class Backend(Protocol):
+    """What a backend has for an op. One that composes PyTorch's operators has `can_run` and the op itself instead.
+
+    `problem` is the op's. Besides these three it says how much it keeps: `saved_per_clip`, `saved_per_row` or
+    `saved_size`, in 4-byte words, from the problem.
+    """
+
+    def can_run(self, problem: Any) -> Verdict:
+        """Whether it can run the problem here, and the reason in words either way."""
+
+    def forward(self, problem: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """The outputs, and one opaque tensor of 4-byte words that its own backward reads."""
+
+    def backward(self, problem: Any, *arguments: Any) -> Sequence[Tensor | None]:
+        """Gradients of the streams and each parameter in their dtypes, None where not wanted."""
+
+
+# Import statements, as torch.compile traces no other way to import.
+
+
+def _triton() -> dict[str, Any]:
+    from cast_kernels.triton import adapter, bcast, ffn, self_attention
+
+    return {"bcast": bcast, "ffn": ffn, "self_attention": self_attention, "adapter": adapter}
+
+
+def _cpu() -> dict[str, Any]:
+    from cast_kernels.cpu import adapter, bcast, ffn, self_attention
+
+    return {"bcast": bcast, "ffn": ffn, "self_attention": self_attention, "adapter": adapter}
+
+
+def _eager() -> dict[str, Any]:
+    from cast_kernels.eager import adapter, bcast, ffn, self_attention
+
+    return {"bcast": bcast, "ffn": ffn, "self_attention": self_attention, "adapter": adapter}
+
+
+#: Backends in order of preference, and what imports their ops. "auto" takes the first that can run the problem.
+_LOADERS: dict[str, Callable[[], dict[str, Any]]] = {"triton": _triton, "cpu": _cpu, "eager": _eager}
+BACKENDS: tuple[str, ...] = tuple(_LOADERS)
+
+
+def load(backend: str, op: str) -> Backend:
+    """The backend's module for the op, imported at its first use.
+
+    Raises:
+        ImportError: it does not import; a backend that lacks a package says so in `can_run` instead.
+    """
+    return _LOADERS[backend]()[op]
+
+
+def circumstances() -> tuple[Any, ...]:
+    """What verdicts depend on besides the problem: the state of this process, which tests and the emulator change."""
+    return _native.CORE, _native.ISA_ERROR, interpreting(), emulating()
 
 
 def check_name(backend: str) -> str:
@@ -67,7 +111,7 @@ def can_run(backend: str, problem: AnyProblem) -> Verdict:
     """
     if check_name(backend) == "auto":
         raise ValueError(f"'auto' is a choice among backends, not one; ask for one of {', '.join(map(repr, BACKENDS))}")
-    return _CAN_RUN[type(problem)][backend](problem)
+    return load(backend, _OPS[type(problem)]).can_run(problem)
 
 
 def select(backend: str, problem: AnyProblem) -> str:

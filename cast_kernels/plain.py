@@ -13,7 +13,8 @@ layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -56,6 +57,7 @@ class Reading(NamedTuple):
     forward: Callable[..., Any]
     tensors: tuple[str, ...] = ()  # attributes that the op reads
     absent: tuple[str, ...] = ()  # attributes that must be None, for the op does not read them
+    settings: tuple[str, ...] = ()  # attributes that say which tensors are read, and in which order
     layers: Mapping[str, Reading | None] = {}  # submodules; None: as their own `reading` says
 
 
@@ -115,6 +117,124 @@ def obstacle_among(module: nn.Module, layers: Mapping[str, Reading | None]) -> s
         if found:
             return found
     return ""
+
+
+class Glance:
+    """All tensors that an op reads of some layers, in one quick pass over layers that were found plain before.
+
+    It knows the layers' classes and looks at each call for all that :func:`obstacle` looks for. Whatever it cannot
+    vouch for, it leaves to :func:`obstacle`: 6 us for B-CAST's fourteen layers, where that takes 35 and reading the
+    attributes 25.
+    """
+
+    def __init__(
+        self, children: Mapping[str, nn.Module | None], layers: Mapping[str, Reading | None],
+        order: Sequence[str | None] | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare to read `layers` of `children`, which are plain now.
+
+        Args:
+            children: modules by name.
+            layers: what is read of which of them, as in :func:`obstacle_among`.
+            order: dotted names of the tensors as :meth:`read` is to return them, None for None; as they lie if None.
+        """
+        self._steps: list[_Step] = []
+        self._kinds: dict[type[nn.Module], Callable[..., Any]] = {}
+        names: list[str | None] = []
+        waiting = [(0, "", children, layers)]
+        for parent, path, modules, readings in waiting:
+            for name, given in readings.items():
+                module: Any = modules[name]
+                reading: Reading = given or module.reading
+                settings = [(key, module.__dict__[key]) for key in reading.settings]
+                own = None if given else module.__dict__.get("reading")
+                step = _Step(parent, name, type(module), reading.tensors, reading.absent, own, settings)
+                self._steps.append(step)
+                self._kinds[type(module)] = reading.forward
+                names += [f"{path}{name}.{field}" for field in reading.tensors]
+                waiting.append((len(self._steps), f"{path}{name}.", module._modules, reading.layers))
+        indices = range(len(names)) if order is None else [-1 if name is None else names.index(name) for name in order]
+        self._arranged = itemgetter(*indices)
+
+    def read(self, children: Mapping[str, nn.Module | None]) -> tuple[Any, ...] | None:
+        """The tensors, or None: ask :func:`obstacle`."""
+        if nn.Module.__call__ is not _CALLS[0] or nn.Module._call_impl is not _CALLS[1] or any(_GLOBAL_HOOKS):
+            return None
+        for kind, forward in self._kinds.items():
+            if kind.forward is not forward or _calls(kind) != _CALLS:
+                return None
+        modules, found = [children], []
+        try:
+            for parent, name, kind, tensors, absent, reading, settings in self._steps:
+                module = modules[parent][name]
+                if type(module) is not kind:
+                    return None
+                own = module.__dict__
+                if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_call_impl" in own:
+                    return None
+                if own["_backward_hooks"] or own["_backward_pre_hooks"] or own.get("reading") is not reading:
+                    return None
+                parameters = own["_parameters"]
+                for field in tensors:
+                    tensor = parameters[field]
+                    if type(tensor) not in _TENSORS or tensor.layout is not torch.strided or field in own:
+                        return None
+                    found.append(tensor)
+                for field in absent:
+                    if parameters[field] is not None or field in own:
+                        return None
+                for key, value in settings:
+                    if own[key] != value:
+                        return None
+                modules.append(own["_modules"])
+        except KeyError:  # a layer or a parameter has gone, or lies elsewhere
+            return None
+        found.append(None)
+        return self._arranged(found)
+
+
+class _Step(NamedTuple):
+    """One layer of a :class:`Glance`."""
+
+    parent: int  # 0: among the given modules; n: inside the layer of step n - 1
+    name: str
+    kind: type[nn.Module]
+    tensors: tuple[str, ...]
+    absent: tuple[str, ...]
+    reading: Reading | None  # the instance's own attribute
+    settings: list[tuple[str, Any]]
+
+
+#: Owner -> how its layers are read.
+_GLANCES: WeakKeyDictionary[nn.Module, Glance] = WeakKeyDictionary()
+
+
+def at_a_glance(owner: nn.Module, children: Mapping[str, nn.Module | None]) -> tuple[Any, ...] | None:
+    """The tensors of layers that :func:`found_plain` told of, or None: ask :func:`obstacle`. Compilers get None."""
+    if torch.compiler.is_compiling():
+        return None
+    known = _GLANCES.get(owner)
+    return None if known is None else known.read(children)
+
+
+def found_plain(
+    owner: nn.Module, children: Mapping[str, nn.Module | None], layers: Mapping[str, Reading | None],
+    order: Sequence[str | None] | None = None,
+) -> None:  # fmt: skip
+    """Layers have no obstacle now: let :func:`at_a_glance` read them. Arguments as for :class:`Glance`.
+
+    What an op reads as a computed attribute, as parametrizations have it, is no glance's; nothing is remembered then.
+    """
+    if torch.compiler.is_compiling():
+        return
+    try:
+        known: Glance | None = Glance(children, layers, order)
+    except (KeyError, ValueError):  # a setting that is computed, or a table made of two
+        known = None
+    if known is None or known.read(children) is None:
+        _GLANCES.pop(owner, None)
+    else:
+        _GLANCES[owner] = known
 
 
 def global_obstacle() -> str:

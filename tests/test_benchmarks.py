@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import prediction
 import pytest
 import torch
 import torch.nn.functional as F
@@ -291,3 +292,41 @@ def test_no_figure_is_shown_without_its_spread_and_none_of_what_was_stood_in_for
     cells = {str(column.header): [str(cell) for cell in column.cells] for column in columns}
     assert cells["ms (spread)"] == ["2 (1.5..4)", "stand-in", "missing"]
     assert cells["speed-up (spread)"] == ["1.25 (1.10..1.40)", "stand-in", ""]
+
+
+# -- the prediction beside the measurement
+
+
+class H100(CpuMachine):
+    def describe(self) -> dict[str, Any]:
+        return {"name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132}
+
+
+def test_predictions_are_of_the_same_gpu_problem_and_work() -> None:
+    machine: Any = H100()
+    (inference,) = prediction.predicted(machine, "cuda", "bf16", 6, "inference").values()
+    found = prediction.predicted(machine, "cuda", "bf16", 6, "training")
+    assert found["cast_kernels, triton"] > inference > 0
+    assert prediction.predicted(machine, "cuda", "fp16", 6, "training") == {}
+    assert prediction.predicted(machine, "cuda", "bf16", 7, "training") == {}
+    assert prediction.predicted(machine, "cpu", "bf16", 6, "training") == {}
+    step = prediction.predicted_model(machine, "cuda", "amp", 6, "training step")
+    assert step.keys() == {"fused=False", "torch.compile(fused=False)", "cast_kernels, triton"}
+    assert all(
+        step[name] > ms for name, ms in prediction.predicted_model(machine, "cuda", "amp", 6, "inference").items()
+    )
+    assert prediction.predicted_model(machine, "cuda", "bf16", 6, "inference") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("NVIDIA GeForce RTX 4090", 128),
+        ("NVIDIA GH200 480GB", 132),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA H100 NVL", 132),
+    ],
+)
+def test_another_gpu_has_no_prediction(name: str, count: int) -> None:
+    gpu = {"name": name, "multiprocessors": count}
+    assert prediction.prediction_of(gpu, prediction.PREDICTIONS) == {}

@@ -174,10 +174,14 @@ def assert_means_the_same(ours: cast.CAST, same: cast.CAST) -> None:
         assert_at_most_twice_eager(tokens(ours.fuse(backend), torch.float32), eager, exact)
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "later"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_hook_on_any_layer_fires_once_and_counts(name: str) -> None:
+def test_a_hook_on_any_layer_fires_once_and_counts(name: str, known: bool) -> None:
+    """Also where calls before it found the layer plain."""
     ours, same = small_model().float(), small_model()
     fired = []
+    if known:
+        tokens(ours, torch.float32)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         fired.append(name)
@@ -195,9 +199,12 @@ def test_a_hook_on_any_layer_fires_once_and_counts(name: str) -> None:
     assert ours.blocks[1].obstacles() == {}  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "later"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_layer_is_called(change: str) -> None:
+def test_a_changed_layer_is_called(change: str, known: bool) -> None:
     ours, same = small_model().float(), small_model()
+    if known:
+        tokens(ours, torch.float32)
     for name in SOME:
         weight = CHANGES[change](ours.blocks[0], name)
         layer: Any = same.blocks[0].get_submodule(name)

@@ -88,14 +88,18 @@ class CudaMachine:
     """
 
     stand_in = ""
+    #: Twice the largest L2 of the GPUs that kernels are compiled for is 200 MB.
+    flush_bytes = 256 << 20
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
             raise NoGPUError(f"no CUDA device can be used: PyTorch {torch.__version__} is {built}, and sees none")
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        # Twice the largest L2 of the GPUs that kernels are compiled for is 200 MB.
-        self._flush = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
+        self.device = self.current_device()
+        self._flush = torch.empty(self.flush_bytes, dtype=torch.int8, device=self.device)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
 
     def describe(self) -> dict[str, Any]:
         found = torch.cuda.get_device_properties(self.device)

@@ -35,7 +35,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "graph, cold L2 ms": _number("graph_cold_median_ms", "{:.4g}"),
     "predicted ms": _number("predicted_ms", "{:.4g}"),
     "clips/s": _number("clips_per_second", "{:.1f}"),
-    "GFLOP/s": _number("gflops", "{:.0f}"),
+    "GFLOP/s": lambda row: "" if "of_ceiling" in row else _number("gflops", "{:.0f}")(row),
     "of ceiling": _number("of_ceiling", "{:.0%}"),
     "of copy": _number("of_copy", "{:.0%}"),
     "kept MiB": _number("kept_mib", "{:.1f}"),
@@ -44,14 +44,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "before the first step MiB": _number("before_mib", "{:.0f}"),
     "peak above that MiB": _number("above_mib", "{:.0f}"),
     "of first row's": _number("above_share", "{:.0%}"),
-    "rms error": _number("error", "{:.1e}"),
-    "worst / eager": _number("worst_error_over_eager", "{:.2f}"),
+    "error / eager's": _number("worst_error_over_eager", "{:.2f}"),
     "samples": lambda row: str(len(row["all_ms"])) if "all_ms" in row else "",
 }
 
 _NOTES = (
     "ms: the median, with the middle half of the samples around it, or all of them where there are fewer than eight",
     "speed-up over the first row: the median of the rounds' ratios, with their spread; a round times each row once",
+    "error / eager's: the largest root mean square error of a tensor, over that of the first row, both against fp64",
     "inexact: an error against fp64 is more than twice that of the first row, so no speed-up",
     "of ceiling, of copy: shares of the measured rates below, by the graph's time where there is one",
 )

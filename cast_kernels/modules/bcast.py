@@ -10,8 +10,18 @@ from cast_kernels import backends, plain
 from cast_kernels.eager.bcast import activate, add
 from cast_kernels.modules.cross_attention import CrossAttention
 from cast_kernels.ops._checks import check_recompute
-from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose
-from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, BackendError, Parameters, Problem, Recompute, Stream
+from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose, spread_scale
+from cast_kernels.problem import (
+    DIRECTIONS,
+    EPS,
+    WINDOWS,
+    BackendError,
+    Direction,
+    Parameters,
+    Problem,
+    Recompute,
+    Stream,
+)
 
 
 class BCAST(nn.Module):
@@ -100,6 +110,28 @@ class BCAST(nn.Module):
         t2s, s2t = (getattr(self, f"{d}_cross").gathered() if d in self.directions else None for d in DIRECTIONS)
         return Parameters(stream("s"), stream("t"), t2s, s2t)
 
+    def _names(self) -> list[str | None]:
+        """Of the tensors that :meth:`gathered` returns, in this order."""
+        found: list[str | None] = []
+        for letter in ("s", "t"):
+            layers = [f"cross_{letter}_down", f"ln_{letter}_cross", f"cross_{letter}_up"]
+            for layer in layers:
+                found += [f"{layer}.{field}" if layer in self._modules else None for field in ("weight", "bias")]
+        for direction in DIRECTIONS:
+            cross = self._modules.get(f"{direction}_cross")
+            if isinstance(cross, CrossAttention):
+                found += [name and f"{direction}_cross.{name}" for name in cross.names()]
+            else:
+                found += [None] * len(Direction._fields)
+        return found
+
+    def _at_a_glance(self) -> Parameters | None:
+        """What :meth:`gathered` returns, or None: ask :meth:`obstacle`."""
+        tensors = plain.at_a_glance(self, self._modules)
+        if tensors is None or self._modules["ln_s_cross"].eps != self._modules["ln_t_cross"].eps:  # type: ignore[union-attr]
+            return None
+        return Parameters.from_flat(tensors)
+
     def obstacle(self) -> str:
         """Which layer of the exchange must be called, so that no kernel can run it, and why; "" if none must.
 
@@ -120,17 +152,21 @@ class BCAST(nn.Module):
         """:meth:`forward` under a name that a subclass with a forward of its own can call."""
         if not self.directions:
             return spatial, temporal
-        found = self.obstacle()
-        if found:
-            plain.announce("the exchange", self.backend, found, self)
-            return self._by_modules(spatial, temporal, spatial_scale, temporal_scale)
+        parameters = self._at_a_glance()
+        if parameters is None:
+            found = self.obstacle()
+            if found:
+                plain.announce("the exchange", self.backend, found, self)
+                return self._by_modules(spatial, temporal, spatial_scale, temporal_scale)
+            plain.found_plain(self, self._modules, self._layers, self._names())
+            parameters = self.gathered()
         return bcast(
             spatial,
             temporal,
-            self.gathered(),
+            parameters,
             num_heads=self.num_heads,
             windows=self.windows,
-            eps=self.ln_s_cross.eps,
+            eps=self._modules["ln_s_cross"].eps,  # type: ignore[union-attr, arg-type]
             spatial_scale=spatial_scale,
             temporal_scale=temporal_scale,
             recompute=self.recompute,
@@ -143,8 +179,9 @@ class BCAST(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What :func:`cast_kernels.bcast` computes, each layer called."""
         check_streams(spatial, temporal)
-        spatial_scale = check_scale("spatial_scale", spatial_scale, spatial.shape[2], spatial)
-        temporal_scale = check_scale("temporal_scale", temporal_scale, 1, temporal)
+        check_scale("spatial_scale", spatial_scale, spatial.shape[2], spatial)
+        check_scale("temporal_scale", temporal_scale, 1, temporal)
+        spatial_scale, temporal_scale = spread_scale(spatial_scale, spatial), spread_scale(temporal_scale, temporal, 1)
         u_s, u_t = self.ln_s_cross(self.cross_s_down(spatial)), self.ln_t_cross(self.cross_t_down(temporal))
         patches = u_s[:, :, 1:]
         spatial_out, temporal_out = spatial, temporal

@@ -41,6 +41,7 @@ class CrossAttention(nn.Module):
         self.reading = Reading(
             CrossAttention.forward,
             tensors=tuple(self._parameters),
+            settings=("direction", "window", "positions"),
             layers={f"{direction}_q": BARE_LINEAR, f"{direction}_kv": BARE_LINEAR, "t2s_proj": LINEAR},
         )
 
@@ -80,6 +81,13 @@ class CrossAttention(nn.Module):
         if len(tables) == 1:
             return tables[0]
         return (tables[0][:, None] + tables[1][None]).flatten(0, 1)
+
+    def names(self) -> list[str | None]:
+        """Of the tensors that :meth:`gathered` returns; "" for a table that is the sum of two."""
+        axes, own = _AXES[self.window], self.direction
+        tables = [f"{expert}_{axes[0]}_pos" if len(axes) == 1 else "" for expert in _ROLES[own]]
+        layers = [f"{own}_q.weight", f"{own}_q_bias", f"{own}_kv.weight", f"{own}_kv_bias"]
+        return [*(tables if self.positions else (None, None)), *layers, "t2s_proj.weight", "t2s_proj.bias"]
 
     def gathered(self) -> Direction:
         """The tensors in the op's terms, as attributes: a parametrization computes them, FSDP and others put views."""

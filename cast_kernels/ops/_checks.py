@@ -103,15 +103,15 @@ def check_adapter(adapter: Mapping[str, Tensor | None], dim: int) -> None:
         check_shape(name, adapter[name], shape)
 
 
-def check_row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """Drop-path factors in the shape of x.shape[:-1] and the stream's dtype.
+def check_row_scale(scale: Tensor | None, x: Tensor) -> None:
+    """Drop-path factors can be broadcast to x.shape[:-1].
 
     Raises:
         ValueError: a shape that cannot be broadcast, another device, or factors that require a gradient.
-        TypeError: a dtype that is not floating.
+        TypeError: no tensor, or a dtype that is not floating.
     """
     if scale is None:
-        return None
+        return
     check_tensors({"row_scale": scale})
     lead = x.shape[:-1]
     fits = scale.ndim <= len(lead)
@@ -123,4 +123,8 @@ def check_row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
         raise ValueError(f"row_scale lies on {scale.device}, x on {x.device}; move it there")
     if scale.requires_grad:
         raise ValueError("row_scale requires a gradient, but drop-path factors are constants; pass row_scale.detach()")
-    return scale.expand(lead).to(x.dtype)
+
+
+def spread_row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """Drop-path factors that were checked, in the shape of x.shape[:-1] and the stream's dtype."""
+    return None if scale is None else scale.expand(x.shape[:-1]).to(x.dtype)

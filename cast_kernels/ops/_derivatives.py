@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 _REMEDY = (
     "PyTorch's own operators have this derivative: build the model with fused=False, attention='math' (CAST, experts, "
@@ -26,71 +26,67 @@ _REMEDY = (
 )
 
 
-def may_be_differentiated(tensors: Iterable[Tensor]) -> bool:
+def may_be_differentiated(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a backward may follow a call on these tensors. Inside `torch.func` a tensor does not say, so it may."""
     if not torch.is_grad_enabled():
         return False
-    return torch._C._are_functorch_transforms_active() or any(x.requires_grad for x in tensors)
+    return torch._C._are_functorch_transforms_active() or any(x is not None and x.requires_grad for x in tensors)
 
 
-def register(library: Any, name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+def register(library: Any, name: str, differentiate: Callable[..., Any]) -> None:
     """Teach PyTorch the derivative of `cast_kernels::<name>`, and `vmap` of it and of `<name>_backward`.
 
     Args:
         library: that defines both operators.
         name: of the forward operator.
-        setup_context: (ctx, inputs, output), as `torch.library.register_autograd` has it; it marks what is kept for
-            backward as not differentiable.
-        backward: (ctx, *gradients of the outputs, None where nobody used one but never all of them) -> a gradient, or
-            None, in the place of each input.
+        differentiate: (run, inputs) -> what `run(*inputs)` returns, as a node of autograd's graph. `run` is the
+            operator below autograd, `inputs` what it was called with.
     """
 
-    def refuse(ctx: Any, *_: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"cast_kernels::{name} cannot be differentiated twice (double backward, as gradient penalties and "
-            f"Hessians need it): fused kernels have first derivatives only. {_REMEDY}"
-        )
+    def refuse(run: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Tensor]:
+        found = _Refusal.apply(name, lambda: run(*inputs), *tree_leaves(inputs))  # type: ignore[attr-defined]
+        return list(found)
 
-    library.impl(name, _kernel(name, name, setup_context, backward), "Autograd", with_keyset=True)
     own = f"{name}_backward"
-    library.impl(own, _kernel(own, name, lambda ctx, inputs, output: None, refuse), "Autograd", with_keyset=True)
+    library.impl(name, _kernel(name, name, differentiate), "Autograd", with_keyset=True)
+    library.impl(own, _kernel(own, name, refuse), "Autograd", with_keyset=True)
     for operator in (name, own):
         torch.library.register_vmap(f"cast_kernels::{operator}", _loop(operator), lib=library)
         library.impl(operator, _refuse_legacy_vmap(name), "Batched")
 
 
-class _Node(_SingleLevelFunction):
-    """One call in autograd's graph. Tensors travel flat, because autograd finds none inside a list.
+def below_autograd(run: Callable[[], Any]) -> Any:
+    """What `run()` returns, called in a node's forward, which turns gradients off.
 
-    `torch.autograd.Function` would hand the call to `torch.func`, whose dispatcher has brought it here already.
+    Transforms around this one differentiate as well, so both modes are on again for them.
     """
+    if torch._C._are_functorch_transforms_active():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return run()
+    return run()
+
+
+class _Refusal(_SingleLevelFunction):
+    """A backward operator's call in autograd's graph, which cannot be differentiated."""
 
     @staticmethod
-    def forward(
-        ctx: Any, run: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any], spec: Any,
-        *flat: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        inputs = tree_unflatten(list(flat), spec)
-        if torch._C._are_functorch_transforms_active():
-            # A node's forward turns both modes off, but the transforms around this one differentiate as well.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                output = run(*inputs)
-        else:
-            output = run(*inputs)
-        setup_context(ctx, inputs, output)
+    def forward(ctx: Any, name: str, run: Callable[[], Any], *_: Any) -> tuple[Tensor, ...]:
+        ctx.name = name
         ctx.set_materialize_grads(False)
-        ctx.compute_gradients = backward
-        return tuple(output)
+        return tuple(below_autograd(run))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        return (None,) * 4 + tuple(tree_flatten(ctx.compute_gradients(ctx, *grads))[0])
+        raise NotImplementedError(
+            f"cast_kernels::{ctx.name} cannot be differentiated twice (double backward, as gradient penalties and "
+            f"Hessians need it): fused kernels have first derivatives only. {_REMEDY}"
+        )
 
 
 def _kernel(
-    operator: str, name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+    operator: str, name: str, differentiate: Callable[[Callable[..., Any], tuple[Any, ...]], Any]
 ) -> Callable[..., Any]:
     """What the dispatcher calls for autograd; `name` is the forward operator's, for messages."""
     overload = getattr(torch.ops.cast_kernels, operator).default
@@ -100,8 +96,7 @@ def _kernel(
             with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keyset & torch._C._after_autograd_keyset, *below)
 
-        flat, spec = tree_flatten(inputs)
-        tensors = [x for x in flat if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(
                 f"cast_kernels::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
@@ -110,8 +105,7 @@ def _kernel(
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return run(*inputs)
         with enable_single_level_autograd_function():
-            output = _Node.apply(run, setup_context, backward, spec, *flat)  # type: ignore[attr-defined]
-        return list(output) if operator != name else output
+            return differentiate(run, inputs)
 
     return kernel
 

@@ -4,22 +4,20 @@ Read from the bottom up for the machinery, from the top down for the use:
 
     adapter()                       checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
-      -> kernels: torch.ops.cast_kernels.adapter (schema, fake, autograd, FLOP formula)
+      -> kernels: torch.ops.cast_kernels.adapter (schema, fake, autograd, FLOP formula), or straight to the backend
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 import cast_kernels.eager.adapter as eager_adapter
-import cast_kernels.triton.adapter as triton_adapter
 from cast_kernels import backends
-from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -29,11 +27,11 @@ from cast_kernels.ops._checks import (
     check_row_scale,
     check_shape,
     check_tensors,
+    spread_row_scale,
 )
+from cast_kernels.ops._operator import Call, Operator, flat_scale, in_rows, shaped
+from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute
-
-#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_row`.
-KERNELS: dict[str, ModuleType] = {"triton": triton_adapter}
 
 
 def adapter(
@@ -70,14 +68,22 @@ def adapter(
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
-    problem = pose(x, parameters, residual, skip, recompute)
-    row_scale = check_row_scale(row_scale, residual)
-    chosen = backends.select(backend, problem)
-    if chosen == "eager":
-        return eager_adapter.adapter(problem, x, residual, parameters, row_scale, scale)
-    flat_scale = None if row_scale is None else row_scale.reshape(-1)
-    rows = x.reshape(-1, problem.dim), residual.reshape(-1, problem.dim)
-    return _run_kernel(chosen, problem, *rows, parameters, flat_scale, scale).view(x.shape)
+    arguments, known = (skip, scale, recompute, backend), None
+    if type(parameters) is AdapterParameters:
+        tensors = listed(x, residual, *parameters, row_scale)
+        known = OPERATOR.recall(arguments, tensors)
+    if known is None:
+        problem = pose(x, parameters, residual, skip, recompute)
+        check_row_scale(row_scale, residual)
+        tensors = listed(x, residual, *parameters, row_scale)
+        known = OPERATOR.settle(
+            arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
+            (bool(skip), float(scale)),
+        )  # fmt: skip
+    row_scale = spread_row_scale(row_scale, residual)
+    if known.call.backend == "eager":
+        return eager_adapter.adapter(known.call.problem, x, residual, parameters, row_scale, scale)
+    return OPERATOR.run(known, (x, residual), parameters, parameters, (row_scale,))[0]
 
 
 def pose(
@@ -110,123 +116,61 @@ def pose(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator; ops/bcast.py says why `kept` is an argument. The residual's gradient is the output's own.
-
-_LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "adapter(Tensor x, Tensor residual, Tensor[] parameters, Tensor? row_scale, bool skip, float scale, "
-    "str recompute, ScalarType compute, SymInt kept, str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
-_LIBRARY.define(
-    "adapter_backward(Tensor x, Tensor[] parameters, Tensor saved, Tensor? row_scale, Tensor grad_y, bool skip, "
-    "float scale, str recompute, ScalarType compute, bool[] wanted, str backend) -> Tensor[]",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
+# The registered operator: streams [..., D] and row_scale [...]; backends see rows. The residual's gradient is the
+# output's own.
 
 
-def _run_kernel(
-    backend: str,
-    problem: AdapterProblem,
-    x: Tensor,
-    residual: Tensor,
-    parameters: AdapterParameters,
-    row_scale: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Call the registered operator on x and residual [rows, D]; under autocast dtypes may be mixed."""
-    needs_grad = _derivatives.may_be_differentiated((x, *parameters))
-    kept = KERNELS[backend].saved_per_row(problem) if needs_grad else 0
-    y, _ = torch.ops.cast_kernels.adapter(
-        x, residual, list(parameters), row_scale, problem.skip, scale, problem.recompute.value, problem.compute, kept,
-        backend,
-    )  # fmt: skip
-    return y
+class _Adapter(Operator):
+    name = "adapter"
+    streams, read = ("x", "residual"), 1
+    factors = ("row_scale",)
+    options = ("bool skip", "float scale")
+    outputs = ("y",)
 
+    def problem(
+        self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,
+        compute: torch.dtype,
+    ) -> AdapterProblem:  # fmt: skip
+        x, residual, p = streams[0], streams[1], self.pack(flat)
+        return AdapterProblem(
+            x.numel() // x.shape[-1], x.shape[-1], p.down_weight.shape[0], options[0], Recompute(recompute),
+            residual.dtype, x.device.type, None if compute == residual.dtype else compute,
+        )  # fmt: skip
 
-def _problem(
-    x: Tensor, residual: Tensor, flat: list[Tensor], skip: bool, recompute: str, compute: torch.dtype
-) -> AdapterProblem:
-    return AdapterProblem(
-        x.shape[0], x.shape[1], flat[0].shape[0], skip, Recompute(recompute), residual.dtype, x.device.type,
-        None if compute == residual.dtype else compute,
-    )  # fmt: skip
+    def pack(self, flat: Sequence[Tensor | None]) -> AdapterParameters:
+        return AdapterParameters(*flat)  # type: ignore[arg-type]
 
+    def kept(self, kernels: Any, problem: AdapterProblem, recompute: str) -> int:
+        return kernels.saved_per_row(problem)
 
-def _forward(
-    x: Tensor, residual: Tensor, parameters: list[Tensor], row_scale: Tensor | None, skip: bool, scale: float,
-    recompute: str, compute: torch.dtype, kept: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _problem(x, residual, parameters, skip, recompute, compute)
-    return KERNELS[backend].forward(problem, x, residual, AdapterParameters(*parameters), row_scale, scale, kept > 0)
+    def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
+        return streams[0].numel() // streams[0].shape[-1], kept
 
-
-def _forward_fake(
-    x: Tensor, residual: Tensor, parameters: list[Tensor], row_scale: Tensor | None, skip: bool, scale: float,
-    recompute: str, compute: torch.dtype, kept: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return residual.new_empty(residual.shape), x.new_empty((x.shape[0], kept), dtype=torch.float32)
-
-
-def _backward(
-    x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, skip: bool,
-    scale: float, recompute: str, compute: torch.dtype, wanted: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    problem = _problem(x, grad_y, parameters, skip, recompute, compute)
-    grads = KERNELS[backend].backward(
-        problem, x, AdapterParameters(*parameters), saved, row_scale, scale, grad_y, tuple(wanted)
-    )
-    return [g if g is not None else p.new_empty((0,)) for g, p in zip(grads, [x, *parameters], strict=True)]
-
-
-def _backward_fake(
-    x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, skip: bool,
-    scale: float, recompute: str, compute: torch.dtype, wanted: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    return [t.new_empty(t.shape if want else (0,)) for t, want in zip([x, *parameters], wanted, strict=True)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, flat, row_scale, skip, scale, recompute, compute, _, backend = inputs
-    ctx.save_for_backward(x, *flat, row_scale, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.call = (skip, scale, recompute, compute)
-    ctx.wanted = [t.requires_grad for t in (x, *flat)]
-    ctx.residual, ctx.backend = residual.requires_grad, backend
-
-
-def _autograd(ctx: Any, grad_y: Tensor, _: None) -> tuple[Any, ...]:
-    x, *flat, row_scale, saved = ctx.saved_tensors
-    grads = [None] * len(ctx.wanted)
-    if any(ctx.wanted):
-        grads = torch.ops.cast_kernels.adapter_backward(
-            x, flat, saved, row_scale, grad_y, *ctx.call, ctx.wanted, ctx.backend
+    def forward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        rows, residual, scale = in_rows(streams[0]), streams[1], flat_scale(factors[0])
+        y, saved = kernels.forward(
+            call.problem, rows, in_rows(residual), parameters, scale, call.options[1], call.kept > 0
         )
-    given = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return given[0], grad_y if ctx.residual else None, given[1:], *(None,) * 7
+        return shaped(y, residual), saved
+
+    def backward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
+        factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        rows, scale, grad = in_rows(streams[0]), flat_scale(factors[0]), in_rows(grads[0])
+        found = kernels.backward(call.problem, rows, parameters, saved, scale, call.options[1], grad, wanted)
+        return [shaped(found[0], streams[0]), *found[1:]]
+
+    def flops(self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...]) -> int:
+        return 4 * prod(streams[0]) * flat[0][0]
+
+    def backward_flops(
+        self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
+    ) -> int:
+        hidden = any(wanted[:3])
+        return 2 * prod(streams[0]) * flat[0][0] * (hidden + wanted[0] + wanted[1] + wanted[3])
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("adapter", _forward, _key)
-    _LIBRARY.impl("adapter_backward", _backward, _key)
-torch.library.register_fake("cast_kernels::adapter", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("cast_kernels::adapter_backward", _backward_fake, lib=_LIBRARY)
-_derivatives.register(_LIBRARY, "adapter", _setup_context, _autograd)
-
-
-@register_flop_formula(torch.ops.cast_kernels.adapter)
-def _forward_flops(x: Any, residual: Any, parameters: Any, *_: Any, **__: Any) -> int:
-    """Two per multiply-add, matrix products only, as torch counts them."""
-    rows, dim = x
-    return 4 * rows * dim * parameters[0][0]
-
-
-@register_flop_formula(torch.ops.cast_kernels.adapter_backward)
-def _backward_flops(
-    x: Any, parameters: Any, saved: Any, row_scale: Any, grad_y: Any, skip: Any, scale: Any, recompute: Any,
-    compute: Any, wanted: Any, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
-    rows, dim = x
-    hidden = any(wanted[:3])
-    return 2 * rows * dim * parameters[0][0] * (hidden + wanted[0] + wanted[1] + wanted[3])
+OPERATOR = _Adapter()

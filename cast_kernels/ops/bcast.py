@@ -4,24 +4,20 @@ Read from the bottom up for the machinery, from the top down for the use:
 
     bcast()                         checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
-      -> kernels: torch.ops.cast_kernels.bcast (schema, fake, autograd, FLOP formula)
+      -> kernels: torch.ops.cast_kernels.bcast (schema, fake, autograd, FLOP formula), or straight to the backend
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-import cast_kernels.cpu.bcast as cpu_bcast
 import cast_kernels.eager.bcast as eager_bcast
-import cast_kernels.triton.bcast as triton_bcast
 from cast_kernels import attention as attentions
 from cast_kernels import backends
-from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_kinds,
@@ -30,10 +26,9 @@ from cast_kernels.ops._checks import (
     check_shape,
     check_tensors,
 )
+from cast_kernels.ops._operator import Call, Operator
+from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import DIRECTIONS, EPS, WINDOWS, Direction, Parameters, Problem, Recompute, Stream
-
-#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_clip`.
-KERNELS: dict[str, ModuleType] = {"triton": triton_bcast, "cpu": cpu_bcast}
 
 
 def bcast(
@@ -77,16 +72,41 @@ def bcast(
         BackendError: `backend` cannot run this problem.
         NotImplementedError: a kernel is differentiated twice, or in forward mode.
     """
-    recompute = check_recompute(recompute).value
-    problem = pose(spatial, temporal, parameters, num_heads, windows, attention)
-    spatial_scale = check_scale("spatial_scale", spatial_scale, 1 + problem.patches, spatial)
-    temporal_scale = check_scale("temporal_scale", temporal_scale, 1, temporal)
-    chosen = backends.select(backend, problem)
+    arguments, known = (num_heads, windows, eps, recompute, backend, attention), None
+    scales = (spatial_scale, temporal_scale)
+    if _is_plain(parameters):
+        flat = parameters.flat()
+        known = OPERATOR.recall(arguments, listed(spatial, temporal, *flat, *scales))
+    if known is None:
+        checked = check_recompute(recompute).value
+        problem = pose(spatial, temporal, parameters, num_heads, windows, attention)
+        check_scale("spatial_scale", spatial_scale, 1 + problem.patches, spatial)
+        check_scale("temporal_scale", temporal_scale, 1, temporal)
+        flat = parameters.flat()
+        known = OPERATOR.settle(
+            arguments, listed(spatial, temporal, *flat, *scales), problem,
+            backends.select(backend, problem), checked,
+            (num_heads, problem.t2s_window or "", problem.s2t_window or "", float(eps)),
+        )  # fmt: skip
     if parameters.t2s is None and parameters.s2t is None:
         return spatial, temporal
-    if chosen == "eager":
-        return eager_bcast.bcast(problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps)
-    return _run_kernel(chosen, problem, spatial, temporal, parameters, spatial_scale, temporal_scale, eps, recompute)
+    factors = spread_scale(spatial_scale, spatial), spread_scale(temporal_scale, temporal, 1)
+    if known.call.backend == "eager":
+        return eager_bcast.bcast(known.call.problem, spatial, temporal, parameters, *factors, eps)
+    outputs = OPERATOR.run(known, (spatial, temporal), parameters, flat, factors)
+    return (
+        outputs[0] if parameters.t2s is not None else spatial,
+        outputs[1] if parameters.s2t is not None else temporal,
+    )
+
+
+def _is_plain(parameters: object) -> bool:
+    """Whether the parameters are of the very types that hold them, so that they can be laid side by side."""
+    return (
+        type(parameters) is Parameters
+        and type(parameters.spatial) is type(parameters.temporal) is Stream
+        and all(way is None or type(way) is Direction for way in parameters[2:])
+    )
 
 
 def pose(
@@ -183,10 +203,15 @@ def _check_parameters(problem: Problem, parameters: Parameters) -> None:
                 check_table(f"{owner}.{field}", table, window, problem.frames, problem.patches, d)
 
 
-def check_scale(name: str, scale: Tensor | None, tokens: int, like: Tensor) -> Tensor | None:
-    """The scale as [B, tokens] in float32 or the stream's dtype; [B] means the same factor for every token."""
+def check_scale(name: str, scale: Tensor | None, tokens: int, like: Tensor) -> None:
+    """A scale fits the stream `like`: [B], or [B, tokens].
+
+    Raises:
+        ValueError: another shape, another device, or a scale that requires a gradient.
+        TypeError: no tensor, or a dtype that is not floating.
+    """
     if scale is None:
-        return None
+        return
     check_tensors({name: scale})
     shape, batch = tuple(scale.shape), like.shape[0]
     if shape not in ((batch,), (batch, tokens)):
@@ -198,151 +223,78 @@ def check_scale(name: str, scale: Tensor | None, tokens: int, like: Tensor) -> T
         raise ValueError(f"{name} lies on {scale.device}, the streams on {like.device}; move it there")
     if scale.requires_grad:
         raise ValueError(f"{name} requires a gradient, but drop-path factors are constants; pass {name}.detach()")
-    return scale.reshape(batch, -1).expand(batch, tokens).to(like.dtype)
+
+
+def spread_scale(scale: Tensor | None, like: Tensor, tokens: int | None = None) -> Tensor | None:
+    """A scale that was checked, as [B, tokens] in the stream's dtype; `tokens` is the stream's own if None."""
+    if scale is None:
+        return None
+    batch = like.shape[0]
+    return scale.reshape(batch, -1).expand(batch, tokens or like.shape[2]).to(like.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator. The opaque third output is what the backend keeps for backward, [B, kept], float32; `kept`
-# is an argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another
-# layout of `saved` must not be used. `recompute` is "" where no backward will follow; `compute` is what dense products
-# round their operands to bfloat16, as autocast would.
-# An absent parameter travels as an empty tensor: torch.library's autograd takes no None inside a list of tensors.
-
-_LIBRARY = torch.library.Library("cast_kernels", "DEF")
-_LIBRARY.define(
-    "bcast(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor? spatial_scale, Tensor? temporal_scale, "
-    "int num_heads, str t2s_window, str s2t_window, float eps, SymInt kept, str recompute, "
-    "ScalarType compute, str backend) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
-_LIBRARY.define(
-    "bcast_backward(Tensor spatial, Tensor temporal, Tensor[] parameters, Tensor saved, Tensor? spatial_scale, "
-    "Tensor? temporal_scale, Tensor grad_spatial_out, Tensor grad_temporal_out, int num_heads, str t2s_window, "
-    "str s2t_window, float eps, str recompute, ScalarType compute, bool[] wanted, str backend) -> Tensor[]",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
+# The registered operator. An output is empty for a stream that receives nothing.
 
 
-def _run_kernel(
-    backend: str,
-    problem: Problem,
-    spatial: Tensor,
-    temporal: Tensor,
-    parameters: Parameters,
-    spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None,
-    eps: float,
-    recompute: str,
-) -> tuple[Tensor, Tensor]:
-    """Call the registered operator. Dtypes may be mixed under autocast: kernels take each tensor as it is."""
-    absent = spatial.new_empty(0)
-    flat = [absent if p is None else p for p in parameters.flat()]
-    if not _derivatives.may_be_differentiated((spatial, temporal, *flat)):
-        recompute = ""
-    kept = KERNELS[backend].saved_per_clip(problem, recompute) if recompute else 0
-    spatial_out, temporal_out, _ = torch.ops.cast_kernels.bcast(
-        spatial, temporal, flat, spatial_scale, temporal_scale, problem.num_heads, problem.t2s_window or "",
-        problem.s2t_window or "", eps, kept, recompute, problem.compute, backend,
-    )  # fmt: skip
-    return (
-        spatial_out if parameters.t2s is not None else spatial,
-        temporal_out if parameters.s2t is not None else temporal,
-    )
+class _BCast(Operator):
+    name = "bcast"
+    streams, read = ("spatial", "temporal"), 2
+    factors = ("spatial_scale", "temporal_scale")
+    options = ("int num_heads", "str t2s_window", "str s2t_window", "float eps")
+    outputs = ("spatial_out", "temporal_out")
+
+    def problem(
+        self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,
+        compute: torch.dtype,
+    ) -> Problem:  # fmt: skip
+        temporal, down = streams[1], flat[0]
+        assert down is not None
+        batch, frames, patches, dim = temporal.shape
+        return Problem(
+            batch, frames, patches, dim, down.shape[0], options[0], options[1] or None, options[2] or None,
+            temporal.dtype, temporal.device.type, None if compute == temporal.dtype else compute,
+        )  # fmt: skip
+
+    def pack(self, flat: Sequence[Tensor | None]) -> Parameters:
+        return Parameters.from_flat(flat)
+
+    def kept(self, kernels: Any, problem: Problem, recompute: str) -> int:
+        return kernels.saved_per_clip(problem, recompute)
+
+    def shapes(self, streams: Sequence[Tensor], options: tuple[Any, ...]) -> list[tuple[Tensor, Sequence[int]]]:
+        return [(x, x.shape if window else (0,)) for x, window in zip(streams, options[1:3], strict=True)]
+
+    def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
+        return streams[0].shape[0], kept
+
+    def forward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        recompute = call.recompute if call.kept else ""  # "": nothing is kept
+        return kernels.forward(call.problem, *streams, parameters, *factors, call.options[3], recompute)
+
+    def backward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
+        factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        eps, recompute = call.options[3], call.recompute
+        return kernels.backward(call.problem, *streams, parameters, saved, *factors, eps, recompute, *grads, wanted)
+
+    def flops(self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...]) -> int:
+        batch, frames, patches, dim = streams[1]
+        heads, t2s, s2t, _ = options
+        windows = t2s or None, s2t or None
+        return flops(Problem(batch, frames, patches, dim, flat[0][0], heads, *windows, torch.float32, "meta"))
+
+    def backward_flops(
+        self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
+    ) -> int:
+        """Two products for each of the forward's, by input and by weight, whatever is wanted."""
+        return 2 * self.flops(streams, flat, options)
 
 
-def _present(flat: list[Tensor]) -> Parameters:
-    return Parameters.from_flat([p if p.numel() else None for p in flat])
-
-
-def _problem(temporal: Tensor, flat: list[Tensor], num_heads: int, t2s: str, s2t: str, compute: torch.dtype) -> Problem:
-    batch, frames, patches, dim = temporal.shape
-    bottleneck = flat[0].shape[0]
-    return Problem(
-        batch, frames, patches, dim, bottleneck, num_heads, t2s or None, s2t or None,
-        temporal.dtype, temporal.device.type, None if compute == temporal.dtype else compute,
-    )  # fmt: skip
-
-
-def _forward(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    recompute: str, compute: torch.dtype, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window, compute)
-    return KERNELS[backend].forward(
-        problem, spatial, temporal, _present(parameters), spatial_scale, temporal_scale, eps, recompute
-    )
-
-
-def _forward_fake(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None, num_heads: int, t2s_window: str, s2t_window: str, eps: float, kept: int,
-    recompute: str, compute: torch.dtype, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        spatial.new_empty(spatial.shape if t2s_window else (0,)),
-        temporal.new_empty(temporal.shape if s2t_window else (0,)),
-        spatial.new_empty((spatial.shape[0], kept), dtype=torch.float32),
-    )
-
-
-def _backward(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, recompute: str, compute: torch.dtype, wanted: list[bool],
-    backend: str,
-) -> list[Tensor]:  # fmt: skip
-    problem = _problem(temporal, parameters, num_heads, t2s_window, s2t_window, compute)
-    grads = KERNELS[backend].backward(
-        problem, spatial, temporal, _present(parameters), saved, spatial_scale, temporal_scale, eps, recompute,
-        grad_spatial_out, grad_temporal_out, tuple(wanted),
-    )  # fmt: skip
-    primals = [spatial, temporal, *parameters]
-    return [grad if grad is not None else x.new_empty((0,)) for grad, x in zip(grads, primals, strict=True)]
-
-
-def _backward_fake(
-    spatial: Tensor, temporal: Tensor, parameters: list[Tensor], saved: Tensor, spatial_scale: Tensor | None,
-    temporal_scale: Tensor | None, grad_spatial_out: Tensor, grad_temporal_out: Tensor, num_heads: int, t2s_window: str,
-    s2t_window: str, eps: float, recompute: str, compute: torch.dtype, wanted: list[bool],
-    backend: str,
-) -> list[Tensor]:  # fmt: skip
-    primals = [spatial, temporal, *parameters]
-    return [x.new_empty(x.shape if want else (0,)) for x, want in zip(primals, wanted, strict=True)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    spatial, temporal, flat, spatial_scale, temporal_scale, num_heads, t2s, s2t, eps, _, recompute, compute, backend = (
-        inputs
-    )
-    ctx.save_for_backward(spatial, temporal, *flat, spatial_scale, temporal_scale, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.call = (num_heads, t2s, s2t, eps, recompute, compute, backend)
-    ctx.wanted = [x.requires_grad for x in (spatial, temporal, *flat)]
-
-
-def _autograd(ctx: Any, grad_spatial_out: Tensor | None, grad_temporal_out: Tensor | None, _: None) -> tuple[Any, ...]:
-    spatial, temporal, *flat, spatial_scale, temporal_scale, saved = ctx.saved_tensors
-    num_heads, t2s, s2t, eps, recompute, compute, backend = ctx.call
-    # The kernels read a gradient of each stream that received something, also where nobody used the output.
-    if grad_spatial_out is None:
-        grad_spatial_out = spatial.new_zeros(spatial.shape if t2s else (0,))
-    if grad_temporal_out is None:
-        grad_temporal_out = temporal.new_zeros(temporal.shape if s2t else (0,))
-    grads = torch.ops.cast_kernels.bcast_backward(
-        spatial, temporal, flat, saved, spatial_scale, temporal_scale, grad_spatial_out, grad_temporal_out, num_heads,
-        t2s, s2t, eps, recompute, compute, ctx.wanted, backend,
-    )  # fmt: skip
-    kept = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return kept[0], kept[1], kept[2:], *(None,) * 10
-
-
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("bcast", _forward, _key)
-    _LIBRARY.impl("bcast_backward", _backward, _key)
-torch.library.register_fake("cast_kernels::bcast", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("cast_kernels::bcast_backward", _backward_fake, lib=_LIBRARY)
-_derivatives.register(_LIBRARY, "bcast", _setup_context, _autograd)
+OPERATOR = _BCast()
 
 
 def flops(problem: Problem) -> int:
@@ -355,27 +307,3 @@ def flops(problem: Problem) -> int:
             length = WINDOWS[window](problem.frames, problem.patches)
             total += 2 * tokens * d * (4 * d + 2 * length) + 2 * rows * d * dim
     return total
-
-
-def _shaped_problem(spatial: Any, temporal: Any, parameters: Any, num_heads: int, t2s: str, s2t: str) -> Problem:
-    batch, frames, patches, dim = temporal
-    bottleneck = parameters[0][0]
-    windows = (t2s or None, s2t or None)
-    return Problem(batch, frames, patches, dim, bottleneck, num_heads, *windows, torch.float32, "meta")
-
-
-@register_flop_formula(torch.ops.cast_kernels.bcast)
-def _forward_flops(
-    spatial: Any, temporal: Any, parameters: Any, spatial_scale: Any, temporal_scale: Any, num_heads: int, t2s: str,
-    s2t: str, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return flops(_shaped_problem(spatial, temporal, parameters, num_heads, t2s, s2t))
-
-
-@register_flop_formula(torch.ops.cast_kernels.bcast_backward)
-def _backward_flops(
-    spatial: Any, temporal: Any, parameters: Any, saved: Any, spatial_scale: Any, temporal_scale: Any,
-    grad_spatial_out: Any, grad_temporal_out: Any, num_heads: int, t2s: str, s2t: str, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    """Two products for each of the forward's, by input and by weight; what attention recomputes is not counted."""
-    return 2 * flops(_shaped_problem(spatial, temporal, parameters, num_heads, t2s, s2t))

@@ -4,23 +4,20 @@ Read from the bottom up for the machinery, from the top down for the use:
 
     ffn()                           checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
-      -> kernels: torch.ops.cast_kernels.ffn (schema, fake, autograd, FLOP formula)
+      -> kernels: torch.ops.cast_kernels.ffn (schema, fake, autograd, FLOP formula), or straight to the backend
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-import cast_kernels.cpu.ffn as cpu_ffn
 import cast_kernels.eager.ffn as eager_ffn
-import cast_kernels.triton.ffn as triton_ffn
 from cast_kernels import backends
-from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -31,11 +28,11 @@ from cast_kernels.ops._checks import (
     check_shape,
     check_tensors,
     check_width,
+    spread_row_scale,
 )
+from cast_kernels.ops._operator import Call, Operator, flat_scale, in_rows, shaped
+from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
-
-#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_per_row`.
-KERNELS: dict[str, ModuleType] = {"triton": triton_ffn, "cpu": cpu_ffn}
 
 
 def ffn(
@@ -74,14 +71,22 @@ def ffn(
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
-    problem = pose(x, parameters, activation, recompute)
-    row_scale = check_row_scale(row_scale, x)
-    chosen = backends.select(backend, problem)
-    if chosen == "eager":
-        return eager_ffn.ffn(problem, x, parameters, row_scale, eps, adapter_scale)
-    rows = x.reshape(-1, x.shape[-1])
-    flat_scale = None if row_scale is None else row_scale.reshape(-1)
-    return _run_kernel(chosen, problem, rows, parameters, flat_scale, eps, adapter_scale).view(x.shape)
+    arguments, known = (activation, eps, adapter_scale, recompute, backend), None
+    if type(parameters) is FFNParameters:
+        tensors = listed(x, *parameters, row_scale)
+        known = OPERATOR.recall(arguments, tensors)
+    if known is None:
+        problem = pose(x, parameters, activation, recompute)
+        check_row_scale(row_scale, x)
+        tensors = listed(x, *parameters, row_scale)
+        known = OPERATOR.settle(
+            arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
+            (activation, float(eps), float(adapter_scale)),
+        )  # fmt: skip
+    row_scale = spread_row_scale(row_scale, x)
+    if known.call.backend == "eager":
+        return eager_ffn.ffn(known.call.problem, x, parameters, row_scale, eps, adapter_scale)
+    return OPERATOR.run(known, (x,), parameters, parameters, (row_scale,))[0]
 
 
 def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompute: str = "cheap") -> FFNProblem:
@@ -117,131 +122,68 @@ def _check_parameters(dim: int, p: FFNParameters) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator; ops/bcast.py says why `kept` is an argument and why an absent parameter is an empty tensor.
-
-_LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "ffn(Tensor x, Tensor[] parameters, Tensor? row_scale, str activation, float eps, float adapter_scale, "
-    "str recompute, ScalarType compute, SymInt kept, str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
-_LIBRARY.define(
-    "ffn_backward(Tensor x, Tensor[] parameters, Tensor saved, Tensor? row_scale, Tensor grad_y, str activation, "
-    "float eps, float adapter_scale, str recompute, ScalarType compute, bool[] wanted, str backend) -> Tensor[]",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
+# The registered operator: x [..., D] and row_scale [...]; backends see rows.
 
 
-def _run_kernel(
-    backend: str,
-    problem: FFNProblem,
-    x: Tensor,
-    parameters: FFNParameters,
-    row_scale: Tensor | None,
-    eps: float,
-    adapter_scale: float,
-) -> Tensor:
-    """Call the registered operator on x [rows, D]; under autocast dtypes may be mixed."""
-    absent = x.new_empty(0)
-    flat = [absent if p is None else p for p in parameters]
-    needs_grad = _derivatives.may_be_differentiated((x, *flat))
-    kept = KERNELS[backend].saved_per_row(problem) if needs_grad else 0
-    y, _ = torch.ops.cast_kernels.ffn(
-        x, flat, row_scale, problem.activation, eps, adapter_scale, problem.recompute.value, problem.compute, kept,
-        backend,
-    )  # fmt: skip
-    return y
+class _FFN(Operator):
+    name = "ffn"
+    streams, read = ("x",), 1
+    factors = ("row_scale",)
+    options = ("str activation", "float eps", "float adapter_scale")
+    outputs = ("y",)
+
+    def problem(
+        self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,
+        compute: torch.dtype,
+    ) -> FFNProblem:  # fmt: skip
+        x, p = streams[0], FFNParameters(*flat)  # type: ignore[arg-type]
+        return FFNProblem(
+            x.numel() // x.shape[-1], x.shape[-1], p.fc1_weight.shape[0],
+            0 if p.down_weight is None else p.down_weight.shape[0], options[0], Recompute(recompute), x.dtype,
+            x.device.type, None if compute == x.dtype else compute,
+        )  # fmt: skip
+
+    def pack(self, flat: Sequence[Tensor | None]) -> FFNParameters:
+        return FFNParameters(*flat)  # type: ignore[arg-type]
+
+    def kept(self, kernels: Any, problem: FFNProblem, recompute: str) -> int:
+        return kernels.saved_per_row(problem)
+
+    def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
+        return streams[0].numel() // streams[0].shape[-1], kept
+
+    def forward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        x, scale = streams[0], flat_scale(factors[0])
+        y, saved = kernels.forward(call.problem, in_rows(x), parameters, scale, *call.options[1:], call.kept > 0)
+        return shaped(y, x), saved
+
+    def backward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
+        factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        x, scale, grad = streams[0], flat_scale(factors[0]), in_rows(grads[0])
+        found = kernels.backward(
+            call.problem, in_rows(x), parameters, saved, scale, *call.options[1:], grad, wanted
+        )  # fmt: skip
+        return [shaped(found[0], x), *found[1:]]
+
+    def flops(self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...]) -> int:
+        *lead, dim = streams[0]
+        return 4 * prod(lead) * dim * (flat[2][0] + flat[6][0])
+
+    def backward_flops(
+        self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
+    ) -> int:
+        *lead, dim = streams[0]
+        through_norm = any(wanted[:3])
+        total = 0
+        for width, layer in ((flat[2][0], wanted[3:7]), (flat[6][0], wanted[7:11])):
+            first_weight, first_bias, second_weight, _second_bias = layer
+            hidden = through_norm or first_weight or first_bias
+            total += 2 * prod(lead) * dim * width * (hidden + through_norm + first_weight + second_weight)
+        return total
 
 
-def _present(flat: list[Tensor]) -> FFNParameters:
-    return FFNParameters(*flat[:6], *(p if p.numel() else None for p in flat[6:]))
-
-
-def _problem(x: Tensor, flat: list[Tensor], activation: str, recompute: str, compute: torch.dtype) -> FFNProblem:
-    hidden, adapter = flat[2].shape[0], flat[6].shape[0]
-    return FFNProblem(
-        x.shape[0], x.shape[1], hidden, adapter, activation, Recompute(recompute), x.dtype, x.device.type,
-        None if compute == x.dtype else compute,
-    )  # fmt: skip
-
-
-def _forward(
-    x: Tensor, parameters: list[Tensor], row_scale: Tensor | None, activation: str, eps: float, adapter_scale: float,
-    recompute: str, compute: torch.dtype, kept: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, activation, recompute, compute)
-    return KERNELS[backend].forward(problem, x, _present(parameters), row_scale, eps, adapter_scale, kept > 0)
-
-
-def _forward_fake(
-    x: Tensor, parameters: list[Tensor], row_scale: Tensor | None, activation: str, eps: float, adapter_scale: float,
-    recompute: str, compute: torch.dtype, kept: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], kept), dtype=torch.float32)
-
-
-def _backward(
-    x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, activation: str,
-    eps: float, adapter_scale: float, recompute: str, compute: torch.dtype, wanted: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, activation, recompute, compute)
-    grads = KERNELS[backend].backward(
-        problem, x, _present(parameters), saved, row_scale, eps, adapter_scale, grad_y, tuple(wanted)
-    )
-    return [g if g is not None else p.new_empty((0,)) for g, p in zip(grads, [x, *parameters], strict=True)]
-
-
-def _backward_fake(
-    x: Tensor, parameters: list[Tensor], saved: Tensor, row_scale: Tensor | None, grad_y: Tensor, activation: str,
-    eps: float, adapter_scale: float, recompute: str, compute: torch.dtype, wanted: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    return [t.new_empty(t.shape if want else (0,)) for t, want in zip([x, *parameters], wanted, strict=True)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, flat, row_scale, activation, eps, adapter_scale, recompute, compute, _, backend = inputs
-    ctx.save_for_backward(x, *flat, row_scale, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.call = (activation, eps, adapter_scale, recompute, compute)
-    ctx.wanted = [t.requires_grad for t in (x, *flat)]
-    ctx.backend = backend
-
-
-def _autograd(ctx: Any, grad_y: Tensor, _: None) -> tuple[Any, ...]:
-    x, *flat, row_scale, saved = ctx.saved_tensors
-    grads = torch.ops.cast_kernels.ffn_backward(
-        x, flat, saved, row_scale, grad_y, *ctx.call, ctx.wanted, ctx.backend
-    )  # fmt: skip
-    given = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return given[0], given[1:], *(None,) * 8
-
-
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("ffn", _forward, _key)
-    _LIBRARY.impl("ffn_backward", _backward, _key)
-torch.library.register_fake("cast_kernels::ffn", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("cast_kernels::ffn_backward", _backward_fake, lib=_LIBRARY)
-_derivatives.register(_LIBRARY, "ffn", _setup_context, _autograd)
-
-
-@register_flop_formula(torch.ops.cast_kernels.ffn)
-def _forward_flops(x: Any, parameters: Any, *_: Any, **__: Any) -> int:
-    """Two per multiply-add, matrix products only, as torch counts them."""
-    rows, dim = x
-    return 4 * rows * dim * (parameters[2][0] + parameters[6][0])
-
-
-@register_flop_formula(torch.ops.cast_kernels.ffn_backward)
-def _backward_flops(
-    x: Any, parameters: Any, saved: Any, row_scale: Any, grad_y: Any, activation: Any, eps: Any, adapter_scale: Any,
-    recompute: Any, compute: Any, wanted: Any, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
-    rows, dim = x
-    through_norm = any(wanted[:3])
-    total = 0
-    for width, layer in ((parameters[2][0], wanted[3:7]), (parameters[6][0], wanted[7:11])):
-        first_weight, first_bias, second_weight, _second_bias = layer
-        hidden = through_norm or first_weight or first_bias
-        total += 2 * rows * dim * width * (hidden + through_norm + first_weight + second_weight)
-    return total
+OPERATOR = _FFN()

@@ -5,24 +5,20 @@ Read from the bottom up for the machinery, from the top down for the use:
     self_attention()                checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
       -> triton: the same around the op `adapter`
-      -> cpu: torch.ops.cast_kernels.self_attention (schema, fake, autograd, FLOP formula)
+      -> cpu: torch.ops.cast_kernels.self_attention (schema, fake, autograd, FLOP formula), or straight to the backend
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-import cast_kernels.cpu.self_attention as cpu_self_attention
 import cast_kernels.eager.self_attention as eager_self_attention
-import cast_kernels.triton.self_attention as triton_self_attention
 from cast_kernels import attention as attentions
 from cast_kernels import backends
-from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -32,12 +28,10 @@ from cast_kernels.ops._checks import (
     check_shape,
     check_tensors,
 )
+from cast_kernels.ops._operator import Call, Operator
+from cast_kernels.ops._signatures import listed
 from cast_kernels.ops.adapter import adapter
 from cast_kernels.problem import AdapterParameters, Recompute, SelfAttentionParameters, SelfAttentionProblem
-
-#: Backends that run through the registered operator: the module with `forward`, `backward`, `saved_size`. Backend
-#: `triton` does not: it is PyTorch's operators around the op `adapter`.
-KERNELS: dict[str, ModuleType] = {"cpu": cpu_self_attention}
 
 
 def self_attention(
@@ -78,17 +72,28 @@ def self_attention(
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
-    problem = pose(x, parameters, num_heads, recompute, attention)
-    chosen = backends.select(backend, problem)
+    arguments, known = (num_heads, eps, recompute, backend, attention), None
+    if type(parameters) is SelfAttentionParameters:
+        tensors = listed(x, *parameters)
+        known = OPERATOR.recall(arguments, tensors)
+    if known is None:
+        problem = pose(x, parameters, num_heads, recompute, attention)
+        tensors = listed(x, *parameters)
+        known = OPERATOR.settle(
+            arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
+            (num_heads, float(eps)),
+        )  # fmt: skip
+    problem, chosen = known.call.problem, known.call.backend
     if chosen == "eager":
         return eager_self_attention.self_attention(problem, x, parameters, eps)
     if chosen == "triton":
+        from cast_kernels.triton import self_attention as triton_self_attention
 
         def run_adapter(a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
             return adapter(a, p, residual=residual, skip=True, recompute=recompute, backend="triton")
 
         return triton_self_attention.self_attention(problem, x, parameters, eps, run_adapter)
-    return _run_kernel(chosen, problem, x, parameters, eps)
+    return OPERATOR.run(known, (x,), parameters, parameters)[0]
 
 
 def pose(
@@ -131,123 +136,61 @@ def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator; ops/bcast.py says why `kept` is an argument and why an absent parameter is an empty tensor.
-
-_LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "self_attention(Tensor x, Tensor[] parameters, int num_heads, float eps, str recompute, bool bf16, SymInt kept, "
-    "str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
-_LIBRARY.define(
-    "self_attention_backward(Tensor x, Tensor[] parameters, Tensor saved, Tensor grad_y, int num_heads, float eps, "
-    "str recompute, bool bf16, bool[] wanted, str backend) -> Tensor[]",
-    tags=(torch.Tag.needs_contiguous_strides,),
-)
+# The registered operator
 
 
-def _run_kernel(
-    backend: str, problem: SelfAttentionProblem, x: Tensor, parameters: SelfAttentionParameters, eps: float
-) -> Tensor:
-    """Call the registered operator; dtypes may be mixed under autocast: kernels take each tensor as it is."""
-    absent = x.new_empty(0)
-    flat = [absent if p is None else p for p in parameters]
-    needs_grad = _derivatives.may_be_differentiated((x, *flat))
-    kept = KERNELS[backend].saved_size(problem) if needs_grad else 0
-    y, _ = torch.ops.cast_kernels.self_attention(
-        x, flat, problem.num_heads, eps, problem.recompute.value, problem.bf16, kept, backend
-    )
-    return y
+class _SelfAttention(Operator):
+    name = "self_attention"
+    streams, read = ("x",), 1
+    options = ("int num_heads", "float eps")
+    outputs = ("y",)
+    composed = ("eager", "triton")
+
+    def problem(
+        self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,
+        compute: torch.dtype,
+    ) -> SelfAttentionProblem:  # fmt: skip
+        x, down = streams[0], self.pack(flat).down_weight
+        batch, tokens, dim = x.shape
+        return SelfAttentionProblem(
+            batch, tokens, dim, options[0], 0 if down is None else down.shape[0], Recompute(recompute), x.dtype,
+            x.device.type, None if compute == x.dtype else compute,
+        )  # fmt: skip
+
+    def pack(self, flat: Sequence[Tensor | None]) -> SelfAttentionParameters:
+        return SelfAttentionParameters(*flat)  # type: ignore[arg-type]
+
+    def kept(self, kernels: Any, problem: SelfAttentionProblem, recompute: str) -> int:
+        return kernels.saved_size(problem)
+
+    def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
+        return (kept,)
+
+    def forward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        return kernels.forward(call.problem, streams[0], parameters, call.options[1], call.kept > 0)
+
+    def backward(
+        self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
+        factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        return kernels.backward(call.problem, streams[0], parameters, saved, call.options[1], grads[0], wanted)
+
+    def flops(self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...]) -> int:
+        batch, tokens, dim = streams[0]
+        return 2 * batch * tokens * dim * (4 * dim + 2 * tokens + 2 * flat[6][0])
+
+    def backward_flops(
+        self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
+    ) -> int:
+        batch, tokens, dim = streams[0]
+        adapter = flat[6][0]
+        norm, inner = any(wanted[:3]), any(wanted[:5])
+        projected = inner or wanted[5] or wanted[6]
+        hidden = projected or wanted[7] or wanted[8]
+        attention = inner * (dim + 4 * tokens) + wanted[5] * dim + norm * 3 * dim + wanted[3] * 3 * dim
+        return 2 * batch * tokens * dim * (attention + adapter * (hidden + projected + wanted[7] + wanted[9]))
 
 
-def _present(flat: list[Tensor]) -> SelfAttentionParameters:
-    return SelfAttentionParameters(*(p if p.numel() else None for p in flat))  # type: ignore[arg-type]
-
-
-def _problem(x: Tensor, flat: list[Tensor], num_heads: int, recompute: str, bf16: bool) -> SelfAttentionProblem:
-    batch, tokens, dim = x.shape
-    return SelfAttentionProblem(
-        batch,
-        tokens,
-        dim,
-        num_heads,
-        flat[6].shape[0],
-        Recompute(recompute),
-        x.dtype,
-        x.device.type,
-        torch.bfloat16 if bf16 else None,
-    )
-
-
-def _forward(
-    x: Tensor, parameters: list[Tensor], num_heads: int, eps: float, recompute: str, bf16: bool, kept: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    problem = _problem(x, parameters, num_heads, recompute, bf16)
-    return KERNELS[backend].forward(problem, x, _present(parameters), eps, kept > 0)
-
-
-def _forward_fake(
-    x: Tensor, parameters: list[Tensor], num_heads: int, eps: float, recompute: str, bf16: bool, kept: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((kept,), dtype=torch.float32)
-
-
-def _backward(
-    x: Tensor, parameters: list[Tensor], saved: Tensor, grad_y: Tensor, num_heads: int, eps: float, recompute: str,
-    bf16: bool, wanted: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    problem = _problem(x, parameters, num_heads, recompute, bf16)
-    grads = KERNELS[backend].backward(problem, x, _present(parameters), saved, eps, grad_y, tuple(wanted))
-    return [g if g is not None else p.new_empty((0,)) for g, p in zip(grads, [x, *parameters], strict=True)]
-
-
-def _backward_fake(
-    x: Tensor, parameters: list[Tensor], saved: Tensor, grad_y: Tensor, num_heads: int, eps: float, recompute: str,
-    bf16: bool, wanted: list[bool], backend: str,
-) -> list[Tensor]:  # fmt: skip
-    return [t.new_empty(t.shape if want else (0,)) for t, want in zip([x, *parameters], wanted, strict=True)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, flat, num_heads, eps, recompute, bf16, _, backend = inputs
-    ctx.save_for_backward(x, *flat, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.call = (num_heads, eps, recompute, bf16)
-    ctx.wanted = [t.requires_grad for t in (x, *flat)]
-    ctx.backend = backend
-
-
-def _autograd(ctx: Any, grad_y: Tensor, _: None) -> tuple[Any, ...]:
-    x, *flat, saved = ctx.saved_tensors
-    grads = torch.ops.cast_kernels.self_attention_backward(x, flat, saved, grad_y, *ctx.call, ctx.wanted, ctx.backend)
-    given = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-    return given[0], given[1:], *(None,) * 6
-
-
-_LIBRARY.impl("self_attention", _forward, "CPU")
-_LIBRARY.impl("self_attention_backward", _backward, "CPU")
-torch.library.register_fake("cast_kernels::self_attention", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("cast_kernels::self_attention_backward", _backward_fake, lib=_LIBRARY)
-_derivatives.register(_LIBRARY, "self_attention", _setup_context, _autograd)
-
-
-@register_flop_formula(torch.ops.cast_kernels.self_attention)
-def _forward_flops(x: Any, parameters: Any, *_: Any, **__: Any) -> int:
-    """Two per multiply-add, matrix products only, as torch counts them."""
-    batch, tokens, dim = x
-    return 2 * batch * tokens * dim * (4 * dim + 2 * tokens + 2 * parameters[6][0])
-
-
-@register_flop_formula(torch.ops.cast_kernels.self_attention_backward)
-def _backward_flops(
-    x: Any, parameters: Any, saved: Any, grad_y: Any, num_heads: Any, eps: Any, recompute: Any, bf16: Any, wanted: Any,
-    *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
-    batch, tokens, dim = x
-    adapter = parameters[6][0]
-    norm, inner = any(wanted[:3]), any(wanted[:5])
-    projected = inner or wanted[5] or wanted[6]
-    hidden = projected or wanted[7] or wanted[8]
-    attention = inner * (dim + 4 * tokens) + wanted[5] * dim + norm * 3 * dim + wanted[3] * 3 * dim
-    return 2 * batch * tokens * dim * (attention + adapter * (hidden + projected + wanted[7] + wanted[9]))
+OPERATOR = _SelfAttention()

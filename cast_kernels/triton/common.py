@@ -28,7 +28,7 @@ def verdict(device: str, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
     if device == "cpu" and interpreting():
         fault = _cannot_use_triton()
         return Verdict(not fault, fault or "Triton's interpreter (TRITON_INTERPRET=1): for tests, it models no GPU")
-    if device == "cpu" and _emulating():
+    if device == "cpu" and emulating():
         return Verdict(True, "an emulated GPU stands in for the driver")
     return Verdict(False, f"the streams are on {device}; Triton kernels run on cuda")
 
@@ -38,7 +38,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _emulating() -> bool:
+def emulating() -> bool:
     """Whether a driver that takes CPU tensors is active. Triton is not imported to find out."""
     driver = sys.modules.get("triton.runtime.driver")
     if driver is None:

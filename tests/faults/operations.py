@@ -7,25 +7,28 @@ from faults.base import fault
 DERIVATIVES = "tests/test_derivatives.py -k"
 FFN = "csrc/cpu/ffn_forward.h"
 TRANSFORMS = "cast_kernels/ops/_derivatives.py"
+OPERATOR, SIGNATURES = "cast_kernels/ops/_operator.py", "cast_kernels/ops/_signatures.py"
+CHECKED = "tests/test_checked_calls.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
 LAYERS = "tests/test_plain.py"
+GLANCE = "tests/test_plain_glance.py"
 EVERYWHERE = "tests/test_plain_everywhere.py"
 
 FAULTS = [
     # --- derivatives, and modules without memory
     fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
-          (TRANSFORMS, "lambda ctx, inputs, output: None, refuse)", "lambda ctx, inputs, output: None, lambda ctx, *_: "
-           "(None,) * (len(ctx.needs_input_grad) - 4))")),
+          (TRANSFORMS, "if all(grad is None for grad in grads):", "if True:")),
+    fault("second derivative passed by", f"{DERIVATIVES} second_derivative",
+          (OPERATOR, "if torch.is_grad_enabled() or watched() or", "if watched() or")),
     fault("tangents not looked for", f"{DERIVATIVES} forward_mode",
           (TRANSFORMS, "if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):", "if False:")),
     fault("gradient of zeros for what is kept", f"{DERIVATIVES} what_it_keeps",
-          (TRANSFORMS, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
+          (OPERATOR, "ctx.set_materialize_grads(False)", "ctx.set_materialize_grads(True)")),
     fault("nothing kept inside torch.func", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "torch._C._are_functorch_transforms_active() or any", "any")),
     fault("transforms around a call see none of it", f"{DERIVATIVES} second_derivative",
-          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n            # A",
-           "if False:\n            # A")),
+          (TRANSFORMS, "if torch._C._are_functorch_transforms_active():\n        with", "if False:\n        with")),
     fault("vmap stacks its first entry", f"{DERIVATIVES} vmap",
           (TRANSFORMS, "x if dim is None else x.select(dim, index)", "x if dim is None else x.select(dim, 0)")),
     fault("math attention without its scale", f"{DERIVATIVES} maths_error",
@@ -46,6 +49,29 @@ FAULTS = [
           ("cast/positions.py", "if module.pos_embed.is_meta and like is not None:", "if False:")),
     fault("reset without the norms", "tests/test_positions.py",
           ("cast_kernels/modules/bcast.py", 'name in ("ln_s_cross", "ln_t_cross"):', "name in ():")),
+    # --- calls that were checked before
+    fault("any tensors are taken for those that were checked", CHECKED,
+          (SIGNATURES, "if guards.check(*tensors):", "if True:")),
+    fault("autocast's dtype is passed over", CHECKED,
+          (OPERATOR, "torch.is_grad_enabled(), autocast_dtype(x), ", "torch.is_grad_enabled(), ")),
+    fault("grad mode is passed over", CHECKED,
+          (OPERATOR, "arguments, torch.is_grad_enabled(), auto", "arguments, auto")),
+    fault("a backend that is gone still runs", CHECKED,
+          (OPERATOR, "autocast_dtype(x), backends.circumstances()", "autocast_dtype(x)")),
+    fault("the memory of checked calls grows", CHECKED,
+          (SIGNATURES, "while len(self._known) > MOST_ARGUMENTS:", "while False:")),
+    fault("the memory of shapes grows", CHECKED, (SIGNATURES, "self._known[: MOST_LISTS - 1]", "self._known")),
+    fault("profilers see no operator", CHECKED,
+          (SIGNATURES, "torch._C._autograd._profiler_enabled()\n        or ", "")),
+    fault("function modes see no operator", CHECKED, (SIGNATURES, "or torch._C._len_torch_function_stack() > 0", "")),
+    fault("what is below autograd is differentiated", CHECKED,
+          (SIGNATURES, "if below and torch.is_grad_enabled():", "if False:")),
+    fault("a lazy negation is passed over", CHECKED,
+          (SIGNATURES, "and torch._C._dispatch_keys(x).raw_repr() in plain[x.device])", ")")),
+    fault("every call goes through the dispatcher", CHECKED,
+          (OPERATOR, "found = Checked(call, kernels,", "found = Checked(call, None,")),
+    fault("every gradient goes through the dispatcher", CHECKED,
+          (OPERATOR, "if checked is not None and _straight_back", "if False and _straight_back")),
     # --- layers that must be called
     fault("a replaced layer's weight is read", LAYERS,
           (PLAIN, "reading is None or kind.forward is not reading.forward", "reading is None")),
@@ -84,6 +110,25 @@ FAULTS = [
           ("cast/layers.py", "branch = branch * row_scale[..., None].to(branch.dtype)", "pass")),
     fault("the adapter's skip forgotten by modules", LAYERS,
           ("cast/layers.py", "y = y + adapter(a)", "y = x + adapter(a)")),
+    fault("a later forward hook is passed over", LAYERS,
+          (PLAIN, 'own["_forward_hooks"] or own["_forward_pre_hooks"]', 'own["_forward_pre_hooks"]')),
+    fault("a later backward hook is passed over", GLANCE,
+          (PLAIN, 'own["_backward_hooks"] or own["_backward_pre_hooks"]', 'own["_backward_pre_hooks"]')),
+    fault("a later forward on the instance is passed over", LAYERS, (PLAIN, ' or "forward" in own', "")),
+    fault("another class later is passed over", LAYERS, (PLAIN, "if type(module) is not kind:", "if False:")),
+    fault("a class patched later is passed over", GLANCE,
+          (PLAIN, "if kind.forward is not forward or _calls(kind) != _CALLS:", "if False:")),
+    fault("a global hook later is passed over", EVERYWHERE, (PLAIN, " or any(_GLOBAL_HOOKS):\n", ":\n")),
+    fault("a bias that was added later is not read", LAYERS, (PLAIN, "for field in absent:", "for field in ():")),
+    fault("a layout that came later is read", LAYERS,
+          (PLAIN, "_TENSORS or tensor.layout is not torch.strided or field", "_TENSORS or field")),
+    fault("an attribute before a parameter is passed over", GLANCE,
+          (PLAIN, "torch.strided or field in own:", "torch.strided:")),
+    fault("settings that changed are passed over", GLANCE, (PLAIN, "if own[key] != value:", "if False:")),
+    fault("epsilons that differ later are passed over", GLANCE,
+          ("cast_kernels/modules/bcast.py", 'or self._modules["ln_s_cross"].eps != self._modules["ln_t_cross"].eps',
+           "or False")),
+    fault("nothing is read at a glance", GLANCE, (PLAIN, "    _GLANCES[owner] = known", "    pass")),
     fault("a wrapped embedding is read", "tests/test_pretrain.py -k wrapped",
           ("cast/pretrain/model.py", 'plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed)',
            "plain.global_obstacle()")),

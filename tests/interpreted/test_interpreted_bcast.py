@@ -270,9 +270,8 @@ def test_opcheck(grad: bool) -> None:
     case = replace(SMALLEST, frames=4, patches=4)
     module, (spatial, temporal) = case.module(), case.inputs(grad=grad)
     flat = [p.detach().requires_grad_(grad) for p in module.gathered().flat() if p is not None]
-    recompute = "cheap" if grad else ""
-    kept = saved_per_clip(module.problem(), recompute) if grad else 0
-    arguments = (spatial, temporal, flat, None, None, case.heads, *case.windows, 1e-6, kept, recompute, FP32)
+    kept = saved_per_clip(module.problem(), "cheap") if grad else 0
+    arguments = (spatial, temporal, flat, None, None, case.heads, *case.windows, 1e-6, "cheap", FP32, kept)
     torch.library.opcheck(torch.ops.cast_kernels.bcast, (*arguments, "triton"), atol=1e-5, rtol=1e-4)
 
 

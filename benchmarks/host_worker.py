@@ -1,0 +1,149 @@
+"""One tree's host code, timed on demand: every launch of ours ends in a function that only counts.
+
+    python host_worker.py CACHE     # with the tree first in PYTHONPATH
+
+Each line of stdin, "WORK REPEATS" or "eager WORK", is answered by a line of JSON. `bench_host.py` starts one worker for
+this tree and one for the commit that it compares with, and asks them in turn. PyTorch's own operators run, on the
+smallest tensors that keep every launch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TARGET = "sm_90"
+#: B-CAST's smallest sizes: both directions and windows, positions; products in parts, so that `sum_parts` runs.
+EXCHANGE: dict[str, Any] = {"dim": 64, "bottleneck_dim": 32, "num_heads": 2, "num_frames": 8, "num_patches": 16}
+#: CAST-B's twelve blocks, and everything else as small as it goes.
+MODEL: dict[str, Any] = {
+    "image_size": 16, "patch_size": 8, "num_frames": 4, "embed_dim": 64, "depth": 12, "num_heads": 2, "mlp_ratio": 1.0,
+}  # fmt: skip
+#: Operators that launch nothing on a GPU, besides views.
+_SILENT = ("empty", "detach", "new_empty", "empty_like", "empty_strided")
+
+Step = Callable[[], object]
+
+
+def exchange(backend: str, autocast: bool, backward: bool) -> Step:
+    """B-CAST in bf16, or in fp32 under autocast."""
+    import cast_kernels
+
+    dtype = torch.float32 if autocast else torch.bfloat16
+    module = cast_kernels.BCAST(**EXCHANGE, backend=backend).to(dtype)
+    frames, patches, dim = EXCHANGE["num_frames"], EXCHANGE["num_patches"], EXCHANGE["dim"]
+    streams = [torch.randn(1, frames, patches + cls, dim).to(dtype).requires_grad_(backward) for cls in (1, 0)]
+    leaves = [*streams, *module.parameters()]
+
+    def step() -> object:
+        with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = module(*streams)
+        return torch.autograd.grad(outputs, leaves, streams) if backward else outputs
+
+    return step
+
+
+def training(backend: str) -> Step:
+    """A step of the model: fp32 parameters, autocast, a loss, backward, AdamW in one call."""
+    import cast
+
+    model = cast.CAST(**MODEL).fuse(backend).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    video = torch.randn(1, 3, MODEL["num_frames"], MODEL["image_size"], MODEL["image_size"])
+
+    def step() -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(video)
+        torch.stack([x.float().logsumexp(-1).sum() for x in logits.values()]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return None
+
+    return step
+
+
+WORK: Mapping[str, Callable[[str], Step]] = {
+    "B-CAST forward": lambda backend: exchange(backend, autocast=False, backward=False),
+    "B-CAST forward + backward": lambda backend: exchange(backend, autocast=False, backward=True),
+    "B-CAST forward, AMP": lambda backend: exchange(backend, autocast=True, backward=False),
+    "B-CAST forward + backward, AMP": lambda backend: exchange(backend, autocast=True, backward=True),
+    "CAST-B training step, AMP": training,
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts PyTorch's operators, and those of them that launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.launching = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.all += 1
+        self.launching += not func.is_view and func.overloadpacket.__name__ not in _SILENT
+        return func(*args, **kwargs or {})
+
+
+def microseconds(step: Step, repeats: int) -> float:
+    """Of one step, as the mean of so many in a row."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - begin) / repeats * 1e6
+
+
+def eager(work: str) -> dict[str, float]:
+    """Operators of eager PyTorch's step, and microseconds of one on tensors of size one."""
+    step = WORK[work]("eager")
+    step()
+    with Operators() as counted:
+        step()
+    one = torch.ones(1)
+    operator = min(microseconds(lambda: one + one, 1000) for _ in range(20))
+    return {"operators": counted.all, "launches": counted.launching, "operator_us": operator}
+
+
+def serve(cache: Path) -> None:
+    """Answer until stdin ends."""
+    import triton
+
+    from cast_kernels.evidence.driver import offline_driver
+    from cast_kernels.evidence.targets import target
+
+    torch.set_num_threads(1)
+    count = [0]
+
+    def launch(*_: Any) -> None:
+        count[0] += 1
+
+    launcher = SimpleNamespace(enforces_limits=False, launch=None)
+    with offline_driver(target(TARGET), launcher, cache):  # type: ignore[type-var]
+        driver = triton.runtime.driver.active
+        driver.takes_tensors = False  # addresses, as a GPU's driver gets them
+        driver.launcher_cls = lambda source, metadata: launch
+        steps: dict[str, Step] = {}
+        for line in sys.stdin:
+            work, repeats = line.rstrip("\n").rsplit(" ", 1)
+            if line.startswith("eager "):
+                answer = eager(line[len("eager ") :].rstrip("\n"))
+            else:
+                if work not in steps:
+                    steps[work] = WORK[work]("triton")
+                    for _ in range(3):  # compile, and fill what is kept
+                        steps[work]()
+                count[0] = 0
+                answer = {"us": microseconds(steps[work], int(repeats)), "launches": count[0] / int(repeats)}
+                answer["recorder_us"] = microseconds(lambda: launch(*range(20)), 1000)
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
