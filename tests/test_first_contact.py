@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from first_contact import run as running_all
-from first_contact.budget import Budget
+from first_contact.budget import RESERVE, Budget
 from first_contact.outputs import Outputs
 from first_contact.run import Contact, main
 from first_contact.running import Found
-from first_contact.stages import Stage, stages
+from first_contact.stages import MINUTES, Stage, benchmarks, rows, stages
 from first_contact.summary import INCOMPLETE, RIGHT, WRONG, markdown, status
 
 ROOT = Path(__file__).parents[1]
@@ -381,11 +381,40 @@ def test_what_runs_the_processes_needs_the_standard_library_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_a_rehearsal_from_end_to_end(tmp_path: Path) -> None:
+    """The script's own processes on an emulated device: benchmarks through pytest, and a room of rows."""
+    waves = [(benchmarks("times", "adapters", 200, "adapter and not compile", emulated=True),)]
+    waves += [(rows("sanitizer", "no such program here", 100),)]
+    made = Contact(Outputs(tmp_path), Budget(400), running_all.environment(emulated=True), emulated=True)
+    assert made.run(waves) == RIGHT, _text(tmp_path / "log.txt")
+    times, sanitizer = made.found
+    assert [row["row"] for row in times.rows] == [
+        f"adapter temporal amp B6 training-{name}" for name in ("eager", "cast_kernels, triton")
+    ]
+    assert all(row["stand_in"] for row in times.rows)
+    assert [row["row"] for row in sanitizer.rows] == ["memcheck", "racecheck"]
+    kept = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert sum(len(group) for group in kept["groups"].values()) == 2
+    assert "no figure here is a measurement" in (tmp_path / "summary.md").read_text()
+
+
 def test_stages_can_be_chosen(tmp_path: Path) -> None:
     """The machine's own commands need no GPU."""
     assert main([str(tmp_path), "--minutes", "2", "--stages", "machine"]) == RIGHT
     assert sorted(path.name for path in tmp_path.iterdir()) == ["machine.txt", "summary.md"]
     assert "$ lscpu" in (tmp_path / "machine.txt").read_text()
+
+
+def test_stages_get_their_part_of_the_minutes() -> None:
+    eight, four, twenty = (
+        {stage.name: stage for wave in stages(False, minutes) for stage in wave} for minutes in (8, 4, 20)
+    )
+    assert (four["times"].seconds, eight["times"].seconds, twenty["times"].seconds) == (70, 140, 350)
+    assert (four["times"].row_seconds, twenty["times"].row_seconds) == (150, 375)
+    # What is done before torch.compile and the sanitizer, which take what is left, fits into the minutes.
+    waves = stages(False)
+    assert sum(max(stage.seconds for stage in wave) for wave in waves[:-2]) <= 60 * MINUTES - RESERVE
 
 
 def test_the_tree_may_be_sent_along() -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 from first_contact.budget import RESERVE, Budget
 from first_contact.outputs import Outputs
 from first_contact.running import Found, Running
-from first_contact.stages import ROOT, Stage, stages
+from first_contact.stages import MINUTES, ROOT, Stage, stages
 from first_contact.summary import markdown, status
 
 SUMMARY = "summary.md"
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="folder for at most 8 files; made if it is not there")
     parser.add_argument(
-        "--minutes", type=_minutes, default=8.0, help="of the whole run, half a minute of it for the end"
+        "--minutes", type=_minutes, default=MINUTES, help="of the whole run, half a minute of it for the end"
     )
     parser.add_argument("--emulated", action="store_true", help="rehearse without a GPU, at small sizes")
     names = [stage.name for wave in stages(emulated=False) for stage in wave]
@@ -51,12 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"first_contact.sh: {options.out} cannot be written to: {error}", file=sys.stderr)
         return _USAGE
     budget = Budget(60 * options.minutes)
-    environment = dict(os.environ)
-    if options.emulated:
-        path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        environment |= {"FIRST_CONTACT_EMULATED": "1", "PYTHONPATH": path}
-    waves = [tuple(stage for stage in wave if stage.name in options.stages) for wave in stages(options.emulated)]
-    return Contact(outputs, budget, environment, options.emulated).run(waves)
+    waves = [
+        tuple(stage for stage in wave if stage.name in options.stages)
+        for wave in stages(options.emulated, options.minutes)
+    ]
+    return Contact(outputs, budget, environment(options.emulated), options.emulated).run(waves)
+
+
+def environment(emulated: bool) -> dict[str, str]:
+    """Of the processes: they find the checkout and its rooms without an installation."""
+    folders = [ROOT, *(ROOT / name for name in ("tools", "benchmarks", *(["tests"] if emulated else [])))]
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    made = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**made, "FIRST_CONTACT_EMULATED": "1"} if emulated else made
 
 
 def _minutes(text: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -31,11 +31,11 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *arguments)
 
 
-def _rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds: float = 60.0) -> Stage:
+def rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds: float = 60.0) -> Stage:
     return Stage(name, about, _python("first_contact.worker", name), seconds, needs, row_seconds)
 
 
-def _benchmarks(name: str, about: str, seconds: float, which: str, emulated: bool) -> Stage:
+def benchmarks(name: str, about: str, seconds: float, which: str, emulated: bool) -> Stage:
     """Rows of `pytest benchmarks/`; all stages keep them in one file, and none measures what it holds already."""
     rehearsed = ("-p", "rehearsal", "--sizes", "small") if emulated else ()
     pytest = _python(
@@ -55,19 +55,37 @@ _CACHE = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "ca
 _COMPILE = _python("cast_kernels.cli", "compile", "--target", "sm_90", "--problems", "paper", "--cache", _CACHE)
 
 
-def stages(emulated: bool) -> tuple[tuple[Stage, ...], ...]:
-    """What is done, in order of worth. Stages in one tuple run at the same time: none of them uses the GPU."""
+#: The minutes that the stages' seconds are made for.
+MINUTES = 8.0
+
+
+def stages(emulated: bool, minutes: float = MINUTES) -> list[tuple[Stage, ...]]:
+    """What is done, in order of worth. Stages in one tuple run at the same time: none of them uses the GPU.
+
+    Args:
+        emulated: whether a rehearsal's device stands in for the GPU.
+        minutes: of the whole run: stages get more or less of it in proportion, rows never less.
+    """
+    scale = minutes / MINUTES
+    return [tuple(_scaled(stage, scale) for stage in wave) for wave in _waves(emulated)]
+
+
+def _scaled(stage: Stage, scale: float) -> Stage:
+    return replace(stage, seconds=scale * stage.seconds, row_seconds=max(1.0, scale) * stage.row_seconds)
+
+
+def _waves(emulated: bool) -> tuple[tuple[Stage, ...], ...]:
     return (
         (
             Stage("machine", "what the machine is", _python("first_contact.machine"), 60, file="machine.txt"),
-            Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 90),
+            Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 75),
             Stage("compile", "kernels into Triton's cache, ahead of their first call", _COMPILE, 60),
         ),
-        (_rows("correctness", "errors against fp64, at most twice eager's", 90),),
-        (_benchmarks("times", "ours and eager, medians of CUDA events", 150, "not compile", emulated),),
-        (_rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 45),),
-        (_benchmarks("compiled_step", "a training step beside torch.compile", 90, COMPILED_STEP, emulated),),
-        (_rows("repetition", "the same bits, many times over", 40),),
-        (_benchmarks("compiled", "everything else beside torch.compile", 300, "compile", emulated),),
-        (_rows("sanitizer", "compute-sanitizer", 400, needs=30, row_seconds=200),),
+        (rows("correctness", "errors against fp64, at most twice eager's", 80),),
+        (benchmarks("times", "ours and eager, medians of CUDA events", 140, "not compile", emulated),),
+        (rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 40),),
+        (benchmarks("compiled_step", "a training step beside torch.compile", 80, COMPILED_STEP, emulated),),
+        (rows("repetition", "the same bits, many times over", 35),),
+        (benchmarks("compiled", "everything else beside torch.compile", 300, "compile", emulated),),
+        (rows("sanitizer", "compute-sanitizer", 400, needs=30, row_seconds=200),),
     )
