@@ -243,30 +243,37 @@ def test_nothing_of_a_stage_outlives_it(tmp_path: Path) -> None:
 
 
 BENCHMARK = """
-import os, signal, types, pytest
+import os, signal, pytest
+
+class Session:
+    broken = ""
+
+    def row(self, row):
+        return {"median_ms": 1.5, "all_ms": [1.5]}
 
 @pytest.fixture(scope="session")
 def bench():
-    return types.SimpleNamespace(broken="")
+    return Session()
 
 @pytest.fixture
-def measured(row, bench):
-    if row == "dies":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if row == "wrong":
-        pytest.fail("wrong: an error of 3 x eager's", pytrace=False)
-    if row in ("late", "lacking"):
-        pytest.skip("not begun: the minutes were over" if row == "late" else "no such package")
-    if row == "faults":
-        bench.broken = "the GPU can be used no more"
-        pytest.fail("an illegal access", pytrace=False)
-    if row == "raises":
-        raise KeyError("in a library")
-    return {"median_ms": 1.5, "all_ms": [1.5]}
+def measure(bench):
+    def run(row):
+        if row == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if row == "wrong":
+            pytest.fail("wrong: an error of 3 x eager's", pytrace=False)
+        if row in ("late", "lacking"):
+            pytest.skip("not begun: the minutes were over" if row == "late" else "no such package")
+        if row == "faults":
+            bench.broken = "the GPU can be used no more"
+            pytest.fail("an illegal access", pytrace=False)
+        if row == "raises":
+            raise KeyError("in a library")
+    return run
 
 @pytest.mark.parametrize("row", ["fine", "wrong", "dies", "lacking", "faults", "raises", "late"], ids=str)
-def test_row(measured):
-    pass
+def test_row(row, measure):
+    measure(row)
 """
 
 

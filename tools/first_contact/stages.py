@@ -35,19 +35,21 @@ def rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds:
     return Stage(name, about, _python("first_contact.worker", name), seconds, needs, row_seconds)
 
 
-def benchmarks(name: str, about: str, seconds: float, which: str, emulated: bool) -> Stage:
-    """Rows of `pytest benchmarks/`; all stages keep them in one file, and none measures what it holds already."""
+def benchmarks(
+    name: str, about: str, seconds: float, which: str, emulated: bool, file: str = "benchmarks.json"
+) -> Stage:
+    """Rows of `pytest benchmarks/`. A group of which the file holds rows already is not measured again."""
     rehearsed = ("-p", "rehearsal", "--sizes", "small") if emulated else ()
     pytest = _python(
         "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--device", "cuda", "-k", which,
-        "--minutes", "{minutes}", "--rows", "{scratch}/" + _ROWS, "--resume", *rehearsed,
+        "--minutes", "{minutes}", "--rows", "{scratch}/" + file, "--resume", *rehearsed,
         "-p", "first_contact.plugin", "-p", "no:cacheprovider", "-q",
     )  # fmt: skip
-    return Stage(name, about, pytest, seconds, needs=15, row_seconds=150, brings=_ROWS)
+    return Stage(name, about, pytest, seconds, needs=15, row_seconds=150, brings=file)
 
 
 ROOT = Path(__file__).resolve().parents[2]
-_ROWS = "benchmarks.json"
+_COMPILED = "compiled.json"
 #: The one group whose torch.compile is worth a minute of compiling before anything else.
 COMPILED_STEP = "compile and model and training and step and amp and B6"
 #: Where Triton looks for kernels that were compiled before.
@@ -82,10 +84,10 @@ def _waves(emulated: bool) -> tuple[tuple[Stage, ...], ...]:
             Stage("compile", "kernels into Triton's cache, ahead of their first call", _COMPILE, 60),
         ),
         (rows("correctness", "errors against fp64, at most twice eager's", 80),),
-        (benchmarks("times", "ours and eager, medians of CUDA events", 140, "not compile", emulated),),
+        (benchmarks("times", "ours and eager, medians of CUDA events", 140, "not compile and not host", emulated),),
         (rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 40),),
-        (benchmarks("compiled_step", "a training step beside torch.compile", 80, COMPILED_STEP, emulated),),
+        (benchmarks("compiled_step", "a training step beside torch.compile", 80, COMPILED_STEP, emulated, _COMPILED),),
         (rows("repetition", "the same bits, many times over", 35),),
-        (benchmarks("compiled", "everything else beside torch.compile", 300, "compile", emulated),),
+        (benchmarks("compiled", "everything else beside torch.compile", 300, "compile", emulated, _COMPILED),),
         (rows("sanitizer", "compute-sanitizer", 400, needs=30, row_seconds=200),),
     )
