@@ -14,6 +14,7 @@ import pytest
 from first_contact.rows import Rows
 
 _KEY = pytest.StashKey[Rows]()
+_TOLD = pytest.StashKey[bool]()
 #: Exit status once the GPU can be used no more.
 BROKEN = 86
 #: What a summary shows of a row; its samples are in the benchmarks' own file.
@@ -48,12 +49,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.when == "call" or (report.when == "setup" and not report.passed):
         item.config.stash[_KEY].end(_name(item), **_found(item, report))
+        _tell_ceilings(item)
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     session = getattr(item, "funcargs", {}).get("bench")
     if session is not None and session.broken:
         pytest.exit(session.broken, returncode=BROKEN)
+
+
+def _tell_ceilings(item: pytest.Item) -> None:
+    """Once, as soon as they are known: the GPU and what it can do at most."""
+    report = getattr(item.funcargs.get("bench"), "report", None)
+    if report is not None and report.about_device and not item.config.stash.get(_TOLD, False):
+        item.config.stash[_TOLD] = True
+        item.config.stash[_KEY].end("the GPU and its ceilings", None, **report.about_device, **report.ceilings)
 
 
 def _name(item: pytest.Item) -> str:
