@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
 
 #: What may be asked for besides "auto", and what it needs to be installed.
@@ -83,7 +84,7 @@ def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
     return Verdict(True, f"{package} is installed")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _import_error(package: str) -> str:
     """Why the package cannot be imported, "" if it can."""
     try:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from cast_kernels.compiling import constant
 from cast_kernels.problem import AdapterProblem, FFNProblem, Problem, Recompute, SelfAttentionProblem
 
 #: Problems that know their level.
@@ -81,7 +82,7 @@ def explain(problem: Any, device: torch.device) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _total_memory(index: int | None) -> int:
     """Bytes of a GPU, 0 where there is none."""
     return torch.cuda.get_device_properties(index).total_memory if torch.cuda.is_available() else 0

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from cast_kernels.compiling import constant
 from cast_kernels.problem import (
     AdapterParameters,
     FFNParameters,
@@ -58,7 +59,7 @@ def emulating() -> bool:
     return bool(getattr(getattr(driver.driver, "_active", None), "runs_on_cpu", False))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _cannot_use_triton() -> str:
     """Why Triton cannot be used, with what to do; "" if it can. Imports it."""
     try:
@@ -68,7 +69,7 @@ def _cannot_use_triton() -> str:
     return too_old("triton", triton.__version__)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _triton() -> str:
     """Triton's version, and what is known against it."""
     import triton
