@@ -83,7 +83,7 @@ def _compile(options: Namespace) -> int:
         return warm.main(options.target, options.dtype)
     from cast_kernels.evidence import compile as compiling
 
-    targets, dtypes = options.target or GATED_TARGETS, options.dtype or DTYPES
+    targets, dtypes = options.target or list(GATED_TARGETS), options.dtype or list(DTYPES)
     cache = Path(options.cache) if options.cache else None
     return compiling.main(targets, dtypes, options.problems, options.json, cache)
 
