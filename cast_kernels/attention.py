@@ -1,8 +1,11 @@
 """Which attention the experts' self-attention and the exchange run, and why: the one place that decides.
 
-"auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself: on a GPU, for 16-bit
-operands without a mask, it runs the flash-attention kernels that PyTorch ships, the same algorithm as the package
-flash-attn 2. The packages are for those who have measured that theirs is faster; nothing here takes one unasked.
+"auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself. On a GPU, for 16-bit
+operands without a mask, PyTorch 2.14 runs cuDNN's kernel on compute capability 9.0, 10.0 and 10.3 (H100, H200, B200)
+with a cuDNN newer than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1 is set; on other GPUs the flash-attention
+kernel that it ships, the same algorithm as the package flash-attn 2 (its source: `priority_order` in
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). The packages are for those who have measured that theirs is
+faster; nothing here takes one unasked.
 "math" is for derivatives of another kind: matrix products and a softmax, with scores in memory.
 """
 
@@ -125,7 +128,8 @@ def explain(problem: SelfAttentionProblem) -> str:
         verdict = can_run(name, problem)
         lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
     try:
-        why = ": it dispatches to flash kernels itself" if problem.attention == "auto" else ""
+        dispatches = ": it dispatches itself, on H100, H200 and B200 to cuDNN first, on other GPUs to flash first"
+        why = dispatches if problem.attention == "auto" else ""
         lines.append(f"attention={problem.attention!r} runs: {select(problem)}{why}")
     except BackendError as error:
         lines.append(str(error))

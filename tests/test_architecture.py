@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.plain": ("cast_kernels.problem", "cast_kernels.compiling"),
     "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
     "cast_kernels.versions": (),
-    "cast_kernels.recompute": ("cast_kernels.problem", "cast_kernels.triton"),
+    "cast_kernels.recompute": ("cast_kernels.problem", "cast_kernels.compiling", "cast_kernels.triton"),
     "cast_kernels.triton": (
         "cast_kernels.problem",
         "cast_kernels.attention",
@@ -67,6 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast_kernels.eager",
     ),
     "cast_kernels.evidence": ("cast_kernels",),
+    "cast_kernels.gpu": ("cast_kernels",),
     "cast_kernels": ("cast_kernels",),
     "cast.optional": (),
     "cast.processes": (),
@@ -187,7 +188,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 PRIVATE = {
     "cast.demo": ("cast.demo", "cast.study", "cast.cli"),
     "cast.study": ("cast.study", "cast.cli"),
-    "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.cli"),
+    "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.gpu", "cast_kernels.cli"),
+    "cast_kernels.gpu": ("cast_kernels.gpu", "cast_kernels.cli", "cast_kernels.info"),
 }
 
 
@@ -241,14 +243,19 @@ def test_the_model_package_uses_public_kernels_only(name: str) -> None:
             assert first in cast_kernels.__all__, f"{name} imports {target}: not a public name of cast_kernels"
 
 
-@pytest.mark.parametrize("name", modules("cast_kernels/evidence"))
+@pytest.mark.parametrize("name", modules("cast_kernels/evidence") | modules("cast_kernels/gpu"))
 def test_the_evidence_uses_what_a_user_has(name: str) -> None:
     """Public names, and the tile tables that it judges and writes: what it shows is what the product does."""
     import cast_kernels
 
     for target in imported(ALL[name]) - {"cast_kernels"}:
         public = target.split(".")[1] in cast_kernels.__all__
-        rooms = ("cast_kernels.evidence", "cast_kernels.triton.tiles", "cast_kernels.triton.common.architecture")
+        rooms = (
+            "cast_kernels.evidence",
+            "cast_kernels.gpu",
+            "cast_kernels.triton.tiles",
+            "cast_kernels.triton.common.architecture",
+        )
         assert public or inside(target, rooms), f"{name} imports {target}"
 
 

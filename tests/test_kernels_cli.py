@@ -36,7 +36,7 @@ def test_compile_gets_its_options(calls: list[Any]) -> None:
     more = ["--target", "sm_89", "--dtype", "fp16", "bf16", "--problems", "all", "--json", "x.json", "--cache", "c"]
     assert cli.main(["compile", *more]) == 0
     assert calls == [
-        ("compile", (["sm_80", "sm_90", "sm_100", "gfx942"], ["bf16", "fp16", "fp32"], "paper", None, None)),
+        ("compile", (cli.GATED_TARGETS, ("bf16", "fp16", "fp32", "amp"), "paper", None, None)),
         ("compile", (["sm_89"], ["fp16", "bf16"], "all", Path("x.json"), Path("c"))),
     ]
 
@@ -46,7 +46,7 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32"]) == 0
     assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
     assert calls == [
-        ("emulate", (["sm_80", "sm_90"], ["bf16"], "small", None)),
+        ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None)),
         ("emulate", (["sm_90"], ["fp32"], "paper", None)),
         ("mutants", (["sm_80"], ["bf16"], mutants.CASE, None)),
     ]
@@ -59,6 +59,9 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
         (["compile", "--dtype", "int8"], "bf16"),
         (["emulate", "--target", "sm_100"], "sm_90"),
         (["emulate", "--size", "huge"], "paper"),
+        (["predict", "--batch", "0"], "'0' is not a whole number above zero"),
+        (["predict", "--batch", "1", "six"], "'six' is not a whole number above zero"),
+        (["compile", "--prob", "step"], "--prob"),
         (["compiel"], "invalid choice"),
         ([], "COMMAND"),
     ],
@@ -82,6 +85,25 @@ def test_something_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(emulate, "main", missing)
     assert cli.main(["emulate"]) == 1
     assert capsys.readouterr().err == "cast-kernels emulate: error: the PTX emulator is not there\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def test_only_pytorch_and_rich_are_needed_to_ask_for_information() -> None:
+    """A bare machine with a GPU has no jsonargparse."""
+    program = (
+        "import sys; sys.modules['jsonargparse'] = sys.modules['docstring_parser'] = sys.modules['av'] = None"
+        "\nfrom cast_kernels import cli; raise SystemExit(cli.main(['info', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '"torch"' in done.stdout
 
 
 def test_help_does_not_load_the_tools() -> None:

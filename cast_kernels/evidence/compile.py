@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cast_kernels.evidence.cases import DTYPES, Case, run
+from cast_kernels.evidence.cases import KINDS, Case, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase, run_expert
@@ -62,7 +62,7 @@ def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path)
 
     Args:
         name: of the target.
-        dtype: key of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        dtype: key of :data:`~cast_kernels.evidence.cases.KINDS`.
         cases: run one after another; a kernel that several of them launch is one row.
         cache: folder of compiled kernels.
     """
@@ -70,9 +70,9 @@ def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path)
     for case in cases:
         with offline_driver(target(name), Recorder(), cache) as recorder:
             if isinstance(case, ExpertCase):
-                run_expert(case, DTYPES[dtype])
+                run_expert(case, **KINDS[dtype]._asdict())
             else:
-                run(case, "triton", DTYPES[dtype])
+                run(case, "triton", **KINDS[dtype]._asdict())
         for identity, record in recorder.records.items():
             found.setdefault(identity, (record, []))[1].append(str(case))
     return [read(record.first, dtype, launching) for record, launching in found.values()]
@@ -146,7 +146,7 @@ def main(
 
     Args:
         targets: names of targets.
-        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
         json_file: where the rows go as JSON.
         cache: folder of compiled kernels that may be used again; None for a temporary one.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from cast_kernels.evidence.cases import DTYPES
+from cast_kernels.evidence.cases import DTYPES, KINDS
 from cast_kernels.evidence.resources import Resources
 from cast_kernels.evidence.targets import target
 
@@ -128,7 +128,7 @@ class Row:
     @property
     def key(self) -> Key:
         """As the tile table names it."""
-        return self.target, self.kernel, 8 * DTYPES[self.dtype].itemsize, self.wide
+        return self.target, self.kernel, 8 * KINDS[self.dtype].compute.itemsize, self.wide
 
 
 def judge(row: Row, exceptions: Exceptions) -> Row:
