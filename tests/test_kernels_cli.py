@@ -48,7 +48,7 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert calls == [
         ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None)),
         ("emulate", (["sm_90"], ["fp32"], "paper", None)),
-        ("mutants", (["sm_80"], ["bf16"], mutants.CASE, None)),
+        ("mutants", (["sm_80"], ["amp", "bf16"], mutants.CASE, None)),
     ]
 
 
