@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.plain": ("cast_kernels.problem", "cast_kernels.compiling"),
     "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
     "cast_kernels.versions": (),
-    "cast_kernels.recompute": ("cast_kernels.problem", "cast_kernels.triton"),
+    "cast_kernels.recompute": ("cast_kernels.problem", "cast_kernels.compiling", "cast_kernels.triton"),
     "cast_kernels.triton": (
         "cast_kernels.problem",
         "cast_kernels.attention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from log_messages import log_messages
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
@@ -106,21 +106,18 @@ def test_a_plans_kernels_compile_side_by_side(tmp_path: Path) -> None:
     assert list(launches.items()) == [("scale_kernel", 2), ("tuple_kernel", 2)]
 
 
-def test_a_long_compilation_is_announced_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_compilation_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "PATIENCE", 0.01)
     compiling._say.cache_clear()
-    with caplog.at_level(logging.WARNING, "cast_kernels"):
+    with log_messages("cast_kernels") as told:
         for seconds in (0.3, 0.3):
             compiling.side_by_side([lambda s=seconds: time.sleep(s)] * 2)
-    (record,) = caplog.records
-    assert "cast-kernels compile --cache" in record.getMessage()
-    compiling._say.cache_clear()
-    monkeypatch.setattr(compiling, "PATIENCE", 60.0)
-    caplog.clear()
-    compiling.side_by_side([lambda: None] * 2)
-    assert not caplog.records
+        assert len(told) == 1
+        assert "cast-kernels compile --cache" in told[0]
+        compiling._say.cache_clear()
+        monkeypatch.setattr(compiling, "PATIENCE", 60.0)
+        compiling.side_by_side([lambda: None] * 2)
+        assert len(told) == 1
 
 
 def test_a_fault_in_a_kernel_is_raised() -> None:

@@ -85,11 +85,10 @@ class _Projection(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
         dim, wanted = x.shape[-1], list(ctx.needs_input_grad[:5])
-        *parts, residual = grads
+        *parts, residual = (grad.flatten(2).flatten(0, 1) for grad in grads)
         found = torch.ops.cast_kernels.projection_backward(
-            x.reshape(-1, dim), *parameters, [part.flatten(2).flatten(0, 1) for part in parts],
-            residual.reshape(-1, dim), ctx.eps, wanted,
-        )  # fmt: skip
+            x.reshape(-1, dim), *parameters, parts, residual, ctx.eps, wanted
+        )
         given = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return None if given[0] is None else given[0].view_as(x), *given[1:], None, None, None, None
 
