@@ -1,5 +1,5 @@
 """All deliberate faults; `tests/mutations.py` makes them."""
 
-from faults import kernels, operations, pipeline
+from faults import gpu_training, kernels, operations, pipeline
 
-FAULTS = [*kernels.FAULTS, *operations.FAULTS, *pipeline.FAULTS]
+FAULTS = [*kernels.FAULTS, *operations.FAULTS, *pipeline.FAULTS, *gpu_training.FAULTS]
