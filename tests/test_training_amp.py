@@ -19,7 +19,7 @@ from cast.demo.scene import render
 from cast.training import Checkpoints, Engine, Plan, cosine
 from cast.training.distributed import Precision, make_accelerator
 
-TRAIN, VAL, BATCH, EPOCHS = 480, 240, 16, 8
+TRAIN, VAL, BATCH, EPOCHS = 960, 480, 32, 14
 
 
 def clips(first: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,11 +79,10 @@ def accuracies(
 
 @pytest.mark.heavy
 def test_fused_and_unfused_training_under_autocast_reach_the_same_accuracy(tmp_path: Path) -> None:
-    """docs/training.md has what 960 clips and 14 epochs gave, in fp32 too; this is a smaller one."""
+    """Seven minutes on one core; with half the clips and epochs nothing is learned. docs/training.md has fp32, too."""
     data = Source(*clips(0, TRAIN)), clips(TRAIN, VAL)
     eager, fused = (accuracies(tmp_path / str(fused), fused, "bf16", data) for fused in (False, True))
-    assert min(eager["verb"], fused["verb"]) > 25, (eager, fused)  # of 12 verbs: 8.3 by chance
-    assert abs(fused["verb"] - eager["verb"]) < 5, (eager, fused)
-    assert abs(fused["noun"] - eager["noun"]) < 5, (eager, fused)
-    assert fused["loss"] == pytest.approx(eager["loss"], rel=0.01)
-    print(eager, fused)
+    assert min(eager["verb"], fused["verb"]) > 50, (eager, fused)  # of 12 verbs: 8.3 by chance
+    assert abs(fused["verb"] - eager["verb"]) < 3, (eager, fused)
+    assert abs(fused["noun"] - eager["noun"]) < 3, (eager, fused)
+    assert fused["loss"] == pytest.approx(eager["loss"], rel=5e-3)
