@@ -68,25 +68,28 @@ def predict(
 def export(
     checkpoint: str,
     /,
-    format: Literal["torch", "onnx"] = "torch",
+    format: Literal["torch", "onnx", "torch-cuda"] = "torch",
     out: Path | None = None,
     trust_pickle: bool = False,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
-    """Write a model as a program that runs without this package.
+    """Write a model as a program that runs without this package, or with its kernels on a GPU.
 
     The program takes any number of clips at a time. Before its file appears, its answers are compared with the model's;
-    a file that answers otherwise is not written.
+    a file that answers otherwise is not written. One for a GPU is compared where there is one.
 
     Args:
         checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
             the Hub
-        format: for torch.export.load (torch) or ONNX Runtime (onnx)
+        format: for torch.export.load (torch), ONNX Runtime (onnx), or torch.export.load with the package
+            cast_kernels on a GPU (torch-cuda), which need not be there now
         out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
+        precision: of weights and products, for torch-cuda; the others have float32
     """
     from cast.export import main
 
-    main(checkpoint, format, out, trust_pickle)
+    main(checkpoint, format, out, trust_pickle, precision)
 
 
 def evaluate(

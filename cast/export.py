@@ -1,4 +1,4 @@
-"""`cast export`: the eager model as a program without this package, for PyTorch or ONNX.
+"""`cast export`: the eager model as a program without this package, for PyTorch or ONNX, or the fused one for GPUs.
 
 The program takes `video`, float32 [batch, 3, frames, H, W], normalised as everywhere here, any batch, and returns the
 logits of each head in the heads' alphabetical order. It is compared with the model before its file appears.
@@ -14,11 +14,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.passes import move_to_device_pass
 
+from cast.config import CASTConfig
 from cast.labels import numbers
 from cast.model import CAST
 from cast.optional import require
@@ -26,8 +29,9 @@ from cast.sampling import as_json
 from cast.video.transforms import MEAN, STD
 from cast.zoo import load
 
-Format = Literal["torch", "onnx"]
-ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
+Format = Literal["torch", "onnx", "torch-cuda"]
+ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "torch-cuda": ".pt2"}
+Precision = Literal["float32", "bfloat16", "float16"]
 
 #: Largest difference of a logit, over the largest logit, that counts as equal: fp32 sums in another order, 12 blocks
 #: deep. Measured on the small test models it is below 1e-5; a lost bias or a swapped axis makes more than 1e-1.
@@ -48,24 +52,26 @@ class Exported:
 
     Args:
         files: what was written; the first one is what loads.
-        error: largest difference from the model's logits, over the largest logit.
+        error: largest difference from the model's logits, over the largest logit; None where it was not compared, as
+            the program needs a GPU and there is none.
     """
 
     files: list[Path]
-    error: float
+    error: float | None
 
 
 class _Heads(nn.Module):
-    """The model with a tuple of logits, which every format can say."""
+    """The model with a tuple of float32 logits, which every format can say; it computes in its weights' dtype."""
 
     def __init__(self, model: CAST) -> None:
         super().__init__()
         self.model, self.config = model, model.config
         self.heads = sorted(model.config.classes)
+        self.dtype = model.clip_class_embedding.dtype
 
     def forward(self, video: Tensor) -> tuple[Tensor, ...]:
-        logits = self.model(video)
-        return tuple(logits[head] for head in self.heads)
+        logits = self.model(video if self.dtype == torch.float32 else video.to(self.dtype))
+        return tuple(logits[head].float() for head in self.heads)
 
 
 def export(
@@ -73,23 +79,31 @@ def export(
     path: str | os.PathLike[str] | None = None,
     format: Format = "torch",
     trust_pickle: bool = False,
+    precision: Precision = "float32",
 ) -> Exported:
     """Write a model as a program.
 
     Args:
         model: a CAST, whose weights are taken in fp32; or where one is, see `cast.zoo.load`.
         path: the file; if None the model's directory's name with `.pt2` or `.onnx`, in the working directory.
-        format: "torch" (`torch.export`, loads with `torch.export.load`) or "onnx" (loads with ONNX Runtime).
+        format: "torch" (`torch.export`, loads with `torch.export.load`), "onnx" (loads with ONNX Runtime), or
+            "torch-cuda" (`torch.export` with this package's kernels, for a GPU, made with or without one).
         trust_pickle: whether a torch file may run code while it loads.
+        precision: of weights and products; others than float32 for "torch-cuda" only.
 
     Raises:
-        ValueError: no such format, or a path that is a directory.
+        ValueError: no such format or precision, or a path that is a directory.
+        BackendError: the kernels cannot run the model on a GPU; the message says why.
         ParityError: the program answers otherwise than the model.
         MissingExtraError: ONNX's packages are not installed.
         FileNotFoundError: no such model.
     """
     if format not in ENDINGS:
         raise ValueError(f"format is {format!r}; it must be {' or '.join(map(repr, ENDINGS))}")
+    if precision not in get_args(Precision) or (precision != "float32" and format != "torch-cuda"):
+        raise ValueError(
+            f"precision is {precision!r}; it must be float32, or with format 'torch-cuda' bfloat16 or float16"
+        )
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, "onnx")
@@ -98,14 +112,15 @@ def export(
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target}: give a file in a directory that is there")
     given = model if isinstance(model, CAST) else load(model, trust_pickle=trust_pickle)
-    program = _Heads(_eager(given)).eval()
-    config = given.config
-    video = torch.randn(2, 3, config.num_frames, config.image_size, config.image_size)
-    traced = torch.export.export(program, (video,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    on_gpu = format == "torch-cuda"
+    program = _Heads(_fused(given, precision) if on_gpu else _eager(given)).eval()
+    traced = _trace_for_gpu(program) if on_gpu else _trace(program, torch.randn(_shape(given.config, 2)))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         draft = Path(folder) / target.name
         _FORMATS[format][0](traced, draft, program.heads, _about(given))
-        error = parity(program, _FORMATS[format][1](draft, program.heads))
+        error = None
+        if not on_gpu or torch.cuda.is_available():
+            error = parity(_where_it_runs(program, on_gpu), _FORMATS[format][1](draft, program.heads))
         files = [target, *(target.parent / extra.name for extra in sorted(Path(folder).iterdir()) if extra != draft)]
         for file in reversed(files):  # what loads comes last, when all it needs is there
             shutil.move(Path(folder) / file.name, file)
@@ -125,13 +140,12 @@ def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> floa
     Raises:
         ParityError: it is above the tolerance, or something is not a number.
     """
-    config = program.config
+    config, where = program.config, program.model.clip_class_embedding.device
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch in BATCHES:
-        shape = (batch, 3, config.num_frames, config.image_size, config.image_size)
-        video = torch.randn(shape, generator=generator)
+        video = torch.randn(_shape(config, batch), generator=generator)
         with torch.inference_mode():
-            ours, theirs = program(video), other(video)
+            ours, theirs = (run(video.to(where)) for run in (program, other))
         for head, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a.shape != b.shape:
                 raise ParityError(f"head {head} has shape {list(b.shape)} in the export, {list(a.shape)} in the model")
@@ -149,6 +163,44 @@ def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> floa
 def _eager(model: CAST) -> CAST:
     """An fp32 copy on the CPU in which compilers see through every op; what was put around its layers comes along."""
     return copy.deepcopy(model).float().cpu().unfuse().requires_grad_(False).eval()
+
+
+def _fused(model: CAST, precision: Precision) -> CAST:
+    """A copy on the CPU whose ops run in the kernels for GPUs, or say why they cannot."""
+    own = copy.deepcopy(model).to("cpu", getattr(torch, precision))
+    return own.fuse("triton").requires_grad_(False).eval()
+
+
+def _shape(config: CASTConfig, batch: int) -> tuple[int, ...]:
+    return batch, 3, config.num_frames, config.image_size, config.image_size
+
+
+def _trace(program: _Heads, video: Tensor) -> Any:
+    return torch.export.export(program, (video,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+def _trace_for_gpu(program: _Heads) -> Any:
+    """The program as a GPU runs it, traced with tensors that have shapes only; its weights are the model's, on the CPU.
+
+    Raises:
+        ValueError: a tensor that the model makes in its forward pass and keeps, which has no value here.
+    """
+    twin = copy.deepcopy(program).to("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin = twin.to_empty(device="cuda")
+        traced = _trace(twin, torch.empty(_shape(program.config, 2), device="cuda"))
+    own = dict(program.named_parameters()) | dict(program.named_buffers())
+    unknown = sorted((traced.state_dict.keys() | traced.constants.keys()) - own.keys())
+    if unknown:
+        raise ValueError(f"the model makes {', '.join(unknown)} in its forward pass: give it as a buffer")
+    traced._state_dict = {name: own[name] for name in traced.state_dict}
+    traced._constants = {name: own[name] for name in traced.constants}
+    traced._example_inputs = ((torch.zeros(_shape(program.config, 2)),), {})
+    return traced
+
+
+def _where_it_runs(program: _Heads, on_gpu: bool) -> _Heads:
+    return program.to("cuda") if on_gpu else program
 
 
 def _about(model: CAST) -> dict[str, str]:
@@ -173,6 +225,10 @@ def _run_torch(path: Path, heads: list[str]) -> Callable[[Tensor], Sequence[Tens
     return torch.export.load(path).module()
 
 
+def _run_on_gpu(path: Path, heads: list[str]) -> Callable[[Tensor], Sequence[Tensor]]:
+    return move_to_device_pass(torch.export.load(path), "cuda").module()
+
+
 def _write_onnx(traced: Any, path: Path, heads: list[str], about: dict[str, str]) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in traced.state_dict.values())
     program = torch.onnx.export(
@@ -195,12 +251,25 @@ def _run_onnx(path: Path, heads: list[str]) -> Callable[[Tensor], Sequence[Tenso
 
 _Writer = Callable[[Any, Path, list[str], dict[str, str]], None]
 _Runner = Callable[[Path, list[str]], Callable[[Tensor], Sequence[Tensor]]]
-_FORMATS: dict[str, tuple[_Writer, _Runner]] = {"torch": (_write_torch, _run_torch), "onnx": (_write_onnx, _run_onnx)}
+_FORMATS: dict[str, tuple[_Writer, _Runner]] = {
+    "torch": (_write_torch, _run_torch),
+    "onnx": (_write_onnx, _run_onnx),
+    "torch-cuda": (_write_torch, _run_on_gpu),
+}
 
 
-def main(checkpoint: str, format: Format, out: Path | None, trust_pickle: bool = False) -> None:
+def main(
+    checkpoint: str,
+    format: Format,
+    out: Path | None,
+    trust_pickle: bool = False,
+    precision: Precision = "float32",
+) -> None:
     """Export, and print what was written and how well it agrees."""
-    done = export(checkpoint, out, format, trust_pickle)
+    done = export(checkpoint, out, format, trust_pickle, precision)
     for file in done.files:
         print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    if done.error is None:
+        print("not compared with the model: the program runs on a GPU, and there is none")
+        return
     print(f"largest difference from the model: {done.error:.1e} of the largest logit, in batches of 1 and 3")

@@ -126,7 +126,7 @@ def test_every_command_has_help_for_every_option(capsys: pytest.CaptureFixture[s
         (["evaluate", "a", "b", "--sampling", "fast"], "'uniform', 'dense'"),
         (["evaluate", "a", "b", "--dtype", "half"], "'float32', 'bfloat16', 'float16'"),
         (["predict", "a", "--checkpoint", "b", "--sampling", "fast"], "'uniform', 'dense'"),
-        (["export", "a", "--format", "tflite"], "'torch', 'onnx'"),
+        (["export", "a", "--format", "tflite"], "'torch', 'onnx', 'torch-cuda'"),
     ],
 )
 def test_a_word_that_is_no_choice_is_answered_with_those_there_are(

@@ -12,12 +12,17 @@ import pytest
 import torch
 from cast_models import SMALL, randomise
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 import cast
 from cast import export as module
 from cast.cli import main
 from cast.export import ParityError, export
 from cast.optional import MissingExtraError
+from cast_kernels import BackendError
+from cast_kernels.evidence.driver import offline_driver
+from cast_kernels.evidence.emulator import Emulator
+from cast_kernels.evidence.targets import target
 
 NAMES = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}
 needs_onnx = pytest.mark.skipif(
@@ -132,7 +137,7 @@ def test_the_command_says_what_it_wrote(
 
 
 def test_what_cannot_be_written_is_said_first(model: cast.CAST, tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(ValueError, match="format is 'tflite'; it must be 'torch' or 'onnx'"):
+    with pytest.raises(ValueError, match="format is 'tflite'; it must be 'torch' or 'onnx' or 'torch-cuda'"):
         export(model, tmp_path / "m", "tflite")
     for bad in (tmp_path, tmp_path / "none" / "m.pt2"):
         with pytest.raises(ValueError, match="give a file in a directory that is there"):
@@ -146,3 +151,42 @@ def test_what_cannot_be_written_is_said_first(model: cast.CAST, tmp_path: Path, 
     monkeypatch.setattr(optional.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"'onnx' is not installed; run: pip install 'cast-kernels\[onnx\]'"):
         export(model, tmp_path / "m.onnx", "onnx")
+
+
+def test_the_fused_program_for_a_gpu_is_made_without_one_and_answers_in_emulation(tmp_path: Path) -> None:
+    """The program is moved to the CPU, where the emulated device runs the kernels that it launches."""
+    torch.manual_seed(0)
+    given = randomise(
+        cast.CAST(
+            heads={"verb": 16, "noun": 16}, image_size=16, patch_size=8, num_frames=4, embed_dim=64, depth=1,
+            num_heads=2, mlp_ratio=1.0,
+        )
+    ).eval()  # fmt: skip
+    done = export(given, tmp_path / "m.pt2", "torch-cuda", precision="bfloat16")
+    assert done.error is None
+    loaded = torch.export.load(done.files[0])
+    names = {str(node.target) for node in loaded.graph.nodes}
+    assert {f"cast_kernels.{op}.default" for op in ("adapter", "bcast", "ffn")} <= names
+    assert {tensor.dtype for tensor in loaded.state_dict.values()} == {torch.bfloat16}
+    weight = loaded.state_dict["model.head_verb.weight"]
+    assert torch.equal(weight, given.head_verb.weight.bfloat16())
+    program = move_to_device_pass(loaded, "cpu").module()
+    video = torch.randn(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        exact = copy.deepcopy(given).double().unfuse()(video.double())
+        eager = copy.deepcopy(given).bfloat16().unfuse()(video.bfloat16())
+        with offline_driver(target("sm_90"), Emulator()) as emulator:
+            noun, verb = program(video)
+    assert emulator.runs.keys() >= {"adapter_forward", "exchange", "project"}
+    for head, found in (("noun", noun), ("verb", verb)):
+        assert found.dtype == torch.float32
+        allowed = 2 * (eager[head].double() - exact[head]).norm()
+        assert (found.double() - exact[head]).norm() <= allowed
+
+
+def test_what_no_kernel_can_run_is_not_exported_for_a_gpu(tmp_path: Path, model: cast.CAST) -> None:
+    with pytest.raises(BackendError, match="triton"):
+        export(model, tmp_path / "m.pt2", "torch-cuda")
+    with pytest.raises(ValueError, match="precision is 'bfloat16'; it must be float32, or with format 'torch-cuda'"):
+        export(model, tmp_path / "m.pt2", "torch", precision="bfloat16")
+    assert not list(tmp_path.iterdir())
