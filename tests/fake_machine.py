@@ -53,6 +53,6 @@ class FakeMachine:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return lambda: self.log.append("replay")
 
-    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+    def sanitize(self, tool: str, code: str, seconds: float = 0.0) -> tuple[bool, str] | None:
         compile(code, tool, "exec")
         return self.findings.get(tool)

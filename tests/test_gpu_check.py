@@ -290,6 +290,12 @@ def sanitizer(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(machines, "_SANITIZER_SECONDS", 0.5)
 
 
+def test_a_sanitizer_gets_no_more_than_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sanitizer(tmp_path, "sleep 60", monkeypatch)
+    found = CudaMachine.sanitize(FakeMachine(), "memcheck", "", 0.25)  # type: ignore[arg-type]
+    assert found == (False, "not done after 0.25 s")
+
+
 def test_a_sanitizer_above_its_limit_fails_and_leaves_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +326,7 @@ def test_the_sanitized_program_runs_every_op(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cases, "run", eagerly(run))
     monkeypatch.setattr(experts, "run_expert", eagerly(run_expert))
-    exec(gpu_check._SANITIZED, {})
+    exec(gpu_check.SANITIZED, {})
     assert ran == [(op, "cuda") for op in ("bcast", "ffn", "self_attention", "adapter")]
 
 
@@ -332,7 +338,7 @@ def test_the_other_expert_ops_in_emulation(cache: Path) -> None:
     assert [entry["tensors"] for entry in checked] == [1 + 1 + 10, 1 + 1 + 10, 1 + 2 + 4]
     assert all(entry["ok"] and entry["same_bits_twice"] for entry in checked)
     with offline_driver(target("sm_80"), Recorder(), cache) as recorder:
-        exec(gpu_check._SANITIZED.replace("cuda", "cpu"), {})
+        exec(gpu_check.SANITIZED.replace("cuda", "cpu"), {})
     adapters = [record for record in recorder.records.values() if record.first.kernel == "adapter_forward"]
     assert len(adapters) == 3
 

@@ -81,7 +81,7 @@ FULL = Plan(
 QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), experts=FULL.experts[::2], minutes=5, sanitize=False)
 
 #: What compute-sanitizer runs: one forward and backward of awkward sizes, of B-CAST and of an expert's half blocks.
-_SANITIZED = """
+SANITIZED = """
 import torch
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.experts import ExpertCase, run_expert
@@ -206,7 +206,7 @@ def measured(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 def sanitize(machine: Machine) -> Iterator[dict[str, Any]]:
     """What compute-sanitizer's tools find; nothing where it is not installed."""
     for tool in SANITIZERS:
-        result = machine.sanitize(tool, _SANITIZED)
+        result = machine.sanitize(tool, SANITIZED)
         if result is not None:
             yield {"tool": tool, "ok": result[0], "output": result[1]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -72,8 +73,11 @@ class Machine(Protocol):
     def capture(self, step: Step, pool: Any = None) -> Step:
         """A call that replays a graph of the step. RuntimeError if it cannot be captured; then the pool is spent."""
 
-    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
-        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not here."""
+    def sanitize(self, tool: str, code: str, seconds: float = math.inf) -> tuple[bool, str] | None:
+        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not here.
+
+        It is ended after `seconds`, or after half an hour.
+        """
 
 
 class CudaMachine:
@@ -147,13 +151,14 @@ class CudaMachine:
             step()
         return graph.replay
 
-    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+    def sanitize(self, tool: str, code: str, seconds: float = math.inf) -> tuple[bool, str] | None:
         path = shutil.which("compute-sanitizer")
         if path is None:
             return None
         command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code]
         # PyTorch's allocator cuts tensors out of large blocks, within which an access out of bounds is none to CUDA.
-        return _within(_SANITIZER_SECONDS, command, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        seconds = min(seconds, _SANITIZER_SECONDS)
+        return _within(seconds, command, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def driver_version() -> str:
