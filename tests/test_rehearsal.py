@@ -48,13 +48,13 @@ def benchmarks(*options: str, rehearse: bool = True) -> subprocess.CompletedProc
 
 
 def rehearsed(rows_file: Path, *options: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """Rows by "group-name" of a run in which every row must pass, and what the run printed."""
+    """Rows by "group|name" of a run in which every row must pass, and what the run printed."""
     done = benchmarks(
         "--benchmark-only", "--device", "cuda", "--sizes", "small", "--rows", str(rows_file), "--durations=5", *options
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     groups = json.loads(rows_file.read_text())["groups"]
-    return {f"{title}-{name}": row for title, found in groups.items() for name, row in found.items()}, done.stdout
+    return {f"{title}|{name}": row for title, found in groups.items() for name, row in found.items()}, done.stdout
 
 
 def test_the_whole_command_of_tier_first(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_whole_command_of_tier_first(tmp_path: Path) -> None:
     emulated = re.search(r"of them (\d+) emulated: (.*)", printed)
     assert emulated
     assert set(emulated[2].split(", ")) >= KERNELS
-    peers = [row for name, row in found.items() if not is_ours(name.split("-", 1)[1]) and "memory" not in name]
+    peers = [row for name, row in found.items() if not is_ours(name.split("|")[1]) and "memory" not in name]
     assert peers
     assert all(row["error"] > 0 for row in peers)  # they were compared with fp64
 
