@@ -46,7 +46,7 @@ def flops(sizes: Sizes, shape: tuple[int, int], backward: bool) -> int:
 
 OP = Op(
     "ffn", FFNParameters, shapes, call, reference, flops,
-    first={("temporal", "amp", 6, "training"): First(35, levels=("nothing",))},
+    first={("temporal", "amp", 6, "training"): First(35, levels=("cheap",))},
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from report import recorded_time, replay
 from rich.console import Console
 from rich.table import Table
 
+CPU_ONLY = True
 ROOT = Path(__file__).parent.parent
 #: The commit before plans: what the ratios are to.
 BASE = "7dd7dae"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 from collections import deque
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,9 @@ from cast_kernels.gpu.rows import Row, cells, notes, reason
 
 #: Where a run leaves its rows and environment unless told otherwise, beside what --benchmark-json keeps.
 RESULTS = Path("runs/benchmarks.json")
+
+#: Characters that the widest table may take: a terminal scrolls or folds, but nothing is cut off.
+_WIDEST = 300
 
 #: Packages whose versions a reader must know.
 PACKAGES = ("triton", "xformers", "flash-attn", "openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
@@ -75,7 +79,7 @@ class Report:
     def show(self) -> None:
         """Print every group, and where its rows are."""
         self.save()
-        console = Console(width=max(200, Console().width))
+        console = Console(width=max(_WIDEST, Console().width))
         console.print()
         for title, rows in self.groups.items():
             console.print(render(title, rows))
@@ -125,12 +129,13 @@ def _version(package: str) -> str:
 
 
 def render(title: str, rows: dict[str, Row]) -> Table:
-    """One group as a table."""
+    """One group as a table, each column as wide as its longest cell: a figure that is cut off is none."""
     table = Table(title=title, title_justify="left")
     headers, lines = cells(rows)
-    table.add_column(headers[0], no_wrap=True)
-    for header in headers[1:]:
-        table.add_column(header, justify="right")
+    for number, header in enumerate(headers):
+        width = max(len(line[number]) for line in lines)
+        folded = "\n".join(textwrap.wrap(header, max(width, *map(len, header.split()), 1)))
+        table.add_column(folded, no_wrap=True, min_width=width, justify="right" if number else "left")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     return table

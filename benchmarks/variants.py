@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 import cast_kernels
 from cast_kernels import _native, attention
 
-#: Levels beside the default one.
-LEVELS = ("nothing", "all")
+#: Device -> levels beside the default one, which is "cheap" on a CPU and on a GPU chosen by memory.
+LEVELS = {"cpu": ("nothing", "all"), "cuda": ("nothing", "cheap", "all")}
 
 #: PyTorch's attention kernels by name, on a GPU.
 SDPA = {
@@ -41,7 +41,7 @@ def ours(device: str, backward: bool) -> dict[str, dict[str, Any]]:
         name = f"cast_kernels, {backend}"
         rows[name] = {"backend": backend}
         if backward:
-            rows |= {f"{name}, recompute={r}": {"backend": backend, "recompute": r} for r in LEVELS}
+            rows |= {f"{name}, recompute={r}": {"backend": backend, "recompute": r} for r in LEVELS[device]}
     return rows
 
 

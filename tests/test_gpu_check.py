@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,13 @@ def test_the_benchmarks_go_on_after_a_fault_for_as_long_as_they_bring_more(
     assert 7.9 < minutes[2] <= minutes[1] <= minutes[0] <= 8
     first = commands[0]
     assert first[first.index("--device") + 1 : first.index("--device") + 4] == ["cuda", "--tier", "first"]
+
+
+def test_benchmarks_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", tmp_path / "benchmarks")
+    hang = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert gpu_check._status(hang, 0.2) < 0
+    assert gpu_check._status([sys.executable, "-c", "raise SystemExit(3)"], math.inf) == 3
 
 
 def test_without_a_checkout_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

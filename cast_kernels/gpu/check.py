@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ NO_GPU = 2
 #: Compute-sanitizer's tools: out-of-bounds and misaligned accesses, races in shared memory.
 SANITIZERS = ("memcheck", "racecheck")
 SECTIONS = ("correctness", "sanitizer", "times")
+#: That the group of benchmarks that was begun last may take beyond the minutes allowed.
+_LAST_GROUP_SECONDS = 600
 #: In a checkout, beside the package.
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -184,12 +187,21 @@ def run_benchmarks(plan: Plan, rows: Path) -> int:
     while True:
         left = plan.minutes - (time.monotonic() - began) / 60
         limit = ["--minutes", f"{left:g}"] if left < math.inf else []
-        status = subprocess.run([*command, *limit, *again], cwd=BENCHMARKS.parent).returncode
+        status = _status([*command, *limit, *again], 60 * left + _LAST_GROUP_SECONDS)
         found = read_rows(rows)
         broken = bool(found.get("broken")) or status < 0
         if not broken or len(measured(found)) <= known or left <= 0:
             return status
         known, again = len(measured(found)), ["--resume"]
+
+
+def _status(command: list[str], seconds: float) -> int:
+    """Exit status of a process in the checkout; a kernel that hangs is ended with it."""
+    try:
+        limit = seconds if seconds < math.inf else None
+        return subprocess.run(command, cwd=BENCHMARKS.parent, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL
 
 
 def read_rows(path: Path) -> Found:

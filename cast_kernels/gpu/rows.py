@@ -45,7 +45,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak above that MiB": _number("above_mib", "{:.0f}"),
     "of first row's": _number("above_share", "{:.0%}"),
     "error / eager's": _number("worst_error_over_eager", "{:.2f}"),
-    "samples": lambda row: str(len(row["all_ms"])) if "all_ms" in row else "",
+    "samples": lambda row: str(len(row["all_ms"])) if "all_ms" in row and "graph_all_ms" not in row else "",
 }
 
 _NOTES = (
