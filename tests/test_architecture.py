@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.reference": (),
     "cast_kernels.problem": (),
+    "cast_kernels.plans": (),
     "cast_kernels.attention": ("cast_kernels.problem",),
     "cast_kernels.plain": ("cast_kernels.problem",),
     "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),

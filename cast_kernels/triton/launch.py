@@ -185,7 +185,7 @@ class Planner:
 
 
 class Plan:
-    """All launches of one call, with everything computed but addresses.
+    """All launches of one call, with everything computed but addresses: a :class:`cast_kernels.plans.Plan`.
 
     Attributes:
         saved_shape: 4-byte words of the allocation that is kept for backward, as its maker wants them.
@@ -214,6 +214,11 @@ class Plan:
             return count + len(self._numbers) - 1
 
         self.launches = [Launch(kernel, grid, args, place, constants) for kernel, grid, args, constants in launches]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels in their order."""
+        return tuple(launch.kernel.__name__ for launch in self.launches)
 
     def run(self, given: list[Tensor], saved: Tensor | None = None, inputs: int = 0) -> None:
         """Make all launches.
