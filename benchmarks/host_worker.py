@@ -119,6 +119,7 @@ def serve(cache: Path) -> None:
     from cast_kernels.evidence.targets import target
 
     torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it prepares each product anew: a millisecond
     count = [0]
 
     def launch(*_: Any) -> None:

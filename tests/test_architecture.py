@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.reference": (),
     "cast_kernels.problem": (),
+    "cast_kernels.plans": (),
     "cast_kernels.compiling": (),
     "cast_kernels.attention": ("cast_kernels.problem", "cast_kernels.compiling"),
     "cast_kernels.plain": ("cast_kernels.problem", "cast_kernels.compiling"),

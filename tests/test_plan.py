@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cast_kernels import plans
 from cast_kernels.evidence.driver import Launch, offline_driver
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton import launch as launching
@@ -108,6 +109,15 @@ def test_triton_is_asked_once_and_every_launch_is_the_same(cache: Path, bound: l
     first = keeper.launches[0]
     assert [a.name for a in first.arguments] == ["first.0", "first.1", "second.0", "second.1", "n", "factors.0"]
     assert keeper.launches[3].metadata.num_warps == 8
+
+
+def test_a_plan_tells_what_a_call_takes(cache: Path) -> None:
+    """Each part of an allocation has whole lines of 128 bytes."""
+    with offline_driver(target("sm_80"), Keeper(), cache):
+        plan = make(100)
+    assert isinstance(plan, plans.Plan)
+    assert plan.kernels == ("pair_kernel", "pair_kernel")
+    assert (plan.saved_bytes, plan.scratch_bytes) == (512, 512 + 128 + 512)
 
 
 def test_addresses_are_those_of_the_tensors(cache: Path) -> None:
@@ -207,9 +217,9 @@ def test_plans_are_bounded(cache: Path, bound: list[str]) -> None:
     """And sizes that change at every call compile nothing."""
     count = launching.MOST_PLANS + 5
     with offline_driver(target("sm_80"), Keeper(), cache) as keeper:
-        plans = [weakref.ref(run(n)) for n in range(1, count + 1)]
+        made = [weakref.ref(run(n)) for n in range(1, count + 1)]
         gc.collect()
-        assert len([plan for plan in plans if plan() is not None]) == launching.MOST_PLANS
+        assert len([plan for plan in made if plan() is not None]) == launching.MOST_PLANS
         asked = len(bound)
         run(count)
         assert len(bound) == asked == 2 * count

@@ -130,6 +130,59 @@ def test_launches_of_a_step(cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("trained", "launched"),
+    [
+        ("inputs", BACKWARD[:5]),
+        ("cross_s_up.weight", [*BACKWARD[:2], "weight_gradient", "sum_parts"]),
+        ("cross_t_up.bias", [*BACKWARD[:2], "reduce_rows"]),
+        ("t2s_cross.vmae_time_pos", [*BACKWARD[:3], "position_sums", "position_products"]),
+        ("ln_s_cross.bias", [*BACKWARD[:5], "reduce_rows"]),
+    ],
+)
+def test_nothing_is_launched_for_what_is_frozen(trained: str, launched: list[str], cache: Path) -> None:
+    """Each launch that is left leads to a wanted gradient; tests/interpreted compares them with a full backward's."""
+    module, inputs = CASE.module(BF16, "triton"), CASE.inputs(BF16, grad=trained == "inputs")
+    assert trained == "inputs" or trained in dict(module.named_parameters())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    with offline_driver(target("sm_80"), Journal(), cache) as journal:
+        outputs = module(*inputs)
+        journal.kernels.clear()
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    assert journal.kernels == launched
+
+
+@pytest.mark.parametrize("changed", ["spatial", "cross_s_down.weight", "ln_t_cross.bias"])
+def test_tensors_at_any_address_take_the_same_kernels(changed: str, cache: Path) -> None:
+    """A slice of a larger storage, as of a flat parameter: copied to an address that the kernels were compiled for."""
+    module, (spatial, temporal) = CASE.module(BF16, "triton"), CASE.inputs(BF16)
+
+    def moved(x: Tensor) -> Tensor:
+        flat = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:]
+        assert flat.data_ptr() % 16
+        return flat.view_as(x).copy_(x)
+
+    kernels: list[str] = []
+    addresses: list[int] = []
+
+    def launch(launch: Launch) -> None:
+        kernels.append(launch.identity)
+        addresses.extend(a.value.data_ptr() for a in launch.arguments if isinstance(a.value, Tensor))
+
+    keeper = SimpleNamespace(enforces_limits=True, launch=launch)
+    with offline_driver(target("sm_80"), keeper, cache), torch.no_grad():
+        module(spatial, temporal)
+        if changed == "spatial":
+            spatial = moved(spatial)
+        else:
+            parameter = dict(module.named_parameters())[changed]
+            parameter.data = moved(parameter.data)
+        module(spatial, temporal)
+    assert kernels == 2 * kernels[:2]
+    assert all(address % 16 == 0 for address in addresses)
+
+
+@pytest.mark.parametrize(
     ("count", "programs", "parts"),
     [
         (84, 1, 1),  # not to be split

@@ -1,6 +1,6 @@
 """Launches of compiled kernels without what Triton does again at every call, and the plans that they belong to.
 
-Triton binds and classifies all arguments at each launch, 60 to 200 us for kernels with as many as ours. A plan knows
+Triton binds and classifies all arguments at each launch, 100 to 150 us for kernels with as many as ours. A plan knows
 them: its sizes are constants, its dtypes part of its key, and every address is a multiple of 16. So its first call goes
 through Triton, which compiles; later ones hand the compiled kernel its addresses.
 """
@@ -25,7 +25,7 @@ from cast_kernels.triton.compiling import side_by_side
 ALIGNMENT = 16
 #: Parts of an allocation begin at multiples of 128 bytes, a cache line.
 LINE = 128
-#: Plans that are kept of each kind and for each of Triton's drivers, the last that were used: one is about 20 KB.
+#: Plans that are kept of each kind and for each of Triton's drivers, the last that were used.
 MOST_PLANS = 64
 #: Attribute of a driver that holds its plans: a compiled kernel is loaded into a context, and goes with it.
 _PLANS = "cast_kernels_plans"
@@ -195,7 +195,7 @@ class Planner:
 
 
 class Plan:
-    """All launches of one call, with everything computed but addresses.
+    """All launches of one call, with everything computed but addresses: a :class:`cast_kernels.plans.Plan`.
 
     Attributes:
         saved_shape: 4-byte words of the allocation that is kept for backward, as its maker wants them.
@@ -225,17 +225,21 @@ class Plan:
 
         self.launches = [Launch(kernel, grid, args, place, constants) for kernel, grid, args, constants in launches]
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels in their order."""
+        return tuple(launch.kernel.__name__ for launch in self.launches)
+
     def run(self, given: list[Tensor], saved: Tensor | None = None, inputs: int = 0) -> None:
         """Make all launches.
 
         Args:
-            given: contiguous tensors on the current device, in the planner's order. A kernel may read the whole
-                storage's neighbourhood of none of them.
-            saved: contiguous, of `saved_bytes`; None if the plan keeps nothing.
+            given: contiguous tensors on the current device, in the planner's order.
+            saved: `aligned`, of `saved_bytes` at least; None if the plan keeps nothing.
             inputs: so many of `given`, the first, are only read: one whose address is not a multiple of 16 is copied.
 
         Raises:
-            ValueError: another tensor's address is not a multiple of 16.
+            ValueError: another tensor's address is not a multiple of 16, or `saved` is elsewhere.
         """
         addresses: list[Any] = list(map(Tensor.data_ptr, given))
         for i, address in enumerate(addresses):

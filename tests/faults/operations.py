@@ -9,6 +9,8 @@ FFN = "csrc/cpu/ffn_forward.h"
 TRANSFORMS = "cast_kernels/ops/_derivatives.py"
 OPERATOR, SIGNATURES = "cast_kernels/ops/_operator.py", "cast_kernels/ops/_signatures.py"
 CHECKED = "tests/test_checked_calls.py"
+LAUNCH = "cast_kernels/triton/launch.py"
+BACKWARD_PLAN = "cast_kernels/triton/bcast_backward_plan.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
 LAYERS = "tests/test_plain.py"
@@ -47,6 +49,17 @@ FAULTS = [
           ("cast_kernels/evidence/warm.py", "DTYPES[dtype])", "None)")),
     fault("kernels compile one behind the other", WARM,
           ("cast_kernels/triton/compiling.py", "if len(compilations) < 2 or", "if True or")),
+    # --- plans of backend triton
+    fault("plan: kept when Triton's settings change", "tests/test_plan.py -k circumstances",
+          (LAUNCH, "(device, _HOOKS.debug, compilation,", "(device, compilation,")),
+    fault("plan: kernels given an address that they were not compiled for", "tests/test_plan.py -k not_aligned",
+          (LAUNCH, "given[i] = aligned(given[i])", "pass")),
+    fault("plan: launch hooks not called", "tests/test_plan.py -k hooks",
+          (LAUNCH, "packed_metadata, metadata, enter, leave,", "packed_metadata, metadata, None, None,")),
+    fault("plan: parts of an allocation overlap", "tests/test_plan.py -k takes",
+          (LAUNCH, "return -(-count // LINE) * LINE", "return count")),
+    fault("plan: sums made for frozen vectors", "tests/test_triton_launches.py -k frozen",
+          (BACKWARD_PLAN, "if any(vector is not None for vector, _ in vectors):", "if True:")),
     # --- derivatives, and modules without memory
     fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
           (TRANSFORMS, "if all(grad is None for grad in grads):", "if True:")),
