@@ -27,6 +27,7 @@ def test_the_choices_are_those_of_the_tools() -> None:
     assert set(cli.COMPILE_TARGETS) == set(targets.TARGETS)
     assert cli.EMULATE_TARGETS == emulate.TARGETS
     assert tuple(cases.DTYPES) == cli.DTYPES
+    assert tuple(cases.KINDS) == cli.KINDS
     assert tuple(compile.PROBLEMS) == cli.PROBLEMS
     assert tuple(emulate.SIZES) == cli.SIZES
 
@@ -36,7 +37,7 @@ def test_compile_gets_its_options(calls: list[Any]) -> None:
     more = ["--target", "sm_89", "--dtype", "fp16", "bf16", "--problems", "all", "--json", "x.json", "--cache", "c"]
     assert cli.main(["compile", *more]) == 0
     assert calls == [
-        ("compile", (["sm_80", "sm_90", "sm_100", "gfx942"], ["bf16", "fp16", "fp32"], "paper", None, None)),
+        ("compile", (["sm_80", "sm_90", "sm_100", "gfx942"], ["bf16", "fp16", "fp32", "amp"], "paper", None, None)),
         ("compile", (["sm_89"], ["fp16", "bf16"], "all", Path("x.json"), Path("c"))),
     ]
 
@@ -46,9 +47,9 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32"]) == 0
     assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
     assert calls == [
-        ("emulate", (["sm_80", "sm_90"], ["bf16"], "small", None)),
+        ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None)),
         ("emulate", (["sm_90"], ["fp32"], "paper", None)),
-        ("mutants", (["sm_80"], ["bf16"], mutants.CASE, None)),
+        ("mutants", (["sm_80"], ["amp", "bf16"], mutants.CASE, None)),
     ]
 
 
