@@ -232,6 +232,18 @@ def test_committed_predictions_are_labelled_and_their_table_is_theirs() -> None:
     assert "no kernel of ours has been timed" in text
 
 
+def test_the_committed_prediction_under_autocast_is_what_training_runs() -> None:
+    found = json.loads((PREDICTIONS / "amp/h100.json").read_text())
+    assert (found["kind"], found["label"]) == ("amp", "predicted, unvalidated: no kernel of ours has been timed")
+    case = Case(batch=1)
+    (one,) = (b for b in found["devices"]["H100"]["batches"] if b["batch"] == 1)
+    assert not any(p["why_not"] for launches in one["launches"].values() for p in launches)
+    forward, _ = eager_model.trace(case, "amp")
+    (eager,) = (e for e in one["eager"] if (e["kind"], e["phase"]) == ("amp", "forward"))
+    assert eager["us"] == pytest.approx(1e6 * eager_model.seconds(forward, H100))
+    assert eager["kernels"] == len(forward)
+
+
 def test_a_folder_is_of_the_default_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--recompute", "all", "--folder", str(tmp_path)]) == 2
     assert "--folder is for the level 'cheap'; write 'all' with --json" in capsys.readouterr().err
