@@ -2,74 +2,100 @@
 
     pytest benchmarks/ --benchmark-only -k bcast
 
-A row's speed-up is taken against `eager, published code` of the same group and dtype, and shown only if every output
-and gradient of the row is within twice that eager's error against fp64. bf16 is autocast for every row.
+A row's speed-up is taken against `eager, published code` of the same group, and shown only if every output and
+gradient of the row is within twice that eager's error against fp64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from baselines import OneDNNLinears, from_published_layout, published, to_published_layout
-from compare import Candidate, compare
-from measure import bytes_kept_for_backward
+from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Row, Sizes, Work
+from measure import bytes_kept_for_backward, tensor_bytes
 from models import randomise
-from report import recorded_time, replay
+from prediction import predicted
+from report import recorded_time
 from torch import Tensor
+from variants import LEVELS, PACKAGES, attending, attentions, compiled, options_of, ours
 
 import cast_kernels
+from cast_kernels.gpu.machine import Machine
 from cast_kernels.ops.bcast import flops
 
 BASELINE = "eager, published code"
 TUNED = "eager, tuned (SDPA)"
 ONEDNN = "eager, tuned + oneDNN linears"  # forward only, as the operator has no gradient
-#: Our rows: name -> arguments of BCAST. Forward alone repeats nothing, so it has the first of them only.
-OURS: dict[str, dict[str, Any]] = {
-    "cast_kernels, cpu": {"backend": "cpu"},
-    "cast_kernels, cpu, recompute=nothing": {"backend": "cpu", "recompute": "nothing"},
-    "cast_kernels, cpu, recompute=all": {"backend": "cpu", "recompute": "all"},
-}
-NAMES = [BASELINE, TUNED, ONEDNN, "torch.compile, published code", "torch.compile, tuned (SDPA)", *OURS]
+COMPILED = ("torch.compile, published code", "torch.compile, tuned (SDPA)")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BATCHES = [1, 2, 6]
-#: Work -> samples of each row, at most.
-SAMPLES = {"forward": 15, "forward+backward": 9}
-#: Seconds for all samples of a group; slow groups have fewer samples.
-GROUP_SECONDS = 10.0
+#: Device -> (kind, clips) of its groups.
+PROBLEMS = {
+    "cpu": [(kind, batch) for batch in (1, 2, 6) for kind in ("fp32", "amp")],
+    "cuda": [(kind, batch) for batch in GPU_BATCHES for kind in KINDS],
+}
+WORKS = ("inference", "training")  # forward; forward and backward
+#: Groups of tier `first`.
+FIRST = {
+    ("amp", 6, "training"): First(30, ("flash", "efficient", "cudnn"), LEVELS),
+    ("bf16", 6, "training"): First(50, tuple(PACKAGES)),
+    ("amp", 1, "inference"): First(55),
+}
 
 Streams = tuple[Tensor, Tensor]
 
 
-def make_module(**arguments: Any) -> cast_kernels.BCAST:
-    """The default B-CAST with every parameter random, so that nothing multiplies by zero."""
-    return randomise(cast_kernels.BCAST(**arguments))
+def groups(device: str, sizes: Sizes) -> list[Group]:
+    """Every group of a device."""
+    found = []
+    for kind, batch in PROBLEMS[device]:
+        for work in WORKS:
+            rows = row_names(device, KINDS[kind], work)
+            name = f"bcast {kind} B{batch} {work}"
+            title = (
+                f"{name}: {sizes.dim}/{sizes.bottleneck}, {sizes.heads} heads, {sizes.frames} x {sizes.patches} tokens"
+            )
+            make = partial(make_work, device, sizes, KINDS[kind], batch, work, rows)
+            first = FIRST.get((kind, batch, work))
+            found.append(Group(name, title, rows, make, first, without=(COMPILED[0], ONEDNN)))
+    return found
+
+
+def row_names(device: str, kind: Kind, work: str) -> tuple[str, ...]:
+    eager = [BASELINE, TUNED, *(f"{TUNED} by {name}" for name in attentions(device, kind.compute))]
+    if (device, kind.name, work) == ("cpu", "fp32", "inference"):
+        eager.append(ONEDNN)
+    return (*eager, *COMPILED, *ours(device, work == "training"))
+
+
+def make_module(sizes: Sizes, **arguments: Any) -> cast_kernels.BCAST:
+    """A B-CAST with every parameter random, so that nothing multiplies by zero."""
+    module = cast_kernels.BCAST(
+        sizes.dim, sizes.bottleneck, sizes.heads, sizes.frames, sizes.patches, **arguments
+    )  # fmt: skip
+    return randomise(module)
 
 
 class Variant:
     """One way to compute the exchange, in the layout that is native to it."""
 
     def __init__(
-        self,
-        module: cast_kernels.BCAST,
-        call: Callable[..., Streams],
-        streams: Streams,
+        self, module: cast_kernels.BCAST, call: Callable[..., Streams], streams: Streams, kind: Kind,
         token_first: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.module, self.token_first, self.dtype = module, token_first, dtype
+    ) -> None:  # fmt: skip
+        self.module, self.token_first, self.kind = module, token_first, kind
         self.function = call
         self.native = to_published_layout(*streams) if token_first else streams
         generator = torch.Generator().manual_seed(7)
-        grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in streams]
+        grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in streams]
         self.grads = to_published_layout(*grads) if token_first else tuple(grads)
 
     def call(self, *streams: Tensor) -> Streams:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with self.kind.context(streams[0].device):
             return self.function(*streams)
 
     def inputs(self) -> list[Tensor]:
@@ -82,7 +108,8 @@ class Variant:
     def forward_backward(self) -> list[Tensor]:
         inputs = self.inputs()
         outputs = self.call(*inputs)
-        return list(torch.autograd.grad(outputs, [*inputs, *self.module.parameters()], self.grads))
+        grads = [g.to(x.dtype) for g, x in zip(self.grads, outputs, strict=True)]  # the published code's are AMP's
+        return list(torch.autograd.grad(outputs, [*inputs, *self.module.parameters()], grads))
 
     def results(self, backward: bool) -> dict[str, Tensor]:
         frames = self.module.num_frames
@@ -97,34 +124,39 @@ class Variant:
             named |= zip((f"grad.{n}" for n, _ in self.module.named_parameters()), grads[2:], strict=True)
         return named
 
-    def kept_mib(self) -> float:
-        """MiB that autograd keeps from forward to backward, inputs included, parameters not."""
-        return bytes_kept_for_backward(lambda: self.call(*self.inputs()), list(self.module.parameters())) / 2**20
+    def kept_bytes(self) -> int:
+        """That autograd keeps from forward to backward, inputs included, parameters not."""
+        return bytes_kept_for_backward(lambda: self.call(*self.inputs()), list(self.module.parameters()))
 
     def candidate(self, backward: bool) -> Candidate:
         step = self.forward_backward if backward else self.forward
-        return Candidate(step, partial(self.results, backward), self.kept_mib if backward else None)
+        return Candidate(step, partial(self.results, backward), self.kept_bytes if backward else None)
 
 
-def make_streams(batch: int) -> Streams:
+def make_streams(sizes: Sizes, batch: int, device: torch.device, dtype: torch.dtype) -> Streams:
     generator = torch.Generator().manual_seed(batch)
-    return tuple(torch.randn(batch, 8, n, 768, generator=generator) for n in (197, 196))  # type: ignore[return-value]
+    shapes = [(sizes.clips(batch), sizes.frames, n, sizes.dim) for n in (1 + sizes.patches, sizes.patches)]
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-@lru_cache(1)
-def exact_results(batch: int) -> dict[str, Tensor]:
-    """Outputs and gradients in fp64, by the reference."""
-    wide = make_module(backend="eager").double()
-    spatial, temporal = (x.double() for x in make_streams(batch))
-    return Variant(wide, partial(_reference, wide), (spatial, temporal)).results(backward=True)
+def exact_results(sizes: Sizes, batch: int, kind: Kind, device: torch.device, backward: bool) -> dict[str, Tensor]:
+    """Outputs and gradients in fp64 on the device, by the reference, of what the kind's inputs are."""
+    wide = make_module(sizes, backend="eager").to(device, kind.dtype).double()
+    spatial, temporal = (x.double() for x in make_streams(sizes, batch, device, kind.dtype))
+    variant = Variant(wide, partial(_reference, wide), (spatial, temporal), KINDS["fp32"])
+    variant.grads = tuple(g.to(kind.dtype).double() for g in variant.grads)
+    return variant.results(backward)
 
 
 def _reference(module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor) -> Streams:
     return cast_kernels.reference.bcast(spatial, temporal, module.gathered(), num_heads=module.num_heads)
 
 
-def run_eager(module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor) -> Streams:
-    return cast_kernels.bcast(spatial, temporal, module.gathered(), num_heads=module.num_heads, backend="eager")
+def run_eager(
+    module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor, context: Callable[[], Any] = nullcontext
+) -> Streams:
+    with context():
+        return cast_kernels.bcast(spatial, temporal, module.gathered(), num_heads=module.num_heads, backend="eager")
 
 
 def run_onednn(module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor) -> Streams:
@@ -132,56 +164,45 @@ def run_onednn(module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor) ->
         return run_eager(module, spatial, temporal)
 
 
-def build(name: str, batch: int, dtype: torch.dtype, backward: bool) -> Candidate:
+def build(name: str, sizes: Sizes, batch: int, kind: Kind, device: torch.device, backward: bool) -> Candidate:
     """One row's candidate; all rows have the same weights and inputs."""
-    module = make_module(**OURS.get(name, {}))
-    plain = {TUNED: run_eager, ONEDNN: run_onednn}.get(name, published if "published" in name else run_eager)
-    call: Any = module if name in OURS else partial(plain, module)
-    if name.startswith("torch.compile"):
-        call = torch.compile(call, dynamic=False)
-    return Variant(module, call, make_streams(batch), "published" in name, dtype).candidate(backward)
+    mine = options_of(name)
+    module = make_module(sizes, **(mine or {})).to(device, kind.dtype)
+    if mine:
+        call: Any = module
+    elif name == ONEDNN:
+        call = partial(run_onednn, module)
+    elif "published" in name:
+        call = partial(published, module)
+    else:
+        call = partial(run_eager, module, context=attending(name.partition(" by ")[2]))
+    if name in COMPILED:
+        call = compiled(call)
+    streams = make_streams(sizes, batch, device, kind.dtype)
+    return Variant(module, call, streams, kind, "published" in name).candidate(backward)
 
 
-@lru_cache(1)
-def measure_group(dtype: str, batch: int, work: str) -> dict[str, dict[str, Any]]:
-    """All rows of one dtype, batch size and kind of work, interleaved: name -> row of the table."""
-    backward = work == "forward+backward"
-    torch._dynamo.reset()
-    exact = exact_results(batch)
-    if not backward:
-        exact = {name: exact[name] for name in ("spatial", "temporal")}
-    names = [name for name in NAMES if has_row(name, dtype, work)]
-    builders = {name: partial(build, name, batch, DTYPES[dtype], backward) for name in names}
-    work_flops = flops(make_module().problem(batch)) * (3 if backward else 1)
-    return compare(builders, exact, BASELINE, work_flops, SAMPLES[work], GROUP_SECONDS)
-
-
-def has_row(name: str, dtype: str, work: str) -> bool:
-    if name == ONEDNN:
-        return (dtype, work) == ("fp32", "forward")
-    return work != "forward" or "recompute" not in OURS.get(name, {})
-
-
-ROWS = [
-    (dtype, batch, work, name)
-    for batch in BATCHES
-    for dtype in DTYPES
-    for work in SAMPLES
-    for name in NAMES
-    if has_row(name, dtype, work)
-]
+def make_work(
+    device: str, sizes: Sizes, kind: Kind, batch: int, work: str, rows: tuple[str, ...], machine: Machine
+) -> Work:
+    backward = work == "training"
+    module = make_module(sizes)
+    streams = make_streams(sizes, batch, torch.device("meta"), kind.dtype)
+    parameters = tensor_bytes(*module.to(kind.dtype).parameters())
+    return Work(
+        builders={name: partial(build, name, sizes, batch, kind, machine.device, backward) for name in rows},
+        exact=partial(exact_results, sizes, batch, kind, machine.device, backward),
+        flops=flops(module.problem(sizes.clips(batch))) * (3 if backward else 1),
+        # Streams in and out and the weights, and with backward as much again for the gradients.
+        bytes=(2 * tensor_bytes(*streams) + parameters) * (2 if backward else 1),
+        kind=kind,
+        samples={"cpu": 9 if backward else 15, "cuda": 50}[device],
+        predicted=predicted(machine, device, kind.name, sizes.clips(batch), work) if sizes.name == "paper" else {},
+    )
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(timer=recorded_time)
-@pytest.mark.parametrize(("dtype", "batch", "work", "name"), ROWS)
-def test_bcast(dtype: str, batch: int, work: str, name: str, benchmark: Any, report: Any) -> None:
+def test_bcast(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
-    row = measure_group(dtype, batch, work)[name]
-    report.add(f"bcast {dtype} B={batch} {work}: 768/384, 12 heads, 8 x 196 tokens", name, row)
-    benchmark.group = f"bcast {dtype} B={batch} {work}"
-    replay(benchmark, row)
-    if "missing" in row:
-        pytest.skip(row["missing"])
-    if name in OURS:  # a peer that misses the bound is shown without a speed-up; we must not miss it
-        assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times eager's"
+    measure(row)

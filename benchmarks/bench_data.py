@@ -15,19 +15,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
-from measure import interleave
+from compare import SAMPLE_SECONDS
+from measure import CpuMachine
 from report import recorded_time, replay
 
-from cast.optional import MissingExtraError
-from cast.video import reader as exact_reader
-from cast.video.augment import AugmentSettings, apply, draw
-from cast.video.decoders import Name, decoder
-from cast.video.sampling import Sampling, train_indices
+from cast_kernels.gpu.timing import Spread, interleave
 
+av = pytest.importorskip("av", reason="the rows of data decode video with PyAV")
+
+from cast.optional import MissingExtraError  # noqa: E402
+from cast.video import reader as exact_reader  # noqa: E402
+from cast.video.augment import AugmentSettings, apply, draw  # noqa: E402
+from cast.video.decoders import Name, decoder  # noqa: E402
+from cast.video.sampling import Sampling, train_indices  # noqa: E402
+
+CPU_ONLY = True
 HEIGHT, WIDTH, FRAMES, SIZE = 256, 340, 300, 224
 PUBLISHED = "rand-m7-n4-mstd0.5-inc1"
 #: Clips that one call makes, each with its own random draws; every row makes the same ones.
@@ -111,16 +116,14 @@ def measure_group(path: Path, sampling: Sampling) -> dict[str, dict[str, Any]]:
     try:
         for step in steps.values():
             step()
-        for name, row in interleave(steps, SAMPLES, GROUP_SECONDS).items():
-            each = {key: row[key] / CLIPS for key in ("min_ms", "median_ms")}
-            rows[name] = (
-                row
-                | each
-                | {
-                    "all_ms": [ms / CLIPS for ms in row["all_ms"]],
-                    "clips_per_second": 1e3 / each["median_ms"],
-                }
-            )
+        elapsed = CpuMachine().elapsed_ms
+        for name, values in interleave(elapsed, steps, SAMPLES, GROUP_SECONDS, SAMPLE_SECONDS["cpu"]).items():
+            each = [ms / CLIPS for ms in values]
+            spread = Spread.of(each)
+            rows[name] = {
+                "median_ms": spread.median, "spread_ms": [spread.low, spread.high], "all_ms": each,
+                "clips_per_second": 1e3 / spread.median,
+            }  # fmt: skip
     finally:
         torch.set_num_threads(threads)
     return rows

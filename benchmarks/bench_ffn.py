@@ -1,4 +1,4 @@
-"""The FFN beside its adapter at the paper's size: our backend beside what a user would run instead, interleaved.
+"""The FFN beside its adapter at the paper's size: our backends beside what a user would run instead, interleaved.
 
     pytest benchmarks/bench_ffn.py --benchmark-only
 
@@ -9,77 +9,53 @@ twice that eager's error against fp64. The FFN is frozen and the adapter trained
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from compare import Candidate, compare
-from expert_op import ExpertOp, random_parameters, rows_of
-from report import recorded_time, replay
-from torch import Tensor
+from expert_op import Call, Op
+from groups import First, Group, Row, Sizes
+from report import recorded_time
 
 import cast_kernels
 from cast_kernels import FFNParameters
 
-ROWS, DIM, HIDDEN, ADAPTER = 1568, 768, 3072, 192
-BASELINE = "eager"
-CALLS: dict[str, Callable[..., Tensor]] = {
-    BASELINE: partial(cast_kernels.ffn, backend="eager"),
-    "torch.compile": torch.compile(partial(cast_kernels.ffn, backend="eager"), dynamic=False),
-    "cast_kernels, cpu": partial(cast_kernels.ffn, backend="cpu"),
-    "cast_kernels, cpu, recompute nothing": partial(cast_kernels.ffn, backend="cpu", recompute="nothing"),
-}
-SAMPLES = {"forward": 9, "forward+backward": 7}
-#: That the samples of one group may take together.
-GROUP_SECONDS = 120.0
-#: Forward's products; with backward, twice the adapter's and once the frozen FFN's on top.
-FORWARD_FLOPS = 4 * ROWS * DIM * (HIDDEN + ADAPTER)
-FLOPS = {"forward": FORWARD_FLOPS, "forward+backward": 2 * FORWARD_FLOPS + 4 * ROWS * DIM * ADAPTER}
+#: Expert -> its activation.
+ACTIVATION = {"temporal": "gelu", "spatial": "quick_gelu"}
 
 
-SHAPES = [
-    (DIM,), (DIM,), (HIDDEN, DIM), (HIDDEN,), (DIM, HIDDEN), (DIM,),
-    (ADAPTER, DIM), (ADAPTER,), (DIM, ADAPTER), (DIM,),
-]  # fmt: skip
+def call(expert: str, sizes: Sizes, **options: Any) -> Call:
+    return partial(cast_kernels.ffn, activation=ACTIVATION[expert], eps=1e-6, **options)
 
 
-def build(call: Callable[..., Tensor], activation: str, dtype: torch.dtype = torch.float32) -> ExpertOp:
-    """One way to run the op; all have the same weights and inputs."""
-    call = partial(call, activation=activation, eps=1e-6)
-    return ExpertOp(call, (ROWS, DIM), random_parameters(FFNParameters, SHAPES, dtype))
+def reference(expert: str, sizes: Sizes) -> Call:
+    return partial(cast_kernels.reference.ffn, activation=ACTIVATION[expert], eps=1e-6)
 
 
-@cache
-def measure_group(activation: str, work: str) -> dict[str, dict[str, Any]]:
-    """All rows of one activation and one kind of work, interleaved: name -> row of the table."""
-    backward = work == "forward+backward"
-    exact = build(cast_kernels.reference.ffn, activation, torch.float64).results(backward)
-    builders: dict[str, Callable[[], Candidate]] = {
-        name: lambda name=name: build(CALLS[name], activation).candidate(backward)  # type: ignore[misc]
-        for name in rows_of(CALLS, work)
-    }
-    return compare(builders, exact, BASELINE, FLOPS[work], SAMPLES[work], GROUP_SECONDS)
+def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    d, f, a = sizes.dim, sizes.hidden, sizes.adapter
+    return [(d,), (d,), (f, d), (f,), (d, f), (d,), (a, d), (a,), (d, a), (d,)]
 
 
-ROWS_OF_ALL = [
-    (activation, work, name)
-    for activation in cast_kernels.ACTIVATIONS
-    for work in SAMPLES
-    for name in rows_of(CALLS, work)
-]
+def flops(sizes: Sizes, shape: tuple[int, int], backward: bool) -> int:
+    """Forward's products; with backward, twice the adapter's and once the frozen FFN's on top."""
+    rows = shape[0] * shape[1]
+    forward = 4 * rows * sizes.dim * (sizes.hidden + sizes.adapter)
+    return 2 * forward + 4 * rows * sizes.dim * sizes.adapter if backward else forward
+
+
+OP = Op(
+    "ffn", FFNParameters, shapes, call, reference, flops,
+    first={("temporal", "amp", 6, "training"): First(35, levels=("nothing",))},
+)  # fmt: skip
+
+
+def groups(device: str, sizes: Sizes) -> list[Group]:
+    return OP.groups(device, sizes)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(timer=recorded_time)
-@pytest.mark.parametrize(("activation", "work", "name"), ROWS_OF_ALL)
-def test_ffn(activation: str, work: str, name: str, benchmark: Any, report: Any) -> None:
+def test_ffn(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
-    row = measure_group(activation, work)[name]
-    report.add(f"ffn {activation} {work}: 768/3072, adapter 192, {ROWS} rows, fp32", name, row)
-    benchmark.group = f"ffn {activation} {work}"
-    replay(benchmark, row)
-    if "missing" in row:
-        pytest.skip(row["missing"])
-    if name.startswith("cast_kernels"):  # a peer that misses the bound is shown without a speed-up; we must not miss it
-        assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times eager's"
+    measure(row)

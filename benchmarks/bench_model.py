@@ -1,129 +1,165 @@
-"""CAST-B/16 whole, on the CPU: inference, a training step and its peak memory, beside what a user would run instead.
+"""CAST-B/16 whole: inference, a training step and its peak memory, beside what a user would run instead.
 
     pytest benchmarks/ --benchmark-only -k model
 
 A row's speed-up is taken against `fused=False` of the same group, and shown only if every result (logits, and in
-training every gradient) is within twice that row's error against fp64. All weights are random, nothing is zero.
+training every gradient) is within twice that row's error against fp64. All weights are random, nothing is zero. On a
+GPU a training step is forward, loss, backward and a fused AdamW, and the errors are those of up to six of its clips.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
-from compare import Candidate, compare
-from measure import Unavailable
-from models import Training, config_of, count_flops, exact_logits, exact_training, make_batch, make_model
+from groups import GPU_BATCHES, KINDS, Candidate, First, Group, Kind, Row, Sizes, Work
+from models import Training, count_flops, exact_logits, exact_training, make_batch, make_model
 from peak_memory import measure_apart
 from peers import onnx_runtime, openvino
-from report import recorded_time, replay
+from prediction import predicted_model
+from report import recorded_time
 from torch import Tensor
+from variants import LEVELS, PACKAGES, attending, attentions, compiled, options_of, ours, package_attention
 
-VARIANT = "base"
+import cast
+from cast_kernels.gpu.machine import Machine
+
 BASELINE = "fused=False"
 COMPILED = "torch.compile(fused=False)"
 OPENVINO, ONNX = "OpenVINO f32", "ONNX Runtime f32"
-#: Rows that are a plain model: name -> arguments of `cast.CAST`.
-UNFUSED: dict[str, dict[str, Any]] = {BASELINE: {"fused": False}}
-FUSED: dict[str, dict[str, Any]] = {"fused=True": {"fused": True}}
-RECOMPUTE = {f"fused=True, recompute={r}": {"fused": True, "recompute": r} for r in ("nothing", "all")}
-PLAIN = UNFUSED | FUSED | RECOMPUTE
+EXPORTED: dict[str, Callable[..., Any]] = {OPENVINO: openvino, ONNX: onnx_runtime}
 
-#: Group -> its rows, in the order of the table.
-GROUPS = {
-    "inference fp32 B=1": [BASELINE, COMPILED, *FUSED, OPENVINO, ONNX],
-    "inference bf16 B=1": [BASELINE, *FUSED],
-    "training step fp32 B=1": [BASELINE, COMPILED, *FUSED, *RECOMPUTE],
-    "training memory fp32 B=2": [*PLAIN],
+#: Device -> (work, kind, clips) of its groups.
+PROBLEMS = {
+    "cpu": [
+        ("inference", "fp32", 1), ("inference", "amp", 1), ("training step", "fp32", 1), ("training memory", "fp32", 2),
+    ],
+    "cuda": [
+        (work, kind, batch)
+        for batch in GPU_BATCHES
+        for kind in KINDS
+        for work in ("inference", "training step", "training memory")
+        if not (kind == "fp16" and work != "inference")  # which is trained with a scaler, if at all
+    ],
+}  # fmt: skip
+#: Groups of tier `first`.
+FIRST = {
+    ("training step", "amp", 6): First(10, levels=("nothing",)),
+    ("inference", "amp", 1): First(15),
+    ("training memory", "amp", 6): First(20, levels=LEVELS),
+    ("inference", "amp", 6): First(25),
+    ("training step", "amp", 1): First(65),
 }
-#: Samples of each row, at most, and seconds for all samples of a group.
-SAMPLES, GROUP_SECONDS = 9, 70.0
+#: Clips whose results are compared with fp64: more would not fit beside the rest.
+CHECKED = 6
 
 
-def inference(name: str, video: Tensor, dtype: torch.dtype = torch.float32) -> Candidate:
-    model = make_model(VARIANT, **PLAIN.get(name, {"fused": False}))
-    run: Any
-    if name in (OPENVINO, ONNX):
-        run = (openvino if name == OPENVINO else onnx_runtime)(model, video, torch.get_num_threads())
-    else:
-        call: Any = torch.compile(model, dynamic=False) if name == COMPILED else model
-        run = partial(infer, call, video, dtype)
-    return Candidate(run, run)
+def groups(device: str, sizes: Sizes) -> list[Group]:
+    """Every group of a device."""
+    found = []
+    for work, kind, batch in PROBLEMS[device]:
+        rows = row_names(device, work, KINDS[kind])
+        name = f"model {work} {kind} B{batch}"
+        make = partial(make_work, device, sizes, work, KINDS[kind], batch, rows)
+        found.append(Group(name, f"{name}: CAST-B/16, heads 97 + 300", rows, make, FIRST.get((work, kind, batch))))
+    return found
 
 
-@torch.no_grad()
-def infer(call: Any, video: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return call(video)
+def row_names(device: str, work: str, kind: Kind) -> tuple[str, ...]:
+    mine = tuple(ours(device, work != "inference"))
+    if work == "training memory":
+        return (BASELINE, *mine)
+    peers = (COMPILED, *(f"{BASELINE} by {name}" for name in attentions(device, kind.compute)))
+    if device == "cpu" and kind.autocast is not None:
+        peers = ()  # minutes of compiling for a kind whose products PyTorch's CPU code runs slowly
+    exported = tuple(EXPORTED) if (device, work, kind.name) == ("cpu", "inference", "fp32") else ()
+    return (BASELINE, *peers, *mine, *exported)
 
 
-def training(name: str, video: Tensor, labels: dict[str, Tensor]) -> Candidate:
-    model = make_model(VARIANT, **PLAIN.get(name, {"fused": False}))
-    call = torch.compile(model, dynamic=False) if name == COMPILED else None
-    run = Training(model, video, labels, call)
-    return Candidate(run.step, run.results)
+def build_model(name: str, sizes: Sizes, kind: Kind, device: torch.device) -> tuple[cast.CAST, Callable[..., Any]]:
+    """The model and what is called; all rows have the same weights."""
+    options = dict(options_of(name) or {"backend": "eager"})
+    backend = options.pop("backend")
+    model = make_model(sizes.variant, **sizes.model, **options).fuse(backend).to(device, kind.dtype)
+    attention = name.partition(" by ")[2]
+    if attention in PACKAGES:
+        package_attention(attention)
+        return model.unfuse(attention), model
+    if name == COMPILED:
+        return model, compiled(model)
+    context = attending(attention)
+
+    def call(video: Tensor) -> Any:
+        with context():
+            return model(video)
+
+    return model, call
+
+
+def inference(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device) -> Candidate:
+    model, call = build_model(name, sizes, kind, device)
+    video = make_batch(model.config, sizes.clips(batch), device, kind.dtype)[0]
+    if name in EXPORTED:
+        run = EXPORTED[name](model, video, torch.get_num_threads())
+        return Candidate(run, run)
+
+    @torch.no_grad()
+    def infer(clips: int | None = None) -> dict[str, Tensor]:
+        with kind.context(device):
+            return call(video[:clips])  # type: ignore[no-any-return]
+
+    return Candidate(infer, partial(infer, CHECKED))
+
+
+def training(
+    name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device, in_graph: bool = False
+) -> Candidate:
+    model, call = build_model(name, sizes, kind, device)
+    run = Training(model, *make_batch(model.config, sizes.clips(batch), device, kind.dtype), call, kind, in_graph)
+    return Candidate(run.step, partial(run.results, CHECKED))
 
 
 @lru_cache(1)
-def inputs(batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    return make_batch(config_of(VARIANT), batch)
+def exact(sizes: Sizes, kind: Kind, batch: int, device: torch.device, train: bool) -> dict[str, Tensor]:
+    """Logits, and gradients, in fp64 on the device, from what the kind makes of weights and video."""
+    model = make_model(sizes.variant, **sizes.model).to(device, kind.dtype)
+    video, labels = make_batch(model.config, sizes.clips(batch), device, kind.dtype)
+    if train:
+        return exact_training(model, video[:CHECKED], {name: x[:CHECKED] for name, x in labels.items()})
+    return exact_logits(model, video[:CHECKED])
 
 
-@lru_cache(1)
-def logits_in_fp64() -> dict[str, Tensor]:
-    return exact_logits(VARIANT, inputs(1)[0])
+def make_work(
+    device: str, sizes: Sizes, work: str, kind: Kind, batch: int, rows: tuple[str, ...], machine: Machine
+) -> Work:
+    train = work != "inference"
+    candidate: Callable[..., Candidate] = partial(training, in_graph=device == "cuda") if train else inference
+    if work == "training memory" and device == "cpu":
+        candidate = memory_apart  # resident memory is the whole process's
+    return Work(
+        builders={name: partial(candidate, name, sizes, kind, batch, machine.device) for name in rows},
+        exact=None if work == "training memory" else partial(exact, sizes, kind, batch, machine.device, train),
+        flops=count_flops(sizes.variant, sizes.clips(batch), train, **sizes.model),
+        kind=kind,
+        samples={"cpu": 9, "cuda": 20}[device],
+        seconds={"cpu": 70.0, "cuda": 15.0}[device],
+        memory_alone=work == "training memory",
+        predicted=predicted_model(machine, device, kind.name, batch, work) if sizes.name == "paper" else {},
+    )
 
 
-@lru_cache(1)
-def measure_group(group: str) -> dict[str, dict[str, Any]]:
-    """All rows of one group: name -> row of the table."""
-    torch._dynamo.reset()
-    names = GROUPS[group]
-    if "memory" in group:
-        return compare_memory(names, batch=2)
-    video, labels = inputs(1)
-    if group.startswith("training"):
-        builders = {name: partial(training, name, video, labels) for name in names}
-        exact, flops = exact_training(VARIANT, video, labels), count_flops(VARIANT, 1, training=True)
-    else:
-        dtype = torch.bfloat16 if "bf16" in group else torch.float32
-        builders = {name: partial(inference, name, video, dtype) for name in names}
-        exact, flops = logits_in_fp64(), count_flops(VARIANT, 1)
-    return compare(builders, exact, BASELINE, flops, SAMPLES, GROUP_SECONDS)
-
-
-def compare_memory(names: list[str], batch: int) -> dict[str, dict[str, Any]]:
-    """Peak memory of two training steps; their gradients are what the group of training steps checks."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in names:
-        try:
-            row = measure_apart(VARIANT, batch, PLAIN[name])
-        except Unavailable as reason:
-            rows[name] = {"missing": str(reason)}
-            continue
-        rows[name] = row | {"above_mib": row["peak_mib"] - row["before_mib"]}
-    first = rows[names[0]]
-    for row in rows.values():
-        if "missing" not in row and "missing" not in first:
-            row["peak_share"] = row["peak_mib"] / first["peak_mib"]
-            row["above_share"] = row["above_mib"] / first["above_mib"]
-    return rows
+def memory_apart(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device) -> Candidate:
+    """Peak memory of two training steps in a process of its own; the group of training steps checks gradients."""
+    arguments = options_of(name) or {"backend": "eager"}
+    found = measure_apart(sizes.variant, sizes.clips(batch), {**sizes.model, **arguments})
+    return Candidate(lambda: None, dict, figures=found | {"above_mib": found["peak_mib"] - found["before_mib"]})
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(timer=recorded_time)
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
-def test_model(group: str, name: str, benchmark: Any, report: Any) -> None:
+def test_model(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
-    row = measure_group(group)[name]
-    report.add(f"model {group}: CAST-B/16, heads 97 + 300", name, row)
-    benchmark.group = f"model {group}"
-    replay(benchmark, row)
-    if "missing" in row:
-        pytest.skip(row["missing"])
-    if (
-        name in FUSED | RECOMPUTE and "correct" in row
-    ):  # peers may miss the bound and then show no speed-up; we must not
-        assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times that of {BASELINE}"
+    measure(row)

@@ -1,4 +1,4 @@
-"""Self-attention with its adapter at the paper's sizes: our backend beside what a user would run instead, interleaved.
+"""Self-attention with its adapter at the paper's sizes: our backends beside what a user would run, interleaved.
 
     pytest benchmarks/bench_self_attention.py --benchmark-only
 
@@ -9,81 +9,80 @@ twice that eager's error against fp64. Attention is frozen and the adapter train
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from compare import Candidate, compare
-from expert_op import ExpertOp, random_parameters, rows_of
-from report import recorded_time, replay
+from expert_op import BASELINE, Call, Op
+from groups import First, Group, Row, Sizes
+from report import recorded_time
 from torch import Tensor
+from variants import PACKAGES, attending, attentions, package_attention
 
 import cast_kernels
 from cast_kernels import SelfAttentionParameters
 
-DIM, HEADS, ADAPTER = 768, 12, 192
-#: [batch, tokens] of one clip in the two experts.
-SHAPES = {"temporal": (1, 1568), "spatial": (8, 197)}
-BASELINE = "eager"
-CALLS: dict[str, Callable[..., Tensor]] = {
-    BASELINE: partial(cast_kernels.self_attention, backend="eager"),
-    "torch.compile": torch.compile(partial(cast_kernels.self_attention, backend="eager"), dynamic=False),
-    "cast_kernels, cpu": partial(cast_kernels.self_attention, backend="cpu"),
-    "cast_kernels, cpu, recompute nothing": partial(cast_kernels.self_attention, backend="cpu", recompute="nothing"),
-    "cast_kernels, cpu, recompute all": partial(cast_kernels.self_attention, backend="cpu", recompute="all"),
-}
-SAMPLES = {"forward": 9, "forward+backward": 7}
-#: That the samples of one group may take together.
-GROUP_SECONDS = 60.0
+#: PyTorch's own that tier `first` compares.
+KERNELS = ("flash", "efficient", "cudnn")
 
 
-def flops(expert: str, work: str) -> int:
+def call(expert: str, sizes: Sizes, **options: Any) -> Call:
+    return partial(cast_kernels.self_attention, num_heads=sizes.heads, eps=1e-6, **options)
+
+
+def reference(expert: str, sizes: Sizes) -> Call:
+    return partial(cast_kernels.reference.self_attention, num_heads=sizes.heads, eps=1e-6)
+
+
+def peer(expert: str, sizes: Sizes, name: str) -> Call:
+    """Eager with one attention kernel: a library's through our own option for it, PyTorch's by name."""
+    attention = name.removeprefix(f"{BASELINE} by ")
+    if attention in PACKAGES:
+        package_attention(attention)
+        return call(expert, sizes, backend="eager", attention=attention)
+    eager, context = call(expert, sizes, backend="eager"), attending(attention)
+
+    def run(x: Tensor, parameters: Any) -> Tensor:
+        with context():
+            return eager(x, parameters)
+
+    return run
+
+
+def peer_names(device: str, compute: torch.dtype) -> tuple[str, ...]:
+    return tuple(f"{BASELINE} by {name}" for name in attentions(device, compute))
+
+
+def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    d, a = sizes.dim, sizes.adapter
+    return [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (a, d), (a,), (d, a), (d,)]
+
+
+def flops(sizes: Sizes, shape: tuple[int, int], backward: bool) -> int:
     """Matrix products of forward, or of forward and the backward that frozen attention and a trained adapter need."""
-    batch, tokens = SHAPES[expert]
-    forward = 4 * DIM + 2 * tokens + 2 * ADAPTER
-    backward = 4 * DIM + 4 * tokens + 4 * ADAPTER
-    return 2 * batch * tokens * DIM * (forward + (backward if work == "forward+backward" else 0))
+    batch, tokens = shape
+    forward = 4 * sizes.dim + 2 * tokens + 2 * sizes.adapter
+    more = 4 * sizes.dim + 4 * tokens + 4 * sizes.adapter if backward else 0
+    return 2 * batch * tokens * sizes.dim * (forward + more)
 
 
-WEIGHTS = [
-    (DIM,), (DIM,), (3 * DIM, DIM), (3 * DIM,), (DIM, DIM), (DIM,),
-    (ADAPTER, DIM), (ADAPTER,), (DIM, ADAPTER), (DIM,),
-]  # fmt: skip
+OP = Op(
+    "self_attention", SelfAttentionParameters, shapes, call, reference, flops,
+    first={
+        ("temporal", "amp", 6, "training"): First(40, (*KERNELS, *PACKAGES)),
+        ("spatial", "amp", 6, "training"): First(60, KERNELS),
+    },
+    peers=peer, peer_names=peer_names,
+)  # fmt: skip
 
 
-def build(call: Callable[..., Tensor], expert: str, dtype: torch.dtype = torch.float32) -> ExpertOp:
-    """One way to run the op; all have the same weights and inputs."""
-    call = partial(call, num_heads=HEADS, eps=1e-6)
-    return ExpertOp(call, (*SHAPES[expert], DIM), random_parameters(SelfAttentionParameters, WEIGHTS, dtype))
-
-
-@cache
-def measure_group(expert: str, work: str) -> dict[str, dict[str, Any]]:
-    """All rows of one expert and one kind of work, interleaved: name -> row of the table."""
-    backward = work == "forward+backward"
-    exact = build(cast_kernels.reference.self_attention, expert, torch.float64).results(backward)
-    builders: dict[str, Callable[[], Candidate]] = {
-        name: lambda name=name: build(CALLS[name], expert).candidate(backward)  # type: ignore[misc]
-        for name in rows_of(CALLS, work)
-    }
-    return compare(builders, exact, BASELINE, flops(expert, work), SAMPLES[work], GROUP_SECONDS)
-
-
-ROWS_OF_ALL = [(expert, work, name) for expert in SHAPES for work in SAMPLES for name in rows_of(CALLS, work)]
+def groups(device: str, sizes: Sizes) -> list[Group]:
+    return OP.groups(device, sizes)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.benchmark(timer=recorded_time)
-@pytest.mark.parametrize(("expert", "work", "name"), ROWS_OF_ALL)
-def test_self_attention(expert: str, work: str, name: str, benchmark: Any, report: Any) -> None:
+def test_self_attention(row: Row, measure: Callable[[Row], None]) -> None:
     """One row of its group's interleaved run."""
-    row = measure_group(expert, work)[name]
-    batch, tokens = SHAPES[expert]
-    report.add(f"self-attention 768, 12 heads, adapter 192, {batch} x {tokens} tokens, fp32, {work}", name, row)
-    benchmark.group = f"self_attention {expert} {work}"
-    replay(benchmark, row)
-    if "missing" in row:
-        pytest.skip(row["missing"])
-    if name.startswith("cast_kernels"):  # a peer that misses the bound is shown without a speed-up; we must not miss it
-        assert row["correct"], f"{name}: error is {row['worst_error_over_eager']:.2f} times eager's"
+    measure(row)

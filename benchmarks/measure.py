@@ -1,11 +1,9 @@
-"""Measuring: interleaved samples with a noise filter, bytes kept for backward, peak memory, error against fp64."""
+"""Measuring besides time: this machine's CPU as a machine, bytes kept for backward, peak memory, error against fp64."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,80 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A sample during which other processes kept more than this share of one core busy does not count, if enough others do.
-NOISE_CORES = 0.12
-#: One sample repeats its call until this many seconds have passed, so that /proc/stat's 10 ms ticks resolve it.
-SAMPLE_SECONDS = 0.15
-#: A call that takes longer than this is a sample already the first time, as the machine has no minutes to spare.
-SLOW_SECONDS = 2.0
-#: Samples of each quicker step, whatever the time allowed for the group.
-FEWEST = 3
+from cast_kernels.gpu.machine import Step
 
 
 class Unavailable(RuntimeError):
     """A variant that cannot be measured here; the message says why and what would change it."""
 
 
-def _busy_seconds() -> float:
-    """Seconds of work that all processors have done since boot; 0 where the system does not say."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+class CpuMachine:
+    """The processors of this machine: what of :class:`cast_kernels.gpu.machine.Machine` a CPU has."""
 
+    stand_in = ""
 
-def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
 
+    def elapsed_ms(self, step: Step, repeats: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        return 1e3 * (time.perf_counter() - start) / repeats
 
-def interleave(steps: dict[str, Callable[[], object]], samples: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Time every step in turn, A B C A B C ..., so that a change of the machine's clock or load meets all alike.
+    def synchronise(self) -> None:
+        pass
 
-    Args:
-        steps: name -> call. Every one has been called before, so that nothing is left to compile.
-        samples: of each step, at most.
-        seconds: that all samples together may take; there are fewer of slow steps, but at least one of those that
-            take longer than :data:`SLOW_SECONDS` and :data:`FEWEST` of the others.
-
-    Returns:
-        name -> {"min_ms", "median_ms", "samples", "clean", "all_ms"}: minimum and median over clean samples where
-        there are at least three of them, else over all; `all_ms` has every sample in the order of measuring.
-    """
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    durations = {}
-    for name, step in steps.items():
-        first = _sample(step, 1)
-        if first[0] >= 1e3 * SLOW_SECONDS:
-            seen[name].append(first)
-        durations[name] = (seen[name] or [_sample(step, 1)])[0][0] / 1e3
-    repeats = {name: max(1, round(SAMPLE_SECONDS / duration)) for name, duration in durations.items()}
-    left = seconds - sum(durations[name] for name in steps if seen[name])
-    fit = left // sum(repeats[name] * durations[name] for name in steps)
-    rounds, quick = int(max(0, min(samples, fit))), [name for name in steps if not seen[name]]
-    for turn in range(max(rounds, min(samples, FEWEST) if quick else 0)):
-        for name in steps if turn < rounds else quick:
-            seen[name].append(_sample(steps[name], repeats[name]))
-    result = {}
-    for name, values in seen.items():
-        clean = [ms for ms, others in values if others < NOISE_CORES]
-        used = clean if len(clean) >= 3 else [ms for ms, _ in values]
-        result[name] = {
-            "min_ms": min(used), "median_ms": statistics.median(used), "samples": len(values), "clean": len(clean),
-            "all_ms": [ms for ms, _ in values],
-        }  # fmt: skip
-    return result
-
-
-def _sample(step: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Milliseconds of one call, and how many cores other processes kept busy meanwhile."""
-    busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wall = time.perf_counter() - start
-    others = max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own)) / wall
-    return 1e3 * wall / repeats, others
+    def computed(self) -> bool:
+        return True
 
 
 @contextmanager
@@ -164,6 +114,11 @@ def bytes_kept_for_backward(call: Callable[[], object], exclude: list[Tensor]) -
 
 
 def rms_error(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Root mean square of (ours - exact) for every tensor."""
+    """Root mean square of (ours - exact) for every tensor, in float64 where the tensors are."""
     assert ours.keys() == exact.keys()
     return {name: float((ours[name].double() - truth).square().mean().sqrt()) for name, truth in exact.items()}
+
+
+def tensor_bytes(*tensors: Any) -> int:
+    """Bytes of the tensors' elements."""
+    return sum(x.numel() * x.element_size() for x in tensors)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from groups import KINDS, Kind
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,21 +47,23 @@ def make_model(variant: str | cast.CASTConfig = "base", **arguments: Any) -> cas
         variant: as `cast.CAST` takes it.
         arguments: more of `cast.CAST`'s: `fused`, fields of CASTConfig.
     """
-    return randomise(cast.CAST(variant, heads=HEADS, **arguments)).eval()
+    return randomise(cast.CAST(variant, **{"heads": HEADS, **arguments})).eval()
 
 
-def config_of(variant: str | cast.CASTConfig) -> cast.CASTConfig:
+def config_of(variant: str | cast.CASTConfig, **arguments: Any) -> cast.CASTConfig:
     """The configuration that :func:`make_model` builds."""
     with torch.device("meta"):
-        return cast.CAST(variant, heads=HEADS).config
+        return cast.CAST(variant, **{"heads": HEADS, **arguments}).config
 
 
-def make_batch(config: cast.CASTConfig, batch: int, device: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def make_batch(
+    config: cast.CASTConfig, batch: int, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A random video [batch, 3, frames, H, W] and labels [batch] by head."""
     generator = torch.Generator().manual_seed(batch)
     video = torch.randn(batch, 3, config.num_frames, config.image_size, config.image_size, generator=generator)
     labels = {name: torch.randint(n, (batch,), generator=generator) for name, n in config.classes.items()}
-    return video.to(device), {name: x.to(device) for name, x in labels.items()}
+    return video.to(device, dtype), {name: x.to(device) for name, x in labels.items()}
 
 
 class Training:
@@ -70,33 +73,39 @@ class Training:
         model: holds the parameters.
         video, labels: as :func:`make_batch` returns them.
         call: computes the logits; the model itself if None.
+        kind: whose autocast forward runs in.
+        in_graph: whether the optimizer is one that a CUDA graph can hold: fused, its step count on the device.
     """
 
     def __init__(
-        self, model: cast.CAST, video: Tensor, labels: dict[str, Tensor], call: Callable[..., Any] | None = None
-    ) -> None:
-        self.model, self.video, self.labels = model.train(), video, labels
+        self, model: cast.CAST, video: Tensor, labels: dict[str, Tensor], call: Callable[..., Any] | None = None,
+        kind: Kind = KINDS["fp32"], in_graph: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.video, self.labels, self.kind = model.train(), video, labels, kind
         self.call = model if call is None else call
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        options: dict[str, Any] = {"fused": True, "capturable": True} if in_graph else {}
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, **options)
 
-    def backward(self) -> dict[str, Tensor]:
-        """Leave fresh gradients in the parameters; returns the logits by head."""
+    def backward(self, clips: int | None = None) -> dict[str, Tensor]:
+        """Leave fresh gradients in the parameters, of the first `clips` if given; returns the logits by head."""
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.call(self.video)
-        loss = torch.stack([F.cross_entropy(logits[name], label) for name, label in self.labels.items()]).sum()
-        loss.backward()
+        with self.kind.context(self.video.device):
+            logits = self.call(self.video[:clips])
+        wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in logits.items()}
+        losses = [F.cross_entropy(wide[name], label[:clips]) for name, label in self.labels.items()]
+        torch.stack(losses).sum().backward()
         return {name: x.detach() for name, x in logits.items()}
 
     def step(self) -> None:
         self.backward()
         self.optimizer.step()
 
-    def results(self) -> dict[str, Tensor]:
-        """The logits and every gradient, before any optimiser step.
+    def results(self, clips: int | None = None) -> dict[str, Tensor]:
+        """The logits and every gradient, before any optimiser step, of the first `clips` if given.
 
         Not the loss: it is one number, and the error of one number says nothing about the arithmetic behind it.
         """
-        named = self.backward()
+        named = self.backward(clips)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None
@@ -104,28 +113,28 @@ class Training:
         return named
 
 
-def exact_logits(variant: str | cast.CASTConfig, video: Tensor) -> dict[str, Tensor]:
-    """The logits in fp64, in PyTorch's own operators."""
+def exact_logits(model: cast.CAST, video: Tensor) -> dict[str, Tensor]:
+    """The logits in fp64, in PyTorch's own operators, of a model that is turned into one of fp64."""
     with torch.no_grad():
-        return make_model(variant, fused=False).double()(video.double())
+        return model.unfuse().double()(video.double())
 
 
-def exact_training(variant: str | cast.CASTConfig, video: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+def exact_training(model: cast.CAST, video: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
     """Logits and gradients in fp64; each block is computed twice, which keeps memory at one block's activations."""
-    model = make_model(variant, fused=False).double()
+    model = model.unfuse().double()
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     return Training(model, video.double(), labels).results()
 
 
-def count_flops(variant: str | cast.CASTConfig, batch: int, training: bool = False) -> int:
+def count_flops(variant: str | cast.CASTConfig, batch: int, training: bool = False, **arguments: Any) -> int:
     """Floating-point operations of a forward, or of forward and backward, as torch counts them for `fused=False`.
 
     Matrix products and convolutions, two operations per multiply-add. On the meta device, because torch has no formula
     for the CPU's fused attention.
     """
     with torch.device("meta"):
-        model = cast.CAST(variant, heads=HEADS, fused=False)
+        model = cast.CAST(variant, **{"heads": HEADS, "fused": False, **arguments})
     video, labels = make_batch(model.config, batch, "meta")
     with FlopCounterMode(display=False) as counter:
         if training:

@@ -1,6 +1,6 @@
 """Peak memory of two training steps, in a process of its own.
 
-    python benchmarks/peak_memory.py '{"variant": "base", "batch": 2, "arguments": {"fused": true}}'
+    python benchmarks/peak_memory.py '{"variant": "base", "batch": 2, "arguments": {"backend": "cpu"}}'
 
 prints {"before_mib": ..., "peak_mib": ...}.
 """
@@ -18,7 +18,7 @@ def measure_apart(variant: str, batch: int, arguments: dict[str, Any]) -> dict[s
     """Resident MiB before the first training step, and the peak over two steps, of a fresh process.
 
     Args:
-        variant, arguments: as :func:`models.make_model` takes them.
+        variant, arguments: as :func:`models.make_model` takes them, and the `backend` that runs.
         batch: clips of a step.
 
     Raises:
@@ -38,7 +38,9 @@ def main(request: dict[str, Any]) -> None:
     from measure import peak_memory
     from models import Training, make_batch, make_model
 
-    model = make_model(request["variant"], **request["arguments"])
+    arguments = request["arguments"]
+    backend = arguments.pop("backend", "auto")
+    model = make_model(request["variant"], **arguments).fuse(backend)
     training = Training(model, *make_batch(model.config, request["batch"]))
     print(json.dumps(peak_memory(lambda: [training.step() for _ in range(2)])))
 

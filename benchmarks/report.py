@@ -1,11 +1,11 @@
-"""The tables at the end of a benchmark run, and their JSON."""
+"""The rows of a run: kept in a file as they come, shown as tables at the end."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections import deque
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,66 +14,87 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import cast_kernels
+from cast_kernels.gpu.rows import Row, cells, notes, reason
 
-#: Where every run leaves its rows and environment, beside what --benchmark-json keeps.
+#: Where a run leaves its rows and environment unless told otherwise, beside what --benchmark-json keeps.
 RESULTS = Path("runs/benchmarks.json")
 
 #: Packages whose versions a reader must know.
-PACKAGES = ("openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
-
-Row = dict[str, Any]
-
-#: Header -> the cell of a row, or "" where the row has no such figure. A column without cells is left out.
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "median ms": lambda row: _number(row, "median_ms", "{:.1f}"),
-    "min ms": lambda row: _number(row, "min_ms", "{:.1f}"),
-    "clips/s": lambda row: _number(row, "clips_per_second", "{:.1f}"),
-    "speed-up": lambda row: _number(row, "speedup", "{:.2f}x") or ("inexact" if "correct" in row else ""),
-    "GFLOP/s": lambda row: _number(row, "gflops", "{:.0f}"),
-    "of ceiling": lambda row: _number(row, "of_ceiling", "{:.0%}"),
-    "kept MiB": lambda row: _number(row, "kept_mib", "{:.1f}"),
-    "rms error": lambda row: _number(row, "error", "{:.1e}"),
-    "worst / eager": lambda row: _number(row, "worst_error_over_eager", "{:.2f}"),
-    "clean": lambda row: f"{row['clean']}/{row['samples']}" if "samples" in row else "",
-    "peak MiB": lambda row: _number(row, "peak_mib", "{:.0f}"),
-    "of first row": lambda row: _number(row, "peak_share", "{:.0%}"),
-    "before the first step MiB": lambda row: _number(row, "before_mib", "{:.0f}"),
-    "peak above that MiB": lambda row: _number(row, "above_mib", "{:.0f}"),
-    "of first row's": lambda row: _number(row, "above_share", "{:.0%}"),
-}
-
-
-def _number(row: Row, key: str, form: str) -> str:
-    return "" if row.get(key) is None else form.format(row[key])
+PACKAGES = ("triton", "xformers", "flash-attn", "openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
 
 
 class Report:
-    """Rows of all groups, in the order in which they were measured."""
+    """Rows of all groups, in the order in which they were measured.
 
-    def __init__(self) -> None:
+    Args:
+        path: where they are kept; None for nowhere.
+        command: that measures them.
+    """
+
+    def __init__(self, path: Path | None, command: str = "") -> None:
+        self.path, self.command = path, command
         self.groups: dict[str, dict[str, Row]] = {}
+        self.ceilings: dict[str, float] = {}
+        self.about_device: dict[str, Any] = {}
+        self.broken = ""
 
     def add(self, group: str, name: str, row: Row) -> None:
+        """Take a row and write the file anew: a fault or a kill loses nothing that is known."""
         self.groups.setdefault(group, {})[name] = row
+        self.save()
 
-    def show(self, command: str) -> None:
-        """Print every group and write all of them to :data:`RESULTS`."""
-        about = environment(command)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps({"environment": about, "groups": self.groups}, indent=1) + "\n")
-        console = Console(width=160)
+    def known(self, group: str) -> dict[str, Row]:
+        return self.groups.get(group, {})
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(self.path.name + ".part")
+        found = {
+            "environment": environment(self.command), "device": self.about_device, "ceilings": self.ceilings,
+            "broken": self.broken, "groups": self.groups,
+        }  # fmt: skip
+        part.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(part, self.path)
+
+    def load(self) -> None:
+        """Take the rows that the file holds, but not those for which there was no time; nothing if there is no file."""
+        if self.path is None or not self.path.exists():
+            return
+        found = json.loads(self.path.read_text())
+        self.ceilings, self.about_device = found["ceilings"], found["device"]
+        for title, rows in found["groups"].items():
+            self.groups[title] = {
+                n: row for n, row in rows.items() if not row.get("missing", "").startswith("not begun")
+            }
+
+    def show(self) -> None:
+        """Print every group, and where its rows are."""
+        self.save()
+        console = Console(width=max(200, Console().width))
         console.print()
         for title, rows in self.groups.items():
             console.print(render(title, rows))
-            for name, row in rows.items():
-                if "missing" in row:
-                    console.print(f"{name}: {row['missing']}", markup=False)
-        console.print(", ".join(f"{k} {v}" for k, v in about.items()), markup=False)
-        console.print("inexact: an error against fp64 is more than twice that of the first row, so no speed-up")
-        console.print("clean: samples with quiet neighbours, of all; figures are over clean ones if there are three")
-        console.print(f"samples of a group are interleaved; rows kept in {RESULTS}")
+            for why in dict.fromkeys(filter(None, map(reason, rows.values()))):
+                names = ", ".join(name for name, row in rows.items() if reason(row) == why)
+                console.print(f"{names}: {why}", markup=False)
+        for about in (self.about_device, environment(self.command)):
+            if about:
+                console.print(", ".join(f"{k} {v}" for k, v in about.items()), markup=False)
+        if self.ceilings:
+            rates = ", ".join(
+                f"{name.removesuffix('_per_s')} {rate / 1e9:.0f} G/s" for name, rate in self.ceilings.items()
+            )
+            console.print(f"measured ceilings: {rates}", markup=False)
+        for note in notes(self.groups):
+            console.print(note, markup=False)
+        if self.broken:
+            console.print(f"broken: {self.broken}", markup=False)
+        console.print(f"rows and all samples: {self.path}", markup=False, soft_wrap=True)
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -105,17 +126,13 @@ def _version(package: str) -> str:
 
 def render(title: str, rows: dict[str, Row]) -> Table:
     """One group as a table."""
-    ceiling = next((row["ceiling_gflops"] for row in rows.values() if "ceiling_gflops" in row), None)
-    if ceiling is not None:
-        title = f"{title} (measured fp32 FMA ceiling {ceiling:.0f} GFLOP/s)"
     table = Table(title=title, title_justify="left")
-    table.add_column("variant")
-    shown = {header: cell for header, cell in COLUMNS.items() if any(cell(row) for row in rows.values())}
-    for header in shown:
+    headers, lines = cells(rows)
+    table.add_column(headers[0], no_wrap=True)
+    for header in headers[1:]:
         table.add_column(header, justify="right")
-    for name, row in rows.items():
-        cells = [cell(row) for cell in shown.values()]
-        table.add_row(name, *(["missing", *cells[1:]] if "missing" in row and cells else cells))
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
     return table
 
 
@@ -132,7 +149,7 @@ def recorded_time() -> float:
 
 def replay(benchmark: Any, row: Row) -> None:
     """Hand a row and its samples to pytest-benchmark. Its test must run under `recorded_time` as the timer."""
-    benchmark.extra_info.update({key: value for key, value in row.items() if key != "all_ms"})
+    benchmark.extra_info.update({key: value for key, value in row.items() if not key.endswith("all_ms")})
     if "all_ms" not in row:
         return
     _ticks.clear()

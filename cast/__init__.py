@@ -39,7 +39,13 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        home = import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"cast.{name} needs a package that is not installed: {error}", name=error.name
+        ) from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

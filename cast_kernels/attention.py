@@ -1,8 +1,11 @@
 """Which attention the experts' self-attention and the exchange run, and why: the one place that decides.
 
-"auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself: on a GPU, for 16-bit
-operands without a mask, it runs the flash-attention kernels that PyTorch ships, the same algorithm as the package
-flash-attn 2. The packages are for those who have measured that theirs is faster; nothing here takes one unasked.
+"auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself. On a GPU, for 16-bit
+operands without a mask, PyTorch 2.14 runs cuDNN's kernel on compute capability 9.0, 10.0 and 10.3 (H100, H200, B200)
+with a cuDNN newer than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1 is set; on other GPUs the flash-attention
+kernel that it ships, the same algorithm as the package flash-attn 2 (its source: `priority_order` in
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). The packages are for those who have measured that theirs is
+faster; nothing here takes one unasked.
 "math" is for derivatives of another kind: matrix products and a softmax, with scores in memory.
 """
 
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
 
 #: What may be asked for besides "auto", and what it needs to be installed.
@@ -24,6 +28,9 @@ ATTENTIONS: dict[str, str | None] = {
     "flash-attn": "flash_attn",
     "xformers": "xformers.ops",
 }
+
+#: Those that read queries, keys and values from one tensor, and give back one gradient.
+PACKED = ("flash-attn",)
 
 #: What may be asked for in the exchange; its kernels attend themselves.
 EXCHANGE_ATTENTIONS = ("auto", "math")
@@ -80,7 +87,7 @@ def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
     return Verdict(True, f"{package} is installed")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _import_error(package: str) -> str:
     """Why the package cannot be imported, "" if it can."""
     try:
@@ -121,7 +128,8 @@ def explain(problem: SelfAttentionProblem) -> str:
         verdict = can_run(name, problem)
         lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
     try:
-        why = ": it dispatches to flash kernels itself" if problem.attention == "auto" else ""
+        dispatches = ": it dispatches itself, on H100, H200 and B200 to cuDNN first, on other GPUs to flash first"
+        why = dispatches if problem.attention == "auto" else ""
         lines.append(f"attention={problem.attention!r} runs: {select(problem)}{why}")
     except BackendError as error:
         lines.append(str(error))
@@ -142,12 +150,16 @@ def attend(name: str, qkv: Tensor) -> Tensor:
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv)
+    return attend_apart(name, *qkv.unbind(2))
+
+
+def attend_apart(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same from three tensors [batch, tokens, heads, head_dim], for a `name` that is not in :data:`PACKED`."""
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(*qkv.unbind(2))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return mix(name, q, k, v).transpose(1, 2)
+        return memory_efficient_attention(q, k, v)
+    return mix(name, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def mix(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

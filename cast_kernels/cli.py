@@ -1,18 +1,21 @@
-"""The command `cast-kernels`. Imports stay inside the functions: --help needs no tool."""
+"""The command `cast-kernels`. Imports stay inside the functions: --help needs no tool.
+
+The standard library reads the options: a bare machine with a GPU and PyTorch has no other parser.
+"""
 
 from __future__ import annotations
 
 import json as json_module
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
-
 # The choices of options, repeated here so that --help and bad usage load no tool; tests compare them.
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+#: Those that `compile` checks unless some are named.
+GATED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
 KINDS = (*DTYPES, "amp", "amp16")
@@ -20,21 +23,21 @@ PROBLEMS = ("step", "paper", "all")
 LEVELS = ("nothing", "cheap", "all")
 SIZES = ("small", "paper")
 DEVICES = ("A100", "H100", "H200")
+TIERS = ("first", "full")
 STREAMS = ("fp32", "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 1 when a gate fails. Bad usage exits with 2."""
     parser = ArgumentParser(prog="cast-kernels", description="Fused kernels for two-stream video transformers.")
-    commands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, (help_line, add_options, _) in COMMANDS.items():
-        command = ArgumentParser(description=help_line[0].upper() + help_line[1:] + ".")
-        add_options(command)
-        commands.add_subcommand(name, command, help=help_line)
+        description = help_line[0].upper() + help_line[1:] + "."
+        add_options(commands.add_parser(name, help=help_line, description=description, allow_abbrev=False))
     options = parser.parse_args(arguments)
-    name = options.subcommand
+    name = options.command
     try:
-        return COMMANDS[name][2](options[name])
+        return COMMANDS[name][2](options)
     except ValueError as error:  # an environment variable that names no choice
         print(f"cast-kernels: {error}", file=sys.stderr)
         return 2
@@ -62,27 +65,40 @@ def _info(options: Namespace) -> int:
 
 
 def _compile_options(parser: ArgumentParser) -> None:
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    _add_choices(parser, "--target", COMPILE_TARGETS, targets, "architectures")
-    _add_choices(parser, "--dtype", KINDS, (*DTYPES, "amp"), "dtypes, amp for autocast")
+    _add_choices(parser, "--target", COMPILE_TARGETS, None, "architectures")
+    _add_choices(parser, "--dtype", KINDS, None, "dtypes, amp for autocast")
     parser.add_argument(
         "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
     )
-    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write the tables as JSON")
-    parser.add_argument("--cache", type=Path | None, metavar="FOLDER", help="keep compiled kernels here for next time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables as JSON")
+    parser.add_argument(
+        "--cache", nargs="?", const="", type=str, metavar="FOLDER",
+        help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
+        "with what a CAST-B launches on this machine's GPU, or on --target",
+    )  # fmt: skip
 
 
 def _compile(options: Namespace) -> int:
+    if options.cache == "":
+        from cast_kernels.evidence import warm
+
+        if strange := [name for name in options.dtype or () if name not in DTYPES]:
+            raise ValueError(
+                f"--cache fills for autocast to a dtype, one of {', '.join(DTYPES)}; --dtype has {strange[0]}"
+            )
+        return warm.main(options.target, options.dtype)
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
+    targets, dtypes = options.target or GATED_TARGETS, options.dtype or (*DTYPES, "amp")
+    cache = Path(options.cache) if options.cache else None
+    return compiling.main(targets, dtypes, options.problems, options.json, cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--target", EMULATE_TARGETS, EMULATE_TARGETS, "architectures")
     _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
-    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write errors and counters as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
 
 
@@ -96,10 +112,10 @@ def _emulate(options: Namespace) -> int:
 
 def _predict_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--device", DEVICES, DEVICES, "GPUs")
-    parser.add_argument("--batch", nargs="+", type=PositiveInt, default=[1, 6, 32], metavar="B", help="clips")
-    parser.add_argument("--json", type=Path | None, metavar="FILE", help="also write all of it as JSON")
-    parser.add_argument("--folder", type=Path | None, metavar="DIR", help="also write a JSON a GPU and README.md here")
-    parser.add_argument("--cache", type=Path | None, metavar="DIR", help="keep compiled kernels here for the next time")
+    parser.add_argument("--batch", nargs="+", type=_positive, default=[1, 6, 32], metavar="B", help="clips")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all of it as JSON")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="also write a JSON a GPU and README.md here")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
     parser.add_argument("--recompute", choices=LEVELS, default="cheap", help="what backward computes again")
     parser.add_argument("--kind", choices=KINDS, default="amp", help="dtypes: amp is what `cast train` runs")
@@ -124,32 +140,45 @@ def _predict(options: Namespace) -> int:
 
 
 def _gpu_check_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path | None, metavar="FILE", help="report as JSON (gpu-check-NAME.json)")
-    parser.add_argument("--report", type=Path | None, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
-    parser.add_argument("--quick", action="store_true", help="one problem and one batch size")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="report as JSON (gpu-check-NAME.json)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
+    parser.add_argument("--quick", action="store_true", help="one problem, and at most five minutes of benchmarks")
+    parser.add_argument("--tier", choices=TIERS, help="of the benchmarks: the rows of most worth (first), or all")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no group of benchmarks after so many")
 
 
 def _gpu_check(options: Namespace) -> int:
-    from cast_kernels.evidence import gpu_check
+    from cast_kernels.gpu import check
 
-    return gpu_check.main(options.json, options.report, options.quick)
+    return check.main(options.json, options.report, options.quick, options.tier, options.minutes)
 
 
 def _tune_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--write", type=Path | None, metavar="FILE", help="write the table here, as Python")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table here, as Python")
 
 
 def _tune(options: Namespace) -> int:
-    from cast_kernels.evidence import tune
+    from cast_kernels.gpu import tune
 
     return tune.main(options.write)
 
 
+def _positive(text: str) -> int:
+    """A whole number above zero, as an option's value."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return number
+
+
 def _add_choices(
-    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...], what: str
+    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...] | None, what: str
 ) -> None:
     parser.add_argument(
-        name, nargs="+", choices=allowed, default=list(default), metavar=name.strip("-").upper(),
+        name, nargs="+", choices=allowed, default=default and list(default), metavar=name.strip("-").upper(),
         help=f"{what}, out of {', '.join(allowed)}",
     )  # fmt: skip
 

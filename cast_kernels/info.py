@@ -11,10 +11,28 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_kernels import __version__, _native, backends
+from cast_kernels.gpu.machine import driver_version
 from cast_kernels.problem import Problem
 
-#: The problem that backends are asked about: the paper's size, on the CPU, in float32.
-_TYPICAL = Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.float32, "cpu")
+
+def typical(device: str) -> Problem:
+    """The problem that backends are asked about, of the paper's size: float32 on a CPU, as `cast train` on a GPU."""
+    autocast = torch.bfloat16 if device == "cuda" else None
+    return Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.float32, device, autocast)
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Every GPU that PyTorch can use."""
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [
+        {
+            "name": one.name, "capability": f"{one.major}.{one.minor}", "multiprocessors": one.multi_processor_count,
+            "memory_bytes": one.total_memory,
+        }
+        for one in found
+    ]  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
@@ -25,6 +43,8 @@ def collect() -> dict[str, Any]:
         cpu |= {"reason": _native.REASON, "change_with": _native.BUILD_COMMAND}
     elif cpu.get("levels_missing") or not cpu.get("openmp", True):
         cpu["change_with"] = f"install a newer GCC with OpenMP, then: {_native.BUILD_COMMAND}"
+    found = gpus()
+    problem = typical("cuda" if found else "cpu")
     cuda = {"built": False, "reason": "setup.py has not run here"} | record.get("cuda", {})
     return {
         "cast_kernels": __version__,
@@ -37,8 +57,16 @@ def collect() -> dict[str, Any]:
             "cap": os.environ.get("CAST_KERNELS_CPU_ISA", "none (CAST_KERNELS_CPU_ISA sets one)"),
             "threads": torch.get_num_threads(),
         },
-        "backends": {name: list(backends.can_run(name, _TYPICAL)) for name in backends.BACKENDS},
+        "gpus": found,
+        "gpu": {"cuda": torch.version.cuda, "driver": driver_version()} if found else {"why_none": _why_no_gpu()},
+        "problem": str(problem),
+        "backends": {name: list(backends.can_run(name, problem)) for name in backends.BACKENDS},
     }
+
+
+def _why_no_gpu() -> str:
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return f"PyTorch {torch.__version__} is {built}, and sees none"
 
 
 def render(info: dict[str, Any]) -> Table:
@@ -62,6 +90,15 @@ def render(info: dict[str, Any]) -> Table:
             table.add_row("  to change it", info[part]["change_with"])
     runs = info["runs"]
     table.add_row("runs with", f"{runs['instruction_set']}, {runs['threads']} threads, cap: {runs['cap']}")
+    for gpu in info["gpus"]:
+        about = f"compute capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors"
+        table.add_row("GPU", f"{gpu['name']}, {about}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
+    told = info["gpu"]
+    if info["gpus"]:
+        table.add_row("CUDA, driver", f"{told['cuda']}, {told['driver']}")
+    else:
+        table.add_row("GPU", f"none: {told['why_none']}")
+    table.add_row("asked about", info["problem"])
     for name, (ok, reason) in info["backends"].items():
         table.add_row(f"backend {name}", f"{'yes' if ok else 'no'}: {reason}")
     return table

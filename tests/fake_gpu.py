@@ -17,7 +17,7 @@ import cast_kernels
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Tensors made inside are fake and may be on `cuda`; attention is flash attention, as on a GPU."""
+    """Tensors made inside are fake and may be on `cuda`; attention is flash attention, as on an A100."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         if torch.is_autocast_enabled("cuda"):

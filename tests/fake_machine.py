@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from cast_kernels.evidence.machine import Step
+from cast_kernels.gpu.machine import Step
 
 
 class FakeMachine:
     """Runs steps on the CPU. Times come from `clock`, called at each measurement; a log says what was asked."""
+
+    stand_in = ""
 
     def __init__(self, clock: Callable[[], float] | None = None, can_capture: bool = True) -> None:
         self.device = torch.device("cpu")
@@ -24,10 +26,17 @@ class FakeMachine:
     def describe(self) -> dict[str, Any]:
         return {"name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132}
 
-    def elapsed_ms(self, step: Step) -> float:
+    def elapsed_ms(self, step: Step, repeats: int = 1) -> float:
         self.log.append("time")
-        step()
+        for _ in range(repeats):
+            step()
         return self._clock()
+
+    def computed(self) -> bool:
+        return True
+
+    def graph_pool(self) -> Any:
+        return None
 
     def synchronise(self) -> None:
         self.log.append("wait")
@@ -39,11 +48,11 @@ class FakeMachine:
         step()
         return 3_000_000
 
-    def capture(self, step: Step) -> Step:
+    def capture(self, step: Step, pool: Any = None) -> Step:
         if not self.can_capture:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return lambda: self.log.append("replay")
 
-    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+    def sanitize(self, tool: str, code: str, seconds: float = 0.0) -> tuple[bool, str] | None:
         compile(code, tool, "exec")
         return self.findings.get(tool)

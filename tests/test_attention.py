@@ -95,7 +95,7 @@ def test_explain_names_every_kernel_and_the_choice(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "xformers", None)
     text = attention.explain(GPU)
     assert all(name in text for name in attention.ATTENTIONS)
-    assert "'auto' runs: sdpa: it dispatches to flash kernels itself" in text
+    assert "'auto' runs: sdpa: it dispatches itself, on H100, H200 and B200 to cuDNN first" in text
     assert "pip install xformers" in text
     assert "cannot run" in attention.explain(replace(GPU, attention="xformers"))
 

@@ -11,40 +11,32 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peers
+import prediction
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import cast
-from cast_kernels.ops.bcast import flops as bcast_flops
-
-pytest.importorskip("cast_kernels._C", reason="the native core measures the machine's ceiling")
-
-import compare as compare_module
-import measure
-import peers
 from baselines import OneDNNLinears
-from bench_bcast import OURS as BCAST_OURS
-from bench_bcast import ROWS as BCAST_ROWS
-from bench_model import FUSED, GROUPS, PLAIN
-from compare import Candidate, compare, worst_ratio
-from measure import Unavailable, interleave, peak_memory, time_limit
+from compare import compare, worst_ratio
+from groups import KINDS, PAPER, SMALL, Candidate, Work
+from measure import CpuMachine, Unavailable, peak_memory, time_limit
 from models import Training, count_flops, exact_training, make_batch, make_model
 from peak_memory import measure_apart
-from report import recorded_time, render, replay
+from report import Report, recorded_time, render, replay
+from rich.console import Console
+from session import Session
+from torch.utils._python_dispatch import TorchDispatchMode
+from variants import AttentionBy, ours
 
-MEASURE_CEILING = compare_module.measure_ceiling
+import cast
+from cast_kernels import _native
+from cast_kernels.ops.bcast import flops as bcast_flops
+
 TRUTH = {"x": torch.linspace(1, 2, 64, dtype=torch.float64)}
-SMALL = cast.CASTConfig(
+TINY = cast.CASTConfig(
     image_size=32, patch_size=16, num_frames=4, embed_dim=32, depth=2, num_heads=2, heads={"verb": 97, "noun": 300}
 )
-
-
-@pytest.fixture(autouse=True)
-def quick_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "measure_ceiling", lambda: 100.0)  # the real one takes a second per group
+needs_core = pytest.mark.skipif(_native.CORE is None, reason="the native core is not built")
 
 
 def off_by(relative: float) -> Candidate:
@@ -57,7 +49,8 @@ def rows_of(**candidates: Any) -> dict[str, dict[str, Any]]:
         raise Unavailable("not installed; do this")
 
     builders = {name: (refuse if c is None else lambda c=c: c) for name, c in candidates.items()}
-    return compare(builders, TRUTH, "eager", flops=10**6, samples=3, seconds=1.0)
+    work = Work(builders, lambda: TRUTH, 10**6, KINDS["fp32"], samples=3, seconds=1.0)
+    return compare(CpuMachine(), work, list(candidates), 60.0, "cpu")  # type: ignore[arg-type]
 
 
 # -- what may call itself faster
@@ -67,7 +60,7 @@ def rows_of(**candidates: Any) -> dict[str, dict[str, Any]]:
 def test_only_a_correct_candidate_has_a_speedup(relative: float, correct: bool) -> None:
     row = rows_of(eager=off_by(1e-6), other=off_by(relative))["other"]
     assert row["correct"] == correct
-    assert (row["speedup"] is not None) == correct
+    assert ("speedup" in row) == correct
     cells = str([list(column.cells) for column in render("group", {"other": row}).columns])
     assert ("inexact" in cells) == (not correct)
 
@@ -85,22 +78,26 @@ def test_an_eager_that_happens_to_be_exact_allows_rounding_but_nothing_else() ->
     assert worst_ratio({"x": 1e-9}, {"x": 0.0}, {"x": torch.zeros(4)})[0] == float("inf")
 
 
+@needs_core
 def test_fused_and_unfused_training_steps_agree_and_the_error_is_seen() -> None:
-    video, labels = make_batch(SMALL, 1)
-    exact = exact_training(SMALL, video, labels)
+    video, labels = make_batch(TINY, 1)
+    rows = {"fused=False": {"backend": "eager"}, **ours("cpu", True)}
 
-    def build(name: str) -> Candidate:
-        run = Training(make_model(SMALL, **PLAIN[name]), video, labels)
+    def build(backend: str, **arguments: Any) -> Candidate:
+        run = Training(make_model(TINY, **arguments).fuse(backend), video, labels)
         return Candidate(run.step, run.results)
 
-    rows = compare({name: lambda name=name: build(name) for name in PLAIN}, exact, "fused=False", 10**6, 2, 1.0)
-    assert all(rows[name]["correct"] for name in FUSED), rows
+    builders = {name: lambda options=options: build(**options) for name, options in rows.items()}
+    exact = exact_training(make_model(TINY), video, labels)
+    work = Work(builders, lambda: exact, 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    found = compare(CpuMachine(), work, list(rows), 60.0, "cpu")  # type: ignore[arg-type]
+    assert all(found[name]["correct"] for name in rows), found
     assert any(key.startswith("grad.blocks.0.cross_s_up") for key in exact)
-    assert 0 < rows["fused=False"]["error"] < 1e-5
+    assert 0 < found["fused=False"]["error"] < 1e-5
 
 
 def test_nothing_is_zero_and_models_of_one_variant_are_equal() -> None:
-    models = [make_model(SMALL, **arguments).state_dict() for arguments in PLAIN.values()]
+    models = [make_model(TINY, recompute=level).state_dict() for level in ("cheap", "nothing", "all")]
     assert all(torch.equal(models[0][key], model[key]) for model in models for key in models[0])
     assert all(x.double().std() > 0.01 for x in models[0].values())
 
@@ -112,9 +109,10 @@ PEER_ERRORS = """
 import sys
 import peers, torch
 from models import exact_logits, make_batch, make_model
-from test_benchmarks import SMALL
-video = make_batch(SMALL, 1)[0]
-logits, exact = getattr(peers, sys.argv[1])(make_model(SMALL, fused=False), video, 1)(), exact_logits(SMALL, video)
+from test_benchmarks import TINY
+video = make_batch(TINY, 1)[0]
+logits = getattr(peers, sys.argv[1])(make_model(TINY, fused=False), video, 1)()
+exact = exact_logits(make_model(TINY), video)
 assert logits.keys() == exact.keys()
 for name, truth in exact.items():
     torch.testing.assert_close(logits[name].double(), truth, rtol=1e-4, atol=1e-5)
@@ -132,12 +130,22 @@ def test_peers_compute_the_same_logits(peer: str, package: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_row_of_ours_is_in_a_group() -> None:
-    assert all(set(FUSED) <= set(names) for names in GROUPS.values())
-    assert {name for *_, name in BCAST_ROWS} >= set(BCAST_OURS)
-    assert {(dtype, batch) for dtype, batch, _, _ in BCAST_ROWS} == {
-        (d, b) for d in ("fp32", "bf16") for b in (1, 2, 6)
-    }
+def test_what_raises_is_a_row_that_failed_and_the_others_are_measured() -> None:
+    def broken() -> Candidate:
+        raise KeyError("inside another library")
+
+    builders = {"eager": lambda: off_by(1e-6), "broken": broken, "other": lambda: off_by(1e-6)}
+    work = Work(builders, lambda: TRUTH, 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    rows = compare(CpuMachine(), work, list(builders), 60.0, "cpu")  # type: ignore[arg-type]
+    assert rows["broken"] == {"failed": "KeyError: 'inside another library'"}
+    assert rows["other"]["speedup"]
+
+
+def test_without_a_baseline_there_is_no_speedup() -> None:
+    rows = rows_of(eager=None, other=off_by(1e-6))
+    assert rows["eager"] == {"missing": "not installed; do this"}
+    assert "speedup" not in rows["other"]
+    assert rows["other"]["median_ms"] > 0
 
 
 def test_onednn_linears_run_in_onednn() -> None:
@@ -175,8 +183,8 @@ def model_flops(config: cast.CASTConfig) -> int:
 
 
 def test_flops_as_torch_counts_them_agree_with_a_count_by_hand() -> None:
-    assert count_flops(SMALL, 1) == model_flops(SMALL)
-    assert count_flops(SMALL, 3) == 3 * model_flops(SMALL)
+    assert count_flops(TINY, 1) == model_flops(TINY)
+    assert count_flops(TINY, 3) == 3 * model_flops(TINY)
 
 
 def test_base_model_has_the_paper_s_multiply_adds() -> None:
@@ -202,7 +210,7 @@ def test_peak_memory_sees_an_allocation_that_is_gone_again() -> None:
 
 
 def test_training_memory_is_measured_in_a_process_of_its_own() -> None:
-    seen = measure_apart("tiny", 2, {"fused": True, "depth": 1})
+    seen = measure_apart("tiny", 2, {"backend": "eager", "depth": 1})
     assert 50 < seen["before_mib"] < seen["peak_mib"]
 
 
@@ -212,30 +220,7 @@ def test_a_process_that_fails_is_a_missing_row(tmp_path: Path, monkeypatch: pyte
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(Unavailable, match=r"^MemoryError: too much$"):
-        measure_apart("tiny", 2, {"fused": True})
-
-
-def test_little_time_means_few_samples() -> None:
-    steps = {"long": lambda: time.sleep(0.16), "short": lambda: None}
-    assert {row["samples"] for row in interleave(steps, 9, seconds=0.01).values()} == {measure.FEWEST}
-    rows = interleave({"quick": lambda: time.sleep(0.01)}, 3, seconds=10.0)
-    assert rows["quick"]["samples"] == len(rows["quick"]["all_ms"]) == 3
-    assert rows["quick"]["min_ms"] >= 10
-
-
-def test_a_step_that_takes_seconds_is_not_called_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.3)  # more than a busy machine takes for nothing
-    calls: list[str] = []
-
-    def step(name: str) -> None:
-        calls.append(name)
-        time.sleep(0.4)
-
-    steps = {"a": lambda: step("a"), "b": lambda: step("b"), "quick": lambda: None}
-    rows = interleave(steps, 9, seconds=0.05)
-    assert calls == ["a", "b"]
-    assert [row["samples"] for row in rows.values()] == [1, 1, measure.FEWEST]
-    assert all(rows[name]["min_ms"] == rows[name]["median_ms"] >= 400 for name in "ab")
+        measure_apart("tiny", 2, {})
 
 
 def test_time_limit_stops_a_loop_and_gives_the_timer_back() -> None:
@@ -259,14 +244,89 @@ def test_pytest_benchmark_keeps_the_interleaved_samples(benchmark: Any) -> None:
         assert benchmark.stats.stats.data == pytest.approx([3e-3, 1e-3, 2e-3])
 
 
+@needs_core
 def test_the_ceiling_is_measured_and_a_share_of_it_is_a_rate() -> None:
-    row = rows_of(eager=off_by(1e-6))["eager"]
-    assert row["gflops"] == pytest.approx(10**6 / row["median_ms"] / 1e6)
-    assert row["of_ceiling"] == pytest.approx(row["gflops"] / 100)
-    assert 1 < MEASURE_CEILING() < 1e5
+    session = Session("cpu", SMALL, 1.0, Report(None))
+    session._measure_ceilings()
+    ceiling = session.report.ceilings["fma_flops_per_s"]
+    assert 1e9 < ceiling < 1e14
+    rows = {"a": {"median_ms": 2.0}, "b": {"missing": "no"}}
+    session._rate(rows, 10**9, 0, "torch.float32")
+    assert rows["a"]["gflops"] == 500
+    assert rows["a"]["of_ceiling"] == pytest.approx(5e11 / ceiling)
+    assert rows["b"] == {"missing": "no"}
+
+
+def test_shares_on_a_gpu_are_of_the_graph_s_time() -> None:
+    session = Session("cuda", PAPER, 1.0, Report(None))
+    session.report.ceilings = {"copy_bytes_per_s": 4e12, "gemm_flops_per_s": 1e15, "gemm_fp32_flops_per_s": 1e14}
+    rows = {"a": {"median_ms": 2.0, "graph_median_ms": 1.0}}
+    session._rate(rows, 5 * 10**11, 2 * 10**9, "torch.bfloat16")
+    assert (rows["a"]["of_ceiling"], rows["a"]["of_copy"]) == (0.5, 0.5)
 
 
 def test_a_column_without_figures_is_left_out() -> None:
     table = render("group", {"a": {"peak_mib": 2.0}})
     Console(quiet=True).print(table)
     assert [column.header for column in table.columns] == ["variant", "peak MiB"]
+
+
+def test_another_librarys_attention_takes_pytorchs_place() -> None:
+    seen = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(q.shape))
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    q, k, v = (torch.randn(5, 2, 7, 16) for _ in range(3))
+    with AttentionBy(attention):
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(mixed, F.scaled_dot_product_attention(q, k, v))
+    assert seen == [(5, 7, 2, 16)]
+
+
+def test_no_figure_is_shown_without_its_spread_and_none_of_what_was_stood_in_for() -> None:
+    row = {"median_ms": 2.0, "spread_ms": [1.5, 4.0], "speedup": 1.25, "speedup_spread": [1.1, 1.4]}
+    rows = {"eager": row, "stand-in": row | {"stand_in": "an emulated device"}, "not there": {"missing": "pip"}}
+    columns = render("group", rows).columns
+    cells = {str(column.header): [str(cell) for cell in column.cells] for column in columns}
+    assert cells["ms (spread)"] == ["2 (1.5..4)", "stand-in", "missing"]
+    assert cells["speed-up (spread)"] == ["1.25 (1.10..1.40)", "stand-in", ""]
+
+
+# -- the prediction beside the measurement
+
+
+class H100(CpuMachine):
+    def describe(self) -> dict[str, Any]:
+        return {"name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132}
+
+
+def test_predictions_are_of_the_same_gpu_problem_and_work() -> None:
+    machine: Any = H100()
+    (inference,) = prediction.predicted(machine, "cuda", "bf16", 6, "inference").values()
+    found = prediction.predicted(machine, "cuda", "bf16", 6, "training")
+    assert found["cast_kernels, triton"] > inference > 0
+    assert prediction.predicted(machine, "cuda", "fp16", 6, "training") == {}
+    assert prediction.predicted(machine, "cuda", "bf16", 7, "training") == {}
+    assert prediction.predicted(machine, "cpu", "bf16", 6, "training") == {}
+    step = prediction.predicted_model(machine, "cuda", "amp", 6, "training step")
+    assert step.keys() == {"fused=False", "torch.compile(fused=False)", "cast_kernels, triton"}
+    assert all(
+        step[name] > ms for name, ms in prediction.predicted_model(machine, "cuda", "amp", 6, "inference").items()
+    )
+    assert prediction.predicted_model(machine, "cuda", "bf16", 6, "inference") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("NVIDIA GeForce RTX 4090", 128),
+        ("NVIDIA GH200 480GB", 132),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA H100 NVL", 132),
+    ],
+)
+def test_another_gpu_has_no_prediction(name: str, count: int) -> None:
+    gpu = {"name": name, "multiprocessors": count}
+    assert prediction.prediction_of(gpu, prediction.PREDICTIONS) == {}

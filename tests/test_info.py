@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from levels import LEVELS
 
 from cast_kernels import _native, info
+from cast_kernels.gpu.machine import driver_version
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,3 +108,48 @@ def build(directory: Path, variables: dict[str, str]) -> subprocess.CompletedPro
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-lib", str(directory / "lib"), "--build-temp", str(directory / "temp")]
     return subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_a_gpu_is_named_and_its_problem_is_asked_about(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h100 = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: h100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(info, "driver_version", lambda: "580.65.06")
+    told = info.collect()
+    assert [gpu["name"] for gpu in told["gpus"]] == ["NVIDIA H100 80GB HBM3"] * 2
+    assert told["backends"]["triton"][0]
+    assert not told["backends"]["cpu"][0]
+    info.show()
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "compute capability 9.0, 132 multiprocessors, 80 GiB" in shown
+    assert "580.65.06" in shown
+
+
+def test_without_a_gpu_it_says_why() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    told = info.collect()
+    assert "sees none" in told["gpu"]["why_none"]
+    assert "cpu" in told["problem"]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)",
+            "580.65.06",
+        ),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 17 2024", "535.161.08"),
+        ("nothing of the kind", "unknown: "),
+    ],
+)
+def test_the_driver_is_read_from_the_kernel_module(text: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert driver_version().startswith(version)

@@ -60,6 +60,9 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
         (["compile", "--dtype", "int8"], "bf16"),
         (["emulate", "--target", "sm_100"], "sm_90"),
         (["emulate", "--size", "huge"], "paper"),
+        (["predict", "--batch", "0"], "'0' is not a whole number above zero"),
+        (["predict", "--batch", "1", "six"], "'six' is not a whole number above zero"),
+        (["compile", "--prob", "step"], "--prob"),
         (["compiel"], "invalid choice"),
         ([], "COMMAND"),
     ],
@@ -83,6 +86,25 @@ def test_something_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(emulate, "main", missing)
     assert cli.main(["emulate"]) == 1
     assert capsys.readouterr().err == "cast-kernels emulate: error: the PTX emulator is not there\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def test_only_pytorch_and_rich_are_needed_to_ask_for_information() -> None:
+    """A bare machine with a GPU has no jsonargparse."""
+    program = (
+        "import sys; sys.modules['jsonargparse'] = sys.modules['docstring_parser'] = sys.modules['av'] = None"
+        "\nfrom cast_kernels import cli; raise SystemExit(cli.main(['info', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '"torch"' in done.stdout
 
 
 def test_help_does_not_load_the_tools() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from fake_machine import FakeMachine
 
-from cast_kernels.evidence import tune
 from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.targets import target
-from cast_kernels.evidence.tune import RefusedError, as_python, measured, neighbours, search
+from cast_kernels.gpu import tune
+from cast_kernels.gpu.machine import UnusableError
+from cast_kernels.gpu.tune import RefusedError, as_python, measured, neighbours, search
 from cast_kernels.triton import tiles
 from cast_kernels.triton.tiles import Tile, TileSet
 
@@ -219,7 +220,7 @@ def test_candidates_are_checked_themselves(cache: Path, monkeypatch: pytest.Monk
     time = measured(FakeMachine(), torch.bfloat16, small, "sm_80")
     monkeypatch.setattr(tune, "run", lambda *_, **__: seen.append(tiles.find("sm_80", "project", 16, 16, rows=1)) or {})
     monkeypatch.setattr(tune, "compare", lambda *_: [])
-    monkeypatch.setattr(tune, "steps", lambda *_, **__: Stop.here())
+    monkeypatch.setattr(tune, "training_step", lambda *_, **__: Stop.here())
     with pytest.raises(Stop):
         time(replace(START, few_rows=100, few={"project": replace(START.row, rows=16)}))
     assert seen == [START.row]
@@ -251,3 +252,26 @@ def test_tiles_over_the_limit_are_refused(cache: Path) -> None:
     huge = replace(START, weight_gradient=Tile(rows=256, k=128, columns=256, warps=8, stages=5))
     with offline_driver(target("sm_80"), Enforcing(), cache), pytest.raises(RefusedError, match="OutOfResources"):
         time(huge)
+
+
+def test_a_fault_is_no_refused_tile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """After one CUDA repeats its error at every call, right tiles or wrong: nothing that follows is known."""
+
+    class Dead(FakeMachine):
+        def synchronise(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    tried = []
+
+    def running(case: tune.Case, backend: str | None, *_: object, **__: object) -> dict[str, torch.Tensor]:
+        if backend == "triton":
+            tried.append(case)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {}
+
+    monkeypatch.setattr(tune, "run", running)
+    with pytest.raises(UnusableError, match="illegal memory access"):
+        measured(Dead(), torch.bfloat16, tune.Case(1, 2, 3, 32, 16, 1), "sm_80")(START)
+    assert tune.tune(Dead(), "sm_80", None) == 1
+    assert len(tried) == 2  # the second of the problems was not begun
+    assert "a kernel faulted: the GPU can be used no more" in capsys.readouterr().out

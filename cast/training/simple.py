@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from cast.training.engine import Criterion, Engine, Plan
 from cast.training.groups import grouped_otherwise_before
 from cast.training.progress import Progress, Step
 from cast.transfer import to_device
-from cast.video.annotations import Sample
+
+if TYPE_CHECKING:  # clips that were made before need no package that reads videos
+    from cast.video.annotations import Sample
 
 
 class Clips(Protocol):

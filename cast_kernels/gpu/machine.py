@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,19 +28,38 @@ class NoGPUError(RuntimeError):
     """There is no GPU that PyTorch can use; the message says why."""
 
 
+class UnusableError(RuntimeError):
+    """The GPU answers no call any more: a kernel faulted, and CUDA repeats its error until the process ends."""
+
+
+def require_usable(machine: Machine) -> None:
+    """Raise UnusableError if an earlier fault has ended the GPU's context."""
+    try:
+        machine.synchronise()
+    except Exception as error:
+        raise UnusableError(
+            f"the GPU can be used no more ({type(error).__name__}: {error}); what follows was not run"
+        ) from error
+
+
 class Machine(Protocol):
     """What is asked of a GPU."""
 
     device: torch.device
+    #: What stands in for the GPU, "" where figures are measurements. Reports mark every row with it.
+    stand_in: str
 
     def describe(self) -> dict[str, Any]:
         """Name and figures for the report; "name" and "multiprocessors" are always there."""
 
-    def elapsed_ms(self, step: Step) -> float:
-        """Milliseconds that the GPU took for one call, by two events around it; waits for the second."""
+    def elapsed_ms(self, step: Step, repeats: int = 1) -> float:
+        """Milliseconds of one call, by two events around so many calls; waits for the second."""
 
     def synchronise(self) -> None:
         """Wait for everything that was launched."""
+
+    def computed(self) -> bool:
+        """Whether all launches since the last time that this was asked were carried out, not only recorded."""
 
     def flush_cache(self) -> None:
         """Push everything out of L2."""
@@ -45,11 +67,17 @@ class Machine(Protocol):
     def peak_bytes(self, step: Step) -> int:
         """Most memory allocated during one call, above what was there before."""
 
-    def capture(self, step: Step) -> Step:
-        """A call that replays a graph of the step. RuntimeError if it cannot be captured."""
+    def graph_pool(self) -> Any:
+        """Memory that several graphs share, which then need as much as the largest of them."""
 
-    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
-        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not here."""
+    def capture(self, step: Step, pool: Any = None) -> Step:
+        """A call that replays a graph of the step. RuntimeError if it cannot be captured; then the pool is spent."""
+
+    def sanitize(self, tool: str, code: str, seconds: float = math.inf) -> tuple[bool, str] | None:
+        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not here.
+
+        It is ended after `seconds`, or after half an hour.
+        """
 
 
 class CudaMachine:
@@ -59,32 +87,43 @@ class CudaMachine:
         NoGPUError: there is none.
     """
 
+    stand_in = ""
+    #: Twice the largest L2 of the GPUs that kernels are compiled for is 200 MB.
+    flush_bytes = 256 << 20
+
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
             raise NoGPUError(f"no CUDA device can be used: PyTorch {torch.__version__} is {built}, and sees none")
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        # Twice the largest L2 of the GPUs that kernels are compiled for is 200 MB.
-        self._flush = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
+        self.device = self.current_device()
+        self._flush = torch.empty(self.flush_bytes, dtype=torch.int8, device=self.device)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
 
     def describe(self) -> dict[str, Any]:
         found = torch.cuda.get_device_properties(self.device)
         return {
             "name": found.name, "capability": f"sm_{found.major}{found.minor}",
             "multiprocessors": found.multi_processor_count, "memory_bytes": found.total_memory,
-            "cuda": torch.version.cuda, "torch": torch.__version__,
+            "driver": driver_version(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+            "torch": torch.__version__,
         }  # fmt: skip
 
-    def elapsed_ms(self, step: Step) -> float:
+    def elapsed_ms(self, step: Step, repeats: int = 1) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        step()
+        for _ in range(repeats):
+            step()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end))
+        return float(start.elapsed_time(end)) / repeats
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def computed(self) -> bool:
+        return True
 
     def flush_cache(self) -> None:
         self._flush.zero_()
@@ -97,7 +136,10 @@ class CudaMachine:
         self.synchronise()
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def capture(self, step: Step) -> Step:
+    def graph_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, step: Step, pool: Any = None) -> Step:
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # what is allocated or compiled at first use must not be in the graph
@@ -105,17 +147,28 @@ class CudaMachine:
                 step()
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             step()
         return graph.replay
 
-    def sanitize(self, tool: str, code: str) -> tuple[bool, str] | None:
+    def sanitize(self, tool: str, code: str, seconds: float = math.inf) -> tuple[bool, str] | None:
         path = shutil.which("compute-sanitizer")
         if path is None:
             return None
         command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code]
         # PyTorch's allocator cuts tensors out of large blocks, within which an access out of bounds is none to CUDA.
-        return _within(_SANITIZER_SECONDS, command, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        seconds = min(seconds, _SANITIZER_SECONDS)
+        return _within(seconds, command, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def driver_version() -> str:
+    """NVIDIA's driver, as the kernel module says it."""
+    path = Path("/proc/driver/nvidia/version")
+    try:
+        found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", path.read_text())
+    except OSError:
+        return f"unknown: {path} cannot be read"
+    return found[1] if found else f"unknown: {path} names none"
 
 
 def _within(seconds: float, command: Sequence[str], environment: Mapping[str, str]) -> tuple[bool, str]:

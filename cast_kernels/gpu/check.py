@@ -1,20 +1,22 @@
 """`cast-kernels gpu-check`: everything that only a GPU can show, in one command and one report to send back.
 
-Correctness against fp64 on fresh inputs, compute-sanitizer, the GPU's own ceilings, times against what people run
-without us, and each time beside its prediction.
+Correctness against fp64 on fresh inputs, compute-sanitizer, and the groups of `benchmarks/`: times against what people
+run without us, beside the GPU's own ceilings and the predictions.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
-import statistics
+import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,12 @@ import torch
 
 import cast_kernels
 from cast_kernels import backends
-from cast_kernels.evidence import gpu_report
 from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.experts import ExpertCase, expert_problem, run_expert
-from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError, Step
-from cast_kernels.evidence.variants import CANNOT_RUN, VARIANTS, Variants
+from cast_kernels.gpu import report as gpu_report
+from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, require_usable
+from cast_kernels.gpu.report import is_right
 
 #: B-CAST, or an expert's half block.
 AnyCase = Case | ExpertCase
@@ -39,9 +41,9 @@ Found = dict[str, Any]
 NO_GPU = 2
 #: Compute-sanitizer's tools: out-of-bounds and misaligned accesses, races in shared memory.
 SANITIZERS = ("memcheck", "racecheck")
-SECTIONS = ("correctness", "sanitizer", "ceilings", "times", "predicted")
-#: Samples that are thrown away: the first calls compile and allocate.
-_WARM_UP = 3
+SECTIONS = ("correctness", "sanitizer", "times")
+#: In a checkout, beside the package.
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,9 @@ class Plan:
 
     cases: tuple[Case, ...]  # checked against fp64
     dtypes: tuple[str, ...]  # of the first case; the others are checked in the first of these
-    batches: tuple[int, ...]  # timed at the paper's size
-    repeats: int
     experts: tuple[ExpertCase, ...] = ()  # an expert's half blocks, checked in every dtype
-    timed: Case = field(default_factory=Case)  # at each batch size
-    copy_bytes: int = 1 << 30
-    gemm: int = 8192
+    tier: str = "first"  # of the benchmarks
+    minutes: float = math.inf  # that the benchmarks may take
     sanitize: bool = True
 
 
@@ -71,8 +70,6 @@ FULL = Plan(
         Case(3, 5, 13, 256, 128, 4, scaled=True),  # smaller tensors' errors are too few to compare
     ),
     dtypes=("bf16", "fp16", "fp32"),
-    batches=(1, 6, 32),
-    repeats=50,
     experts=(
         ExpertCase(scaled=True),
         ExpertCase(activation="quick_gelu", recompute="nothing"),
@@ -81,10 +78,10 @@ FULL = Plan(
         ExpertCase(op="adapter"),
     ),
 )
-QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), batches=(6,), repeats=10, experts=FULL.experts[::2], sanitize=False)
+QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), experts=FULL.experts[::2], minutes=5, sanitize=False)
 
 #: What compute-sanitizer runs: one forward and backward of awkward sizes, of B-CAST and of an expert's half blocks.
-_SANITIZED = """
+SANITIZED = """
 import torch
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.experts import ExpertCase, run_expert
@@ -92,18 +89,6 @@ run(Case(2, 3, 7, 64, 32, 2, scaled=True), "triton", torch.bfloat16, device="cud
 for op in ("ffn", "self_attention", "adapter"):
     run_expert(ExpertCase(37, 96, 160, 48, scaled=True, op=op, heads=3), torch.bfloat16, device="cuda")
 """
-
-
-class UnusableError(RuntimeError):
-    """The GPU answers no call any more: a kernel faulted, and CUDA repeats its error until the process ends."""
-
-
-def require_usable(machine: Machine) -> None:
-    """Raise UnusableError if an earlier fault has ended the GPU's context."""
-    try:
-        machine.synchronise()
-    except Exception as error:
-        raise UnusableError(f"the GPU can be used no more ({_reason(error)}); what follows was not run") from error
 
 
 def _reason(error: Exception) -> str:
@@ -132,7 +117,7 @@ def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, A
                     continue
                 require_usable(machine)
                 try:
-                    yield about | _checked(call, name)
+                    yield about | _checked(call, name, ours_alone=not _attends_by_pytorch(case, name))
                 except Exception as error:  # the other problems' results are as good as before
                     traceback.print_exc()
                     yield about | _failed(_reason(error))
@@ -145,12 +130,19 @@ def _caller(case: AnyCase, dtype: torch.dtype, device: torch.device) -> Callable
     return partial(run, case, dtype=dtype, device=device)
 
 
+def _attends_by_pytorch(case: AnyCase, backend: str) -> bool:
+    return backend != "cpu" and isinstance(case, ExpertCase) and case.op == "self_attention"
+
+
 def _failed(why: str) -> dict[str, Any]:
     return {"ok": False, "why_not": why}
 
 
-def _checked(call: Callable[..., dict[str, torch.Tensor]], backend: str) -> dict[str, Any]:
-    """What is reported of one backend's call: its worst tensor, and whether a second one has the same bits."""
+def _checked(call: Callable[..., dict[str, torch.Tensor]], backend: str, ours_alone: bool) -> dict[str, Any]:
+    """What is reported of one backend's call: its worst tensor, and whether a second one has the same bits.
+
+    Equal bits are demanded of what is ours alone. PyTorch's attention on a GPU adds its gradients up in any order.
+    """
     with poisoned_memory():
         ours, again = call(backend=backend), call(backend=backend)
     errors = compare(ours, call(backend="eager"), call(backend=None, exact=True))
@@ -158,6 +150,7 @@ def _checked(call: Callable[..., dict[str, torch.Tensor]], backend: str) -> dict
     return {
         "ok": all(e.ok for e in errors), "tensors": len(errors), "worst": worst.name, "rms": worst.rms,
         "eager_rms": worst.eager_rms, "same_bits_twice": all(torch.equal(ours[key], again[key]) for key in ours),
+        "bits_demanded": ours_alone,
     }  # fmt: skip
 
 
@@ -172,100 +165,84 @@ def _problem(case: AnyCase, dtype: torch.dtype, device: torch.device) -> backend
     )
 
 
-def median_ms(machine: Machine, step: Step, repeats: int, cold: bool) -> float:
-    """Median over the repeats; cold: L2 holds nothing of the step's before each."""
-    for _ in range(_WARM_UP):
-        step()
-    machine.synchronise()
-    samples = []
-    for _ in range(repeats):
-        if cold:
-            machine.flush_cache()
-        samples.append(machine.elapsed_ms(step))
-    return statistics.median(samples)
+def run_benchmarks(plan: Plan, rows: Path) -> int:
+    """Run the checkout's benchmarks in a process of their own, which leaves every row in `rows` -> exit status.
+
+    A fault ends that process alone. It is begun again, with what `rows` holds left out, as long as it had brought more.
+
+    Raises:
+        FileNotFoundError: the package does not lie in a checkout.
+    """
+    if not BENCHMARKS.is_dir():
+        raise FileNotFoundError(
+            f"the benchmarks are not in {BENCHMARKS}: they are part of the repository, not of the installed package; "
+            "run this command from a checkout that was installed with pip install -e ."
+        )
+    options = ["--benchmark-only", "--benchmark-disable-gc", "--device", "cuda", "--tier", plan.tier, "-q"]
+    command = [sys.executable, "-m", "pytest", str(BENCHMARKS), *options, "--rows", str(rows), "-p", "no:cacheprovider"]
+    began, known, again = time.monotonic(), -1, list[str]()
+    while True:
+        left = plan.minutes - (time.monotonic() - began) / 60
+        limit = ["--minutes", f"{left:g}"] if left < math.inf else []
+        status = subprocess.run([*command, *limit, *again], cwd=BENCHMARKS.parent).returncode
+        found = read_rows(rows)
+        broken = bool(found.get("broken")) or status < 0
+        if not broken or len(measured(found)) <= known or left <= 0:
+            return status
+        known, again = len(measured(found)), ["--resume"]
 
 
-def ceilings(machine: Machine, plan: Plan) -> dict[str, float]:
-    """Copy bandwidth in B/s (read and written bytes) and the rate of a square bf16 GEMM in FLOP/s."""
-    require_usable(machine)
-    source = torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=machine.device)
-    target = torch.empty_like(source)
-    copy = median_ms(machine, lambda: target.copy_(source), plan.repeats, cold=False)
-    a = torch.randn(plan.gemm, plan.gemm, device=machine.device).bfloat16()
-    product = median_ms(machine, lambda: a @ a, plan.repeats, cold=False)
-    return {"copy_bytes_per_s": 2e3 * plan.copy_bytes / copy, "gemm_flops_per_s": 2e3 * plan.gemm**3 / product}
+def read_rows(path: Path) -> Found:
+    """What the benchmarks have written so far."""
+    found: Found = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
-def times(machine: Machine, plan: Plan, variants: Variants = VARIANTS) -> Iterator[dict[str, Any]]:
-    """Every variant at every batch: medians of inference and training, or why there are none."""
-    for batch in plan.batches:
-        case = replace(plan.timed, batch=batch)
-        for name, make in variants.items():
-            require_usable(machine)
-            try:
-                steps = make(case, machine.device)
-                for phase, step in (("inference", steps.forward), ("training", steps.training)):
-                    yield {"variant": name, "batch": batch, "phase": phase} | _timed(machine, step, plan.repeats)
-            except CANNOT_RUN as error:
-                yield {"variant": name, "batch": batch, "phase": "", "why_not": str(error), "failed": False}
-            except Exception as error:  # another library's failure must not cost the rest of the report
-                traceback.print_exc()
-                yield {"variant": name, "batch": batch, "phase": "", "why_not": _reason(error), "failed": True}
-
-
-def _timed(machine: Machine, step: Step, repeats: int) -> dict[str, Any]:
-    timed: dict[str, Any] = {
-        "warm_ms": median_ms(machine, step, repeats, cold=False),
-        "cold_ms": median_ms(machine, step, repeats, cold=True),
-        "peak_bytes": machine.peak_bytes(step),
-    }
-    try:
-        replay = machine.capture(step)
-    except RuntimeError as error:
-        require_usable(machine)  # a kernel that faulted is no step that cannot be captured
-        return timed | {"no_graph": str(error).splitlines()[0]}
-    timed["graph_warm_ms"] = median_ms(machine, replay, repeats, cold=False)
-    return timed | {"graph_cold_ms": median_ms(machine, replay, repeats, cold=True)}
+def measured(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(group, name, row) of everything in the benchmarks' file."""
+    return [(g, name, row) for g, rows in found.get("groups", {}).items() for name, row in rows.items()]
 
 
 def sanitize(machine: Machine) -> Iterator[dict[str, Any]]:
     """What compute-sanitizer's tools find; nothing where it is not installed."""
     for tool in SANITIZERS:
-        result = machine.sanitize(tool, _SANITIZED)
+        result = machine.sanitize(tool, SANITIZED)
         if result is not None:
             yield {"tool": tool, "ok": result[0], "output": result[1]}
 
 
 def collect(
-    machine: Machine, plan: Plan, seed: int, predictions: Path, variants: Variants, save: Callable[[Found], None]
-) -> Found:
+    machine: Machine, plan: Plan, seed: int, rows: Path, save: Callable[[Found], None],
+    benchmark: Callable[[Plan, Path], int] = run_benchmarks,
+) -> Found:  # fmt: skip
     """Everything, as it is written to JSON.
 
-    A section that an exception ends keeps what it had found, and the others follow. After a fault in a kernel CUDA
-    refuses every later call, so what can be diagnosed comes before what is timed. `save` is called after each entry: a
-    kernel that hangs is ended from outside.
+    A section that an exception ends keeps what it had found, and the others follow. What can be diagnosed comes before
+    what is timed, and times are taken in a process of their own. `save` is called after each entry: a kernel that
+    hangs is ended from outside.
     """
     found: Found = {
         "device": machine.describe(), "cast_kernels": cast_kernels.__version__, "seed": seed, "plan": asdict(plan),
-        "correctness": [], "sanitizer": [], "ceilings": {}, "times": [], "predicted": [], "broken": [],
-        "unfinished": [*SECTIONS],
+        "correctness": [], "sanitizer": [], "times": {}, "broken": [], "unfinished": [*SECTIONS],
     }  # fmt: skip
-    expected = gpu_report.predictions_for(found["device"], predictions)
+
+    def timed() -> Iterator[dict[str, Any]]:
+        status = benchmark(plan, rows)
+        found["times"] = read_rows(rows) | {"status": status}
+        if not measured(found["times"]):
+            raise RuntimeError(f"the benchmarks ended with status {status} and brought no row")
+        yield from ()
+
     steps: dict[str, Callable[[], Iterable[Any]]] = {
         "correctness": lambda: correctness(machine, plan, seed),
         "sanitizer": lambda: sanitize(machine) if plan.sanitize else (),
-        "ceilings": lambda: ceilings(machine, plan).items(),
-        "times": lambda: times(machine, plan, variants),
-        "predicted": lambda: gpu_report.beside(found["times"], expected),
+        "times": timed,
     }
     for name, step in steps.items():
         try:
             for entry in step():
-                if name == "ceilings":
-                    found[name][entry[0]] = entry[1]
-                else:
-                    found[name].append(entry)
-                    save(found)
+                found[name].append(entry)
+                save(found)
         except Exception as error:  # whatever it is, it goes into the report instead of ending it
             traceback.print_exc()
             found["broken"].append({"section": name, "error": _reason(error)})
@@ -275,25 +252,30 @@ def collect(
 
 
 def passed(found: Found) -> bool:
-    """Whether some backend was checked, all of them are right, the sanitizer is content, and no variant broke."""
+    """Whether some backend was checked, all of them are right, the sanitizer is content, and no row failed."""
     checked = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
-    right = all(entry["ok"] and entry.get("same_bits_twice") for entry in found["correctness"])
+    right = all(is_right(entry) for entry in found["correctness"])
     clean = all(entry["ok"] for entry in found["sanitizer"])
-    whole = (
-        not found["broken"] and not found.get("unfinished") and not any(entry.get("failed") for entry in found["times"])
-    )
-    return bool(checked) and right and clean and whole
+    times = found["times"]
+    rows = [(name, row) for _, name, row in measured(times)]
+    timed = not times.get("broken") and not any("failed" in row for _, row in rows)
+    fast = timed and all(row.get("correct", True) for name, row in rows if name.startswith("cast_kernels"))
+    return bool(checked) and right and clean and fast and not found["broken"] and not found.get("unfinished")
 
 
-def main(json_file: Path | None, report_file: Path | None, quick: bool) -> int:
+def main(
+    json_file: Path | None, report_file: Path | None, quick: bool, tier: str | None = None, minutes: float | None = None
+) -> int:
     """Check the GPU of this machine -> exit code: 0, 1 if something is wrong, 2 without a GPU."""
     try:
         machine = CudaMachine()
     except NoGPUError as error:
         print(f"cast-kernels gpu-check: {error}; this command measures, so it needs a GPU", file=sys.stderr)
         return NO_GPU
+    plan = QUICK if quick else FULL
+    plan = replace(plan, tier=tier or plan.tier, minutes=plan.minutes if minutes is None else minutes)
     try:
-        return check(machine, QUICK if quick else FULL, json_file, report_file)
+        return check(machine, plan, json_file, report_file)
     except OSError as error:
         print(f"cast-kernels gpu-check: the report cannot be written: {error}", file=sys.stderr)
         return 2
@@ -301,27 +283,28 @@ def main(json_file: Path | None, report_file: Path | None, quick: bool) -> int:
 
 def check(
     machine: Machine, plan: Plan, json_file: Path | None, report_file: Path | None, seed: int | None = None,
-    predictions: Path = gpu_report.PREDICTIONS, variants: Variants = VARIANTS,
+    benchmark: Callable[[Plan, Path], int] = run_benchmarks,
 ) -> int:  # fmt: skip
     """Do what the plan says, print and write it -> exit code.
 
     Args:
         machine: where it runs.
         plan: how much is done.
-        json_file, report_file: None for `gpu-check-<name>.json` and `.md` in the working directory.
+        json_file, report_file: None for `gpu-check-<name>.json` and `.md` in the working directory. The benchmarks'
+            rows with all samples are in `<json_file's name>.rows.json` beside it.
         seed: of the inputs, None for another one every time.
-        predictions: folder of what `cast-kernels predict` wrote.
-        variants: that are timed.
+        benchmark: measures times.
 
     Raises:
         OSError: a file cannot be written; nothing was done.
     """
     stem = "gpu-check-" + re.sub(r"[^a-z0-9]+", "-", machine.describe()["name"].lower()).strip("-")
     json_file, report_file = json_file or Path(f"{stem}.json"), report_file or Path(f"{stem}.md")
+    rows = json_file.with_name(f"{json_file.stem}.rows.json").absolute()
 
     def save(found: Found) -> None:
         try:
-            _write(json_file, json.dumps(found, indent=1) + "\n")
+            _write(json_file, json.dumps(_without_samples(found), indent=1) + "\n")
             _write(report_file, gpu_report.markdown(found, passed(found)))
         except OSError as error:  # a full disk must not end an hour's measurement: its tables are printed
             print(f"cast-kernels gpu-check: the report is not up to date: {error}", file=sys.stderr)
@@ -329,13 +312,23 @@ def check(
     for path in (json_file, report_file):  # a place that cannot be written to is told before the work
         _part(path).write_text("")
         _part(path).unlink()
-    found = collect(machine, plan, secrets.randbelow(1 << 30) if seed is None else seed, predictions, variants, save)
+    rows.unlink(missing_ok=True)
+    found = collect(machine, plan, secrets.randbelow(1 << 30) if seed is None else seed, rows, save, benchmark)
     console = wide_console()
     for table in gpu_report.tables(found):
         console.print(table)
     console.print(gpu_report.verdict(passed(found)), markup=False)
     console.print(f"the report: {report_file} and {json_file}", markup=False, soft_wrap=True)
     return 0 if passed(found) else 1
+
+
+def _without_samples(found: Found) -> Found:
+    """The benchmarks' file holds them."""
+    groups = {
+        title: {name: {k: v for k, v in row.items() if not k.endswith("all_ms")} for name, row in rows.items()}
+        for title, rows in found["times"].get("groups", {}).items()
+    }
+    return found | {"times": found["times"] | {"groups": groups}}
 
 
 def _write(path: Path, text: str) -> None:

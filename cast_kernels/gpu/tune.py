@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from cast_kernels.evidence.cases import Case, compare, poisoned_memory, run
-from cast_kernels.evidence.gpu_check import NO_GPU, median_ms
-from cast_kernels.evidence.machine import CudaMachine, Machine, NoGPUError
-from cast_kernels.evidence.variants import steps
+from cast_kernels.evidence.cases import Case, compare, module, poisoned_memory, run
+from cast_kernels.gpu.check import NO_GPU
+from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, Step, UnusableError, require_usable
+from cast_kernels.gpu.timing import median_ms
 from cast_kernels.triton import tiles
 from cast_kernels.triton.common import architecture
 from cast_kernels.triton.tiles import SAME_K, Tile, TileSet
@@ -137,6 +137,8 @@ def neighbours(part: str, tile: Tile) -> Iterator[Tile]:
 def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Time:
     """What times a training step on the machine, if its numbers are right.
 
+    A fault in a kernel ends the search by UnusableError: CUDA repeats its error at every later call.
+
     Args:
         machine: that it runs on.
         dtype: of streams and parameters.
@@ -153,14 +155,23 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
                 with poisoned_memory():
                     ours = run(case, "triton", dtype, device=machine.device)
             except (TritonError, RuntimeError) as error:  # over a limit, or the compiler gave up
+                require_usable(machine)  # or a fault: after it every call raises, whatever its tiles
                 raise RefusedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
             wrong = [error.name for error in compare(ours, eager, exact) if not error.ok]
             if wrong:
                 raise RefusedError(f"wrong: {', '.join(wrong)}")
-            both = steps(replace(case, batch=_BATCH), machine.device, "triton", dtype, streams=dtype)
-            return median_ms(machine, both.training, _REPEATS, cold=False)
+            return median_ms(machine, training_step(replace(case, batch=_BATCH), machine.device, dtype), _REPEATS)
 
     return time
+
+
+def training_step(case: Case, device: torch.device, dtype: torch.dtype) -> Step:
+    """Forward and backward of a case on fresh inputs."""
+    made = module(case, "triton").to(device, dtype)
+    shapes = [(case.batch, case.frames, n, case.dim) for n in (1 + case.patches, case.patches)]
+    streams = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    gradients = [torch.randn_like(x) for x in streams]
+    return lambda: torch.autograd.grad(made(*streams), [*streams, *made.parameters()], gradients)
 
 
 def as_python(arch: str, bits: int, d: int, found: TileSet) -> str:
@@ -197,6 +208,10 @@ def tune(machine: Machine, arch: str, write: Path | None) -> int:
             print(f"{arch}, {bits} bits, d={d}: FAIL, the table's own entry: {error}")
             failed = True
             continue
+        except UnusableError as error:
+            print(f"{arch}, {bits} bits, d={d}: FAIL, a kernel faulted: {error}")
+            failed = True
+            break
         for trial in trials:
             print(f"  {trial.part} {trial.tile}: {trial.reason if trial.ms is None else f'{trial.ms:.3f} ms'}")
         source = (

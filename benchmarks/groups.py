@@ -1,0 +1,186 @@
+"""What a benchmark file declares: groups of rows that compute the same thing, known before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cast_kernels.gpu.machine import Machine, Step
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Dtypes of a group: of streams and parameters, and autocast's."""
+
+    name: str
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of dense products."""
+        return self.autocast or self.dtype
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """What forward runs in."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
+
+
+#: `amp` is what `cast train` runs: parameters and residual streams in float32, bfloat16 autocast.
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("fp32", torch.float32),
+        Kind("amp", torch.float32, torch.bfloat16),
+        Kind("bf16", torch.bfloat16),
+        Kind("fp16", torch.float16),
+    )
+}
+
+
+@dataclass
+class Candidate:
+    """One way to do a group's work.
+
+    Args:
+        step: what is timed.
+        results: what is compared with fp64, by name.
+        kept_bytes: that autograd keeps from forward to backward, where there is a backward.
+        figures: what was measured of it already.
+    """
+
+    step: Step
+    results: Callable[[], dict[str, Tensor]]
+    kept_bytes: Callable[[], int] | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Work:
+    """What a group measures.
+
+    Args:
+        builders: row -> how to make it; each holds memory only while its group is measured. The first is the baseline.
+        exact: the results in fp64; None where another group checks them.
+        flops: floating-point operations of one step.
+        bytes: that a step must read and write at least; 0 where nobody counted them.
+        kind: of the group.
+        samples: of each row, at most.
+        seconds: that the samples should take together.
+        predicted: row -> milliseconds that a model of the GPU expects.
+        memory_alone: whether only the peak memory of a step is measured.
+    """
+
+    builders: Mapping[str, Callable[[], Candidate]]
+    exact: Callable[[], dict[str, Tensor]] | None
+    flops: int
+    kind: Kind
+    bytes: int = 0
+    samples: int = 15
+    seconds: float = 10.0
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    memory_alone: bool = False
+
+
+@dataclass(frozen=True)
+class First:
+    """A group's place in tier `first`.
+
+    Args:
+        worth: groups with a lower number are measured earlier on a GPU, whose minutes may be few.
+        attention: kernels whose rows are part of it.
+        levels: of recompute, beside the default.
+    """
+
+    worth: int
+    attention: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
+
+    def of(self, rows: tuple[str, ...], without: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The group's rows that are part of it."""
+
+        def wanted(row: str) -> bool:
+            attention, level = row.partition(" by ")[2], row.partition("recompute=")[2]
+            return (not attention or attention in self.attention) and (not level or level in self.levels)
+
+        return tuple(row for row in rows if wanted(row) and row not in without)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are measured side by side.
+
+    Args:
+        name: unique, as `-k` selects it.
+        title: of its table.
+        rows: their names, the baseline first.
+        work: what is measured, made on a machine.
+        first: its place in tier `first`; None: it is in tier `full` only.
+        without: rows that are in tier `full` only.
+    """
+
+    name: str
+    title: str
+    rows: tuple[str, ...]
+    work: Callable[[Machine], Work]
+    first: First | None = None
+    without: tuple[str, ...] = ()
+
+    def of_tier(self, tier: str) -> tuple[str, ...]:
+        if tier == "full":
+            return self.rows
+        return self.first.of(self.rows, self.without) if self.first else ()
+
+    @property
+    def worth(self) -> int:
+        return self.first.worth if self.first else 1 << 20
+
+
+class Row(NamedTuple):
+    """One row of a table, which is one test."""
+
+    group: Group
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.group.name}-{self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """How large the problems are. `small` rehearses a run where only the path matters, not the figures."""
+
+    name: str
+    frames: int
+    patches: int
+    dim: int
+    bottleneck: int
+    heads: int
+    hidden: int
+    adapter: int
+    most_clips: int
+    model: dict[str, Any]
+    variant: str = "base"
+
+    def clips(self, batch: int) -> int:
+        return min(batch, self.most_clips)
+
+
+PAPER = Sizes("paper", 8, 196, 768, 384, 12, 3072, 192, 1 << 10, {})
+SMALL = Sizes(
+    "small", 2, 4, 64, 32, 2, 64, 16, 2,
+    {
+        "image_size": 16, "patch_size": 8, "num_frames": 4, "embed_dim": 64, "depth": 2, "num_heads": 2,
+        "mlp_ratio": 1.0, "exchange_layers": (0,), "heads": {"verb": 64, "noun": 48},
+    },
+    "tiny",
+)  # fmt: skip
+SIZES = {sizes.name: sizes for sizes in (PAPER, SMALL)}
+
+#: Batches of clips in each tier of a GPU's groups.
+GPU_BATCHES = (1, 6, 32)

@@ -1,0 +1,145 @@
+"""One run of the benchmarks: its machine, what was selected, the minutes left, and the rows so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from compare import compare
+from groups import Group, Row, Sizes
+from measure import CpuMachine
+from report import Report
+
+from cast_kernels import _native
+from cast_kernels.gpu.ceilings import ceilings
+from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, UnusableError
+
+#: A group is not begun with less than this left of `--minutes`.
+LEAST_SECONDS = 10.0
+
+
+def device_of(asked: str) -> str:
+    """What `--device` means here: `auto` is the GPU where there is one."""
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() and torch.version.hip is None else "cpu"
+
+
+@dataclass
+class Session:
+    """What the tests of a run share.
+
+    Args:
+        device: "cpu" or "cuda": whose groups these are.
+        sizes: of the problems.
+        minutes: for everything; infinite unless asked for.
+        report: takes the rows.
+        resume: whether rows that the report's file holds already are not measured again.
+    """
+
+    device: str
+    sizes: Sizes
+    minutes: float
+    report: Report
+    resume: bool = False
+    selected: dict[str, list[str]] = field(default_factory=dict)  # by group's name; rows in the order of its table
+    broken: str = ""
+    _began: float = field(default_factory=time.monotonic)
+    _measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """Raises NoGPUError where the device is cuda and there is none."""
+        return CudaMachine() if self.device == "cuda" else CpuMachine()  # type: ignore[return-value]
+
+    def seconds_left(self) -> float:
+        return 60 * self.minutes - (time.monotonic() - self._began)
+
+    def select(self, rows: Sequence[Row]) -> None:
+        """Only these are measured, each beside the baseline of its group."""
+        for group in {row.group.name: row.group for row in rows}.values():
+            asked = {row.name for row in rows if row.group.name == group.name} | {group.rows[0]}
+            self.selected[group.name] = [name for name in group.rows if name in asked]
+
+    def row(self, row: Row) -> dict[str, Any]:
+        """The row, measured with its group when the first of the group is asked for."""
+        group = row.group
+        if group.name not in self._measured:
+            self._measured[group.name] = self._measure(group)
+        return self._measured[group.name][row.name]
+
+    def _measure(self, group: Group) -> dict[str, dict[str, Any]]:
+        names = self.selected[group.name]
+        known = self.report.known(group.title) if self.resume else {}
+        if known:
+            ended = {"failed": "the run before ended while this row's group was measured"}
+            return {name: known.get(name, ended) for name in names}
+        if self.broken:
+            return {name: {"failed": self.broken} for name in names}
+        if self.seconds_left() < LEAST_SECONDS:
+            return {name: {"missing": f"not begun: the {self.minutes:g} minutes were over"} for name in names}
+        try:
+            self._measure_ceilings()
+            work = group.work(self.machine)
+            work.seconds = work.seconds if self.sizes.name == "paper" else 0.0
+            rows = compare(
+                self.machine, work, names, self.seconds_left(), self.device,
+                lambda name, row: self.report.add(group.title, name, row),
+            )  # fmt: skip
+            self._rate(rows, work.flops, work.bytes, str(work.kind.compute))
+        except NoGPUError as error:
+            self.broken = f"{error}; --device cpu measures on the processor"
+            return {name: {"failed": self.broken} for name in names}
+        except UnusableError as error:  # the rows known so far are in the report; later groups have none
+            self.broken = str(error)
+            self.report.broken = self.broken
+            self.report.save()
+            known = self.report.known(group.title)
+            return {name: known.get(name, {"failed": self.broken}) for name in names}
+        except Exception as error:  # of the exact results, or of timing
+            failed = {"failed": f"{type(error).__name__}: {error}"}
+            self._note_fault()
+            rows = {name: {**self.report.known(group.title).get(name, {}), **failed} for name in names}
+        for name, found in rows.items():
+            self.report.add(group.title, name, found)
+        return rows
+
+    def _note_fault(self) -> None:
+        try:
+            self.machine.synchronise()
+        except Exception as error:
+            self.broken = f"the GPU can be used no more ({error}); what follows was not run"
+            self.report.broken = self.broken
+
+    def _measure_ceilings(self) -> None:
+        """Once a run, before the first group."""
+        if self.report.ceilings or self.report.about_device:
+            return
+        if self.device == "cuda":
+            self.report.about_device = self.machine.describe()
+            small = {"copy_bytes": 1 << 10, "gemm": 16} if self.sizes.name == "small" else {}
+            found = dict(ceilings(self.machine, 10, **small))
+            self.report.ceilings = {} if self.machine.stand_in else found
+        elif _native.CORE is not None:
+            # The best of several: a neighbour that takes a core for a moment must not lower the ceiling.
+            rates = [_native.CORE.measure_fma_ceiling(torch.get_num_threads(), 0.2) for _ in range(3)]
+            self.report.ceilings = {"fma_flops_per_s": 1e9 * max(rates)}
+
+    def _rate(self, rows: dict[str, dict[str, Any]], flops: int, least_bytes: int, compute: str) -> None:
+        """Write each row's rate and its shares of the ceilings into it; a GPU's by its graph, which is without gaps."""
+        found = self.report.ceilings
+        gemm = "gemm_fp32_flops_per_s" if compute == "torch.float32" else "gemm_flops_per_s"
+        ceiling = found.get("fma_flops_per_s") or found.get(gemm)
+        for row in rows.values():
+            ms = row.get("graph_median_ms", row.get("median_ms"))
+            if ms is None or not flops:
+                continue
+            row["gflops"] = flops / ms / 1e6
+            if ceiling:
+                row["of_ceiling"] = 1e3 * flops / ms / ceiling
+            if least_bytes and "copy_bytes_per_s" in found:
+                row["of_copy"] = 1e3 * least_bytes / ms / found["copy_bytes_per_s"]

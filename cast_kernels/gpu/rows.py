@@ -1,0 +1,85 @@
+"""A row of a benchmark as text: the terminal's tables and the report of `gpu-check` have the same columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+#: The figures of one way to do something, by name; `benchmarks/compare.py` fills it in.
+Row = dict[str, Any]
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) is None else form.format(row[key])
+
+
+def _spread(key: str, spread: str, form: str, wrong: str = "") -> Callable[[Row], str]:
+    """A median with what lies around it: there is no figure without it."""
+
+    def cell(row: Row) -> str:
+        if row.get(key) is None:
+            return wrong if row.get("correct") is False else ""
+        low, high = (form.format(x) for x in row[spread])
+        return f"{form.format(row[key])} ({low}..{high})"
+
+    return cell
+
+
+#: Header -> the cell of a row, or "" where the row has no such figure. A column without cells is left out.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "ms (spread)": _spread("median_ms", "spread_ms", "{:.4g}"),
+    "speed-up (spread)": _spread("speedup", "speedup_spread", "{:.2f}", "inexact"),
+    "cold L2 ms": _number("cold_median_ms", "{:.4g}"),
+    "graph ms (spread)": _spread("graph_median_ms", "graph_spread_ms", "{:.4g}"),
+    "graph speed-up (spread)": _spread("graph_speedup", "graph_speedup_spread", "{:.2f}", "inexact"),
+    "graph, cold L2 ms": _number("graph_cold_median_ms", "{:.4g}"),
+    "predicted ms": _number("predicted_ms", "{:.4g}"),
+    "clips/s": _number("clips_per_second", "{:.1f}"),
+    "GFLOP/s": lambda row: "" if "of_ceiling" in row else _number("gflops", "{:.0f}")(row),
+    "of ceiling": _number("of_ceiling", "{:.0%}"),
+    "of copy": _number("of_copy", "{:.0%}"),
+    "kept MiB": _number("kept_mib", "{:.1f}"),
+    "peak MiB": _number("peak_mib", "{:.0f}"),
+    "of first row": _number("peak_share", "{:.0%}"),
+    "before the first step MiB": _number("before_mib", "{:.0f}"),
+    "peak above that MiB": _number("above_mib", "{:.0f}"),
+    "of first row's": _number("above_share", "{:.0%}"),
+    "error / eager's": _number("worst_error_over_eager", "{:.2f}"),
+    "samples": lambda row: str(len(row["all_ms"])) if "all_ms" in row else "",
+}
+
+_NOTES = (
+    "ms: the median, with the middle half of the samples around it, or all of them where there are fewer than eight",
+    "speed-up over the first row: the median of the rounds' ratios, with their spread; a round times each row once",
+    "error / eager's: the largest root mean square error of a tensor, over that of the first row, both against fp64",
+    "inexact: an error against fp64 is more than twice that of the first row, so no speed-up",
+    "of ceiling, of copy: shares of the measured rates below, by the graph's time where there is one",
+)
+_STAND_IN = "stand-in: an emulated device or library took the row's place; nothing about it was measured"
+
+
+def notes(groups: Mapping[str, Mapping[str, Row]]) -> tuple[str, ...]:
+    """What a reader of the tables must know."""
+    stand_in = any("stand_in" in row for rows in groups.values() for row in rows.values())
+    return (*_NOTES, _STAND_IN) if stand_in else _NOTES
+
+
+def reason(row: Row) -> str:
+    """Why figures are missing, "" if none are."""
+    found = [f"{why.replace('_', ' ')}: {row[why]}" for why in ("failed", "missing", "no_graph") if why in row]
+    return "; ".join(found)
+
+
+def cells(rows: Mapping[str, Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line of cells for each row. A row that was stood in for shows no figure."""
+    shown = {header: cell for header, cell in COLUMNS.items() if any(cell(row) for row in rows.values())}
+    lines = []
+    for name, row in rows.items():
+        line = [cell(row) for cell in shown.values()] or [""]
+        if "stand_in" in row:
+            line = ["stand-in" if cell else "" for cell in line]
+        for why in ("missing", "failed"):
+            if why in row:
+                line[0] = why
+        lines.append([name, *line])
+    return ["variant", *(shown or [""])], lines

@@ -1,0 +1,91 @@
+"""The one timer: interleaved samples, their spread, and speed-ups as ratios within a round.
+
+Machines are shared: another program may take the cores or the GPU's clock at any moment, seen or unseen. Steps are
+therefore timed in turn, A B C A B C ..., a speed-up is the median of the rounds' ratios, and none is given without
+the spread.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cast_kernels.gpu.machine import Machine, Step
+
+#: Samples of every step, however little time there is: fewer have no spread.
+FEWEST = 3
+#: From this number of samples on their spread is the middle half, which leaves out a stray one; below, it is all of
+#: them.
+_QUARTILES_FROM = 8
+
+#: Milliseconds of one call, from so many calls.
+Elapsed = Callable[[Step, int], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and what lies around it: the quartiles, or the extremes of fewer than eight values."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        if len(values) < _QUARTILES_FROM:
+            return Spread(statistics.median(values), min(values), max(values))
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+def interleave(
+    elapsed: Elapsed, steps: Mapping[str, Step], samples: int, seconds: float, sample_seconds: float
+) -> dict[str, list[float]]:
+    """Time every step in turn, so that a change of the machine's clock or load meets all alike.
+
+    Args:
+        elapsed: times so many calls of a step.
+        steps: name -> call. Every one has been called before, so that nothing is left to compile.
+        samples: of each step, at most.
+        seconds: that all samples together should take; never fewer than :data:`FEWEST` rounds.
+        sample_seconds: a sample repeats its call until so much time has passed.
+
+    Returns:
+        name -> milliseconds of one call, one for each round: the n-th of two steps were measured side by side.
+    """
+    first = {name: elapsed(step, 1) for name, step in steps.items()}
+    repeats = {name: max(1, round(1e3 * sample_seconds / max(ms, 1e-6))) for name, ms in first.items()}
+    slow = all(count == 1 for count in repeats.values())  # then the first calls were a round already
+    seen = {name: [ms] if slow else [] for name, ms in first.items()}
+    one_round = sum(repeats[name] * ms for name, ms in first.items()) / 1e3
+    left = seconds - sum(first.values()) / 1e3
+    rounds = max(FEWEST, min(samples, slow + int(left / one_round) if one_round else samples))
+    for _ in range(rounds - slow):
+        for name, step in steps.items():
+            seen[name].append(elapsed(step, repeats[name]))
+    return seen
+
+
+def speedups(baseline: Sequence[float], others: Sequence[float]) -> Spread:
+    """How many times faster the others are: the ratio of each round."""
+    return Spread.of([base / other for base, other in zip(baseline, others, strict=True)])
+
+
+def cold(machine: Machine) -> Elapsed:
+    """Times single calls, each with an L2 that holds nothing of the step's."""
+
+    def elapsed(step: Step, repeats: int) -> float:
+        machine.flush_cache()
+        return machine.elapsed_ms(step)
+
+    return elapsed
+
+
+def median_ms(machine: Machine, step: Step, samples: int, warm_up: int = 3) -> float:
+    """Median of one step alone, after calls that compile and allocate."""
+    for _ in range(warm_up):
+        step()
+    machine.synchronise()
+    return Spread.of(interleave(machine.elapsed_ms, {"": step}, samples, 60.0, 0.0)[""]).median

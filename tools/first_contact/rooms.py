@@ -1,0 +1,187 @@
+"""Rows that no benchmark has, on the benchmarks' own problems: correctness first, repetition, one step from inside.
+
+What it imports must find the device in place: `worker` brings it in after that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import bench_adapter
+import bench_bcast
+import bench_ffn
+import bench_model
+import bench_self_attention
+import torch
+from compare import worst_ratio
+from groups import PAPER, SMALL, Group, Sizes, Work
+from measure import rms_error
+from torch import Tensor
+
+from cast_kernels.evidence.cases import Case, poisoned_memory
+from cast_kernels.evidence.experts import ExpertCase
+from cast_kernels.gpu import check
+from cast_kernels.gpu.machine import Machine
+from cast_kernels.gpu.report import is_right
+from first_contact import inside
+from first_contact.device import EMULATED
+from first_contact.rows import Rows
+
+#: What a row is called -> how it is found.
+Room = Mapping[str, Callable[[], dict[str, Any]]]
+
+_FILES = (bench_bcast, bench_ffn, bench_self_attention, bench_adapter, bench_model)
+#: Our backend, as the benchmarks name its rows.
+OURS = "cast_kernels, triton"
+#: Of the inputs of `gpu-check`'s problems: no figure here depends on chance.
+SEED = 20
+SMALL_PLAN = replace(check.QUICK, cases=(Case(2, 2, 5, 32, 32, 2),), experts=(ExpertCase(20, 32, 48, 16, heads=2),))
+#: Why nothing is said of a result in a rehearsal.
+RECORDED = "some launches were recorded, not carried out"
+#: Groups whose rows of ours are checked, in order of worth.
+CHECKED = (
+    "bcast amp B1 training", "ffn temporal amp B1 training", "self_attention temporal amp B1 training",
+    "model training step amp B1", "bcast bf16 B1 training", "bcast fp16 B1 training", "bcast fp32 B1 training",
+    "ffn spatial amp B1 training", "ffn temporal bf16 B1 training", "model inference bf16 B1",
+    "bcast amp B6 training", "adapter temporal amp B1 training",
+)  # fmt: skip
+#: Groups whose bits are compared. Not attention over whole clips: PyTorch's backward of it may differ each time.
+REPEATED = (
+    "bcast bf16 B6 training", "bcast amp B6 training", "ffn temporal amp B6 training",
+    "adapter temporal amp B6 training", "bcast fp16 B6 training", "bcast fp32 B6 training",
+)  # fmt: skip
+#: Seconds of one of these rows.
+REPEAT_SECONDS = 5.0
+#: Of one tool: it ends itself before this process is killed, which would leave it running.
+SANITIZER_SECONDS = 180.0
+
+
+def groups(sizes: Sizes) -> dict[str, Group]:
+    """Every group of the benchmarks on a GPU, by name."""
+    return {group.name: group for file in _FILES for group in file.groups("cuda", sizes)}
+
+
+def rows_of(room: str, machine: Machine) -> Room:
+    """The rows of one room, at the paper's size, or in a rehearsal at small ones."""
+    return ROOMS[room](machine, groups(SMALL if EMULATED else PAPER))
+
+
+def correctness(machine: Machine, known: Mapping[str, Group]) -> Room:
+    """Each of our rows beside the group's baseline, both against fp64, new memory poisoned."""
+    problems = {
+        f"{name}, {row.removeprefix(OURS).lstrip(', ') or 'default'}": partial(compared, machine, known[name], row)
+        for name in CHECKED
+        for row in known[name].rows
+        if row.startswith(OURS)
+    }
+    plan = SMALL_PLAN if EMULATED else check.FULL
+    for number, one in enumerate((*plan.cases, *plan.experts)):
+        for dtype in plan.dtypes if number == 0 or isinstance(one, ExpertCase) else plan.dtypes[:1]:
+            problems[f"{one}, {dtype}"] = partial(checked, machine, one, dtype)
+    return problems
+
+
+def checked(machine: Machine, case: check.AnyCase, dtype: str) -> dict[str, Any]:
+    """One problem of `cast-kernels gpu-check`."""
+    cases, experts = ((), (case,)) if isinstance(case, ExpertCase) else ((case,), ())
+    plan = check.Plan(cases, (dtype,), experts)
+    machine.computed()
+    found = next(entry for entry in check.correctness(machine, plan, SEED) if entry["backend"] == "triton")
+    return {"ok": None, "why_not": RECORDED} if not machine.computed() else found | {"ok": is_right(found)}
+
+
+def compared(machine: Machine, group: Group, row: str) -> dict[str, Any]:
+    """The worst tensor of one row."""
+    work, exact, eager = truth(machine, group)
+    with poisoned_memory():
+        candidate = work.builders[row]()
+        machine.computed()
+        ours = rms_error(candidate.results(), exact)
+    if not machine.computed():
+        return {"ok": None, "why_not": RECORDED}
+    ratio, where = worst_ratio(ours, eager, exact)
+    return {"ok": ratio <= 2, "error over eager's": ratio, "worst tensor": where, "rms": ours[where]}
+
+
+@lru_cache(1)
+def truth(machine: Machine, group: Group) -> tuple[Work, dict[str, Tensor], dict[str, float]]:
+    """A group's work, its results in fp64, and the errors of its baseline."""
+    work = group.work(machine)
+    assert work.exact is not None
+    exact = dict(work.exact())
+    return work, exact, rms_error(work.builders[group.rows[0]]().results(), exact)
+
+
+def repetition(machine: Machine, known: Mapping[str, Group]) -> Room:
+    """The same call many times: Triton before 3.7.1 leaves out a fence on sm_90, and a race shows as other bits."""
+    return {name: partial(repeat, machine, known[name]) for name in REPEATED}
+
+
+def repeat(machine: Machine, group: Group) -> dict[str, Any]:
+    """Compare the bits of every result with the first call's, with and without a cold L2."""
+    candidate = group.work(machine).builders[OURS]()
+    first = {name: x.clone() for name, x in candidate.results().items()}
+    other = {name: torch.zeros((), dtype=torch.int64, device=x.device) for name, x in first.items()}
+    calls, end = 0, time.perf_counter() + (0 if EMULATED else REPEAT_SECONDS)
+    while calls < 2 or time.perf_counter() < end:
+        if calls % 2:
+            machine.flush_cache()
+        for name, x in candidate.results().items():
+            other[name] += (_bits(x) != _bits(first[name])).any()
+        calls += 1
+        if calls % 20 == 0:
+            machine.synchronise()
+    if not machine.computed():
+        return {"ok": None, "calls": calls, "why_not": RECORDED}
+    differing = {name: int(count) for name, count in other.items() if count}
+    worst = max(differing, key=lambda name: differing[name], default="")
+    why = f"{differing[worst]} of {calls} calls gave other bits of {worst}" if worst else ""
+    return {
+        "ok": not differing,
+        "calls": calls,
+        "tensors": len(first),
+        "tensors that differ": len(differing),
+        "why_not": why,
+    }
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def step(machine: Machine, known: Mapping[str, Group]) -> Room:
+    """Training steps from inside: the host's time, kernels by time, and what was loaded for ours."""
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+    for batch in (1, 6):
+        group = known[f"model training step amp B{batch}"]
+        for row in (OURS, group.rows[0]):
+            rows[f"host, B{batch}, {row}"] = partial(_inside, inside.host_time, machine, group, row)
+    for row in (OURS, group.rows[0]):
+        rows[f"profile, B{batch}, {row}"] = partial(_inside, inside.profile, machine, group, row)
+    return rows | {"kernels": partial(inside.loaded, machine)}
+
+
+def _inside(look: Callable[..., dict[str, Any]], machine: Machine, group: Group, row: str) -> dict[str, Any]:
+    return look(machine, group.work(machine).builders[row]().step)
+
+
+def sanitizer(machine: Machine, known: Mapping[str, Group]) -> Room:
+    """compute-sanitizer's tools on small problems."""
+    return {tool: partial(_sanitized, machine, tool) for tool in check.SANITIZERS}
+
+
+def _sanitized(machine: Machine, tool: str) -> dict[str, Any]:
+    result = machine.sanitize(tool, check.SANITIZED, min(SANITIZER_SECONDS, Rows().seconds_left() - 5))
+    if result is None:
+        return {"ok": None, "why_not": "compute-sanitizer is not installed"}
+    return {"ok": result[0], "output": result[1]}
+
+
+#: Name -> its rows, from the machine and the benchmarks' groups by name.
+ROOMS: dict[str, Callable[[Machine, Mapping[str, Group]], Room]] = {
+    "correctness": correctness, "repetition": repetition, "step": step, "sanitizer": sanitizer,
+}  # fmt: skip

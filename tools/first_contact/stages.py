@@ -1,0 +1,93 @@
+"""What is done, in order of worth."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of work, in processes of its own.
+
+    A stage of rows says at its start which there are, and before and after each that it begins and what was found. A
+    row in which its process dies or hangs costs that row: another process goes on with the next.
+    """
+
+    name: str
+    about: str
+    command: tuple[str, ...]  # {scratch} is a folder, {minutes} what is left for the process
+    seconds: float  # most of all its processes
+    needs: float = 5.0  # with less time left it is not begun
+    row_seconds: float = math.inf  # most of one row, the start of its process included
+    file: str = "log.txt"  # where its output goes
+    brings: str = ""  # a file that its processes write in {scratch}, and that comes back as well
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", module, *arguments)
+
+
+def rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds: float = 60.0) -> Stage:
+    return Stage(name, about, _python("first_contact.worker", name), seconds, needs, row_seconds)
+
+
+def benchmarks(
+    name: str, about: str, seconds: float, which: str, emulated: bool, file: str = "benchmarks.json"
+) -> Stage:
+    """Rows of `pytest benchmarks/`. A group of which the file holds rows already is not measured again."""
+    rehearsed = ("-p", "rehearsal", "--sizes", "small") if emulated else ()
+    pytest = _python(
+        "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--device", "cuda", "-k", which,
+        "--minutes", "{minutes}", "--rows", "{scratch}/" + file, "--resume", *rehearsed,
+        "-p", "first_contact.plugin", "-p", "no:cacheprovider", "-q",
+    )  # fmt: skip
+    return Stage(name, about, pytest, seconds, needs=15, row_seconds=150, brings=file)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+_COMPILED = "compiled.json"
+#: The one group whose torch.compile is worth a minute of compiling before anything else.
+COMPILED_STEP = "compile and model and training and step and amp and B6"
+#: Where Triton looks for kernels that were compiled before.
+_CACHE = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+_COMPILE = _python("cast_kernels.cli", "compile", "--target", "sm_90", "--problems", "paper", "--cache", _CACHE)
+
+
+#: The minutes that the stages' seconds are made for.
+MINUTES = 8.0
+
+
+def stages(emulated: bool, minutes: float = MINUTES) -> list[tuple[Stage, ...]]:
+    """What is done, in order of worth. Stages in one tuple run at the same time: none of them uses the GPU.
+
+    Args:
+        emulated: whether a rehearsal's device stands in for the GPU.
+        minutes: of the whole run: stages get more or less of it in proportion, rows never less.
+    """
+    scale = minutes / MINUTES
+    return [tuple(_scaled(stage, scale) for stage in wave) for wave in _waves(emulated)]
+
+
+def _scaled(stage: Stage, scale: float) -> Stage:
+    return replace(stage, seconds=scale * stage.seconds, row_seconds=max(1.0, scale) * stage.row_seconds)
+
+
+def _waves(emulated: bool) -> tuple[tuple[Stage, ...], ...]:
+    return (
+        (
+            Stage("machine", "what the machine is", _python("first_contact.machine"), 60, file="machine.txt"),
+            Stage("build", "pip install -e . with the native core", _python("first_contact.build"), 75),
+            Stage("compile", "kernels into Triton's cache, ahead of their first call", _COMPILE, 60),
+        ),
+        (rows("correctness", "errors against fp64, at most twice eager's", 80),),
+        (benchmarks("times", "ours and eager, medians of CUDA events", 140, "not compile and not host", emulated),),
+        (rows("step", "one training step: kernels by time, time on the host, kernels as loaded", 40),),
+        (benchmarks("compiled_step", "a training step beside torch.compile", 80, COMPILED_STEP, emulated, _COMPILED),),
+        (rows("repetition", "the same bits, many times over", 35),),
+        (benchmarks("compiled", "everything else beside torch.compile", 300, "compile", emulated, _COMPILED),),
+        (rows("sanitizer", "compute-sanitizer", 400, needs=30, row_seconds=200),),
+    )
