@@ -37,7 +37,7 @@ def test_compile_gets_its_options(calls: list[Any]) -> None:
     more = ["--target", "sm_89", "--dtype", "fp16", "bf16", "--problems", "all", "--json", "x.json", "--cache", "c"]
     assert cli.main(["compile", *more]) == 0
     assert calls == [
-        ("compile", (["sm_80", "sm_90", "sm_100", "gfx942"], ["bf16", "fp16", "fp32", "amp"], "paper", None, None)),
+        ("compile", (("sm_80", "sm_90", "sm_100", "gfx942"), ("bf16", "fp16", "fp32", "amp"), "paper", None, None)),
         ("compile", (["sm_89"], ["fp16", "bf16"], "all", Path("x.json"), Path("c"))),
     ]
 
