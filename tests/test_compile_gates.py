@@ -20,6 +20,7 @@ from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
 from cast_kernels.evidence.resources import Resources
 from cast_kernels.evidence.targets import target
+from cast_kernels.triton import tiles
 
 
 def launched(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Launch:
@@ -277,3 +278,21 @@ def test_what_an_expert_launches_is_compiled(name: str, dtype: str, opcode: str,
     assert {row.kernel for row in rows} >= {"norm", "norm_backward", "adapter_forward", "adapter_backward"}
     assert all(row.resources.tensor_core.startswith(opcode) for row in rows if row.kernel.startswith("adapter"))
     assert {row.cases for row in rows} == {(str(case),)}
+
+
+@pytest.mark.parametrize("rows", [1, 1 << 20])
+@pytest.mark.parametrize("width", [384, 768])
+@pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_stages_of_a_float32_stream_fit_in_shared_memory(name: str, width: int, rows: int) -> None:
+    """Under autocast `project` holds a step of its rows in float32 beside 16-bit weights."""
+    tile = tiles.find(name, "project_wide", 16, width, rows)
+    assert tile.stages * tile.k * (tile.rows * 4 + width * 2) <= target(name).shared_limit
+
+
+@pytest.mark.parametrize("kind", ["amp", "amp16"])
+def test_what_training_launches_under_autocast_passes_the_gates(kind: str, tmp_path: Path) -> None:
+    """B-CAST's forward at the published size, which float32 streams once had over the limit of shared memory."""
+    rows = compiling.compile_target("sm_90", kind, [Case(batch=6, backward=False)], tmp_path)
+    judged = [judge(row, EXCEPTIONS) for row in rows]
+    assert {row.kernel for row in judged} >= {"project", "exchange"}
+    assert [row.failures for row in judged if row.failures] == []

@@ -27,6 +27,7 @@ def test_the_choices_are_those_of_the_tools() -> None:
     assert set(cli.COMPILE_TARGETS) == set(targets.TARGETS)
     assert cli.EMULATE_TARGETS == emulate.TARGETS
     assert tuple(cases.DTYPES) == cli.DTYPES
+    assert tuple(cases.KINDS) == cli.KINDS
     assert tuple(compile.PROBLEMS) == cli.PROBLEMS
     assert tuple(emulate.SIZES) == cli.SIZES
 

@@ -119,7 +119,7 @@ def test_every_constant_has_a_source() -> None:
     assert {name for name, goal in DEVICES.items() if goal.dram.assumed} == {"A100"}
 
 
-@pytest.mark.parametrize("kind", eager_model.KINDS)
+@pytest.mark.parametrize("kind", eager_model.EAGER)
 def test_eagers_operations_are_all_there(kind: str) -> None:
     """FLOPs of the paper's B-CAST with six clips, counted by hand: 47.4e9 forward."""
     case = Case(batch=6)
@@ -136,8 +136,9 @@ def test_eagers_operations_are_all_there(kind: str) -> None:
 
 
 def test_autocast_costs_kernels() -> None:
-    plain, amp = (eager_model.trace(SMALL, kind)[0] for kind in eager_model.KINDS)
+    plain, amp, amp16 = (eager_model.trace(SMALL, kind)[0] for kind in eager_model.EAGER)
     assert len(amp) > len(plain)
+    assert sum(o.bytes for o in amp) > sum(o.bytes for o in amp16)  # residual sums of float32 streams
     assert eager_model.seconds(plain, H100) == pytest.approx(len(plain) * 2.5e-6)  # small ones cost a launch each
 
 
@@ -202,9 +203,10 @@ def test_phases_and_totals(tmp_path: Path) -> None:
 
 def test_goals_are_held_against_predictions() -> None:
     found = {
+        "kind": "bf16",
         "devices": {
             "H100": {"batches": [{"batch": 6, "us": {"inference": 120.0, "forward": 131.0, "backward": 250.0}}]}
-        }
+        },
     }
     assert report.targets(found) == [
         "met     H100, B=6, inference: 120 us, goal 130 us",
@@ -228,6 +230,18 @@ def test_committed_predictions_are_labelled_and_their_table_is_theirs() -> None:
     text = (PREDICTIONS / "README.md").read_text()
     assert text == report.markdown(PREDICTIONS)
     assert "no kernel of ours has been timed" in text
+
+
+def test_the_committed_prediction_under_autocast_is_what_training_runs() -> None:
+    found = json.loads((PREDICTIONS / "amp/h100.json").read_text())
+    assert (found["kind"], found["label"]) == ("amp", "predicted, unvalidated: no kernel of ours has been timed")
+    case = Case(batch=1)
+    (one,) = (b for b in found["devices"]["H100"]["batches"] if b["batch"] == 1)
+    assert not any(p["why_not"] for launches in one["launches"].values() for p in launches)
+    forward, _ = eager_model.trace(case, "amp")
+    (eager,) = (e for e in one["eager"] if (e["kind"], e["phase"]) == ("amp", "forward"))
+    assert eager["us"] == pytest.approx(1e6 * eager_model.seconds(forward, H100))
+    assert eager["kernels"] == len(forward)
 
 
 def test_a_folder_is_of_the_default_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

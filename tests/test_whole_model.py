@@ -143,6 +143,7 @@ def test_every_way_of_a_small_model() -> None:
     names = {row.part.partition(": ")[2] for row in ours.rows if row.kind == "ours"}
     assert {"project", "exchange", "adapter_backward", "norm", "activate", "weight_gradient"} <= names
     assert all(row.us >= row.bound for row in ours.rows)
+    assert ours.failures == ()
     assert eager.host_us == pytest.approx((eager.kernels - 2) * (host.OPERATOR + host.LAUNCH))
 
 
@@ -156,6 +157,7 @@ def test_a_launch_of_ours_is_charged_as_a_library_kernel() -> None:
     assert whole_model.charged(launch(0, 0, 1.0), H100) == pytest.approx(2.5)
 
 
+@pytest.mark.heavy
 def test_blocks_of_a_compiled_model_are_counted_by_difference() -> None:
     deep = replace(TINY, depth=5, training=False, drop_path=0.0)
     by_difference = compiled_model.count(deep)["forward"]

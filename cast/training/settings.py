@@ -196,15 +196,15 @@ class RunSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if self.deterministic and self.attention not in ATTENTIONS:
-            raise ValueError(
-                f"run.deterministic=true, but run.attention={self.attention} adds up in an order that changes; choose "
-                f"{', '.join(ATTENTIONS)}"
-            )
         if self.stream_dtype == "autocast" and self.precision == "fp32":
             raise ValueError(
                 "run.stream_dtype is autocast and run.precision fp32, which has no autocast; choose bf16 or fp16, or "
                 "leave run.stream_dtype at auto"
+            )
+        if self.deterministic and self.attention not in ATTENTIONS:
+            raise ValueError(
+                f"run.deterministic=true, but run.attention={self.attention} adds up in an order that changes; choose "
+                f"{', '.join(ATTENTIONS)}"
             )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cast_kernels.evidence import compiled_model, host, whole_report
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.devices import Device, device
-from cast_kernels.evidence.driver import Launch, offline_driver
+from cast_kernels.evidence.driver import offline_driver
 from cast_kernels.evidence.eager_model import DRAM_SHARE, LEAST, TENSOR_SHARE, Ledger, Operation
 from cast_kernels.evidence.model import Prediction
 from cast_kernels.evidence.parts import Model, Part, parts
@@ -58,6 +59,7 @@ class Way:
     name: str  # "eager AMP", "torch.compile", "ours"
     rows: tuple[Row, ...]
     host_us: float
+    failures: tuple[str, ...] = ()  # launches that no multiprocessor could hold
 
     @property
     def us(self) -> float:
@@ -152,6 +154,7 @@ def _rows(part: str, phase: str, found: Mapping[Operation, int], times: int, nam
 def _ours(goal: Device, model: Model, cache: Path | None) -> Way:
     """PyTorch's operators by the ledger, our launches compiled and traced."""
     rows: list[Row] = []
+    failures: dict[str, None] = {}
     operators = launched = trained = 0
     with offline_driver(goal.target, Keeper(), cache) as keeper:
         for part in parts(model, "triton"):
@@ -159,17 +162,19 @@ def _ours(goal: Device, model: Model, cache: Path | None) -> Way:
             for phase in _phases(part, ledger, model.training):
                 found, launches = Counter(ledger.take()), keeper.take()
                 rows += _rows(part.name, phase, found, part.times, goal.name)
-                rows += _launched(part, phase, launches, goal)
+                predicted = predict_launches(launches, goal)
+                rows += _launched(part, phase, predicted, goal)
+                failures |= {f"{goal.name} {p.kernel}: {p.why_not}": None for p in predicted if p.why_not}
                 operators += part.times * sum(found.values())
                 launched += part.times * len(launches)
     rows += _optimizer(trained, model, goal.name)
-    return Way(goal.name, model, "ours", tuple(rows), host.interpreted_us(operators, launched))
+    return Way(goal.name, model, "ours", tuple(rows), host.interpreted_us(operators, launched), tuple(failures))
 
 
-def _launched(part: Part, phase: str, launches: Sequence[Launch], goal: Device) -> list[Row]:
+def _launched(part: Part, phase: str, launches: Sequence[Prediction], goal: Device) -> list[Row]:
     """Our launches of one part, a row for each kernel; `part` names the kernel behind the op."""
     found: dict[str, list[Prediction]] = {}
-    for one in predict_launches(launches, goal):
+    for one in launches:
         found.setdefault(one.kernel, []).append(one)
     return [
         Row(
@@ -194,12 +199,12 @@ def both(batches: Sequence[int], recompute: str, streams: Sequence[str]) -> list
     return [replace(one, drop_path=one.drop_path if one.training else 0.0) for one in base]
 
 
-def as_json(way: Way) -> dict[str, object]:
+def as_json(way: Way) -> dict[str, Any]:
     """One way with all its rows."""
     return {
         "device": way.device, "model": asdict(way.model), "way": way.name, "gpu_us": way.us, "host_us": way.host_us,
         "kernels": way.kernels, "fixed_us": way.of(*FIXED), "without_graphs_us": way.without_graphs,
-        "with_graphs_us": way.with_graphs, "rows": [asdict(row) for row in way.rows],
+        "with_graphs_us": way.with_graphs, "failures": list(way.failures), "rows": [asdict(row) for row in way.rows],
     }  # fmt: skip
 
 
@@ -207,7 +212,7 @@ def main(
     devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None,
     recompute: str, streams: Sequence[str],
 ) -> int:  # fmt: skip
-    """Predict, print, write, and return the exit code.
+    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device.
 
     Args:
         devices: names.
@@ -221,11 +226,12 @@ def main(
     console = wide_console()
     ways = [as_json(way) for way in predict(devices, both(batches, recompute, streams), cache)]
     console.print(whole_report.summary(ways))
-    for line in whole_report.goals(ways):
+    failures = [f"FAIL  {line}" for way in ways for line in way["failures"]]
+    for line in (*whole_report.goals(ways), *dict.fromkeys(failures)):
         console.print(line, markup=False, highlight=False)
     if json_file:
         json_file.write_text(json.dumps(ways, indent=1) + "\n")
     if folder:
         command = f"cast-kernels predict --model --recompute {recompute} --streams {' '.join(streams)} --folder"
         whole_report.write(ways, folder, command, str(datetime.date.today()))
-    return 0
+    return 1 if failures else 0

@@ -130,8 +130,10 @@ class _Backward(Draft):
             self.do[way.name], self.dh[stream] = self._scratch(self.patch_rows[stream], d), self._scratch(rows, d)
             g = self._scratch(*((rows, d) if parameters else (1,)))
             partial = self._scratch(tiles_of[stream] if parameters else 1, dim + d, dtype=torch.float32)
+            # Rounded once, as the product for up_weight reads it too: float32 rows leave no room for three stages.
+            grad_y = self.computed(self.grad_out[stream])
             sides[stream] = Received(
-                self.grad_out[stream], mine.h or self._scratch(rows, d), mine.o,
+                grad_y, mine.h or self._scratch(rows, d), mine.o,
                 self.scale[stream] or self.x[stream], g, self.dh[stream], self.do[way.name], partial,
                 proj, proj_bias, up,
             )  # fmt: skip

@@ -154,6 +154,8 @@ class Draft:
 
     def tile(self, kernel: str) -> tiles.Tile:
         bits, rows = self.problem.compute.itemsize * 8, sum(self.rows.values())
+        if kernel == "project" and self.kind.streams.itemsize * 8 > bits:
+            kernel = "project_wide"
         return tiles.find(self.arch, kernel, bits, self.problem.bottleneck_dim, rows)
 
     def computed(self, operand: Buffer) -> Buffer:

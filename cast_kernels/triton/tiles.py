@@ -56,6 +56,7 @@ class TileSet:
     weight_gradient: Tile
     attention_backward: Tile  # reads `queries`, `keys`, `warps` and `key_stages` alone
     project: Tile | None = None
+    project_wide: Tile | None = None  # `project` where streams are wider than operands, as under autocast
     exchange: Tile | None = None
     #: `exchange` where a tile of queries holds whole windows. Beside longer windows only its rows and queries count.
     exchange_short: Tile | None = None
@@ -79,6 +80,8 @@ class TileSet:
     def of(self, kernel: str) -> Tile:
         """The tile of one kernel: its own, or the one that it shares."""
         own: Tile | None = getattr(self, kernel, None)
+        if kernel == "project_wide" and own is None:
+            return self.of("project")
         return own or (self.attention_backward if kernel.startswith("attention_backward_") else self.row)
 
 
@@ -151,6 +154,8 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
         row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
+        # Three stages of 64 channels are more shared memory than a CTA has; two spill 20 times inside a loop.
+        project_wide=Tile(rows=128, k=32, columns=64, warps=8, stages=3),
         exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         # One or two clips are at most 50 programs of 128 rows for 132 SMs; half as large, a program takes half as long.
         few_rows=132 * 64,
@@ -277,6 +282,7 @@ def _table_changed() -> None:
 def find(arch: str, kernel: str, bits: int, d: int, rows: int | None = None) -> Tile:
     """The tile of one kernel; with `rows` of both streams, one for so few rows if the table has it."""
     tiles = find_set(arch, bits, d)
-    if rows is not None and rows <= tiles.few_rows and kernel in tiles.few:
-        return tiles.few[kernel]
+    few = kernel.removesuffix("_wide")  # 64 rows leave room for wide ones
+    if rows is not None and rows <= tiles.few_rows and few in tiles.few:
+        return tiles.few[few]
     return tiles.of(kernel)
