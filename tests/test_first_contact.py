@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from first_contact import run as running_all
 from first_contact.budget import RESERVE, Budget
 from first_contact.outputs import Outputs
+from first_contact.rows import Rows
 from first_contact.run import Contact, main
 from first_contact.running import Found
 from first_contact.stages import MINUTES, Stage, benchmarks, rows, stages
@@ -34,7 +36,7 @@ for name in sys.argv[1:]:
     if name in rows.begun or rows.seconds_left() < 0.2:
         continue
     rows.begin(name)
-    print("now", name, flush=True)
+    print("now", name, os.getpid(), flush=True)
     if "dies" in name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "exits" in name:
@@ -44,6 +46,9 @@ for name in sys.argv[1:]:
         time.sleep(60)
     if "slow" in name:
         time.sleep(0.5)
+    if "breaks" in name:
+        rows.end(name, True)
+        sys.exit("an error between two rows")
     if "ends" in name:
         rows.end(name, False, why_not="a wrong number")
         sys.exit(86)
@@ -106,6 +111,21 @@ def test_a_row_that_ends_its_process_costs_that_row_alone(tmp_path: Path, end: s
     assert why in found[end]["why_not"]
     assert not made.found[0].broken
     assert why in (tmp_path / "summary.md").read_text()
+
+
+def test_a_process_that_breaks_between_rows_is_an_entry(tmp_path: Path) -> None:
+    code, made = contact(tmp_path, [(stage("a", "breaks", "two"),)])
+    assert code == WRONG
+    assert [(row["row"], row["ok"]) for row in made.found[0].rows] == [
+        ("breaks", True), ("the process", False), ("two", True)
+    ]  # fmt: skip
+    assert made.found[0].wrong[0]["why_not"] == "exit status 1: an error between two rows"
+
+
+def test_a_row_may_have_a_figure_called_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRST_CONTACT_ROWS", str(tmp_path / "rows"))
+    Rows().end("one", None, name="NVIDIA H200")
+    assert json.loads((tmp_path / "rows").read_text()) == {"row": "one", "ok": None, "name": "NVIDIA H200"}
 
 
 def test_a_wrong_row_is_status_1(tmp_path: Path) -> None:
@@ -180,6 +200,13 @@ def test_a_full_disk_costs_what_did_not_fit_not_the_run(tmp_path: Path) -> None:
     assert "No space left" in (tmp_path / "summary.md").read_text()
 
 
+def test_a_summary_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = Outputs(tmp_path)
+    (tmp_path / "part").mkdir()
+    assert Contact(outputs, Budget(60, reserve=0.0), ENVIRONMENT, False).run([(stage("a", "wrong"),)]) == WRONG
+    assert "| a | about a | 0 | 1 | 0 | 0 |" in capsys.readouterr().out
+
+
 def test_a_file_keeps_its_text_where_the_next_cannot_be_written(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path)
     outputs.replace("summary.md", "before")
@@ -202,6 +229,9 @@ def test_what_was_found_is_there_after_a_kill(tmp_path: Path, number: int) -> No
             _wait_for(lambda: "now hangs" in _text(tmp_path / "log.txt"))
             process.send_signal(number)
             code = process.wait(60)
+            worker = re.search(r"now hangs (\d+)", _text(tmp_path / "log.txt"))
+            assert worker
+            _wait_for(lambda: _is_gone(int(worker[1])))
         finally:
             _kill_session(process.pid)
     assert code == (WRONG if number == signal.SIGTERM else -number)
@@ -214,7 +244,10 @@ def test_what_was_found_is_there_after_a_kill(tmp_path: Path, number: int) -> No
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    try:
+        return path.read_text()
+    except OSError:  # of a process that has just ended, for example
+        return ""
 
 
 def _wait_for(there: Any) -> None:
@@ -222,6 +255,11 @@ def _wait_for(there: Any) -> None:
     while not there():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether it has ended, if only its parent has not looked yet."""
+    return _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] in ([], ["Z"], ["X"])
 
 
 def _kill_session(session: int) -> None:
@@ -239,7 +277,7 @@ def test_nothing_of_a_stage_outlives_it(tmp_path: Path) -> None:
     left = Stage("a", "about a", (sys.executable, "-c", program), 20)
     assert contact(tmp_path, [(left,)])[0] == RIGHT
     pid = int((tmp_path / "log.txt").read_text().splitlines()[-1])
-    _wait_for(lambda: "sleep" not in _text(Path(f"/proc/{pid}/comm")) or " Z " in _text(Path(f"/proc/{pid}/stat")))
+    _wait_for(lambda: _is_gone(pid))
 
 
 BENCHMARK = """
