@@ -144,8 +144,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(table)
     if rows:
         recorder, operator = min(row["recorder_us"] for row in rows), rows[0]["eager"]["operator_us"]
-        text = f"A recorded launch costs {recorder:.2f} us, which is in the times. Eager: operators at {operator:.2f} us on "
-        text += f"tensors of size one, and {LAUNCH_US} us a launch. A GPU adds its device guard, 1 to 2 us a call."
+        text = f"A launch recorded costs {recorder:.2f} us, in all times here. Eager: operators at {operator:.2f} us "
+        text += f"on tensors of size one, and {LAUNCH_US} us a launch. A GPU adds its device guard, 1 to 2 us a call."
         console.print(text, highlight=False)
 
 

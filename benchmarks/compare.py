@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,13 +46,14 @@ def compare(
     Raises:
         UnusableError: a fault has ended the GPU's context.
     """
+    end = time.monotonic() + seconds
     exact = work.exact() if work.exact else {}
     rows: dict[str, Row] = {}
     ready: dict[str, Candidate] = {}
     errors: dict[str, dict[str, float]] = {}
     torch._dynamo.reset()  # a group compiles a function once: what another group compiled would count against its limit
     for name in names:
-        with_limit = min(PREPARE_SECONDS, max(seconds, 1.0))
+        with_limit = min(PREPARE_SECONDS, max(end - time.monotonic(), 1.0))
         show(name, {"failed": "the process ended while this row was built and checked"})
         machine.computed()
         made = _prepare(name, work.builders[name], exact, with_limit)
@@ -70,7 +72,7 @@ def compare(
             rows[name]["peak_mib"] = machine.peak_bytes(candidate.step) / 2**20
     steps = {name: candidate.step for name, candidate in ready.items()}
     if not work.memory_alone:
-        _time(machine, steps, rows, names[0], work.samples, min(work.seconds, seconds), kind_of_device)
+        _time(machine, steps, rows, names[0], work.samples, min(work.seconds, end - time.monotonic()), kind_of_device)
     for name, candidate in ready.items():
         if candidate.kept_bytes is not None:
             rows[name]["kept_mib"] = candidate.kept_bytes() / 2**20

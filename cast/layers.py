@@ -161,7 +161,7 @@ class Running(NamedTuple):
     """
 
     backend: str = "auto"
-    recompute: str = "cheap"
+    recompute: str = "auto"
     attention: str = "auto"
 
 

@@ -25,6 +25,9 @@ from cast.weights.videomae import read_videomae
 from cast_kernels import Recompute, backends, plain
 from cast_kernels import attention as attentions
 
+#: Words for the dtype of the residual streams.
+STREAM_DTYPES = ("auto", "autocast")
+
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
 TRAINABLE = re.compile(r"cross|Adapter|^clip_ln_post\.|^vmae_fc_norm\.|^head")
 
@@ -40,11 +43,15 @@ class CAST(FixedPositions, Shared):
         heads: name -> classes: one head under any name ({"action": 400} if None), or {"verb": 97, "noun": 300}.
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
             Either way a layer that was replaced or has a hook is called (docs/model.md).
-        recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`;
-            see :class:`cast_kernels.Recompute`.
+        recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`,
+            see :class:`cast_kernels.Recompute`; `auto` is `cheap` on a CPU, and on a GPU a rule of shapes and the whole
+            memory (:mod:`cast_kernels.recompute`).
         attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
             `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why. `math`
             is for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.
+        stream_dtype: of the residual streams between the blocks. `auto`: as PyTorch's operators leave them, float32
+            under autocast with float32 parameters. `autocast`: autocast's own dtype where it is on, else as `auto`:
+            fewer bytes, a rounding after each half block (docs/model.md has the cost). May be set at any time.
         overrides: fields of CASTConfig.
 
     Raises:
@@ -57,12 +64,14 @@ class CAST(FixedPositions, Shared):
         variant: str | CASTConfig = "base",
         heads: Mapping[str, int] | None = None,
         fused: bool = True,
-        recompute: Recompute | str = Recompute.CHEAP,
+        recompute: Recompute | str = "auto",
         attention: str = "auto",
+        stream_dtype: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__()
         self.config = config = make_config(variant, heads, **overrides)
+        self.stream_dtype = stream_dtype
         #: Class names by head, where they are known; save_pretrained keeps them.
         self.labels: dict[str, list[str]] | None = None
         #: How the training's frames were sampled, where it is known; tests go by it, save_pretrained keeps it.
@@ -85,6 +94,21 @@ class CAST(FixedPositions, Shared):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(TRAINABLE.search(name) is not None)
 
+    @property
+    def stream_dtype(self) -> str:
+        """Of the residual streams, a word of `STREAM_DTYPES`; see the constructor.
+
+        Raises:
+            ValueError: another word.
+        """
+        return self._stream_dtype
+
+    @stream_dtype.setter
+    def stream_dtype(self, name: str) -> None:
+        if name not in STREAM_DTYPES:
+            raise ValueError(f"stream_dtype is {name!r}; allowed: {', '.join(map(repr, STREAM_DTYPES))}")
+        self._stream_dtype = name
+
     def forward(self, video: Tensor) -> dict[str, Tensor]:
         """Name the action.
 
@@ -102,8 +126,10 @@ class CAST(FixedPositions, Shared):
     def features(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video -> pooled and normalised (spatial, temporal) features, [B, D] each: what the heads see."""
         spatial, temporal = self.tokens(video)
-        # Both norms come after the mean.
-        return self.clip_ln_post(spatial[:, :, 0].mean(1)), self.vmae_fc_norm(temporal.flatten(1, 2).mean(1))
+        # Both norms come after the mean, which is not rounded to a 16-bit stream's dtype under autocast.
+        kind = torch.promote_types(spatial.dtype, self.clip_class_embedding.dtype)
+        means = spatial[:, :, 0].mean(1, dtype=kind), temporal.flatten(1, 2).mean(1, dtype=kind)
+        return self.clip_ln_post(means[0]), self.vmae_fc_norm(means[1])
 
     def tokens(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video -> spatial [B, T, 1+N, D] and temporal [B, T, N, D] after the last block."""
@@ -117,10 +143,19 @@ class CAST(FixedPositions, Shared):
         config = self.config
         check_shape("videos", video, (3, config.num_frames, config.image_size, config.image_size))
         if video.device.type != "cpu" or not self._is_fused():
-            return self._embed(video)
+            return self._as_streams(*self._embed(video))
         # PyTorch's bfloat16 convolutions take 1.9 s a clip on a processor without such instructions, float32 0.05 s.
         with torch.autocast("cpu", enabled=False):
-            return self._embed(video.to(self.clip_class_embedding.dtype))
+            streams = self._embed(video.to(self.clip_class_embedding.dtype))
+        return self._as_streams(*streams)
+
+    def _as_streams(self, spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor]:
+        """In the dtype that `stream_dtype` asks for; every block keeps it."""
+        device = spatial.device.type
+        if self.stream_dtype == "auto" or not torch.is_autocast_enabled(device):
+            return spatial, temporal
+        kind = torch.get_autocast_dtype(device)
+        return spatial.to(kind), temporal.to(kind)
 
     def _is_fused(self) -> bool:
         return any(block.backend != "eager" for _, block in self.cast_blocks())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
 
 #: What may be asked for besides "auto", and what it needs to be installed.
@@ -27,6 +28,9 @@ ATTENTIONS: dict[str, str | None] = {
     "flash-attn": "flash_attn",
     "xformers": "xformers.ops",
 }
+
+#: Those that read queries, keys and values from one tensor, and give back one gradient.
+PACKED = ("flash-attn",)
 
 #: What may be asked for in the exchange; its kernels attend themselves.
 EXCHANGE_ATTENTIONS = ("auto", "math")
@@ -83,7 +87,7 @@ def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
     return Verdict(True, f"{package} is installed")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _import_error(package: str) -> str:
     """Why the package cannot be imported, "" if it can."""
     try:
@@ -146,12 +150,16 @@ def attend(name: str, qkv: Tensor) -> Tensor:
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv)
+    return attend_apart(name, *qkv.unbind(2))
+
+
+def attend_apart(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same from three tensors [batch, tokens, heads, head_dim], for a `name` that is not in :data:`PACKED`."""
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(*qkv.unbind(2))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return mix(name, q, k, v).transpose(1, 2)
+        return memory_efficient_attention(q, k, v)
+    return mix(name, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def mix(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

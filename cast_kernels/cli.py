@@ -14,8 +14,11 @@ from typing import Any
 
 # The choices of options, repeated here so that --help and bad usage load no tool; tests compare them.
 COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+#: Those that `compile` checks unless some are named.
+GATED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 EMULATE_TARGETS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
+KINDS = (*DTYPES, "amp", "amp16")
 PROBLEMS = ("step", "paper", "all")
 LEVELS = ("nothing", "cheap", "all")
 SIZES = ("small", "paper")
@@ -62,25 +65,38 @@ def _info(options: Namespace) -> int:
 
 
 def _compile_options(parser: ArgumentParser) -> None:
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    _add_choices(parser, "--target", COMPILE_TARGETS, targets, "architectures")
-    _add_choices(parser, "--dtype", DTYPES, DTYPES, "dtypes")
+    _add_choices(parser, "--target", COMPILE_TARGETS, None, "architectures")
+    _add_choices(parser, "--dtype", KINDS, None, "dtypes, amp for autocast")
     parser.add_argument(
         "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables as JSON")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep compiled kernels here for next time")
+    parser.add_argument(
+        "--cache", nargs="?", const="", metavar="FOLDER",
+        help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
+        "with what a CAST-B launches on this machine's GPU, or on --target",
+    )  # fmt: skip
 
 
 def _compile(options: Namespace) -> int:
+    if options.cache == "":
+        from cast_kernels.evidence import warm
+
+        if strange := [name for name in options.dtype or () if name not in DTYPES]:
+            raise ValueError(
+                f"--cache fills for autocast to a dtype, one of {', '.join(DTYPES)}; --dtype has {strange[0]}"
+            )
+        return warm.main(options.target, options.dtype)
     from cast_kernels.evidence import compile as compiling
 
-    return compiling.main(options.target, options.dtype, options.problems, options.json, options.cache)
+    targets, dtypes = options.target or GATED_TARGETS, options.dtype or (*DTYPES, "amp")
+    cache = Path(options.cache) if options.cache else None
+    return compiling.main(targets, dtypes, options.problems, options.json, cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--target", EMULATE_TARGETS, EMULATE_TARGETS, "architectures")
-    _add_choices(parser, "--dtype", DTYPES, ("bf16",), "dtypes")
+    _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
@@ -102,6 +118,7 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
     parser.add_argument("--recompute", choices=LEVELS, default="cheap", help="what backward computes again")
+    parser.add_argument("--kind", choices=KINDS, default="amp", help="dtypes: amp is what `cast train` runs")
     parser.add_argument(
         "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"
     )
@@ -118,7 +135,7 @@ def _predict(options: Namespace) -> int:
         )  # fmt: skip
     return predict.main(
         options.device, options.batch, options.json, options.folder, options.cache, options.emulate,
-        options.recompute,
+        options.recompute, options.kind,
     )  # fmt: skip
 
 
@@ -158,10 +175,10 @@ def _positive(text: str) -> int:
 
 
 def _add_choices(
-    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...], what: str
+    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...] | None, what: str
 ) -> None:
     parser.add_argument(
-        name, nargs="+", choices=allowed, default=list(default), metavar=name.strip("-").upper(),
+        name, nargs="+", choices=allowed, default=default and list(default), metavar=name.strip("-").upper(),
         help=f"{what}, out of {', '.join(allowed)}",
     )  # fmt: skip
 

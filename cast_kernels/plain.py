@@ -25,6 +25,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
+from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError
 
 #: Types of weights that hold their values plainly. Compilers put the last two in the place of the others.
@@ -298,7 +299,7 @@ def verdict(what: str, backend: str, found: str) -> str:
 _WARNED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _warn(text: str) -> bool:
     """A warning; under torch.compile one when it traces. It returns something because a constant has to."""
     warnings.warn(text, stacklevel=3)

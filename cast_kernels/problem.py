@@ -198,6 +198,15 @@ class SelfAttentionParameters(NamedTuple):
     up_bias: Tensor | None = None  # [D]
 
 
+class ProjectionParameters(NamedTuple):
+    """What stands before attention: the first four of :class:`SelfAttentionParameters`."""
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    qkv_weight: Tensor  # [3D, D], queries, keys, values
+    qkv_bias: Tensor | None  # [3D]
+
+
 @dataclass(frozen=True)
 class SelfAttentionProblem(_Arithmetic):
     """One self-attention call's sizes and circumstances. Sizes may be symbolic under torch.compile."""

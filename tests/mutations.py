@@ -48,7 +48,7 @@ def apply(fault: Fault, tree: Path) -> dict[Path, str]:
 def copy_tree(to: Path) -> None:
     """What building and testing needs, with the built Python module."""
     useless = shutil.ignore_patterns("__pycache__", ".git")
-    for name in ("cast", "cast_kernels", "csrc", "docs", "recipes", "tests", "tools"):
+    for name in ("benchmarks", "cast", "cast_kernels", "csrc", "docs", "recipes", "tests", "tools"):
         shutil.copytree(ROOT / name, to / name, ignore=useless)
     for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, to)

@@ -18,12 +18,12 @@ from triton_kernels import EMULATED
 import cast_kernels
 from cast_kernels import AdapterParameters, backends
 from cast_kernels.evidence.cases import poisoned_memory
-from cast_kernels.evidence.compile import judge, read
+from cast_kernels.evidence.compile import read
 from cast_kernels.evidence.driver import Launcher, Recorder, offline_driver
 from cast_kernels.evidence.emulator import Emulator
+from cast_kernels.evidence.gates import EXCEPTIONS, judge
 from cast_kernels.evidence.targets import target
 from cast_kernels.ops.adapter import pose
-from cast_kernels.triton import tiles
 
 TARGETS = ("sm_80", "sm_90")
 SMALL = Case(lead=(2, 37), dim=96, adapter=48, skip=True, scaled=True)
@@ -97,7 +97,7 @@ def test_kernels_compile_within_the_gates(name: str, tmp_path: Path) -> None:
     for recompute in ("cheap", "nothing"):
         launched(name, recorder, Case(lead=(130,), dim=768, adapter=192, skip=True, scaled=True), tmp_path, recompute)
     for record in recorder.records.values():
-        row = judge(read(record.first, "bf16", ["the paper's widths"]), tiles.EXCEPTIONS)
+        row = judge(read(record.first, "bf16", ["the paper's widths"]), EXCEPTIONS)
         rows.setdefault(row.kernel, []).append(row)
         if row.kernel.startswith("adapter"):
             assert row.failures == (), row
@@ -161,7 +161,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] 
     "array": (lambda: spoiled(residual=Case().stream("residual").numpy()), TypeError, "residual is a numpy.ndarray"),
     "nothing": (lambda: spoiled(x=None), TypeError, "x is None; it must be a torch.Tensor$"),
     "devices": (lambda: spoiled(residual=torch.ones(3, 15, 48, device="meta")), ValueError, "cpu and meta"),
-    "recompute": (lambda: spoiled(recompute="some"), ValueError, "'some'; allowed: 'nothing', 'cheap', 'all'"),
+    "recompute": (lambda: spoiled(recompute="some"), ValueError, "'some'; allowed: 'auto', 'nothing', 'cheap', 'all'"),
     "backend": (lambda: spoiled(backend="gpu"), ValueError, "allowed: 'auto', 'triton', 'cpu', 'eager'"),
     "scale": (lambda: spoiled(row_scale=torch.ones(4)), ValueError, r"row_scale has shape \(4,\).*\(3, 15\)"),
     "native": (lambda: spoiled(backend="cpu"), cast_kernels.BackendError, "no kernel of the adapter alone"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from cast_kernels.compiling import constant
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,13 +19,16 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, tuple[str, ...]] = {
     "cast_kernels.reference": (),
     "cast_kernels.problem": (),
-    "cast_kernels.attention": ("cast_kernels.problem",),
-    "cast_kernels.plain": ("cast_kernels.problem",),
+    "cast_kernels.compiling": (),
+    "cast_kernels.attention": ("cast_kernels.problem", "cast_kernels.compiling"),
+    "cast_kernels.plain": ("cast_kernels.problem", "cast_kernels.compiling"),
     "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
     "cast_kernels.versions": (),
+    "cast_kernels.recompute": ("cast_kernels.problem", "cast_kernels.triton"),
     "cast_kernels.triton": (
         "cast_kernels.problem",
         "cast_kernels.attention",
+        "cast_kernels.compiling",
         "cast_kernels.versions",
         "cast_kernels.triton",
     ),
@@ -38,11 +45,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast_kernels.problem",
         "cast_kernels.attention",
         "cast_kernels.backends",
+        "cast_kernels.recompute",
         "cast_kernels.eager",
-        "cast_kernels.triton.self_attention",
+        "cast_kernels.triton",
+        "cast_kernels.ops._casts",
         "cast_kernels.ops._checks",
         "cast_kernels.ops._derivatives",
         "cast_kernels.ops._operator",
+        "cast_kernels.ops._projection",
         "cast_kernels.ops._signatures",
         "cast_kernels.ops.adapter",
     ),
@@ -51,6 +61,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast_kernels.attention",
         "cast_kernels.plain",
         "cast_kernels.backends",
+        "cast_kernels.recompute",
         "cast_kernels.ops",
         "cast_kernels.modules",
         "cast_kernels.eager",
@@ -246,6 +257,26 @@ def test_the_evidence_uses_what_a_user_has(name: str) -> None:
             "cast_kernels.triton.common.architecture",
         )
         assert public or inside(target, rooms), f"{name} imports {target}"
+
+
+def test_importing_the_package_imports_no_compiler_and_no_kernel() -> None:
+    """They come when something runs or is asked about. Triton itself comes with PyTorch's FLOP counter."""
+    code = "import sys, cast_kernels; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "cast_kernels.ops.bcast" in loaded
+    late = ("torch._dynamo", "torch._inductor", "cast_kernels.cpu", "cast_kernels.triton.tiles")
+    assert [name for name in loaded if inside(name, late)] == []
+
+
+def test_the_mark_of_a_constant_is_pytorchs_own() -> None:
+    def ours() -> int:
+        return 1
+
+    def theirs() -> int:
+        return 1
+
+    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 def test_the_native_core_knows_no_torch() -> None:

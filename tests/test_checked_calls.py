@@ -193,6 +193,9 @@ def test_what_changed_is_computed_as_if_for_the_first_time(op: str, change: Chan
     changed = copy.deepcopy(xs)
     change(changed)
     want = afresh(op, changed)
+    if change in (_other_strides, _negated_lazily):  # the same values
+        outputs = slice(len(CALLS[op].function("cpu")(*xs)))
+        assert_same(want[outputs], before[outputs])
     for _ in range(2):
         assert_same(everything(op, changed), want)
     assert_same(everything(op, xs), before)
@@ -213,8 +216,10 @@ def test_the_circumstances_are_part_of_a_call(op: str) -> None:
     for mode in modes:
         with mode():
             want.append(afresh(op, xs))
-    for _ in range(3):
-        for mode, answer in zip(modes, want, strict=True):
+    pairs = list(zip(modes, want, strict=True))
+    for order in (pairs, pairs[::-1]):
+        operator(op)._known = Signatures()
+        for mode, answer in (*order, *order):
             with mode():
                 found = everything(op, xs)
             assert_same(found, answer)

@@ -14,12 +14,12 @@ from triton_kernels import product, scale
 
 from cast_kernels.evidence import compile as compiling
 from cast_kernels.evidence.cases import DTYPES, Case
-from cast_kernels.evidence.compile import Row, dots_elsewhere, judge, loose, read, render, tensor_core_dots, unused
+from cast_kernels.evidence.compile import dots_elsewhere, read, render, tensor_core_dots
 from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase
+from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
 from cast_kernels.evidence.resources import Resources
 from cast_kernels.evidence.targets import target
-from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 
 
 def launched(name: str, kind: torch.dtype = torch.bfloat16, **options: int) -> Launch:

@@ -20,6 +20,7 @@ def test_a_global_hook_sees_every_layer_and_flop_counting_changes_nothing() -> N
     model, seen = small_model().float(), set()
     names = {module: name for name, module in model.named_modules()}
     video = small_video(model, dtype=torch.float32)
+    model(video)  # every layer is found plain
     with FlopCounterMode(display=False):
         assert plain.global_obstacle() == ""
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(names[module]))

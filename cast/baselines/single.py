@@ -35,7 +35,7 @@ class SingleExpert(nn.Module):
         adapters: Literal["none", "cast", "aim"] = "cast",
         config: CASTConfig | str = "base",
         fused: bool = True,
-        recompute: Recompute | str = Recompute.CHEAP,
+        recompute: Recompute | str = "auto",
         attention: str = "auto",
         **overrides: Any,
     ) -> None:

@@ -119,7 +119,7 @@ class TwoStream(nn.Module):
         config: CASTConfig | str = "base",
         fused: bool = True,
         timm_options: Mapping[str, Mapping[str, Any]] | None = None,
-        recompute: Recompute | str = Recompute.CHEAP,
+        recompute: Recompute | str = "auto",
         attention: str = "auto",
         **overrides: Any,
     ) -> None:

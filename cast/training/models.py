@@ -73,7 +73,9 @@ def _make(settings: TrainSettings, config: CASTConfig) -> Model:
     experts, run = settings.experts, settings.run
     running: dict[str, Any] = {"fused": run.fused, "recompute": run.recompute, "attention": run.attention}
     if experts.design == "cast":
-        return CAST(config, **running)
+        return CAST(config, **running, stream_dtype=run.stream_dtype)
+    if run.stream_dtype != "auto":
+        raise ValueError(f"run.stream_dtype is {run.stream_dtype}; experts.design {experts.design} has auto only")
     if experts.design in SINGLES:
         return SingleExpert(*SINGLES[experts.design], config, **running)
     downloads = {role: {"pretrained": True} for role in experts.roles if getattr(experts, role) == DOWNLOAD}

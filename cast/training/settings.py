@@ -175,7 +175,9 @@ class RunSettings:
     Args:
         precision: of products; weights stay fp32. fp16 needs a GPU.
         fused: whether compiled kernels may run, or eager PyTorch only.
-        recompute: what backward computes again in fused kernels: nothing, cheap parts or all.
+        recompute: what backward computes again in fused kernels: nothing, cheap parts or all; auto goes by
+            the GPU's memory.
+        stream_dtype: of CAST's residual streams: auto, float32; autocast, that of precision, which must not be fp32.
         attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
         graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph, which spares the host their
@@ -186,7 +188,8 @@ class RunSettings:
 
     precision: Precision = "bf16"
     fused: bool = True
-    recompute: Literal["nothing", "cheap", "all"] = "cheap"
+    recompute: Literal["auto", "nothing", "cheap", "all"] = "auto"
+    stream_dtype: Literal["auto", "autocast"] = "auto"
     attention: Literal["auto", "sdpa", "math", "flash-attn", "xformers"] = "auto"
     compile: str | None = None
     graphs: bool = False
@@ -197,6 +200,11 @@ class RunSettings:
             raise ValueError(
                 f"run.deterministic=true, but run.attention={self.attention} adds up in an order that changes; choose "
                 f"{', '.join(ATTENTIONS)}"
+            )
+        if self.stream_dtype == "autocast" and self.precision == "fp32":
+            raise ValueError(
+                "run.stream_dtype is autocast and run.precision fp32, which has no autocast; choose bf16 or fp16, or "
+                "leave run.stream_dtype at auto"
             )
 
 

@@ -16,10 +16,14 @@ from torch import Tensor
 
 
 @contextmanager
-def cuda_rules(dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to `dtype`, or none of it for None."""
+def cuda_rules(dtype: torch.dtype | None, device: str = "cpu") -> Iterator[None]:
+    """Autocast to `dtype`, or none of it for None, for tensors on the CPU or on the device named."""
     if dtype is None:
         yield
+        return
+    if device != "cpu":
+        with torch.autocast(device, dtype):
+            yield
         return
     plain = F.layer_norm
 

@@ -1,4 +1,4 @@
-"""Problems with nothing left at its initial value, how one is run, and the measure of its error."""
+"""Problems with nothing left at its initial value, how one is run in which dtypes, and the measure of its error."""
 
 from __future__ import annotations
 
@@ -12,9 +12,31 @@ import torch
 from torch import Tensor
 
 import cast_kernels
+from cast_kernels.evidence.autocast import cuda_rules
 
 #: Names of dtypes on the command line.
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Kind(NamedTuple):
+    """Which dtypes a model runs in. Its fields are arguments of :func:`run`."""
+
+    dtype: torch.dtype  # of the parameters, and of the streams where `streams` does not say otherwise
+    autocast: torch.dtype | None = None
+    streams: torch.dtype | None = None
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of the products' operands."""
+        return self.autocast or self.dtype
+
+
+#: Everything in one dtype, or autocast: `amp` is what `cast train` runs, parameters and residual streams in float32
+#: and products in bfloat16; `amp16` is that with bfloat16 streams (the model's `stream_dtype="autocast"`).
+KINDS: dict[str, Kind] = {name: Kind(dtype) for name, dtype in DTYPES.items()} | {
+    "amp": Kind(torch.float32, torch.bfloat16),
+    "amp16": Kind(torch.float32, torch.bfloat16, torch.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +81,9 @@ def module(case: Case, backend: str) -> cast_kernels.BCAST:
 
 
 def run(
-    case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
+    case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False, device: str | torch.device = "cpu",
+    autocast: torch.dtype | None = None, streams: torch.dtype | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Outputs, and every gradient if the case asks for them, in float64 on the CPU.
 
     Args:
@@ -69,8 +92,11 @@ def run(
         dtype: that inputs and parameters are rounded to.
         exact: compute in float64 on the rounded numbers.
         device: where it runs. Inputs are drawn on the CPU, so they are the same everywhere.
+        autocast: dtype of the products under CUDA's autocast rules, or None for no autocast.
+        streams: that the streams are rounded to, if not `dtype`.
     """
     made = module(case, backend or "eager").to(device, dtype)
+    dtype = streams or dtype
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.frames, case.patches, case.dim)
     spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator).to(device, dtype)
@@ -81,7 +107,8 @@ def run(
         scales = tuple(x if x is None else x.double() for x in scales)
     spatial.requires_grad_(case.backward)
     temporal.requires_grad_(case.backward)
-    with nullcontext() if case.backward else torch.no_grad():
+    rules = cuda_rules(None if exact else autocast, torch.device(device).type)
+    with nullcontext() if case.backward else torch.no_grad(), rules:
         if backend is None:
             outputs = cast_kernels.reference.bcast(
                 spatial, temporal, made.gathered(), num_heads=case.heads, windows=case.windows,

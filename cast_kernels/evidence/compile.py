@@ -10,21 +10,21 @@ import json
 import multiprocessing
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from cast_kernels.evidence.cases import DTYPES, Case, run
+from cast_kernels.evidence.cases import KINDS, Case, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase, run_expert
-from cast_kernels.evidence.resources import Resources, resources
+from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
+from cast_kernels.evidence.resources import resources
 from cast_kernels.evidence.targets import target
-from cast_kernels.triton.tiles import EXCEPTIONS, Allowance
 
 _PAPER = Case(batch=6)
 AnyCase = Case | ExpertCase
@@ -57,38 +57,12 @@ PROBLEMS["all"] = (
 )
 
 
-#: (architecture, kernel, bits of an operand, whether its bottleneck is above 384).
-Key = tuple[str, str, int, bool]
-Exceptions = Mapping[Key, Allowance]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One compiled kernel."""
-
-    target: str
-    dtype: str
-    kernel: str
-    tile: str  # constexprs and warps
-    cases: tuple[str, ...]  # in which it is launched
-    resources: Resources
-    dots: int  # matrix products in Triton's IR
-    wide: bool = False  # a bottleneck above 384; False for a kernel that does not know it
-    failures: tuple[str, ...] = field(default=())
-    allowed: str = ""  # the exception that was needed, with its reason
-
-    @property
-    def key(self) -> Key:
-        """As the tile table names it."""
-        return self.target, self.kernel, 8 * DTYPES[self.dtype].itemsize, self.wide
-
-
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:
     """Compile what the product launches on one target in one dtype, and read the result.
 
     Args:
         name: of the target.
-        dtype: key of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        dtype: key of :data:`~cast_kernels.evidence.cases.KINDS`.
         cases: run one after another; a kernel that several of them launch is one row.
         cache: folder of compiled kernels.
     """
@@ -96,9 +70,9 @@ def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path)
     for case in cases:
         with offline_driver(target(name), Recorder(), cache) as recorder:
             if isinstance(case, ExpertCase):
-                run_expert(case, DTYPES[dtype])
+                run_expert(case, **KINDS[dtype]._asdict())
             else:
-                run(case, "triton", DTYPES[dtype])
+                run(case, "triton", **KINDS[dtype]._asdict())
         for identity, record in recorder.records.items():
             found.setdefault(identity, (record, []))[1].append(str(case))
     return [read(record.first, dtype, launching) for record, launching in found.values()]
@@ -141,60 +115,6 @@ def dots_elsewhere(ttgir: str) -> list[str]:
     return [f"a product of {kind} runs on the ordinary multipliers" for kind in sorted(kinds)]
 
 
-def judge(row: Row, exceptions: Exceptions) -> Row:
-    """The row with the gates that it fails, and with the exception that it needed."""
-    goal, used = target(row.target), row.resources
-    allowance = exceptions.get(row.key)
-    failures, needed = list(row.failures), []
-    if used.shared_bytes > goal.shared_limit:
-        failures.append(f"{used.shared_bytes} bytes of shared memory; {goal.name} allows {goal.shared_limit}")
-    if used.loop_spills:
-        spilled = f"{used.loop_spills} spill instructions inside loops"
-        if allowance and used.loop_spills <= allowance.loop_spills:
-            needed.append(f"{spilled}, {allowance.loop_spills} allowed")
-        else:
-            failures.append(spilled + (f"; the exception allows {allowance.loop_spills}" if allowance else ""))
-    # Every kind counts: "HGMMA+HMMA" is a kernel in which one of several products fell back to mma.sync.
-    kinds = used.tensor_core.split("+")
-    others = [kind for kind in kinds if not re.fullmatch(goal.tensor_core, kind)]
-    if row.dots and others:
-        also = " as well as" if len(others) < len(kinds) else " instead of"
-        came = f"{'+'.join(others) or 'no tensor-core instruction'}{also} {goal.instruction}"
-        if allowance and allowance.tensor_core and others == [allowance.tensor_core]:
-            needed.append(came)
-        else:
-            failures.append(came)
-    reason = f"{'; '.join(needed)}: {allowance.reason}" if needed and allowance else ""
-    return replace(row, failures=tuple(failures), allowed=reason)
-
-
-def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[Key]:
-    """Exceptions of what was compiled that no kernel needed: they must go, or they hide the next spill."""
-    needed = {row.key for row in rows if row.allowed}
-    compiled = {(row.key[0], *row.key[2:]) for row in rows}
-    return [key for key in exceptions if (key[0], *key[2:]) in compiled and key not in needed]
-
-
-def loose(rows: Sequence[Row], exceptions: Exceptions) -> list[tuple[Key, int]]:
-    """Exceptions that allow more spill instructions than any kernel has, and the largest number found: the rest of what
-    they allow hides the next spill.
-
-    Args:
-        rows: judged, of every problem. Nothing is known of operand sizes of which a dtype was not compiled.
-        exceptions: those of :func:`unused` are left out.
-    """
-    compiled = {(row.target, row.dtype) for row in rows}
-    found = []
-    for key, allowance in exceptions.items():
-        dtypes = [name for name, dtype in DTYPES.items() if 8 * dtype.itemsize == key[2]]
-        own = [row for row in rows if row.key == key]
-        largest = max((row.resources.loop_spills for row in own), default=0)
-        known = compiled >= {(key[0], dtype) for dtype in dtypes} and any(row.allowed for row in own)
-        if known and largest < allowance.loop_spills:
-            found.append((key, largest))
-    return found
-
-
 def render(rows: Sequence[Row]) -> Table:
     """The kernels of one target and dtype as a table for people."""
     title = f"{rows[0].target} {rows[0].dtype}: compiled only, nothing was run"
@@ -226,7 +146,7 @@ def main(
 
     Args:
         targets: names of targets.
-        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
         json_file: where the rows go as JSON.
         cache: folder of compiled kernels that may be used again; None for a temporary one.

@@ -191,19 +191,23 @@ def sort_arguments(signature: Mapping[str, Any], values: Any) -> tuple[tuple[Arg
     """Arguments that the kernel takes, and the constants compiled into it. Tuples are flattened as `name.0`."""
     arguments: list[Argument] = []
     constexprs: dict[str, Any] = {}
-
-    def sort(name: str, kind: Any, value: Any) -> None:
-        if isinstance(kind, tuple):
-            for i, (inner, item) in enumerate(zip(kind, value, strict=True)):
-                sort(f"{name}.{i}", inner, item)
-        elif kind == "constexpr":
-            constexprs[name] = getattr(value, "value", value)
-        else:
-            arguments.append(Argument(name, kind, value))
-
     for (name, kind), value in zip(signature.items(), values, strict=True):
-        sort(name, kind, value)
+        for leaf in _leaves(name, kind, value):
+            if leaf.type == "constexpr":
+                constexprs[leaf.name] = getattr(leaf.value, "value", leaf.value)
+            else:
+                arguments.append(leaf)
     return tuple(arguments), constexprs
+
+
+def _leaves(name: str, kind: Any, value: Any) -> Iterator[Argument]:
+    # No function inside of another: one that calls itself is a cycle, in which tensors would outlive their launch, and
+    # autograd copies a gradient that somebody else holds.
+    if isinstance(kind, tuple):
+        for i, (inner, item) in enumerate(zip(kind, value, strict=True)):
+            yield from _leaves(f"{name}.{i}", inner, item)
+    else:
+        yield Argument(name, kind, value)
 
 
 @contextmanager

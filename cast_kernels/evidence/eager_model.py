@@ -7,7 +7,6 @@ allowance, so a ratio of the two times is an upper bound of the speed-up.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +18,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import cast_kernels
-from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence.autocast import cuda_rules
+from cast_kernels.evidence.cases import KINDS, Case
 from cast_kernels.evidence.devices import Constant, Device
 
 TENSOR_SHARE = Constant(0.65, "of the tensor peak", "library GEMMs of this size", assumed=True)
 DRAM_SHARE = Constant(0.80, "of the DRAM bandwidth", "library elementwise kernels", assumed=True)
 LEAST = Constant(2.5e-6, "s", "a small kernel of a CUDA graph", assumed=True)
 
-#: Kinds of eager: everything in bfloat16, or float32 parameters under autocast.
-KINDS = ("bf16", "amp")
+#: Kinds of eager, of :data:`cast_kernels.evidence.cases.KINDS`.
+EAGER = ("bf16", "amp", "amp16")
 
 
 #: What PyTorch's library computes, by what is in an operator's name; all others move memory.
@@ -129,23 +129,25 @@ def trace(case: Case, kind: str) -> tuple[list[Operation], list[Operation]]:
 
     Args:
         case: the problem.
-        kind: "bf16" or "amp".
+        kind: one of :data:`EAGER`.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind not in EAGER:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(EAGER)}")
+    dtype, autocast, streams = KINDS[kind]
     made = cast_kernels.BCAST(
         case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
         case.positions, "eager",
-    ).to(torch.bfloat16 if kind == "bf16" else torch.float32)  # fmt: skip
+    ).to(dtype)  # fmt: skip
     shape = (case.batch, case.frames, case.patches, case.dim)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        spatial = torch.empty(shape[0], shape[1], shape[2] + 1, shape[3], dtype=torch.bfloat16, requires_grad=True)
-        temporal = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
-        with Ledger() as forward, torch.autocast("cpu", torch.bfloat16) if kind == "amp" else nullcontext():
+        stream = streams or dtype
+        spatial = torch.empty(shape[0], shape[1], shape[2] + 1, shape[3], dtype=stream, requires_grad=True)
+        temporal = torch.empty(shape, dtype=stream, requires_grad=True)
+        with Ledger() as forward, cuda_rules(autocast):
             outputs = made(spatial, temporal)
         gradients = [torch.empty_like(x) for x in outputs]
         with Ledger() as backward:
-            torch.autograd.backward(outputs, gradients)
+            torch.autograd.grad(outputs, (spatial, temporal, *made.parameters()), gradients)
     return forward.operations, backward.operations
 
 

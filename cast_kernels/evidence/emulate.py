@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cast_kernels.evidence.cases import DTYPES, Case, Error, compare, poisoned_memory, run
+from cast_kernels.evidence.cases import KINDS, Case, Error, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator, KernelRuns
@@ -70,16 +70,16 @@ def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None) -> 
     Args:
         goal: what to compile for.
         case: the problem.
-        dtype: of streams and parameters, a key of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        dtype: a key of :data:`~cast_kernels.evidence.cases.KINDS`.
         cache: folder of compiled kernels, None for a temporary one.
     """
-    kind = DTYPES[dtype]
-    exact, eager = run(case, None, kind, exact=True), run(case, "eager", kind)
+    kind = KINDS[dtype]._asdict()
+    exact, eager = run(case, None, exact=True, **kind), run(case, "eager", **kind)
     emulator, begin = Emulator(), time.perf_counter()
     errors, fault = [], ""
     try:
         with offline_driver(goal, emulator, cache), poisoned_memory():
-            errors = compare(run(case, "triton", kind), eager, exact)
+            errors = compare(run(case, "triton", **kind), eager, exact)
     except EmulationFault as error:
         fault = str(error)
     return Outcome(case, errors, emulator.runs, time.perf_counter() - begin, fault)
@@ -151,7 +151,7 @@ def main(targets: Sequence[str], dtypes: Sequence[str], size: str, json_file: Pa
 
     Args:
         targets: names out of :data:`TARGETS`.
-        dtypes: keys of :data:`~cast_kernels.evidence.cases.DTYPES`.
+        dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         size: key of :data:`SIZES`.
         json_file: where errors and all counters go as JSON.
     """

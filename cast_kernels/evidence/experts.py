@@ -10,6 +10,7 @@ from torch import Tensor
 
 import cast_kernels
 from cast_kernels.backends import AnyProblem
+from cast_kernels.evidence.autocast import cuda_rules
 
 _EPS = 1e-5
 
@@ -54,7 +55,7 @@ def expert_problem(case: ExpertCase, dtype: torch.dtype, device: torch.device) -
 
 def run_expert(
     case: ExpertCase, dtype: torch.dtype, backend: str | None = "triton", exact: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu", autocast: torch.dtype | None = None, streams: torch.dtype | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The output and every gradient, in float64 on the CPU.
 
@@ -64,6 +65,8 @@ def run_expert(
         backend: that must run it; None is the reference.
         exact: compute in float64 on the rounded numbers.
         device: where it runs. Inputs are drawn on the CPU, so they are the same everywhere.
+        autocast: dtype of the products under CUDA's autocast rules, or None for no autocast.
+        streams: that the stream is rounded to, if not `dtype`.
     """
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -71,26 +74,30 @@ def run_expert(
         spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
         return given(around + spread * torch.randn(shape, generator=generator)).requires_grad_()
 
-    def given(drawn: Tensor) -> Tensor:
-        rounded = drawn.to(device, dtype)
+    def given(drawn: Tensor, kind: torch.dtype = dtype) -> Tensor:
+        rounded = drawn.to(device, kind)
         return rounded.double() if exact else rounded
 
     parameters = _parameters(case, random)
-    x = given(torch.randn(case.rows, case.dim, generator=generator)).requires_grad_()
-    kept = given(torch.bernoulli(torch.full((case.rows,), 0.7), generator=generator))
+    stream = streams or dtype
+    own = autocast or dtype if case.op == "adapter" else stream  # what the adapter reads is a product's result
+    x = given(torch.randn(case.rows, case.dim, generator=generator), own).requires_grad_()
+    kept = given(torch.bernoulli(torch.full((case.rows,), 0.7), generator=generator), stream)
     leaves = {"x": x, **parameters._asdict()}
     options: dict[str, Any] = {} if backend is None else {"backend": backend, "recompute": case.recompute}
     ops: Any = cast_kernels.reference if backend is None else cast_kernels
-    if case.op == "self_attention":
-        y = ops.self_attention(x.unsqueeze(0), parameters, num_heads=case.heads, eps=_EPS, **options).squeeze(0)
-    else:
-        options["row_scale"] = kept / 0.7 if case.scaled else None
-        if case.op == "ffn":
-            y = ops.ffn(x, parameters, activation=case.activation, eps=_EPS, **options)
+    with cuda_rules(None if exact else autocast, torch.device(device).type):
+        if case.op == "self_attention":
+            y = ops.self_attention(x.unsqueeze(0), parameters, num_heads=case.heads, eps=_EPS, **options).squeeze(0)
         else:
-            leaves["residual"] = given(torch.randn(case.rows, case.dim, generator=generator)).requires_grad_()
-            y = ops.adapter(x, parameters, residual=leaves["residual"], **options)
-    y.backward(given(torch.randn(y.shape, generator=generator)))
+            options["row_scale"] = kept / 0.7 if case.scaled else None
+            if case.op == "ffn":
+                y = ops.ffn(x, parameters, activation=case.activation, eps=_EPS, **options)
+            else:
+                residual = given(torch.randn(case.rows, case.dim, generator=generator), stream).requires_grad_()
+                leaves["residual"] = residual
+                y = ops.adapter(x, parameters, residual=residual, **options)
+    y.backward(given(torch.randn(y.shape, generator=generator), y.dtype if not exact else stream))
     result = {"y": y} | {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: tensor.detach().double().cpu() for name, tensor in result.items()}
 

@@ -24,7 +24,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from cast_kernels.evidence.cases import DTYPES, Case, poisoned_memory, run
+from cast_kernels.evidence.cases import KINDS, Case, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Argument, Launch, offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator
@@ -228,7 +228,7 @@ def judge(goal: Target, case: Case, dtype: str, every: int = 1) -> list[Verdict]
     """
     emulator = CapturingEmulator()
     with offline_driver(goal, emulator), poisoned_memory():
-        run(case, "triton", DTYPES[dtype])
+        run(case, "triton", **KINDS[dtype]._asdict())
         verdicts = []
         for capture in emulator.captures.values():
             planted = list(mutants(capture.launch.kernel, capture.launch.asm["ptx"]))

@@ -215,7 +215,8 @@ def _heads(model: Model) -> Part:
     labels = torch.zeros(model.batch, dtype=torch.int64)
 
     def call(spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor]:
-        features = spatial[:, :, 0].mean(1), temporal.flatten(1, 2).mean(1)
+        wide = torch.float32
+        features = spatial[:, :, 0].mean(1, dtype=wide), temporal.flatten(1, 2).mean(1, dtype=wide)
         s, t = (F.layer_norm(x, (dim,), *norm, _EPS) for x, norm in zip(features, norms, strict=True))
         return F.linear(t, *verb), F.linear(s, *noun)
 

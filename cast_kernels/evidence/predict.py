@@ -16,7 +16,8 @@ import torch
 import cast_kernels
 from cast_kernels.evidence import eager_model, model, trace
 from cast_kernels.evidence import prediction_report as report
-from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence.autocast import cuda_rules
+from cast_kernels.evidence.cases import KINDS, Case, Kind
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.devices import Device, device
 from cast_kernels.evidence.driver import Launch, offline_driver
@@ -43,7 +44,9 @@ class Keeper:
         return taken
 
 
-def predict(name: str, cases: Sequence[Case], cache: Path | None = None, emulated: bool = False) -> list[Run]:
+def predict(
+    name: str, cases: Sequence[Case], cache: Path | None = None, emulated: bool = False, kind: str = "amp"
+) -> list[Run]:
     """Predict every phase of each case.
 
     Args:
@@ -51,12 +54,13 @@ def predict(name: str, cases: Sequence[Case], cache: Path | None = None, emulate
         cases: problems; `backward` says whether training is predicted beside inference.
         cache: folder of compiled kernels that is used again, None for a temporary one.
         emulated: correct the trace by what some CTAs of each kernel do in the emulator.
+        kind: key of :data:`~cast_kernels.evidence.cases.KINDS`.
     """
     goal, runs = device(name), []
     corrections = Corrections() if emulated else None
     with offline_driver(goal.target, Keeper(), cache) as keeper:
         for case in cases:
-            for phase, launches in _phases(case, keeper):
+            for phase, launches in _phases(case, keeper, KINDS[kind]):
                 runs.append(Run(name, case.batch, phase, tuple(predict_launches(launches, goal, corrections))))
     return runs
 
@@ -95,21 +99,23 @@ def _resources(key: _Key) -> Resources:
     return resources(launch.asm, launch.metadata.shared, launch.metadata.num_warps, launch.target)
 
 
-def _phases(case: Case, keeper: Keeper) -> Iterable[tuple[str, list[Launch]]]:
+def _phases(case: Case, keeper: Keeper, kind: Kind) -> Iterable[tuple[str, list[Launch]]]:
     """The launches of each phase. Tensors are uninitialised: nothing reads them."""
     made = cast_kernels.BCAST(
         case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
         case.positions, "triton", case.recompute,
-    ).bfloat16()  # fmt: skip
+    ).to(kind.dtype)  # fmt: skip
     shape = (case.batch, case.frames, case.patches, case.dim)
-    spatial = torch.empty(shape[0], shape[1], shape[2] + 1, shape[3], dtype=torch.bfloat16)
-    temporal = torch.empty(shape, dtype=torch.bfloat16)
-    with torch.no_grad():
+    stream = kind.streams or kind.dtype
+    spatial = torch.empty(shape[0], shape[1], shape[2] + 1, shape[3], dtype=stream)
+    temporal = torch.empty(shape, dtype=stream)
+    with torch.no_grad(), cuda_rules(kind.autocast):
         made(spatial, temporal)
     yield "inference", keeper.take()
     if not case.backward:
         return
-    outputs = made(spatial.requires_grad_(), temporal.requires_grad_())
+    with cuda_rules(kind.autocast):
+        outputs = made(spatial.requires_grad_(), temporal.requires_grad_())
     yield "forward", keeper.take()
     torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
     yield "backward", keeper.take()
@@ -117,7 +123,7 @@ def _phases(case: Case, keeper: Keeper) -> Iterable[tuple[str, list[Launch]]]:
 
 def main(
     devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None,
-    emulated: bool, recompute: str = Case().recompute,
+    emulated: bool, recompute: str = Case().recompute, kind: str = "amp",
 ) -> int:  # fmt: skip
     """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device.
 
@@ -128,11 +134,11 @@ def main(
         raise ValueError(f"--folder is for the level {Case().recompute!r}; write {recompute!r} with --json")
     cases = [replace(Case(), batch=batch, recompute=recompute) for batch in batches]
     eager = eager_predictions(devices, cases)
-    runs = [run for name in devices for run in predict(name, cases, cache, emulated)]
+    runs = [run for name in devices for run in predict(name, cases, cache, emulated, kind)]
     console = wide_console()
     for run in runs:
         console.print(report.kernels(run))
-    found = report.collect(runs, eager, report.EMULATED if emulated else report.TRACED, recompute)
+    found = report.collect(runs, eager, report.EMULATED if emulated else report.TRACED, kind, recompute)
     console.print(report.summary(found))
     for line in (*report.targets(found), *report.failures(runs)):
         console.print(line, markup=False, highlight=False)
@@ -147,7 +153,7 @@ def eager_predictions(devices: Sequence[str], cases: Sequence[Case]) -> list[rep
     """Eager's time by its own model, for every device, batch, kind and phase."""
     found = []
     for case in cases:
-        for kind in eager_model.KINDS:
+        for kind in eager_model.EAGER:
             for phase, operations in zip(("forward", "backward"), eager_model.trace(case, kind), strict=True):
                 moved = sum(operation.bytes for operation in operations)
                 for name in devices:

@@ -20,6 +20,14 @@ PHASES = ("inference", "forward", "backward")
 #: Where counters come from.
 TRACED = "traced: PTX's control flow was followed, every lane taken as active"
 EMULATED = "traced, and corrected by what a sample of programs executed in emulation"
+#: Kind -> which dtypes ours runs in.
+_DTYPES = {
+    "bf16": "in bfloat16 throughout",
+    "fp16": "in float16 throughout",
+    "fp32": "in float32 throughout",
+    "amp": "under autocast, streams and parameters in float32 and products in bfloat16, as `cast train` runs it",
+    "amp16": "under autocast, streams in bfloat16, parameters in float32 and products in bfloat16",
+}
 #: Goals on H100, microseconds of the lower bound by batch; and backward's to forward's.
 FORWARD_GOALS = {6: 130.0, 32: 550.0}
 BACKWARD_GOAL = 2.2
@@ -50,7 +58,7 @@ class Eager:
     device: str
     batch: int
     phase: str
-    kind: str  # one of eager_model.KINDS
+    kind: str  # one of eager_model.EAGER
     us: float
     kernels: int
     bytes: int
@@ -82,11 +90,11 @@ def kernels(run: Run) -> Table:
 
 
 def collect(
-    runs: Sequence[Run], eager: Sequence[Eager], counters: str, recompute: str = Case().recompute
+    runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str = Case().recompute
 ) -> dict[str, Any]:
     """Everything, as it is written to JSON: by device, then one entry a batch."""
     found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters, "recompute": recompute}
-    found |= {"assumptions": _shares(), "devices": {}}
+    found |= {"kind": kind, "dtypes": _DTYPES[kind], "assumptions": _shares(), "devices": {}}
     for name in dict.fromkeys(run.device for run in runs):
         batches = []
         for batch in dict.fromkeys(run.batch for run in runs if run.device == name):
@@ -132,8 +140,9 @@ def _shares() -> dict[str, Any]:
 
 #: Headings of the summary.
 _COLUMNS = (
-    "GPU", "B", *PHASES, "backward / forward", "floor forward", "floor backward", "eager bf16 forward",
-    "eager bf16 backward", "eager AMP forward", "eager AMP backward", "forward bound by", "backward bound by",
+    "GPU", "B", *PHASES, "backward / forward", "floor forward", "floor backward",
+    *(f"eager {kind} {phase}" for kind in eager_model.EAGER for phase in ("forward", "backward")),
+    "forward bound by", "backward bound by",
 )  # fmt: skip
 
 
@@ -147,7 +156,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
             cells.append((
                 name, str(one["batch"]), *(f"{us[phase]:.0f}" for phase in PHASES),
                 f"{us['backward'] / us['forward']:.2f}", f"{floor['forward']:.0f}", f"{floor['backward']:.0f}",
-                *(f"{eager[kind, phase]:.0f}" for kind in eager_model.KINDS for phase in ("forward", "backward")),
+                *(f"{eager[kind, phase]:.0f}" for kind in eager_model.EAGER for phase in ("forward", "backward")),
                 *(_binding(one["launches"][phase]) for phase in ("forward", "backward")),
             ))  # fmt: skip
     return cells
@@ -172,7 +181,9 @@ def summary(found: Mapping[str, Any]) -> Table:
 
 
 def targets(found: Mapping[str, Any]) -> list[str]:
-    """Each goal with what is predicted."""
+    """Each goal with what is predicted. The goals are for bfloat16 throughout."""
+    if found["kind"] != "bf16":
+        return []
     lines = []
     for one in found["devices"].get("H100", {"batches": []})["batches"]:
         us, batch = one["us"], one["batch"]
@@ -210,10 +221,12 @@ def markdown(folder: Path) -> str:
     devices = {name: entry for found in all_found for name, entry in found["devices"].items()}
     lines = [
         "# Predicted times of B-CAST's Triton kernels", "",
-        f"Written by `cast-kernels predict --emulate --folder`. **{LABEL[0].upper()}{LABEL[1:]}.** Microseconds at the "
-        f"paper's size in bfloat16, a lower bound for ours with an uncertainty of +-{UNCERTAINTY:.0%}: inside a kernel "
-        "all overlaps, and launches have no gaps. Eager's times are by its own model, with the shares of the peaks "
-        "that library kernels reach: ours to theirs is an upper bound of the speed-up.", "",
+        f"Written by `cast-kernels predict --kind {all_found[0]['kind']} --emulate --folder`. "
+        f"**{LABEL[0].upper()}{LABEL[1:]}.** Microseconds at the paper's size, {all_found[0]['dtypes']}; a lower bound "
+        f"for ours with an uncertainty of +-{UNCERTAINTY:.0%}: inside a kernel all overlaps, and launches have no "
+        "gaps. Eager's times are by its own model, with the shares of the peaks that library kernels reach: ours to "
+        "theirs is an upper bound of the speed-up. Eager is in bf16 throughout (`bf16`), or under CUDA's autocast with "
+        "streams in float32 (`amp`: what `cast train` runs) or in bfloat16 (`amp16`).", "",
         *markdown_table(_COLUMNS, rows({"devices": devices})), "",
         "`floor`: for each of our kernels the larger of its FLOPs at the tensor peak and its tensors' bytes at DRAM's "
         "bandwidth. `inference` keeps nothing for backward.", "",

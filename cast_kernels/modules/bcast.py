@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from cast_kernels import attention as attentions
 from cast_kernels import backends, plain
+from cast_kernels import recompute as levels
 from cast_kernels.eager.bcast import activate, add
 from cast_kernels.modules.cross_attention import CrossAttention
-from cast_kernels.ops._checks import check_recompute
 from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose, spread_scale
 from cast_kernels.problem import (
     DIRECTIONS,
@@ -39,7 +39,8 @@ class BCAST(nn.Module):
         directions: any of `t2s` and `s2t`; with neither, the module is the identity and has no parameters.
         positions: whether positional embeddings are added (paper table 8).
         backend: `auto`, or the name of the one that must run. May be set at any time.
-        recompute: what backward computes again, see :class:`cast_kernels.Recompute`. May be set at any time.
+        recompute: what backward computes again, see :class:`cast_kernels.Recompute`,
+            or "auto" (:mod:`cast_kernels.recompute`). May be set at any time.
         attention: `auto`, or `math`: second and forward-mode derivatives, in backend `eager` only. May be set at any
             time.
 
@@ -59,7 +60,7 @@ class BCAST(nn.Module):
         directions: tuple[str, ...] = DIRECTIONS,
         positions: bool = True,
         backend: str = "auto",
-        recompute: Recompute | str = Recompute.CHEAP,
+        recompute: Recompute | str = levels.AUTO,
         attention: str = "auto",
     ) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class BCAST(nn.Module):
         self.windows = (windows[0], windows[1])
         self.directions = tuple(d for d in DIRECTIONS if d in directions)
         self.backend = backends.check_name(backend)
-        self.recompute = check_recompute(recompute).value
+        self.recompute = levels.check(recompute)
         self.attention = attentions.check_exchange_name(attention)
         if self.directions:
             self.cross_s_down = nn.Linear(dim, bottleneck_dim)
@@ -267,7 +268,7 @@ def explain(module: BCAST, spatial: Tensor, temporal: Tensor) -> str:
         text = plain.verdict("the exchange", module.backend, found)
     else:
         problem = pose(spatial, temporal, module.gathered(), module.num_heads, module.windows, module.attention)
-        text = backends.explain(module.backend, problem)
+        text = f"{backends.explain(module.backend, problem)}\n{levels.explain(problem, temporal.device)}"
     print(text)
     return text
 

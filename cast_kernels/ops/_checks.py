@@ -7,11 +7,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import Recompute
-
-#: Listed here, at import: torch.compile of torch 2.11 cannot iterate over an enumeration.
-_RECOMPUTES = tuple(r.value for r in Recompute)
-
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in on the tensor's device, or None outside of autocast."""
@@ -68,13 +63,6 @@ def check_kinds(streams: Mapping[str, Tensor], parameters: Iterable[Tensor | Non
             f"dtypes are mixed: {own}, all tensors {', '.join(dtypes)}; "
             "convert them to one (module.to(dtype)), or run under torch.autocast"
         )
-
-
-def check_recompute(recompute: Recompute | str) -> Recompute:
-    """The value of the enum, or ValueError naming the allowed ones."""
-    if recompute not in _RECOMPUTES:
-        raise ValueError(f"recompute is {recompute!r}; allowed: {', '.join(map(repr, _RECOMPUTES))}")
-    return Recompute(recompute)
 
 
 def check_width(name: str, weight: Tensor | None, dim: int) -> int:

@@ -55,6 +55,14 @@ def register(library: Any, name: str, differentiate: Callable[..., Any]) -> None
         library.impl(operator, _refuse_legacy_vmap(name), "Batched")
 
 
+def refuse_tangents(name: str) -> NoReturn:
+    """Say that the op has no derivative in forward mode."""
+    raise NotImplementedError(
+        f"cast_kernels::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
+        f"torch.autograd.forward_ad): fused kernels have first derivatives in reverse mode only. {_REMEDY}"
+    )
+
+
 def below_autograd(run: Callable[[], Any]) -> Any:
     """What `run()` returns, called in a node's forward, which turns gradients off.
 
@@ -98,10 +106,7 @@ def _kernel(
 
         tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise NotImplementedError(
-                f"cast_kernels::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
-                f"torch.autograd.forward_ad): fused kernels have first derivatives in reverse mode only. {_REMEDY}"
-            )
+            refuse_tangents(name)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return run(*inputs)
         with enable_single_level_autograd_function():

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import cast_kernels.eager.adapter as eager_adapter
 from cast_kernels import backends
+from cast_kernels import recompute as levels
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
     check_parameters,
-    check_recompute,
     check_row_scale,
     check_shape,
     check_tensors,
@@ -42,7 +42,7 @@ def adapter(
     skip: bool = False,
     scale: float = 1.0,
     row_scale: Tensor | None = None,
-    recompute: Recompute | str = Recompute.CHEAP,
+    recompute: Recompute | str = levels.AUTO,
     backend: str = "auto",
 ) -> Tensor:
     """An adapter and the residual it is added to (paper section 3.2): down, GELU, up.
@@ -57,7 +57,8 @@ def adapter(
         scale: factor of the branch.
         row_scale: broadcastable to x.shape[:-1], times the branch (drop path); constant.
         recompute: "nothing" keeps the values before GELU for backward, A elements a row in the compute dtype; "cheap"
-            and "all" keep nothing besides `x` and multiply again. Backend eager ignores it.
+            and "all" keep nothing besides `x` and multiply again; "auto" is a rule of shapes and the GPU's memory
+            (:mod:`cast_kernels.recompute`). Backend eager ignores it.
         backend: "auto", or the one that must run.
 
     Returns:
@@ -91,7 +92,7 @@ def pose(
     parameters: AdapterParameters,
     residual: Tensor,
     skip: bool = False,
-    recompute: Recompute | str = Recompute.CHEAP,
+    recompute: Recompute | str = levels.AUTO,
 ) -> AdapterProblem:
     """Check the arguments of :func:`adapter` and return the problem they pose.
 
@@ -103,16 +104,19 @@ def pose(
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     check_shape("residual", residual, tuple(x.shape))
-    checked, dim = check_recompute(recompute), x.shape[-1]
+    levels.check(recompute)
+    dim = x.shape[-1]
     if any(p is None for p in parameters):
         absent = [name for name, p in parameters._asdict().items() if p is None]
         raise ValueError(f"{' and '.join(absent)} missing; an adapter has four tensors")
     check_adapter(parameters._asdict(), dim)
     autocast = autocast_dtype(x)
     check_kinds({"x": x, "residual": residual}, parameters, autocast is not None)
-    return AdapterProblem(
-        x.numel() // dim, dim, parameters.down_weight.shape[0], skip, checked, residual.dtype, x.device.type, autocast
-    )
+    problem = AdapterProblem(
+        x.numel() // dim, dim, parameters.down_weight.shape[0], skip, Recompute.CHEAP, residual.dtype, x.device.type,
+        autocast,
+    )  # fmt: skip
+    return levels.settle(problem, recompute, x.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

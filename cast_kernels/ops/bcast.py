@@ -18,11 +18,11 @@ from torch import Tensor
 import cast_kernels.eager.bcast as eager_bcast
 from cast_kernels import attention as attentions
 from cast_kernels import backends
+from cast_kernels import recompute as levels
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_kinds,
     check_parameters,
-    check_recompute,
     check_shape,
     check_tensors,
 )
@@ -41,7 +41,7 @@ def bcast(
     eps: float = EPS,
     spatial_scale: Tensor | None = None,
     temporal_scale: Tensor | None = None,
-    recompute: Recompute | str = Recompute.CHEAP,
+    recompute: Recompute | str = levels.AUTO,
     backend: str = "auto",
     attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -56,8 +56,9 @@ def bcast(
         eps: LayerNorm epsilon.
         spatial_scale: factor of the spatial branch before the residual sum, [B] or [B, 1+N]; constant.
         temporal_scale: factor of the temporal branch, [B]; constant.
-        recompute: what backward computes again instead of finding it kept, see :class:`cast_kernels.Recompute`;
-            kernel backends obey it, in `eager` PyTorch keeps what its operators keep.
+        recompute: what backward computes again instead of finding it kept, see :class:`cast_kernels.Recompute`, or
+            "auto", a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`); kernel backends obey it,
+            in `eager` PyTorch keeps what its operators keep.
         backend: "auto", or the one that must run.
         attention: "auto", or "math", matrix products and a softmax, which only backend eager runs: with it the op has
             second and forward-mode derivatives.
@@ -78,14 +79,14 @@ def bcast(
         flat = parameters.flat()
         known = OPERATOR.recall(arguments, listed(spatial, temporal, *flat, *scales))
     if known is None:
-        checked = check_recompute(recompute).value
+        levels.check(recompute)
         problem = pose(spatial, temporal, parameters, num_heads, windows, attention)
         check_scale("spatial_scale", spatial_scale, 1 + problem.patches, spatial)
         check_scale("temporal_scale", temporal_scale, 1, temporal)
         flat = parameters.flat()
         known = OPERATOR.settle(
             arguments, listed(spatial, temporal, *flat, *scales), problem,
-            backends.select(backend, problem), checked,
+            backends.select(backend, problem), levels.resolve(recompute, problem, temporal.device).value,
             (num_heads, problem.t2s_window or "", problem.s2t_window or "", float(eps)),
         )  # fmt: skip
     if parameters.t2s is None and parameters.s2t is None:

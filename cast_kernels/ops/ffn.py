@@ -18,12 +18,13 @@ from torch import Tensor
 
 import cast_kernels.eager.ffn as eager_ffn
 from cast_kernels import backends
+from cast_kernels import recompute as levels
+from cast_kernels.ops._casts import cast_frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
     check_parameters,
-    check_recompute,
     check_row_scale,
     check_shape,
     check_tensors,
@@ -43,7 +44,7 @@ def ffn(
     eps: float,
     adapter_scale: float = 0.5,
     row_scale: Tensor | None = None,
-    recompute: str = "cheap",
+    recompute: Recompute | str = levels.AUTO,
     backend: str = "auto",
 ) -> Tensor:
     """The second half of an expert's block: LayerNorm, FFN and adapter, residual (paper section 3.2, equations 4, 5).
@@ -59,8 +60,8 @@ def ffn(
         adapter_scale: factor of the adapter's branch, the published code's 0.5.
         row_scale: broadcastable to x.shape[:-1], times the adapter's branch (drop path); constant.
         recompute: "nothing" keeps the values before both activations for backward, F + A of them a row; "cheap" and
-            "all" multiply again. Backend cpu keeps two floats a row besides. Gradients have the same bits. Backend
-            eager ignores it.
+            "all" multiply again; "auto" is a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
+            Backend cpu keeps two floats a row besides. Gradients have the same bits. Backend eager ignores it.
         backend: "auto", or the one that must run.
 
     Returns:
@@ -86,10 +87,16 @@ def ffn(
     row_scale = spread_row_scale(row_scale, x)
     if known.call.backend == "eager":
         return eager_ffn.ffn(known.call.problem, x, parameters, row_scale, eps, adapter_scale)
+    if known.call.backend == "triton":
+        from cast_kernels.triton.ffn import CAST
+
+        parameters = cast_frozen(known.call.problem, parameters, CAST)
     return OPERATOR.run(known, (x,), parameters, parameters, (row_scale,))[0]
 
 
-def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompute: str = "cheap") -> FFNProblem:
+def pose(
+    x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompute: Recompute | str = levels.AUTO
+) -> FFNProblem:
     """Check the arguments of :func:`ffn` and return the problem they pose.
 
     Raises:
@@ -101,15 +108,16 @@ def pose(x: Tensor, parameters: FFNParameters, activation: str = "gelu", recompu
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., D] with at least one channel")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}")
-    checked = check_recompute(recompute)
+    levels.check(recompute)
     _check_parameters(x.shape[-1], parameters)
     autocast = autocast_dtype(x)
     check_kinds({"x": x}, parameters, autocast is not None)
-    return FFNProblem(
+    problem = FFNProblem(
         x.numel() // x.shape[-1], x.shape[-1], parameters.fc1_weight.shape[0],
-        0 if parameters.down_weight is None else parameters.down_weight.shape[0], activation, checked,
+        0 if parameters.down_weight is None else parameters.down_weight.shape[0], activation, Recompute.CHEAP,
         x.dtype, x.device.type, autocast,
     )  # fmt: skip
+    return levels.settle(problem, recompute, x.device)
 
 
 def _check_parameters(dim: int, p: FFNParameters) -> None:

@@ -11,7 +11,7 @@ Read from the bottom up for the machinery, from the top down for the use:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,27 @@ from torch import Tensor
 import cast_kernels.eager.self_attention as eager_self_attention
 from cast_kernels import attention as attentions
 from cast_kernels import backends
+from cast_kernels import recompute as levels
+from cast_kernels.ops._casts import cast_frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
     check_kinds,
     check_parameters,
-    check_recompute,
     check_shape,
     check_tensors,
 )
 from cast_kernels.ops._operator import Call, Operator
+from cast_kernels.ops._projection import project
 from cast_kernels.ops._signatures import listed
 from cast_kernels.ops.adapter import adapter
-from cast_kernels.problem import AdapterParameters, Recompute, SelfAttentionParameters, SelfAttentionProblem
+from cast_kernels.problem import (
+    AdapterParameters,
+    ProjectionParameters,
+    Recompute,
+    SelfAttentionParameters,
+    SelfAttentionProblem,
+)
 
 
 def self_attention(
@@ -40,7 +48,7 @@ def self_attention(
     *,
     num_heads: int,
     eps: float,
-    recompute: str = "cheap",
+    recompute: Recompute | str = levels.AUTO,
     backend: str = "auto",
     attention: str = "auto",
 ) -> Tensor:
@@ -59,7 +67,7 @@ def self_attention(
             "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap" 4 D
             (without the last two), "all" D (attention's output alone). The rest is computed again, with the same bits.
             Backend triton keeps what PyTorch's operators keep, and with "nothing" A elements a token more. Backend
-            eager ignores it.
+            eager ignores it. "auto" is a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
         backend: "auto", or the one that must run.
         attention: "auto", or the kernel that must attend, a key of :data:`cast_kernels.attention.ATTENTIONS`; backend
             cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` says which can, and why.
@@ -89,16 +97,28 @@ def self_attention(
     if chosen == "triton":
         from cast_kernels.triton import self_attention as triton_self_attention
 
-        def run_adapter(a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
-            return adapter(a, p, residual=residual, skip=True, recompute=recompute, backend="triton")
-
-        return triton_self_attention.self_attention(problem, x, parameters, eps, run_adapter)
+        parameters = cast_frozen(problem, parameters, triton_self_attention.CAST)
+        return triton_self_attention.self_attention(problem, x, parameters, _Parts(problem, eps))
     return OPERATOR.run(known, (x,), parameters, parameters)[0]
 
 
+class _Parts(NamedTuple):
+    """Of backend `triton`: what stands on both sides of PyTorch's attention."""
+
+    problem: SelfAttentionProblem
+    eps: float
+
+    def project(self, x: Tensor, p: ProjectionParameters, packed: bool) -> tuple[list[Tensor], Tensor]:
+        return project(x, p, self.problem.num_heads, self.eps, self.problem.compute, packed)
+
+    def adapt(self, a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
+        return adapter(a, p, residual=residual, skip=True, recompute=self.problem.recompute, backend="triton")
+
+
 def pose(
-    x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: str = "cheap", attention: str = "auto"
-) -> SelfAttentionProblem:
+    x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: Recompute | str = levels.AUTO,
+    attention: str = "auto",
+) -> SelfAttentionProblem:  # fmt: skip
     """Check the arguments of :func:`self_attention` and return the problem they pose.
 
     Raises:
@@ -114,14 +134,16 @@ def pose(
     batch, tokens, dim = x.shape
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads is {num_heads}; it must divide the stream's {dim} channels")
-    checked, attention = check_recompute(recompute), attentions.check_name(attention)
+    levels.check(recompute)
+    attentions.check_name(attention)
     _check_parameters(dim, parameters)
     autocast = autocast_dtype(x)
     check_kinds({"x": x}, parameters, autocast is not None)
     width = 0 if parameters.down_weight is None else parameters.down_weight.shape[0]
-    return SelfAttentionProblem(
-        batch, tokens, dim, num_heads, width, checked, x.dtype, x.device.type, autocast, attention
+    problem = SelfAttentionProblem(
+        batch, tokens, dim, num_heads, width, Recompute.CHEAP, x.dtype, x.device.type, autocast, attention
     )
+    return levels.settle(problem, recompute, x.device)
 
 
 def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:

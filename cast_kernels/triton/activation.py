@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cast_kernels.triton.blocks import gelu, gelu_gradient
+from cast_kernels.triton.launch import Plan, Planner, planned
 
 #: Elements of a program: eight 16-byte words a lane of four warps, in bfloat16.
 BLOCK = 4096
@@ -39,17 +40,22 @@ def activate_backward(h, grad, count, QUICK: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(grad + at, change.to(grad.dtype.element_ty), mask=at < count)
 
 
+@planned
+def _plan(count: int, dtype: torch.dtype, quick: bool, backward: bool) -> Plan:
+    planner = Planner()
+    kernel = activate_backward if backward else activate
+    h, other = planner.given(count, dtype=dtype), planner.given(count, dtype=dtype)
+    planner.launch(kernel, (triton.cdiv(count, BLOCK),), h, other, count, QUICK=quick, BLOCK=BLOCK, num_warps=4)
+    return planner.plan()
+
+
 def launch_activate(h: Tensor, activation: str, in_place: bool) -> Tensor:
     """act(h) for h contiguous and not empty, over h itself if `in_place`."""
     out = h if in_place else torch.empty_like(h)
-    activate[(triton.cdiv(h.numel(), BLOCK),)](
-        h, out, h.numel(), QUICK=activation == "quick_gelu", BLOCK=BLOCK, num_warps=4
-    )
+    _plan(h.numel(), h.dtype, activation == "quick_gelu", False).run([h, out], inputs=0 if in_place else 1)
     return out
 
 
 def launch_activate_backward(h: Tensor, grad: Tensor, activation: str) -> None:
     """grad *= act'(h), both contiguous, of one shape and not empty."""
-    activate_backward[(triton.cdiv(h.numel(), BLOCK),)](
-        h, grad, h.numel(), QUICK=activation == "quick_gelu", BLOCK=BLOCK, num_warps=4
-    )
+    _plan(h.numel(), h.dtype, activation == "quick_gelu", True).run([h, grad], inputs=1)

@@ -6,17 +6,22 @@ This file owns memory and launches; the kernels lie beside it. The ops around th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute, Verdict
-from cast_kernels.triton import tiles
-from cast_kernels.triton.common import architecture, on_device, verdict
+from cast_kernels.triton.common import cast_fields, on_device, verdict
+
+if TYPE_CHECKING:
+    from cast_kernels.triton.adapter_plan import Sizes
 
 #: Widest adapter: a row of it must fit in a program's registers.
 MOST_CHANNELS = 768
+#: Parameters that the kernels read in the compute dtype.
+MATRICES = ("down_weight", "up_weight")
 _WORD = 4  # bytes of an element of `saved`
 
 
@@ -71,10 +76,10 @@ def forward(
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if problem.rows:
         with on_device(x):
+            weights = cast_fields(parameters, MATRICES, problem.compute)
             launch_forward(
-                x, residual, x if problem.skip else None, y, _kept(problem, saved), parameters, problem.compute,
-                row_scale, scale,
-            )  # fmt: skip
+                x, residual, x if problem.skip else None, y, _kept(problem, saved), weights, row_scale, scale
+            )
     return y, saved
 
 
@@ -101,32 +106,15 @@ def backward(
     if problem.rows == 0:
         return [torch.zeros_like(p) if want else None for p, want in zip(primals, wanted, strict=True)]
     with on_device(x):
+        weights = cast_fields(parameters, MATRICES, problem.compute)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
+        if any(wanted[1:]):
+            grad_y = grad_y.to(problem.compute)  # once: the sums over rows need it so
         grads = launch_backward(
-            grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters, problem.compute,
-            row_scale, scale, wanted[1:],
+            grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters, weights, row_scale,
+            scale, wanted[1:],
         )  # fmt: skip
     return [grad_x, *grads]
-
-
-class _Launch(NamedTuple):
-    """What both kernels need to know of a call."""
-
-    weights: AdapterParameters  # contiguous, matrices in the compute dtype
-    programs: int
-    constants: dict[str, Any]
-
-
-def _prepare(kernel: str, rows: int, parameters: AdapterParameters, compute: torch.dtype) -> _Launch:
-    width, dim = parameters.down_weight.shape
-    tile = tiles.find(architecture(), kernel, compute.itemsize * 8, width)
-    chunk, chunks = tiles.chunking(width)
-    constants = {
-        "DIM": dim, "D": width, "BM": tile.rows, "BK": tile.k, "BN": tile.columns, "CHUNK": chunk, "CHUNKS": chunks,
-        "STAGES": tile.stages, "WIDEN_STAGES": tile.widen_stages, "num_warps": tile.warps,
-    }  # fmt: skip
-    weights = (p.detach().to(compute if p.ndim == 2 else p.dtype).contiguous() for p in parameters)
-    return _Launch(AdapterParameters(*weights), -(-rows // tile.rows), constants)
 
 
 def launch_forward(
@@ -135,8 +123,7 @@ def launch_forward(
     other: Tensor | None,
     y: Tensor,
     h: Tensor | None,
-    parameters: AdapterParameters,
-    compute: torch.dtype,
+    weights: AdapterParameters,
     row_scale: Tensor | None,
     scale: float,
 ) -> None:
@@ -146,21 +133,16 @@ def launch_forward(
         x, residual, other: [rows, D] with at least one row.
         y: [rows, D], contiguous.
         h: [rows, A] in the compute dtype, contiguous.
-        parameters: in any floating dtype.
-        compute: dtype of the products' operands.
+        weights: both matrices in the compute dtype.
         row_scale: [rows].
         scale: factor of the branch.
     """
-    from cast_kernels.triton.adapter_forward import adapter_forward
+    from cast_kernels.triton.adapter_plan import Forward, forward_plan
 
-    rows = x.shape[0]
-    launch = _prepare("adapter_forward", rows, parameters, compute)
-    residual = residual.contiguous()
-    adapter_forward[(launch.programs,)](
-        x.contiguous(), residual, residual if other is None else other.contiguous(), y, y if h is None else h,
-        y if row_scale is None else row_scale.float().contiguous(), *launch.weights, rows, scale,
-        OTHER=other is not None, SCALED=row_scale is not None, STORE_H=h is not None, **launch.constants,
-    )  # fmt: skip
+    kind = Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
+    read = _there(x, residual, other, _factors(row_scale), *weights)
+    filled = [y] if h is None else [y, h]
+    forward_plan(_sizes(x, weights, row_scale, scale), kind).run([*read, *filled], inputs=len(read))
 
 
 def launch_backward(
@@ -170,7 +152,7 @@ def launch_backward(
     addend: Tensor | None,
     grad_x: Tensor | None,
     parameters: AdapterParameters,
-    compute: torch.dtype,
+    weights: AdapterParameters,
     row_scale: Tensor | None,
     scale: float,
     wanted: tuple[bool, ...],
@@ -178,41 +160,44 @@ def launch_backward(
     """Fill grad_x = [addend +] the adapter's own part; return the four parameters' gradients, in their dtypes.
 
     Args:
-        grad_y, x: [rows, D] with at least one row.
+        grad_y, x: [rows, D] with at least one row, grad_y in the compute dtype if any of `wanted` is true.
         h: [rows, A] as :func:`launch_forward` filled it, or None: multiply again.
         addend: [rows, D], the gradient of x that comes another way; may be `grad_x`.
         grad_x: [rows, D], contiguous, or None where it is not wanted.
-        parameters, compute, row_scale, scale: as in :func:`launch_forward`.
+        parameters: as the op got them; their gradients have their dtypes.
+        weights, row_scale, scale: as in :func:`launch_forward`.
         wanted: for each parameter, whether its gradient is.
     """
-    from cast_kernels.triton import sums, weight_gradient
-    from cast_kernels.triton.adapter_backward import adapter_backward
+    from cast_kernels.triton.adapter_plan import Backward, backward_plan
 
-    train = any(wanted)
-    if grad_x is None and not train:
+    if grad_x is None and not any(wanted):
         return [None] * len(wanted)
-    rows, (width, dim) = x.shape[0], parameters.down_weight.shape
-    launch = _prepare("adapter_backward", rows, parameters, compute)
-    grad_y, x = grad_y.contiguous(), x.contiguous()
-    g, dh = (x.new_empty((rows if train else 1, width), dtype=compute) for _ in range(2))
-    partial = x.new_empty((launch.programs if train else 1, dim + width), dtype=torch.float32)
-    adapter_backward[(launch.programs,)](
-        grad_y, x, g if h is None else h, x if addend is None else addend.contiguous(), x if grad_x is None else grad_x,
-        g, dh, partial, partial if row_scale is None else row_scale.float().contiguous(), *launch.weights[:3],
-        rows, scale, ADDEND=addend is not None, SCALED=row_scale is not None, RECOMPUTE_H=h is None,
-        WANT_X=grad_x is not None, WANT_PARAMETERS=train, **launch.constants,
+    if any(wanted):
+        x = x.to(weights.down_weight.dtype)
+    dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
+    kind = Backward(
+        grad_y.dtype, x.dtype, h is not None, None if addend is None else addend.dtype,
+        None if grad_x is None else grad_x.dtype, dtype, wanted,
     )  # fmt: skip
-    if not train:
-        return [None] * len(wanted)
-    grads = AdapterParameters(*(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters))
-    layers = []
-    if wanted[0]:
-        layers.append(weight_gradient.Layer(dh, x.to(compute), grads.down_weight))
-    if wanted[2]:
-        layers.append(weight_gradient.Layer(grad_y.to(compute), g, grads.up_weight))
-    if layers:
-        tile = tiles.find(architecture(), "weight_gradient", compute.itemsize * 8, width)
-        weight_gradient.launch(layers, tile)
-    if wanted[1] or wanted[3]:
-        sums.reduce([sums.Reduction(partial, [grads.up_bias, grads.down_bias])])
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    read = _there(grad_y, x, h, addend, _factors(row_scale), *weights[:3])
+    grads = [p.new_empty(p.shape, dtype=dtype) if want else None for p, want in zip(parameters, wanted, strict=True)]
+    plan = backward_plan(_sizes(x, weights, row_scale, scale), kind)
+    plan.run([*read, *_there(grad_x, *grads)], inputs=len(read))
+    return [grad if grad is None else grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
+
+
+def _sizes(x: Tensor, weights: AdapterParameters, row_scale: Tensor | None, scale: float) -> Sizes:
+    from cast_kernels.triton.adapter_plan import Sizes
+
+    width, dim = weights.down_weight.shape
+    dtypes = (weights.down_weight.dtype, weights.down_bias.dtype, weights.up_bias.dtype)
+    return Sizes(x.shape[0], dim, width, *dtypes, row_scale is not None, scale)
+
+
+def _factors(row_scale: Tensor | None) -> Tensor | None:
+    return None if row_scale is None else row_scale.float()
+
+
+def _there(*tensors: Tensor | None) -> list[Tensor]:
+    """Those that are there, contiguous."""
+    return [t.contiguous() for t in tensors if t is not None]

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import Verdict
+from cast_kernels.compiling import constant
+from cast_kernels.problem import (
+    AdapterParameters,
+    FFNParameters,
+    ProjectionParameters,
+    SelfAttentionParameters,
+    Verdict,
+)
 from cast_kernels.versions import FENCED_TRITON, release, too_old
+
+Parameters = TypeVar("Parameters", FFNParameters, SelfAttentionParameters, AdapterParameters, ProjectionParameters)
 
 #: Dtypes of streams and of dense products. float32 runs as three tf32 products.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Widest stream that LayerNorm takes: a row of it, as a power of two in fp32, must fit in a program's registers.
+WIDEST_STREAM = 4096
 #: Compute capability of the first NVIDIA GPUs with bfloat16 and tf32 on tensor cores, and asynchronous copies.
 OLDEST = (8, 0)
 
@@ -46,7 +59,7 @@ def emulating() -> bool:
     return bool(getattr(getattr(driver.driver, "_active", None), "runs_on_cpu", False))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _cannot_use_triton() -> str:
     """Why Triton cannot be used, with what to do; "" if it can. Imports it."""
     try:
@@ -56,7 +69,7 @@ def _cannot_use_triton() -> str:
     return too_old("triton", triton.__version__)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _triton() -> str:
     """Triton's version, and what is known against it."""
     import triton
@@ -85,6 +98,25 @@ def _on_gpu() -> Verdict:
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU current: Triton launches on the current device and its current stream."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def exactly(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast inside: operands have the dtypes that they are to have."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def cast_fields(parameters: Parameters, names: Iterable[str], dtype: torch.dtype) -> Parameters:
+    """The same parameters with the named ones in `dtype` and contiguous; one launch makes all copies that this takes.
+
+    Copies live as long as the result: a weight that changes is read anew by the next call.
+    """
+    given: dict[str, Tensor] = {name: getattr(parameters, name).detach() for name in names}
+    other = {name: t for name, t in given.items() if t.dtype != dtype or not t.is_contiguous()}
+    if not other:
+        return parameters
+    copies = [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in other.values()]
+    torch._foreach_copy_(copies, list(other.values()))
+    return parameters._replace(**dict(zip(other, copies, strict=True)))
 
 
 def architecture() -> str:

@@ -10,27 +10,25 @@ so the sum of both gradients of n is no pass; LayerNorm's backward adds the resi
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
 from cast_kernels.problem import AdapterParameters, FFNParameters, FFNProblem, Recompute, Verdict
 from cast_kernels.triton import adapter
-from cast_kernels.triton.common import on_device, verdict
+from cast_kernels.triton.common import WIDEST_STREAM, cast_fields, exactly, on_device, verdict
 
 _WORD = 4  # bytes of an element of `saved`
-#: Widest stream: a row of it, as a power of two in fp32, must fit in a program's registers.
-_MOST_CHANNELS = 4096
+#: Parameters that the products read in the compute dtype; the adapter has its own.
+CAST = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
 
 def can_run(problem: FFNProblem) -> Verdict:
     """Whether Triton can run the problem here, and the reason in words either way."""
     if not problem.adapter:
         return Verdict(False, "there is no adapter, and the FFN alone is PyTorch's products in any backend")
-    if problem.hidden % 16 or problem.dim > _MOST_CHANNELS:
+    if problem.hidden % 16 or problem.dim > WIDEST_STREAM:
         return Verdict(
-            False, f"the FFN has {problem.dim} and {problem.hidden} channels; up to {_MOST_CHANNELS}, and a multiple "
+            False, f"the FFN has {problem.dim} and {problem.hidden} channels; up to {WIDEST_STREAM}, and a multiple "
             "of 16, are possible",
         )  # fmt: skip
     refused = adapter.sizes_verdict(problem.dim, problem.adapter)
@@ -54,16 +52,6 @@ def _kept(problem: FFNProblem, saved: Tensor) -> tuple[Tensor | None, Tensor | N
 
 def _adapter(p: FFNParameters) -> AdapterParameters:
     return AdapterParameters(*p[6:])  # type: ignore[arg-type]
-
-
-def _exactly(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast inside: operands have the dtypes that they are to have."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """x weight^T + bias in the dtype of x."""
-    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=out)
 
 
 def forward(
@@ -96,12 +84,14 @@ def forward(
     saved = x.new_empty((problem.rows, saved_per_row(problem) if save else 0), dtype=torch.float32)
     y = torch.empty_like(x)
     if problem.rows:
-        with on_device(x), _exactly(x):
+        with on_device(x), exactly(x):
             hidden, narrow = _kept(problem, saved)
+            w = cast_fields(p, (*CAST, *adapter.MATRICES), problem.compute)
             n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
-            h = _linear(n, p.fc1_weight, p.fc1_bias, out=hidden)
-            branch = _linear(launch_activate(h, problem.activation, in_place=hidden is None), p.fc2_weight, p.fc2_bias)
-            adapter.launch_forward(n, x, branch, y, narrow, _adapter(p), problem.compute, row_scale, adapter_scale)
+            h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t(), out=hidden)
+            active = launch_activate(h, problem.activation, in_place=hidden is None)
+            branch = torch.addmm(w.fc2_bias, active, w.fc2_weight.t())
+            adapter.launch_forward(n, x, branch, y, narrow, _adapter(w), row_scale, adapter_scale)
     return y, saved
 
 
@@ -136,12 +126,14 @@ def backward(
             torch.zeros_like(t) if want and t is not None else None for t, want in zip(primals, wanted, strict=True)
         ]
     through = any(wanted[:3])  # x or LayerNorm: something before n
-    with on_device(x), _exactly(x):
+    with on_device(x), exactly(x):
         hidden, narrow = _kept(problem, saved)
+        grad, read = grad_y.to(problem.compute), _read_by_backward(hidden is None, through, wanted[3:7])
+        w = cast_fields(p, (*read, *adapter.MATRICES), problem.compute)
         n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
-        dn, ffn_grads = _ffn_backward(problem, n, hidden, grad_y.to(problem.compute), p, through, wanted[3:7])
+        dn, ffn_grads = _ffn_backward(problem, n, hidden, grad, p, w, through, wanted[3:7])
         adapter_grads = adapter.launch_backward(
-            grad_y, n, narrow, dn, dn, _adapter(p), problem.compute, row_scale, adapter_scale, wanted[7:]
+            grad, n, narrow, dn, dn, _adapter(p), _adapter(w), row_scale, adapter_scale, wanted[7:]
         )  # the sum of both gradients of n lies in dn now
         norm_grads: list[Tensor | None] = [None] * 3
         if dn is not None:
@@ -149,14 +141,23 @@ def backward(
     return [*norm_grads, *ffn_grads, *adapter_grads]
 
 
+def _read_by_backward(again: bool, through: bool, wanted: tuple[bool, ...]) -> list[str]:
+    """The FFN's parameters that :func:`_ffn_backward` reads; `again`: it has the hidden values to multiply again."""
+    again = again and (through or any(wanted[:3]))
+    read = {"fc1_weight": again or through, "fc1_bias": again, "fc2_weight": through or any(wanted[:2])}
+    return [name for name, needed in read.items() if needed]
+
+
 def _ffn_backward(
-    problem: FFNProblem, n: Tensor, h: Tensor | None, grad: Tensor, p: FFNParameters, through: bool,
-    wanted: tuple[bool, ...],
+    problem: FFNProblem, n: Tensor, h: Tensor | None, grad: Tensor, p: FFNParameters, w: FFNParameters,
+    through: bool, wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The FFN's part of the gradient of n (None unless `through`), and its four gradients.
 
     Args:
         n, grad: [rows, D] in the compute dtype, the FFN's input and its output's gradient.
+        p: as the op got them; their gradients have their dtypes.
+        w: the same, those of :func:`_read_by_backward` in the compute dtype.
         h: [rows, F] before the activation, or None: multiply again.
         wanted: for fc1_weight, fc1_bias, fc2_weight, fc2_bias.
     """
@@ -169,16 +170,16 @@ def _ffn_backward(
     if not (through or any(wanted[:3])):
         return dn, grads
     if h is None:
-        h = _linear(n, p.fc1_weight, p.fc1_bias)
+        h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t())
     if wanted[2]:
         grads[2] = (grad.t() @ launch_activate(h, problem.activation, in_place=False)).to(p.fc2_weight.dtype)
     if through or any(wanted[:2]):
-        dh = grad @ p.fc2_weight.to(grad.dtype)
+        dh = grad @ w.fc2_weight
         launch_activate_backward(h, dh, problem.activation)
         if wanted[0]:
             grads[0] = (dh.t() @ n).to(p.fc1_weight.dtype)
         if wanted[1]:
             grads[1] = dh.sum(0, dtype=torch.float32).to(p.fc1_bias.dtype)
         if through:
-            dn = dh @ p.fc1_weight.to(dh.dtype)
+            dn = dh @ w.fc1_weight
     return dn, grads

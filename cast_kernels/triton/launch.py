@@ -8,7 +8,7 @@ through Triton, which compiles; later ones hand the compiled kernel its addresse
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -19,6 +19,7 @@ from triton.runtime.driver import driver as drivers
 
 from cast_kernels.triton import tiles
 from cast_kernels.triton.common import interpreting
+from cast_kernels.triton.compiling import side_by_side
 
 #: Triton compiles one kernel for addresses that are multiples of this, and another for those that are not.
 ALIGNMENT = 16
@@ -110,6 +111,15 @@ class Launch:
             *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave,
             *arguments, *self._tail,
         )  # fmt: skip
+
+    def compile(self, values: list[Any]) -> None:
+        """Compile the kernel for the current device, or find it in Triton's cache, and launch nothing."""
+        self.kernel.warmup(*(pick(values) for pick in self._named), grid=self.grid, **self.constants)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the kernel was compiled for no problem yet in this process, on the current device."""
+        return not self.kernel.device_caches[drivers.active.get_current_device()][0]
 
     def _first(self, values: list[Any]) -> None:
         """Launch through Triton, which compiles; keep the kernel unless Triton looks at more than its arguments."""
@@ -244,8 +254,12 @@ class Plan:
             return
         active = drivers.active
         stream = active.get_current_stream(active.get_current_device())
-        if getattr(active, "takes_tensors", False) or not all(launch.ready for launch in self.launches):
+        ready = all(launch.ready for launch in self.launches)
+        if getattr(active, "takes_tensors", False) or not ready:
             addresses = self._views(given, saved, scratch)
+            if not ready:
+                unknown = {id(one.kernel): partial(one.compile, addresses) for one in self.launches if one.unknown}
+                side_by_side(list(unknown.values()))
         else:
             for kind, base in (("saved", saved), ("scratch", scratch)):
                 if base is not None:

@@ -7,6 +7,8 @@ row again, which it reads anyway: nothing is kept.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from cast_kernels.triton import sums
 from cast_kernels.triton.blocks import offset
+from cast_kernels.triton.launch import Plan, Planner, planned
 
 #: Rows of a program at a time: with four warps, a warp has a row of 768 channels in 24 registers a lane.
 ROWS = 4
@@ -43,10 +46,11 @@ def norm(x, n, weight, bias, rows, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward(
-    x, dn, grad_y, grad_x, partial, weight, rows, eps, WANT_X: tl.constexpr, WANT_PARAMETERS: tl.constexpr,
+    x, dn, grad_y, grad_x, partial, weight, rows, eps,
+    RESIDUAL: tl.constexpr, WANT_X: tl.constexpr, WANT_PARAMETERS: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = grad_y + the gradient of LayerNorm's input; PARTS times BM rows, all [rows, DIM].
+    """grad_x = [grad_y +] the gradient of LayerNorm's input; PARTS times BM rows, all [rows, DIM].
 
     `partial` [programs, 2 * DIM] in fp32: column sums of dn * xhat, then of dn.
     """
@@ -67,7 +71,8 @@ def norm_backward(
             g = gradient * w[None, :]
             mean, along = tl.sum(g, 1) / DIM, tl.sum(g * xhat, 1) / DIM
             value = rstd[:, None] * (g - mean[:, None] - xhat * along[:, None])
-            value += tl.load(grad_y + at, mask=here, other=0.0).to(tl.float32)
+            if RESIDUAL:
+                value += tl.load(grad_y + at, mask=here, other=0.0).to(tl.float32)
             tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask=here)
     if WANT_PARAMETERS:
         first = partial + tl.program_id(0) * 2 * DIM
@@ -75,21 +80,67 @@ def norm_backward(
         tl.store(first + DIM + column, plain, mask=column < DIM)
 
 
+@planned
+def _forward_plan(
+    rows: int, dim: int, stream: torch.dtype, compute: torch.dtype, parameters: tuple[torch.dtype, torch.dtype],
+    eps: float,
+) -> Plan:  # fmt: skip
+    planner = Planner()
+    x, weight, bias = planner.given(rows, dim, dtype=stream), *(planner.given(dim, dtype=kind) for kind in parameters)
+    n = planner.given(rows, dim, dtype=compute)
+    planner.launch(
+        norm, (triton.cdiv(rows, ROWS),), x, n, weight, bias, rows, eps, DIM=dim, BLOCK=triton.next_power_of_2(dim),
+        BM=ROWS, num_warps=4,
+    )  # fmt: skip
+    return planner.plan()
+
+
 def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, compute: torch.dtype) -> Tensor:
     """LayerNorm of x [rows, D], contiguous, with at least one row -> the same in the compute dtype."""
-    rows, dim = x.shape
     n = torch.empty_like(x, dtype=compute)
-    norm[(triton.cdiv(rows, ROWS),)](
-        x, n, weight.contiguous(), bias.contiguous(), rows, eps, DIM=dim, BLOCK=triton.next_power_of_2(dim), BM=ROWS,
-        num_warps=4,
-    )  # fmt: skip
+    rows, dim = x.shape
+    plan = _forward_plan(rows, dim, x.dtype, compute, (weight.dtype, bias.dtype), eps)
+    plan.run([x, weight.contiguous(), bias.contiguous(), n], inputs=3)
     return n
 
 
+class _Kind(NamedTuple):
+    """What a backward's plan depends on besides sizes."""
+
+    stream: torch.dtype
+    compute: torch.dtype
+    residual: torch.dtype | None  # None: there is none
+    weight: torch.dtype
+    bias: torch.dtype
+    eps: float
+    wanted: tuple[bool, ...]  # x, weight, bias
+
+
+@planned
+def _backward_plan(rows: int, dim: int, kind: _Kind) -> Plan:
+    planner, train = Planner(), any(kind.wanted[1:])
+    x, dn = planner.given(rows, dim, dtype=kind.stream), planner.given(rows, dim, dtype=kind.compute)
+    weight = planner.given(dim, dtype=kind.weight)
+    grad_y = dn if kind.residual is None else planner.given(rows, dim, dtype=kind.residual)
+    grad_x = planner.given(rows, dim, dtype=kind.stream) if kind.wanted[0] else x
+    parts = PARTS if train else 1
+    programs = triton.cdiv(rows, ROWS * parts)
+    partial = planner.scratch(programs, 2 * dim, dtype=torch.float32) if train else x
+    planner.launch(
+        norm_backward, (programs,), x, dn, grad_y, grad_x, partial, weight, rows, kind.eps,
+        RESIDUAL=kind.residual is not None, WANT_X=kind.wanted[0], WANT_PARAMETERS=train, DIM=dim,
+        BLOCK=triton.next_power_of_2(dim), BM=ROWS, PARTS=parts, num_warps=4,
+    )  # fmt: skip
+    if train:
+        vectors = [planner.given(dim, dtype=dtype) for dtype in (kind.weight, kind.bias)]
+        sums.add(planner, [sums.Reduction(partial, vectors)])
+    return planner.plan()
+
+
 def launch_norm_backward(
-    x: Tensor, dn: Tensor, grad_y: Tensor, weight: Tensor, bias: Tensor, eps: float, wanted: tuple[bool, ...]
+    x: Tensor, dn: Tensor, grad_y: Tensor | None, weight: Tensor, bias: Tensor, eps: float, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Gradients of x (with `grad_y`, the residual's, added), weight and bias, None where not wanted.
+    """Gradients of x (with `grad_y`, the residual's, added if there is one), weight and bias, None where not wanted.
 
     Args:
         x, dn, grad_y: [rows, D], contiguous, with at least one row.
@@ -97,19 +148,13 @@ def launch_norm_backward(
         eps: of forward.
         wanted: for x, weight and bias.
     """
-    rows, dim = x.shape
-    train = any(wanted[1:])
-    parts = PARTS if train else 1
-    programs = triton.cdiv(rows, ROWS * parts)
-    grad_x = torch.empty_like(x) if wanted[0] else None
-    partial = x.new_empty((programs if train else 1, 2 * dim), dtype=torch.float32)
-    norm_backward[(programs,)](
-        x, dn, grad_y, x if grad_x is None else grad_x, partial, weight.contiguous(), rows, eps,
-        WANT_X=wanted[0], WANT_PARAMETERS=train, DIM=dim, BLOCK=triton.next_power_of_2(dim), BM=ROWS, PARTS=parts,
-        num_warps=4,
-    )  # fmt: skip
-    if not train:
-        return [grad_x, None, None]
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in (weight, bias)]
-    sums.reduce([sums.Reduction(partial, grads)])
-    return [grad_x, *(grad if want else None for grad, want in zip(grads, wanted[1:], strict=True))]
+    (rows, dim), train = x.shape, any(wanted[1:])
+    residual = None if grad_y is None else grad_y.dtype
+    plan = _backward_plan(rows, dim, _Kind(x.dtype, dn.dtype, residual, weight.dtype, bias.dtype, eps, wanted))
+    read = [x, dn, weight.contiguous()] + ([] if grad_y is None else [grad_y])
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
+        for t, needed in zip((x, weight, bias), (wanted[0], train, train), strict=True)
+    ]
+    plan.run([*read, *(grad for grad in grads if grad is not None)], inputs=len(read))
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

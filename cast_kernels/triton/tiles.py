@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,6 @@ def chunking(d: int) -> tuple[int, int]:
     covers = [(-(-d // chunk), chunk) for chunk in CHUNKS if -(-d // chunk) <= MOST_CHUNKS]
     count, chunk = min(covers, key=lambda cover: (cover[0] * cover[1], cover[0]))
     return chunk, count
-
-
-class Allowance(NamedTuple):
-    """What the gates of `cast-kernels compile` allow one kernel, and why the tile is kept all the same."""
-
-    reason: str
-    loop_spills: int = 0  # spill instructions inside loops, at most
-    tensor_core: str = ""  # opcode that may stand for the architecture's own, as "HMMA" on sm_90
 
 
 #: Kernels whose steps `k` must be equal: h is added up by `exchange` in forward, by `exchange_backward` where backward
@@ -236,86 +227,6 @@ _DEFAULT = TileSet(
     weight_gradient=Tile(rows=32, k=32, columns=32, warps=4, stages=1),
     attention_backward=Tile(rows=32, k=32, columns=32, warps=4, stages=1, queries=32, keys=32),
 )
-
-_MMA_SYNC = (
-    "wgmma and tcgen05 take 64 rows, tf32x3 the operand's row twice: on sm_90 `project` takes 229376 of 232448 bytes "
-    "and spills 48 times inside loops, `attention_backward` 9 times; 16 and 32 rows with mma.sync do neither"
-)
-
-#: (target, kernel, bits of an operand, whether d is above 384) -> what `cast-kernels compile` lets pass, and prints.
-EXCEPTIONS: dict[tuple[str, str, int, bool], Allowance] = {
-    ("sm_80", "exchange", 16, False): Allowance(
-        "one word once a step of 64 output columns, two with windows of (space, time); eight warps spill none and take "
-        "1.6 times as long by the model",
-        loop_spills=2,
-    ),
-    ("sm_90", "exchange", 16, False): Allowance(
-        "words of addresses once a step of 64 output columns: two at 128 rows, where half the rows read every weight "
-        "twice as often; in fp16 four at the 64 rows and 4 warps for few rows, where 8 warps repeat 40 % of products",
-        loop_spills=4,
-    ),
-    ("sm_90", "project", 16, False): Allowance(
-        "in fp16 four words once a step of 64 channels, at the 64 rows and 4 warps for few rows only; 8 warps repeat "
-        "40 % of the products",
-        loop_spills=4,
-    ),
-    **{
-        (arch, "weight_gradient", 32, False): Allowance(
-            "one word once a step of 32 rows, of sm_80's tile, which spills none there", loop_spills=1
-        )
-        for arch in ("sm_86", "sm_89")
-    },
-    ("sm_80", "adapter_backward", 32, True): Allowance(
-        "nine words once a step of 16 channels; a product takes no fewer rows and channels than these 16", loop_spills=9
-    ),
-    ("sm_90", "project_backward", 16, False): Allowance(
-        "one word once a step of 64 channels; 64 rows spill none there and read every weight twice as often",
-        loop_spills=1,
-    ),
-    ("sm_90", "adapter_backward", 16, True): Allowance(
-        "wgmma takes 64 rows, whose two rows of 768 channels spill 160 times inside loops", tensor_core="HMMA"
-    ),
-    ("sm_100", "project_backward", 16, False): Allowance(
-        "eight words once a step of 64 channels, 50 with the direction s2t alone; of 32 channels twelve and 52; "
-        "tcgen05 takes no fewer than these 64 rows",
-        loop_spills=50,
-    ),
-    ("sm_100", "adapter_backward", 16, False): Allowance(
-        "in fp16 seven words once a step of 64 channels, in bf16 none; tcgen05 takes no fewer than these 64 rows",
-        loop_spills=7,
-    ),
-    **{
-        ("sm_100", kernel, 16, True): Allowance(
-            "tcgen05 takes 64 rows, which spill 51 (`project`) and 279 times (`project_backward`) inside loops; 32 "
-            "rows with mma.sync spill none",
-            tensor_core="HMMA",
-        )
-        for kernel in ("project", "project_backward", "adapter_backward")
-    },
-    **{
-        (arch, "position_products", 16, wide): Allowance(
-            "sums in fp32, as tf32 products of 16 rows: a table of eight positions has no 64 for wgmma or tcgen05",
-            tensor_core="HMMA",
-        )
-        for arch in ("sm_90", "sm_100")
-        for wide in (False, True)
-    },
-    **{
-        (arch, kernel, 32, wide): Allowance(_MMA_SYNC, tensor_core="HMMA")
-        for arch in ("sm_90", "sm_100")
-        for wide in (False, True)
-        for kernel in (
-            "project",
-            "exchange",
-            "exchange_backward",
-            "project_backward",
-            "attention_backward",
-            "position_products",
-            "adapter_forward",
-            "adapter_backward",
-        )
-    },
-}
 
 
 @cache

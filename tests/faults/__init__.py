@@ -1,5 +1,5 @@
 """All deliberate faults; `tests/mutations.py` makes them."""
 
-from faults import first_contact, kernels, operations, pipeline
+from faults import first_contact, kernels, measuring, operations, pipeline
 
-FAULTS = [*kernels.FAULTS, *operations.FAULTS, *pipeline.FAULTS, *first_contact.FAULTS]
+FAULTS = [*kernels.FAULTS, *measuring.FAULTS, *operations.FAULTS, *pipeline.FAULTS, *first_contact.FAULTS]

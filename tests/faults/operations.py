@@ -15,7 +15,38 @@ LAYERS = "tests/test_plain.py"
 GLANCE = "tests/test_plain_glance.py"
 EVERYWHERE = "tests/test_plain_everywhere.py"
 
+PROJECTION, PROJECTED = "cast_kernels/ops/_projection.py", "tests/test_projection.py"
+PRODUCTS, LEVELS = "cast_kernels/triton/projection.py", "cast_kernels/recompute.py"
+RULE, WARM = "tests/test_recompute.py", "tests/test_warm.py"
+
 FAULTS = [
+    # --- before attention on a GPU
+    fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come",
+          (PRODUCTS, "        start += grad.shape[1]\n", "")),
+    fault("the gradient of the residual is lost before attention", f"{PROJECTED} -k in_emulation",
+          (PRODUCTS, "None if grad_residual is None else grad_residual.contiguous()", "None")),
+    fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come",
+          (PRODUCTS, "total.addmm_(grad, rows)", "total")),
+    fault("gradients of what is frozen before attention", f"{PROJECTED} -k how_they_come",
+          (PROJECTION, "wanted = x.shape[-1], list(ctx.needs_input_grad[:5])", "wanted = x.shape[-1], [True] * 5"),
+          (PROJECTION, "given = [grad if want else None for grad, want in zip(found, wanted, strict=True)]",
+           "given = list(found)")),
+    fault("gradients stacked before attention", f"{PROJECTED} -k keeps_its_layout",
+          (PROJECTION, "if torch.compiler.is_compiling() or torch", "if True or torch")),
+    fault("frozen weights cast twice a step", f"{PROJECTED} -k cast_once",
+          ("cast_kernels/ops/_casts.py", "problem.recompute is not Recompute.NOTHING", "True")),
+    fault("a trained weight is taken for a frozen one", PROJECTED,
+          ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad]", "if t is not None]")),
+    # --- what is kept, and the first call
+    fault("everything kept whatever it takes", RULE,
+          (LEVELS, "if kept(problem) <= allowed(device) else", "if True else")),
+    fault("a level that was asked for is overruled", RULE, (LEVELS, "if check(recompute) != AUTO:", "if False:")),
+    fault("what is free decides what is kept", RULE,
+          (LEVELS, "torch.cuda.get_device_properties(index).total_memory", "torch.cuda.mem_get_info(index)[0]")),
+    fault("kernels compiled ahead for a table of their own", WARM,
+          ("cast_kernels/evidence/warm.py", "DTYPES[dtype])", "None)")),
+    fault("kernels compile one behind the other", WARM,
+          ("cast_kernels/triton/compiling.py", "if len(compilations) < 2 or", "if True or")),
     # --- derivatives, and modules without memory
     fault("second derivative not refused", f"{DERIVATIVES} second_derivative",
           (TRANSFORMS, "if all(grad is None for grad in grads):", "if True:")),

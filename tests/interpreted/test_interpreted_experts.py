@@ -92,8 +92,8 @@ def test_a_frozen_trunk_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, ...]] = []
     true = triton_ffn._ffn_backward
 
-    def watched(problem, n, h, grad, p, through, wanted):  # type: ignore[no-untyped-def]
-        dn, grads = true(problem, n, h, grad, p, through, wanted)
+    def watched(problem, n, h, grad, p, w, through, wanted):  # type: ignore[no-untyped-def]
+        dn, grads = true(problem, n, h, grad, p, w, through, wanted)
         seen.append((through, dn is not None, *(g is not None for g in grads)))
         return dn, grads
 

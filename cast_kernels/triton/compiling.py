@@ -1,0 +1,48 @@
+"""The first call on a GPU: its kernels compile side by side, and a line says why the call takes so long."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import triton
+
+#: Seconds of compiling after which a line says so: kernels that were found in Triton's cache take less.
+PATIENCE = 2.0
+_LOG = logging.getLogger("cast_kernels")
+
+
+def side_by_side(compilations: Sequence[Callable[[], object]]) -> None:
+    """Run calls of Triton's `warmup` such that what they compile is compiled by as many threads as there are cores.
+
+    Triton gives the interpreter's lock away in its passes and in ptxas. A fault in a kernel is raised here.
+    """
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
+    except ImportError:  # a release without it compiles one kernel after the other, at its launch
+        return
+    if len(compilations) < 2 or active_mode.get() is not None:
+        return
+    timer = threading.Timer(PATIENCE, _say)
+    timer.daemon = True
+    timer.start()
+    try:
+        with ThreadPoolExecutor(min(len(compilations), os.cpu_count() or 1)) as pool, AsyncCompileMode(pool):
+            for compilation in compilations:
+                compilation()
+    finally:
+        timer.cancel()
+
+
+@cache
+def _say() -> None:
+    """Once a process, to the logger `cast_kernels`, which prints warnings to stderr unless told otherwise."""
+    _LOG.warning(
+        "cast_kernels: compiling kernels for this GPU; they are kept in %s, and later processes find them there. "
+        "`cast-kernels compile --cache` compiles them ahead.",
+        triton.knobs.cache.dir,
+    )
