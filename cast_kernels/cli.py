@@ -72,7 +72,7 @@ def _compile_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables as JSON")
     parser.add_argument(
-        "--cache", nargs="?", const="", metavar="FOLDER",
+        "--cache", nargs="?", const="", type=str, metavar="FOLDER",
         help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
         "with what a CAST-B launches on this machine's GPU, or on --target",
     )  # fmt: skip

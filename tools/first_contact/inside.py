@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+
 from cast_kernels.gpu.machine import Machine, Step
 
 #: Steps before any is looked at: they compile and allocate.
