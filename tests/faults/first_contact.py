@@ -39,6 +39,11 @@ FAULTS: list[Fault] = [
         (_RUNNING, "os.killpg(self._process.pid, signal.SIGKILL)", "os.kill(self._process.pid, signal.SIGKILL)"),
     ),
     fault(
+        "first contact: processes outlive what looks after them",
+        _TESTS + "after_a_kill",
+        (_RUNNING, "preexec_fn=_end_with_parent", "preexec_fn=None"),
+    ),
+    fault(
         "first contact: rows that were not begun count as done",
         _TESTS + "leaves_rows_out",
         (_RUNNING, 'return self._finish(OUT_OF_TIME if self.found.missing else "")', 'return self._finish("")'),

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from first_contact.rows import Rows
+from first_contact.rows import BROKEN, Rows
 
 _KEY = pytest.StashKey[Rows]()
 _TOLD = pytest.StashKey[bool]()
-#: Exit status once the GPU can be used no more.
-BROKEN = 86
 #: What a summary shows of a row; its samples are in the benchmarks' own file.
 FIGURES = (
     "median_ms", "spread_ms", "speedup", "speedup_spread", "cold_median_ms", "graph_median_ms", "graph_speedup",

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+#: Exit status of a process once the GPU can be used no more.
+BROKEN = 86
+
 
 class Rows:
     """Lines of JSON, each written at once, so that none is lost with the process.
@@ -36,7 +39,7 @@ class Rows:
         """Say that a row begins: what comes next in this process is its."""
         self._tell({"row": name, "begins": True})
 
-    def end(self, name: str, ok: bool | None, **found: Any) -> None:
+    def end(self, name: str, /, ok: bool | None, **found: Any) -> None:
         """Say what was found, which JSON can hold; ok is None where there is nothing to be right or wrong."""
         self._tell({"row": name, "ok": ok, **found})
 

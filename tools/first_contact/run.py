@@ -117,6 +117,8 @@ class Contact:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         self._summarise()
+        if SUMMARY in self.outputs.cut:  # what is there may be older
+            print(self._summary())
         code = status(self.found, self.skipped)
         print(f"first contact: exit status {code}; the report: {self.outputs.folder / SUMMARY}", flush=True)
         return code
@@ -154,8 +156,10 @@ class Contact:
             self._say(f"{found.stage} took {found.seconds:.0f} s, {len(found.rows)} rows{how}{wrong}")
 
     def _summarise(self) -> None:
-        text = markdown(self.found, self.skipped, self.budget.used(), self.emulated, self.outputs.cut)
-        self.outputs.replace(SUMMARY, text)
+        self.outputs.replace(SUMMARY, self._summary())
+
+    def _summary(self) -> str:
+        return markdown(self.found, self.skipped, self.budget.used(), self.emulated, self.outputs.cut)
 
     def _say(self, what: str) -> None:
         print(f"{self.budget.used():6.1f} s  {what}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from first_contact.outputs import Outputs
+from first_contact.rows import BROKEN
 from first_contact.stages import Stage
 
 #: File of everything that was found, a JSON object a line.
@@ -26,6 +28,10 @@ _MOST_LOG = 2 << 20
 _CHUNK = 1 << 20
 #: Processes of one stage: each fault costs the start of another.
 _MOST_PROCESSES = 8
+#: Of Linux's <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
+#: pytest's exit status after tests that failed.
+_SOME_FAILED = 1
 #: Seconds that a killed process is waited for: one that the driver holds does not end.
 _PATIENCE = 5.0
 
@@ -98,8 +104,9 @@ class Running:
         command = [_filled(part, places) for part in self.stage.command]
         with self._log.path.open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**self._environment, "FIRST_CONTACT_UNTIL": str(time.time() + seconds)}, process_group=0,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
+                env={**self._environment, "FIRST_CONTACT_UNTIL": str(time.time() + seconds)},
+                preexec_fn=_end_with_parent,  # this process has one thread
             )  # fmt: skip
 
     def finished(self) -> bool:
@@ -115,6 +122,8 @@ class Running:
             return False
         if code == 0 and not self._row:
             return self._finish(OUT_OF_TIME if self.found.missing else "")
+        if not self._row and code != BROKEN and not (code == _SOME_FAILED and self.found.wrong):
+            self._keep({"row": "the process", "ok": False, "why_not": f"exit status {code}: {self._log.last}"})
         return self._lost(f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}")
 
     def _lost(self, why: str) -> bool:
@@ -185,6 +194,11 @@ class Running:
         self.found.rows.append(entry)
         self.outputs.append(RESULTS, json.dumps({"stage": self.stage.name, **entry}) + "\n")
         self._row, self._row_begin = "", self._clock()
+
+
+def _end_with_parent() -> None:
+    """In the new process: let Linux kill it when the one that looks after it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _filled(text: str, places: Mapping[str, str]) -> str:

@@ -7,10 +7,7 @@ import time
 import traceback
 
 from first_contact.device import device
-from first_contact.rows import Rows
-
-#: Exit status once the GPU can be used no more.
-BROKEN = 86
+from first_contact.rows import BROKEN, Rows
 
 
 def main() -> int:
