@@ -38,12 +38,17 @@ def rows(device: str, tier: str) -> list[Row]:
     return [Row(group, name) for file in FILES for group in file.groups(device, PAPER) for name in group.of_tier(tier)]
 
 
+def environment(*paths: Path) -> dict[str, str]:
+    """Without what pytest-xdist tells its workers: pytest-benchmark would take a process of ours for one."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return own | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
 def benchmarks(*options: str, rehearse: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *(("-p", "rehearsal") if rehearse else ()), "benchmarks/", *options]
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests", "tools"))
     return subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-q"], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True, text=True, timeout=3000,
+        [*command, "-p", "no:cacheprovider", "-q"], cwd=ROOT, capture_output=True, text=True, timeout=3000,
+        env=environment(ROOT, ROOT / "tests", ROOT / "tools"),
     )  # fmt: skip
 
 
@@ -142,12 +147,12 @@ def test_without_the_native_core_its_rows_are_skipped_with_the_reason(tmp_path: 
         "import cast_kernels._native as native\n"
         "native.CORE, native.REASON = None, 'the native core is not built: test'\n"
     )
-    paths = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests", ROOT / "tools")))
     file = tmp_path / "rows.json"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "coreless", "benchmarks/", "--benchmark-only", "--sizes", "small", "-q",
          "--rows", str(file), "--device", "cpu", "-k", "ffn and temporal and inference and not compile", "-rs"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(tmp_path, ROOT, ROOT / "tests", ROOT / "tools"), capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(file.read_text())

@@ -68,8 +68,9 @@ def test_the_module_is_one_graph_on_a_gpu(backend: str, autocast: torch.dtype | 
         assert {x.device.type for x in outputs} == {"cuda"}
     (graph,) = graphs
     (call,) = [node for node in graph.graph.nodes if "cast_kernels.bcast" in str(node.target)]
-    assert call.args[-1] == "triton"
-    assert call.args[-2] == (autocast or FP32)
+    arguments = {a.name: value for a, value in zip(call.target._schema.arguments, call.args, strict=True)}
+    assert arguments["backend"] == "triton"
+    assert arguments["compute"] == (autocast or FP32)
 
 
 def test_float64_streams_are_left_to_others_under_autocast_too() -> None:

@@ -127,7 +127,7 @@ def test_an_entry_names_what_was_not_tuned(tmp_path: Path, monkeypatch: pytest.M
     assert len(entries) == len(tune.PROBLEMS)
     for entry in entries.values():
         assert entry.source.startswith("measured on NVIDIA H100 80GB HBM3: 5.000 ms")
-        named = "adapter_forward, adapter_backward, attention_backward_wide, few, programs"
+        named = "adapter_forward, adapter_backward, attention_backward_wide, project_wide, few, programs"
         assert entry.source.endswith(f"; not tuned: {named}")
 
 

@@ -199,7 +199,9 @@ def _status(command: list[str], seconds: float) -> int:
     """Exit status of a process in the checkout; a kernel that hangs is ended with it."""
     try:
         limit = seconds if seconds < math.inf else None
-        return subprocess.run(command, cwd=BENCHMARKS.parent, timeout=limit).returncode
+        # A worker of pytest-xdist, in which this may run, would have the benchmarks disabled.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        return subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, timeout=limit).returncode
     except subprocess.TimeoutExpired:
         return -signal.SIGKILL
 

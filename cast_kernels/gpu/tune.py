@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention_backward_short": ("warps", "queries"),
 }
 #: What no trial changes or runs: parts of a set, and a field of `weight_gradient`. An entry's source says so.
-NOT_TUNED = ("adapter_forward", "adapter_backward", "attention_backward_wide", "few", "programs")
+NOT_TUNED = ("adapter_forward", "adapter_backward", "attention_backward_wide", "project_wide", "few", "programs")
 #: Values that a field may take: powers of two, as Triton needs, from what a tensor core contracts.
 _VALUES: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64, 128, 256), "k": (16, 32, 64, 128), "columns": (32, 64, 128, 256), "warps": (4, 8, 16),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import triton
 
@@ -31,11 +34,33 @@ def side_by_side(compilations: Sequence[Callable[[], object]]) -> None:
     timer.daemon = True
     timer.start()
     try:
-        with ThreadPoolExecutor(min(len(compilations), os.cpu_count() or 1)) as pool, AsyncCompileMode(pool):
+        threads = min(len(compilations), os.cpu_count() or 1)
+        with _one_parser_at_a_time(), ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool):
             for compilation in compilations:
                 compilation()
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _one_parser_at_a_time() -> Iterator[None]:
+    """Within it, threads that parse Python wait for each other.
+
+    CPython 3.11 counts how deep a syntax tree is in one number for all threads. Two threads that parse kernels raise
+    "SystemError: AST constructor recursion depth mismatch", as Python 3.11.7 did in eight tests of one run. Parsing
+    holds the interpreter's lock, so waiting costs nothing.
+    """
+    parse, lock = ast.parse, threading.Lock()
+
+    def alone(*arguments: Any, **options: Any) -> Any:
+        with lock:
+            return parse(*arguments, **options)
+
+    ast.parse = alone  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ast.parse = parse
 
 
 @cache

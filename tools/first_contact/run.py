@@ -62,7 +62,9 @@ def environment(emulated: bool) -> dict[str, str]:
     """Of the processes: they find the checkout and its rooms without an installation."""
     folders = [ROOT, *(ROOT / name for name in ("tools", "benchmarks", *(["tests"] if emulated else [])))]
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
-    made = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # A worker of pytest-xdist, in which this may run, would have the benchmarks disabled.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    made = {**own, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     return {**made, "FIRST_CONTACT_EMULATED": "1"} if emulated else made
 
 
