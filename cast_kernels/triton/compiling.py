@@ -56,7 +56,7 @@ def _one_parser_at_a_time() -> Iterator[None]:
         with lock:
             return parse(*arguments, **options)
 
-    ast.parse = alone  # type: ignore[assignment]
+    ast.parse = alone
     try:
         yield
     finally:
