@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,18 @@ def test_a_sanitizer_above_its_limit_fails_and_leaves_nothing_running(
     sanitizer(tmp_path, f"echo begun\nsleep 60 &\necho $! > {tmp_path}/pid\nwait", monkeypatch)
     assert CudaMachine.sanitize(FakeMachine(), "memcheck", "") == (False, "begun\nnot done after 0.5 s")  # type: ignore
     child = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    until = time.monotonic() + 20  # a killed process is gone when it next gets a core
+    while not _gone(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert _gone(child)
+
+
+def _gone(stat: Path) -> bool:
+    """Whether the process of /proc/<pid>/stat has ended."""
+    try:
+        return stat.read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @pytest.mark.parametrize(("code", "ok"), [(0, True), (86, False)])
