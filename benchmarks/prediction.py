@@ -15,40 +15,43 @@ from cast_kernels.gpu.machine import Machine
 
 PREDICTIONS = Path(__file__).parent / "predictions"
 
+#: What "auto" takes on the GPUs and batches that are predicted (`tests/test_recompute.py`), then another level.
+_LEVELS = ("nothing", "cheap")
 #: Work -> the phases that it consists of.
 _PHASES = {"inference": ("inference",), "training": ("forward", "backward")}
 
 
 def predicted(machine: Machine, device: str, kind: str, batch: int, work: str) -> dict[str, float]:
     """Row -> milliseconds of B-CAST at the paper's size; empty if there is no prediction for this GPU or problem."""
-    if device != "cuda" or kind != "bf16":
+    if device != "cuda":
         return {}
-    entry = prediction_of(machine.describe(), PREDICTIONS)
-    for one in entry.get("batches", ()):
-        if one["batch"] == batch:
-            return {_mine(work): sum(one["us"][phase] for phase in _PHASES[work]) / 1e3}
-    return {}
+    found = {}
+    for level in _LEVELS if work == "training" else ("cheap",):
+        entry = prediction_of(machine.describe(), PREDICTIONS / kind / level)
+        for one in entry.get("batches", ()):
+            if one["batch"] == batch:
+                found[_mine(work, level)] = sum(one["us"][phase] for phase in _PHASES[work]) / 1e3
+    return found
 
 
 def predicted_model(machine: Machine, device: str, kind: str, batch: int, work: str) -> dict[str, float]:
     """Row -> milliseconds of a whole CAST-B's GPU, as a graph runs it; empty if there is no prediction of it."""
-    if device != "cuda" or kind != "amp":
+    if device != "cuda" or kind != "amp" or work not in ("inference", "training step"):
         return {}
-    names = {"eager AMP": "fused=False", "torch.compile": "torch.compile(fused=False)", "ours": _mine(work)}
-    gpu = machine.describe()
-    ways = prediction_of(gpu, PREDICTIONS / "model").get("ways", []) if prediction_of(gpu, PREDICTIONS) else []
+    names = {"eager AMP": "fused=False", "torch.compile": "torch.compile(fused=False)"}
     asked = (batch, work == "training step", "fp32")
-    return {
-        names[way["way"]]: way["gpu_us"] / 1e3
-        for way in ways
-        if (way["model"]["batch"], way["model"]["training"], way["model"]["streams"]) == asked and way["way"] in names
-    }
+    found = {}
+    for way in prediction_of(machine.describe(), PREDICTIONS / "model").get("ways", ()):
+        model = way["model"]
+        if (model["batch"], model["training"], model["streams"]) == asked:
+            found[names.get(way["way"]) or _mine(work, model["recompute"])] = way["gpu_us"] / 1e3
+    return found
 
 
-def _mine(work: str) -> str:
-    """The row that ours is predicted for: training is, by what `cast-kernels predict` assumes, at level "cheap"."""
+def _mine(work: str, level: str) -> str:
+    """The row of ours at a recompute level: the row without one is "auto", which takes what `_LEVELS` says first."""
     name = next(name for name in ours("cuda", False) if name.endswith("triton"))
-    return name if work == "inference" else f"{name}, recompute=cheap"
+    return name if work == "inference" or level == _LEVELS[0] else f"{name}, recompute={level}"
 
 
 def prediction_of(gpu: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -65,10 +68,9 @@ def prediction_of(gpu: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.json")):
         if path.stem.upper() in words:
             found = _read(path)
-            if "devices" not in found:
-                return found
-            (entry,) = found["devices"].values()
-            return dict(entry) if entry["constants"]["multiprocessors"] == gpu["multiprocessors"] else {}
+            if "devices" in found:
+                (found,) = found["devices"].values()
+            return found if found["constants"]["multiprocessors"] == gpu["multiprocessors"] else {}
     return {}
 
 

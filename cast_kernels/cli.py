@@ -117,7 +117,9 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also write a JSON a GPU and README.md here")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
-    parser.add_argument("--recompute", choices=LEVELS, default="cheap", help="what backward computes again")
+    parser.add_argument(
+        "--recompute", choices=LEVELS, default="nothing", help="what backward computes again; these GPUs take nothing"
+    )
     parser.add_argument("--kind", choices=KINDS, default="amp", help="dtypes: amp is what `cast train` runs")
     parser.add_argument(
         "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"

@@ -308,17 +308,19 @@ def test_predictions_are_of_the_same_gpu_problem_and_work() -> None:
     machine: Any = H100()
     (inference,) = prediction.predicted(machine, "cuda", "bf16", 6, "inference").values()
     found = prediction.predicted(machine, "cuda", "bf16", 6, "training")
-    assert found["cast_kernels, triton, recompute=cheap"] > inference > 0
+    assert found["cast_kernels, triton, recompute=cheap"] > found["cast_kernels, triton"] > inference > 0
+    under_autocast = prediction.predicted(machine, "cuda", "amp", 6, "training")
+    assert under_autocast["cast_kernels, triton"] > found["cast_kernels, triton"]
     assert prediction.predicted(machine, "cuda", "fp16", 6, "training") == {}
     assert prediction.predicted(machine, "cuda", "bf16", 7, "training") == {}
     assert prediction.predicted(machine, "cpu", "bf16", 6, "training") == {}
     step = prediction.predicted_model(machine, "cuda", "amp", 6, "training step")
     inferring = prediction.predicted_model(machine, "cuda", "amp", 6, "inference")
     eager = {"fused=False", "torch.compile(fused=False)"}
-    assert step.keys() == {*eager, "cast_kernels, triton, recompute=cheap"}
-    assert inferring.keys() == {*eager, "cast_kernels, triton"}
+    assert step.keys() == inferring.keys() == {*eager, "cast_kernels, triton"}
     assert all(step[name] > inferring[name] > 0 for name in eager)
     assert prediction.predicted_model(machine, "cuda", "bf16", 6, "inference") == {}
+    assert prediction.predicted_model(machine, "cuda", "amp", 6, "training memory") == {}
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,8 @@ def test_predictions_are_of_the_same_gpu_problem_and_work() -> None:
 )
 def test_another_gpu_has_no_prediction(name: str, count: int) -> None:
     gpu = {"name": name, "multiprocessors": count}
-    assert prediction.prediction_of(gpu, prediction.PREDICTIONS) == {}
+    assert prediction.prediction_of(gpu, prediction.PREDICTIONS / "bf16/cheap") == {}
+    assert prediction.prediction_of(gpu, prediction.PREDICTIONS / "model") == {}
 
 
 def test_no_figure_is_cut_off_however_many_columns_there_are() -> None:

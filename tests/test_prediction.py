@@ -215,25 +215,31 @@ def test_goals_are_held_against_predictions() -> None:
     ]
 
 
-def test_committed_predictions_are_labelled_and_their_table_is_theirs() -> None:
-    assert {path.stem for path in PREDICTIONS.glob("*.json")} == {"a100", "h100", "h200"}
-    for path in PREDICTIONS.glob("*.json"):
+FOLDERS = [f"{kind}/{level}" for kind in ("bf16", "amp") for level in ("nothing", "cheap")]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_committed_predictions_are_labelled_and_their_table_is_theirs(name: str) -> None:
+    folder = PREDICTIONS / name
+    assert {path.stem for path in folder.glob("*.json")} == {"a100", "h100", "h200"}
+    for path in folder.glob("*.json"):
         found = json.loads(path.read_text())
         assert found["label"] == "predicted, unvalidated: no kernel of ours has been timed"
         assert found["uncertainty"] == 0.40
+        assert f"{found['kind']}/{found['recompute']}" == name
         (entry,) = found["devices"].values()
         assert [one["batch"] for one in entry["batches"]] == [1, 6, 32]
         for one in entry["batches"]:
             for phase in report.PHASES:
                 assert one["us"][phase] == pytest.approx(sum(p["us"] for p in one["launches"][phase]))
                 assert one["us"][phase] >= one["floor_us"][phase]
-    text = (PREDICTIONS / "README.md").read_text()
-    assert text == report.markdown(PREDICTIONS)
+    text = (folder / "README.md").read_text()
+    assert text == report.markdown(folder)
     assert "no kernel of ours has been timed" in text
 
 
 def test_the_committed_prediction_under_autocast_is_what_training_runs() -> None:
-    found = json.loads((PREDICTIONS / "amp/h100.json").read_text())
+    found = json.loads((PREDICTIONS / "amp/nothing/h100.json").read_text())
     assert (found["kind"], found["label"]) == ("amp", "predicted, unvalidated: no kernel of ours has been timed")
     case = Case(batch=1)
     (one,) = (b for b in found["devices"]["H100"]["batches"] if b["batch"] == 1)
@@ -242,12 +248,6 @@ def test_the_committed_prediction_under_autocast_is_what_training_runs() -> None
     (eager,) = (e for e in one["eager"] if (e["kind"], e["phase"]) == ("amp", "forward"))
     assert eager["us"] == pytest.approx(1e6 * eager_model.seconds(forward, H100))
     assert eager["kernels"] == len(forward)
-
-
-def test_a_folder_is_of_the_default_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", "--recompute", "all", "--folder", str(tmp_path)]) == 2
-    assert "--folder is for the level 'cheap'; write 'all' with --json" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_level_that_is_asked_for_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

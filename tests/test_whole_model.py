@@ -174,8 +174,9 @@ def test_committed_predictions_are_labelled_and_follow_the_rules() -> None:
     for path in files:
         found = json.loads(path.read_text())
         assert found["label"] == "predicted, unvalidated: no kernel of ours has been timed"
-        seen = {(w["way"], w["model"]["batch"], w["model"]["training"]) for w in found["ways"]}
-        assert len(seen) == 3 * 3 * 2
+        seen = {(w["way"], w["model"]["batch"], w["model"]["training"], w["model"]["streams"]) for w in found["ways"]}
+        assert len(seen) == 3 * 3 * 2 * 2
+        assert {w["model"]["recompute"] for w in found["ways"]} == {"nothing"}
         for way in found["ways"]:
             assert way["gpu_us"] == pytest.approx(sum(row["us"] for row in way["rows"]), rel=1e-3)
             assert way["without_graphs_us"] == max(way["gpu_us"], way["host_us"])
@@ -204,7 +205,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no kernel of ours has been timed" in capsys.readouterr().out
     found = json.loads((folder / "h100.json").read_text())
     assert [way["way"] for way in found["ways"]] == list(report.WAYS)
-    assert found["command"] == "cast-kernels predict --model --recompute cheap --streams bf16 --folder"
+    assert found["command"] == "cast-kernels predict --model --recompute nothing --streams bf16 --folder"
     assert "| H100 | 1 | training step | bf16 |" in (folder / "README.md").read_text()
 
 

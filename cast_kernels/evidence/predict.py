@@ -123,15 +123,9 @@ def _phases(case: Case, keeper: Keeper, kind: Kind) -> Iterable[tuple[str, list[
 
 def main(
     devices: Sequence[str], batches: Sequence[int], json_file: Path | None, folder: Path | None, cache: Path | None,
-    emulated: bool, recompute: str = Case().recompute, kind: str = "amp",
+    emulated: bool, recompute: str, kind: str,
 ) -> int:  # fmt: skip
-    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device.
-
-    Raises:
-        ValueError: a folder for a level that is not the default: its README.md is of the default.
-    """
-    if folder and recompute != Case().recompute:
-        raise ValueError(f"--folder is for the level {Case().recompute!r}; write {recompute!r} with --json")
+    """Predict, print, write, and return the exit code: 1 if a kernel does not fit a device."""
     cases = [replace(Case(), batch=batch, recompute=recompute) for batch in batches]
     eager = eager_predictions(devices, cases)
     runs = [run for name in devices for run in predict(name, cases, cache, emulated, kind)]

@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from cast_kernels.evidence import eager_model
-from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.devices import Constant, device
 from cast_kernels.evidence.model import CEILINGS, LABEL, UNCERTAINTY, Prediction
 
@@ -90,7 +89,7 @@ def kernels(run: Run) -> Table:
 
 
 def collect(
-    runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str = Case().recompute
+    runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str
 ) -> dict[str, Any]:
     """Everything, as it is written to JSON: by device, then one entry a batch."""
     found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters, "recompute": recompute}
@@ -219,9 +218,11 @@ def markdown(folder: Path) -> str:
     """The folder's predictions as text."""
     all_found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     devices = {name: entry for found in all_found for name, entry in found["devices"].items()}
+    kind, level, counters = (all_found[0][key] for key in ("kind", "recompute", "counters"))
+    options = f"--kind {kind} --recompute {level}{' --emulate' if counters == EMULATED else ''}"
     lines = [
         "# Predicted times of B-CAST's Triton kernels", "",
-        f"Written by `cast-kernels predict --kind {all_found[0]['kind']} --emulate --folder`. "
+        f"Written by `cast-kernels predict {options} --folder`. "
         f"**{LABEL[0].upper()}{LABEL[1:]}.** Microseconds at the paper's size, {all_found[0]['dtypes']}; a lower bound "
         f"for ours with an uncertainty of +-{UNCERTAINTY:.0%}: inside a kernel all overlaps, and launches have no "
         "gaps. Eager's times are by its own model, with the shares of the peaks that library kernels reach: ours to "
@@ -229,7 +230,8 @@ def markdown(folder: Path) -> str:
         "streams in float32 (`amp`: what `cast train` runs) or in bfloat16 (`amp16`).", "",
         *markdown_table(_COLUMNS, rows({"devices": devices})), "",
         "`floor`: for each of our kernels the larger of its FLOPs at the tensor peak and its tensors' bytes at DRAM's "
-        "bandwidth. `inference` keeps nothing for backward.", "",
+        "bandwidth. `inference` keeps nothing for backward, training what "
+        f"`{level}` keeps ([levels](../../../../docs/triton.md#what-is-kept)).", "",
         "## Constants", "",
     ]  # fmt: skip
     constants = [

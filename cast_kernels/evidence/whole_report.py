@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from cast_kernels.evidence import host
+from cast_kernels.evidence.devices import device
 from cast_kernels.evidence.model import LABEL, UNCERTAINTY
 from cast_kernels.evidence.prediction_report import constant, markdown_table
 
@@ -114,6 +115,7 @@ def write(ways: Sequence[Found], folder: Path, command: str, date: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(way["device"] for way in ways):
         head = {"label": LABEL, "uncertainty": UNCERTAINTY, "command": command, "date": date, "host": _host()}
+        head["constants"] = {"multiprocessors": device(name).target.processors}
         lines = ",\n".join(json.dumps(_rounded(way)) for way in ways if way["device"] == name)
         text = json.dumps(head, indent=1)[:-2] + f',\n "ways": [\n{lines}\n]\n}}\n'
         (folder / f"{name.lower()}.json").write_text(text)
