@@ -88,9 +88,7 @@ def kernels(run: Run) -> Table:
     return table
 
 
-def collect(
-    runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str
-) -> dict[str, Any]:
+def collect(runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str) -> dict[str, Any]:
     """Everything, as it is written to JSON: by device, then one entry a batch."""
     found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters, "recompute": recompute}
     found |= {"kind": kind, "dtypes": _DTYPES[kind], "assumptions": _shares(), "devices": {}}

@@ -19,27 +19,41 @@ PATIENCE = 2.0
 _LOG = logging.getLogger("cast_kernels")
 
 
-def side_by_side(compilations: Sequence[Callable[[], object]]) -> None:
+def side_by_side(compilations: Sequence[Callable[[], object]], here: bool = True) -> None:
     """Run calls of Triton's `warmup` such that what they compile is compiled by as many threads as there are cores.
 
     Triton gives the interpreter's lock away in its passes and in ptxas. A fault in a kernel is raised here.
+
+    Args:
+        compilations: those of kernels that are known cost the look into Triton's dictionary.
+        here: whether this machine's GPU will run them, and a line says so where it takes long.
     """
-    try:
-        from triton.runtime._async_compile import AsyncCompileMode, active_mode
-    except ImportError:  # a release without it compiles one kernel after the other, at its launch
-        return
-    if len(compilations) < 2 or active_mode.get() is not None:
-        return
     timer = threading.Timer(PATIENCE, _say)
     timer.daemon = True
-    timer.start()
+    if here:
+        timer.start()
     try:
-        threads = min(len(compilations), os.cpu_count() or 1)
-        with _one_parser_at_a_time(), ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool):
+        with _together(len(compilations)):
             for compilation in compilations:
                 compilation()
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _together(count: int) -> Iterator[None]:
+    """Within it Triton compiles in threads; all are done at its end."""
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
+    except ImportError:  # a release without it compiles one kernel after the other
+        yield
+        return
+    if count < 2 or active_mode.get() is not None:
+        yield
+        return
+    threads = min(count, os.cpu_count() or 1)
+    with _one_parser_at_a_time(), ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool):
+        yield
 
 
 @contextmanager

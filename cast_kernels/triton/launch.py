@@ -82,6 +82,7 @@ class Launch:
         self._plain = [_picker(argument, places, named=False) for argument in arguments]
         self._tail = [constants[name] for name in kernel.arg_names[len(arguments) :]]
         self._compiled: Any = None
+        self._asked: Any = None
 
     @property
     def ready(self) -> bool:
@@ -97,7 +98,7 @@ class Launch:
         """
         compiled = self._compiled
         if compiled is None:
-            self._first(values)
+            self.kernel[self.grid](*(pick(values) for pick in self._named), **self.constants)
             return
         arguments = [pick(values) for pick in self._plain]
         enter, leave, metadata = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook, None
@@ -113,23 +114,23 @@ class Launch:
         )  # fmt: skip
 
     def compile(self, values: list[Any]) -> None:
-        """Compile the kernel for the current device, or find it in Triton's cache, and launch nothing."""
-        self.kernel.warmup(*(pick(values) for pick in self._named), grid=self.grid, **self.constants)
+        """Ask Triton for the kernel on the current device and launch nothing; `keep` takes what it gives.
 
-    @property
-    def unknown(self) -> bool:
-        """Whether the kernel was compiled for no problem yet in this process, on the current device."""
-        return not self.kernel.device_caches[drivers.active.get_current_device()][0]
+        Args:
+            values: the call's tensors and numbers.
+        """
+        if not (_INTERPRETED or self.kernel.pre_run_hooks or _stages_hook()):
+            self._asked = self.kernel.warmup(*(pick(values) for pick in self._named), grid=self.grid, **self.constants)
 
-    def _first(self, values: list[Any]) -> None:
-        """Launch through Triton, which compiles; keep the kernel unless Triton looks at more than its arguments."""
-        compiled = self.kernel[self.grid](*(pick(values) for pick in self._named), **self.constants)
-        if _INTERPRETED or self.kernel.pre_run_hooks or self.kernel.used_global_vals or _stages_hook():
+    def keep(self) -> None:
+        """Keep the compiled kernel, unless Triton looks at more than its arguments at each launch."""
+        asked, self._asked = self._asked, None
+        if asked is None or self.kernel.used_global_vals:
             return
-        if hasattr(compiled, "result"):  # a compilation that was put off
-            compiled = compiled.result()
-        self._run = compiled.run
-        self._compiled = compiled
+        if hasattr(asked, "result"):  # it was compiled in another thread
+            asked = asked.result()
+        self._run = asked.run
+        self._compiled = asked
 
 
 _HOOKS = triton.knobs.runtime
@@ -258,12 +259,9 @@ class Plan:
             return
         active = drivers.active
         stream = active.get_current_stream(active.get_current_device())
-        ready = all(launch.ready for launch in self.launches)
+        ready = all(launch.ready for launch in self.launches) or self._compile(given, saved, scratch)
         if getattr(active, "takes_tensors", False) or not ready:
             addresses = self._views(given, saved, scratch)
-            if not ready:
-                unknown = {id(one.kernel): partial(one.compile, addresses) for one in self.launches if one.unknown}
-                side_by_side(list(unknown.values()))
         else:
             for kind, base in (("saved", saved), ("scratch", scratch)):
                 if base is not None:
@@ -271,6 +269,16 @@ class Plan:
             addresses += self._numbers
         for launch in self.launches:
             launch(addresses, stream)
+
+    def _compile(self, given: list[Tensor], saved: Tensor | None, scratch: Tensor | None) -> bool:
+        """Compile what is not ready, side by side, and return whether all is."""
+        values = self._views(given, saved, scratch)
+        new = [launch for launch in self.launches if not launch.ready]
+        here = not getattr(drivers.active, "runs_on_cpu", False)
+        side_by_side([partial(launch.compile, values) for launch in new], here)
+        for launch in new:
+            launch.keep()
+        return all(launch.ready for launch in new)
 
     def _views(self, given: list[Tensor], saved: Tensor | None, scratch: Tensor | None) -> list[Any]:
         """The call's tensors and numbers: for Triton's compiler, its interpreter, and whoever looks at launches."""
