@@ -58,6 +58,16 @@ def test_equal_values_are_no_race() -> None:
     assert {f.kind for f in faults(same.replace("[%r3], %r2", "[%r3], %tid0"))} == {"write-write"}, "in one instruction"
 
 
+def test_a_nan_is_equal_whatever_the_order_of_its_summands() -> None:
+    """Two warps add the same two NaNs, each its own first: on a GPU both write the same bits."""
+    code = (
+        "mov.b32 %r1, 0x7FC00001; mov.b32 %r2, 0xFFC00002; selp.b32 %r3, %r1, %r2, %p1; selp.b32 %r4, %r2, %r1, %p1; "
+        "add.f32 %r5, %r3, %r4; st.shared.b32 [%r9], %r5;"
+    )
+    assert faults(code) == []
+    assert {f.kind for f in faults(code.replace("[%r9], %r5", "[%r9], %r3"))} == {"write-write"}
+
+
 def test_the_second_of_two_readers_counts() -> None:
     """Warp 0 reads word 0 first, then warp 1 does; warp 0 writes it in the same epoch."""
     code = (

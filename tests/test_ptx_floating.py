@@ -124,11 +124,33 @@ def test_extremes(name: str) -> None:
     same(binary(f"{name}.NaN.f32 %o, %a, %b;", a, b), np.where(np.isnan(a) | np.isnan(b), np.float32(NAN), want))
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "add.f32 %o, %a, %b;", "sub.f32 %o, %a, %b;", "mul.f32 %o, %a, %b;", "div.rn.f32 %o, %a, %b;",
+        "add.rz.f32 %o, %a, %b;", "fma.rn.f32 %o, %a, %b, %b;", "min.NaN.f32 %o, %a, %b;", "max.f32 %o, %a, %b;",
+        "sqrt.rn.f32 %o, %a;", "ex2.approx.f32 %o, %a;",
+    ],
+)  # fmt: skip
+def test_every_nan_has_the_same_bits(code: str) -> None:
+    """Whatever the operands' signs and payloads are: an order of summands cannot be told from the sum."""
+    a = np.array([0x7FC00001, 0xFFC00002, 0x7F800003, 0x7FFF7FFF], np.uint32)
+    (got,) = lanewise(code, [a, a[::-1].copy()], [np.uint32])
+    np.testing.assert_array_equal(got, 0x7FFFFFFF)
+
+
+def test_a_nan_that_arithmetic_makes() -> None:
+    a, b = np.array([INF, 0.0, 1.0], np.float32), np.array([-INF, INF, 2.0], np.float32)
+    assert [hex(x) for x in bits(binary("add.f32 %o, %a, %b;", a, b))] == ["0x7fffffff", "0x7f800000", "0x40400000"]
+    assert [hex(x) for x in bits(binary("mul.f32 %o, %a, %b;", a, b))] == ["0xff800000", "0x7fffffff", "0x40000000"]
+
+
 def test_signs() -> None:
     a, b = numbers(seed=4), numbers(seed=5)
     np.testing.assert_array_equal(bits(unary("neg.f32 %o, %a;", a)), bits(a) ^ 0x80000000)
     np.testing.assert_array_equal(bits(unary("abs.f32 %o, %a;", a)), bits(a) & 0x7FFFFFFF)
-    same(binary("copysign.f32 %o, %a, %b;", a, b), np.copysign(b, a))
+    with_sign = binary("copysign.f32 %o, %a, %b;", a, b)
+    np.testing.assert_array_equal(bits(with_sign), bits(a) & 0x80000000 | bits(b) & 0x7FFFFFFF)
 
 
 @pytest.mark.parametrize(

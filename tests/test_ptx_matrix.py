@@ -163,6 +163,16 @@ def test_mma_of_single_elements(k: int, kind: str) -> None:
         np.testing.assert_array_equal(out, want)
 
 
+def test_a_nan_of_mma_has_the_bits_of_every_other() -> None:
+    a, b, c = np.full((16, 16), 0x3F80, np.uint16), np.full((16, 8), 0x3F80, np.uint16), np.ones((16, 8), np.uint32)
+    a[3, 5], b[2, 1], c[0, 0] = 0xFFC1, 0x7F83, 0xFFC00005
+    out, _ = mma(a, b, c.view(np.float32), "bf16")
+    wrong = np.zeros((16, 8), bool)
+    wrong[3], wrong[:, 1], wrong[0, 0] = True, True, True
+    np.testing.assert_array_equal(out.view(np.uint32) == 0x7FFFFFFF, wrong)
+    assert (out[~wrong] == 16).all()
+
+
 def test_tf32_reads_the_upper_bits_only() -> None:
     a, b = np.full((16, 8), 0x3F801FFF, np.uint32), np.full((8, 8), 0x3F801FFF, np.uint32)
     out, _ = mma(a, b, np.zeros((16, 8), np.float32), "tf32")

@@ -223,6 +223,12 @@ def test_compare_and_swap_and_masked_reduction() -> None:
     assert cells[2] == 0x40804080
 
 
+def test_a_nan_that_is_added_has_the_bits_of_every_other() -> None:
+    cells = np.array([0xFFC00001, 0x3F800000], np.uint32)
+    run(entry("red.global.add.f32 [%ptr0], 0f3F800000; red.global.add.f32 [%ptr0+4], 0fFFC00002;", 1), [cells])
+    assert [hex(x) for x in cells] == ["0x7fffffff"] * 2
+
+
 def test_shared_atomics() -> None:
     code = """
     mov.b32 %r1, tile; and.b32 %r2, %tid0, 3; shl.b32 %r2, %r2, 2; add.u32 %r1, %r1, %r2; st.shared.b32 [%r1], 0;

@@ -160,6 +160,8 @@ def test_scales() -> None:
     np.testing.assert_allclose(got, want + 2.5, rtol=1e-5, atol=1e-5)
     got, want, _ = multiply(16, "bf16", 1, 1, (False, False), "0, 1, 1", start=float("nan"))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    got, _, _ = multiply(16, "bf16", 1, 1, (False, False), "1, 1, 1", start=-float("nan"))
+    assert (got.view(np.uint32) == 0x7FFFFFFF).all(), "every NaN of arithmetic has these bits"
     got, want, _ = multiply(16, "bf16", 1, 1, (False, False), "1, -1, 1", start=1.0)
     np.testing.assert_allclose(got, 1 - want, rtol=1e-5, atol=1e-5)
     got, want, _ = multiply(16, "bf16", 1, 1, (False, False), "1, -1, -1")

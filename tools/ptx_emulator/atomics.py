@@ -8,7 +8,7 @@ import numpy as np
 from ptx_emulator.decode import UNSIGNED, Action, Array, Decoder, Modifiers, choose, instruction, items
 from ptx_emulator.errors import Unsupported
 from ptx_emulator.floating import typed
-from ptx_emulator.formats import FROM_F32, TO_F32
+from ptx_emulator.formats import FROM_F32, TO_F32, canonical
 from ptx_emulator.loads import CACHING, ORDERING, count_shared, effective, global_lanes, resolve, shared_lanes, space_of
 from ptx_emulator.memory import HEAP_BASE
 from ptx_emulator.shared import pick
@@ -51,6 +51,8 @@ def _update(name: str, kind: str) -> Update:
         up, down = TO_F32[kind], FROM_F32[kind]
         return lambda old, b, c: down(function(up(old), up(b)))
     read = typed(kind)
+    if kind == "f32":
+        return lambda old, b, c: canonical(function(read(old), read(b)))
     return lambda old, b, c: function(read(old), read(b)).view(unsigned)
 
 

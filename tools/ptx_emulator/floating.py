@@ -12,7 +12,7 @@ import numpy as np
 
 from ptx_emulator.decode import FLOAT, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
 from ptx_emulator.errors import Unsupported
-from ptx_emulator.formats import FROM_F32, TO_F32, fma_f32, fma_f64, sticky
+from ptx_emulator.formats import FROM_F32, TO_F32, canonical, fma_f32, fma_f64, sticky
 from ptx_emulator.integer import view_type
 from ptx_emulator.syntax import TYPE_BYTES, Instruction, Pair
 
@@ -37,9 +37,10 @@ def _minimum(function: Function, other: Function) -> Function:
 def _wrap(function: Function, kind: str) -> Function:
     """A function of float arrays as one of registers of type `kind`;
     halves are computed in float32 and rounded once."""
-    if kind in ("f32", "f64"):
-        view, unsigned = FLOAT[TYPE_BYTES[kind]], UNSIGNED[TYPE_BYTES[kind]]
-        return lambda *args: function(*(a.view(view) for a in args)).view(unsigned)
+    if kind == "f32":
+        return lambda *args: canonical(function(*(a.view(np.float32) for a in args)))
+    if kind == "f64":
+        return lambda *args: function(*(a.view(np.float64) for a in args)).view(np.uint64)
     base = kind.removesuffix("x2")
     up, down = TO_F32[base], FROM_F32[base]
     if base == kind:
@@ -153,6 +154,13 @@ def build_extreme(d: Decoder, ins: Instruction) -> Action | None:
     return _operation(d, ins, kind, function, mods)
 
 
+def _signs(kind: str) -> tuple[Any, Any]:
+    """The bits of a register that are signs, and the others."""
+    size = TYPE_BYTES[kind]
+    sign = 1 << (8 * size - 1) | (1 << 15 if kind.endswith("x2") else 0)
+    return UNSIGNED[size](sign), UNSIGNED[size](~sign & ((1 << 8 * size) - 1))
+
+
 @instruction("neg", "abs")
 def build_sign(d: Decoder, ins: Instruction) -> Action | None:
     mods = Modifiers(ins)
@@ -161,10 +169,7 @@ def build_sign(d: Decoder, ins: Instruction) -> Action | None:
         return None
     mods.drop("ftz")
     mods.end()
-    size = TYPE_BYTES[kind]
-    sign = 1 << (8 * size - 1) | (1 << 15 if kind.endswith("x2") else 0)
-    unsigned = UNSIGNED[size]
-    flip, keep = unsigned(sign), unsigned(~sign & ((1 << 8 * size) - 1))
+    flip, keep = _signs(kind)
     function: Function = (lambda a: a ^ flip) if ins.root == "neg" else (lambda a: a & keep)
     return assign(d.destination(ins.operands[0], kind, ins), function, d.source(ins.operands[1], kind, ins))
 
@@ -175,7 +180,10 @@ def build_copysign(d: Decoder, ins: Instruction) -> Action | None:
     kind = _float_type(mods)
     if kind is None:
         return None
-    return _operation(d, ins, kind, lambda sign, magnitude: np.copysign(magnitude, sign), mods)
+    mods.end()
+    flip, keep = _signs(kind)
+    out = d.destination(ins.operands[0], kind, ins)
+    return assign(out, lambda sign, a: sign & flip | a & keep, *(d.source(o, kind, ins) for o in ins.operands[1:]))
 
 
 def _unary(function: Function) -> Function:

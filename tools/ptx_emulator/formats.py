@@ -10,6 +10,18 @@ from ptx_emulator.decode import Array
 CANONICAL_NAN: dict[int, Any] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF)}
 
 
+def canonical(value: Array) -> Array:
+    """The bits of float32 results as a GPU's arithmetic leaves them: every NaN is 0x7FFFFFFF.
+
+    Source: CUDA C++ Programming Guide, "Floating-Point Standard". NumPy keeps sign and payload of one of the operands,
+    of which one depends on their order. So two warps that add up the same numbers would differ.
+    """
+    bits = value.view(np.uint32)
+    if not np.isnan(np.vdot(value, value)):  # squares add up to NaN only if one is NaN; this is the fastest look
+        return bits
+    return np.where(value != value, CANONICAL_NAN[4], bits)
+
+
 def bf16_to_f32(bits: Array) -> Array:
     """Exact."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

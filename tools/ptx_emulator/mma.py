@@ -12,7 +12,7 @@ import numpy as np
 
 from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction, items
 from ptx_emulator.errors import Unsupported
-from ptx_emulator.formats import f16_to_f32
+from ptx_emulator.formats import canonical, f16_to_f32
 from ptx_emulator.matrix import whole_warps
 from ptx_emulator.syntax import Instruction
 
@@ -118,7 +118,7 @@ def build_mma(d: Decoder, ins: Instruction) -> Action | None:
             old = r[c[i]]
             wide = old if old.shape == m.shape else np.broadcast_to(old, m.shape)
             total = np.add(product[:, i // 2, :, i % 2], wide.view(np.float32).reshape(warps, 32))
-            results.append(total.reshape(m.shape).view(np.uint32))
+            results.append(canonical(total).reshape(m.shape))
         for out, value in zip(outs, results, strict=True):
             r[out] = value if mask is None else np.where(mask, value, r[out])
 

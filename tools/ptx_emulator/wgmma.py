@@ -13,6 +13,7 @@ import numpy as np
 from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction, items
 from ptx_emulator.descriptors import Layout, read_operand
 from ptx_emulator.errors import Divergence, Unsupported
+from ptx_emulator.formats import canonical
 from ptx_emulator.mma import fragment
 from ptx_emulator.syntax import TYPE_BYTES, Instruction, Literal, Not, Register
 
@@ -276,7 +277,7 @@ def _accumulate(
             total = total + old if keep.all() else np.where(keep, total + old, total)
         if not everyone:
             total = np.where(active.reshape(-1, 1, 1), total, old)
-    state.matrices[registers] = total
+    state.matrices[registers] = canonical(total).view(np.float32)
     state.held[registers] = state.held.get(registers, np.zeros(state.shape, bool)) | active
 
 
