@@ -26,6 +26,8 @@ FAST = (
     " -fno-trapping-math -Ofast"
 )
 
+NATIVE = "-march=native" if os.uname().machine == "x86_64" else ""
+
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler")
 
 
@@ -50,28 +52,40 @@ def measure() -> dict[str, object]:
     return {"core": str(_native.CORE.__file__), "float32": small.item(), "float64": 1e-320 * small.numel()}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core, built at its baseline with all of FAST in CXXFLAGS and LDFLAGS, in a copy of the package."""
+def configure(folder: Path, **flags: str) -> tuple[str, ...]:
+    """Make the build of the core's baseline in a folder; returns the command that builds."""
     import pybind11
 
-    folder = tmp_path_factory.mktemp("fast")
-    compiled = shutil.ignore_patterns("_C.*", "__pycache__")
-    shutil.copytree(ROOT / "cast_kernels", folder / "cast_kernels", ignore=compiled)
     beside = Path(sys.executable).parent
     cmake, ninja = (shutil.which(name) or str(beside / name) for name in ("cmake", "ninja"))
-    native = " -march=native" if os.uname().machine == "x86_64" else ""
-    flags = {"CXXFLAGS": FAST + native + ' -DWORDS="\\"two words\\""', "LDFLAGS": FAST}
-    configure = [
-        cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", str(ROOT), "-B", str(folder / "build"),
+    command = [
+        cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", str(ROOT), "-B", str(folder),
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         "-DCAST_KERNELS_LEVELS=baseline", "-DCAST_OPTIMISE=-O1",
     ]  # fmt: skip
-    for command in (configure, [cmake, "--build", str(folder / "build")]):
-        call(command, **flags)
+    call(command, **flags)
+    return cmake, "--build", str(folder)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The core, built at its baseline with all of FAST in CXXFLAGS and LDFLAGS, in a copy of the package."""
+    folder = tmp_path_factory.mktemp("fast")
+    compiled = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "cast_kernels", folder / "cast_kernels", ignore=compiled)
+    flags = {"CXXFLAGS": f'{FAST} {NATIVE} -DWORDS="\\"two words\\""', "LDFLAGS": FAST}
+    call([*configure(folder / "build", **flags)], **flags)
     (module,) = (folder / "build").glob("_C*.so")
     shutil.copy2(module, folder / "cast_kernels")
     return folder
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [FAST, NATIVE], ids=["fast math", "this processor"])
+def test_the_build_takes_back(flags: str, tmp_path: Path) -> None:
+    """A file that includes the refusals below compiles; the tests behind this one build and run all files."""
+    build = configure(tmp_path, CXXFLAGS=flags, LDFLAGS=flags)
+    call([*build, "--target", "CMakeFiles/_C.dir/csrc/cpu/dispatch.cpp.o"], CXXFLAGS=flags)
 
 
 @needs_compiler

@@ -88,17 +88,24 @@ def test_compiled_code_is_right_in_emulation(name: str, autocast: torch.dtype | 
 # --- what is not computed and not copied -----------------------------------------------------------------------------
 
 PAPER = Case(batch=2, tokens=197, dim=768, heads=12, adapter=192)
+PROJECTED = ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias")
 FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 
 class Passes(TorchDispatchMode):
-    """Name and bytes of every operator that reads or writes memory, PyTorch's or ours."""
+    """Name and bytes of every operator that reads or writes memory, PyTorch's or ours.
+
+    And the gradients that are asked of `projection_backward`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, int]] = []
+        self.asked: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.cast_kernels.projection_backward.default:
+            self.asked += [name for name, want in zip(PROJECTED, args[-1], strict=True) if want]
         out = func(*args, **(kwargs or {}))
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         unread = func.namespace == "prim" or any(word in str(func) for word in ("empty", "_unsafe_view", "detach"))
@@ -182,7 +189,16 @@ def test_every_attention_keeps_its_layout_and_its_gradients(name: str, monkeypat
         assert not {"aten.stack", "aten.cat", "aten.clone", "aten.copy_"} & set(names(backward))
 
 
-@pytest.mark.parametrize("wanted", [("qkv_weight",), ("qkv_bias",), ("norm_weight", "norm_bias"), ("x",)], ids="+".join)
+WANTED = [("qkv_weight",), ("qkv_bias",), ("norm_weight", "norm_bias"), ("x",)]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids="+".join)
+def test_no_gradient_is_computed_that_nobody_wants(wanted: tuple[str, ...]) -> None:
+    _, backward = operators((*wanted, *ADAPTER))
+    assert tuple(backward.asked) == wanted
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids="+".join)
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_do_not_depend_on_how_they_come(
     wanted: tuple[str, ...], packed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -200,6 +216,28 @@ def test_gradients_do_not_depend_on_how_they_come(
 # --- casts -----------------------------------------------------------------------------------------------------------
 
 
+def half_block(op: str, level: str, trained: tuple[str, ...], cache: Path) -> Any:
+    """Parameters after forward and backward under AMP, of which those named have gradients; no launch is run."""
+    case: Any = SMALL if op == "self_attention" else ffn_cases.Case(lead=(37,), dim=96, hidden=64, adapter=48)
+    parameters, x = case.parameters(), case.x().requires_grad_()
+    for name in trained:
+        getattr(parameters, name).requires_grad_()
+    options: dict[str, Any] = {"num_heads": case.heads} if op == "self_attention" else {}
+    with offline_driver(target("sm_80"), Recorder(), cache):
+        with torch.autocast("cpu", BF16):
+            y = getattr(cast_kernels, op)(x, parameters, eps=1e-5, backend="triton", recompute=level, **options)
+        y.sum().backward()
+    return parameters
+
+
+@pytest.mark.parametrize("op", ["ffn", "self_attention"])
+def test_a_trained_weight_keeps_its_gradient_where_all_is_kept(op: str, tmp_path: Path) -> None:
+    """What is cast before the op is out of autograd's sight."""
+    names = (ffn_cases.FFNParameters if op == "ffn" else SelfAttentionParameters)._fields
+    parameters = half_block(op, "nothing", names, tmp_path)
+    assert [name for name in names if getattr(parameters, name).grad is None] == []
+
+
 @pytest.mark.parametrize("op", ["ffn", "self_attention"])
 @pytest.mark.parametrize(("level", "times"), [("nothing", 1), ("cheap", 2)])
 def test_a_frozen_weight_is_cast_once_a_step_where_all_is_kept(
@@ -214,15 +252,7 @@ def test_a_frozen_weight_is_cast_once_a_step_where_all_is_kept(
         true(to, given)
 
     monkeypatch.setattr(torch, "_foreach_copy_", copy)
-    case: Any = SMALL if op == "self_attention" else ffn_cases.Case(lead=(37,), dim=96, hidden=64, adapter=48)
-    parameters, x = case.parameters(), case.x().requires_grad_()
-    for name in ADAPTER:
-        getattr(parameters, name).requires_grad_()
-    options: dict[str, Any] = {"num_heads": case.heads} if op == "self_attention" else {}
-    with offline_driver(target("sm_80"), Recorder(), tmp_path):
-        with torch.autocast("cpu", BF16):
-            y = getattr(cast_kernels, op)(x, parameters, eps=1e-5, backend="triton", recompute=level, **options)
-        y.sum().backward()
+    parameters = half_block(op, level, ADAPTER, tmp_path)
     copied = Counter(address for launch in launches for address in launch)
     frozen = [p for name, p in parameters._asdict().items() if name not in ADAPTER and not name.startswith("norm")]
     in_product = op == "self_attention" and level == "cheap"  # PyTorch's own linear casts the output projection

@@ -96,9 +96,13 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path: Path) -> None:
     source = PointSource(8)
     kept = [batch for n, batch in enumerate(source.batches(0)) if n != 2]
     source.batches = lambda epoch, start=0: iter(kept)  # type: ignore[method-assign]
-    engine(tmp_path / "plain", plain, source, planned(epochs=1, steps_per_epoch=5, ema=0.9)).run()
+    without = engine(tmp_path / "plain", plain, source, planned(epochs=1, steps_per_epoch=5, ema=0.9))
+    without.run()
     for a, b in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+    assert running.average is not None
+    assert without.average is not None
+    torch.testing.assert_close(running.average.read(), without.average.read())
 
 
 def test_fsdp2_leaves_precision_to_autocast_and_adds_gradients_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

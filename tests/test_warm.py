@@ -21,8 +21,9 @@ from triton.backends.nvidia.driver import CudaDriver
 from cast_kernels import cli
 from cast_kernels.evidence import warm
 from cast_kernels.evidence.driver import OfflineDriver, Recorder, offline_driver
-from cast_kernels.evidence.parts import Model
+from cast_kernels.evidence.parts import Model, parts
 from cast_kernels.evidence.targets import target
+from cast_kernels.evidence.unrun import Unrun
 from cast_kernels.triton import compiling
 from cast_kernels.triton.launch import Planner
 
@@ -41,19 +42,28 @@ def compilations() -> Iterator[list[bool]]:
         yield found
 
 
+def step(model: Model, cache: Path) -> int:
+    """One step as it is trained under autocast in bf16 -> the number of its kernels."""
+    with offline_driver(target("sm_90"), Recorder(), cache) as recorder:
+        for part in parts(model, "triton"):
+            with Unrun():
+                part.backward(part.forward(torch.bfloat16))
+    return len(recorder.records)
+
+
 def test_a_later_process_compiles_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Filled by processes of its own, as the command does it; the step here is the product's, at another batch size."""
+    """Filled by processes of its own, as the command does it; the step here is at another batch size."""
     assert warm.main(["sm_90"], ["bf16"], [SMALL], tmp_path) == 0
     told = capsys.readouterr()
     assert told.err == "compiled 1 of 1 kinds of steps\n"
     assert str(tmp_path) in told.out
     with compilations() as found:
-        kernels = warm.fill("sm_90", "bf16", replace(SMALL, batch=3), tmp_path)
+        kernels = step(replace(SMALL, batch=3), tmp_path)
     assert kernels > 10
     assert len(found) >= kernels
     assert all(found)
     with compilations() as found:  # and a kernel that the command does not know is seen
-        warm.fill("sm_90", "bf16", replace(SMALL, adapter=32), tmp_path)
+        step(replace(SMALL, adapter=32), tmp_path)
     assert not all(found)
 
 
