@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,25 @@ def test_a_long_compilation_is_announced_once(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(compiling, "PATIENCE", 60.0)
         compiling.side_by_side([lambda: None] * 2)
         assert len(told) == 1
+
+
+def test_two_threads_that_compile_at_once_leave_the_parser_as_it_was() -> None:
+    """Each puts a lock before Python's parser; were both at it, the last to end would put back the other's."""
+    before = ast.parse
+    begun, ended = [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+    jobs: list[list[Callable[[], object]]] = [
+        [event.set, partial(end.wait, 10)] for event, end in zip(begun, ended, strict=True)
+    ]
+    threads = [threading.Thread(target=compiling.side_by_side, args=(job,)) for job in jobs]
+    threads[0].start()
+    assert begun[0].wait(10)
+    threads[1].start()
+    begun[1].wait(0.5)  # which it does not, while the first is at it
+    for thread, end in zip(threads, ended, strict=True):
+        end.set()
+        thread.join()
+    assert begun[1].is_set()
+    assert ast.parse is before
 
 
 def test_a_fault_in_a_kernel_is_raised() -> None:

@@ -17,6 +17,8 @@ import triton
 #: Seconds of compiling after which a line says so: kernels that were found in Triton's cache take less.
 PATIENCE = 2.0
 _LOG = logging.getLogger("cast_kernels")
+#: Held by the thread whose kernels compile side by side: `ast.parse` is one for all threads.
+_COMPILING = threading.Lock()
 
 
 def side_by_side(compilations: Sequence[Callable[[], object]], here: bool = True) -> None:
@@ -52,7 +54,7 @@ def _together(count: int) -> Iterator[None]:
         yield
         return
     threads = min(count, os.cpu_count() or 1)
-    with _one_parser_at_a_time(), ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool):
+    with _COMPILING, _one_parser_at_a_time(), ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool):
         yield
 
 
