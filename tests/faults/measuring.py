@@ -29,7 +29,7 @@ FAULTS = [
     fault("a stand-in's time is shown", f"{BENCHMARKS_TEST} -k spread",
           ("cast_kernels/gpu/rows.py", 'if "stand_in" in row:\n            line', "if not row:\n            line")),
     fault("another GPU's prediction", f"{BENCHMARKS_TEST} -k prediction",
-          ("benchmarks/prediction.py", 'entry["constants"]["multiprocessors"] == gpu["multiprocessors"]', "entry")),
+          ("benchmarks/prediction.py", 'found["constants"]["multiprocessors"] == gpu["multiprocessors"]', "found")),
     fault("a resumed run measures again", f"{REHEARSAL_TEST} -k resumed",
           (SESSION, "        if known:\n", "        if known and False:\n")),
     fault("a group is begun after its time", f"{REHEARSAL_TEST} -k without_time",

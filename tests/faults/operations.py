@@ -45,10 +45,10 @@ FAULTS = [
     fault("a level that was asked for is overruled", RULE, (LEVELS, "if check(recompute) != AUTO:", "if False:")),
     fault("what is free decides what is kept", RULE,
           (LEVELS, "torch.cuda.get_device_properties(index).total_memory", "torch.cuda.mem_get_info(index)[0]")),
-    fault("kernels compiled ahead for a step without autocast", WARM,
+    fault("kernels compiled ahead for a step without autocast", f"{WARM} -k later_process",
           ("cast_kernels/evidence/warm.py", "DTYPES[dtype])", "None)")),
-    fault("kernels compile one behind the other", WARM,
-          ("cast_kernels/triton/compiling.py", "if len(compilations) < 2 or", "if True or")),
+    fault("kernels compile one behind the other", f"{WARM} -k side_by_side",
+          ("cast_kernels/triton/compiling.py", "if count < 2 or", "if True or")),
     # --- plans of backend triton
     fault("plan: kept when Triton's settings change", "tests/test_plan.py -k circumstances",
           (LAUNCH, "(device, _HOOKS.debug, compilation,", "(device, compilation,")),
