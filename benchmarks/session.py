@@ -91,7 +91,7 @@ class Session:
                 self.machine, work, names, self.seconds_left(), self.device,
                 lambda name, row: self.report.add(group.title, name, row),
             )  # fmt: skip
-            self._rate(rows, work.flops, work.bytes, str(work.kind.compute))
+            self._rate(rows, work.flops(), work.bytes, str(work.kind.compute))
         except NoGPUError as error:
             self.broken = f"{error}; --device cpu measures on the processor"
             return {name: {"failed": self.broken} for name in names}

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_model
+import models
 import peers
 import prediction
 import pytest
@@ -51,7 +53,7 @@ def rows_of(**candidates: Any) -> dict[str, dict[str, Any]]:
         raise Unavailable("not installed; do this")
 
     builders = {name: (refuse if c is None else lambda c=c: c) for name, c in candidates.items()}
-    work = Work(builders, lambda: TRUTH, 10**6, KINDS["fp32"], samples=3, seconds=1.0)
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=3, seconds=1.0)
     return compare(CpuMachine(), work, list(candidates), 60.0, "cpu")  # type: ignore[arg-type]
 
 
@@ -91,7 +93,7 @@ def test_fused_and_unfused_training_steps_agree_and_the_error_is_seen() -> None:
 
     builders = {name: lambda options=options: build(**options) for name, options in rows.items()}
     exact = exact_training(make_model(TINY), video, labels)
-    work = Work(builders, lambda: exact, 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    work = Work(builders, lambda: exact, lambda: 10**6, KINDS["fp32"], samples=3, seconds=0.0)
     found = compare(CpuMachine(), work, list(rows), 60.0, "cpu")  # type: ignore[arg-type]
     assert all(found[name]["correct"] for name in rows), found
     assert any(key.startswith("grad.blocks.0.cross_s_up") for key in exact)
@@ -99,9 +101,46 @@ def test_fused_and_unfused_training_steps_agree_and_the_error_is_seen() -> None:
 
 
 def test_nothing_is_zero_and_models_of_one_variant_are_equal() -> None:
-    models = [make_model(TINY, recompute=level).state_dict() for level in ("cheap", "nothing", "all")]
-    assert all(torch.equal(models[0][key], model[key]) for model in models for key in models[0])
-    assert all(x.double().std() > 0.01 for x in models[0].values())
+    made = [make_model(TINY, recompute=level).state_dict() for level in ("cheap", "nothing", "all")]
+    assert all(torch.equal(made[0][key], model[key]) for model in made for key in made[0])
+    assert all(x.double().std() > 0.01 for x in made[0].values())
+
+
+def test_a_model_that_was_never_initialised_is_the_model_with_its_weights() -> None:
+    """Nothing but the weights is left unset: positions that no checkpoint holds, for example."""
+    made, ordinary = make_model(TINY), cast.CAST(TINY).eval()
+    ordinary.load_state_dict(made.state_dict())
+    assert {n: b.tolist() for n, b in made.named_buffers()} == {n: b.tolist() for n, b in ordinary.named_buffers()}
+    video, _ = make_batch(TINY, 1)
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(made(video).values(), ordinary(video).values(), strict=True))
+
+
+def test_no_weight_is_drawn_twice() -> None:
+    """A run makes dozens of models: what initialises one first costs more than it."""
+
+    class Drawn(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if torch.Tag.nondeterministic_seeded in func.tags and made.device.type != "meta":
+                self.count += made.numel()
+            return made
+
+    with Drawn() as drawn:
+        model = make_model(TINY)
+    assert drawn.count == sum(x.numel() for x in model.parameters())
+
+
+def test_what_no_row_needs_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs take a second or two a group: the first contact's rooms have no use for them."""
+    group = next(group for group in bench_model.groups("cpu", SMALL) if group.name == "model training step fp32 B1")
+    counted: list[int] = []
+    monkeypatch.setattr(bench_model, "count_flops", lambda *_, **__: counted.append(1) or 5)
+    work = group.work(CpuMachine())  # type: ignore[arg-type]
+    assert not counted
+    assert work.flops() == 5
 
 
 # -- what is missing
@@ -137,7 +176,7 @@ def test_what_raises_is_a_row_that_failed_and_the_others_are_measured() -> None:
         raise KeyError("inside another library")
 
     builders = {"eager": lambda: off_by(1e-6), "broken": broken, "other": lambda: off_by(1e-6)}
-    work = Work(builders, lambda: TRUTH, 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=3, seconds=0.0)
     rows = compare(CpuMachine(), work, list(builders), 60.0, "cpu")  # type: ignore[arg-type]
     assert rows["broken"] == {"failed": "KeyError: 'inside another library'"}
     assert rows["other"]["speedup"]
@@ -186,7 +225,8 @@ def model_flops(config: cast.CASTConfig) -> int:
 
 def test_flops_as_torch_counts_them_agree_with_a_count_by_hand() -> None:
     assert count_flops(TINY, 1) == model_flops(TINY)
-    assert count_flops(TINY, 3) == 3 * model_flops(TINY)
+    for training in (False, True):  # so one clip's are counted
+        assert models._flops(TINY, 3, training) == 3 * count_flops(TINY, 1, training)
 
 
 def test_base_model_has_the_paper_s_multiply_adds() -> None:

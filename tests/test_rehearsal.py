@@ -213,7 +213,9 @@ def test_after_a_fault_nothing_is_run_and_what_was_found_is_kept(tmp_path: Path)
 
     one = torch.ones(3, dtype=torch.float64)
     builders = {"eager": lambda: Candidate(lambda: None, lambda: {"x": one.float()}), "ours": fault}
-    group = Group("a", "a", ("eager", "ours"), lambda machine: Work(builders, lambda: {"x": one}, 1, KINDS["fp32"]))
+    group = Group(
+        "a", "a", ("eager", "ours"), lambda machine: Work(builders, lambda: {"x": one}, lambda: 1, KINDS["fp32"])
+    )
     session = Session("cpu", SMALL, 1.0, Report(tmp_path / "rows.json"))
     session.__dict__["machine"] = Dead()
     later = one_row(lambda machine: pytest.fail("begun"), "later")
