@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -107,7 +106,7 @@ class Session:
             rows = {name: {**self.report.known(group.title).get(name, {}), **failed} for name in names}
         for name, found in rows.items():
             self.report.add(group.title, name, found)
-        gc.collect()  # what the group held is free before the next one asks for memory
+        self.machine.free()  # of what the group held, before the next one asks for memory
         return rows
 
     def _note_fault(self) -> None:

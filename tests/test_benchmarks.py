@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from baselines import OneDNNLinears
 from compare import compare, worst_ratio
+from fake_machine import FakeMachine
 from groups import KINDS, PAPER, SMALL, Candidate, Work
 from measure import CpuMachine, Unavailable, peak_memory, time_limit
 from models import Training, count_flops, exact_training, make_batch, make_model
@@ -180,6 +184,112 @@ def test_what_raises_is_a_row_that_failed_and_the_others_are_measured() -> None:
     rows = compare(CpuMachine(), work, list(builders), 60.0, "cpu")  # type: ignore[arg-type]
     assert rows["broken"] == {"failed": "KeyError: 'inside another library'"}
     assert rows["other"]["speedup"]
+
+
+class Step:
+    """A step that its n-th call ends, and that holds something."""
+
+    def __init__(self, last: int, error: Exception) -> None:
+        self.left, self.error = last, error
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 8, "kept"])
+def test_a_row_that_is_out_of_memory_costs_that_row_and_its_memory_is_free(call: int | str) -> None:
+    """Whichever call it is: the first, the peak's, a time's, one with a cold cache, or the count of what is kept."""
+    held: list[weakref.ref[Any]] = []
+
+    class Freeing(FakeMachine):
+        def free(self) -> None:
+            gc.collect()
+            self.log.append("free" if held[0]() is None else "held")
+
+    def large() -> Candidate:
+        def keep() -> int:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+        step = Step(call if isinstance(call, int) else 0, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
+        held.append(weakref.ref(step))
+        return Candidate(step, lambda: {"x": TRUTH["x"]}, keep if call == "kept" else lambda: step.left)
+
+    builders = {"large": large, "eager": lambda: off_by(1e-6), "other": lambda: off_by(1e-6)}
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    machine, shown = Freeing(lambda: 10.0), []
+    rows = compare(machine, work, ["eager", "large", "other"], 60.0, "cuda", lambda name, row: shown.append(name))
+    assert rows["large"]["missing"].startswith("out of memory: CUDA out of memory. Tried")
+    assert "more" not in rows["large"]["missing"]
+    assert "free" in machine.log
+    assert shown.count("large") >= 2
+    for name in ("eager", "other"):
+        assert not {"failed", "missing", "no_graph"} & rows[name].keys()
+        for mode in ("", "cold_", "graph_", "graph_cold_"):
+            assert len(rows[name][f"{mode}all_ms"]) == 3
+            assert rows[name][f"{mode}speedup"] == 1
+
+
+def test_a_step_that_raises_while_it_is_timed_is_a_row_that_failed() -> None:
+    builders = {"eager": lambda: off_by(1e-6), "other": lambda: off_by(1e-6)}
+    builders["broken"] = lambda: Candidate(Step(4, KeyError("inside")), lambda: TRUTH)
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=5, seconds=0.0)
+    rows = compare(CpuMachine(), work, ["eager", "broken", "other"], 60.0, "cpu")  # type: ignore[arg-type]
+    assert rows["broken"]["failed"] == "KeyError: 'inside'"
+    assert "median_ms" not in rows["broken"]
+    assert rows["other"]["speedup"]
+
+
+def test_what_a_first_step_allocates_for_good_is_no_peak() -> None:
+    """An optimizer's state, for example: it was part of the peak where the results were of backward alone."""
+
+    class Counting(FakeMachine):
+        def peak_bytes(self, step: Any) -> int:
+            before = calls[0]
+            step()
+            return (1 if before else 100) << 20
+
+    calls = [0]
+
+    def step() -> None:
+        calls[0] += 1
+
+    work = Work({"eager": lambda: Candidate(step, lambda: TRUTH)}, lambda: TRUTH, lambda: 1, KINDS["fp32"])
+    assert compare(Counting(lambda: 10.0), work, ["eager"], 60.0, "cuda")["eager"]["peak_mib"] == 1
+
+
+def test_torch_compile_is_reset_between_rows_and_nothing_is_compiled_while_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    compiled: set[str] = set()
+
+    def reset() -> None:
+        log.append("reset")
+        compiled.clear()
+
+    def build(name: str) -> Candidate:
+        def step() -> None:
+            if name.startswith("torch.compile") and name not in compiled:
+                log.append(f"compile {name}")
+                compiled.add(name)
+
+        return Candidate(step, lambda: TRUTH)
+
+    class Logging(CpuMachine):
+        def elapsed_ms(self, step: Any, repeats: int = 1) -> float:
+            log.append("time")
+            return super().elapsed_ms(step, repeats)
+
+    monkeypatch.setattr(torch._dynamo, "reset", reset)
+    names = ["eager", "torch.compile, one", "torch.compile, two", "ours"]
+    builders = {name: partial(build, name) for name in names}
+    work = Work(builders, lambda: TRUTH, lambda: 1, KINDS["fp32"], samples=3, seconds=0.0)
+    compare(Logging(), work, names, 60.0, "cpu")  # type: ignore[arg-type]
+    one, two = "compile torch.compile, one", "compile torch.compile, two"
+    assert log[:6] == ["reset", one, "reset", two, one, "time"]
+    assert set(log[5:]) == {"time"}
 
 
 def test_without_a_baseline_there_is_no_speedup() -> None:
