@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from groups import SIZES, Row
-from report import RESULTS, Report, replay
+from report import RESULTS, Report, RowsError, replay
 from session import Session, device_of
 from variants import is_ours
 
@@ -22,22 +23,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="whose rows are measured; auto: the GPU's where there is one")  # fmt: skip
     group.addoption("--tier", choices=("first", "full"), default="first",
                     help="on a GPU: the rows of most worth (first, at most 60), or all")  # fmt: skip
-    group.addoption("--minutes", type=float, default=float("inf"), metavar="M",
+    group.addoption("--minutes", type=_minutes, default=float("inf"), metavar="M",
                     help="begin no group of rows once so many minutes have passed")  # fmt: skip
     group.addoption("--rows", type=Path, default=RESULTS, metavar="FILE",
                     help=f"where rows are kept as they come, as JSON ({RESULTS})")  # fmt: skip
-    group.addoption("--resume", action="store_true", help="do not measure again what --rows holds already")
+    group.addoption("--resume", action="store_true", help="measure what --rows does not hold yet, on the same GPU")
     group.addoption("--sizes", choices=sorted(SIZES), default="paper",
                     help="of the problems; small rehearses a run, its figures mean nothing")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     given = config.option
-    report = Report(given.rows, shlex.join(["pytest", *map(str, config.invocation_params.args)]))
-    session = Session(device_of(given.device), SIZES[given.sizes], given.minutes, report, given.resume)
-    if given.resume:
-        report.load()
+    device, command = device_of(given.device), shlex.join(["pytest", *map(str, config.invocation_params.args)])
+    try:
+        report = Report(given.rows, command, device, given.sizes)
+        session = Session(device, SIZES[given.sizes], given.minutes, report, given.resume)
+        if given.resume:
+            report.load(session.gpu())
+    except RowsError as error:
+        raise pytest.UsageError(str(error)) from None
     config.stash[_KEY] = session
+
+
+def _minutes(text: str) -> float:
+    """An option's value: so many minutes, more than none."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not minutes > 0:
+        raise ArgumentTypeError(f"{text!r} is not a number above zero")
+    return minutes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

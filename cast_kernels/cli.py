@@ -146,7 +146,7 @@ def _gpu_check_options(parser: ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
     parser.add_argument("--quick", action="store_true", help="one problem, and at most five minutes of benchmarks")
     parser.add_argument("--tier", choices=TIERS, help="of the benchmarks: the rows of most worth (first), or all")
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no group of benchmarks after so many")
+    parser.add_argument("--minutes", type=_minutes, metavar="M", help="begin no group of benchmarks after so many")
 
 
 def _gpu_check(options: Namespace) -> int:
@@ -174,6 +174,17 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return number
+
+
+def _minutes(text: str) -> float:
+    """Minutes, more than none, as an option's value."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not minutes > 0:
+        raise ArgumentTypeError(f"{text!r} is not a number above zero")
+    return minutes
 
 
 def _add_choices(

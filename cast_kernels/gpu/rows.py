@@ -64,6 +64,15 @@ def notes(groups: Mapping[str, Mapping[str, Row]]) -> tuple[str, ...]:
     return (*_NOTES, _STAND_IN) if stand_in else _NOTES
 
 
+#: How the reason begins for which a row is missing whose group had no time.
+NOT_BEGUN = "not begun"
+
+
+def not_begun(row: Row) -> bool:
+    """Whether there was no time for the row's group."""
+    return str(row.get("missing", "")).startswith(NOT_BEGUN)
+
+
 def reason(row: Row) -> str:
     """Why figures are missing, "" if none are."""
     found = [f"{why.replace('_', ' ')}: {row[why]}" for why in ("failed", "missing", "no_graph") if why in row]
