@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 from fake_machine import FakeMachine
 
-from cast_kernels.gpu.timing import Spread, cold, interleave, median_ms, speedups
+from cast_kernels.gpu.timing import Spread, cold, host, interleave, median_ms, speedups
 
 
 def scripted(seconds: dict[str, float], load: Callable[[int], float] = lambda call: 1.0) -> tuple[dict, Callable, list]:
@@ -93,6 +94,13 @@ def test_the_cache_is_cold_before_each_call() -> None:
     machine = FakeMachine()
     interleave(cold(machine), {"a": lambda: None}, 3, 1.0, 0.0)
     assert machine.log == ["flush", "time"] * 3
+
+
+def test_the_host_is_timed_from_an_idle_gpu_to_its_last_launch() -> None:
+    machine = FakeMachine()
+    (times,) = interleave(host(machine), {"a": lambda: time.sleep(0.01)}, 3, 1.0, 0.0).values()
+    assert machine.log == ["wait"] * 3  # and none after the step
+    assert all(10 <= ms < 1000 for ms in times)
 
 
 def test_a_median_is_over_the_samples_after_a_warm_up() -> None:

@@ -8,6 +8,7 @@ the spread.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,18 @@ def cold(machine: Machine) -> Elapsed:
     def elapsed(step: Step, repeats: int) -> float:
         machine.flush_cache()
         return machine.elapsed_ms(step)
+
+    return elapsed
+
+
+def host(machine: Machine) -> Elapsed:
+    """Times until the host has launched a single call and goes on, beginning with an idle GPU."""
+
+    def elapsed(step: Step, repeats: int) -> float:
+        machine.synchronise()
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin)
 
     return elapsed
 
