@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -67,21 +68,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU what is of most worth comes first, and files that say `CPU_ONLY` are left out.
+    """On a GPU what is of most worth comes first, and files that say `CPU_ONLY` are left out unless they are named.
 
     So are files that have no rows for the device.
     """
     on_gpu = config.stash[_KEY].device == "cuda"
+    named = {
+        *re.findall(r"\w+", config.option.keyword),
+        *(_subject(Path(arg.partition("::")[0])) for arg in config.args),
+    }
     idle = [
         item
         for item in items
-        if (on_gpu and getattr(item.module, "CPU_ONLY", False))  # type: ignore[attr-defined]
+        if (on_gpu and getattr(item.module, "CPU_ONLY", False) and _subject(item.path) not in named)  # type: ignore[attr-defined]
         or ("row" in getattr(item, "fixturenames", ()) and not _row(item))
     ]
     items[:] = [item for item in items if item not in idle]
     config.hook.pytest_deselected(items=idle)
     if on_gpu:
         items.sort(key=lambda item: row.group.worth if (row := _row(item)) else 1 << 30)
+
+
+def _subject(path: Path) -> str:
+    """`host` of `bench_host.py`."""
+    return path.stem.removeprefix("bench_")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -28,7 +28,7 @@ RESULTS = Path("runs/benchmarks.json")
 ENDED = "the run ended while this row's group was measured"
 
 #: Characters that the widest table may take: a terminal scrolls or folds, but nothing is cut off.
-_WIDEST = 300
+_WIDEST = 400
 
 #: Packages whose versions a reader must know.
 PACKAGES = ("triton", "xformers", "flash-attn", "openvino", "onnxruntime", "onnx", "onnxscript", "numpy")

@@ -38,6 +38,7 @@ from variants import AttentionBy, ours
 
 import cast
 from cast_kernels import _native
+from cast_kernels.gpu.rows import MODES
 from cast_kernels.ops.bcast import flops as bcast_flops
 
 TRUTH = {"x": torch.linspace(1, 2, 64, dtype=torch.float64)}
@@ -438,12 +439,20 @@ def test_another_librarys_attention_takes_pytorchs_place() -> None:
 
 
 def test_no_figure_is_shown_without_its_spread_and_none_of_what_was_stood_in_for() -> None:
-    row = {"median_ms": 2.0, "spread_ms": [1.5, 4.0], "speedup": 1.25, "speedup_spread": [1.1, 1.4]}
+    row: dict[str, Any] = {}
+    for number, mode in enumerate(MODES, 2):
+        row |= {f"{mode}median_ms": 2.0, f"{mode}spread_ms": [1.5, 4.0], f"{mode}all_ms": [2.0] * number}
+        row |= {f"{mode}speedup": 1.25, f"{mode}speedup_spread": [1.1, 1.4]}
     rows = {"eager": row, "stand-in": row | {"stand_in": "an emulated device"}, "not there": {"missing": "pip"}}
     columns = render("group", rows).columns
     cells = {" ".join(str(column.header).split()): [str(cell) for cell in column.cells] for column in columns}
-    assert cells["ms (spread)"] == ["2 (1.5..4)", "stand-in", "missing"]
-    assert cells["speed-up (spread)"] == ["1.25 (1.10..1.40)", "stand-in", ""]
+    assert cells.pop("ms (spread)") == ["2 (1.5..4)", "stand-in", "missing"]
+    for way in ("cold L2 ms", "graph ms", "graph, cold L2 ms"):
+        assert cells.pop(f"{way} (spread)") == ["2 (1.5..4)", "stand-in", ""]
+    for way in ("speed-up", "graph speed-up"):
+        assert cells.pop(f"{way} (spread)") == ["1.25 (1.10..1.40)", "stand-in", ""]
+    assert cells.pop("samples") == ["2, 3, 4, 5", "stand-in", ""]
+    assert cells.keys() == {"variant"}  # there is no other figure
 
 
 # -- the prediction beside the measurement
@@ -496,6 +505,6 @@ def test_no_figure_is_cut_off_however_many_columns_there_are() -> None:
     console = Console(width=report._WIDEST, record=True, quiet=False, file=io.StringIO())
     console.print(render("group", {"eager, tuned (SDPA) by flash-attn": row}))
     text = console.export_text()
-    assert text.count("1.235 (1.222..1.333)") == 2
+    assert text.count("1.235 (1.222..1.333)") == 4
     assert text.count("1.25 (1.11..1.44)") == 2
     assert "…" not in text

@@ -134,6 +134,17 @@ def test_the_rows_are_listed_anywhere(device: str) -> None:
     assert len([line for line in listed if "bench_host" not in line]) == len(rows(device, tier))
 
 
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [(["-k", "host"], True), (["benchmarks/bench_host.py"], True), (["-k", "host and not data"], True), ([], False),
+     (["-k", "not compile and not host"], False)],
+)  # fmt: skip
+def test_what_needs_no_gpu_runs_beside_one_where_it_is_named(options: list[str], there: bool) -> None:
+    done = benchmarks("--collect-only", "--device", "cuda", *options, rehearse=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("bench_host.py::" in done.stdout) == there
+
+
 def test_without_a_gpu_the_rows_say_so_and_fail(tmp_path: Path) -> None:
     done = benchmarks("--device", "cuda", "-k", "adapter", "--rows", str(tmp_path / "rows"), rehearse=False)
     assert done.returncode == 1
