@@ -192,7 +192,7 @@ def make_work(
     return Work(
         builders={name: partial(build, name, sizes, batch, kind, machine.device, backward) for name in rows},
         exact=partial(exact_results, sizes, batch, kind, machine.device, backward),
-        flops=flops(module.problem(sizes.clips(batch))) * (3 if backward else 1),
+        flops=lambda: flops(module.problem(sizes.clips(batch))) * (3 if backward else 1),
         # Streams in and out and the weights, and with backward as much again for the gradients.
         bytes=(2 * tensor_bytes(*streams) + parameters) * (2 if backward else 1),
         kind=kind,

@@ -2,9 +2,10 @@
 
     pytest benchmarks/ --benchmark-only -k host
 
-No GPU is used: launches of ours are counted instead of made (`host_worker.py`). Machines differ, so the older commit's
-tree is taken from git's history and timed beside this one, sample by sample. Eager's time is an estimate: its operators
-times what one costs on tensors of size one, and its launches times :data:`LAUNCH_US`.
+No GPU is used, and one that is there is hidden: launches of ours are counted instead of made (`host_worker.py`).
+Machines differ, so the older commit's tree is taken from git's history and timed beside this one, sample by sample.
+Eager's time is an estimate: its operators times what one costs on tensors of size one, and its launches times
+:data:`LAUNCH_US`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Worker:
         cache = Path(tempfile.gettempdir()) / "cast-kernels-host"
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "benchmarks" / "host_worker.py"), str(cache)], cwd=tree,
-            env=os.environ | _MALLOC | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=os.environ | _MALLOC | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 

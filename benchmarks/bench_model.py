@@ -83,7 +83,7 @@ def build_model(name: str, sizes: Sizes, kind: Kind, device: torch.device) -> tu
     """The model and what is called; all rows have the same weights."""
     options = dict(options_of(name) or {"backend": "eager"})
     backend = options.pop("backend")
-    model = make_model(sizes.variant, **sizes.model, **options).fuse(backend).to(device, kind.dtype)
+    model = make_model(sizes.variant, device, **sizes.model, **options).fuse(backend).to(kind.dtype)
     attention = name.partition(" by ")[2]
     if attention in PACKAGES:
         package_attention(attention)
@@ -125,7 +125,7 @@ def training(
 @lru_cache(1)
 def exact(sizes: Sizes, kind: Kind, batch: int, device: torch.device, train: bool) -> dict[str, Tensor]:
     """Logits, and gradients, in fp64 on the device, from what the kind makes of weights and video."""
-    model = make_model(sizes.variant, **sizes.model).to(device, kind.dtype)
+    model = make_model(sizes.variant, device, **sizes.model).to(kind.dtype)
     video, labels = make_batch(model.config, sizes.clips(batch), device, kind.dtype)
     if train:
         return exact_training(model, video[:CHECKED], {name: x[:CHECKED] for name, x in labels.items()})
@@ -142,7 +142,7 @@ def make_work(
     return Work(
         builders={name: partial(candidate, name, sizes, kind, batch, machine.device) for name in rows},
         exact=None if work == "training memory" else partial(exact, sizes, kind, batch, machine.device, train),
-        flops=count_flops(sizes.variant, sizes.clips(batch), train, **sizes.model),
+        flops=partial(count_flops, sizes.variant, sizes.clips(batch), train, **sizes.model),
         kind=kind,
         samples={"cpu": 9, "cuda": 20}[device],
         seconds={"cpu": 70.0, "cuda": 15.0}[device],

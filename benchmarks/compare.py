@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from groups import Candidate, Work
 from measure import Unavailable, rms_error, time_limit
 from torch import Tensor
+from variants import is_compiled
 
 from cast_kernels.gpu.machine import Machine, Step, require_usable
-from cast_kernels.gpu.timing import Spread, cold, interleave, speedups
+from cast_kernels.gpu.timing import Elapsed, Spread, cold, interleave, speedups
 
 #: Seconds that one candidate may take to be built, compiled and checked.
 PREPARE_SECONDS = 300.0
@@ -48,61 +49,102 @@ def compare(
     """
     end = time.monotonic() + seconds
     exact = work.exact() if work.exact else {}
-    rows: dict[str, Row] = {}
-    ready: dict[str, Candidate] = {}
+    group = _Group(machine, show)
     errors: dict[str, dict[str, float]] = {}
-    torch._dynamo.reset()  # a group compiles a function once: what another group compiled would count against its limit
     for name in names:
-        with_limit = min(PREPARE_SECONDS, max(end - time.monotonic(), 1.0))
+        row = group.rows[name] = {}
         show(name, {"failed": "the process ended while this row was built and checked"})
+        if is_compiled(name):
+            torch._dynamo.reset()  # what another row compiled neither serves this one nor counts against its limit
         machine.computed()
-        made = _prepare(name, work.builders[name], exact, with_limit)
-        if isinstance(made, (str, Exception)):
-            rows[name] = {"missing": made} if isinstance(made, str) else {"failed": f"{type(made).__name__}: {made}"}
-            show(name, rows[name])
-            require_usable(machine)
-            continue
-        ready[name], errors[name] = made
-        rows[name] = _judge(errors, name, names[0], exact) if machine.computed() else {}
-        rows[name] |= ready[name].figures
-        show(name, rows[name])
-    gc.collect()
+        limit = min(PREPARE_SECONDS, max(end - time.monotonic(), 1.0))
+        with group.losing(name), time_limit(limit, f"building, compiling and checking {name}"):
+            group.ready[name], errors[name] = _prepare(work.builders[name], exact)
+            row |= _judge(errors, name, names[0], exact) if machine.computed() else {}
+            row |= group.ready[name].figures
+        show(name, row)
+    for name in [name for name in group.ready if is_compiled(name)][:-1]:
+        with group.losing(name):
+            group.ready[name].step()  # the last reset took its code
+    machine.free()
     if kind_of_device == "cuda":
-        for name, candidate in ready.items():
-            rows[name]["peak_mib"] = machine.peak_bytes(candidate.step) / 2**20
-    steps = {name: candidate.step for name, candidate in ready.items()}
+        group.note("peak_mib", lambda candidate: machine.peak_bytes(candidate.step) / 2**20)
     if not work.memory_alone:
-        _time(machine, steps, rows, names[0], work.samples, min(work.seconds, end - time.monotonic()), kind_of_device)
-    for name, candidate in ready.items():
-        if candidate.kept_bytes is not None:
-            rows[name]["kept_mib"] = candidate.kept_bytes() / 2**20
+        _time(group, names[0], work.samples, min(work.seconds, end - time.monotonic()), kind_of_device)
+    group.note("kept_mib", lambda candidate: candidate.kept_bytes() / 2**20 if candidate.kept_bytes else None)
+    for name in group.ready:
         if machine.stand_in:
-            rows[name]["stand_in"] = machine.stand_in
+            group.rows[name]["stand_in"] = machine.stand_in
         if name in work.predicted:
-            rows[name]["predicted_ms"] = work.predicted[name]
+            group.rows[name]["predicted_ms"] = work.predicted[name]
     if work.memory_alone:
-        _share_memory(rows, names[0])
-    return rows
+        _share_memory(group.rows, names[0])
+    return group.rows
 
 
-def _prepare(
-    name: str, build: Callable[[], Candidate], exact: Mapping[str, Tensor], seconds: float
-) -> tuple[Candidate, dict[str, float]] | str | Exception:
-    """The candidate and its errors; or why it cannot run here; or what it raised."""
-    try:
-        with time_limit(seconds, f"building, compiling and checking {name}"):
-            candidate = build()
-            if not exact:
-                candidate.step()
-                return candidate, {}
-            return candidate, rms_error(candidate.results(), dict(exact))
-    except Unavailable as reason:
-        return str(reason)
-    except torch.OutOfMemoryError as error:
-        return f"out of memory: {str(error).splitlines()[0]}"
-    except Exception as error:  # the other rows are as good as before
-        traceback.print_exc()
-        return error
+class _Group:
+    """Rows, and the candidates that still run: what one of them raises is that row's alone."""
+
+    def __init__(self, machine: Machine, show: Callable[[str, Row], None]) -> None:
+        self.machine, self.show = machine, show
+        self.rows: dict[str, Row] = {}
+        self.ready: dict[str, Candidate] = {}
+        self.replays: dict[str, Step] = {}
+
+    @contextmanager
+    def losing(self, name: str) -> Iterator[None]:
+        """Within it, what raises loses this row."""
+        try:
+            yield
+        except Exception as error:
+            self.lose(name, error)
+
+    def lose(self, name: str, error: Exception) -> None:
+        """Say in the row what became of it, and free what it held.
+
+        Raises:
+            UnusableError: it has ended the GPU's context.
+        """
+        row = self.rows[name]
+        if isinstance(error, Unavailable):
+            row["missing"] = str(error)
+        elif isinstance(error, torch.OutOfMemoryError):
+            row["missing"] = f"out of memory: {str(error).splitlines()[0]}"
+        else:
+            traceback.print_exception(error)
+            row["failed"] = f"{type(error).__name__}: {error}"
+        self.ready.pop(name, None)
+        self.replays.pop(name, None)
+        _forget(error)
+        self.show(name, row)
+        self.machine.free()
+        require_usable(self.machine)
+
+    def note(self, key: str, figure: Callable[[Candidate], float | None]) -> None:
+        """Write a figure of each candidate into its row."""
+        for name in list(self.ready):
+            with self.losing(name):
+                found = figure(self.ready[name])
+                if found is not None:
+                    self.rows[name][key] = found
+
+    def steps(self, mode: str) -> dict[str, Step]:
+        return self.replays if "graph" in mode else {name: made.step for name, made in self.ready.items()}
+
+
+def _forget(error: BaseException | None) -> None:
+    """Empty the frames through which it came: they hold tensors for as long as it is handled."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def _prepare(build: Callable[[], Candidate], exact: Mapping[str, Tensor]) -> tuple[Candidate, dict[str, float]]:
+    """The candidate and its errors."""
+    candidate = build()
+    errors = rms_error(candidate.results(), dict(exact)) if exact else {}
+    candidate.step()  # what a first step compiles, and allocates for good, is no part of what is measured
+    return candidate, errors
 
 
 def _judge(errors: Mapping[str, dict[str, float]], name: str, baseline: str, exact: Mapping[str, Tensor]) -> Row:
@@ -116,27 +158,28 @@ def _judge(errors: Mapping[str, dict[str, float]], name: str, baseline: str, exa
     }  # fmt: skip
 
 
-def _time(
-    machine: Machine, steps: Mapping[str, Step], rows: Mapping[str, Row], baseline: str, samples: int, seconds: float,
-    kind_of_device: str,
-) -> None:  # fmt: skip
+def _time(group: _Group, baseline: str, samples: int, seconds: float, kind_of_device: str) -> None:
     """Write every row's times into it: as launched; on a GPU with a cold L2 too, and the same as a graph."""
-    each = SAMPLE_SECONDS[kind_of_device]
+    machine, rows, each = group.machine, group.rows, SAMPLE_SECONDS[kind_of_device]
+
+    def measure(mode: str, elapsed: Elapsed, share: float, sample_seconds: float) -> None:
+        found = interleave(elapsed, group.steps(mode), samples, share * seconds, sample_seconds, group.lose)
+        _write(rows, baseline, mode, found)
+
     if kind_of_device == "cpu":
-        return _write(rows, baseline, "", interleave(machine.elapsed_ms, steps, samples, seconds, each))
-    _write(rows, baseline, "", interleave(machine.elapsed_ms, steps, samples, seconds / 3, each))
-    _write(rows, baseline, "cold_", interleave(cold(machine), steps, samples, seconds / 6, 0.0))
-    replays: dict[str, Step] = {}
+        return measure("", machine.elapsed_ms, 1.0, each)
+    measure("", machine.elapsed_ms, 1 / 3, each)
+    measure("cold_", cold(machine), 1 / 6, 0.0)
     pool = machine.graph_pool()
-    for name, step in steps.items():
+    for name in group.ready:
         try:
-            replays[name] = machine.capture(step, pool)
+            group.replays[name] = machine.capture(group.ready[name].step, pool)
         except RuntimeError as error:
             require_usable(machine)  # a kernel that faulted is no step that cannot be captured
             rows[name]["no_graph"] = (str(error).splitlines() or [type(error).__name__])[0]
             pool = machine.graph_pool()
-    _write(rows, baseline, "graph_", interleave(machine.elapsed_ms, replays, samples, seconds / 3, each))
-    _write(rows, baseline, "graph_cold_", interleave(cold(machine), replays, samples, seconds / 6, 0.0))
+    measure("graph_", machine.elapsed_ms, 1 / 3, each)
+    measure("graph_cold_", cold(machine), 1 / 6, 0.0)
     return None
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from groups import SIZES, Row
-from report import RESULTS, Report, replay
+from report import RESULTS, Report, RowsError, replay
 from session import Session, device_of
 from variants import is_ours
 
@@ -22,22 +24,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="whose rows are measured; auto: the GPU's where there is one")  # fmt: skip
     group.addoption("--tier", choices=("first", "full"), default="first",
                     help="on a GPU: the rows of most worth (first, at most 60), or all")  # fmt: skip
-    group.addoption("--minutes", type=float, default=float("inf"), metavar="M",
+    group.addoption("--minutes", type=_minutes, default=float("inf"), metavar="M",
                     help="begin no group of rows once so many minutes have passed")  # fmt: skip
     group.addoption("--rows", type=Path, default=RESULTS, metavar="FILE",
                     help=f"where rows are kept as they come, as JSON ({RESULTS})")  # fmt: skip
-    group.addoption("--resume", action="store_true", help="do not measure again what --rows holds already")
+    group.addoption("--resume", action="store_true", help="measure what --rows does not hold yet, on the same GPU")
     group.addoption("--sizes", choices=sorted(SIZES), default="paper",
                     help="of the problems; small rehearses a run, its figures mean nothing")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     given = config.option
-    report = Report(given.rows, shlex.join(["pytest", *map(str, config.invocation_params.args)]))
-    session = Session(device_of(given.device), SIZES[given.sizes], given.minutes, report, given.resume)
-    if given.resume:
-        report.load()
+    device, command = device_of(given.device), shlex.join(["pytest", *map(str, config.invocation_params.args)])
+    try:
+        report = Report(given.rows, command, device, given.sizes)
+        session = Session(device, SIZES[given.sizes], given.minutes, report, given.resume)
+        if given.resume:
+            report.load(session.gpu())
+    except RowsError as error:
+        raise pytest.UsageError(str(error)) from None
     config.stash[_KEY] = session
+
+
+def _minutes(text: str) -> float:
+    """An option's value: so many minutes, more than none."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not minutes > 0:
+        raise ArgumentTypeError(f"{text!r} is not a number above zero")
+    return minutes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,21 +68,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU what is of most worth comes first, and files that say `CPU_ONLY` are left out.
+    """On a GPU what is of most worth comes first, and files that say `CPU_ONLY` are left out unless they are named.
 
     So are files that have no rows for the device.
     """
     on_gpu = config.stash[_KEY].device == "cuda"
+    named = {
+        *re.findall(r"\w+", config.option.keyword),
+        *(_subject(Path(arg.partition("::")[0])) for arg in config.args),
+    }
     idle = [
         item
         for item in items
-        if (on_gpu and getattr(item.module, "CPU_ONLY", False))  # type: ignore[attr-defined]
+        if (on_gpu and getattr(item.module, "CPU_ONLY", False) and _subject(item.path) not in named)  # type: ignore[attr-defined]
         or ("row" in getattr(item, "fixturenames", ()) and not _row(item))
     ]
     items[:] = [item for item in items if item not in idle]
     config.hook.pytest_deselected(items=idle)
     if on_gpu:
         items.sort(key=lambda item: row.group.worth if (row := _row(item)) else 1 << 30)
+
+
+def _subject(path: Path) -> str:
+    """`host` of `bench_host.py`."""
+    return path.stem.removeprefix("bench_")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -89,7 +89,7 @@ class Op:
         return Work(
             builders={name: partial(self._build, name, expert, sizes, kind, batch, machine, backward) for name in rows},
             exact=partial(self._exact, expert, sizes, kind, batch, machine, backward),
-            flops=self.flops(sizes, shape, backward),
+            flops=partial(self.flops, sizes, shape, backward),
             # The stream in and out and the weights; backward reads them again and writes two streams more.
             bytes=(2 * stream + tensor_bytes(*weights)) * (2 if backward else 1),
             kind=kind,

@@ -67,7 +67,7 @@ class Work:
     Args:
         builders: row -> how to make it; each holds memory only while its group is measured. The first is the baseline.
         exact: the results in fp64; None where another group checks them.
-        flops: floating-point operations of one step.
+        flops: counts the floating-point operations of one step.
         bytes: that a step must read and write at least; 0 where nobody counted them.
         kind: of the group.
         samples: of each row, at most.
@@ -78,7 +78,7 @@ class Work:
 
     builders: Mapping[str, Callable[[], Candidate]]
     exact: Callable[[], dict[str, Tensor]] | None
-    flops: int
+    flops: Callable[[], int]
     kind: Kind
     bytes: int = 0
     samples: int = 15

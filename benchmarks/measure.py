@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import signal
 import time
@@ -40,6 +41,9 @@ class CpuMachine:
 
     def computed(self) -> bool:
         return True
+
+    def free(self) -> None:
+        gc.collect()
 
 
 @contextmanager

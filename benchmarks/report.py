@@ -7,6 +7,7 @@ import os
 import platform
 import textwrap
 from collections import deque
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,28 +19,43 @@ from rich.table import Table
 from rich.text import Text
 
 import cast_kernels
-from cast_kernels.gpu.rows import Row, cells, notes, reason
+from cast_kernels.gpu.rows import Row, cells, not_begun, notes, reason
 
 #: Where a run leaves its rows and environment unless told otherwise, beside what --benchmark-json keeps.
 RESULTS = Path("runs/benchmarks.json")
 
+#: What stands in a row from the beginning of its group to its end.
+ENDED = "the run ended while this row's group was measured"
+
 #: Characters that the widest table may take: a terminal scrolls or folds, but nothing is cut off.
-_WIDEST = 300
+_WIDEST = 400
 
 #: Packages whose versions a reader must know.
 PACKAGES = ("triton", "xformers", "flash-attn", "openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
 
 
+class RowsError(ValueError):
+    """The file of rows cannot be used; the message says why and what to do."""
+
+
 class Report:
-    """Rows of all groups, in the order in which they were measured.
+    """Rows of all groups, in the order in which they were measured: of one device at one size.
 
     Args:
         path: where they are kept; None for nowhere.
         command: that measures them.
+        device, sizes: that they are of.
+
+    Raises:
+        RowsError: the path cannot be a file.
     """
 
-    def __init__(self, path: Path | None, command: str = "") -> None:
+    def __init__(self, path: Path | None, command: str = "", device: str = "", sizes: str = "") -> None:
         self.path, self.command = path, command
+        self.place = {"device": device, "sizes": sizes}
+        if path is not None and (path.is_dir() or any(p.exists() and not p.is_dir() for p in path.parents)):
+            what = "is a folder" if path.is_dir() else "would lie in a file"
+            raise RowsError(f"{path} {what}; --rows takes the name of a file, which is made, such as {RESULTS}")
         self.groups: dict[str, dict[str, Row]] = {}
         self.ceilings: dict[str, float] = {}
         self.about_device: dict[str, Any] = {}
@@ -48,6 +64,11 @@ class Report:
     def add(self, group: str, name: str, row: Row) -> None:
         """Take a row and write the file anew: a fault or a kill loses nothing that is known."""
         self.groups.setdefault(group, {})[name] = row
+        self.save()
+
+    def begin(self, group: str, names: Iterable[str]) -> None:
+        """Say that these rows are measured now, in case nothing more can be said of them."""
+        self.groups.setdefault(group, {}).update({name: {"failed": ENDED} for name in names})
         self.save()
 
     def known(self, group: str) -> dict[str, Row]:
@@ -59,22 +80,39 @@ class Report:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
         found = {
-            "environment": environment(self.command), "device": self.about_device, "ceilings": self.ceilings,
-            "broken": self.broken, "groups": self.groups,
+            "environment": environment(self.command), "place": self.place, "device": self.about_device,
+            "ceilings": self.ceilings, "broken": self.broken, "groups": self.groups,
         }  # fmt: skip
         part.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(part, self.path)
 
-    def load(self) -> None:
-        """Take the rows that the file holds, but not those for which there was no time; nothing if there is no file."""
+    def load(self, gpu: str = "") -> None:
+        """Take the rows that the file holds, but not those for which there was no time; nothing if there is no file.
+
+        Args:
+            gpu: name of the one that is here, "" if that does not matter.
+
+        Raises:
+            RowsError: the file holds something else, or rows of another device, GPU or size.
+        """
         if self.path is None or not self.path.exists():
             return
-        found = json.loads(self.path.read_text())
-        self.ceilings, self.about_device = found["ceilings"], found["device"]
-        for title, rows in found["groups"].items():
-            self.groups[title] = {
-                n: row for n, row in rows.items() if not row.get("missing", "").startswith("not begun")
-            }
+        anew = "take another file by --rows, or leave out --resume, which writes it anew"
+        try:
+            found = json.loads(self.path.read_text())
+            place, about = dict(found["place"]), dict(found["device"])
+            groups = {str(title): {n: dict(row) for n, row in rows.items()} for title, rows in found["groups"].items()}
+            ceilings = dict(found["ceilings"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise RowsError(f"--resume: {self.path} holds no rows of these benchmarks ({why}); {anew}") from None
+        here, there = {**self.place, "gpu": gpu}, {**place, "gpu": about.get("name", "") if gpu else ""}
+        if here != there and groups:
+            told = [", ".join(f"{k} {v}" for k, v in where.items() if v) for where in (there, here)]
+            raise RowsError(f"--resume: {self.path} holds rows of {told[0]}, and this run is of {told[1]}; {anew}")
+        self.ceilings, self.about_device = ceilings, about
+        for title, rows in groups.items():
+            self.groups[title] = {n: row for n, row in rows.items() if not not_begun(row)}
 
     def show(self) -> None:
         """Print every group, and where its rows are."""

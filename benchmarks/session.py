@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 from compare import compare
 from groups import Group, Row, Sizes
 from measure import CpuMachine
-from report import Report
+from report import ENDED, Report
 
 from cast_kernels import _native
 from cast_kernels.gpu.ceilings import ceilings
 from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, UnusableError
+from cast_kernels.gpu.rows import NOT_BEGUN
 
 #: A group is not begun with less than this left of `--minutes`.
 LEAST_SECONDS = 10.0
@@ -73,41 +73,58 @@ class Session:
             self._measured[group.name] = self._measure(group)
         return self._measured[group.name][row.name]
 
+    def gpu(self) -> str:
+        """Its name; "" where none is measured, or none is here."""
+        try:
+            return str(self.machine.describe()["name"]) if self.device == "cuda" else ""
+        except NoGPUError:
+            return ""
+
     def _measure(self, group: Group) -> dict[str, dict[str, Any]]:
-        names = self.selected[group.name]
-        known = self.report.known(group.title) if self.resume else {}
-        if known:
-            ended = {"failed": "the run before ended while this row's group was measured"}
-            return {name: known.get(name, ended) for name in names}
+        """Every selected row; those of a resumed run that its file does not hold are measured beside the baseline."""
+        known = dict(self.report.known(group.title)) if self.resume else {}
+        names = [name for name in self.selected[group.name] if name not in known]
+        if known and names:
+            names = [group.rows[0], *(name for name in names if name != group.rows[0])]
+        return known | (self._measure_now(group, names, known) if names else {})
+
+    def _measure_now(self, group: Group, names: list[str], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        fresh = [name for name in names if name not in known]  # and a baseline that is known, which is lost by nothing
         if self.broken:
-            return {name: {"failed": self.broken} for name in names}
+            return {name: {"failed": self.broken} for name in fresh}
         if self.seconds_left() < LEAST_SECONDS:
-            return {name: {"missing": f"not begun: the {self.minutes:g} minutes were over"} for name in names}
+            late = {name: {"missing": f"{NOT_BEGUN}: the {self.minutes:g} minutes were over"} for name in fresh}
+            for name, row in late.items():
+                self.report.add(group.title, name, row)
+            return late
         try:
             self._measure_ceilings()
             work = group.work(self.machine)
             work.seconds = work.seconds if self.sizes.name == "paper" else 0.0
+            self.report.begin(group.title, fresh)
             rows = compare(
                 self.machine, work, names, self.seconds_left(), self.device,
-                lambda name, row: self.report.add(group.title, name, row),
+                lambda name, row: self.report.add(group.title, name, row) if name in fresh else None,
             )  # fmt: skip
-            self._rate(rows, work.flops, work.bytes, str(work.kind.compute))
+            self._rate(rows, work.flops(), work.bytes, str(work.kind.compute))
         except NoGPUError as error:
             self.broken = f"{error}; --device cpu measures on the processor"
-            return {name: {"failed": self.broken} for name in names}
-        except UnusableError as error:  # the rows known so far are in the report; later groups have none
-            self.broken = str(error)
-            self.report.broken = self.broken
-            self.report.save()
-            known = self.report.known(group.title)
-            return {name: known.get(name, {"failed": self.broken}) for name in names}
-        except Exception as error:  # of the exact results, or of timing
+            return {name: {"failed": self.broken} for name in fresh}
+        except UnusableError as error:
+            self.broken = self.report.broken = str(error)
+            begun, ended = self.report.known(group.title), {"failed": ENDED}
+            rows = {name: begun.get(name, ended) for name in fresh}
+            rows = {name: {"failed": self.broken} if row == ended else row for name, row in rows.items()}
+        except Exception as error:  # of the exact results
             failed = {"failed": f"{type(error).__name__}: {error}"}
             self._note_fault()
-            rows = {name: {**self.report.known(group.title).get(name, {}), **failed} for name in names}
+            rows = {name: {**self.report.known(group.title).get(name, {}), **failed} for name in fresh}
         for name, found in rows.items():
-            self.report.add(group.title, name, found)
-        gc.collect()  # what the group held is free before the next one asks for memory
+            if not self.broken or name in self.report.known(group.title):  # or a resumed run measures it
+                self.report.add(group.title, name, found)
+        self.report.save()
+        if not self.broken:
+            self.machine.free()  # of what the group held, before the next one asks for memory
         return rows
 
     def _note_fault(self) -> None:

@@ -61,6 +61,10 @@ def is_ours(name: str) -> bool:
     return name.startswith("cast_kernels")
 
 
+def is_compiled(name: str) -> bool:
+    return name.startswith("torch.compile")
+
+
 def attentions(device: str, compute: torch.dtype) -> tuple[str, ...]:
     """Names of the attention kernels that are compared on a device, besides what PyTorch chooses itself."""
     if device == "cpu":

@@ -120,24 +120,32 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", choices=LEVELS, default="nothing", help="what backward computes again; these GPUs take nothing"
     )
-    parser.add_argument("--kind", choices=KINDS, default="amp", help="dtypes: amp is what `cast train` runs")
+    parser.add_argument("--kind", choices=KINDS, help="dtypes (amp, which is what `cast train` runs)")
     parser.add_argument(
         "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"
     )
-    _add_choices(parser, "--streams", STREAMS, STREAMS, "with --model: dtypes of the residual streams under autocast")
+    _add_choices(
+        parser, "--streams", STREAMS, None, "with --model: dtypes of the residual streams under autocast (all)"
+    )
 
 
 def _predict(options: Namespace) -> int:
+    if options.model and options.kind not in (None, "amp"):
+        raise ValueError(f"predict --model is of autocast to bf16 alone; leave out --kind {options.kind}, or --model")
+    if options.model and options.emulate:
+        raise ValueError("predict --model emulates nothing; leave out --emulate, or --model")
+    if options.streams and not options.model:
+        raise ValueError("predict --streams is of the whole model's residual streams; add --model, or leave it out")
     from cast_kernels.evidence import predict, whole_model
 
     if options.model:
         return whole_model.main(
             options.device, options.batch, options.json, options.folder, options.cache, options.recompute,
-            options.streams,
+            options.streams or STREAMS,
         )  # fmt: skip
     return predict.main(
         options.device, options.batch, options.json, options.folder, options.cache, options.emulate,
-        options.recompute, options.kind,
+        options.recompute, options.kind or "amp",
     )  # fmt: skip
 
 
@@ -146,7 +154,7 @@ def _gpu_check_options(parser: ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
     parser.add_argument("--quick", action="store_true", help="one problem, and at most five minutes of benchmarks")
     parser.add_argument("--tier", choices=TIERS, help="of the benchmarks: the rows of most worth (first), or all")
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no group of benchmarks after so many")
+    parser.add_argument("--minutes", type=_minutes, metavar="M", help="begin no group of benchmarks after so many")
 
 
 def _gpu_check(options: Namespace) -> int:
@@ -174,6 +182,17 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return number
+
+
+def _minutes(text: str) -> float:
+    """Minutes, more than none, as an option's value."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not minutes > 0:
+        raise ArgumentTypeError(f"{text!r} is not a number above zero")
+    return minutes
 
 
 def _add_choices(

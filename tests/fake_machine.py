@@ -41,6 +41,9 @@ class FakeMachine:
     def synchronise(self) -> None:
         self.log.append("wait")
 
+    def free(self) -> None:
+        self.log.append("free")
+
     def flush_cache(self) -> None:
         self.log.append("flush")
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_model
+import models
 import peers
 import prediction
 import pytest
@@ -20,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from baselines import OneDNNLinears
 from compare import compare, worst_ratio
+from fake_machine import FakeMachine
 from groups import KINDS, PAPER, SMALL, Candidate, Work
 from measure import CpuMachine, Unavailable, peak_memory, time_limit
 from models import Training, count_flops, exact_training, make_batch, make_model
@@ -32,6 +38,7 @@ from variants import AttentionBy, ours
 
 import cast
 from cast_kernels import _native
+from cast_kernels.gpu.rows import MODES
 from cast_kernels.ops.bcast import flops as bcast_flops
 
 TRUTH = {"x": torch.linspace(1, 2, 64, dtype=torch.float64)}
@@ -51,7 +58,7 @@ def rows_of(**candidates: Any) -> dict[str, dict[str, Any]]:
         raise Unavailable("not installed; do this")
 
     builders = {name: (refuse if c is None else lambda c=c: c) for name, c in candidates.items()}
-    work = Work(builders, lambda: TRUTH, 10**6, KINDS["fp32"], samples=3, seconds=1.0)
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=3, seconds=1.0)
     return compare(CpuMachine(), work, list(candidates), 60.0, "cpu")  # type: ignore[arg-type]
 
 
@@ -91,7 +98,7 @@ def test_fused_and_unfused_training_steps_agree_and_the_error_is_seen() -> None:
 
     builders = {name: lambda options=options: build(**options) for name, options in rows.items()}
     exact = exact_training(make_model(TINY), video, labels)
-    work = Work(builders, lambda: exact, 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    work = Work(builders, lambda: exact, lambda: 10**6, KINDS["fp32"], samples=3, seconds=0.0)
     found = compare(CpuMachine(), work, list(rows), 60.0, "cpu")  # type: ignore[arg-type]
     assert all(found[name]["correct"] for name in rows), found
     assert any(key.startswith("grad.blocks.0.cross_s_up") for key in exact)
@@ -99,9 +106,46 @@ def test_fused_and_unfused_training_steps_agree_and_the_error_is_seen() -> None:
 
 
 def test_nothing_is_zero_and_models_of_one_variant_are_equal() -> None:
-    models = [make_model(TINY, recompute=level).state_dict() for level in ("cheap", "nothing", "all")]
-    assert all(torch.equal(models[0][key], model[key]) for model in models for key in models[0])
-    assert all(x.double().std() > 0.01 for x in models[0].values())
+    made = [make_model(TINY, recompute=level).state_dict() for level in ("cheap", "nothing", "all")]
+    assert all(torch.equal(made[0][key], model[key]) for model in made for key in made[0])
+    assert all(x.double().std() > 0.01 for x in made[0].values())
+
+
+def test_a_model_that_was_never_initialised_is_the_model_with_its_weights() -> None:
+    """Nothing but the weights is left unset: positions that no checkpoint holds, for example."""
+    made, ordinary = make_model(TINY), cast.CAST(TINY).eval()
+    ordinary.load_state_dict(made.state_dict())
+    assert {n: b.tolist() for n, b in made.named_buffers()} == {n: b.tolist() for n, b in ordinary.named_buffers()}
+    video, _ = make_batch(TINY, 1)
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(made(video).values(), ordinary(video).values(), strict=True))
+
+
+def test_no_weight_is_drawn_twice() -> None:
+    """A run makes dozens of models: what initialises one first costs more than it."""
+
+    class Drawn(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if torch.Tag.nondeterministic_seeded in func.tags and made.device.type != "meta":
+                self.count += made.numel()
+            return made
+
+    with Drawn() as drawn:
+        model = make_model(TINY)
+    assert drawn.count == sum(x.numel() for x in model.parameters())
+
+
+def test_what_no_row_needs_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs take a second or two a group: the first contact's rooms have no use for them."""
+    group = next(group for group in bench_model.groups("cpu", SMALL) if group.name == "model training step fp32 B1")
+    counted: list[int] = []
+    monkeypatch.setattr(bench_model, "count_flops", lambda *_, **__: counted.append(1) or 5)
+    work = group.work(CpuMachine())  # type: ignore[arg-type]
+    assert not counted
+    assert work.flops() == 5
 
 
 # -- what is missing
@@ -137,10 +181,116 @@ def test_what_raises_is_a_row_that_failed_and_the_others_are_measured() -> None:
         raise KeyError("inside another library")
 
     builders = {"eager": lambda: off_by(1e-6), "broken": broken, "other": lambda: off_by(1e-6)}
-    work = Work(builders, lambda: TRUTH, 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=3, seconds=0.0)
     rows = compare(CpuMachine(), work, list(builders), 60.0, "cpu")  # type: ignore[arg-type]
     assert rows["broken"] == {"failed": "KeyError: 'inside another library'"}
     assert rows["other"]["speedup"]
+
+
+class Step:
+    """A step that its n-th call ends, and that holds something."""
+
+    def __init__(self, last: int, error: Exception) -> None:
+        self.left, self.error = last, error
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 8, "kept"])
+def test_a_row_that_is_out_of_memory_costs_that_row_and_its_memory_is_free(call: int | str) -> None:
+    """Whichever call it is: the first, the peak's, a time's, one with a cold cache, or the count of what is kept."""
+    held: list[weakref.ref[Any]] = []
+
+    class Freeing(FakeMachine):
+        def free(self) -> None:
+            gc.collect()
+            self.log.append("free" if held[0]() is None else "held")
+
+    def large() -> Candidate:
+        def keep() -> int:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+        step = Step(call if isinstance(call, int) else 0, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
+        held.append(weakref.ref(step))
+        return Candidate(step, lambda: {"x": TRUTH["x"]}, keep if call == "kept" else lambda: step.left)
+
+    builders = {"large": large, "eager": lambda: off_by(1e-6), "other": lambda: off_by(1e-6)}
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=3, seconds=0.0)
+    machine, shown = Freeing(lambda: 10.0), []
+    rows = compare(machine, work, ["eager", "large", "other"], 60.0, "cuda", lambda name, row: shown.append(name))
+    assert rows["large"]["missing"].startswith("out of memory: CUDA out of memory. Tried")
+    assert "more" not in rows["large"]["missing"]
+    assert "free" in machine.log
+    assert shown.count("large") >= 2
+    for name in ("eager", "other"):
+        assert not {"failed", "missing", "no_graph"} & rows[name].keys()
+        for mode in ("", "cold_", "graph_", "graph_cold_"):
+            assert len(rows[name][f"{mode}all_ms"]) == 3
+            assert rows[name][f"{mode}speedup"] == 1
+
+
+def test_a_step_that_raises_while_it_is_timed_is_a_row_that_failed() -> None:
+    builders = {"eager": lambda: off_by(1e-6), "other": lambda: off_by(1e-6)}
+    builders["broken"] = lambda: Candidate(Step(4, KeyError("inside")), lambda: TRUTH)
+    work = Work(builders, lambda: TRUTH, lambda: 10**6, KINDS["fp32"], samples=5, seconds=0.0)
+    rows = compare(CpuMachine(), work, ["eager", "broken", "other"], 60.0, "cpu")  # type: ignore[arg-type]
+    assert rows["broken"]["failed"] == "KeyError: 'inside'"
+    assert "median_ms" not in rows["broken"]
+    assert rows["other"]["speedup"]
+
+
+def test_what_a_first_step_allocates_for_good_is_no_peak() -> None:
+    """An optimizer's state, for example: it was part of the peak where the results were of backward alone."""
+
+    class Counting(FakeMachine):
+        def peak_bytes(self, step: Any) -> int:
+            before = calls[0]
+            step()
+            return (1 if before else 100) << 20
+
+    calls = [0]
+
+    def step() -> None:
+        calls[0] += 1
+
+    work = Work({"eager": lambda: Candidate(step, lambda: TRUTH)}, lambda: TRUTH, lambda: 1, KINDS["fp32"])
+    assert compare(Counting(lambda: 10.0), work, ["eager"], 60.0, "cuda")["eager"]["peak_mib"] == 1
+
+
+def test_torch_compile_is_reset_between_rows_and_nothing_is_compiled_while_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    compiled: set[str] = set()
+
+    def reset() -> None:
+        log.append("reset")
+        compiled.clear()
+
+    def build(name: str) -> Candidate:
+        def step() -> None:
+            if name.startswith("torch.compile") and name not in compiled:
+                log.append(f"compile {name}")
+                compiled.add(name)
+
+        return Candidate(step, lambda: TRUTH)
+
+    class Logging(CpuMachine):
+        def elapsed_ms(self, step: Any, repeats: int = 1) -> float:
+            log.append("time")
+            return super().elapsed_ms(step, repeats)
+
+    monkeypatch.setattr(torch._dynamo, "reset", reset)
+    names = ["eager", "torch.compile, one", "torch.compile, two", "ours"]
+    builders = {name: partial(build, name) for name in names}
+    work = Work(builders, lambda: TRUTH, lambda: 1, KINDS["fp32"], samples=3, seconds=0.0)
+    compare(Logging(), work, names, 60.0, "cpu")  # type: ignore[arg-type]
+    one, two = "compile torch.compile, one", "compile torch.compile, two"
+    assert log[:6] == ["reset", one, "reset", two, one, "time"]
+    assert set(log[5:]) == {"time"}
 
 
 def test_without_a_baseline_there_is_no_speedup() -> None:
@@ -186,7 +336,8 @@ def model_flops(config: cast.CASTConfig) -> int:
 
 def test_flops_as_torch_counts_them_agree_with_a_count_by_hand() -> None:
     assert count_flops(TINY, 1) == model_flops(TINY)
-    assert count_flops(TINY, 3) == 3 * model_flops(TINY)
+    for training in (False, True):  # so one clip's are counted
+        assert models._flops(TINY, 3, training) == 3 * count_flops(TINY, 1, training)
 
 
 def test_base_model_has_the_paper_s_multiply_adds() -> None:
@@ -288,12 +439,20 @@ def test_another_librarys_attention_takes_pytorchs_place() -> None:
 
 
 def test_no_figure_is_shown_without_its_spread_and_none_of_what_was_stood_in_for() -> None:
-    row = {"median_ms": 2.0, "spread_ms": [1.5, 4.0], "speedup": 1.25, "speedup_spread": [1.1, 1.4]}
+    row: dict[str, Any] = {}
+    for number, mode in enumerate(MODES, 2):
+        row |= {f"{mode}median_ms": 2.0, f"{mode}spread_ms": [1.5, 4.0], f"{mode}all_ms": [2.0] * number}
+        row |= {f"{mode}speedup": 1.25, f"{mode}speedup_spread": [1.1, 1.4]}
     rows = {"eager": row, "stand-in": row | {"stand_in": "an emulated device"}, "not there": {"missing": "pip"}}
     columns = render("group", rows).columns
     cells = {" ".join(str(column.header).split()): [str(cell) for cell in column.cells] for column in columns}
-    assert cells["ms (spread)"] == ["2 (1.5..4)", "stand-in", "missing"]
-    assert cells["speed-up (spread)"] == ["1.25 (1.10..1.40)", "stand-in", ""]
+    assert cells.pop("ms (spread)") == ["2 (1.5..4)", "stand-in", "missing"]
+    for way in ("cold L2 ms", "graph ms", "graph, cold L2 ms"):
+        assert cells.pop(f"{way} (spread)") == ["2 (1.5..4)", "stand-in", ""]
+    for way in ("speed-up", "graph speed-up"):
+        assert cells.pop(f"{way} (spread)") == ["1.25 (1.10..1.40)", "stand-in", ""]
+    assert cells.pop("samples") == ["2, 3, 4, 5", "stand-in", ""]
+    assert cells.keys() == {"variant"}  # there is no other figure
 
 
 # -- the prediction beside the measurement
@@ -346,6 +505,6 @@ def test_no_figure_is_cut_off_however_many_columns_there_are() -> None:
     console = Console(width=report._WIDEST, record=True, quiet=False, file=io.StringIO())
     console.print(render("group", {"eager, tuned (SDPA) by flash-attn": row}))
     text = console.export_text()
-    assert text.count("1.235 (1.222..1.333)") == 2
+    assert text.count("1.235 (1.222..1.333)") == 4
     assert text.count("1.25 (1.11..1.44)") == 2
     assert "…" not in text

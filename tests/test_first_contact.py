@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from first_contact import build
 from first_contact import run as running_all
 from first_contact.budget import RESERVE, Budget
 from first_contact.outputs import Outputs
@@ -266,6 +267,42 @@ def test_what_comes_back_is_within_the_limits() -> None:
     names |= {"results.jsonl", running_all.SUMMARY, "part"}
     assert len(names) <= 8
     assert all(name.replace(".", "").replace("_", "").replace("-", "").isalnum() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("codes", "core", "status", "last"),
+    [
+        ([0], 0, 0, "[exit status 0"),
+        ([1, 0], 0, 0, "[exit status 0"),
+        ([1, 3], 0, 3, "no command could build: exit status 3; the native core that loads is an older one"),
+        ([0], 1, 1, "[exit status 0"),  # a build that cannot compile leaves the core out and succeeds
+    ],
+)
+def test_a_build_that_failed_is_no_build(
+    codes: list[int], core: int, status: int, last: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Whatever lies in the tree from before."""
+    left = iter(codes)
+
+    def run(command: list[str], **_: Any) -> Any:
+        code = next(left) if command in build.COMMANDS else core if command == build.CORE else 0
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert build.main() == status
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last)
+    assert next(left, None) is None
+
+
+def test_kernels_are_compiled_ahead_for_the_gpu_that_is_there() -> None:
+    """An emulated device is none: a rehearsal compiles for Hopper."""
+
+    def ahead(emulated: bool) -> list[tuple[str, ...]]:
+        return [s.command for wave in stages(emulated) for s in wave if s.name.startswith("compile_")]
+
+    assert all("--target" not in command and "--cache" in command for command in ahead(False))
+    assert all(command[command.index("--target") + 1] == "sm_90" for command in ahead(True))
 
 
 def test_stages_can_be_chosen(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fake_machine import FakeMachine
-from first_contact import rooms
+from first_contact import inside, rooms
 from first_contact import run as running_all
 from first_contact.budget import Budget
 from first_contact.outputs import Outputs
@@ -149,6 +150,30 @@ def test_the_tree_may_be_sent_along() -> None:
         pytest.skip("no checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert sum((ROOT / name).lstat().st_size for name in listed.split("\0") if name) < 32 << 20
+
+
+@pytest.mark.parametrize(("gpu_ms", "told"), [(21.0, True), (200.0, False)])
+def test_nothing_is_said_of_a_host_that_may_have_waited_for_the_gpu(
+    gpu_ms: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's queue holds about 1024 launches. Of a step's 1300 the host needs 20 ms, and the GPU 21 or 200."""
+    monkeypatch.setattr(inside, "_kernels", lambda machine, step: [("a", 1000, 1.0), ("b", 300, 1.0)])
+    machine = FakeMachine(lambda: gpu_ms)
+    found = inside.host_time(machine, {"eager": lambda: time.sleep(0.02), "ours": lambda: time.sleep(0.02)})
+    assert found["ours: launches"] == 1300
+    assert found["ours: step ms"] == gpu_ms
+    assert ("ours: host ms" in found) == told
+    assert ("eager / ours" in found) == told
+    if told:
+        assert found["ours: host ms, spread"][0] >= 20
+    else:
+        assert "launches behind" in found["ours: no host ms"]
+
+
+def test_the_host_is_timed_at_one_clip() -> None:
+    """At which the GPU keeps up, and with the kernels that the stage before compiled."""
+    room = rooms.rows_of("step", FakeMachine())
+    assert [name for name in room if name.startswith("host")] == ["host, B1"]
 
 
 def test_the_rooms_rows_are_those_of_the_benchmarks() -> None:

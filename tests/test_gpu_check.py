@@ -98,14 +98,51 @@ def test_what_fails_the_check(correct: list[dict[str, Any]], sanitizer: list[dic
 
 
 @pytest.mark.parametrize(
-    ("row", "good"),
-    [({"missing": "pip install x"}, True), ({"failed": "KeyError: 'x'"}, False), ({"correct": False}, False)],
+    ("name", "row", "code", "verdict"),
+    [
+        ("eager by flash-attn", {"missing": "pip install flash-attn"}, 0, "all is right"),
+        ("cast_kernels, triton", {"median_ms": 1.0}, 0, "all is right"),
+        ("cast_kernels, triton", {"missing": "out of memory"}, 3, "of ours something was not, in: a group; please"),
+        ("cast_kernels, triton", {"missing": "not begun: 5 minutes"}, 3, "of ours something was not, in: a group"),
+        ("cast_kernels, triton", {"failed": "KeyError: 'x'"}, 1, "FAIL"),
+        ("cast_kernels, triton", {"correct": False}, 1, "FAIL"),
+    ],
 )
-def test_a_row_that_raises_or_is_wrong_fails_the_check_and_one_that_is_missing_does_not(
-    row: dict[str, Any], good: bool
-) -> None:
-    times = {"groups": {"group": {"cast_kernels, triton": row}}}
-    assert gpu_check.passed({"correctness": [RIGHT], "sanitizer": [], "times": times, "broken": []}) == good
+def test_what_a_row_means_for_the_check(name: str, row: dict[str, Any], code: int, verdict: str) -> None:
+    """What raises or is wrong fails it; all is right only where everything of ours was measured."""
+    found = {"correctness": [RIGHT], "sanitizer": [], "times": {"groups": {"a group": {name: row}}}, "broken": []}
+    assert gpu_check.status(found) == code
+    assert verdict in gpu_report.verdict(found, gpu_check.passed(found))
+
+
+def test_rows_of_ours_that_were_not_measured_are_in_the_report(tmp_path: Path, cache: Path) -> None:
+    late = {
+        "cast_kernels, triton": {"missing": "not begun: the 5 minutes were over"},
+        "eager": {"missing": "not begun"},
+    }
+    files = tmp_path / "found.json", tmp_path / "found.md"
+    with offline_driver(target("sm_80"), Emulator(), cache):
+        groups = {**ROWS["groups"], "a late group": late}  # type: ignore[dict-item]
+        code = gpu_check.check(FakeMachine(), PLAN, *files, 5, benchmarks({**ROWS, "groups": groups}))
+    assert code == 3
+    text = files[1].read_text()
+    assert "| a late group | cast_kernels, triton | not begun: the 5 minutes were over |" in text
+    assert text.rstrip().endswith("of ours something was not, in: a late group; please send the report")
+
+
+@pytest.mark.parametrize(("status", "good"), [(0, True), (1, True), (2, False), (-9, False)])
+def test_benchmarks_that_were_ended_fail_the_check(status: int, good: bool) -> None:
+    found = {"correctness": [RIGHT], "sanitizer": [], "times": ROWS | {"status": status}, "broken": [], "device": {}}
+    assert gpu_check.passed(found) == good
+    sections = str(gpu_report.sections(found | {"correctness": []}))
+    assert (f"the benchmarks ended with exit status {status}" in sections) == (not good)
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "five"])
+def test_minutes_that_are_none_are_refused(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gpu-check", "--minutes", minutes])
+    assert f"{minutes!r} is not a number above zero" in capsys.readouterr().err
 
 
 def test_equal_bits_are_demanded_of_what_is_ours_alone() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cast_kernels import cli
-from cast_kernels.evidence import cases, compile, emulate, mutants, targets
+from cast_kernels.evidence import cases, compile, emulate, mutants, predict, targets, whole_model
 
 
 @pytest.fixture
@@ -115,3 +115,42 @@ def test_help_does_not_load_the_tools() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "gfx942" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "--kind", "fp16"], "--model is of autocast to bf16 alone; leave out --kind fp16"),
+        (["--model", "--emulate"], "--model emulates nothing; leave out --emulate"),
+        (["--streams", "bf16"], "--streams is of the whole model's residual streams; add --model"),
+    ],
+)
+def test_an_option_that_predict_would_ignore_is_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (predict, whole_model):
+        monkeypatch.setattr(module, "main", lambda *_: pytest.fail("begun"))
+    assert cli.main(["predict", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_predict_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+    for module in (predict, whole_model):
+        monkeypatch.setattr(module, "main", lambda *arguments: made.append(arguments) or 0)
+    assert cli.main(["predict", "--device", "H100", "--batch", "6", "--emulate"]) == 0
+    assert cli.main(["predict", "--device", "H100", "--kind", "fp16"]) == 0
+    assert cli.main(["predict", "--model", "--kind", "amp", "--device", "H100", "--batch", "6"]) == 0
+    assert cli.main(["predict", "--model", "--streams", "bf16", "--device", "H100"]) == 0
+    assert made == [
+        (["H100"], [6], None, None, None, True, "nothing", "amp"),
+        (["H100"], [1, 6, 32], None, None, None, False, "nothing", "fp16"),
+        (["H100"], [6], None, None, None, "nothing", cli.STREAMS),
+        (["H100"], [1, 6, 32], None, None, None, "nothing", ["bf16"]),
+    ]
+
+
+def test_the_package_is_the_command_where_none_is_installed() -> None:
+    done = subprocess.run([sys.executable, "-m", "cast_kernels", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "gpu-check" in done.stdout

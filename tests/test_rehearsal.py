@@ -21,7 +21,7 @@ import pytest
 import rehearsal
 import torch
 from groups import PAPER, SMALL, Row
-from report import Report
+from report import Report, RowsError
 from session import Session
 from test_emulated_training import KERNELS
 from variants import SDPA, attending, is_ours
@@ -134,6 +134,17 @@ def test_the_rows_are_listed_anywhere(device: str) -> None:
     assert len([line for line in listed if "bench_host" not in line]) == len(rows(device, tier))
 
 
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [(["-k", "host"], True), (["benchmarks/bench_host.py"], True), (["-k", "host and not data"], True), ([], False),
+     (["-k", "not compile and not host"], False)],
+)  # fmt: skip
+def test_what_needs_no_gpu_runs_beside_one_where_it_is_named(options: list[str], there: bool) -> None:
+    done = benchmarks("--collect-only", "--device", "cuda", *options, rehearse=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("bench_host.py::" in done.stdout) == there
+
+
 def test_without_a_gpu_the_rows_say_so_and_fail(tmp_path: Path) -> None:
     done = benchmarks("--device", "cuda", "-k", "adapter", "--rows", str(tmp_path / "rows"), rehearse=False)
     assert done.returncode == 1
@@ -174,6 +185,7 @@ def one_row(work: Callable[[Any], Any], name: str = "group") -> Row:
 def test_a_kill_loses_nothing_and_a_resumed_run_leaves_out_what_is_known(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     before = Report(file)
+    before.begin("ended", ["eager"])
     before.add("done", "eager", {"median_ms": 1.0})
     before.add("killed", "eager", {"failed": "the process ended while this row was built and checked"})
     before.add("late", "eager", {"missing": "not begun: the 8 minutes were over"})
@@ -185,19 +197,107 @@ def test_a_kill_loses_nothing_and_a_resumed_run_leaves_out_what_is_known(tmp_pat
         begun.append(machine)
         raise RuntimeError("begun")
 
-    given = {title: one_row(work, title) for title in ("done", "killed", "late")}
+    given = {title: one_row(work, title) for title in ("done", "killed", "ended", "late")}
     session.select(list(given.values()))
     assert session.row(given["done"]) == {"median_ms": 1.0}
-    assert "ended while" in session.row(given["killed"])["failed"]
+    assert "the process ended while" in session.row(given["killed"])["failed"]
+    assert "the run ended while" in session.row(given["ended"])["failed"]
     assert begun == []
     assert session.row(given["late"])["failed"] == "RuntimeError: begun"
 
 
+def test_a_resumed_run_measures_what_was_not_selected_before(tmp_path: Path) -> None:
+    """Beside the baseline, whose figures are lost by nothing; what a kill left unmeasured is not begun again."""
+    from groups import KINDS, Candidate, Group, Work
+
+    one, built = torch.ones(3, dtype=torch.float64), []
+
+    def builder(name: str) -> Callable[[], Candidate]:
+        def build() -> Candidate:
+            built.append(name)
+            if name == "new":
+                told = json.loads(file.read_text())["groups"]["a"]
+                assert told["eager"] == {"median_ms": 1.0}
+                assert "process ended" in told["new"]["failed"]
+            return Candidate(lambda: None, lambda: {"x": one.float()})
+
+        return build
+
+    names = ("eager", "known", "killed", "new")
+    work = Work({name: builder(name) for name in names}, lambda: {"x": one}, lambda: 1, KINDS["fp32"])
+    group = Group("a", "a", names, lambda machine: work)
+    file = tmp_path / "rows.json"
+    before = Report(file)
+    before.begin("a", ["killed"])
+    before.add("a", "eager", {"median_ms": 1.0})
+    before.add("a", "known", {"median_ms": 2.0})
+    report = Report(file)
+    report.load()
+    session = Session("cpu", SMALL, 1.0, report, resume=True)
+    session.select([Row(group, name) for name in names])
+    assert session.row(Row(group, "new"))["correct"]
+    assert "speedup" in session.row(Row(group, "new"))
+    assert session.row(Row(group, "known")) == {"median_ms": 2.0}
+    assert "the run ended while" in session.row(Row(group, "killed"))["failed"]
+    assert built == ["eager", "new"]
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "gpu", "message"),
+    [
+        ("cuda", "paper", "NVIDIA H200", ""),
+        ("cuda", "paper", "", ""),  # no GPU is here: the rows say so
+        ("cpu", "paper", "", "holds rows of device cuda, sizes paper, and this run is of device cpu, sizes paper"),
+        ("cuda", "small", "NVIDIA H200", "this run is of device cuda, sizes small"),
+        ("cuda", "paper", "NVIDIA A100", "gpu NVIDIA H200, and this run is of device cuda, sizes paper, gpu NVIDIA A"),
+    ],
+)
+def test_rows_of_another_device_or_size_are_not_taken(
+    tmp_path: Path, device: str, sizes: str, gpu: str, message: str
+) -> None:
+    before = Report(tmp_path / "rows.json", "", "cuda", "paper")
+    before.about_device = {"name": "NVIDIA H200"}
+    before.add("a", "eager", {"median_ms": 1.0})
+    after = Report(tmp_path / "rows.json", "", device, sizes)
+    if message:
+        with pytest.raises(RowsError, match=message):
+            after.load(gpu)
+    else:
+        after.load(gpu)
+        assert after.groups == before.groups
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "0"], "'0' is not a number above zero"),
+        (["--minutes", "-1"], "'-1' is not a number above zero"),
+        (["--rows", "FOLDER"], "is a folder; --rows takes the name of a file"),
+        (["--rows", "FOLDER/torn/rows.json"], "would lie in a file; --rows takes"),
+        (["--rows", "FOLDER/torn", "--resume"], "holds no rows of these benchmarks (JSONDecodeError"),
+        (["--rows", "FOLDER/foreign", "--resume"], "holds no rows of these benchmarks (KeyError: 'place')"),
+        (["--rows", "FOLDER/cpu", "--resume"], "rows of device cpu, sizes small, and this run is of device cuda"),
+    ],
+)
+def test_options_that_cannot_be_are_told_in_a_line(tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "torn").write_text('{"groups": ')
+    (tmp_path / "foreign").write_text('{"groups": {}}')
+    Report(tmp_path / "cpu", "", "cpu", "small").add("a", "eager", {"median_ms": 1.0})
+    given = [option.replace("FOLDER", str(tmp_path)) for option in options]
+    done = benchmarks("--collect-only", "--device", "cuda", *given, rehearse=False)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+    assert (tmp_path / "torn").read_text() == '{"groups": '
+
+
 def test_no_group_is_begun_without_time(tmp_path: Path) -> None:
-    session = Session("cpu", SMALL, 0.01, Report(None))
+    session = Session("cpu", SMALL, 0.01, Report(tmp_path / "rows.json"))
     row = one_row(lambda machine: pytest.fail("begun"))
     session.select([row])
-    assert session.row(row) == {"missing": "not begun: the 0.01 minutes were over"}
+    late = {"missing": "not begun: the 0.01 minutes were over"}
+    assert session.row(row) == late
+    assert json.loads((tmp_path / "rows.json").read_text())["groups"] == {"group": {"eager": late}}
 
 
 def test_after_a_fault_nothing_is_run_and_what_was_found_is_kept(tmp_path: Path) -> None:
@@ -213,7 +313,9 @@ def test_after_a_fault_nothing_is_run_and_what_was_found_is_kept(tmp_path: Path)
 
     one = torch.ones(3, dtype=torch.float64)
     builders = {"eager": lambda: Candidate(lambda: None, lambda: {"x": one.float()}), "ours": fault}
-    group = Group("a", "a", ("eager", "ours"), lambda machine: Work(builders, lambda: {"x": one}, 1, KINDS["fp32"]))
+    group = Group(
+        "a", "a", ("eager", "ours"), lambda machine: Work(builders, lambda: {"x": one}, lambda: 1, KINDS["fp32"])
+    )
     session = Session("cpu", SMALL, 1.0, Report(tmp_path / "rows.json"))
     session.__dict__["machine"] = Dead()
     later = one_row(lambda machine: pytest.fail("begun"), "later")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 from fake_machine import FakeMachine
 
-from cast_kernels.gpu.timing import Spread, cold, interleave, median_ms, speedups
+from cast_kernels.gpu.timing import Spread, cold, host, interleave, median_ms, speedups
 
 
 def scripted(seconds: dict[str, float], load: Callable[[int], float] = lambda call: 1.0) -> tuple[dict, Callable, list]:
@@ -71,10 +72,35 @@ def test_the_spread_is_all_of_few_samples_and_the_middle_half_of_many() -> None:
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 900.0]) == Spread(5.0, 3.0, 7.0)
 
 
+def test_a_step_that_raises_is_told_and_the_others_go_on() -> None:
+    steps, elapsed, calls = scripted({"a": 1.0, "bad": 1.0, "b": 1.0})
+
+    def failing(step: Callable[[], object], repeats: int) -> float:
+        ms = elapsed(step, repeats)
+        if calls[-1] == "bad" and calls.count("bad") == 2:
+            raise RuntimeError("out of memory")
+        return ms
+
+    lost: list[str] = []
+    seen = interleave(failing, steps, 4, 100.0, 0.0, lambda name, error: lost.append(f"{name}: {error}"))
+    assert lost == ["bad: out of memory"]
+    assert {name: len(values) for name, values in seen.items()} == {"a": 4, "b": 4}
+    steps, elapsed, calls = scripted({"a": 1.0, "bad": 1.0})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        interleave(failing, steps, 4, 100.0, 0.0)
+
+
 def test_the_cache_is_cold_before_each_call() -> None:
     machine = FakeMachine()
     interleave(cold(machine), {"a": lambda: None}, 3, 1.0, 0.0)
     assert machine.log == ["flush", "time"] * 3
+
+
+def test_the_host_is_timed_from_an_idle_gpu_to_its_last_launch() -> None:
+    machine = FakeMachine()
+    (times,) = interleave(host(machine), {"a": lambda: time.sleep(0.01)}, 3, 1.0, 0.0).values()
+    assert machine.log == ["wait"] * 3  # and none after the step
+    assert all(10 <= ms < 1000 for ms in times)
 
 
 def test_a_median_is_over_the_samples_after_a_warm_up() -> None:

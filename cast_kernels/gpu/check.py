@@ -31,7 +31,7 @@ from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.experts import ExpertCase, expert_problem, run_expert
 from cast_kernels.gpu import report as gpu_report
 from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, require_usable
-from cast_kernels.gpu.report import is_right
+from cast_kernels.gpu.report import ENDS, is_right, not_measured
 
 #: B-CAST, or an expert's half block.
 AnyCase = Case | ExpertCase
@@ -40,6 +40,8 @@ Found = dict[str, Any]
 
 #: Exit code where there is no GPU.
 NO_GPU = 2
+#: Exit code where what was measured is right, and something of ours was not measured.
+INCOMPLETE = 3
 #: Compute-sanitizer's tools: out-of-bounds and misaligned accesses, races in shared memory.
 SANITIZERS = ("memcheck", "racecheck")
 SECTIONS = ("correctness", "sanitizer", "times")
@@ -184,12 +186,13 @@ def run_benchmarks(plan: Plan, rows: Path) -> int:
     options = ["--benchmark-only", "--benchmark-disable-gc", "--device", "cuda", "--tier", plan.tier, "-q"]
     command = [sys.executable, "-m", "pytest", str(BENCHMARKS), *options, "--rows", str(rows), "-p", "no:cacheprovider"]
     began, known, again = time.monotonic(), -1, list[str]()
+    left = plan.minutes
     while True:
-        left = plan.minutes - (time.monotonic() - began) / 60
         limit = ["--minutes", f"{left:g}"] if left < math.inf else []
         status = _status([*command, *limit, *again], 60 * left + _LAST_GROUP_SECONDS)
         found = read_rows(rows)
         broken = bool(found.get("broken")) or status < 0
+        left = plan.minutes - (time.monotonic() - began) / 60
         if not broken or len(measured(found)) <= known or left <= 0:
             return status
         known, again = len(measured(found)), ["--resume"]
@@ -265,6 +268,13 @@ def collect(
     return found
 
 
+def status(found: Found) -> int:
+    """The exit code: 1 where something is wrong, 3 where a row of ours was not measured, else 0."""
+    if not passed(found):
+        return 1
+    return INCOMPLETE if not_measured(found) else 0
+
+
 def passed(found: Found) -> bool:
     """Whether some backend was checked, all of them are right, the sanitizer is content, and no row failed."""
     checked = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
@@ -273,6 +283,7 @@ def passed(found: Found) -> bool:
     times = found["times"]
     rows = [(name, row) for _, name, row in measured(times)]
     timed = not times.get("broken") and not any("failed" in row for _, row in rows)
+    timed = timed and times.get("status", 0) in ENDS
     fast = timed and all(row.get("correct", True) for name, row in rows if name.startswith("cast_kernels"))
     return bool(checked) and right and clean and fast and not found["broken"] and not found.get("unfinished")
 
@@ -280,7 +291,7 @@ def passed(found: Found) -> bool:
 def main(
     json_file: Path | None, report_file: Path | None, quick: bool, tier: str | None = None, minutes: float | None = None
 ) -> int:
-    """Check the GPU of this machine -> exit code: 0, 1 if something is wrong, 2 without a GPU."""
+    """Check the GPU of this machine -> exit code: 0, 1 if something is wrong, 2 without a GPU, 3 if not all ran."""
     try:
         machine = CudaMachine()
     except NoGPUError as error:
@@ -331,9 +342,9 @@ def check(
     console = wide_console()
     for table in gpu_report.tables(found):
         console.print(table)
-    console.print(gpu_report.verdict(passed(found)), markup=False)
+    console.print(gpu_report.verdict(found, passed(found)), markup=False)
     console.print(f"the report: {report_file} and {json_file}", markup=False, soft_wrap=True)
-    return 0 if passed(found) else 1
+    return status(found)
 
 
 def _without_samples(found: Found) -> Found:

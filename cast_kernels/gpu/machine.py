@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -63,6 +64,9 @@ class Machine(Protocol):
 
     def flush_cache(self) -> None:
         """Push everything out of L2."""
+
+    def free(self) -> None:
+        """Give back the memory of everything that nobody holds any more."""
 
     def peak_bytes(self, step: Step) -> int:
         """Most memory allocated during one call, above what was there before."""
@@ -127,6 +131,10 @@ class CudaMachine:
 
     def flush_cache(self) -> None:
         self._flush.zero_()
+
+    def free(self) -> None:
+        gc.collect()  # models and their steps refer to each other
+        torch.cuda.empty_cache()
 
     def peak_bytes(self, step: Step) -> int:
         self.synchronise()

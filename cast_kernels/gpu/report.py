@@ -12,6 +12,8 @@ from cast_kernels.evidence.model import UNCERTAINTY
 from cast_kernels.evidence.prediction_report import markdown_table
 from cast_kernels.gpu.rows import Row, cells, notes, reason
 
+#: Exit statuses of pytest where it did all that it was asked: every test passed, or some failed, whose rows say it.
+ENDS = (0, 1)
 _TIMES = ("median_ms", "cold_median_ms", "graph_median_ms", "graph_cold_median_ms")
 
 
@@ -35,9 +37,26 @@ def beside(groups: Mapping[str, Mapping[str, Row]]) -> list[dict[str, Any]]:
     return found
 
 
-def verdict(passed: bool) -> str:
+def not_measured(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(group, row, why) of ours that have no figure, and of groups for which the time was over."""
+    return [
+        (group, name, row["missing"])
+        for group, rows in found["times"].get("groups", {}).items()
+        for name, row in rows.items()
+        if "missing" in row and name.startswith("cast_kernels")
+    ]
+
+
+def verdict(found: Mapping[str, Any], passed: bool) -> str:
     """The last line."""
-    return "all is right; please send the report" if passed else "FAIL: see above; please send the report all the same"
+    if not passed:
+        return "FAIL: see above; please send the report all the same"
+    lacking = dict.fromkeys(group for group, *_ in not_measured(found))
+    if lacking:
+        return (
+            f"what was measured is right; of ours something was not, in: {'; '.join(lacking)}; please send the report"
+        )
+    return "all is right; please send the report"
 
 
 Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, headings, cells
@@ -52,6 +71,8 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     lines: list[tuple[str, ...]] = [("FAIL", b["section"], b["error"].replace("\n", " ")) for b in found["broken"]]
     lines += [("FAIL", name, "not finished when this was written") for name in found.get("unfinished", ())]
     lines += [("FAIL", "times", times["broken"])] if times.get("broken") else []
+    if times.get("status", 0) not in ENDS:
+        lines.append(("FAIL", "times", f"the benchmarks ended with exit status {times['status']}"))
     if lines:
         broken = [("what an error ended; entries before it are below", ("", "section", "error"), lines)]
     correct: list[tuple[str, ...]] = [
@@ -70,8 +91,12 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     sanitizer: list[tuple[str, ...]] = [
         (s["tool"], "ok" if s["ok"] else "FAIL", s["output"].replace("\n", " ")) for s in found["sanitizer"]
     ]
+    lacking: list[Section] = []
+    if missing := not_measured(found):
+        lacking = [("rows of ours that were not measured", ("group", "row", "why"), list(missing))]
     return [
         *broken,
+        *lacking,
         ("GPU and its measured ceilings", ("", ""), summary),
         ("correctness against fp64, the worst tensor of each; at most twice eager's error",
          ("", "backend", "dtype", "case", "tensor", "rms", "eager's", "run twice"), correct),
@@ -115,4 +140,4 @@ def markdown(found: Mapping[str, Any], passed: bool) -> str:
         plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in texts]
         lines += [f"## {title[0].upper()}{title[1:]}", "", *markdown_table(headings, plain), ""]
     told = [f"- {note}" for note in notes(found["times"].get("groups", {}))]
-    return "\n".join([*lines, *told, "", verdict(passed), ""])
+    return "\n".join([*lines, *told, "", verdict(found, passed), ""])

@@ -25,14 +25,23 @@ def _spread(key: str, spread: str, form: str, wrong: str = "") -> Callable[[Row]
     return cell
 
 
+#: Ways in which a row is timed, as the keys of their figures begin, in the order of the columns.
+MODES = ("", "cold_", "graph_", "graph_cold_")
+
+
+def _samples(row: Row) -> str:
+    """Of each way, in the order of the columns."""
+    return ", ".join(str(len(row[f"{mode}all_ms"])) for mode in MODES if f"{mode}all_ms" in row)
+
+
 #: Header -> the cell of a row, or "" where the row has no such figure. A column without cells is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms (spread)": _spread("median_ms", "spread_ms", "{:.4g}"),
     "speed-up (spread)": _spread("speedup", "speedup_spread", "{:.2f}", "inexact"),
-    "cold L2 ms": _number("cold_median_ms", "{:.4g}"),
+    "cold L2 ms (spread)": _spread("cold_median_ms", "cold_spread_ms", "{:.4g}"),
     "graph ms (spread)": _spread("graph_median_ms", "graph_spread_ms", "{:.4g}"),
     "graph speed-up (spread)": _spread("graph_speedup", "graph_speedup_spread", "{:.2f}", "inexact"),
-    "graph, cold L2 ms": _number("graph_cold_median_ms", "{:.4g}"),
+    "graph, cold L2 ms (spread)": _spread("graph_cold_median_ms", "graph_cold_spread_ms", "{:.4g}"),
     "predicted ms": _number("predicted_ms", "{:.4g}"),
     "clips/s": _number("clips_per_second", "{:.1f}"),
     "GFLOP/s": lambda row: "" if "of_ceiling" in row else _number("gflops", "{:.0f}")(row),
@@ -45,10 +54,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak above that MiB": _number("above_mib", "{:.0f}"),
     "of first row's": _number("above_share", "{:.0%}"),
     "error / eager's": _number("worst_error_over_eager", "{:.2f}"),
-    "samples": lambda row: str(len(row["all_ms"])) if "all_ms" in row and "graph_all_ms" not in row else "",
+    "samples": _samples,
 }
 
 _NOTES = (
+    "samples: of each column of ms, from left to right",
     "ms: the median, with the middle half of the samples around it, or all of them where there are fewer than eight",
     "speed-up over the first row: the median of the rounds' ratios, with their spread; a round times each row once",
     "error / eager's: the largest root mean square error of a tensor, over that of the first row, both against fp64",
@@ -62,6 +72,15 @@ def notes(groups: Mapping[str, Mapping[str, Row]]) -> tuple[str, ...]:
     """What a reader of the tables must know."""
     stand_in = any("stand_in" in row for rows in groups.values() for row in rows.values())
     return (*_NOTES, _STAND_IN) if stand_in else _NOTES
+
+
+#: How the reason begins for which a row is missing whose group had no time.
+NOT_BEGUN = "not begun"
+
+
+def not_begun(row: Row) -> bool:
+    """Whether there was no time for the row's group."""
+    return str(row.get("missing", "")).startswith(NOT_BEGUN)
 
 
 def reason(row: Row) -> str:

@@ -8,6 +8,7 @@ the spread.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,9 @@ class Spread:
 
 
 def interleave(
-    elapsed: Elapsed, steps: Mapping[str, Step], samples: int, seconds: float, sample_seconds: float
-) -> dict[str, list[float]]:
+    elapsed: Elapsed, steps: Mapping[str, Step], samples: int, seconds: float, sample_seconds: float,
+    lose: Callable[[str, Exception], None] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
     """Time every step in turn, so that a change of the machine's clock or load meets all alike.
 
     Args:
@@ -51,21 +53,34 @@ def interleave(
         samples: of each step, at most.
         seconds: that all samples together should take; never fewer than :data:`FEWEST` rounds.
         sample_seconds: a sample repeats its call until so much time has passed.
+        lose: is told of a step that raises, which nothing here holds any more; the others go on without it. None: what
+            it raises is raised.
 
     Returns:
         name -> milliseconds of one call, one for each round: the n-th of two steps were measured side by side.
     """
-    first = {name: elapsed(step, 1) for name, step in steps.items()}
+    steps = dict(steps)
+
+    def one_of_each(repeats: Mapping[str, int]) -> dict[str, float]:
+        found = {}
+        for name in list(steps):
+            try:
+                found[name] = elapsed(steps[name], repeats[name])
+            except Exception as error:
+                if lose is None:
+                    raise
+                del steps[name]
+                lose(name, error)
+        return found
+
+    first = one_of_each(dict.fromkeys(steps, 1))
     repeats = {name: max(1, round(1e3 * sample_seconds / max(ms, 1e-6))) for name, ms in first.items()}
     slow = all(count == 1 for count in repeats.values())  # then the first calls were a round already
-    seen = {name: [ms] if slow else [] for name, ms in first.items()}
     one_round = sum(repeats[name] * ms for name, ms in first.items()) / 1e3
     left = seconds - sum(first.values()) / 1e3
     rounds = max(FEWEST, min(samples, slow + int(left / one_round) if one_round else samples))
-    for _ in range(rounds - slow):
-        for name, step in steps.items():
-            seen[name].append(elapsed(step, repeats[name]))
-    return seen
+    seen = [first] * slow + [one_of_each(repeats) for _ in range(rounds - slow)]
+    return {name: [found[name] for found in seen] for name in steps}
 
 
 def speedups(baseline: Sequence[float], others: Sequence[float]) -> Spread:
@@ -79,6 +94,18 @@ def cold(machine: Machine) -> Elapsed:
     def elapsed(step: Step, repeats: int) -> float:
         machine.flush_cache()
         return machine.elapsed_ms(step)
+
+    return elapsed
+
+
+def host(machine: Machine) -> Elapsed:
+    """Times until the host has launched a single call and goes on, beginning with an idle GPU."""
+
+    def elapsed(step: Step, repeats: int) -> float:
+        machine.synchronise()
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin)
 
     return elapsed
 

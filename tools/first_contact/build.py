@@ -12,13 +12,13 @@ COMMANDS = (
     [sys.executable, "-m", "pip", "install", "-e", ".", "--no-deps", "--no-build-isolation", "--no-index"],
     [sys.executable, "setup.py", "build_ext", "--inplace"],  # where pip may not write into the environment
 )
-INFO = [sys.executable, "-m", "cast_kernels.cli", "info"]
+INFO = [sys.executable, "-m", "cast_kernels", "info"]
 #: Ends with a line that says why, if the core is not there: a build that fails leaves it out and succeeds.
 CORE = [sys.executable, "-c", "from cast_kernels import _native; _native.core()"]
 
 
 def main() -> int:
-    """Build by the first command that can -> exit status: 0 where there is a native core."""
+    """Build by the first command that can -> exit status: 0 where one could, and there is a native core."""
     for command in COMMANDS:
         begin = time.perf_counter()
         print("+", *command, flush=True)
@@ -27,7 +27,10 @@ def main() -> int:
         if code == 0:
             break
     subprocess.run(INFO)
-    return subprocess.run(CORE).returncode
+    loads = subprocess.run(CORE).returncode
+    if code and not loads:  # it was there before
+        print(f"no command could build: exit status {code}; the native core that loads is an older one", flush=True)
+    return code or loads
 
 
 if __name__ == "__main__":

@@ -3,48 +3,64 @@
 from __future__ import annotations
 
 import gc
-import statistics
-import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from cast_kernels.gpu.machine import Machine, Step
+from cast_kernels.gpu.timing import Spread, host, interleave, speedups
 
 #: Steps before any is looked at: they compile and allocate.
 _WARM_UP = 3
-_STEPS = 10
+#: Samples of each step, at most, and seconds for all of them.
+_SAMPLES, _SECONDS = 20, 4.0
 #: Kernels that are listed, those with the most time first.
 _MOST_KERNELS = 40
+#: CUDA's queue holds about 1024 launches, and a host that finds it full waits for the GPU. Half of them is not full.
+_QUEUE = 512
 
 
-def host_time(machine: Machine, step: Step) -> dict[str, Any]:
-    """Milliseconds until the host has launched a step, and until the GPU has done it.
+def host_time(machine: Machine, steps: Mapping[str, Step]) -> dict[str, Any]:
+    """Milliseconds until the host has launched a step, timed in turn, and until the GPU has done it.
 
-    The launches of one step must fit into CUDA's queue, or the host waits for the GPU within it. Each step begins with
-    an idle GPU.
+    The host's time does not depend on the sizes, so they are those at which the GPU keeps up. Where it did not, so that
+    its queue may have been full, nothing is said of the host.
+
+    Args:
+        machine: that they run on.
+        steps: name -> step; the first one's time is also told as a multiple of the others'.
     """
-    for _ in range(_WARM_UP):
-        step()
-    launched, done = [], []
-    for _ in range(_STEPS):
-        machine.synchronise()
-        begin = time.perf_counter()
-        step()
-        launched.append(1e3 * (time.perf_counter() - begin))
-        machine.synchronise()
-        done.append(1e3 * (time.perf_counter() - begin))
-    return {
-        "ok": None, "host ms": statistics.median(launched), "host ms, least": min(launched),
-        "step ms": statistics.median(done), "step ms, least": min(done),
-    }  # fmt: skip
+    for step in steps.values():
+        _warm_up(machine, step)
+    launched = interleave(host(machine), steps, _SAMPLES, _SECONDS, 0.0)
+    done = interleave(machine.elapsed_ms, steps, _SAMPLES, _SECONDS, 0.0)
+    found: dict[str, Any] = {"ok": None}
+    kept_up = []
+    for name, step in steps.items():
+        ms, step_ms = Spread.of(launched[name]), Spread.of(done[name])
+        launches = sum(count for _, count, _ in _kernels(machine, step))
+        behind = round(launches * max(0.0, 1 - ms.median / step_ms.median))
+        found |= {f"{name}: step ms": step_ms.median, f"{name}: launches": launches}
+        if behind >= _QUEUE:
+            found[f"{name}: no host ms"] = f"the GPU was {behind} launches behind, so the host may have waited for it"
+            continue
+        kept_up.append(name)
+        found |= {f"{name}: host ms": ms.median, f"{name}: host ms, spread": [ms.low, ms.high]}
+    for name in kept_up[1:]:
+        ratio = speedups(launched[kept_up[0]], launched[name])
+        found |= {f"{kept_up[0]} / {name}": ratio.median, f"{kept_up[0]} / {name}, spread": [ratio.low, ratio.high]}
+    return found
 
 
-def profile(machine: Machine, step: Step) -> dict[str, Any]:
-    """The kernels of one step by time on the GPU, and how many launches it makes."""
+def _warm_up(machine: Machine, step: Step) -> None:
     for _ in range(_WARM_UP):
         step()
     machine.synchronise()
+
+
+def _kernels(machine: Machine, step: Step) -> list[tuple[str, int, float]]:
+    """(name, launches, milliseconds) of one step's kernels on the GPU, those with the most time first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if machine.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -54,12 +70,18 @@ def profile(machine: Machine, step: Step) -> dict[str, Any]:
     on_gpu = torch.autograd.DeviceType.CUDA
     kernels = [event for event in profiler.key_averages() if event.device_type == on_gpu]
     kernels.sort(key=lambda event: -event.self_device_time_total)
-    for event in kernels[:_MOST_KERNELS]:
-        print(f"{event.self_device_time_total / 1e3:9.3f} ms {event.count:6d} x  {event.key}")
-    top = [[event.key[:120], event.count, event.self_device_time_total / 1e3] for event in kernels]
+    return [(event.key, event.count, event.self_device_time_total / 1e3) for event in kernels]
+
+
+def profile(machine: Machine, step: Step) -> dict[str, Any]:
+    """The kernels of one step by time on the GPU, and how many launches it makes."""
+    _warm_up(machine, step)
+    kernels = _kernels(machine, step)
+    for name, count, ms in kernels[:_MOST_KERNELS]:
+        print(f"{ms:9.3f} ms {count:6d} x  {name}")
     return {
-        "ok": None, "kernels": sum(count for _, count, _ in top), "kernel ms": sum(ms for _, _, ms in top),
-        "top": top[:_MOST_KERNELS],
+        "ok": None, "kernels": sum(count for _, count, _ in kernels), "kernel ms": sum(ms for *_, ms in kernels),
+        "top": [[name[:120], count, ms] for name, count, ms in kernels[:_MOST_KERNELS]],
     }  # fmt: skip
 
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from cast_kernels.gpu.rows import MODES
 from first_contact.rows import BROKEN, Rows
 
 _KEY = pytest.StashKey[Rows]()
 _TOLD = pytest.StashKey[bool]()
 #: What a summary shows of a row; its samples are in the benchmarks' own file.
 FIGURES = (
-    "median_ms", "spread_ms", "speedup", "speedup_spread", "cold_median_ms", "graph_median_ms", "graph_speedup",
-    "graph_cold_median_ms", "predicted_ms", "worst_error_over_eager", "worst_tensor", "peak_mib", "kept_mib", "gflops",
+    *(f"{mode}{figure}" for figure in ("median_ms", "spread_ms", "speedup", "speedup_spread") for mode in MODES),
+    "predicted_ms", "worst_error_over_eager", "worst_tensor", "peak_mib", "kept_mib", "gflops",
     "of_ceiling", "of_copy", "no_graph", "stand_in",
 )  # fmt: skip
 
@@ -71,6 +72,7 @@ def _name(item: pytest.Item) -> str:
 def _found(item: pytest.Item, report: pytest.TestReport) -> dict[str, Any]:
     row = _row(item) if report.when == "call" else {}
     figures = {name: row[name] for name in FIGURES if name in row}
+    figures |= {f"{mode}samples": len(row[f"{mode}all_ms"]) for mode in MODES if f"{mode}all_ms" in row}
     if report.passed:
         return {"ok": None if "stand_in" in row else True, **figures}
     why = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)

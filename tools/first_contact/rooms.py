@@ -155,18 +155,20 @@ def _bits(x: Tensor) -> Tensor:
 
 def step(machine: Machine, known: Mapping[str, Group]) -> Room:
     """Training steps from inside: the host's time, kernels by time, and what was loaded for ours."""
-    rows: dict[str, Callable[[], dict[str, Any]]] = {}
-    for batch in (1, 6):
-        group = known[f"model training step amp B{batch}"]
-        for row in (OURS, group.rows[0]):
-            rows[f"host, B{batch}, {row}"] = partial(_inside, inside.host_time, machine, group, row)
-    for row in (OURS, group.rows[0]):
-        rows[f"profile, B{batch}, {row}"] = partial(_inside, inside.profile, machine, group, row)
+    one, six = (known[f"model training step amp B{batch}"] for batch in (1, 6))
+    rows: dict[str, Callable[[], dict[str, Any]]] = {"host, B1": partial(_host, machine, one)}
+    for row in (OURS, six.rows[0]):
+        rows[f"profile, B6, {row}"] = partial(_profile, machine, six, row)
     return rows | {"kernels": partial(inside.loaded, machine)}
 
 
-def _inside(look: Callable[..., dict[str, Any]], machine: Machine, group: Group, row: str) -> dict[str, Any]:
-    return look(machine, group.work(machine).builders[row]().step)
+def _host(machine: Machine, group: Group) -> dict[str, Any]:
+    builders = group.work(machine).builders
+    return inside.host_time(machine, {row: builders[row]().step for row in (group.rows[0], OURS)})
+
+
+def _profile(machine: Machine, group: Group, row: str) -> dict[str, Any]:
+    return inside.profile(machine, group.work(machine).builders[row]().step)
 
 
 def sanitizer(machine: Machine, known: Mapping[str, Group]) -> Room:
