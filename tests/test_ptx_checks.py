@@ -58,6 +58,13 @@ def test_equal_values_are_no_race() -> None:
     assert {f.kind for f in faults(same.replace("[%r3], %r2", "[%r3], %tid0"))} == {"write-write"}, "in one instruction"
 
 
+def test_a_nan_is_the_same_nan_in_every_warp() -> None:
+    """A GPU's float32 operations make one pattern; NumPy's sign depends on how the NaN came to be."""
+    put = "and.b32 %r2, %tid0, 31; mad.lo.u32 %r3, %r2, 4, %r9; selp.b32 %r4, {}, {}, %p1; st.shared.b32 [%r3], %r4;"
+    assert faults(put.format("0x7fc00000", "0xffc00000")) == []
+    assert {f.kind for f in faults(put.format("0x7fc00000", "0x7f800000"))} == {"write-write"}, "infinity is no NaN"
+
+
 def test_the_second_of_two_readers_counts() -> None:
     """Warp 0 reads word 0 first, then warp 1 does; warp 0 writes it in the same epoch."""
     code = (
