@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from self_attention_cases import Case, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 import cast_kernels
 from cast import CAST
@@ -95,9 +97,34 @@ def test_explain_names_every_kernel_and_the_choice(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "xformers", None)
     text = attention.explain(GPU)
     assert all(name in text for name in attention.ATTENTIONS)
-    assert "'auto' runs: sdpa: it dispatches itself, on H100, H200 and B200 to cuDNN first" in text
+    assert "'auto' runs: sdpa, which dispatches itself: cudnn attention on H100, H200 and B200, flash attention" in text
     assert "pip install xformers" in text
     assert "cannot run" in attention.explain(replace(GPU, attention="xformers"))
+
+
+def test_explain_says_what_pytorch_answers_where_it_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what holds on another machine, and not flash attention for float32, which that kernel does not take."""
+    said = attention.explain(CPU).splitlines()[-1]
+    q = torch.empty(1, CPU.num_heads, CPU.tokens, CPU.head_dim)
+    name = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace("_", " ")
+    assert said.endswith(f"itself: {name}, as PyTorch {torch.__version__} answers for these sizes on cpu")
+    wide = replace(GPU, dtype=torch.float32)
+    assert "efficient attention for float32" in attention.explain(wide)
+    assert "dispatches itself" in attention.explain(replace(GPU, attention="sdpa"))
+    asked: list[tuple[torch.device, torch.dtype, tuple[int, ...]]] = []
+
+    def choose(q: Tensor, *_: Tensor) -> int:
+        asked.append((q.device, q.dtype, tuple(q.shape)))
+        return int(SDPBackend.CUDNN_ATTENTION)
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode():
+        text = attention.explain(replace(wide, autocast=torch.bfloat16, gpu=1))
+    assert asked == [(torch.device("cuda", 1), torch.bfloat16, (1, 12, 197, 64))]
+    assert f"cudnn attention, as PyTorch {torch.__version__} answers for these sizes on cuda:1" in text
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert "by the source of PyTorch 2.14" in attention.explain(GPU)
 
 
 def test_no_backend_replaces_what_was_asked_for() -> None:
