@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from self_attention_cases import Case, run
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 import cast_kernels
@@ -111,17 +110,18 @@ def test_explain_says_what_pytorch_answers_where_it_can_be_asked(monkeypatch: py
     wide = replace(GPU, dtype=torch.float32)
     assert "efficient attention for float32" in attention.explain(wide)
     assert "dispatches itself" in attention.explain(replace(GPU, attention="sdpa"))
-    asked: list[tuple[torch.device, torch.dtype, tuple[int, ...]]] = []
+    made: list[tuple[torch.device, torch.dtype, tuple[int, ...]]] = []
+    true = torch.empty
 
-    def choose(q: Tensor, *_: Tensor) -> int:
-        asked.append((q.device, q.dtype, tuple(q.shape)))
-        return int(SDPBackend.CUDNN_ATTENTION)
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append((device, dtype, shape))
+        return true(shape, dtype=dtype, device="meta")
 
-    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: int(SDPBackend.CUDNN_ATTENTION))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with FakeTensorMode():
-        text = attention.explain(replace(wide, autocast=torch.bfloat16, gpu=1))
-    assert asked == [(torch.device("cuda", 1), torch.bfloat16, (1, 12, 197, 64))]
+    text = attention.explain(replace(wide, autocast=torch.bfloat16, gpu=1))
+    assert made == [(torch.device("cuda", 1), torch.bfloat16, (1, 197, 12, 64))] * 3
     assert f"cudnn attention, as PyTorch {torch.__version__} answers for these sizes on cuda:1" in text
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert "by the source of PyTorch 2.14" in attention.explain(GPU)

@@ -102,13 +102,10 @@ def _one_direction(
     """BM rows from `start` on, in window order, of the stream that asks."""
     if start < patch_rows:
         for part in tl.static_range(BM // BQ):
-            begin = start + part * BQ
-            end = tl.minimum(begin + BQ, patch_rows)
-            for clip in range(begin // (frames * patches), tl.cdiv(end, frames * patches)):
-                _attend(
-                    own.q, own.kv, own.o, own.lse, begin, clip, frames, patches, window, softmax_scale,
-                    BY_PATCH, ONE_BLOCK, D, HEADS, HEAD, STORE_LSE, BQ, BKEY, KEY_STAGES,
-                )  # fmt: skip
+            _attend(
+                own.q, own.kv, own.o, own.lse, start + part * BQ, patch_rows, frames, patches, window, softmax_scale,
+                BY_PATCH, ONE_BLOCK, D, HEADS, HEAD, STORE_LSE, BQ, BKEY, KEY_STAGES,
+            )  # fmt: skip
     if not ATTEND_ONLY:
         tl.debug_barrier()  # O was written by other threads of this program
         COMPUTE: tl.constexpr = own.q.dtype.element_ty
@@ -152,29 +149,30 @@ def _one_direction(
 
 @triton.jit
 def _attend(
-    q, kv, o, lse, start, clip, frames, patches, window, softmax_scale,
+    q, kv, o, lse, start, patch_rows, frames, patches, window, softmax_scale,
     BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     STORE_LSE: tl.constexpr, BQ: tl.constexpr, BKEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Those of BQ queries from `start` on that are of one clip, head by head, against the keys of every window of the
-    clip that they touch; others are masked.
+    """BQ queries from `start` on, head by head, against the keys of every window that they touch; others are masked.
 
-    Clip by clip, since another window's key has probability zero, and zero times a NaN or an infinity is NaN: one
-    broken clip would spoil its neighbour in the batch.
-
+    Clip by clip: another window's key has probability zero, and zero times a NaN or an infinity is NaN, so one broken
+    clip would spoil its neighbour in the batch. One loop for clips and heads, as two spill 12 words in a later loop.
     Windows lie one behind the other in window order, so the keys are one range; with ONE_BLOCK the tile holds whole
     windows, and the range is the queries' own. Otherwise online softmax, in base 2.
     """
     i = start + tl.arange(0, BQ)
-    begin = tl.maximum(start, clip * (frames * patches))
-    stop = tl.minimum(start + BQ, (clip + 1) * (frames * patches))
-    mask = (i >= begin) & (i < stop)
     row = patch_row(i, frames, patches, BY_PATCH)
     # Where a row's window begins, once a row: dividing every key by its length took a sixth of the instructions.
     low = i // window * window
-    first, end = begin // window * window, (stop - 1) // window * window + window
+    clip_rows, clip = frames * patches, start // (frames * patches)
+    clips = tl.cdiv(tl.minimum(start + BQ, patch_rows), clip_rows) - clip
     factor = softmax_scale * 1.4426950408889634  # log2(e): exp2 is the hardware's
-    for head in range(HEADS):
+    for step in range(HEADS * clips):
+        head = step % HEADS
+        own = (clip + step // HEADS) * clip_rows
+        begin, stop = tl.maximum(start, own), tl.minimum(start + BQ, own + clip_rows)
+        mask = (i >= begin) & (i < stop)
+        first, end = begin // window * window, (stop - 1) // window * window + window
         lane = head * HEAD + tl.arange(0, HEAD)
         queries = tl.load(q + offset(row, D)[:, None] + lane[None, :], mask=mask[:, None], other=0.0)
         if ONE_BLOCK:
