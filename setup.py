@@ -38,12 +38,12 @@ class BuildNative(build_ext):
         wishes = {part: requested(part) for part in ("CPU", "CUDA")}
         module = Path(self.get_ext_fullpath("cast_kernels._C")).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
-        module.unlink(missing_ok=True)  # a stale one would outlive CAST_KERNELS_BUILD_CPU=0
         cpu = self._cpu(wishes["CPU"], module)
         if not cpu["built"]:
+            module.unlink(missing_ok=True)  # of an earlier build
             self.extensions = []  # or setuptools would look for the file
         record = {"cpu": cpu, "cuda": self._cuda(wishes["CUDA"])}
-        (module.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+        put(json.dumps(record, indent=2).encode() + b"\n", module.parent / "_build.json")
 
     def _cpu(self, wish: str, module: Path) -> dict[str, Any]:
         if wish == "0":
@@ -72,7 +72,7 @@ class BuildNative(build_ext):
         ]  # fmt: skip
         for command in (configure, [cmake, "--build", str(build)]):
             _run(command)
-        shutil.copy2(build / module.name, module)
+        put((build / module.name).read_bytes(), module)
         return json.loads((build / "parts.json").read_text())
 
     def _cuda(self, wish: str) -> dict[str, Any]:
@@ -96,6 +96,16 @@ class BuildWithRecipes(build_py):
         target = Path(self.build_lib) / "cast" / "recipes"
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(ROOT / "recipes", target)
+
+
+def put(content: bytes, target: Path) -> None:
+    """Write the file under another name beside its own first: who reads meanwhile finds the old one or the new one."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _tool(name: str) -> str:

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
@@ -128,12 +129,32 @@ def explain(problem: SelfAttentionProblem) -> str:
         verdict = can_run(name, problem)
         lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no '}  {verdict.reason}")
     try:
-        dispatches = ": it dispatches itself, on H100, H200 and B200 to cuDNN first, on other GPUs to flash first"
-        why = dispatches if problem.attention == "auto" else ""
-        lines.append(f"attention={problem.attention!r} runs: {select(problem)}{why}")
+        chosen = select(problem)
+        why = f", which dispatches itself: {dispatched(problem)}" if chosen == "sdpa" else ""
+        lines.append(f"attention={problem.attention!r} runs: {chosen}{why}")
     except BackendError as error:
         lines.append(str(error))
     return "\n".join(lines)
+
+
+def dispatched(problem: SelfAttentionProblem) -> str:
+    """Which of PyTorch's kernels its `scaled_dot_product_attention` takes, in words, and how that is known.
+
+    PyTorch itself is asked where the problem's device is; elsewhere it is what the source of PyTorch 2.14 says.
+    """
+    here = problem.device == "cpu" or (problem.device == "cuda" and torch.cuda.is_available())
+    ask = getattr(torch, "_fused_sdp_choice", None)  # no public function tells
+    if here and ask is not None:
+        device = torch.device(problem.device if problem.gpu is None else f"{problem.device}:{problem.gpu}")
+        shape = (1, problem.tokens, problem.num_heads, problem.head_dim)
+        q, k, v = (torch.empty(shape, dtype=problem.compute, device=device).transpose(1, 2) for _ in range(3))
+        name = SDPBackend(ask(q, k, v)).name.lower().replace("_", " ")
+        return f"{name}, as PyTorch {torch.__version__} answers for these sizes on {device}"
+    if problem.device == "cpu":
+        return "its kernel for CPUs"
+    if problem.compute == torch.float32:
+        return "efficient attention for float32, by the source of PyTorch 2.14"
+    return "cudnn attention on H100, H200 and B200, flash attention on other GPUs, by the source of PyTorch 2.14"
 
 
 def attend(name: str, qkv: Tensor) -> Tensor:

@@ -42,12 +42,14 @@ _OPS: dict[type, str] = {
 class Backend(Protocol):
     """What a backend has for an op. One that composes PyTorch's operators has `can_run` and the op itself instead.
 
-    `problem` is the op's. Besides these three it says how much it keeps: `saved_per_clip`, `saved_per_row` or
-    `saved_size`, in 4-byte words, from the problem.
+    `problem` is the op's.
     """
 
     def can_run(self, problem: Any) -> Verdict:
         """Whether it can run the problem here, and the reason in words either way."""
+
+    def saved_words(self, problem: Any, *recompute: str) -> int:
+        """4-byte words that forward keeps of a unit: of a clip (`bcast`), a row (`ffn`, `adapter`), or of the call."""
 
     def forward(self, problem: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """The outputs, and one opaque tensor of 4-byte words that its own backward reads."""

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cast_kernels import __version__, _native, backends
 from cast_kernels.gpu.machine import driver_version
+from cast_kernels.ops import _signatures
 from cast_kernels.problem import Problem
 
 
@@ -56,6 +57,7 @@ def collect() -> dict[str, Any]:
             "instruction_set": _native.ISA or _native.ISA_ERROR or "none, the native core is not built",
             "cap": os.environ.get("CAST_KERNELS_CPU_ISA", "none (CAST_KERNELS_CPU_ISA sets one)"),
             "threads": torch.get_num_threads(),
+            "repeated_calls": _signatures.describe(),
         },
         "gpus": found,
         "gpu": {"cuda": torch.version.cuda, "driver": driver_version()} if found else {"why_none": _why_no_gpu()},
@@ -90,6 +92,7 @@ def render(info: dict[str, Any]) -> Table:
             table.add_row("  to change it", info[part]["change_with"])
     runs = info["runs"]
     table.add_row("runs with", f"{runs['instruction_set']}, {runs['threads']} threads, cap: {runs['cap']}")
+    table.add_row("repeated calls", runs["repeated_calls"])
     for gpu in info["gpus"]:
         about = f"compute capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors"
         table.add_row("GPU", f"{gpu['name']}, {about}, {gpu['memory_bytes'] / 2**30:.0f} GiB")

@@ -137,6 +137,7 @@ class Problem(_Arithmetic):
     device: str  # device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None
     attention: str = "auto"  # "math" where derivatives are wanted that no kernel has, see `cast_kernels.attention`
+    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
 
     @property
     def head_dim(self) -> int:
@@ -178,6 +179,7 @@ class FFNProblem(_Arithmetic):
     dtype: torch.dtype
     device: str  # device type
     autocast: torch.dtype | None = None
+    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
 
 
 class SelfAttentionParameters(NamedTuple):
@@ -221,6 +223,7 @@ class SelfAttentionProblem(_Arithmetic):
     device: str  # device type
     autocast: torch.dtype | None = None
     attention: str = "auto"  # which attention kernel was asked for, see `cast_kernels.attention`
+    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
 
     @property
     def head_dim(self) -> int:
@@ -248,6 +251,7 @@ class AdapterProblem(_Arithmetic):
     dtype: torch.dtype  # of the residual stream
     device: str  # device type
     autocast: torch.dtype | None = None
+    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
 
 
 class Verdict(NamedTuple):

@@ -97,13 +97,13 @@ def _of_adapter(problem: AdapterProblem | SelfAttentionProblem) -> int:
 def _of_ffn(problem: FFNProblem) -> int:
     from cast_kernels.triton import ffn as triton_ffn
 
-    return problem.rows * triton_ffn.saved_per_row(replace(problem, recompute=Recompute.NOTHING)) * _WORD
+    return problem.rows * triton_ffn.saved_words(replace(problem, recompute=Recompute.NOTHING)) * _WORD
 
 
 def _of_exchange(problem: Problem) -> int:
     from cast_kernels.triton import bcast as triton_bcast
 
-    return problem.batch * triton_bcast.saved_per_clip(problem, Recompute.NOTHING.value) * _WORD
+    return problem.batch * triton_bcast.saved_words(problem, Recompute.NOTHING.value) * _WORD
 
 
 _KEPT: dict[type, Callable[[Any], int]] = {

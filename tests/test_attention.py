@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from self_attention_cases import Case, run
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import cast_kernels
 from cast import CAST
@@ -95,9 +96,35 @@ def test_explain_names_every_kernel_and_the_choice(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "xformers", None)
     text = attention.explain(GPU)
     assert all(name in text for name in attention.ATTENTIONS)
-    assert "'auto' runs: sdpa: it dispatches itself, on H100, H200 and B200 to cuDNN first" in text
+    assert "'auto' runs: sdpa, which dispatches itself: cudnn attention on H100, H200 and B200, flash attention" in text
     assert "pip install xformers" in text
     assert "cannot run" in attention.explain(replace(GPU, attention="xformers"))
+
+
+def test_explain_says_what_pytorch_answers_where_it_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what holds on another machine, and not flash attention for float32, which that kernel does not take."""
+    said = attention.explain(CPU).splitlines()[-1]
+    q = torch.empty(1, CPU.num_heads, CPU.tokens, CPU.head_dim)
+    name = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace("_", " ")
+    assert said.endswith(f"itself: {name}, as PyTorch {torch.__version__} answers for these sizes on cpu")
+    wide = replace(GPU, dtype=torch.float32)
+    assert "efficient attention for float32" in attention.explain(wide)
+    assert "dispatches itself" in attention.explain(replace(GPU, attention="sdpa"))
+    made: list[tuple[torch.device, torch.dtype, tuple[int, ...]]] = []
+    true = torch.empty
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append((device, dtype, shape))
+        return true(shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: int(SDPBackend.CUDNN_ATTENTION))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    text = attention.explain(replace(wide, autocast=torch.bfloat16, gpu=1))
+    assert made == [(torch.device("cuda", 1), torch.bfloat16, (1, 197, 12, 64))] * 3
+    assert f"cudnn attention, as PyTorch {torch.__version__} answers for these sizes on cuda:1" in text
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert "by the source of PyTorch 2.14" in attention.explain(GPU)
 
 
 def test_no_backend_replaces_what_was_asked_for() -> None:

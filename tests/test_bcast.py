@@ -168,7 +168,7 @@ def operator_arguments(case: Case, backend: str, grad: bool) -> tuple[object, ..
     tokens, clips = case.scales()
     scales = (None, None) if tokens is None or clips is None else (tokens, clips[:, None])
     windows = [w if d in case.directions else "" for d, w in zip(cast_kernels.DIRECTIONS, case.windows, strict=True)]
-    kept = cpu_bcast.saved_per_clip(case.module().problem(), "cheap") if grad else 0
+    kept = cpu_bcast.saved_words(case.module().problem(), "cheap") if grad else 0
     return (spatial, temporal, flat, *scales, case.heads, *windows, 1e-6, "cheap", torch.float32, kept, backend)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -70,6 +72,38 @@ def names_in(archive: Path) -> set[str]:
             return set(wheel.namelist())
     with tarfile.open(archive) as sdist:
         return {member.name.partition("/")[2] for member in sdist if member.isfile()}
+
+
+def test_a_process_that_reads_meanwhile_finds_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one until all of the new one is written; after a full disk the old one too, and nothing beside it."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    put = runpy.run_path(str(ROOT / "setup.py"))["put"]
+    target, write = tmp_path / "_C.so", Path.write_bytes
+    target.write_bytes(b"old")
+
+    def half(self: Path, content: bytes) -> int:
+        write(self, content[: len(content) // 2])
+        assert target.read_bytes() == b"old"
+        if content == b"too large":
+            raise OSError(28, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        put(b"too large", target)
+    assert target.read_bytes() == b"old"
+    put(b"new and whole", target)
+    assert target.read_bytes() == b"new and whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_build_that_fails_or_is_left_out_leaves_no_core_of_an_earlier_one(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    (own,) = (tree / f"cast_kernels/_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES[:1])
+    own.write_text("of an earlier build")
+    call([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, CAST_KERNELS_BUILD_CPU="0")
+    assert not own.exists()
+    assert json.loads((tree / "cast_kernels/_build.json").read_text())["cpu"]["built"] is False
 
 
 def test_an_sdist_is_all_source_and_nothing_built(tmp_path: Path) -> None:

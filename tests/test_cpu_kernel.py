@@ -216,7 +216,7 @@ def test_not_a_number_spreads_as_in_the_reference(windows: tuple[str, str], valu
 def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     problem = cast_kernels.ops.bcast.pose(*case.inputs(), case.module().gathered(), case.heads, case.windows)
     native = cpu._native_problem(_native.core(), problem, 1e-6, recompute)
-    assert _native.core().saved_per_clip(native, RECOMPUTE_CODES[recompute]) == cpu.saved_per_clip(problem, recompute)
+    assert _native.core().saved_per_clip(native, RECOMPUTE_CODES[recompute]) == cpu.saved_words(problem, recompute)
 
 
 def test_an_empty_batch_gives_empty_outputs_and_zero_gradients() -> None:

@@ -266,7 +266,7 @@ def test_extreme_hidden_values(backend: str, activation: str) -> None:
 def operator_arguments(case: Case, backend: str, grad: bool, recompute: str, dtype: torch.dtype) -> tuple[object, ...]:
     x = case.x(dtype, grad)
     flat = [torch.empty(0, dtype=dtype) if p is None else p for p in case.parameters(dtype, grad)]
-    kept = cpu_ffn.saved_per_row(pose(x, case.parameters(dtype), case.activation, recompute)) if grad else 0
+    kept = cpu_ffn.saved_words(pose(x, case.parameters(dtype), case.activation, recompute)) if grad else 0
     return (
         x,
         flat,

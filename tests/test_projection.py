@@ -140,7 +140,7 @@ def names(passes: Passes) -> list[str]:
 def test_of_a_frozen_trunk_nothing_but_the_way_back_is_computed() -> None:
     forward, backward = operators(("x", *ADAPTER))
     assert names(forward) == [
-        "cast_kernels.projection", FLASH, "aten._to_copy", "aten._to_copy", "aten.addmm", "cast_kernels.adapter",
+        "aten._foreach_copy_", "cast_kernels.projection", FLASH, "aten.addmm", "cast_kernels.adapter",
     ]  # fmt: skip
     assert names(backward) == [
         "cast_kernels.adapter_backward", "aten.mm", f"{FLASH}_backward", "cast_kernels.projection_backward",
@@ -159,7 +159,7 @@ def test_bytes_between_attention_and_the_stream() -> None:
 
     weight = 3 * 768 / (2 * 197)  # of one byte an element
     assert moved("eager") - 2 * weight == pytest.approx(50, abs=0.3)
-    assert moved("triton") - 4 * weight == pytest.approx(
+    assert moved("triton") - 2 * weight == pytest.approx(
         18, abs=0.3
     )  # three gradients, x, dY in, dX out; inside, 12 of dn
 
@@ -239,8 +239,8 @@ def test_a_trained_weight_keeps_its_gradient_where_all_is_kept(op: str, tmp_path
 
 
 @pytest.mark.parametrize("op", ["ffn", "self_attention"])
-@pytest.mark.parametrize(("level", "times"), [("nothing", 1), ("cheap", 2)])
-def test_a_frozen_weight_is_cast_once_a_step_where_all_is_kept(
+@pytest.mark.parametrize(("level", "times"), [("nothing", 1), ("cheap", 1), ("all", 2)])
+def test_a_frozen_weight_is_cast_once_a_step_where_anything_is_kept(
     op: str, level: str, times: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And a trained one once in forward and once in backward; a launch for each of op and adapter."""
@@ -255,7 +255,7 @@ def test_a_frozen_weight_is_cast_once_a_step_where_all_is_kept(
     parameters = half_block(op, level, ADAPTER, tmp_path)
     copied = Counter(address for launch in launches for address in launch)
     frozen = [p for name, p in parameters._asdict().items() if name not in ADAPTER and not name.startswith("norm")]
-    in_product = op == "self_attention" and level == "cheap"  # PyTorch's own linear casts the output projection
+    in_product = op == "self_attention" and level == "all"  # PyTorch's own linear casts the output projection
     for p in frozen:
         elsewhere = in_product and (p is parameters.proj_weight or p is parameters.proj_bias)
         assert copied[p.data_ptr()] <= (0 if elsewhere else times)

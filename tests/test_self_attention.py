@@ -184,7 +184,7 @@ def test_subsets_get_the_same_gradients(backend: str, recompute: str, wanted: tu
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_opcheck(backend: str, case: Case, grad: bool, recompute: str) -> None:
     flat = [torch.empty(0) if p is None else p.requires_grad_(grad) for p in case.parameters()]
-    kept = cpu.saved_size(case.problem(recompute)) if grad else 0
+    kept = cpu.saved_words(case.problem(recompute)) if grad else 0
     arguments = (case.x(grad=grad), flat, case.heads, 1e-5, recompute, torch.float32, kept, backend)
     torch.library.opcheck(torch.ops.cast_kernels.self_attention, arguments, atol=1e-5, rtol=1e-4)
 

@@ -29,7 +29,7 @@ def test_both_sides_agree_on_what_is_saved(case: Case, recompute: str) -> None:
     core, problem = _native.core(), case.problem(recompute)
     sizes = (problem.batch, problem.tokens, problem.dim, problem.num_heads, problem.adapter)
     made = core.SelfAttentionProblem(*sizes, RECOMPUTE.index(recompute), 1e-5)
-    assert core.self_attention_saved(made) == cpu.saved_size(problem)
+    assert core.self_attention_saved(made) == cpu.saved_words(problem)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -59,7 +59,7 @@ def test_results_are_written_whole_and_depend_on_inputs_only(case: Case, recompu
         x, grad_y = take(shape, case.x()), take(shape, case.grad_y())
         flat = [None if p is None else take(tuple(p.shape), p) for p in case.parameters()]
         addresses = [0 if p is None else p.data_ptr() for p in flat]
-        y, grad_x, saved = take(shape), take(shape), take((cpu.saved_size(problem),))
+        y, grad_x, saved = take(shape), take(shape), take((cpu.saved_words(problem),))
         grads = [None if p is None else take(tuple(p.shape)) for p in flat]
         core.self_attention_forward(made, x.data_ptr(), addresses, y.data_ptr(), saved.data_ptr(), 2)
         core.self_attention_backward(

@@ -371,7 +371,7 @@ def test_rows_that_are_no_multiple_of_the_queries_do_not_compile(monkeypatch: py
 @pytest.mark.parametrize(("capability", "ok"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_an_old_gpu_is_refused_in_words(capability: tuple[int, int], ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
     problem = cast_kernels.Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.bfloat16, "cuda")
     verdict = cast_kernels.backends.can_run("triton", problem)
     assert verdict.ok == ok

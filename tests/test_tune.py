@@ -212,6 +212,11 @@ def test_few_rows_have_tiles_of_their_own() -> None:
         assert tiles.find("sm_90", "project", 16, 384, rows=100) == few
         assert tiles.find("sm_90", "exchange", 16, 384, rows=100) == START.row
         assert tiles.find("sm_90", "project", 16, 384, rows=101) == tiles.find("sm_90", "project", 16, 384) == START.row
+        assert tiles.find("sm_90", "project_wide", 16, 384, rows=100) == few
+    wide = replace(few, k=16)
+    with tiles.trying("sm_90", 16, 384, replace(START, few_rows=100, few={"project": few, "project_wide": wide})):
+        assert tiles.find("sm_90", "project_wide", 16, 384, rows=100) == wide
+        assert tiles.find("sm_90", "project", 16, 384, rows=100) == few
 
 
 def test_candidates_are_checked_themselves(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

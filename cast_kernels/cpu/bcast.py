@@ -29,7 +29,7 @@ def can_run(problem: Problem) -> Verdict:
     return verdict(problem.device, problem.dtype, problem.autocast)
 
 
-def saved_per_clip(problem: Problem, recompute: str) -> int:
+def saved_words(problem: Problem, recompute: str) -> int:
     """Floats that forward keeps of one clip; `csrc/cpu/clip.h` lays them out. Sizes may be symbolic."""
     windows = (problem.t2s_window, problem.s2t_window)
     if windows == (None, None) or recompute == Recompute.ALL:
@@ -69,14 +69,14 @@ def forward(
 
     Returns:
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
-        [B, saved_per_clip], float32.
+        [B, saved_words], float32.
     """
     core = _native.core()
     native = _native_problem(core, problem, eps, recompute or "all")
     alive = Addresses()
     spatial_out = float32(spatial.shape if problem.t2s_window is not None else (0,))
     temporal_out = float32(temporal.shape if problem.s2t_window is not None else (0,))
-    saved = float32((problem.batch, saved_per_clip(problem, recompute or "all")))
+    saved = float32((problem.batch, saved_words(problem, recompute or "all")))
     core.bcast_forward(
         native, alive(spatial), alive(temporal), alive(spatial_scale),
         alive(temporal_scale), [alive(p) for p in parameters.flat()], spatial_out.data_ptr(), temporal_out.data_ptr(),
@@ -138,5 +138,5 @@ def _native_problem(core: Any, problem: Problem, eps: float, recompute: str) -> 
         _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], eps, problem.bf16,
     )  # fmt: skip
     native_size = core.saved_per_clip(native, RECOMPUTE_CODES[recompute])
-    assert native_size == saved_per_clip(problem, recompute), "the two sides disagree about `saved`"
+    assert native_size == saved_words(problem, recompute), "the two sides disagree about `saved`"
     return native

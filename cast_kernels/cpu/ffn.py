@@ -25,7 +25,7 @@ def can_run(problem: FFNProblem) -> Verdict:
     return verdict(problem.device, problem.dtype, problem.autocast)
 
 
-def saved_per_row(problem: FFNProblem) -> int:
+def saved_words(problem: FFNProblem) -> int:
     """Floats that backward needs of one row; `csrc/cpu/ffn.h` lays them out."""
     return 2 + (problem.hidden + problem.adapter if problem.recompute is Recompute.NOTHING else 0)
 
@@ -51,12 +51,12 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32.
+        [rows, D] in the dtype of `x`, and `saved` [rows, saved_words] (or [rows, 0]), float32.
     """
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps, adapter_scale)
     y = float32(x.shape)
-    saved = float32((problem.rows, saved_per_row(problem) if save else 0))
+    saved = float32((problem.rows, saved_words(problem) if save else 0))
     core.ffn_forward(
         native, inputs(x), [inputs(p) for p in parameters], inputs(row_scale), y.data_ptr(), saved.data_ptr(),
         torch.get_num_threads(),
@@ -103,5 +103,5 @@ def _native_problem(core: Any, problem: FFNProblem, eps: float, adapter_scale: f
         problem.rows, problem.dim, problem.hidden, problem.adapter, ACTIVATIONS.index(problem.activation),
         problem.recompute is Recompute.NOTHING, eps, adapter_scale, problem.bf16,
     )  # fmt: skip
-    assert core.ffn_saved_per_row(native) == saved_per_row(problem), "the two sides disagree about `saved`"
+    assert core.ffn_saved_per_row(native) == saved_words(problem), "the two sides disagree about `saved`"
     return native

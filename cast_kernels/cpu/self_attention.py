@@ -27,7 +27,7 @@ def can_run(problem: SelfAttentionProblem) -> Verdict:
     return verdict(problem.device, problem.dtype, problem.autocast)
 
 
-def saved_size(problem: SelfAttentionProblem) -> int:
+def saved_words(problem: SelfAttentionProblem) -> int:
     """Floats that backward needs; `csrc/cpu/self_attention.h` lays them out. Sizes may be symbolic."""
     dim, adapter = problem.dim, problem.adapter
     row = dim + 2 * problem.num_heads + 2
@@ -55,13 +55,13 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [batch, tokens, D] in the dtype of `x`, and `saved` [saved_size] (or [0]), float32.
+        [batch, tokens, D] in the dtype of `x`, and `saved` [saved_words] (or [0]), float32.
     """
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps)
     y = float32(x.shape)
     # An empty batch runs no kernel that would write the little that is kept whatever the batch.
-    saved = (zeros if problem.batch == 0 else float32)((saved_size(problem) if save else 0,))
+    saved = (zeros if problem.batch == 0 else float32)((saved_words(problem) if save else 0,))
     core.self_attention_forward(
         native, inputs(x), [inputs(p) for p in parameters], y.data_ptr(), saved.data_ptr() if save else 0,
         torch.get_num_threads(),
@@ -104,5 +104,5 @@ def _native_problem(core: Any, problem: SelfAttentionProblem, eps: float) -> Any
         problem.batch, problem.tokens, problem.dim, problem.num_heads, problem.adapter,
         RECOMPUTE_CODES[problem.recompute], eps, problem.bf16,
     )  # fmt: skip
-    assert core.self_attention_saved(native) == saved_size(problem), "the two sides disagree about `saved`"
+    assert core.self_attention_saved(native) == saved_words(problem), "the two sides disagree about `saved`"
     return native

@@ -10,6 +10,7 @@ from cast_kernels import backends, plain
 from cast_kernels import recompute as levels
 from cast_kernels.eager.bcast import activate, add
 from cast_kernels.modules.cross_attention import CrossAttention
+from cast_kernels.ops import _signatures
 from cast_kernels.ops.bcast import bcast, check_scale, check_streams, pose, spread_scale
 from cast_kernels.problem import (
     DIRECTIONS,
@@ -236,6 +237,7 @@ class BCAST(nn.Module):
         return Problem(
             batch, self.num_frames, self.num_patches, self.dim, self.bottleneck_dim, self.num_heads,
             windows[0], windows[1], weight.dtype, weight.device.type, attention=self.attention,
+            gpu=weight.device.index,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -269,6 +271,8 @@ def explain(module: BCAST, spatial: Tensor, temporal: Tensor) -> str:
     else:
         problem = pose(spatial, temporal, module.gathered(), module.num_heads, module.windows, module.attention)
         text = f"{backends.explain(module.backend, problem)}\n{levels.explain(problem, temporal.device)}"
+        if _signatures.FAULT:
+            text += f"\n{_signatures.describe()}"
     print(text)
     return text
 

@@ -1,4 +1,5 @@
-"""Casts of frozen weights under autocast: once a step where backward may keep what forward made."""
+"""Casts of frozen weights under autocast: once a step where backward may find what forward made, none if they are given
+in autocast's dtype."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from cast_kernels.triton.common import Parameters, cast_fields
 
 
 def cast_frozen(problem: FFNProblem | SelfAttentionProblem, parameters: Parameters, names: Iterable[str]) -> Parameters:
-    """The parameters, the frozen ones among `names` in autocast's dtype if backward is to find everything kept.
+    """The parameters, the frozen ones among `names` in autocast's dtype unless backward is to find nothing kept.
 
     Autograd keeps what the op was given, so backward finds the copies and they go with it; all are made in one launch.
-    At other levels the op's forward casts and its backward casts again. Compilers and `torch.func`, in which a tensor
-    does not say whether it is frozen, get the parameters as they are.
+    With `all` the op's forward casts and its backward casts again: what is kept would not grow with the batch, but it
+    is more than "a few numbers a row". Compilers and `torch.func`, in which a tensor does not say whether it is
+    frozen, get the parameters as they are.
     """
-    if problem.autocast is None or problem.recompute is not Recompute.NOTHING:
+    if problem.autocast is None or problem.recompute is Recompute.ALL:
         return parameters
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return parameters

@@ -5,6 +5,9 @@ Two calls are alike if their other arguments are equal and their tensors agree i
 functional transforms, dispatch modes, tracing, lazy negation. `TensorGuards` of PyTorch's compiler compares all of
 that in C++: 1.7 us for thirty tensors, where the same in Python takes 19. Values and strides may differ, as no check of
 an op looks at them. Nothing here holds a tensor.
+
+`TensorGuards` and what :func:`unobserved` asks are not public. Where this PyTorch has none, or they answer otherwise
+than they should, no call is known again: each is checked, and goes through PyTorch's dispatcher (:data:`FAULT`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
 Answer = TypeVar("Answer")
@@ -44,7 +46,7 @@ class Alike(Generic[Answer]):
     """Answers for lists of tensors, found again for lists that are alike; the newest :data:`MOST_LISTS` are kept."""
 
     def __init__(self) -> None:
-        self._known: tuple[tuple[TensorGuards, Answer], ...] = ()  # replaced as a whole: other threads read it
+        self._known: tuple[tuple[Any, Answer], ...] = ()  # replaced as a whole: other threads read it
 
     def find(self, tensors: Sequence[Tensor]) -> Answer | None:
         for guards, answer in self._known:
@@ -59,10 +61,7 @@ class Alike(Generic[Answer]):
         """
         if len({id(x) for x in tensors}) < len(tensors):
             return
-        sizes: Any = [list(x.shape) for x in tensors]
-        strides: Any = [[None] * x.ndim for x in tensors]  # any
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._known = ((guards, answer), *self._known[: MOST_LISTS - 1])
+        self._known = ((_guards(tensors), answer), *self._known[: MOST_LISTS - 1])
 
     def __len__(self) -> int:
         return len(self._known)
@@ -95,10 +94,20 @@ class Signatures(Generic[Answer]):
         return sum(map(len, tuple(self._known.values())))
 
 
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    """What tells whether other tensors are like these."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    sizes: Any = [list(x.shape) for x in tensors]
+    strides: Any = [[None] * x.ndim for x in tensors]  # any
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
 def watched() -> bool:
     """Whether something wants to see operators that guards say nothing of: a profiler, a function mode, tangents."""
     return (
-        torch._C._autograd._profiler_enabled()
+        bool(FAULT)
+        or torch._C._autograd._profiler_enabled()
         or torch._C._len_torch_function_stack() > 0
         or forward_ad._current_level >= 0
     )
@@ -135,3 +144,42 @@ def _plain_keys(device: torch.device) -> set[int]:
         with torch.inference_mode(mode):
             found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
     return found
+
+
+def find_fault() -> str:
+    """What of the inner functions that this file needs PyTorch lacks, or what they answer wrongly; "" if nothing."""
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu", requires_grad=grad)
+
+    try:
+        forward_ad._current_level + 0
+        torch._C._autograd._profiler_enabled(), torch._C._len_torch_function_stack()
+        torch._C._AutoDispatchBelowAutograd  # noqa: B018
+        unobserved([made(2)])
+        guards = _guards([made(2, 3), made(4)])
+        answers = [
+            guards.check(*tensors)
+            for tensors in (
+                (made(2, 3), made(4)), (made(3, 2).t(), made(4)), (made(2, 3), made(5)), (made(4), made(2, 3)),
+                (made(2, 3, dtype=torch.float16), made(4)), (made(2, 3, grad=True), made(4)),
+            )
+        ]  # fmt: skip
+    except Exception as error:  # of a function of another form anything may come
+        return f"{type(error).__name__}: {error}"
+    return "" if answers == [True, True, False, False, False, False] else f"TensorGuards answers {answers}"
+
+
+def describe() -> str:
+    """How calls that come again are treated in this process, in words."""
+    if not FAULT:
+        return "a call like an earlier one is not checked again"
+    return (
+        f"every call is checked and goes through PyTorch's dispatcher, which takes longer on the host: PyTorch "
+        f"{torch.__version__} has other inner functions than those that know a call again ({FAULT})"
+    )
+
+
+#: Why no call is known again in this process; "" mostly.
+FAULT = ""
+FAULT = find_fault()

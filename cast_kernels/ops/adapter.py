@@ -114,7 +114,7 @@ def pose(
     check_kinds({"x": x, "residual": residual}, parameters, autocast is not None)
     problem = AdapterProblem(
         x.numel() // dim, dim, parameters.down_weight.shape[0], skip, Recompute.CHEAP, residual.dtype, x.device.type,
-        autocast,
+        autocast, gpu=x.device.index,
     )  # fmt: skip
     return levels.settle(problem, recompute, x.device)
 
@@ -138,14 +138,14 @@ class _Adapter(Operator):
         x, residual, p = streams[0], streams[1], self.pack(flat)
         return AdapterProblem(
             x.numel() // x.shape[-1], x.shape[-1], p.down_weight.shape[0], options[0], Recompute(recompute),
-            residual.dtype, x.device.type, None if compute == residual.dtype else compute,
+            residual.dtype, x.device.type, None if compute == residual.dtype else compute, gpu=x.device.index,
         )  # fmt: skip
 
     def pack(self, flat: Sequence[Tensor | None]) -> AdapterParameters:
         return AdapterParameters(*flat)  # type: ignore[arg-type]
 
     def kept(self, kernels: Any, problem: AdapterProblem, recompute: str) -> int:
-        return kernels.saved_per_row(problem)
+        return kernels.saved_words(problem)
 
     def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
         return streams[0].numel() // streams[0].shape[-1], kept

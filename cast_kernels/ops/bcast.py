@@ -136,6 +136,7 @@ def pose(
         windows[0] if parameters.t2s is not None else None,
         windows[1] if parameters.s2t is not None else None,
         spatial.dtype, spatial.device.type, autocast_dtype(spatial), attentions.check_exchange_name(attention),
+        gpu=spatial.device.index,
     )  # fmt: skip
     _check_parameters(problem, parameters)
     streams = {"spatial": spatial, "temporal": temporal}
@@ -255,13 +256,14 @@ class _BCast(Operator):
         return Problem(
             batch, frames, patches, dim, down.shape[0], options[0], options[1] or None, options[2] or None,
             temporal.dtype, temporal.device.type, None if compute == temporal.dtype else compute,
+            gpu=temporal.device.index,
         )  # fmt: skip
 
     def pack(self, flat: Sequence[Tensor | None]) -> Parameters:
         return Parameters.from_flat(flat)
 
     def kept(self, kernels: Any, problem: Problem, recompute: str) -> int:
-        return kernels.saved_per_clip(problem, recompute)
+        return kernels.saved_words(problem, recompute)
 
     def shapes(self, streams: Sequence[Tensor], options: tuple[Any, ...]) -> list[tuple[Tensor, Sequence[int]]]:
         return [(x, x.shape if window else (0,)) for x, window in zip(streams, options[1:3], strict=True)]

@@ -115,7 +115,7 @@ def pose(
     problem = FFNProblem(
         x.numel() // x.shape[-1], x.shape[-1], parameters.fc1_weight.shape[0],
         0 if parameters.down_weight is None else parameters.down_weight.shape[0], activation, Recompute.CHEAP,
-        x.dtype, x.device.type, autocast,
+        x.dtype, x.device.type, autocast, gpu=x.device.index,
     )  # fmt: skip
     return levels.settle(problem, recompute, x.device)
 
@@ -148,14 +148,14 @@ class _FFN(Operator):
         return FFNProblem(
             x.numel() // x.shape[-1], x.shape[-1], p.fc1_weight.shape[0],
             0 if p.down_weight is None else p.down_weight.shape[0], options[0], Recompute(recompute), x.dtype,
-            x.device.type, None if compute == x.dtype else compute,
+            x.device.type, None if compute == x.dtype else compute, gpu=x.device.index,
         )  # fmt: skip
 
     def pack(self, flat: Sequence[Tensor | None]) -> FFNParameters:
         return FFNParameters(*flat)  # type: ignore[arg-type]
 
     def kept(self, kernels: Any, problem: FFNProblem, recompute: str) -> int:
-        return kernels.saved_per_row(problem)
+        return kernels.saved_words(problem)
 
     def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
         return streams[0].numel() // streams[0].shape[-1], kept

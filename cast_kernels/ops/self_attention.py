@@ -141,8 +141,9 @@ def pose(
     check_kinds({"x": x}, parameters, autocast is not None)
     width = 0 if parameters.down_weight is None else parameters.down_weight.shape[0]
     problem = SelfAttentionProblem(
-        batch, tokens, dim, num_heads, width, Recompute.CHEAP, x.dtype, x.device.type, autocast, attention
-    )
+        batch, tokens, dim, num_heads, width, Recompute.CHEAP, x.dtype, x.device.type, autocast, attention,
+        gpu=x.device.index,
+    )  # fmt: skip
     return levels.settle(problem, recompute, x.device)
 
 
@@ -176,14 +177,14 @@ class _SelfAttention(Operator):
         batch, tokens, dim = x.shape
         return SelfAttentionProblem(
             batch, tokens, dim, options[0], 0 if down is None else down.shape[0], Recompute(recompute), x.dtype,
-            x.device.type, None if compute == x.dtype else compute,
+            x.device.type, None if compute == x.dtype else compute, gpu=x.device.index,
         )  # fmt: skip
 
     def pack(self, flat: Sequence[Tensor | None]) -> SelfAttentionParameters:
         return SelfAttentionParameters(*flat)  # type: ignore[arg-type]
 
     def kept(self, kernels: Any, problem: SelfAttentionProblem, recompute: str) -> int:
-        return kernels.saved_size(problem)
+        return kernels.saved_words(problem)
 
     def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
         return (kept,)

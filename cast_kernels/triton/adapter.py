@@ -36,16 +36,18 @@ def sizes_verdict(dim: int, width: int) -> Verdict | None:
 
 def can_run(problem: AdapterProblem) -> Verdict:
     """Whether Triton can run the problem here, and the reason in words either way."""
-    return sizes_verdict(problem.dim, problem.adapter) or verdict(problem.device, problem.dtype, problem.compute)
+    return sizes_verdict(problem.dim, problem.adapter) or verdict(
+        problem.device, problem.gpu, problem.dtype, problem.compute
+    )
 
 
-def saved_per_row(problem: AdapterProblem) -> int:
+def saved_words(problem: AdapterProblem) -> int:
     """4-byte words that forward keeps of one row: h, if anything."""
     return problem.adapter * problem.compute.itemsize // _WORD if problem.recompute is Recompute.NOTHING else 0
 
 
 def _kept(problem: AdapterProblem, saved: Tensor) -> Tensor | None:
-    """h [rows, A] in `saved` [rows, saved_per_row], or None where it was not kept."""
+    """h [rows, A] in `saved` [rows, saved_words], or None where it was not kept."""
     return saved.view(problem.compute) if saved.numel() else None
 
 
@@ -70,9 +72,9 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `residual`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32 words.
+        [rows, D] in the dtype of `residual`, and `saved` [rows, saved_words] (or [rows, 0]), float32 words.
     """
-    saved = x.new_empty((problem.rows, saved_per_row(problem) if save else 0), dtype=torch.float32)
+    saved = x.new_empty((problem.rows, saved_words(problem) if save else 0), dtype=torch.float32)
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if problem.rows:
         with on_device(x):

@@ -43,10 +43,10 @@ def can_run(problem: Problem) -> Verdict:
         return Verdict(False, f"heads have {problem.head_dim} channels; {', '.join(map(str, HEAD_DIMS))} are possible")
     if problem.dim % 16:
         return Verdict(False, f"the streams have {problem.dim} channels; a multiple of 16 is needed")
-    return verdict(problem.device, problem.dtype, problem.compute)
+    return verdict(problem.device, problem.gpu, problem.dtype, problem.compute)
 
 
-def saved_per_clip(problem: Problem, recompute: str) -> int:
+def saved_words(problem: Problem, recompute: str) -> int:
     """4-byte words that forward keeps of one clip. Sizes may be symbolic."""
     from cast_kernels.triton.bcast_plan import kept
 
@@ -77,7 +77,7 @@ def forward(
 
     Returns:
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
-        [B, saved_per_clip], float32 words that hold parts of several dtypes.
+        [B, saved_words], float32 words that hold parts of several dtypes.
     """
     from cast_kernels.triton.bcast_plan import forward_plan
 
@@ -87,7 +87,7 @@ def forward(
         for x, window in zip(streams, received, strict=True)
     ]
     if problem.batch == 0:
-        return outputs[0], outputs[1], spatial.new_empty((0, saved_per_clip(problem, recompute)), dtype=torch.float32)
+        return outputs[0], outputs[1], spatial.new_empty((0, saved_words(problem, recompute)), dtype=torch.float32)
     with on_device(spatial):
         kind, given, _ = _operands(problem, streams, parameters, (spatial_scale, temporal_scale), eps, recompute)
         plan = forward_plan(problem, kind)

@@ -3,6 +3,10 @@
 One launch. Where windows fit a tile a program owns the queries and the keys of as many as fit. Elsewhere programs below
 `query_tiles` own query rows and walk over keys, the others own key rows and walk over queries: scores are computed
 twice. No gradient is ever added to by two programs, so no atomics are needed.
+
+No tile reaches into another clip: what is masked is multiplied by zero, and zero times a NaN or an infinity is NaN, so
+one broken clip would spoil its neighbour. It costs nothing: 128 rows of windows of 196 walk over 73 blocks of 64 keys a
+clip either way.
 """
 
 from __future__ import annotations
@@ -13,14 +17,16 @@ import triton.language as tl
 from cast_kernels.triton.blocks import dot, offset, patch_row, within
 
 
-@triton.jit(do_not_specialize=["patch_rows", "frames", "patches", "window", "query_tiles"])
+@triton.jit(do_not_specialize=["clip_tiles", "frames", "patches", "window", "query_tiles"])
 def attention_backward(
-    q, kv, o, lse, do, dq, dkv, partial, patch_rows, frames, patches, window, query_tiles, softmax_scale,
+    q, kv, o, lse, do, dq, dkv, partial, clip_tiles, frames, patches, window, query_tiles, softmax_scale,
     BY_PATCH: tl.constexpr, ONE_BLOCK: tl.constexpr, BIASES: tl.constexpr,
     D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM rows of one head (the grid's second axis), in window order; ONE_BLOCK: the BM // window windows in them.
+
+    A clip has `clip_tiles` of them, of which the last may be partial.
 
     q, o, do, dq [B*T*N, D], kv, dkv [B*T*N, 2D], lse [B*T*N, HEADS] in base 2, all frame by frame. `partial`
     [tiles of rows, 3D], written with BIASES: column sums of dQ, dK and dV over a program's rows, the first stage of the
@@ -29,30 +35,30 @@ def attention_backward(
     tile, head = tl.program_id(0), tl.program_id(1)
     if ONE_BLOCK:
         _windows(
-            q, kv, lse, do, dq, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+            q, kv, lse, do, dq, dkv, partial, tile, head, clip_tiles, frames, patches, window, softmax_scale,
             BY_PATCH, BIASES, D, HEADS, HEAD, BM,
         )  # fmt: skip
     elif tile < query_tiles:
         _queries(
-            q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+            q, kv, o, lse, do, dq, partial, tile, head, clip_tiles, frames, patches, window, softmax_scale,
             BY_PATCH, BIASES, D, HEADS, HEAD, BM, BLOCK, STAGES,
         )  # fmt: skip
     else:
         _keys(
-            q, kv, o, lse, do, dkv, partial, tile - query_tiles, head, patch_rows, frames, patches, window,
+            q, kv, o, lse, do, dkv, partial, tile - query_tiles, head, clip_tiles, frames, patches, window,
             softmax_scale, BY_PATCH, BIASES, D, HEADS, HEAD, BM, BLOCK, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _windows(
-    q, kv, lse, do, dq, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+    q, kv, lse, do, dq, dkv, partial, tile, head, clip_tiles, frames, patches, window, softmax_scale,
     BY_PATCH: tl.constexpr, BIASES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    held = BM // window * window
-    i = tile * held + tl.arange(0, BM)
-    mask = (tl.arange(0, BM) < held) & (i < patch_rows)
+    start, stop = _rows(tile, BM // window * window, clip_tiles, frames, patches)
+    i = start + tl.arange(0, BM)
+    mask = i < stop
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
     mine, theirs = offset(row, D)[:, None] + lane[None, :], offset(row, 2 * D)[:, None] + lane[None, :]
@@ -83,21 +89,28 @@ def _windows(
 
 
 @triton.jit
-def _range(start, patch_rows, window, BM: tl.constexpr):
-    """The first row and the end of all windows that BM rows from `start` on touch."""
-    last = tl.minimum(start + BM, patch_rows) - 1
-    return start // window * window, tl.minimum(last // window * window + window, patch_rows)
+def _rows(tile, held, clip_tiles, frames, patches):
+    """Where the tile's rows begin and end: `held`, or what is left of its clip."""
+    clip = tile // clip_tiles
+    start = clip * (frames * patches) + tile % clip_tiles * held
+    return start, tl.minimum(start + held, (clip + 1) * (frames * patches))
+
+
+@triton.jit
+def _range(start, stop, window):
+    """The first row and the end of all windows that rows from `start` to `stop`, of one clip, touch."""
+    return start // window * window, (stop - 1) // window * window + window
 
 
 @triton.jit
 def _queries(
-    q, kv, o, lse, do, dq, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+    q, kv, o, lse, do, dq, partial, tile, head, clip_tiles, frames, patches, window, softmax_scale,
     BY_PATCH: tl.constexpr, BIASES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    start = tile * BM
+    start, stop = _rows(tile, BM, clip_tiles, frames, patches)
     i = start + tl.arange(0, BM)
-    mask = i < patch_rows
+    mask = i < stop
     low = i // window * window  # once a row, or every opposite row would be divided by the length
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
@@ -107,7 +120,7 @@ def _queries(
     delta = tl.sum(d_out.to(tl.float32) * tl.load(o + mine, mask=mask[:, None], other=0.0).to(tl.float32), 1)
     level = tl.load(lse + offset(row, HEADS) + head, mask=mask, other=0.0)
     factor = softmax_scale * 1.4426950408889634
-    first, end = _range(start, patch_rows, window, BM)
+    first, end = _range(start, stop, window)
     acc = tl.zeros((BM, HEAD), tl.float32)
     for j in tl.range(0, end - first, BLOCK, num_stages=STAGES):
         key = first + j + tl.arange(0, BLOCK)
@@ -128,13 +141,13 @@ def _queries(
 
 @triton.jit
 def _keys(
-    q, kv, o, lse, do, dkv, partial, tile, head, patch_rows, frames, patches, window, softmax_scale,
+    q, kv, o, lse, do, dkv, partial, tile, head, clip_tiles, frames, patches, window, softmax_scale,
     BY_PATCH: tl.constexpr, BIASES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    start = tile * BM
+    start, stop = _rows(tile, BM, clip_tiles, frames, patches)
     i = start + tl.arange(0, BM)
-    mask = i < patch_rows
+    mask = i < stop
     low = i // window * window  # once a row, or every opposite row would be divided by the length
     row = patch_row(i, frames, patches, BY_PATCH)
     lane = head * HEAD + tl.arange(0, HEAD)
@@ -142,7 +155,7 @@ def _keys(
     k = tl.load(kv + mine, mask=mask[:, None], other=0.0)
     v = tl.load(kv + mine + D, mask=mask[:, None], other=0.0)
     factor = softmax_scale * 1.4426950408889634
-    first, end = _range(start, patch_rows, window, BM)
+    first, end = _range(start, stop, window)
     dk = tl.zeros((BM, HEAD), tl.float32)
     dv = tl.zeros((BM, HEAD), tl.float32)
     for j in tl.range(0, end - first, BLOCK, num_stages=STAGES):

@@ -160,14 +160,15 @@ class _Backward(Draft):
         if not short:
             tile = self.tile("attention_backward_wide" if problem.head_dim > 32 else "attention_backward")
         held = tile.queries // length * length if short else tile.queries
-        programs = triton.cdiv(rows, held)
+        clip_tiles = triton.cdiv(self.tokens[way.asking].patches_of_a_clip, held)
+        programs = problem.batch * clip_tiles
         biases = own.q_bias is not None or own.kv_bias is not None
         partial = self._scratch(programs if biases else 1, 3 * d, dtype=torch.float32)
         dq = self.dq[way.name] = self._scratch(rows, d)
         dkv = self.dkv[way.name] = self._scratch(self.patch_rows[way.answering], 2 * d)
         self.planner.launch(
             attention_backward, (programs if short else 2 * programs, problem.num_heads),
-            mine.q, mine.kv, mine.o, mine.lse, self.do[way.name], dq, dkv, partial, rows, problem.frames,
+            mine.q, mine.kv, mine.o, mine.lse, self.do[way.name], dq, dkv, partial, clip_tiles, problem.frames,
             problem.patches, length, programs, problem.head_dim**-0.5, BY_PATCH=way.window == "time", ONE_BLOCK=short,
             BIASES=biases, D=d, HEADS=problem.num_heads, HEAD=problem.head_dim, BM=tile.queries, BLOCK=tile.keys,
             STAGES=tile.key_stages, num_warps=tile.warps,

@@ -155,18 +155,24 @@ def _attend(
 ):  # fmt: skip
     """BQ queries from `start` on, head by head, against the keys of every window that they touch; others are masked.
 
+    Clip by clip: another window's key has probability zero, and zero times a NaN or an infinity is NaN, so one broken
+    clip would spoil its neighbour in the batch. One loop for clips and heads, as two spill 12 words in a later loop.
     Windows lie one behind the other in window order, so the keys are one range; with ONE_BLOCK the tile holds whole
     windows, and the range is the queries' own. Otherwise online softmax, in base 2.
     """
     i = start + tl.arange(0, BQ)
-    mask = i < patch_rows
     row = patch_row(i, frames, patches, BY_PATCH)
     # Where a row's window begins, once a row: dividing every key by its length took a sixth of the instructions.
     low = i // window * window
-    first, last = start // window * window, tl.minimum(start + BQ, patch_rows) - 1
-    end = tl.minimum(last // window * window + window, patch_rows)
+    clip_rows, clip = frames * patches, start // (frames * patches)
+    clips = tl.cdiv(tl.minimum(start + BQ, patch_rows), clip_rows) - clip
     factor = softmax_scale * 1.4426950408889634  # log2(e): exp2 is the hardware's
-    for head in range(HEADS):
+    for step in range(HEADS * clips):
+        head = step % HEADS
+        own = (clip + step // HEADS) * clip_rows
+        begin, stop = tl.maximum(start, own), tl.minimum(start + BQ, own + clip_rows)
+        mask = (i >= begin) & (i < stop)
+        first, end = begin // window * window, (stop - 1) // window * window + window
         lane = head * HEAD + tl.arange(0, HEAD)
         queries = tl.load(q + offset(row, D)[:, None] + lane[None, :], mask=mask[:, None], other=0.0)
         if ONE_BLOCK:

@@ -31,13 +31,20 @@ WIDEST_STREAM = 4096
 OLDEST = (8, 0)
 
 
-def verdict(device: str, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
-    """Whether Triton runs kernels on tensors of this device and these dtypes, and the reason in words either way."""
+def verdict(device: str, gpu: int | None, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
+    """Whether Triton runs kernels on tensors of this device and these dtypes, and the reason in words either way.
+
+    Args:
+        device: type of the tensors' device.
+        gpu: the number of their GPU, None for the current one.
+        dtype: of the streams.
+        compute: of dense products.
+    """
     for what, found in (("streams are", dtype), ("compute dtype is", compute)):
         if found not in COMPUTE_DTYPES:
             return Verdict(False, f"the {what} {found}; Triton kernels take {', '.join(map(str, COMPUTE_DTYPES))}")
     if device == "cuda":
-        return _on_gpu()
+        return _on_gpu(gpu)
     if device == "cpu" and interpreting():
         fault = _cannot_use_triton()
         return Verdict(not fault, fault or "Triton's interpreter (TRITON_INTERPRET=1): for tests, it models no GPU")
@@ -83,15 +90,15 @@ def _triton() -> str:
     )
 
 
-def _on_gpu() -> Verdict:
+def _on_gpu(gpu: int | None) -> Verdict:
     fault = _cannot_use_triton()
     if fault:
         return Verdict(False, fault)
     if torch.cuda.is_available() and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(gpu)
         if (major, minor) < OLDEST:
-            oldest = "".join(map(str, OLDEST))
-            return Verdict(False, f"the GPU is sm_{major}{minor}; the kernels need sm_{oldest} or newer")
+            oldest, which = "".join(map(str, OLDEST)), "the GPU" if gpu is None else f"cuda:{gpu}"
+            return Verdict(False, f"{which} is sm_{major}{minor}; the kernels need sm_{oldest} or newer")
     return Verdict(True, _triton())
 
 

@@ -32,10 +32,10 @@ def can_run(problem: FFNProblem) -> Verdict:
             "of 16, are possible",
         )  # fmt: skip
     refused = adapter.sizes_verdict(problem.dim, problem.adapter)
-    return refused or verdict(problem.device, problem.dtype, problem.compute)
+    return refused or verdict(problem.device, problem.gpu, problem.dtype, problem.compute)
 
 
-def saved_per_row(problem: FFNProblem) -> int:
+def saved_words(problem: FFNProblem) -> int:
     """4-byte words that forward keeps of one row: the values before both activations, if anything."""
     if problem.recompute is not Recompute.NOTHING:
         return 0
@@ -75,13 +75,13 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32 words.
+        [rows, D] in the dtype of `x`, and `saved` [rows, saved_words] (or [rows, 0]), float32 words.
     """
     from cast_kernels.triton.activation import launch_activate
     from cast_kernels.triton.norm import launch_norm
 
     p, x = parameters, x.contiguous()
-    saved = x.new_empty((problem.rows, saved_per_row(problem) if save else 0), dtype=torch.float32)
+    saved = x.new_empty((problem.rows, saved_words(problem) if save else 0), dtype=torch.float32)
     y = torch.empty_like(x)
     if problem.rows:
         with on_device(x), exactly(x):

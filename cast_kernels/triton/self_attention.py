@@ -38,7 +38,7 @@ def can_run(problem: SelfAttentionProblem) -> Verdict:
     if refused:
         return refused
     asked = attention.requested(problem)
-    return verdict(problem.device, problem.dtype, problem.compute) if asked.ok else asked
+    return verdict(problem.device, problem.gpu, problem.dtype, problem.compute) if asked.ok else asked
 
 
 class Parts(Protocol):

@@ -101,6 +101,8 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
         # Eight warps repeat products of 64 rows with 64 columns: 254 to 169 us, 232 to 148 (A100, six clips, traced).
         project=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        # Steps of 32 float32 channels spill 26 times inside loops; 8 warps spill never and repeat products.
+        project_wide=Tile(rows=64, k=16, columns=64, warps=4, stages=3),
         exchange=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
         exchange_short=Tile(rows=64, k=32, columns=64, warps=4, stages=3),
         weight_gradient=Tile(rows=128, k=32, columns=128, warps=8, stages=4, programs=108),
@@ -159,9 +161,13 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
         exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         # One or two clips are at most 50 programs of 128 rows for 132 SMs; half as large, a program takes half as long.
         few_rows=132 * 64,
-        few=dict.fromkeys(
-            ("project", "exchange", "exchange_short"), Tile(rows=64, k=64, columns=64, warps=4, stages=3)
-        ),
+        few={
+            **dict.fromkeys(
+                ("project", "exchange", "exchange_short"), Tile(rows=64, k=64, columns=64, warps=4, stages=3)
+            ),
+            # Steps of 64 float32 channels spill 20 times inside loops.
+            "project_wide": Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+        },
         # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
         adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
         adapter_backward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),
@@ -282,7 +288,7 @@ def _table_changed() -> None:
 def find(arch: str, kernel: str, bits: int, d: int, rows: int | None = None) -> Tile:
     """The tile of one kernel; with `rows` of both streams, one for so few rows if the table has it."""
     tiles = find_set(arch, bits, d)
-    few = kernel.removesuffix("_wide")  # 64 rows leave room for wide ones
+    few = kernel if kernel in tiles.few else kernel.removesuffix("_wide")
     if rows is not None and rows <= tiles.few_rows and few in tiles.few:
         return tiles.few[few]
     return tiles.of(kernel)

@@ -264,13 +264,13 @@ def test_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad: bool) -> None:
-    from cast_kernels.triton.bcast import saved_per_clip
+    from cast_kernels.triton.bcast import saved_words
 
     # Sizes at which `saved` has no gaps between its parts: opcheck compares all of it.
     case = replace(SMALLEST, frames=4, patches=4)
     module, (spatial, temporal) = case.module(), case.inputs(grad=grad)
     flat = [p.detach().requires_grad_(grad) for p in module.gathered().flat() if p is not None]
-    kept = saved_per_clip(module.problem(), "cheap") if grad else 0
+    kept = saved_words(module.problem(), "cheap") if grad else 0
     arguments = (spatial, temporal, flat, None, None, case.heads, *case.windows, 1e-6, "cheap", FP32, kept)
     torch.library.opcheck(torch.ops.cast_kernels.bcast, (*arguments, "triton"), atol=1e-5, rtol=1e-4)
 
@@ -291,3 +291,38 @@ def test_activation_checkpointing() -> None:
     leaves = [*inputs, *module.parameters()]
     found = [*outputs, *torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])]
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+# --- NaN and infinity ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("windows", [("time", "space"), ("space", "space-time")], ids=str)
+def test_a_clip_that_is_not_finite_spoils_no_other(windows: tuple[str, str], value: float) -> None:
+    """Clips of 42 patches share tiles of 32, so one clip's keys are masked beside another's; windows are 2, 21 and 42.
+
+    The others keep their bits, outputs and gradients; in the broken one at least what the reference has is not finite.
+    """
+    case = replace(TOY, batch=3, frames=2, patches=21, dim=16, windows=windows)
+
+    def inputs(spoilt: bool) -> tuple[Tensor, Tensor]:
+        spatial, temporal = case.inputs()
+        if spoilt:
+            temporal[1, 1, 4, 3] = spatial[1, 0, 6, 2] = value
+        return spatial, temporal
+
+    def step(spoilt: bool) -> list[Tensor]:
+        streams = [x.requires_grad_() for x in inputs(spoilt)]
+        outputs = case.module(backend="triton")(*streams)
+        sum(y.square().sum() for y in outputs).backward()
+        return [*(y.detach() for y in outputs), *(x.grad for x in streams if x.grad is not None)]
+
+    ours, healthy = step(True), step(False)
+    exact = cast_kernels.reference.bcast(*inputs(True), case.module().gathered(), num_heads=case.heads, windows=windows)
+    assert len(ours) == 4
+    for found, whole in zip(ours, healthy, strict=True):
+        assert torch.equal(found[::2], whole[::2])
+        assert not found[1].isfinite().all()
+    for found, truth in zip(ours, exact, strict=False):
+        assert not (found.isfinite() & ~truth.isfinite()).any()
+        assert not truth[1].isfinite().all()

@@ -126,12 +126,12 @@ def test_opcheck(dtype: torch.dtype, level: str, grad: bool) -> None:
     tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
     case = adapter_cases.Case(lead=(7,), skip=True, scaled=True)
     x, residual, p = case.stream("x", dtype, grad), case.stream("residual", dtype, grad), case.parameters(dtype, grad)
-    kept = triton_adapter.saved_per_row(adapter_op.pose(x, p, residual, True, level)) if grad else 0
+    kept = triton_adapter.saved_words(adapter_op.pose(x, p, residual, True, level)) if grad else 0
     arguments = (x, residual, list(p), case.row_scale(dtype), True, 0.5, level, dtype, kept, "triton")
     torch.library.opcheck(torch.ops.cast_kernels.adapter, arguments, **tolerance)
     wide = ffn_cases.Case(lead=(7,), dim=48, hidden=32, adapter=16, scaled=True)
     x, parameters = wide.x(dtype, grad), wide.parameters(dtype, grad)
-    kept = triton_ffn.saved_per_row(ffn_op.pose(x, parameters, "gelu", level)) if grad else 0
+    kept = triton_ffn.saved_words(ffn_op.pose(x, parameters, "gelu", level)) if grad else 0
     arguments = (x, list(parameters), wide.row_scale(dtype), "gelu", 1e-5, 0.5, level, dtype, kept, "triton")
     torch.library.opcheck(torch.ops.cast_kernels.ffn, arguments, **tolerance)
 
