@@ -46,8 +46,11 @@ def _kept(problem: FFNProblem, saved: Tensor) -> tuple[Tensor | None, Tensor | N
     """The values before the FFN's activation [rows, F] and the adapter's [rows, A] in `saved`, or None."""
     if not saved.numel():
         return None, None
-    flat, size = saved.view(-1).view(problem.compute), problem.rows * problem.hidden
-    return flat[:size].view(problem.rows, -1), flat[size:].view(problem.rows, -1)
+    flat, (rows, hidden, adapter) = saved.view(problem.compute), (problem.rows, problem.hidden, problem.adapter)
+    return (
+        flat.as_strided((rows, hidden), (hidden, 1), flat.storage_offset()),
+        flat.as_strided((rows, adapter), (adapter, 1), flat.storage_offset() + rows * hidden),
+    )
 
 
 def _adapter(p: FFNParameters) -> AdapterParameters:
@@ -67,7 +70,7 @@ def forward(
 
     Args:
         problem: the sizes.
-        x: [rows, D], any strides and floating dtype, as are all tensors here.
+        x: [..., D], `problem.rows` rows, any strides and floating dtype, as are all tensors here.
         parameters: as :class:`~cast_kernels.problem.FFNParameters` describes.
         row_scale: [rows], multiplies the adapter's branch, or None.
         eps: LayerNorm epsilon.
@@ -75,7 +78,7 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32 words.
+        [..., D] in the dtype of `x`, and `saved` [rows, saved_per_row] (or [rows, 0]), float32 words.
     """
     from cast_kernels.triton.activation import launch_activate
     from cast_kernels.triton.norm import launch_norm
@@ -84,14 +87,14 @@ def forward(
     saved = x.new_empty((problem.rows, saved_per_row(problem) if save else 0), dtype=torch.float32)
     y = torch.empty_like(x)
     if problem.rows:
-        with on_device(x), exactly(x):
+        with on_device(x), exactly():
             hidden, narrow = _kept(problem, saved)
-            w = cast_fields(p, (*CAST, *adapter.MATRICES), problem.compute)
-            n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
+            w = cast_fields(p, CAST, problem.compute)
+            n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute).view(problem.rows, -1)
             h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t(), out=hidden)
             active = launch_activate(h, problem.activation, in_place=hidden is None)
             branch = torch.addmm(w.fc2_bias, active, w.fc2_weight.t())
-            adapter.launch_forward(n, x, branch, y, narrow, _adapter(w), row_scale, adapter_scale)
+            adapter.launch_forward(problem.compute, n, x, branch, y, narrow, _adapter(p), row_scale, adapter_scale)
     return y, saved
 
 
@@ -112,7 +115,7 @@ def backward(
 
     Args:
         saved: what :func:`forward` returned with `save`.
-        grad_y: [rows, D].
+        grad_y: [..., D].
         wanted: for x and each field of the parameters, whether to compute it.
 
     The other arguments are those of :func:`forward`.
@@ -126,14 +129,15 @@ def backward(
             torch.zeros_like(t) if want and t is not None else None for t, want in zip(primals, wanted, strict=True)
         ]
     through = any(wanted[:3])  # x or LayerNorm: something before n
-    with on_device(x), exactly(x):
+    with on_device(x), exactly():
         hidden, narrow = _kept(problem, saved)
-        grad, read = grad_y.to(problem.compute), _read_by_backward(hidden is None, through, wanted[3:7])
-        w = cast_fields(p, (*read, *adapter.MATRICES), problem.compute)
-        n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
+        grad = grad_y.to(problem.compute).view(problem.rows, -1)
+        read = _read_by_backward(hidden is None, through, wanted[3:7])
+        w = cast_fields(p, read, problem.compute)
+        n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute).view(problem.rows, -1)
         dn, ffn_grads = _ffn_backward(problem, n, hidden, grad, p, w, through, wanted[3:7])
         adapter_grads = adapter.launch_backward(
-            grad, n, narrow, dn, dn, _adapter(p), _adapter(w), row_scale, adapter_scale, wanted[7:]
+            problem.compute, grad, n, narrow, dn, dn, _adapter(p), row_scale, adapter_scale, wanted[7:]
         )  # the sum of both gradients of n lies in dn now
         norm_grads: list[Tensor | None] = [None] * 3
         if dn is not None:
