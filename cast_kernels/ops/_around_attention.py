@@ -33,7 +33,7 @@ from cast_kernels.problem import (
     SelfAttentionParameters,
     SelfAttentionProblem,
 )
-from cast_kernels.triton.common import exactly
+from cast_kernels.triton.common import exactly, in_dtype
 
 _LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -152,8 +152,8 @@ class _Behind(_SingleLevelFunction):
         assert inner is not None
         with torch._C._AutoDispatchBelowAutograd(), exactly():
             rows = _in_rows(mixed, layout)
-            cast, added = (t.to(problem.compute) for t in (weight, bias))
-            a = torch.addmm(added, rows, cast.t())
+            cast = in_dtype(weight, problem.compute)
+            a = torch.addmm(in_dtype(bias, problem.compute), rows, cast.t())
             y, saved = adapters.OPERATOR.forward(
                 inner.kernels, inner.call, (a, residual), AdapterParameters(*own), (None,)
             )

@@ -21,7 +21,6 @@ def cast_frozen(problem: FFNProblem | SelfAttentionProblem, parameters: Paramete
         return parameters
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return parameters
-    given = {name: getattr(parameters, name) for name in names}
-    return cast_fields(
-        parameters, [name for name, t in given.items() if t is not None and not t.requires_grad], problem.compute
-    )
+    given = ((name, getattr(parameters, name)) for name in names)
+    frozen = [name for name, t in given if t is not None and not t.requires_grad]
+    return cast_fields(parameters, frozen, problem.compute)

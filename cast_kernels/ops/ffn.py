@@ -34,6 +34,7 @@ from cast_kernels.ops._checks import (
 from cast_kernels.ops._operator import Call, Operator, flat_scale
 from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
+from cast_kernels.triton.ffn import CAST
 
 
 def ffn(
@@ -88,8 +89,6 @@ def ffn(
     if known.call.backend == "eager":
         return eager_ffn.ffn(known.call.problem, x, parameters, row_scale, eps, adapter_scale)
     if known.call.backend == "triton":
-        from cast_kernels.triton.ffn import CAST
-
         parameters = cast_frozen(known.call.problem, parameters, CAST)
     return OPERATOR.run(known, (x,), parameters, parameters, (row_scale,))[0]
 

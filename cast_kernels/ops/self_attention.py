@@ -34,6 +34,7 @@ from cast_kernels.ops._checks import (
 from cast_kernels.ops._operator import Call, Operator
 from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem
+from cast_kernels.triton.self_attention import CAST
 
 
 def self_attention(
@@ -92,8 +93,6 @@ def self_attention(
             known.inner = _around_attention.behind(known)
     problem, chosen = known.call.problem, known.call.backend
     if chosen == "triton":
-        from cast_kernels.triton.self_attention import CAST
-
         return _around_attention.self_attention(known, x, cast_frozen(problem, parameters, CAST), eps)
     entries = x if x.ndim == 3 else x.reshape(problem.batch, problem.tokens, problem.dim)
     if chosen == "eager":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute, Verdict
-from cast_kernels.triton.common import on_device, verdict
+from cast_kernels.triton.common import adapter_plans, in_dtype, on_device, verdict
 
 if TYPE_CHECKING:
     from cast_kernels.triton.adapter_plan import Sizes
@@ -104,7 +104,7 @@ def backward(
     with on_device(x):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
         if any(wanted[1:]):
-            grad_y = grad_y.to(problem.compute)  # once: the sums over rows need it so
+            grad_y = in_dtype(grad_y, problem.compute)  # once: the sums over rows need it so
         grads = launch_backward(
             problem.compute, grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters,
             row_scale, scale, wanted[1:],
@@ -134,12 +134,11 @@ def launch_forward(
         row_scale: [rows].
         scale: factor of the branch.
     """
-    from cast_kernels.triton.adapter_plan import Forward, forward_plan
-
-    kind = Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
+    plans = adapter_plans()
+    kind = plans.Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
     read = _there(x, residual, other, _factors(row_scale), *parameters)
     filled = [y] if h is None else [y, h]
-    plan = forward_plan(_sizes(compute, x, parameters, row_scale, scale), kind)
+    plan = plans.forward_plan(_sizes(compute, x, parameters, row_scale, scale), kind)
     plan.run([*read, *filled], inputs=len(read))
 
 
@@ -167,14 +166,14 @@ def launch_backward(
         row_scale, scale: as in :func:`launch_forward`.
         wanted: for each parameter, whether its gradient is.
     """
-    from cast_kernels.triton.adapter_plan import Backward, backward_plan
-
+    plans = adapter_plans()
     if grad_x is None and not any(wanted):
         return [None] * len(wanted)
     if any(wanted):
-        x = x.to(compute)
-    dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
-    kind = Backward(
+        x = in_dtype(x, compute)
+    dtypes = {p.dtype for p in parameters}
+    dtype = dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
+    kind = plans.Backward(
         grad_y.dtype, x.dtype, h is not None, None if addend is None else addend.dtype,
         None if grad_x is None else grad_x.dtype, dtype, wanted,
     )  # fmt: skip
@@ -183,18 +182,19 @@ def launch_backward(
         torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) if want else None
         for p, want in zip(parameters, wanted, strict=True)
     ]
-    plan = backward_plan(_sizes(compute, x, parameters, row_scale, scale), kind)
+    plan = plans.backward_plan(_sizes(compute, x, parameters, row_scale, scale), kind)
     plan.run([*read, *_there(grad_x, *grads)], inputs=len(read))
-    return [grad if grad is None else grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
+    return [None if grad is None else in_dtype(grad, p.dtype) for grad, p in zip(grads, parameters, strict=True)]
 
 
 def _sizes(
     compute: torch.dtype, x: Tensor, p: AdapterParameters, row_scale: Tensor | None, scale: float
 ) -> Sizes:  # fmt: skip
-    from cast_kernels.triton.adapter_plan import Sizes
-
     dim, dtypes = x.shape[-1], (p[0].dtype, p[1].dtype, p[2].dtype, p[3].dtype)
-    return Sizes(x.numel() // dim, dim, p.down_bias.shape[0], compute, dtypes, row_scale is not None, scale)
+    made: Sizes = adapter_plans().Sizes(
+        x.numel() // dim, dim, p.down_bias.shape[0], compute, dtypes, row_scale is not None, scale
+    )
+    return made
 
 
 def _factors(row_scale: Tensor | None) -> Tensor | None:
