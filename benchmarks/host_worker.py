@@ -25,7 +25,7 @@ TARGET = "sm_90"
 EXCHANGE: dict[str, Any] = {"dim": 64, "bottleneck_dim": 32, "num_heads": 2, "num_frames": 8, "num_patches": 16}
 #: CAST-B's twelve blocks, and everything else as small as it goes: PyTorch's products on a CPU take part of the time.
 MODEL: dict[str, Any] = {
-    "image_size": 16, "patch_size": 8, "num_frames": 4, "embed_dim": 16, "depth": 12, "num_heads": 1, "mlp_ratio": 1.0,
+    "image_size": 8, "patch_size": 8, "num_frames": 2, "embed_dim": 16, "depth": 12, "num_heads": 1, "mlp_ratio": 1.0,
     "adapter_ratio": 1.0, "down_ratio": 1.0,
 }  # fmt: skip
 #: Operators that launch nothing on a GPU, besides views.

@@ -58,11 +58,12 @@ class Call(NamedTuple):
 class Checked:
     """A call that passed the op's checks, and what follows for every call like it."""
 
-    __slots__ = ("backward", "call", "differentiated", "inner", "kernels")
+    __slots__ = ("backward", "call", "differentiated", "frozen", "inner", "kernels")
 
     def __init__(self, call: Call, kernels: backends.Backend | None, differentiated: bool) -> None:
         self.call, self.differentiated = call, differentiated
         self.kernels = kernels  # the backend, if nothing but autograd is there to see the call
+        self.frozen: tuple[int, ...] = ()  # parameters that are cast before the call, see `_casts`
         self.inner: Checked | None = None  # of the op inside, where the backend composes ops
         self.backward: Alike[bool] = Alike()  # the same of backward, by what was kept and the outputs' gradients
 

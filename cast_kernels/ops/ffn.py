@@ -19,7 +19,7 @@ from torch import Tensor
 import cast_kernels.eager.ffn as eager_ffn
 from cast_kernels import backends
 from cast_kernels import recompute as levels
-from cast_kernels.ops._casts import cast_frozen
+from cast_kernels.ops._casts import cast_frozen, frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -85,11 +85,13 @@ def ffn(
             arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
             (activation, float(eps), float(adapter_scale)),
         )  # fmt: skip
+        if known.call.backend == "triton":
+            known.frozen = frozen(problem, parameters, CAST)
     row_scale = spread_row_scale(row_scale, x)
     if known.call.backend == "eager":
         return eager_ffn.ffn(known.call.problem, x, parameters, row_scale, eps, adapter_scale)
     if known.call.backend == "triton":
-        parameters = cast_frozen(known.call.problem, parameters, CAST)
+        parameters = cast_frozen(parameters, known.frozen, known.call.compute)
     return OPERATOR.run(known, (x,), parameters, parameters, (row_scale,))[0]
 
 

@@ -22,7 +22,7 @@ from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels import recompute as levels
 from cast_kernels.ops import _around_attention
-from cast_kernels.ops._casts import cast_frozen
+from cast_kernels.ops._casts import cast_frozen, frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -89,11 +89,12 @@ def self_attention(
             arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
             (num_heads, float(eps)),
         )  # fmt: skip
-        if known.call.backend == "triton" and known.kernels is not None:
-            known.inner = _around_attention.behind(known)
+        if known.call.backend == "triton":
+            known.frozen = frozen(problem, parameters, CAST)
+            known.inner = None if known.kernels is None else _around_attention.behind(known)
     problem, chosen = known.call.problem, known.call.backend
     if chosen == "triton":
-        return _around_attention.self_attention(known, x, cast_frozen(problem, parameters, CAST), eps)
+        return _around_attention.self_attention(known, x, cast_frozen(parameters, known.frozen, problem.compute), eps)
     entries = x if x.ndim == 3 else x.reshape(problem.batch, problem.tokens, problem.dim)
     if chosen == "eager":
         y = eager_self_attention.self_attention(problem, entries, parameters, eps)

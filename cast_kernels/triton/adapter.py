@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute, Verdict
+from cast_kernels.problem import AdapterParameters, AdapterProblem, FFNProblem, Recompute, Verdict
 from cast_kernels.triton.common import adapter_plans, in_dtype, on_device, verdict
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def forward(
     if problem.rows:
         other, h = x if problem.skip else None, _kept(problem, saved)
         with on_device(x):
-            launch_forward(problem.compute, x, residual, other, y, h, parameters, row_scale, scale)
+            launch_forward(problem, x, residual, other, y, h, parameters, row_scale, scale)
     return y, saved
 
 
@@ -106,14 +106,14 @@ def backward(
         if any(wanted[1:]):
             grad_y = in_dtype(grad_y, problem.compute)  # once: the sums over rows need it so
         grads = launch_backward(
-            problem.compute, grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters,
+            problem, grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters,
             row_scale, scale, wanted[1:],
         )  # fmt: skip
     return [grad_x, *grads]
 
 
 def launch_forward(
-    compute: torch.dtype,
+    problem: AdapterProblem | FFNProblem,
     x: Tensor,
     residual: Tensor,
     other: Tensor | None,
@@ -126,7 +126,7 @@ def launch_forward(
     """Fill y = residual [+ other] + scale * row_scale * adapter(x), and `h` if it is given.
 
     Args:
-        compute: dtype of the products; matrices in another are rounded in a launch of their own.
+        problem: its sizes and compute dtype; matrices in another dtype are rounded in a launch of their own.
         x, residual, other: [..., D] with at least one row.
         y: [..., D], contiguous.
         h: [rows, A] in the compute dtype, contiguous.
@@ -138,12 +138,12 @@ def launch_forward(
     kind = plans.Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
     read = _there(x, residual, other, _factors(row_scale), *parameters)
     filled = [y] if h is None else [y, h]
-    plan = plans.forward_plan(_sizes(compute, x, parameters, row_scale, scale), kind)
+    plan = plans.forward_plan(_sizes(problem, parameters, row_scale, scale), kind)
     plan.run([*read, *filled], inputs=len(read))
 
 
 def launch_backward(
-    compute: torch.dtype,
+    problem: AdapterProblem | FFNProblem,
     grad_y: Tensor,
     x: Tensor,
     h: Tensor | None,
@@ -157,7 +157,7 @@ def launch_backward(
     """Fill grad_x = [addend +] the adapter's own part; return the four parameters' gradients, in their dtypes.
 
     Args:
-        compute: as in :func:`launch_forward`.
+        problem: as in :func:`launch_forward`.
         grad_y, x: [..., D] with at least one row, grad_y in the compute dtype if any of `wanted` is true.
         h: [rows, A] as :func:`launch_forward` filled it, or None: multiply again.
         addend: [..., D], the gradient of x that comes another way; may be `grad_x`.
@@ -170,7 +170,7 @@ def launch_backward(
     if grad_x is None and not any(wanted):
         return [None] * len(wanted)
     if any(wanted):
-        x = in_dtype(x, compute)
+        x = in_dtype(x, problem.compute)
     dtypes = {p.dtype for p in parameters}
     dtype = dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
     kind = plans.Backward(
@@ -182,18 +182,18 @@ def launch_backward(
         torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) if want else None
         for p, want in zip(parameters, wanted, strict=True)
     ]
-    plan = plans.backward_plan(_sizes(compute, x, parameters, row_scale, scale), kind)
+    plan = plans.backward_plan(_sizes(problem, parameters, row_scale, scale), kind)
     plan.run([*read, *_there(grad_x, *grads)], inputs=len(read))
     return [None if grad is None else in_dtype(grad, p.dtype) for grad, p in zip(grads, parameters, strict=True)]
 
 
 def _sizes(
-    compute: torch.dtype, x: Tensor, p: AdapterParameters, row_scale: Tensor | None, scale: float
+    problem: AdapterProblem | FFNProblem, p: AdapterParameters, row_scale: Tensor | None, scale: float
 ) -> Sizes:  # fmt: skip
-    dim, dtypes = x.shape[-1], (p[0].dtype, p[1].dtype, p[2].dtype, p[3].dtype)
     made: Sizes = adapter_plans().Sizes(
-        x.numel() // dim, dim, p.down_bias.shape[0], compute, dtypes, row_scale is not None, scale
-    )
+        problem.rows, problem.dim, problem.adapter, problem.compute, (p[0].dtype, p[1].dtype, p[2].dtype, p[3].dtype),
+        row_scale is not None, scale,
+    )  # fmt: skip
     return made
 
 

@@ -100,7 +100,7 @@ def forward(
             h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t(), out=hidden)
             active = activations().launch_activate(h, problem.activation, in_place=hidden is None)
             branch = torch.addmm(w.fc2_bias, active, w.fc2_weight.t())
-            adapter.launch_forward(problem.compute, n, x, branch, y, narrow, _adapter(p), row_scale, adapter_scale)
+            adapter.launch_forward(problem, n, x, branch, y, narrow, _adapter(p), row_scale, adapter_scale)
     return y, saved
 
 
@@ -141,7 +141,7 @@ def backward(
         n = norms().launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute).view(problem.rows, -1)
         dn, ffn_grads = _ffn_backward(problem, n, hidden, grad, p, w, through, wanted[3:7])
         adapter_grads = adapter.launch_backward(
-            problem.compute, grad, n, narrow, dn, dn, _adapter(p), row_scale, adapter_scale, wanted[7:]
+            problem, grad, n, narrow, dn, dn, _adapter(p), row_scale, adapter_scale, wanted[7:]
         )  # the sum of both gradients of n lies in dn now
         norm_grads: list[Tensor | None] = [None] * 3
         if dn is not None:

@@ -38,7 +38,7 @@ FAULTS = [
     fault("frozen weights cast twice a step", f"{PROJECTED} -k cast_once",
           ("cast_kernels/ops/_casts.py", "problem.recompute is not Recompute.NOTHING", "True")),
     fault("a trained weight is taken for a frozen one", PROJECTED,
-          ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad]", "if t is not None]")),
+          ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad and", "if t is not None and")),
     # --- what is kept, and the first call
     fault("everything kept whatever it takes", RULE,
           (LEVELS, "if kept(problem) <= allowed(device) else", "if True else")),
