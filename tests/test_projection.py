@@ -262,6 +262,38 @@ def test_another_batch_size_compiles_nothing(op: str, tmp_path: Path) -> None:
         assert set(recorder.records) == known
 
 
+def test_an_empty_batch_launches_nothing(tmp_path: Path) -> None:
+    recorder = Recorder()
+    found = launched("sm_80", recorder, replace(SMALL, batch=0), tmp_path, autocast=BF16)
+    assert recorder.records == {}
+    assert found["y"].shape == (0, 37, 96)
+    assert set(found) == {"y", "grad.x", *(f"grad.{name}" for name in (*TRUNK, *ADAPTER))}
+    assert all(not value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("dims", [(2, 1), (1, 2)])
+def test_batch_and_tokens_may_have_more_dimensions(dims: tuple[int, int], tmp_path: Path) -> None:
+    """The same bits as of the flat stream, and what does not fit is refused."""
+    x = torch.randn(2, 3, 5, 96)
+    entries = (6, 5) if dims == (2, 1) else (2, 15)
+    results = []
+    with offline_driver(target("sm_80"), Emulator(), tmp_path):
+        for backend in ("triton", "eager"):
+            for shape, how in ((x.shape, dims), ((*entries, 96), (1, 1))):
+                stream = x.reshape(shape).requires_grad_()
+                y = cast_kernels.self_attention(
+                    stream, SMALL.parameters(), num_heads=3, eps=1e-5, dims=how, backend=backend
+                )
+                y.backward(x.reshape(shape))
+                assert y.shape == stream.shape
+                assert stream.grad is not None
+                results.append((y.detach().flatten(), stream.grad.flatten()))
+    for got, want in (results[:2], results[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match=r"\[batch, tokens, D\] with \(1, 1\) dimensions"):
+        cast_kernels.self_attention(x, SMALL.parameters(), num_heads=3, eps=1e-5)
+
+
 class Journal:
     """Whether each launch came inside of `watch`."""
 

@@ -159,8 +159,8 @@ class _Behind(_SingleLevelFunction):
             )
         # PyTorch's attention keeps what it returned anyway.
         ctx.save_for_backward(cast, rows if weight.requires_grad else None, a, *own, None, saved)
-        ctx.inner, ctx.layout, ctx.shape = inner, layout, (problem.batch, problem.tokens, problem.num_heads, -1)
-        ctx.dtypes = weight.dtype, bias.dtype
+        ctx.inner, ctx.layout, ctx.dtypes = inner, layout, (weight.dtype, bias.dtype)
+        ctx.shape = problem.batch, problem.tokens, problem.num_heads, problem.head_dim
         return y
 
     @staticmethod
