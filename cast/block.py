@@ -76,15 +76,11 @@ class CASTBlock(BCAST):
 
     def _attend_spatial(self, spatial: Tensor) -> Tensor:
         """Within each frame; the adapter has a skip of its own and no drop path."""
-        frames = spatial.flatten(0, 1)
-        done = attend(frames, self.clip_ln_1, self.clip_attn, self.S_Adapter, self.running, SPATIAL_ATTENTION)
-        return done.view_as(spatial)
+        return attend(spatial, self.clip_ln_1, self.clip_attn, self.S_Adapter, self.running, SPATIAL_ATTENTION, (2, 1))
 
     def _attend_temporal(self, temporal: Tensor) -> Tensor:
         """Over all T*N tokens of a clip."""
-        clips = temporal.flatten(1, 2)
-        done = attend(clips, self.norm1, self.attn, self.T_Adapter, self.running, TEMPORAL_ATTENTION)
-        return done.view_as(temporal)
+        return attend(temporal, self.norm1, self.attn, self.T_Adapter, self.running, TEMPORAL_ATTENTION, (1, 2))
 
     def _ffn_spatial(self, spatial: Tensor) -> Tensor:
         factor = self._drop_spatial(spatial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +68,17 @@ class VideoMAEAttention(nn.Module):
     reading = Reading(forward, ("q_bias", "v_bias"), layers={"qkv": BARE_LINEAR, "proj": LINEAR})
 
     def _bias(self) -> Tensor:
-        q_bias = self.q_bias
-        return torch.cat((q_bias, torch.zeros_like(q_bias), self.v_bias))
+        return _joined(self.q_bias, self.v_bias)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
         out = self.proj
         return self.qkv.weight, self._bias(), out.weight, out.bias
+
+
+def _joined(q_bias: Tensor, v_bias: Tensor) -> Tensor:
+    """The bias of queries, keys and values; keys have none."""
+    return torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
 
 
 def _added(x: Tensor, bias: Tensor) -> Tensor:
@@ -173,6 +177,34 @@ class Names(NamedTuple):
     adapter: str = "adapter"
 
 
+def _parts(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module | None) -> dict[str, nn.Module | None]:
+    """The modules of half a block, the last of which remembers how all are read: it is in one half block alone."""
+    if adapter is None:
+        return {"norm": norm, "layer": layer}
+    return {"norm": norm, "layer": layer, "adapter": adapter}
+
+
+def _read(norm: nn.Module, layer: nn.Module, adapter: nn.Module | None) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether the half block has no :func:`obstacle`, as a glance shows; and its tensors, norm, layer, adapter.
+
+    They are those of the layers' `tensors`, read without a call; none if a glance does not show them.
+    """
+    read = plain.at_a_glance(layer if adapter is None else adapter, _parts(norm, layer, adapter))
+    if read is None:
+        return False, ()
+    if adapter is not None and type(adapter) is not Adapter:
+        return True, ()
+    if type(layer) is VideoMAEAttention:
+        weight, bias, q_bias, v_bias, qkv_weight, *rest = read
+        return True, (weight, bias, qkv_weight, _joined(q_bias, v_bias), *rest)
+    return True, read if type(layer) in (CLIPAttention, CLIPMlp, VideoMAEMlp) else ()
+
+
+def _called(norm: nn.LayerNorm, layer: Any, adapter: Adapter | None) -> tuple[Tensor, ...]:
+    """The half block's tensors from its layers' methods."""
+    return norm.weight, norm.bias, *layer.tensors(), *(() if adapter is None else adapter.tensors())
+
+
 def obstacle(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module | None, names: Names) -> str:
     """Which part of half a block must be called, so that no kernel can run it, and why; "" if none must.
 
@@ -182,12 +214,7 @@ def obstacle(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module
         adapter: its adapter, if it has one.
         names: what the answer calls the three.
     """
-    parts: dict[str, nn.Module | None] = {"norm": norm, "layer": layer}
-    if adapter is not None:
-        parts["adapter"] = adapter
-    owner = layer if adapter is None else adapter  # that with an adapter and that without have each their own
-    if owner is not None and plain.at_a_glance(owner, parts) is not None:
-        return ""
+    parts, owner = _parts(norm, layer, adapter), layer if adapter is None else adapter
     found = plain.global_obstacle() or plain.obstacle(names.norm, norm, NORM) or plain.obstacle(names.layer, layer)
     if not found and adapter is not None:
         found = plain.obstacle(names.adapter, adapter)
@@ -203,19 +230,27 @@ def attend(
     adapter: Adapter | None,
     running: Running,
     names: Names,
+    dims: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """x + a + adapter(a) with a = attention(norm(x)): [batch, tokens, D] -> the same (paper equation 3).
+
+    `dims` says how many dimensions batch and tokens have, see `cast_kernels.self_attention`.
 
     Raises:
         BackendError: a kernel was asked for by name that cannot run it, or reads a layer that must be called.
     """
-    found = obstacle(norm, attention, adapter, names)
+    plain_layers, tensors = _read(norm, attention, adapter)
+    found = "" if plain_layers else obstacle(norm, attention, adapter, names)
     if found:
         plain.announce("self-attention", running.backend, found, attention)
-        return _attend_by_modules(x, norm, attention, adapter, running.attention)
-    tensors = () if adapter is None else adapter.tensors()
-    parameters = SelfAttentionParameters(norm.weight, norm.bias, *attention.tensors(), *tensors)
-    return self_attention(x, parameters, num_heads=attention.num_heads, eps=norm.eps, **running._asdict())
+        entries = x.flatten(dims[0], -2).flatten(0, dims[0] - 1)
+        return _attend_by_modules(entries, norm, attention, adapter, running.attention).view_as(x)
+    parameters = SelfAttentionParameters(*(tensors or _called(norm, attention, adapter)))
+    backend, recompute, kernel = running
+    return self_attention(
+        x, parameters, num_heads=attention.num_heads, eps=norm.eps, dims=dims, recompute=recompute,
+        backend=backend, attention=kernel,
+    )  # fmt: skip
 
 
 def _attend_by_modules(
@@ -261,12 +296,12 @@ def feed_forward(
     Raises:
         BackendError: a kernel was asked for by name that cannot run it, or reads a layer that must be called.
     """
-    found = obstacle(norm, mlp, adapter, names)
+    plain_layers, tensors = _read(norm, mlp, adapter)
+    found = "" if plain_layers else obstacle(norm, mlp, adapter, names)
     if found:
         plain.announce("the FFN", running.backend, found, mlp)
         return _feed_by_modules(x, norm, mlp, adapter, row_scale)
-    tensors = () if adapter is None else adapter.tensors()
-    parameters = FFNParameters(norm.weight, norm.bias, *mlp.tensors(), *tensors)
+    parameters = FFNParameters(*(tensors or _called(norm, mlp, adapter)))
     return ffn(
         x, parameters, activation=mlp.activation, eps=norm.eps, adapter_scale=ADAPTER_SCALE, row_scale=row_scale,
         recompute=running.recompute, backend=running.backend,

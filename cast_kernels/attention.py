@@ -12,6 +12,7 @@ faster; nothing here takes one unasked.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -32,6 +33,9 @@ ATTENTIONS: dict[str, str | None] = {
 
 #: Those that read queries, keys and values from one tensor, and give back one gradient.
 PACKED = ("flash-attn",)
+#: Layouts of queries, keys and values: one tensor [batch, tokens, 3, heads, head_dim]; three [batch, heads, tokens,
+#: head_dim]; three [batch, tokens, heads, head_dim].
+PACKED_HEADS, HEADS_FIRST, TOKENS_FIRST = "packed", "heads first", "tokens first"
 
 #: What may be asked for in the exchange; its kernels attend themselves.
 EXCHANGE_ATTENTIONS = ("auto", "math")
@@ -181,6 +185,20 @@ def attend_apart(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         return memory_efficient_attention(q, k, v)
     return mix(name, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def layout(name: str) -> str:
+    """How the kernel takes queries, keys and values. It returns likewise; a packed one returns tokens first."""
+    if name in PACKED:
+        return PACKED_HEADS
+    return TOKENS_FIRST if name == "xformers" else HEADS_FIRST
+
+
+def attend_as(name: str, layout: str, heads: Sequence[Tensor]) -> Tensor:
+    """The same from what lies in a layout, the kernel's own."""
+    if layout == PACKED_HEADS:
+        return attend(name, heads[0])
+    return mix(name, *heads) if layout == HEADS_FIRST else attend_apart(name, *heads)
 
 
 def mix(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from cast_kernels.problem import (
     SelfAttentionProblem,
     Verdict,
 )
-from cast_kernels.triton.common import emulating, interpreting
+from cast_kernels.triton.common import emulating
 
 __all__ = ["BACKENDS", "AnyProblem", "Backend", "BackendError", "can_run", "check_name", "explain", "load", "select"]
 
@@ -94,8 +94,11 @@ def load(backend: str, op: str) -> Backend:
 
 
 def circumstances() -> tuple[Any, ...]:
-    """What verdicts depend on besides the problem: the state of this process, which tests and the emulator change."""
-    return _native.CORE, _native.ISA_ERROR, interpreting(), emulating()
+    """What verdicts depend on besides the problem: the state of this process, which tests and the emulator change.
+
+    Whether Triton interprets is none of it: that is settled when its kernels are defined.
+    """
+    return _native.CORE, _native.ISA_ERROR, emulating()
 
 
 def check_name(backend: str) -> str:

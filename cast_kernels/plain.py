@@ -210,9 +210,9 @@ class _Step(NamedTuple):
 _GLANCES: WeakKeyDictionary[nn.Module, Glance] = WeakKeyDictionary()
 
 
-def at_a_glance(owner: nn.Module, children: Mapping[str, nn.Module | None]) -> tuple[Any, ...] | None:
+def at_a_glance(owner: nn.Module | None, children: Mapping[str, nn.Module | None]) -> tuple[Any, ...] | None:
     """The tensors of layers that :func:`found_plain` told of, or None: ask :func:`obstacle`. Compilers get None."""
-    if torch.compiler.is_compiling():
+    if owner is None or torch.compiler.is_compiling():
         return None
     known = _GLANCES.get(owner)
     return None if known is None else known.read(children)

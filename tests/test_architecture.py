@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "cast_kernels.ops._checks",
         "cast_kernels.ops._derivatives",
         "cast_kernels.ops._operator",
-        "cast_kernels.ops._projection",
+        "cast_kernels.ops._around_attention",
         "cast_kernels.ops._signatures",
         "cast_kernels.ops.adapter",
     ),

@@ -43,7 +43,7 @@ def forward(
 
     Args:
         problem: the sizes.
-        x: [rows, D], any strides, as are all tensors here.
+        x: [..., D], `problem.rows` rows, any strides, as are all tensors here.
         parameters: as :class:`~cast_kernels.problem.FFNParameters` describes.
         row_scale: [rows], multiplies the adapter's branch, or None.
         eps: LayerNorm epsilon.
@@ -51,7 +51,7 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `x`, and `saved` [rows, saved_words] (or [rows, 0]), float32.
+        [..., D] in the dtype of `x`, and `saved` [rows, saved_words] (or [rows, 0]), float32.
     """
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps, adapter_scale)
@@ -79,7 +79,7 @@ def backward(
 
     Args:
         saved: what :func:`forward` returned with `save`.
-        grad_y: [rows, D].
+        grad_y: [..., D].
         wanted: for x and each field of the parameters, whether to compute it.
 
     The other arguments are those of :func:`forward`.

@@ -4,26 +4,43 @@ in autocast's dtype."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from cast_kernels.problem import FFNProblem, Recompute, SelfAttentionProblem
-from cast_kernels.triton.common import Parameters, cast_fields
+from cast_kernels.triton.common import Parameters
 
 
-def cast_frozen(problem: FFNProblem | SelfAttentionProblem, parameters: Parameters, names: Iterable[str]) -> Parameters:
-    """The parameters, the frozen ones among `names` in autocast's dtype unless backward is to find nothing kept.
+def frozen(problem: FFNProblem | SelfAttentionProblem, parameters: Parameters, names: Iterable[str]) -> tuple[int, ...]:
+    """Where among the parameters those stand that :func:`cast_frozen` is to cast.
 
     Autograd keeps what the op was given, so backward finds the copies and they go with it; all are made in one launch.
     With `all` the op's forward casts and its backward casts again: what is kept would not grow with the batch, but it
     is more than "a few numbers a row". Compilers and `torch.func`, in which a tensor does not say whether it is
     frozen, get the parameters as they are.
+
+    Args:
+        problem: the call's.
+        parameters: of the op.
+        names: of those that products read in the compute dtype.
     """
     if problem.autocast is None or problem.recompute is Recompute.ALL:
-        return parameters
+        return ()
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return ()
+    fields = ((i, getattr(parameters, name)) for i, name in enumerate(parameters._fields) if name in names)
+    return tuple(i for i, t in fields if t is not None and not t.requires_grad and t.dtype != problem.compute)
+
+
+def cast_frozen(parameters: Parameters, places: tuple[int, ...], compute: torch.dtype) -> Parameters:
+    """The parameters, those that are :func:`frozen` in the compute dtype, which is autocast's."""
+    if not places:
         return parameters
-    given = {name: getattr(parameters, name) for name in names}
-    return cast_fields(
-        parameters, [name for name, t in given.items() if t is not None and not t.requires_grad], problem.compute
-    )
+    fields: list[Any] = list(parameters)
+    given = [fields[i] for i in places]
+    copies = [torch.empty_like(t, dtype=compute, memory_format=torch.contiguous_format) for t in given]
+    torch._foreach_copy_(copies, given)
+    for i, copy in zip(places, copies, strict=True):
+        fields[i] = copy
+    return type(parameters)(*fields)

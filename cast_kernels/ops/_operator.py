@@ -58,14 +58,14 @@ class Call(NamedTuple):
 class Checked:
     """A call that passed the op's checks, and what follows for every call like it."""
 
-    __slots__ = ("call", "differentiated", "grads", "kept", "kernels")
+    __slots__ = ("backward", "call", "differentiated", "frozen", "inner", "kernels")
 
     def __init__(self, call: Call, kernels: backends.Backend | None, differentiated: bool) -> None:
         self.call, self.differentiated = call, differentiated
         self.kernels = kernels  # the backend, if nothing but autograd is there to see the call
-        # The same of backward, by what was kept for it, and by the outputs' gradients.
-        self.kept: Alike[bool] = Alike()
-        self.grads: Alike[bool] = Alike()
+        self.frozen: tuple[int, ...] = ()  # parameters that are cast before the call, see `_casts`
+        self.inner: Checked | None = None  # of the op inside, where the backend composes ops
+        self.backward: Alike[bool] = Alike()  # the same of backward, by what was kept and the outputs' gradients
 
 
 class Operator:
@@ -209,7 +209,7 @@ class Operator:
         streams, flat = tensors[: self.read], tensors[self.read : len(wanted)]
         factors, saved = tensors[len(wanted) : -1], tensors[-1]
         given = self._whole(grads, streams, call.options)
-        if checked is not None and _straight_back(checked, tensors, given):
+        if checked is not None and straight_back(checked, tensors, given):
             with torch._C._AutoDispatchBelowAutograd():
                 found = self.backward(
                     checked.kernels, call, streams, self.pack(flat), saved, factors, given, wanted
@@ -362,28 +362,18 @@ def _filled(flat: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     return [absent if p is None else p for p in flat]
 
 
-def _straight_back(checked: Checked, kept: Sequence[Tensor | None], grads: Sequence[Tensor]) -> bool:
+def straight_back(checked: Checked, kept: Sequence[Tensor | None], grads: Sequence[Tensor]) -> bool:
     """Whether backward may go straight to the backend: nothing sees it, not even autograd for a second derivative."""
     if torch.is_grad_enabled() or watched() or torch.compiler.is_compiling():
         return False
-    for known, tensors in ((checked.kept, listed(*kept)), (checked.grads, listed(*grads))):
-        if not known.find(tensors):
-            if not unobserved(tensors):
-                return False
-            known.add(tensors, True)
+    tensors = listed(*kept, *grads)
+    if not checked.backward.find(tensors):
+        if not unobserved(tensors):
+            return False
+        checked.backward.add(tensors, True)
     return True
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D]."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def flat_scale(scale: Tensor | None) -> Tensor | None:
     """[...] as [rows], None as None."""
     return scale if scale is None or scale.ndim == 1 else scale.reshape(-1)
-
-
-def shaped(y: Any, like: Tensor) -> Any:
-    """[rows, D] in the shape of `like`, and to autograd no view; None as None."""
-    return y if y is None or like.ndim == 2 else torch.ops.aten._unsafe_view.default(y, like.shape)

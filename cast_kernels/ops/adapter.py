@@ -29,7 +29,7 @@ from cast_kernels.ops._checks import (
     check_tensors,
     spread_row_scale,
 )
-from cast_kernels.ops._operator import Call, Operator, flat_scale, in_rows, shaped
+from cast_kernels.ops._operator import Call, Operator, flat_scale
 from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute
 
@@ -120,8 +120,8 @@ def pose(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator: streams [..., D] and row_scale [...]; backends see rows. The residual's gradient is the
-# output's own.
+# The registered operator: streams [..., D] and row_scale [...], which backends see as [rows]. The residual's gradient
+# is the output's own.
 
 
 class _Adapter(Operator):
@@ -153,19 +153,15 @@ class _Adapter(Operator):
     def forward(
         self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        rows, residual, scale = in_rows(streams[0]), streams[1], flat_scale(factors[0])
-        y, saved = kernels.forward(
-            call.problem, rows, in_rows(residual), parameters, scale, call.options[1], call.kept > 0
-        )
-        return shaped(y, residual), saved
+        scale = flat_scale(factors[0])
+        return kernels.forward(call.problem, *streams, parameters, scale, call.options[1], call.kept > 0)
 
     def backward(
         self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
         factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
     ) -> Sequence[Tensor | None]:  # fmt: skip
-        rows, scale, grad = in_rows(streams[0]), flat_scale(factors[0]), in_rows(grads[0])
-        found = kernels.backward(call.problem, rows, parameters, saved, scale, call.options[1], grad, wanted)
-        return [shaped(found[0], streams[0]), *found[1:]]
+        scale = flat_scale(factors[0])
+        return kernels.backward(call.problem, streams[0], parameters, saved, scale, call.options[1], grads[0], wanted)
 
     def flops(self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...]) -> int:
         return 4 * prod(streams[0]) * flat[0][0]

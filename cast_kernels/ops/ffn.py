@@ -19,7 +19,7 @@ from torch import Tensor
 import cast_kernels.eager.ffn as eager_ffn
 from cast_kernels import backends
 from cast_kernels import recompute as levels
-from cast_kernels.ops._casts import cast_frozen
+from cast_kernels.ops._casts import cast_frozen, frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -31,9 +31,10 @@ from cast_kernels.ops._checks import (
     check_width,
     spread_row_scale,
 )
-from cast_kernels.ops._operator import Call, Operator, flat_scale, in_rows, shaped
+from cast_kernels.ops._operator import Call, Operator, flat_scale
 from cast_kernels.ops._signatures import listed
 from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompute
+from cast_kernels.triton.ffn import CAST
 
 
 def ffn(
@@ -84,13 +85,13 @@ def ffn(
             arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
             (activation, float(eps), float(adapter_scale)),
         )  # fmt: skip
+        if known.call.backend == "triton":
+            known.frozen = frozen(problem, parameters, CAST)
     row_scale = spread_row_scale(row_scale, x)
     if known.call.backend == "eager":
         return eager_ffn.ffn(known.call.problem, x, parameters, row_scale, eps, adapter_scale)
     if known.call.backend == "triton":
-        from cast_kernels.triton.ffn import CAST
-
-        parameters = cast_frozen(known.call.problem, parameters, CAST)
+        parameters = cast_frozen(parameters, known.frozen, known.call.compute)
     return OPERATOR.run(known, (x,), parameters, parameters, (row_scale,))[0]
 
 
@@ -130,7 +131,7 @@ def _check_parameters(dim: int, p: FFNParameters) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The registered operator: x [..., D] and row_scale [...]; backends see rows.
+# The registered operator: x [..., D] and row_scale [...], which backends see as [rows].
 
 
 class _FFN(Operator):
@@ -163,19 +164,17 @@ class _FFN(Operator):
     def forward(
         self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        x, scale = streams[0], flat_scale(factors[0])
-        y, saved = kernels.forward(call.problem, in_rows(x), parameters, scale, *call.options[1:], call.kept > 0)
-        return shaped(y, x), saved
+        scale = flat_scale(factors[0])
+        return kernels.forward(call.problem, streams[0], parameters, scale, *call.options[1:], call.kept > 0)
 
     def backward(
         self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
         factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
     ) -> Sequence[Tensor | None]:  # fmt: skip
-        x, scale, grad = streams[0], flat_scale(factors[0]), in_rows(grads[0])
-        found = kernels.backward(
-            call.problem, in_rows(x), parameters, saved, scale, *call.options[1:], grad, wanted
+        scale = flat_scale(factors[0])
+        return kernels.backward(
+            call.problem, streams[0], parameters, saved, scale, *call.options[1:], grads[0], wanted
         )  # fmt: skip
-        return [shaped(found[0], x), *found[1:]]
 
     def flops(self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...]) -> int:
         *lead, dim = streams[0]

@@ -4,14 +4,15 @@ Read from the bottom up for the machinery, from the top down for the use:
 
     self_attention()                checks the arguments, selects a backend
       -> eager: PyTorch operators, seen through by compilers and autograd
-      -> triton: the same around the op `adapter`
+      -> triton: two nodes around PyTorch's attention; compilers see the op `adapter` and PyTorch's operators
       -> cpu: torch.ops.cast_kernels.self_attention (schema, fake, autograd, FLOP formula), or straight to the backend
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ import cast_kernels.eager.self_attention as eager_self_attention
 from cast_kernels import attention as attentions
 from cast_kernels import backends
 from cast_kernels import recompute as levels
-from cast_kernels.ops._casts import cast_frozen
+from cast_kernels.ops import _around_attention
+from cast_kernels.ops._casts import cast_frozen, frozen
 from cast_kernels.ops._checks import (
     autocast_dtype,
     check_adapter,
@@ -30,16 +32,9 @@ from cast_kernels.ops._checks import (
     check_tensors,
 )
 from cast_kernels.ops._operator import Call, Operator
-from cast_kernels.ops._projection import project
 from cast_kernels.ops._signatures import listed
-from cast_kernels.ops.adapter import adapter
-from cast_kernels.problem import (
-    AdapterParameters,
-    ProjectionParameters,
-    Recompute,
-    SelfAttentionParameters,
-    SelfAttentionProblem,
-)
+from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttentionProblem
+from cast_kernels.triton.self_attention import CAST
 
 
 def self_attention(
@@ -48,6 +43,7 @@ def self_attention(
     *,
     num_heads: int,
     eps: float,
+    dims: tuple[int, int] = (1, 1),
     recompute: Recompute | str = levels.AUTO,
     backend: str = "auto",
     attention: str = "auto",
@@ -63,6 +59,8 @@ def self_attention(
         parameters: weights; the adapter's four are None together where there is no adapter (y = x + a).
         num_heads: heads; divides D.
         eps: LayerNorm epsilon.
+        dims: how many dimensions of `x` count batch entries, and how many their tokens: (2, 1) for [clips, frames,
+            tokens, D], where each frame attends to itself, (1, 2) where each clip does.
         recompute: what forward keeps besides `x` for backward, in floats a token beside two for each head and two:
             "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap" 4 D
             (without the last two), "all" D (attention's output alone). The rest is computed again, with the same bits.
@@ -73,51 +71,41 @@ def self_attention(
             cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` says which can, and why.
 
     Returns:
-        [batch, tokens, D] in the dtype of `x`. Under autocast, backends that compute in float32 do so.
+        `x`'s shape and dtype. Under autocast, backends that compute in float32 do so.
 
     Raises:
         ValueError: a shape, size, device or name that does not fit.
         TypeError: dtypes that are mixed or not floating.
         BackendError: `backend` cannot run this problem.
     """
-    arguments, known = (num_heads, eps, recompute, backend, attention), None
+    arguments, known = (num_heads, eps, dims, recompute, backend, attention), None
     if type(parameters) is SelfAttentionParameters:
         tensors = listed(x, *parameters)
         known = OPERATOR.recall(arguments, tensors)
     if known is None:
-        problem = pose(x, parameters, num_heads, recompute, attention)
+        problem = pose(x, parameters, num_heads, recompute, attention, dims)
         tensors = listed(x, *parameters)
         known = OPERATOR.settle(
             arguments, tensors, problem, backends.select(backend, problem), problem.recompute.value,
             (num_heads, float(eps)),
         )  # fmt: skip
+        if known.call.backend == "triton":
+            known.frozen = frozen(problem, parameters, CAST)
+            known.inner = None if known.kernels is None else _around_attention.behind(known)
     problem, chosen = known.call.problem, known.call.backend
-    if chosen == "eager":
-        return eager_self_attention.self_attention(problem, x, parameters, eps)
     if chosen == "triton":
-        from cast_kernels.triton import self_attention as triton_self_attention
-
-        parameters = cast_frozen(problem, parameters, triton_self_attention.CAST)
-        return triton_self_attention.self_attention(problem, x, parameters, _Parts(problem, eps))
-    return OPERATOR.run(known, (x,), parameters, parameters)[0]
-
-
-class _Parts(NamedTuple):
-    """Of backend `triton`: what stands on both sides of PyTorch's attention."""
-
-    problem: SelfAttentionProblem
-    eps: float
-
-    def project(self, x: Tensor, p: ProjectionParameters, packed: bool) -> tuple[list[Tensor], Tensor]:
-        return project(x, p, self.problem.num_heads, self.eps, self.problem.compute, packed)
-
-    def adapt(self, a: Tensor, p: AdapterParameters, residual: Tensor) -> Tensor:
-        return adapter(a, p, residual=residual, skip=True, recompute=self.problem.recompute, backend="triton")
+        return _around_attention.self_attention(known, x, cast_frozen(parameters, known.frozen, problem.compute), eps)
+    entries = x if x.ndim == 3 else x.reshape(problem.batch, problem.tokens, problem.dim)
+    if chosen == "eager":
+        y = eager_self_attention.self_attention(problem, entries, parameters, eps)
+    else:
+        y = OPERATOR.run(known, (entries,), parameters, parameters)[0]
+    return y if x.ndim == 3 else y.view(x.shape)
 
 
 def pose(
     x: Tensor, parameters: SelfAttentionParameters, num_heads: int, recompute: Recompute | str = levels.AUTO,
-    attention: str = "auto",
+    attention: str = "auto", dims: tuple[int, int] = (1, 1),
 ) -> SelfAttentionProblem:  # fmt: skip
     """Check the arguments of :func:`self_attention` and return the problem they pose.
 
@@ -126,12 +114,14 @@ def pose(
     """
     check_tensors({"x": x})
     check_parameters(parameters, SelfAttentionParameters)
-    if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] < 1:
+    if len(dims) != 2 or min(dims) < 1 or x.ndim != sum(dims) + 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; it must be [batch, tokens, D], 3 dimensions, with at least one token and "
-            "one channel (flatten what attends together into tokens and all else into batch)"
+            f"x has shape {tuple(x.shape)}; it must be [batch, tokens, D] with {dims} dimensions for batch and tokens; "
+            "`dims` says otherwise"
         )
-    batch, tokens, dim = x.shape
+    batch, tokens, dim = math.prod(x.shape[: dims[0]]), math.prod(x.shape[dims[0] : -1]), x.shape[-1]
+    if tokens < 1 or dim < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must have at least one token and one channel")
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads is {num_heads}; it must divide the stream's {dim} channels")
     levels.check(recompute)

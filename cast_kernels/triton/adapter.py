@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import AdapterParameters, AdapterProblem, Recompute, Verdict
-from cast_kernels.triton.common import cast_fields, on_device, verdict
+from cast_kernels.problem import AdapterParameters, AdapterProblem, FFNProblem, Recompute, Verdict
+from cast_kernels.triton.common import adapter_plans, in_dtype, on_device, verdict
 
 if TYPE_CHECKING:
     from cast_kernels.triton.adapter_plan import Sizes
 
 #: Widest adapter: a row of it must fit in a program's registers.
 MOST_CHANNELS = 768
-#: Parameters that the kernels read in the compute dtype.
-MATRICES = ("down_weight", "up_weight")
 _WORD = 4  # bytes of an element of `saved`
 
 
@@ -64,24 +62,22 @@ def forward(
 
     Args:
         problem: the sizes.
-        x: [rows, D], the adapter's input, any strides and floating dtype, as are all tensors here.
-        residual: [rows, D].
+        x: [..., D], the adapter's input, `problem.rows` rows, any strides and floating dtype, as are all tensors here.
+        residual: [..., D].
         parameters: as :class:`~cast_kernels.problem.AdapterParameters` describes.
         row_scale: [rows], multiplies the branch, or None.
         scale: factor of the branch.
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `residual`, and `saved` [rows, saved_words] (or [rows, 0]), float32 words.
+        [..., D] in the dtype of `residual`, and `saved` [rows, saved_words] (or [rows, 0]), float32 words.
     """
     saved = x.new_empty((problem.rows, saved_words(problem) if save else 0), dtype=torch.float32)
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if problem.rows:
+        other, h = x if problem.skip else None, _kept(problem, saved)
         with on_device(x):
-            weights = cast_fields(parameters, MATRICES, problem.compute)
-            launch_forward(
-                x, residual, x if problem.skip else None, y, _kept(problem, saved), weights, row_scale, scale
-            )
+            launch_forward(problem, x, residual, other, y, h, parameters, row_scale, scale)
     return y, saved
 
 
@@ -99,7 +95,7 @@ def backward(
 
     Args:
         saved: what :func:`forward` returned with `save`.
-        grad_y: [rows, D].
+        grad_y: [..., D].
         wanted: for x and each field of the parameters, whether to compute it.
 
     The other arguments are those of :func:`forward`.
@@ -108,53 +104,54 @@ def backward(
     if problem.rows == 0:
         return [torch.zeros_like(p) if want else None for p, want in zip(primals, wanted, strict=True)]
     with on_device(x):
-        weights = cast_fields(parameters, MATRICES, problem.compute)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
         if any(wanted[1:]):
-            grad_y = grad_y.to(problem.compute)  # once: the sums over rows need it so
+            grad_y = in_dtype(grad_y, problem.compute)  # once: the sums over rows need it so
         grads = launch_backward(
-            grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters, weights, row_scale,
-            scale, wanted[1:],
+            problem, grad_y, x, _kept(problem, saved), grad_y if problem.skip else None, grad_x, parameters,
+            row_scale, scale, wanted[1:],
         )  # fmt: skip
     return [grad_x, *grads]
 
 
 def launch_forward(
+    problem: AdapterProblem | FFNProblem,
     x: Tensor,
     residual: Tensor,
     other: Tensor | None,
     y: Tensor,
     h: Tensor | None,
-    weights: AdapterParameters,
+    parameters: AdapterParameters,
     row_scale: Tensor | None,
     scale: float,
 ) -> None:
     """Fill y = residual [+ other] + scale * row_scale * adapter(x), and `h` if it is given.
 
     Args:
-        x, residual, other: [rows, D] with at least one row.
-        y: [rows, D], contiguous.
+        problem: its sizes and compute dtype; matrices in another dtype are rounded in a launch of their own.
+        x, residual, other: [..., D] with at least one row.
+        y: [..., D], contiguous.
         h: [rows, A] in the compute dtype, contiguous.
-        weights: both matrices in the compute dtype.
+        parameters: in any floating dtype.
         row_scale: [rows].
         scale: factor of the branch.
     """
-    from cast_kernels.triton.adapter_plan import Forward, forward_plan
-
-    kind = Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
-    read = _there(x, residual, other, _factors(row_scale), *weights)
+    plans = adapter_plans()
+    kind = plans.Forward(x.dtype, residual.dtype, None if other is None else other.dtype, h is not None)
+    read = _there(x, residual, other, _factors(row_scale), *parameters)
     filled = [y] if h is None else [y, h]
-    forward_plan(_sizes(x, weights, row_scale, scale), kind).run([*read, *filled], inputs=len(read))
+    plan = plans.forward_plan(_sizes(problem, parameters, row_scale, scale), kind)
+    plan.run([*read, *filled], inputs=len(read))
 
 
 def launch_backward(
+    problem: AdapterProblem | FFNProblem,
     grad_y: Tensor,
     x: Tensor,
     h: Tensor | None,
     addend: Tensor | None,
     grad_x: Tensor | None,
     parameters: AdapterParameters,
-    weights: AdapterParameters,
     row_scale: Tensor | None,
     scale: float,
     wanted: tuple[bool, ...],
@@ -162,38 +159,44 @@ def launch_backward(
     """Fill grad_x = [addend +] the adapter's own part; return the four parameters' gradients, in their dtypes.
 
     Args:
-        grad_y, x: [rows, D] with at least one row, grad_y in the compute dtype if any of `wanted` is true.
+        problem: as in :func:`launch_forward`.
+        grad_y, x: [..., D] with at least one row, grad_y in the compute dtype if any of `wanted` is true.
         h: [rows, A] as :func:`launch_forward` filled it, or None: multiply again.
-        addend: [rows, D], the gradient of x that comes another way; may be `grad_x`.
-        grad_x: [rows, D], contiguous, or None where it is not wanted.
+        addend: [..., D], the gradient of x that comes another way; may be `grad_x`.
+        grad_x: [..., D], contiguous, or None where it is not wanted.
         parameters: as the op got them; their gradients have their dtypes.
-        weights, row_scale, scale: as in :func:`launch_forward`.
+        row_scale, scale: as in :func:`launch_forward`.
         wanted: for each parameter, whether its gradient is.
     """
-    from cast_kernels.triton.adapter_plan import Backward, backward_plan
-
+    plans = adapter_plans()
     if grad_x is None and not any(wanted):
         return [None] * len(wanted)
     if any(wanted):
-        x = x.to(weights.down_weight.dtype)
-    dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
-    kind = Backward(
+        x = in_dtype(x, problem.compute)
+    dtypes = {p.dtype for p in parameters}
+    dtype = dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
+    kind = plans.Backward(
         grad_y.dtype, x.dtype, h is not None, None if addend is None else addend.dtype,
         None if grad_x is None else grad_x.dtype, dtype, wanted,
     )  # fmt: skip
-    read = _there(grad_y, x, h, addend, _factors(row_scale), *weights[:3])
-    grads = [p.new_empty(p.shape, dtype=dtype) if want else None for p, want in zip(parameters, wanted, strict=True)]
-    plan = backward_plan(_sizes(x, weights, row_scale, scale), kind)
+    read = _there(grad_y, x, h, addend, _factors(row_scale), *parameters[:3])
+    grads = [
+        torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format) if want else None
+        for p, want in zip(parameters, wanted, strict=True)
+    ]
+    plan = plans.backward_plan(_sizes(problem, parameters, row_scale, scale), kind)
     plan.run([*read, *_there(grad_x, *grads)], inputs=len(read))
-    return [grad if grad is None else grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
+    return [None if grad is None else in_dtype(grad, p.dtype) for grad, p in zip(grads, parameters, strict=True)]
 
 
-def _sizes(x: Tensor, weights: AdapterParameters, row_scale: Tensor | None, scale: float) -> Sizes:
-    from cast_kernels.triton.adapter_plan import Sizes
-
-    width, dim = weights.down_weight.shape
-    dtypes = (weights.down_weight.dtype, weights.down_bias.dtype, weights.up_bias.dtype)
-    return Sizes(x.shape[0], dim, width, *dtypes, row_scale is not None, scale)
+def _sizes(
+    problem: AdapterProblem | FFNProblem, p: AdapterParameters, row_scale: Tensor | None, scale: float
+) -> Sizes:  # fmt: skip
+    made: Sizes = adapter_plans().Sizes(
+        problem.rows, problem.dim, problem.adapter, problem.compute, (p[0].dtype, p[1].dtype, p[2].dtype, p[3].dtype),
+        row_scale is not None, scale,
+    )  # fmt: skip
+    return made
 
 
 def _factors(row_scale: Tensor | None) -> Tensor | None:

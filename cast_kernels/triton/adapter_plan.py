@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cast_kernels.triton import sums, tiles, weight_gradient
+from cast_kernels.triton import casts, sums, tiles, weight_gradient
 from cast_kernels.triton.adapter_backward import adapter_backward
 from cast_kernels.triton.adapter_forward import adapter_forward
 from cast_kernels.triton.common import architecture
-from cast_kernels.triton.launch import Plan, Planner, planned
+from cast_kernels.triton.launch import Buffer, Plan, Planner, planned
 
 
 class Sizes(NamedTuple):
@@ -19,9 +19,8 @@ class Sizes(NamedTuple):
     rows: int
     dim: int
     width: int
-    compute: torch.dtype  # of the matrices
-    down_bias: torch.dtype
-    up_bias: torch.dtype
+    compute: torch.dtype  # of the products
+    parameters: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
     scaled: bool  # whether there are factors of rows
     scale: float
 
@@ -43,7 +42,7 @@ class Backward(NamedTuple):
     kept_h: bool
     addend: torch.dtype | None
     grad_x: torch.dtype | None
-    parameters: torch.dtype  # of the parameters' gradients
+    gradients: torch.dtype  # of the parameters
     wanted: tuple[bool, ...]  # of the four parameters
 
 
@@ -56,6 +55,18 @@ def _constants(kernel: str, sizes: Sizes) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _parameters(planner: Planner, sizes: Sizes, count: int) -> tuple[list[Buffer], dict[Buffer, Buffer]]:
+    """The first parameters, which are given, as the kernels read them; and what must be rounded before, to what."""
+    shapes, rounded = ((sizes.width, sizes.dim), (sizes.width,), (sizes.dim, sizes.width), (sizes.dim,)), {}
+    read = []
+    for shape, dtype in zip(shapes[:count], sizes.parameters[:count], strict=True):
+        parameter = planner.given(*shape, dtype=dtype)
+        if len(shape) == 2 and dtype != sizes.compute:
+            rounded[parameter] = planner.scratch(*shape, dtype=sizes.compute)
+        read.append(rounded.get(parameter, parameter))
+    return read, rounded
+
+
 @planned
 def forward_plan(sizes: Sizes, kind: Forward) -> Plan:
     """Given x, residual, other, row_scale, the four parameters; y and h to be filled. What is not there is left out."""
@@ -64,10 +75,7 @@ def forward_plan(sizes: Sizes, kind: Forward) -> Plan:
     residual = planner.given(rows, dim, dtype=kind.residual)
     other = residual if kind.other is None else planner.given(rows, dim, dtype=kind.other)
     row_scale = planner.given(rows, dtype=torch.float32) if sizes.scaled else x
-    down = planner.given(width, dim, dtype=compute)
-    down_bias = planner.given(width, dtype=sizes.down_bias)
-    up = planner.given(dim, width, dtype=compute)
-    up_bias = planner.given(dim, dtype=sizes.up_bias)
+    (down, down_bias, up, up_bias), rounded = _parameters(planner, sizes, 4)
     y = planner.given(rows, dim, dtype=kind.residual)
     h = planner.given(rows, width, dtype=compute) if kind.keep_h else y
     constants = _constants("adapter_forward", sizes)
@@ -75,6 +83,7 @@ def forward_plan(sizes: Sizes, kind: Forward) -> Plan:
         adapter_forward, (-(-rows // constants["BM"]),), x, residual, other, y, h, row_scale, down, down_bias, up,
         up_bias, rows, sizes.scale, OTHER=kind.other is not None, SCALED=sizes.scaled, STORE_H=kind.keep_h, **constants,
     )  # fmt: skip
+    casts.add(planner, rounded)
     return planner.plan()
 
 
@@ -88,9 +97,7 @@ def backward_plan(sizes: Sizes, kind: Backward) -> Plan:
     h = planner.given(rows, width, dtype=compute) if kind.kept_h else x
     addend = x if kind.addend is None else planner.given(rows, dim, dtype=kind.addend)
     row_scale = planner.given(rows, dtype=torch.float32) if sizes.scaled else x
-    down = planner.given(width, dim, dtype=compute)
-    down_bias = planner.given(width, dtype=sizes.down_bias)
-    up = planner.given(dim, width, dtype=compute)
+    (down, down_bias, up), rounded = _parameters(planner, sizes, 3)
     grad_x = x if kind.grad_x is None else planner.given(rows, dim, dtype=kind.grad_x)
     constants = _constants("adapter_backward", sizes)
     programs = -(-rows // constants["BM"])
@@ -107,7 +114,7 @@ def backward_plan(sizes: Sizes, kind: Backward) -> Plan:
     )  # fmt: skip
     shapes = ((width, dim), (width,), (dim, width), (dim,))
     grads = [
-        planner.given(*shape, dtype=kind.parameters) if want else None
+        planner.given(*shape, dtype=kind.gradients) if want else None
         for shape, want in zip(shapes, kind.wanted, strict=True)
     ]
     products = ((dh, x, grads[0]), (grad_y, g, grads[2]))
@@ -117,8 +124,9 @@ def backward_plan(sizes: Sizes, kind: Backward) -> Plan:
         weight_gradient.add(planner, layers, tile)
     if any(kind.wanted[1::2]):
         vectors = [
-            planner.scratch(length, dtype=kind.parameters) if grad is None else grad
+            planner.scratch(length, dtype=kind.gradients) if grad is None else grad
             for length, grad in ((dim, grads[3]), (width, grads[1]))
         ]
         sums.add(planner, [sums.Reduction(partial, vectors)])
+    casts.add(planner, rounded)
     return planner.plan()

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from cast_kernels.problem import AdapterParameters, FFNParameters, FFNProblem, Recompute, Verdict
 from cast_kernels.triton import adapter
-from cast_kernels.triton.common import WIDEST_STREAM, cast_fields, exactly, on_device, verdict
+from cast_kernels.triton.common import (
+    WIDEST_STREAM,
+    activations,
+    cast_fields,
+    exactly,
+    in_dtype,
+    norms,
+    on_device,
+    verdict,
+)
 
 _WORD = 4  # bytes of an element of `saved`
 #: Parameters that the products read in the compute dtype; the adapter has its own.
@@ -46,8 +55,11 @@ def _kept(problem: FFNProblem, saved: Tensor) -> tuple[Tensor | None, Tensor | N
     """The values before the FFN's activation [rows, F] and the adapter's [rows, A] in `saved`, or None."""
     if not saved.numel():
         return None, None
-    flat, size = saved.view(-1).view(problem.compute), problem.rows * problem.hidden
-    return flat[:size].view(problem.rows, -1), flat[size:].view(problem.rows, -1)
+    flat, (rows, hidden, adapter) = saved.view(problem.compute), (problem.rows, problem.hidden, problem.adapter)
+    return (
+        flat.as_strided((rows, hidden), (hidden, 1), flat.storage_offset()),
+        flat.as_strided((rows, adapter), (adapter, 1), flat.storage_offset() + rows * hidden),
+    )
 
 
 def _adapter(p: FFNParameters) -> AdapterParameters:
@@ -67,7 +79,7 @@ def forward(
 
     Args:
         problem: the sizes.
-        x: [rows, D], any strides and floating dtype, as are all tensors here.
+        x: [..., D], `problem.rows` rows, any strides and floating dtype, as are all tensors here.
         parameters: as :class:`~cast_kernels.problem.FFNParameters` describes.
         row_scale: [rows], multiplies the adapter's branch, or None.
         eps: LayerNorm epsilon.
@@ -75,23 +87,20 @@ def forward(
         save: whether backward will follow.
 
     Returns:
-        [rows, D] in the dtype of `x`, and `saved` [rows, saved_words] (or [rows, 0]), float32 words.
+        [..., D] in the dtype of `x`, and `saved` [rows, saved_words] (or [rows, 0]), float32 words.
     """
-    from cast_kernels.triton.activation import launch_activate
-    from cast_kernels.triton.norm import launch_norm
-
     p, x = parameters, x.contiguous()
     saved = x.new_empty((problem.rows, saved_words(problem) if save else 0), dtype=torch.float32)
     y = torch.empty_like(x)
     if problem.rows:
-        with on_device(x), exactly(x):
+        with on_device(x), exactly():
             hidden, narrow = _kept(problem, saved)
-            w = cast_fields(p, (*CAST, *adapter.MATRICES), problem.compute)
-            n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
+            w = cast_fields(p, CAST, problem.compute)
+            n = norms().launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute).view(problem.rows, -1)
             h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t(), out=hidden)
-            active = launch_activate(h, problem.activation, in_place=hidden is None)
+            active = activations().launch_activate(h, problem.activation, in_place=hidden is None)
             branch = torch.addmm(w.fc2_bias, active, w.fc2_weight.t())
-            adapter.launch_forward(n, x, branch, y, narrow, _adapter(w), row_scale, adapter_scale)
+            adapter.launch_forward(problem, n, x, branch, y, narrow, _adapter(p), row_scale, adapter_scale)
     return y, saved
 
 
@@ -112,13 +121,11 @@ def backward(
 
     Args:
         saved: what :func:`forward` returned with `save`.
-        grad_y: [rows, D].
+        grad_y: [..., D].
         wanted: for x and each field of the parameters, whether to compute it.
 
     The other arguments are those of :func:`forward`.
     """
-    from cast_kernels.triton.norm import launch_norm, launch_norm_backward
-
     p, x, grad_y = parameters, x.contiguous(), grad_y.contiguous()
     primals = [x, *p]
     if problem.rows == 0:
@@ -126,18 +133,19 @@ def backward(
             torch.zeros_like(t) if want and t is not None else None for t, want in zip(primals, wanted, strict=True)
         ]
     through = any(wanted[:3])  # x or LayerNorm: something before n
-    with on_device(x), exactly(x):
+    with on_device(x), exactly():
         hidden, narrow = _kept(problem, saved)
-        grad, read = grad_y.to(problem.compute), _read_by_backward(hidden is None, through, wanted[3:7])
-        w = cast_fields(p, (*read, *adapter.MATRICES), problem.compute)
-        n = launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute)
+        grad = in_dtype(grad_y, problem.compute).view(problem.rows, -1)
+        read = _read_by_backward(hidden is None, through, wanted[3:7])
+        w = cast_fields(p, read, problem.compute)
+        n = norms().launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute).view(problem.rows, -1)
         dn, ffn_grads = _ffn_backward(problem, n, hidden, grad, p, w, through, wanted[3:7])
         adapter_grads = adapter.launch_backward(
-            grad, n, narrow, dn, dn, _adapter(p), _adapter(w), row_scale, adapter_scale, wanted[7:]
+            problem, grad, n, narrow, dn, dn, _adapter(p), row_scale, adapter_scale, wanted[7:]
         )  # the sum of both gradients of n lies in dn now
         norm_grads: list[Tensor | None] = [None] * 3
         if dn is not None:
-            norm_grads = launch_norm_backward(x, dn, grad_y, p.norm_weight, p.norm_bias, eps, wanted[:3])
+            norm_grads = norms().launch_norm_backward(x, dn, grad_y, p.norm_weight, p.norm_bias, eps, wanted[:3])
     return [*norm_grads, *ffn_grads, *adapter_grads]
 
 
@@ -161,8 +169,7 @@ def _ffn_backward(
         h: [rows, F] before the activation, or None: multiply again.
         wanted: for fc1_weight, fc1_bias, fc2_weight, fc2_bias.
     """
-    from cast_kernels.triton.activation import launch_activate, launch_activate_backward
-
+    kernels = activations()
     dn: Tensor | None = None
     grads: list[Tensor | None] = [None] * 4
     if wanted[3]:
@@ -172,10 +179,10 @@ def _ffn_backward(
     if h is None:
         h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t())
     if wanted[2]:
-        grads[2] = (grad.t() @ launch_activate(h, problem.activation, in_place=False)).to(p.fc2_weight.dtype)
+        grads[2] = (grad.t() @ kernels.launch_activate(h, problem.activation, in_place=False)).to(p.fc2_weight.dtype)
     if through or any(wanted[:2]):
         dh = grad @ w.fc2_weight
-        launch_activate_backward(h, dh, problem.activation)
+        kernels.launch_activate_backward(h, dh, problem.activation)
         if wanted[0]:
             grads[0] = (dh.t() @ n).to(p.fc1_weight.dtype)
         if wanted[1]:

@@ -8,8 +8,8 @@ through Triton, which compiles; later ones hand the compiled kernel its addresse
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from operator import itemgetter
+from functools import lru_cache, partial, reduce
+from operator import itemgetter, or_
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -78,8 +78,9 @@ class Launch:
     ) -> None:  # fmt: skip
         self.kernel, self.constants = kernel, constants
         self.grid = (*grid, 1, 1)[:3]
-        self._named = [_picker(argument, places, named=True) for argument in arguments]
-        self._plain = [_picker(argument, places, named=False) for argument in arguments]
+        placed = [_placed(argument, places) for argument in arguments]
+        self._named = [_picker(argument) for argument in placed]
+        self._plain = _picker_of_all(placed)
         self._tail = [constants[name] for name in kernel.arg_names[len(arguments) :]]
         self._compiled: Any = None
         self._asked: Any = None
@@ -100,7 +101,7 @@ class Launch:
         if compiled is None:
             self.kernel[self.grid](*(pick(values) for pick in self._named), **self.constants)
             return
-        arguments = [pick(values) for pick in self._plain]
+        arguments = self._plain(values)
         enter, leave, metadata = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook, None
         if not getattr(enter, "calls", enter):
             enter = None
@@ -109,8 +110,7 @@ class Launch:
         if enter is not None:
             metadata = compiled.launch_metadata(self.grid, stream, *arguments, *self._tail)
         self._run(
-            *self.grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave,
-            *arguments, *self._tail,
+            *self.grid, stream, self._function, self._metadata, metadata, enter, leave, *arguments, *self._tail,
         )  # fmt: skip
 
     def compile(self, values: list[Any]) -> None:
@@ -129,7 +129,8 @@ class Launch:
             return
         if hasattr(asked, "result"):  # it was compiled in another thread
             asked = asked.result()
-        self._run = asked.run
+        # `run` loads the kernel, so that it has a `function`.
+        self._run, self._function, self._metadata = asked.run, asked.function, asked.packed_metadata
         self._compiled = asked
 
 
@@ -143,15 +144,34 @@ def _stages_hook() -> Any:
     return getattr(_HOOKS, "add_stages_inspection_hook", None)
 
 
-def _picker(argument: Any, places: Callable[[Any], int], named: bool) -> Callable[[list[Any]], Any]:
-    """What takes an argument from a call's values. Only Triton's compiler wants tuples `named`."""
-    if not isinstance(argument, tuple) or isinstance(argument, Buffer):
-        return itemgetter(places(argument))
-    make = argument._make if named and hasattr(argument, "_make") else tuple
-    if make is tuple and len(argument) > 1 and not any(_is_tuple(x) for x in argument):
-        return itemgetter(*map(places, argument))
-    inner = [_picker(item, places, named) for item in argument]
+def _placed(argument: Any, places: Callable[[Any], int]) -> Any:
+    """The place of a buffer or a number among a call's values; of tuples the same tuple of places."""
+    if not _is_tuple(argument):
+        return places(argument)
+    return getattr(argument, "_make", tuple)(_placed(item, places) for item in argument)
+
+
+def _picker(place: Any) -> Callable[[list[Any]], Any]:
+    """What takes an argument from a call's values, as Triton's compiler wants it: tuples keep their type."""
+    if not isinstance(place, tuple):
+        return itemgetter(place)
+    make, inner = getattr(place, "_make", tuple), [_picker(item) for item in place]
     return lambda values: make(pick(values) for pick in inner)
+
+
+def _picker_of_all(places: Sequence[Any]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What takes all arguments from a call's values, as a compiled kernel wants them, in plain tuples.
+
+    One expression of Python: for the largest launch, 83 values in twelve tuples, 0.8 us, where nested pickers take 8.5.
+    """
+
+    def expression(place: Any) -> str:
+        if isinstance(place, tuple):
+            return f"({''.join(f'{expression(item)}, ' for item in place)})"
+        return f"values[{place}]"
+
+    picker: Callable[[list[Any]], tuple[Any, ...]] = eval(f"lambda values: {expression(tuple(places))}")
+    return picker
 
 
 def _is_tuple(argument: Any) -> bool:
@@ -224,6 +244,9 @@ class Plan:
             self._numbers.append(what)
             return count + len(self._numbers) - 1
 
+        self._ready = False
+        # One byte as often as the scratch has some, on the plan's device: `empty_like` takes 1 us, `new_empty` 2.5.
+        self._byte: Tensor | None = None
         self.launches = [Launch(kernel, grid, args, place, constants) for kernel, grid, args, constants in launches]
 
     @property
@@ -243,15 +266,11 @@ class Plan:
             ValueError: another tensor's address is not a multiple of 16, or `saved` is elsewhere.
         """
         addresses: list[Any] = list(map(Tensor.data_ptr, given))
-        for i, address in enumerate(addresses):
-            if address % ALIGNMENT:
-                if i >= inputs:
-                    raise ValueError(f"tensor {i} of a plan is at address {address:#x}, no multiple of {ALIGNMENT}")
-                given[i] = aligned(given[i])
-                addresses[i] = given[i].data_ptr()
+        if reduce(or_, addresses) % ALIGNMENT:
+            _align(given, addresses, inputs)
         if saved is not None and (saved.device != given[0].device or saved.data_ptr() % ALIGNMENT):
             raise ValueError(f"what was saved is on {saved.device} at {saved.data_ptr():#x}; see `aligned`")
-        scratch = _scratch(given[0], self.scratch_bytes) if self.scratch_bytes else None
+        scratch = self._scratch(given[0]) if self.scratch_bytes else None
         if _INTERPRETED:
             values = self._views(given, saved, scratch)
             for launch in self.launches:
@@ -259,7 +278,10 @@ class Plan:
             return
         active = drivers.active
         stream = active.get_current_stream(active.get_current_device())
-        ready = all(launch.ready for launch in self.launches) or self._compile(given, saved, scratch)
+        ready = self._ready
+        if not ready:
+            ready = all(launch.ready for launch in self.launches) or self._compile(given, saved, scratch)
+            self._ready = ready
         if getattr(active, "takes_tensors", False) or not ready:
             addresses = self._views(given, saved, scratch)
         else:
@@ -280,6 +302,12 @@ class Plan:
             launch.keep()
         return all(launch.ready for launch in new)
 
+    def _scratch(self, like: Tensor) -> Tensor:
+        """The scratch of a call, on the tensor's device."""
+        if self._byte is None:
+            self._byte = like.new_empty(1, dtype=torch.uint8).expand(self.scratch_bytes)
+        return torch.empty_like(self._byte, memory_format=torch.contiguous_format)
+
     def _views(self, given: list[Tensor], saved: Tensor | None, scratch: Tensor | None) -> list[Any]:
         """The call's tensors and numbers: for Triton's compiler, its interpreter, and whoever looks at launches."""
         values: list[Any] = list(given)
@@ -292,15 +320,20 @@ class Plan:
         return values + self._numbers
 
 
+def _align(given: list[Tensor], addresses: list[int], inputs: int) -> None:
+    """Copy those of the first, the inputs, whose address is not a multiple of 16; ValueError for another tensor."""
+    for i, address in enumerate(addresses):
+        if address % ALIGNMENT:
+            if i >= inputs:
+                raise ValueError(f"tensor {i} of a plan is at address {address:#x}, no multiple of {ALIGNMENT}")
+            given[i] = aligned(given[i])
+            addresses[i] = given[i].data_ptr()
+
+
 def aligned(x: Tensor) -> Tensor:
     """The tensor, contiguous, at an address that plans take; mostly it is."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % ALIGNMENT else x
-
-
-def _scratch(like: Tensor, size: int) -> Tensor:
-    """So many bytes on the tensor's device."""
-    return like.new_empty(size, dtype=torch.uint8)
 
 
 def _offsets(buffers: list[Buffer]) -> list[tuple[int, Buffer]]:

@@ -96,10 +96,9 @@ def _forward_plan(
 
 
 def launch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, compute: torch.dtype) -> Tensor:
-    """LayerNorm of x [rows, D], contiguous, with at least one row -> the same in the compute dtype."""
-    n = torch.empty_like(x, dtype=compute)
-    rows, dim = x.shape
-    plan = _forward_plan(rows, dim, x.dtype, compute, (weight.dtype, bias.dtype), eps)
+    """LayerNorm of x [..., D], contiguous, with at least one row -> the same in the compute dtype."""
+    n, dim = torch.empty_like(x, dtype=compute), x.shape[-1]
+    plan = _forward_plan(x.numel() // dim, dim, x.dtype, compute, (weight.dtype, bias.dtype), eps)
     plan.run([x, weight.contiguous(), bias.contiguous(), n], inputs=3)
     return n
 
@@ -143,14 +142,15 @@ def launch_norm_backward(
     """Gradients of x (with `grad_y`, the residual's, added if there is one), weight and bias, None where not wanted.
 
     Args:
-        x, dn, grad_y: [rows, D], contiguous, with at least one row.
+        x, dn, grad_y: [..., D], contiguous, with at least one row.
         weight, bias: [D].
         eps: of forward.
         wanted: for x, weight and bias.
     """
-    (rows, dim), train = x.shape, any(wanted[1:])
+    dim, train = x.shape[-1], any(wanted[1:])
     residual = None if grad_y is None else grad_y.dtype
-    plan = _backward_plan(rows, dim, _Kind(x.dtype, dn.dtype, residual, weight.dtype, bias.dtype, eps, wanted))
+    kind = _Kind(x.dtype, dn.dtype, residual, weight.dtype, bias.dtype, eps, wanted)
+    plan = _backward_plan(x.numel() // dim, dim, kind)
     read = [x, dn, weight.contiguous()] + ([] if grad_y is None else [grad_y])
     grads = [
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cast_kernels.problem import ProjectionParameters
-from cast_kernels.triton.common import cast_fields, exactly, on_device
+from cast_kernels.triton.common import cast_fields, exactly, norms, on_device
 
 
 def forward(x: Tensor, p: ProjectionParameters, eps: float, compute: torch.dtype) -> Tensor:
     """LayerNorm(x) Wqkv^T + bqkv.
 
     Args:
-        x: [rows, D], any strides.
+        x: [..., D], any strides.
         p: weights in any floating dtype.
         eps: LayerNorm epsilon.
         compute: dtype of the product.
@@ -31,13 +31,11 @@ def forward(x: Tensor, p: ProjectionParameters, eps: float, compute: torch.dtype
     Returns:
         [rows, 3 D] in the compute dtype.
     """
-    from cast_kernels.triton.norm import launch_norm
-
-    if not x.shape[0]:
+    if not x.numel():
         return x.new_empty((0, p.qkv_weight.shape[0]), dtype=compute)
-    with on_device(x), exactly(x):
+    with on_device(x), exactly():
         p = cast_fields(p, ("qkv_weight",) if p.qkv_bias is None else ("qkv_weight", "qkv_bias"), compute)
-        n = launch_norm(x.contiguous(), p.norm_weight, p.norm_bias, eps, compute)
+        n = norms().launch_norm(x.contiguous(), p.norm_weight, p.norm_bias, eps, compute).view(-1, x.shape[-1])
         return F.linear(n, p.qkv_weight, p.qkv_bias)
 
 
@@ -54,21 +52,19 @@ def backward(
     Args:
         x, p, eps: of :func:`forward`.
         grads: [rows, width] each, in the compute dtype: one behind the other the gradient of what forward returned.
-        grad_residual: [rows, D], what reaches x on another way, or None.
+        grad_residual: [..., D], what reaches x on another way, or None.
         wanted: for x and each field of the parameters, whether to compute it.
     """
-    from cast_kernels.triton.norm import launch_norm, launch_norm_backward
-
-    if not x.shape[0]:
+    if not x.numel():
         return [
             torch.zeros_like(t) if want and t is not None else None for t, want in zip((x, *p), wanted, strict=True)
         ]
     compute, found = grads[0].dtype, list[Tensor | None]([None] * 5)
-    with on_device(x), exactly(x):
+    with on_device(x), exactly():
         x = x.contiguous()
         if any(wanted[:3]):
             dn = _input_gradient(grads, cast_fields(p, ("qkv_weight",), compute).qkv_weight)
-            found[:3] = launch_norm_backward(
+            found[:3] = norms().launch_norm_backward(
                 x,
                 dn,
                 None if grad_residual is None else grad_residual.contiguous(),
@@ -78,7 +74,7 @@ def backward(
                 tuple(wanted[:3]),
             )
         if wanted[3]:
-            n = launch_norm(x, p.norm_weight, p.norm_bias, eps, compute)
+            n = norms().launch_norm(x, p.norm_weight, p.norm_bias, eps, compute).view(-1, x.shape[-1])
             found[3] = torch.cat([grad.t() @ n for grad in grads]).to(p.qkv_weight.dtype)
         if wanted[4] and p.qkv_bias is not None:
             found[4] = torch.cat([grad.sum(0, dtype=torch.float32) for grad in grads]).to(p.qkv_bias.dtype)
@@ -87,10 +83,8 @@ def backward(
 
 def _input_gradient(grads: Sequence[Tensor], weight: Tensor) -> Tensor:
     """[g0 | g1 | ...] W without putting the parts side by side."""
-    total, start = None, 0
-    for grad in grads:
-        rows = weight[start : start + grad.shape[1]]
+    total = None
+    for grad, rows in zip(grads, weight.split([grad.shape[1] for grad in grads]), strict=True):
         total = grad @ rows if total is None else total.addmm_(grad, rows)
-        start += grad.shape[1]
     assert total is not None
     return total

@@ -17,28 +17,28 @@ LAYERS = "tests/test_plain.py"
 GLANCE = "tests/test_plain_glance.py"
 EVERYWHERE = "tests/test_plain_everywhere.py"
 
-PROJECTION, PROJECTED = "cast_kernels/ops/_projection.py", "tests/test_projection.py"
+PROJECTION, PROJECTED = "cast_kernels/ops/_around_attention.py", "tests/test_projection.py"
 PRODUCTS, LEVELS = "cast_kernels/triton/projection.py", "cast_kernels/recompute.py"
 RULE, WARM = "tests/test_recompute.py", "tests/test_warm.py"
 
 FAULTS = [
     # --- before attention on a GPU
     fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come",
-          (PRODUCTS, "        start += grad.shape[1]\n", "")),
+          (PRODUCTS, "weight.split([grad.shape[1] for grad in grads])", "[weight[: grads[0].shape[1]]] * len(grads)")),
     fault("the gradient of the residual is lost before attention", f"{PROJECTED} -k in_emulation",
           (PRODUCTS, "None if grad_residual is None else grad_residual.contiguous()", "None")),
     fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come",
           (PRODUCTS, "total.addmm_(grad, rows)", "total")),
     fault("gradients of what is frozen before attention", f"{PROJECTED} -k nobody_wants",
-          (PROJECTION, "wanted = x.shape[-1], list(ctx.needs_input_grad[:5])", "wanted = x.shape[-1], [True] * 5"),
+          (PROJECTION, "wanted = kept[0], list(ctx.needs_input_grad[4:])", "wanted = kept[0], [True] * 5"),
           (PROJECTION, "given = [grad if want else None for grad, want in zip(found, wanted, strict=True)]",
            "given = list(found)")),
     fault("gradients stacked before attention", f"{PROJECTED} -k keeps_its_layout",
           (PROJECTION, "if torch.compiler.is_compiling() or torch", "if True or torch")),
     fault("frozen weights cast twice a step", f"{PROJECTED} -k cast_once",
-          ("cast_kernels/ops/_casts.py", "problem.recompute is not Recompute.NOTHING", "True")),
+          ("cast_kernels/ops/_casts.py", "problem.recompute is Recompute.ALL", "True")),
     fault("a trained weight is taken for a frozen one", f"{PROJECTED} -k keeps_its_gradient",
-          ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad]", "if t is not None]")),
+          ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad and", "if t is not None and")),
     # --- what is kept, and the first call
     fault("everything kept whatever it takes", RULE,
           (LEVELS, "if kept(problem) <= allowed(device) else", "if True else")),
@@ -115,7 +115,7 @@ FAULTS = [
     fault("every call goes through the dispatcher", CHECKED,
           (OPERATOR, "found = Checked(call, kernels,", "found = Checked(call, None,")),
     fault("every gradient goes through the dispatcher", CHECKED,
-          (OPERATOR, "if checked is not None and _straight_back", "if False and _straight_back")),
+          (OPERATOR, "if checked is not None and straight_back", "if False and straight_back")),
     # --- layers that must be called
     fault("a replaced layer's weight is read", LAYERS,
           (PLAIN, "reading is None or kind.forward is not reading.forward", "reading is None")),
