@@ -23,11 +23,11 @@ RULE, WARM = "tests/test_recompute.py", "tests/test_warm.py"
 
 FAULTS = [
     # --- before attention on a GPU
-    fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come",
+    fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come[False-x]",
           (PRODUCTS, "        start += grad.shape[1]\n", "")),
     fault("the gradient of the residual is lost before attention", f"{PROJECTED} -k in_emulation",
           (PRODUCTS, "None if grad_residual is None else grad_residual.contiguous()", "None")),
-    fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come",
+    fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come[False-x]",
           (PRODUCTS, "total.addmm_(grad, rows)", "total")),
     fault("gradients of what is frozen before attention", f"{PROJECTED} -k nobody_wants",
           (PROJECTION, "wanted = x.shape[-1], list(ctx.needs_input_grad[:5])", "wanted = x.shape[-1], [True] * 5"),
