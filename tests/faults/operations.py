@@ -36,7 +36,7 @@ FAULTS = [
     fault("gradients stacked before attention", f"{PROJECTED} -k keeps_its_layout",
           (PROJECTION, "if torch.compiler.is_compiling() or torch", "if True or torch")),
     fault("frozen weights cast twice a step", f"{PROJECTED} -k cast_once",
-          ("cast_kernels/ops/_casts.py", "problem.recompute is not Recompute.NOTHING", "True")),
+          ("cast_kernels/ops/_casts.py", "problem.recompute is Recompute.ALL", "True")),
     fault("a trained weight is taken for a frozen one", f"{PROJECTED} -k keeps_its_gradient",
           ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad]", "if t is not None]")),
     # --- what is kept, and the first call
