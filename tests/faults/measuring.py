@@ -6,6 +6,7 @@ from faults.base import fault
 
 TIMER, TIMER_TEST = "cast_kernels/gpu/timing.py", "tests/test_timing.py"
 COMPARE, BENCHMARKS_TEST = "benchmarks/compare.py", "tests/test_benchmarks.py"
+TABLES_TEST = "tests/test_benchmark_tables.py"
 SESSION, REHEARSAL_TEST = "benchmarks/session.py", "tests/test_rehearsal.py"
 
 FAULTS = [
@@ -14,28 +15,28 @@ FAULTS = [
           (TIMER, "Spread.of([base / other for base, other in zip(baseline, others, strict=True)])",
            "Spread.of([statistics.median(baseline) / other for other in others])")),
     fault("rows are timed one behind the other", TIMER_TEST,
-          (TIMER, "    for _ in range(rounds - slow):\n        for name, step in steps.items():\n"
-                  "            seen[name].append(elapsed(step, repeats[name]))\n",
-           "    for name, step in steps.items():\n        for _ in range(rounds - slow):\n"
-           "            seen[name].append(elapsed(step, repeats[name]))\n")),
+          (TIMER, "    seen = [first] * slow + [one_of_each(repeats) for _ in range(rounds - slow)]\n",
+           "    rest = {name: [elapsed(steps[name], repeats[name]) for _ in range(rounds - slow)] for name in steps}\n"
+           "    seen = [first] * slow + [{name: rest[name][i] for name in rest} for i in range(rounds - slow)]\n")),
     fault("a cold cache is warm", TIMER_TEST, (TIMER, "        machine.flush_cache()\n", "")),
     fault("a wrong row has a speed-up", f"{BENCHMARKS_TEST} -k speedup",
           (COMPARE, 'if baseline in seen and row.get("correct", True):', "if baseline in seen:")),
     fault("a row that raises ends its group", f"{BENCHMARKS_TEST} -k raises",
-          (COMPARE, "        traceback.print_exc()\n        return error\n", "        raise\n")),
-    fault("a figure without its spread", f"{BENCHMARKS_TEST} -k spread",
+          (COMPARE, "        except Exception as error:\n            self.lose(",
+           "        except Unavailable as error:\n            self.lose(")),
+    fault("a figure without its spread", f"{TABLES_TEST} -k spread",
           ("cast_kernels/gpu/rows.py", 'return f"{form.format(row[key])} ({low}..{high})"',
            "return form.format(row[key])")),
-    fault("a stand-in's time is shown", f"{BENCHMARKS_TEST} -k spread",
+    fault("a stand-in's time is shown", f"{TABLES_TEST} -k spread",
           ("cast_kernels/gpu/rows.py", 'if "stand_in" in row:\n            line', "if not row:\n            line")),
-    fault("another GPU's prediction", f"{BENCHMARKS_TEST} -k prediction",
+    fault("another GPU's prediction", f"{TABLES_TEST} -k prediction",
           ("benchmarks/prediction.py", 'found["constants"]["multiprocessors"] == gpu["multiprocessors"]', "found")),
     fault("a resumed run measures again", f"{REHEARSAL_TEST} -k resumed",
-          (SESSION, "        if known:\n", "        if known and False:\n")),
+          (SESSION, "dict(self.report.known(group.title)) if self.resume else {}", "{}")),
     fault("a group is begun after its time", f"{REHEARSAL_TEST} -k without_time",
           (SESSION, "if self.seconds_left() < LEAST_SECONDS", "if self.seconds_left() < -1e9")),
     fault("a fault is told as a failed row alone", f"{REHEARSAL_TEST} -k after_a_fault",
-          (SESSION, "            self.report.broken = self.broken\n            self.report.save()\n", "")),
+          (SESSION, "            self.report.broken = self.broken\n", "")),
     fault("a fault is a refused tile", "tests/test_tune.py -k fault",
           ("cast_kernels/gpu/tune.py", "                require_usable(machine)  # or", "                # or")),
     fault("equal bits of PyTorch's attention demanded", "tests/test_gpu_check.py -k equal_bits",

@@ -23,11 +23,11 @@ RULE, WARM = "tests/test_recompute.py", "tests/test_warm.py"
 
 FAULTS = [
     # --- before attention on a GPU
-    fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come",
+    fault("three gradients multiplied with the queries' rows", f"{PROJECTED} -k how_they_come[False-x]",
           (PRODUCTS, "weight.split([grad.shape[1] for grad in grads])", "[weight[: grads[0].shape[1]]] * len(grads)")),
     fault("the gradient of the residual is lost before attention", f"{PROJECTED} -k in_emulation",
           (PRODUCTS, "None if grad_residual is None else grad_residual.contiguous()", "None")),
-    fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come",
+    fault("keys' gradients left out of the sum", f"{PROJECTED} -k how_they_come[False-x]",
           (PRODUCTS, "total.addmm_(grad, rows)", "total")),
     fault("gradients of what is frozen before attention", f"{PROJECTED} -k nobody_wants",
           (PROJECTION, "wanted = kept[0], list(ctx.needs_input_grad[4:])", "wanted = kept[0], [True] * 5"),
