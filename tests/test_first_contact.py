@@ -306,8 +306,8 @@ def test_kernels_are_compiled_ahead_for_the_gpu_that_is_there() -> None:
 
 
 def test_stages_can_be_chosen(tmp_path: Path) -> None:
-    """The machine's own commands need no GPU."""
-    assert main([str(tmp_path), "--minutes", "2", "--stages", "machine"]) == RIGHT
+    """The machine's own commands need no GPU, and on a busy machine more than some seconds."""
+    assert main([str(tmp_path), "--minutes", "16", "--stages", "machine"]) == RIGHT
     assert sorted(path.name for path in tmp_path.iterdir()) == ["machine.txt", "summary.md"]
     assert "$ lscpu" in (tmp_path / "machine.txt").read_text()
 
