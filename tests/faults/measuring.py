@@ -36,11 +36,11 @@ FAULTS = [
     fault("a group is begun after its time", f"{REHEARSAL_TEST} -k without_time",
           (SESSION, "if self.seconds_left() < LEAST_SECONDS", "if self.seconds_left() < -1e9")),
     fault("a fault is told as a failed row alone", f"{REHEARSAL_TEST} -k after_a_fault",
-          (SESSION, "            self.report.broken = self.broken\n", "")),
+          (SESSION, "self.broken = self.report.broken = str(error)", "self.broken = str(error)")),
     fault("a fault is a refused tile", "tests/test_tune.py -k fault",
           ("cast_kernels/gpu/tune.py", "                require_usable(machine)  # or", "                # or")),
     fault("equal bits of PyTorch's attention demanded", "tests/test_gpu_check.py -k equal_bits",
           ("cast_kernels/gpu/check.py", 'return backend != "cpu" and isinstance', "return False and isinstance")),
-    fault("a row that failed passes", "tests/test_gpu_check.py -k raises_or_is_wrong",
+    fault("a row that failed passes", "tests/test_gpu_check.py -k what_a_row_means",
           ("cast_kernels/gpu/check.py", 'any("failed" in row for _, row in rows)', "any(())")),
 ]  # fmt: skip
