@@ -260,6 +260,20 @@ def test_the_summary_marks_what_is_emulated_and_says_what_broke() -> None:
     assert status([Found("a", "about a", broken=True)], []) == WRONG
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        Found("a", "about a", ended="5 s are left"),
+        Found("a", "about a", planned=["one", "two"], begun=["one"]),
+        Found("a", "about a", rows=[{"row": "one", "ok": None, "late": True}]),
+    ],
+)
+def test_rows_that_were_not_begun_are_not_done(found: Found) -> None:
+    assert found.late
+    assert status([found], []) == INCOMPLETE
+    assert not Found("a", "about a", planned=["one"], begun=["one"], rows=[{"row": "one", "ok": True}]).late
+
+
 def test_what_comes_back_is_within_the_limits() -> None:
     """At most 8 files, no folders, names of plain characters."""
     every = [stage for wave in stages(emulated=False) for stage in wave]

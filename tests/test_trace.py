@@ -84,6 +84,7 @@ def test_a_loop_that_depends_on_data_is_refused() -> None:
         ("add.s32", ("7", "%minus"), 4), ("shr.s32", ("%minus", "1"), -2), ("shr.u32", ("%minus", "31"), 1),
         ("div.s32", ("%minus", "2"), -1), ("rem.s32", ("%minus", "2"), -1), ("mul.wide.s32", ("%minus", "2"), -6),
         ("mul.hi.u32", ("%minus", "2"), 1), ("cvt.u64.u32", ("%minus",), (1 << 32) - 3), ("shl.b32", ("1", "32"), 0),
+        ("mul.hi.u32", ("2", "-3"), 1),
         ("setp.lt.u32", ("%minus", "5"), 0), ("setp.lt.s32", ("%minus", "5"), 1), ("selp.b32", ("1", "2", "%p"), 2),
         ("mad.lo.s32", ("2", "3", "%minus"), 3), ("min.s32", ("%minus", "0x5"), -3), ("not.b32", ("0",), 0xFFFFFFFF),
         ("add.f32", ("0f3F800000", "0f3F800000"), None), ("add.s32", ("7", "%never_written"), None),

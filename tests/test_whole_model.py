@@ -23,11 +23,14 @@ from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS
 from cast_kernels.evidence.devices import device
 from cast_kernels.evidence.eager_model import Ledger, Operation
-from cast_kernels.evidence.host import TINY
 from cast_kernels.evidence.model import Prediction
 from cast_kernels.evidence.parts import STREAMS, Model, parts
 from cast_kernels.evidence.unrun import Unrun
 
+#: A model of which every part is there and nothing takes time.
+TINY = Model(
+    batch=1, depth=2, frames=2, grid=2, patch=8, dim=64, heads=2, hidden=64, adapter=16, bottleneck=32, verbs=2, nouns=2
+)
 PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions/model"
 H100 = device("H100")
 
@@ -225,6 +228,6 @@ def test_streams_and_kinds_have_the_names_of_the_command_line() -> None:
     assert KINDS["amp16"].streams == STREAMS["bf16"]
 
 
-def test_what_is_measured_on_the_host_is_positive(tmp_path: Path) -> None:
-    measured = host.measure(tmp_path, repeats=1)
-    assert 0 < measured.operator < measured.triton
+def test_what_is_measured_on_the_host_is_as_stated() -> None:
+    """Within a factor of ten: machines differ, and other work is on them."""
+    assert host.OPERATOR / 10 < host.measure(repeats=3) < host.OPERATOR * 10

@@ -96,7 +96,7 @@ def _read(operand: str, registers: Mapping[str, Value], kind: str) -> Value:
         value = registers.get(operand)
         return None if value is None else _wrap(value, kind)
     try:
-        return int(operand.rstrip("U"), 0)
+        return _wrap(int(operand.rstrip("U"), 0), kind)  # a u32's literal may have a minus
     except ValueError:  # a float, or the address of shared memory
         return None
 

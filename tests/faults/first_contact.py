@@ -45,8 +45,7 @@ FAULTS: list[Fault] = [
     ),
     fault(
         "first contact: rows that were not begun count as done",
-        _TESTS + "leaves_rows_out",
-        (_RUNNING, 'return self._finish(OUT_OF_TIME if self.found.missing else "")', 'return self._finish("")'),
+        _TESTS + "not_begun_are_not_done",
         (_RUNNING, 'bool(self.ended or self.missing or any(row.get("late") for row in self.rows))', "bool(self.ended)"),
     ),
     fault(
