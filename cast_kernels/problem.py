@@ -165,6 +165,11 @@ class FFNParameters(NamedTuple):
     up_weight: Tensor | None = None  # [D, A]
     up_bias: Tensor | None = None  # [D]
 
+    @property
+    def adapter(self) -> AdapterParameters:
+        """The adapter's own."""
+        return AdapterParameters(self.down_weight, self.down_bias, self.up_weight, self.up_bias)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class FFNProblem(_Arithmetic):
@@ -198,6 +203,16 @@ class SelfAttentionParameters(NamedTuple):
     down_bias: Tensor | None = None  # [A]
     up_weight: Tensor | None = None  # [D, A]
     up_bias: Tensor | None = None  # [D]
+
+    @property
+    def before(self) -> ProjectionParameters:
+        """What stands before attention."""
+        return ProjectionParameters(self.norm_weight, self.norm_bias, self.qkv_weight, self.qkv_bias)
+
+    @property
+    def adapter(self) -> AdapterParameters:
+        """The adapter's own."""
+        return AdapterParameters(self.down_weight, self.down_bias, self.up_weight, self.up_bias)  # type: ignore[arg-type]
 
 
 class ProjectionParameters(NamedTuple):

@@ -61,15 +61,14 @@ def self_attention(checked: Checked, x: Tensor, p: SelfAttentionParameters, eps:
     name = attention.select(problem)
     layout, straight = attention.layout(name), checked.kernels is not None and not watched()
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        heads, residual = _as_heads(_run(x, *p[:4], eps, problem.compute), problem, layout), x
+        heads, residual = _as_heads(_run(x, *p.before, eps, problem.compute), problem, layout), x
     else:
-        *heads, residual = _Before.apply(checked, straight, layout, eps, x, *p[:4])  # type: ignore[attr-defined]
+        *heads, residual = _Before.apply(checked, straight, layout, eps, x, *p.before)  # type: ignore[attr-defined]
     mixed = attention.attend_as(name, layout, heads)
     if straight:
-        return _Behind.apply(checked, layout, mixed, residual, *p[4:])  # type: ignore[attr-defined]
+        return _Behind.apply(checked, layout, mixed, residual, p.proj_weight, p.proj_bias, *p.adapter)  # type: ignore[attr-defined]
     a = F.linear(_in_rows(mixed, layout).view(x.shape), p.proj_weight, p.proj_bias)
-    own = AdapterParameters(*p[6:])  # type: ignore[arg-type]
-    return adapters.adapter(a, own, residual=residual, skip=True, recompute=problem.recompute, backend="triton")
+    return adapters.adapter(a, p.adapter, residual=residual, skip=True, recompute=problem.recompute, backend="triton")
 
 
 def behind(checked: Checked) -> Checked:

@@ -127,7 +127,7 @@ def _check_parameters(dim: int, p: FFNParameters) -> None:
     shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "fc1_bias": (hidden,), "fc2_weight": (dim, hidden)}
     for name, shape in (shapes | {"fc2_bias": (dim,)}).items():
         check_shape(name, getattr(p, name), shape)
-    check_adapter({name: getattr(p, name) for name in FFNParameters._fields[6:]}, dim)
+    check_adapter(p.adapter._asdict(), dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
         shapes["qkv_bias"] = (3 * dim,)
     for name, shape in shapes.items():
         check_shape(name, getattr(p, name), shape)
-    check_adapter({name: getattr(p, name) for name in SelfAttentionParameters._fields[6:]}, dim)
+    check_adapter(p.adapter._asdict(), dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cast_kernels.problem import AdapterParameters, FFNParameters, FFNProblem, Recompute, Verdict
+from cast_kernels.problem import FFNParameters, FFNProblem, Recompute, Verdict
 from cast_kernels.triton import adapter
 from cast_kernels.triton.common import (
     WIDEST_STREAM,
@@ -62,10 +62,6 @@ def _kept(problem: FFNProblem, saved: Tensor) -> tuple[Tensor | None, Tensor | N
     )
 
 
-def _adapter(p: FFNParameters) -> AdapterParameters:
-    return AdapterParameters(*p[6:])  # type: ignore[arg-type]
-
-
 def forward(
     problem: FFNProblem,
     x: Tensor,
@@ -100,7 +96,7 @@ def forward(
             h = torch.addmm(w.fc1_bias, n, w.fc1_weight.t(), out=hidden)
             active = activations().launch_activate(h, problem.activation, in_place=hidden is None)
             branch = torch.addmm(w.fc2_bias, active, w.fc2_weight.t())
-            adapter.launch_forward(problem, n, x, branch, y, narrow, _adapter(p), row_scale, adapter_scale)
+            adapter.launch_forward(problem, n, x, branch, y, narrow, p.adapter, row_scale, adapter_scale)
     return y, saved
 
 
@@ -141,7 +137,7 @@ def backward(
         n = norms().launch_norm(x, p.norm_weight, p.norm_bias, eps, problem.compute).view(problem.rows, -1)
         dn, ffn_grads = _ffn_backward(problem, n, hidden, grad, p, w, through, wanted[3:7])
         adapter_grads = adapter.launch_backward(
-            problem, grad, n, narrow, dn, dn, _adapter(p), row_scale, adapter_scale, wanted[7:]
+            problem, grad, n, narrow, dn, dn, p.adapter, row_scale, adapter_scale, wanted[7:]
         )  # the sum of both gradients of n lies in dn now
         norm_grads: list[Tensor | None] = [None] * 3
         if dn is not None:
