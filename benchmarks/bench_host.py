@@ -34,7 +34,7 @@ BASE = "7dd7dae"
 LAUNCH_US = 2.5
 #: Interleaved samples of each tree, and steps of a sample.
 SAMPLES = 7
-STEPS = {"B-CAST forward": 200, "B-CAST forward, AMP": 200, "CAST-B training step, AMP": 3}
+STEPS = {"B-CAST forward": 800, "B-CAST forward, AMP": 800, "CAST-B training step, AMP": 9}
 #: Memory that a step frees is kept for the next, as PyTorch's allocator on a GPU does.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
@@ -107,7 +107,7 @@ def rows(pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
 def measure(work: str, ours: Callable[[str], dict[str, float]], base: Callable[[str], dict[str, float]] | None,
             eager: dict[str, float]) -> dict[str, Any]:  # fmt: skip
     """A row: the fastest and the slowest sample of this tree, the median of the paired ratios and their range."""
-    line = f"{work} {STEPS.get(work, 60)}"
+    line = f"{work} {STEPS.get(work, 200)}"
     pairs = []
     for _ in range(SAMPLES):
         mine = ours(line)

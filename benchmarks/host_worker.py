@@ -42,12 +42,13 @@ def exchange(backend: str, autocast: bool, backward: bool) -> Step:
     module = cast_kernels.BCAST(**EXCHANGE, backend=backend).to(dtype)
     frames, patches, dim = EXCHANGE["num_frames"], EXCHANGE["num_patches"], EXCHANGE["dim"]
     streams = [torch.randn(1, frames, patches + cls, dim).to(dtype).requires_grad_(backward) for cls in (1, 0)]
+    grads = [torch.randn_like(x, requires_grad=False) for x in streams]
     leaves = [*streams, *module.parameters()]
 
     def step() -> object:
         with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             outputs = module(*streams)
-        return torch.autograd.grad(outputs, leaves, streams) if backward else outputs
+        return torch.autograd.grad(outputs, leaves, grads) if backward else outputs
 
     return step
 
