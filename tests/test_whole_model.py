@@ -205,7 +205,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     folder = tmp_path / "model"
     arguments = ["predict", "--model", "--device", "H100", "--batch", "1", "--streams", "bf16", "--folder", str(folder)]
     assert main(arguments) == 0
-    assert "no kernel of ours has been timed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no kernel of ours has been timed" in printed
+    assert "training" in printed
+    assert "…" not in printed  # no word is cut short
     found = json.loads((folder / "h100.json").read_text())
     assert [way["way"] for way in found["ways"]] == list(report.WAYS)
     assert found["command"] == "cast-kernels predict --model --recompute nothing --streams bf16 --folder"

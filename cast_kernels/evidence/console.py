@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 
 #: Columns of a table that goes to a file or a log, where nobody can widen the window.
-_WIDTH = 180
+_WIDTH = 200
 
 
 def wide_console() -> Console:

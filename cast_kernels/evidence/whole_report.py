@@ -60,9 +60,12 @@ def cells(group: Mapping[str, Found]) -> tuple[str, ...]:
 
 def summary(ways: Iterable[Found]) -> Table:
     """Totals for people."""
-    table = Table(*_COLUMNS, title=f"milliseconds, +-{UNCERTAINTY:.0%}; {LABEL}", title_justify="left")
-    for group in grouped(ways):
-        table.add_row(*cells(group))
+    table = Table(title=f"milliseconds, +-{UNCERTAINTY:.0%}; {LABEL}", title_justify="left")
+    rows = [cells(group) for group in grouped(ways)]
+    for name, *column in zip(_COLUMNS, *rows, strict=True):  # no word is cut short
+        table.add_column(name, min_width=max(map(len, " ".join((name, *column)).split())))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
