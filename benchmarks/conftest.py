@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from report import RESULTS, Report, RowsError, replay
 from session import Session, device_of
 from variants import is_ours
 
+from cast_kernels.cli import minutes
+
 _KEY = pytest.StashKey[Session]()
 
 
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="whose rows are measured; auto: the GPU's where there is one")  # fmt: skip
     group.addoption("--tier", choices=("first", "full"), default="first",
                     help="on a GPU: the rows of most worth (first, at most 60), or all")  # fmt: skip
-    group.addoption("--minutes", type=_minutes, default=float("inf"), metavar="M",
+    group.addoption("--minutes", type=minutes, default=float("inf"), metavar="M",
                     help="begin no group of rows once so many minutes have passed")  # fmt: skip
     group.addoption("--rows", type=Path, default=RESULTS, metavar="FILE",
                     help=f"where rows are kept as they come, as JSON ({RESULTS})")  # fmt: skip
@@ -44,17 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
     except RowsError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[_KEY] = session
-
-
-def _minutes(text: str) -> float:
-    """An option's value: so many minutes, more than none."""
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not minutes > 0:
-        raise ArgumentTypeError(f"{text!r} is not a number above zero")
-    return minutes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -154,7 +154,7 @@ def _gpu_check_options(parser: ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="report as Markdown (gpu-check-NAME.md)")
     parser.add_argument("--quick", action="store_true", help="one problem, and at most five minutes of benchmarks")
     parser.add_argument("--tier", choices=TIERS, help="of the benchmarks: the rows of most worth (first), or all")
-    parser.add_argument("--minutes", type=_minutes, metavar="M", help="begin no group of benchmarks after so many")
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="begin no group of benchmarks after so many")
 
 
 def _gpu_check(options: Namespace) -> int:
@@ -184,7 +184,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
     """Minutes, more than none, as an option's value."""
     try:
         minutes = float(text)

@@ -149,6 +149,6 @@ if __name__ == "__main__":
     print(json.dumps({f"{mode} {backend}": distances(mode, backend) for mode in MODES for backend in BACKENDS}))
     dist.destroy_process_group()
     # FSDP keeps the group's threads alive. One that asks for the GIL while the interpreter ends aborts the process:
-    # seen once in about 30 runs. What this process found is printed, so it leaves without an end of the interpreter.
+    # seen once. What this process found is printed, so it leaves without an end of the interpreter.
     sys.stdout.flush()
     os._exit(0)

@@ -277,6 +277,18 @@ def changed(**fields: torch.Tensor | None) -> SelfAttentionParameters:
 
 BAD_CALLS = {
     "rank": (lambda: (torch.ones(2, 3, 4, 40), changed()), {}, ValueError, r"\(2, 3, 4, 40\).*\[batch, tokens, D\]"),
+    "rank beside dims": (
+        lambda: (torch.ones(2, 3, 40), changed()),
+        {"dims": (2, 1)},
+        ValueError,
+        r"\(2, 3, 40\).*dims=\(2, 1\) of 4 dimensions: 2 for batch, 1 for tokens",
+    ),
+    "no tokens in dims": (
+        lambda: (torch.ones(2, 3, 40), changed()),
+        {"dims": (2, 0)},
+        ValueError,
+        r"dims is \(2, 0\); it must be two numbers from 1 on",
+    ),
     "no tokens": (lambda: (torch.ones(2, 0, 40), changed()), {}, ValueError, "at least one token"),
     "heads": (lambda: (Case().x(), changed()), {"num_heads": 7}, ValueError, "num_heads is 7; it must divide.*40"),
     "recompute": (lambda: (Case().x(), changed()), {"recompute": "some"}, ValueError, "'nothing', 'cheap', 'all'"),

@@ -114,10 +114,13 @@ def pose(
     """
     check_tensors({"x": x})
     check_parameters(parameters, SelfAttentionParameters)
-    if len(dims) != 2 or min(dims) < 1 or x.ndim != sum(dims) + 1:
+    if len(dims) != 2 or min(dims) < 1:
+        raise ValueError(f"dims is {dims}; it must be two numbers from 1 on, of dimensions for batch and for tokens")
+    if x.ndim != sum(dims) + 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; it must be [batch, tokens, D] with {dims} dimensions for batch and tokens; "
-            "`dims` says otherwise"
+            f"x has shape {tuple(x.shape)}; it must be [batch, tokens, D], with dims={dims} of {sum(dims) + 1} "
+            f"dimensions: {dims[0]} for batch, {dims[1]} for tokens, one for channels (flatten it, or let `dims` say "
+            "which attend together)"
         )
     batch, tokens, dim = math.prod(x.shape[: dims[0]]), math.prod(x.shape[dims[0] : -1]), x.shape[-1]
     if tokens < 1 or dim < 1:

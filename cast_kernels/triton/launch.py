@@ -1,8 +1,8 @@
 """Launches of compiled kernels without what Triton does again at every call, and the plans that they belong to.
 
 Triton binds and classifies all arguments at each launch, 100 to 150 us for kernels with as many as ours. A plan knows
-them: its sizes are constants, its dtypes part of its key, and every address is a multiple of 16. So its first call goes
-through Triton, which compiles; later ones hand the compiled kernel its addresses.
+them: its sizes are constants, its dtypes part of its key, and every address is a multiple of 16. So its first call asks
+Triton for the compiled kernels, and every call hands them their addresses.
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ class Launch:
         """Whether the kernel was compiled, so that a launch takes addresses."""
         return self._compiled is not None
 
+    @property
+    def watched(self) -> bool:
+        """Whether Triton looks at more than the arguments at each launch, so that none may go past it."""
+        return bool(self.kernel.pre_run_hooks or self.kernel.used_global_vals or _stages_hook())
+
     def __call__(self, values: list[Any], stream: int) -> None:
         """Launch on the current device.
 
@@ -119,13 +124,12 @@ class Launch:
         Args:
             values: the call's tensors and numbers.
         """
-        if not (_INTERPRETED or self.kernel.pre_run_hooks or _stages_hook()):
-            self._asked = self.kernel.warmup(*(pick(values) for pick in self._named), grid=self.grid, **self.constants)
+        self._asked = self.kernel.warmup(*(pick(values) for pick in self._named), grid=self.grid, **self.constants)
 
     def keep(self) -> None:
-        """Keep the compiled kernel, unless Triton looks at more than its arguments at each launch."""
+        """Keep the compiled kernel, unless it is `watched`: which globals it reads is known once it is compiled."""
         asked, self._asked = self._asked, None
-        if asked is None or self.kernel.used_global_vals:
+        if asked is None or self.watched:
             return
         if hasattr(asked, "result"):  # it was compiled in another thread
             asked = asked.result()
@@ -292,13 +296,14 @@ class Plan:
 
     def _compile(self, given: list[Tensor], saved: Tensor | None, scratch: Tensor | None) -> bool:
         """Compile what is not ready, side by side, and return whether all is."""
-        values = self._views(given, saved, scratch)
-        new = [launch for launch in self.launches if not launch.ready]
-        here = not getattr(drivers.active, "runs_on_cpu", False)
-        side_by_side([partial(launch.compile, values) for launch in new], here)
-        for launch in new:
-            launch.keep()
-        return all(launch.ready for launch in new)
+        new = [launch for launch in self.launches if not (launch.ready or launch.watched)]
+        if new:
+            values = self._views(given, saved, scratch)
+            here = not getattr(drivers.active, "runs_on_cpu", False)
+            side_by_side([partial(launch.compile, values) for launch in new], here)
+            for launch in new:
+                launch.keep()
+        return all(launch.ready for launch in self.launches)
 
     def _views(self, given: list[Tensor], saved: Tensor | None, scratch: Tensor | None) -> list[Any]:
         """The call's tensors and numbers: for Triton's compiler, its interpreter, and whoever looks at launches."""
