@@ -18,7 +18,7 @@ from cast_kernels.evidence.eager_model import Ledger
 
 _HERE = "on two shared x86-64 cores, 2026-11-29: `python -m cast_kernels.evidence.host`"
 OPERATOR = Constant(3.0, "us an operator, autograd included", f"measured on tensors of one number {_HERE}")
-#: A training step of CAST-B under AMP, with nothing else on the machine: 26.8 ms, less 411 operators, over 658 launches.
+#: A training step of CAST-B under AMP on a machine at rest: 26.8 ms, less 411 operators, over 658 launches.
 TRITON = Constant(
     39.0, "us a launch of ours, Python around it included",
     "measured with launches counted instead of made on two shared x86-64 cores, 2026-11-29: "
