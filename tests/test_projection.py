@@ -320,7 +320,7 @@ def test_batch_and_tokens_may_have_more_dimensions(dims: tuple[int, int], tmp_pa
                 results.append((y.detach().flatten(), stream.grad.flatten()))
     for got, want in (results[:2], results[2:]):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    with pytest.raises(ValueError, match=r"\[batch, tokens, D\] with \(1, 1\) dimensions"):
+    with pytest.raises(ValueError, match=r"must be \[batch, tokens, D\], with dims=\(1, 1\) of 3 dimensions"):
         cast_kernels.self_attention(x, SMALL.parameters(), num_heads=3, eps=1e-5)
 
 
