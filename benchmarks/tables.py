@@ -21,11 +21,8 @@ from cast_kernels.gpu.timing import FEWEST, Spread, speedups
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-#: End of a file's name -> the machine, the newest first. /proc/cpuinfo says "AMD EPYC" of both.
-MACHINES = {
-    "zen4": "2 cores of an AMD EPYC, Zen 4: AVX-512 with bfloat16 products",
-    "zen3": "2 cores of an AMD EPYC, Zen 3: AVX2",
-}
+#: End of a file's name -> the machine, the newest first.
+MACHINES = {"zen3": "2 cores of an AMD EPYC, Zen 3 (family 25, model 1): AVX2"}
 #: Beginning of a file's name -> what it holds, in the order of the document.
 SUBJECTS = {
     "model": "CAST-B/16 whole",
