@@ -13,6 +13,9 @@ from cast_kernels.gpu.rows import Row
 
 _OURS, _THEIRS, _INK, _LINE = "#0b6e99", "#8a8a8a", "#57606a", "#d0d7de"
 
+#: Ticks of the axis, which is logarithmic.
+_NARROW, _WIDE = (0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.7), (1, 1.5, 2, 3, 5, 10, 20, 40)
+
 
 def ours(row: str) -> bool:
     """Whether the row runs our kernels."""
@@ -43,7 +46,7 @@ def speedup_plot(groups: Mapping[str, Mapping[str, Row]], machine: str, path: Pa
     ]
     style = {"svg.fonttype": "none", "svg.hashsalt": "speedups", "font.family": "sans-serif", "font.size": 10}
     with rc_context(style):
-        figure = Figure(figsize=(8.4, 1.2 + 0.36 * len(pairs)), layout="constrained")
+        figure = Figure(figsize=(8.4, 1.1 + 0.29 * len(pairs)), layout="constrained")
         axes = figure.subplots()
         for height, (_, peer, best) in enumerate(reversed(pairs)):
             axes.plot(
@@ -67,17 +70,18 @@ def _point(axes: Any, row: Row, height: int, color: str, marker: str, size: int)
 def _finish(axes: Any, names: list[str], machine: str) -> None:
     axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xscale("log")
-    ticks = [tick for tick in (0.8, 1, 1.2, 1.5, 2, 3, 5, 8, 12, 20) if tick <= 1.2 * axes.get_xlim()[1]]
+    end = 1.25 * axes.get_xlim()[1]
+    ticks = [tick for tick in (_WIDE if end > _WIDE[1] ** 2 else _NARROW) if tick <= end]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(0.8, axes.get_xlim()[1] * 1.25)
+    axes.set_xlim(0.8, end)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.tick_params(colors=_INK, length=0)
     axes.spines[:].set_visible(False)
     axes.plot([], [], "o", color=_OURS, markersize=8, label="cast_kernels, its fastest recompute level")
     axes.plot([], [], "D", color=_THEIRS, markersize=5, label="fastest exact row without us")
-    axes.legend(loc="lower right", frameon=False, labelcolor=_INK, fontsize=9)
+    axes.figure.legend(loc="outside lower right", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
     axes.figure.suptitle(f"Measured speed-up over eager PyTorch. {machine}", x=0.01, ha="left", color=_INK, fontsize=10)
 
 
