@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bcast_cases import CASES, Case, assert_at_most_twice_eager
+from bcast_cases import AWKWARD, CASES, Case, assert_at_most_twice_eager
 from cast_models import SMALL, randomise, set_layer, small_model, small_video
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -300,9 +300,9 @@ def test_explain_and_repr_name_layer_and_reason(capsys: pytest.CaptureFixture[st
     assert "modules" in model.extra_repr()
     assert "cross_t_up is a test_plain.LoRA" in repr(model.blocks[0])
     assert "cannot run the exchange" in model.fuse("cpu").explain()
-    module = Case().module()
+    module = AWKWARD.module()
     module.ln_s_cross.register_full_backward_hook(lambda *_: None)
-    assert "ln_s_cross has a backward hook" in cast_kernels.explain(module, *Case().inputs())
+    assert "ln_s_cross has a backward hook" in cast_kernels.explain(module, *AWKWARD.inputs())
 
 
 def test_a_parametrization_is_read_and_stays_fused() -> None:
@@ -330,9 +330,9 @@ def test_hooks_on_a_block_fire_and_change_no_backend() -> None:
 def test_norms_of_the_exchange_have_their_own_epsilon() -> None:
     """Equal ones reach the op, unequal ones their modules."""
     for s, t in ((1e-2, 1e-2), (1e-2, 1e-1)):
-        module = Case().module(torch.float64)
+        module = AWKWARD.module(torch.float64)
         module.ln_s_cross.eps, module.ln_t_cross.eps = s, t
-        inputs = Case().inputs(torch.float64)
+        inputs = AWKWARD.inputs(torch.float64)
         got = module(*inputs)
         assert bool(module.obstacle()) == (s != t)
         module.ln_s_cross.register_forward_hook(lambda *_: None)
@@ -341,13 +341,13 @@ def test_norms_of_the_exchange_have_their_own_epsilon() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_functional_call_takes_plain_tensors(backend: str) -> None:
-    module = Case().module(backend=backend)
+    module = AWKWARD.module(backend=backend)
     other = {name: (p.detach() * 1.1).clone() for name, p in module.named_parameters()}
-    got = torch.func.functional_call(module, other, Case().inputs())
+    got = torch.func.functional_call(module, other, AWKWARD.inputs())
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(other[name])
-    torch.testing.assert_close(got, module(*Case().inputs()))
+    torch.testing.assert_close(got, module(*AWKWARD.inputs()))
 
 
 def test_dynamic_quantisation_runs_the_quantised_layers() -> None:
@@ -404,7 +404,7 @@ def test_blocks_with_something_around_them_are_found() -> None:
 
 
 def test_positions_that_do_not_fit_are_said_by_modules_too() -> None:
-    module, (spatial, temporal) = Case().module(), Case().inputs()
+    module, (spatial, temporal) = AWKWARD.module(), AWKWARD.inputs()
     module.cross_s_down.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"t2s\.q_pos has shape.*2 frames"):
         module(spatial[:, :2], temporal[:, :2])
