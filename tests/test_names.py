@@ -49,21 +49,11 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 _EXTRA = re.compile(r"(?:cast-kernels|['\" ]\.)\[([a-z,-]+)\]")
 _COMMAND = re.compile(r"(?<![\w./-])cast-kernels ([a-z][a-z-]+)")
 #: Single names in documents that are others': of their packages, files, instructions, or of the mathematics.
-OTHERS = {
-    *(
-        "CHECKPOINT",
-        "_000010_000020",
-        "update_freq",
-        "augreg",
-        "openai",
-        "perf",
-        "TRITON_DEBUG",
-        "vdpbf16ps",
-        "v_mfma_f32",
-    ),
-    *("shared_storage_dqdkdv", "spectral_norm", "Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig"),
-    *("merge_adapter", "unmerge_adapter", "merge_and_unload", "disable_adapter", "f_s", "f_t"),
-}
+OTHERS = """
+    CHECKPOINT _000010_000020 update_freq augreg openai perf TRITON_DEBUG vdpbf16ps v_mfma_f32 spectral_norm f_s f_t
+    shared_storage_dqdkdv Int8DynamicActivationInt8WeightConfig Int8WeightOnlyConfig merge_adapter unmerge_adapter
+    merge_and_unload disable_adapter
+"""
 _NAME = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
 _FILE = re.compile(r"`([\w./*<>-]+\.(?:py|h|cpp|cu|sh))`")
 
@@ -163,7 +153,7 @@ def false_names(text: str) -> list[str]:
     """Single names and files in backticks that no source has. A file may be named from any folder on its way."""
     data = (".csv", ".json", ".jsonl", ".yaml", ".md", ".txt", ".html", ".mp4", ".safetensors", *KINDS)
     names = [name for name in _NAME.findall(text) if not name.endswith(data) and not name.startswith("grad.")]
-    wrong = [name for name in names if not set(name.split(".")) - {""} <= words() | OTHERS]
+    wrong = [name for name in names if not set(name.split(".")) <= words() | set(OTHERS.split())]
     patterns = {found: re.sub(r"<[^>]*>", "*", found) for found in _FILE.findall(text)}
     return wrong + [name for name, pattern in patterns.items() if not fnmatch.filter(_rooted(), f"*/{pattern}")]
 
