@@ -80,7 +80,7 @@ ROOMS = (
         "gpu evidence triton.tiles triton.common cast_kernels",
     ),
     Room("cast_kernels.info", "what was built, what runs here", "cast_kernels _native ops problem gpu.machine"),
-    Room("cast_kernels.cli", "the command `cast-kernels`", "evidence gpu info"),
+    Room("cast_kernels.cli", "the command `cast-kernels`", "evidence gpu info cast_kernels"),
     Room("cast_kernels.__main__", "the same, not installed", "cli"),
     Room("cast.optional", "packages that only some jobs need"),
     Room("cast.files", "files read, and written whole or not at all"),
