@@ -63,19 +63,12 @@ def test_the_page_has_the_rules_as_they_are() -> None:
 
 
 def test_importing_the_package_imports_no_compiler_and_no_kernel() -> None:
-    """Nor does reading a command. They come when something runs or is asked about; Triton comes with PyTorch."""
-    code = "import sys, cast_kernels; from cast_kernels import cli; cli._parser(); print(*sys.modules)"
+    """They come when something runs or is asked about. Triton itself comes with PyTorch's FLOP counter."""
+    code = "import sys, cast_kernels; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert "cast_kernels.ops.bcast" in loaded
     late = ("torch._dynamo", "torch._inductor", "cast_kernels.cpu", "cast_kernels.triton.tiles")
-    late += (
-        "cast_kernels.evidence.driver",
-        "cast_kernels.evidence.compile",
-        "cast_kernels.gpu",
-        "ptx_emulator",
-        "rich",
-    )
     assert [name for name in loaded if any(rooms.covers(part, name) for part in late)] == []
 
 
