@@ -113,7 +113,7 @@ inline BackwardWeights pack_backward(const BackwardCall& call, const StageLayout
   const i64 D = p.dim, d = p.bottleneck;
   const bool bf16 = uses_bf16(p);
   BackwardWeights w{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
     return add_next_pack_job(jobs, weight, at, depth, columns, false, bf16);
   };

@@ -228,7 +228,7 @@ inline void bcast_backward(const BackwardCall& call, float* workspace) {
     both(clips * blocks[0], clips * blocks[1],
          [&](int stream, i64 task, float* own) { backward_input(run, stream, task, own); });
     const SumTasks sums = list_sums(run);
-    parallel_for(sums.tasks, call.threads,
+    parallel_for(sums.tasks(), call.threads,
                  [&](i64 task, int thread) { run_sum(run, sums, task, scratch + thread * plan.scratch); });
   }
   finish_positions(call, plan, weights, position_sums);

@@ -53,7 +53,7 @@ CAST_INLINE i64 self_attention_packed_size(const SelfAttentionProblem& p) {
 // The weights packed from `at` on.
 inline SelfWeights pack_self_attention(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* at,
                                        int threads) {
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
     return add_next_pack_job(jobs, weight, at, depth, columns, true, kHasBf16 && p.bf16);
   };

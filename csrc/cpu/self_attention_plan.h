@@ -74,7 +74,7 @@ inline SelfBackwardWeights pack_self_backward(const SelfAttentionBackward& call,
   const SelfAttentionProblem& p = call.problem;
   const SelfAttentionParameters& w = call.parameters;
   SelfBackwardWeights panels{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns, bool transposed) {
     return add_next_pack_job(jobs, weight, at, depth, columns, transposed, kHasBf16 && p.bf16);
   };
