@@ -50,10 +50,12 @@ class CachedClips:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         root = Path(directory)
-        self.samples = read_compositional(root / f"{split}.csv", root / split)
+        self.samples: list[Sample] = read_compositional(root / f"{split}.csv", root / split)
         self.seed = seed
-        self.labels = {head: torch.tensor([sample.labels[head] for sample in self.samples]) for head in heads}
-        self.pixels = torch.empty(len(self.samples), FRAMES, 3, size, size, dtype=torch.uint8)
+        self.labels: dict[str, Tensor] = {
+            head: torch.tensor([sample.labels[head] for sample in self.samples]) for head in heads
+        }
+        self.pixels: Tensor = torch.empty(len(self.samples), FRAMES, 3, size, size, dtype=torch.uint8)
         transform = view_transform(size, normalise=False)
 
         def decode(job: tuple[int, Sample]) -> None:
@@ -96,8 +98,8 @@ class Stills:
     def __init__(
         self, count: int, size: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        self.pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
-        self.nouns = torch.empty(count, dtype=torch.int64)
+        self.pixels: Tensor = torch.empty(count, 3, size, size, dtype=torch.uint8)
+        self.nouns: Tensor = torch.empty(count, dtype=torch.int64)
         transform = view_transform(size, normalise=False)
         for start in range(0, count, 500):
             drawn = [render_still(seed, index) for index in range(start, min(start + 500, count))]

@@ -64,7 +64,7 @@ class SingleStreams(nn.Module):
         self.body = body
         for name in ("head_verb", "head_noun"):
             body.get_submodule(name).requires_grad_(False)  # not used: each stream has both heads here
-        self.heads = nn.ModuleDict(
+        self.heads: nn.ModuleDict = nn.ModuleDict(
             {f"{stream}_{head}": nn.Linear(config.embed_dim, n) for stream in STREAMS for head, n in HEADS.items()}
         )
 

@@ -91,6 +91,13 @@ class Study:
         config: sizes of the models.
     """
 
+    data: Data
+    root: Path
+    seed: int
+    budget: Budget
+    report: Reporter
+    config: CASTConfig
+
     def __init__(
         self,
         data: Data,

@@ -30,7 +30,7 @@ class EmulationFault(RuntimeError):
 
     def __init__(self, launch: Launch, faults: Iterable[Any]) -> None:
         found = list(faults)
-        self.kinds = tuple(dict.fromkeys(_kind(fault) for fault in found))
+        self.kinds: tuple[str, ...] = tuple(dict.fromkeys(_kind(fault) for fault in found))
         lines = [f"{launch.kernel} on {launch.target.name}, grid {launch.grid}: {', '.join(self.kinds)}"]
         lines += [f"  {fault}" for fault in found[:5]]
         lines += [f"  and {len(found) - 5} more"] if len(found) > 5 else []
@@ -108,7 +108,7 @@ class Emulator:
     enforces_limits = True  # as a GPU would
 
     def __init__(self, ptx: Callable[[Launch], str] = lambda launch: launch.asm["ptx"]) -> None:
-        self.emulator = load_emulator()
+        self.emulator: Any = load_emulator()
         self.runs: dict[str, KernelRuns] = {}
         self._ptx = ptx
         self._parsed: dict[str, Any] = {}

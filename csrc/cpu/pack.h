@@ -82,8 +82,8 @@ inline Panels add_pack_job(PackJobs& list, const float* weight, float* to, i64 d
 }
 
 // The same at `at`, which moves behind the panels.
-inline Panels add_next_pack_job(PackJobs& list, const float* weight, float*& at, i64 depth, i64 columns, bool transposed,
-                                bool bf16) {
+inline Panels add_next_pack_job(PackJobs& list, const float* weight, float*& at, i64 depth, i64 columns,
+                                bool transposed, bool bf16) {
   const Panels packed = add_pack_job(list, weight, at, depth, columns, depth * kTileColumns, transposed, bf16);
   at += packed_size(depth, columns);
   return packed;

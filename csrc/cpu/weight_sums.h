@@ -112,9 +112,8 @@ inline void add_layer_chunk(const BackwardRun& run, const SumJob& job, i64 clip,
   }
   if (job.kind == kSumProj) {
     const float* x = fields[kAttended][job.index];
-    return finish([&](i64 r, i64 c, i64 lanes) {
-      return rows.right[r] < 0 ? vec{} : load_first(x + rows.right[r] + c, lanes);
-    });
+    return finish(
+        [&](i64 r, i64 c, i64 lanes) { return rows.right[r] < 0 ? vec{} : load_first(x + rows.right[r] + c, lanes); });
   }
   const int stream = job.kind == kSumQuery ? job.index : 1 - job.index;
   const auto& direction = run.call.parameters.direction[job.index];
@@ -231,8 +230,9 @@ inline void finish_positions(const BackwardCall& call, const BackwardPlan& plan,
       const i64 rows = window_length(p, a);
       parallel_for(ceil_div(rows, kRowBlock), call.threads, [&](i64 task, int) {
         const i64 first = task * kRowBlock;
-        gemm(rows_at + first * weight.depth, weight.depth, min_of(kRowBlock, rows - first), weight, nullptr,
-             [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(result + (first + row) * d + column, v, lanes); });
+        gemm(
+            rows_at + first * weight.depth, weight.depth, min_of(kRowBlock, rows - first), weight, nullptr,
+            [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(result + (first + row) * d + column, v, lanes); });
       });
     };
     product(sums.query, query, wanted.q_pos);

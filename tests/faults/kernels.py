@@ -58,7 +58,7 @@ FAULTS = [
     fault("value bias taken from the keys", NATIVE,
           (FORWARD, "answers.kv_bias + d, s.slot", "answers.kv_bias, s.slot")),
     fault("space window one key short", NATIVE,
-          (FORWARD, "block.indices, window, hd};", "block.indices, window - (p.window[direction] == kSpace), hd};")),
+          (FORWARD, " window,\n", " window - (p.window[direction] == kSpace),\n")),
     fault("space window shifted by one position", NATIVE,
           (PROBLEM, "== kSpace) return {t, n};", "== kSpace) return {t, (n + 1) % p.patches};")),
     fault("softmax scaled by the head dimension", NATIVE,
