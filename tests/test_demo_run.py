@@ -21,6 +21,7 @@ from cast.demo import main
 from cast.demo.dataset import Sizes
 from cast.demo.models import CONFIG, HEADS, SingleStreams, cast_model, spatial_expert, temporal_expert
 from cast.demo.results import METRICS, summarise
+from cast.demo.scale import Scale
 from cast.demo.scene import NOUNS, VERBS
 from cast.demo.study import MODELS, Budget, Outcome
 from cast.metrics import harmonic_mean
@@ -28,13 +29,14 @@ from cast.training import Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=8, lr=1e-3, warmup=0.5)
 SIZES, BUDGET = Sizes(plain=16, train=132, val=24), Budget(stills=40, spatial=RECIPE, temporal=RECIPE, models=RECIPE)
+SCALE = Scale("tiny", SIZES, BUDGET)
 SMALL = CASTConfig(**CONFIG.to_dict() | {"depth": 2, "embed_dim": 32, "num_heads": 2})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("demo")
-    return out, main(out, 2, SIZES, BUDGET)
+    return out, main(out, 2, scale=SCALE)
 
 
 def test_metrics_have_the_promised_form(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -86,7 +88,7 @@ def test_the_finished_model_names_actions(
 def test_a_second_run_reads_what_the_first_one_finished(finished: tuple[Path, dict[str, Any]]) -> None:
     out, first = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("step-*/*")}
-    again = main(out, 2, SIZES, BUDGET)
+    again = main(out, 2, scale=SCALE)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("step-*/*")} == before
     assert again["runs"] == first["runs"]
 
@@ -95,7 +97,7 @@ def test_another_budget_in_the_same_directory_is_refused(finished: tuple[Path, d
     out, _ = finished
     other = Budget(40, RECIPE, RECIPE, Recipe(epochs=2, batch_size=8, lr=1e-3))
     with pytest.raises(ValueError, match="choose another directory"):
-        main(out, 1, SIZES, other)
+        main(out, 1, scale=Scale("tiny", SIZES, other))
 
 
 def test_no_seeds_are_refused(tmp_path: Path) -> None:

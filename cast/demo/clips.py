@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.demo.scene import FRAMES, render_still
+from cast.demo.scene import ALL, FRAMES, Classes, render_still
 from cast.evaluation import VALIDATION
 from cast.video.annotations import Sample, read_compositional
 from cast.video.reader import read
@@ -91,16 +91,22 @@ class Stills:
         size: side of the model's input in pixels; must divide the scene's.
         seed: source of the pictures.
         progress: called with pictures drawn and pictures in all.
+        classes: whose nouns the pictures show.
     """
 
     def __init__(
-        self, count: int, size: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        count: int,
+        size: int,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        classes: Classes = ALL,
     ) -> None:
         self.pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
         self.nouns = torch.empty(count, dtype=torch.int64)
         transform = view_transform(size, normalise=False)
         for start in range(0, count, 500):
-            drawn = [render_still(seed, index) for index in range(start, min(start + 500, count))]
+            drawn = [render_still(seed, index, classes) for index in range(start, min(start + 500, count))]
             pictures = torch.from_numpy(np.stack([picture for picture, _ in drawn])).permute(0, 3, 1, 2)
             self.pixels[start : start + len(drawn)] = transform(pictures)
             self.nouns[start : start + len(drawn)] = torch.tensor([noun for _, noun in drawn])

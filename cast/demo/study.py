@@ -79,6 +79,11 @@ class BothStreams:
 Reporter = Callable[[str, int], Callable[[Progress, dict[str, float]], None]]
 
 
+def checkpoint_directory(root: Path, stage: str) -> Path:
+    """Where a seed's directory keeps the checkpoints of a stage."""
+    return root / "checkpoints" / stage.replace(" ", "-")
+
+
 class Study:
     """Trains and evaluates with one seed; stages that a former run finished are read from their checkpoints.
 
@@ -137,7 +142,7 @@ class Study:
             return {f"val {head}": 100 * share for head, share in hits.items()}
 
         steps = recipe.epochs * (len(clips) // recipe.batch_size)
-        directory = self.root / "checkpoints" / name.replace(" ", "-")
+        directory = checkpoint_directory(self.root, name)
         show = self.report(name, steps)
         progress = train(model, clips, recipe, directory, show, validate)
         show(progress, {})  # nothing was shown if it was finished before
