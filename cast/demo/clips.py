@@ -38,6 +38,7 @@ class CachedClips:
         heads: labels to give.
         seed: source of the random frames.
         progress: called with videos read and videos in all.
+        frames: of a clip, as the model sees it.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class CachedClips:
         heads: Sequence[str] = ("verb", "noun"),
         seed: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        frames: int = 16,
     ) -> None:
         root = Path(directory)
         self.samples = read_compositional(root / f"{split}.csv", root / split)
-        self.seed = seed
+        self.seed, self.frames = seed, frames
         self.labels = {head: torch.tensor([sample.labels[head] for sample in self.samples]) for head in heads}
         self.pixels = torch.empty(len(self.samples), FRAMES, 3, size, size, dtype=torch.uint8)
         transform = view_transform(size, normalise=False)
@@ -72,11 +74,11 @@ class CachedClips:
     def indices(self, epoch: int, index: int) -> np.ndarray:
         """The frames that make clip `index` in an epoch."""
         if epoch == VALIDATION:
-            return view_indices(FRAMES, 0, 1)
-        return train_indices(FRAMES, np.random.default_rng((self.seed, epoch, index)))
+            return view_indices(FRAMES, 0, 1, frames=self.frames)
+        return train_indices(FRAMES, np.random.default_rng((self.seed, epoch, index)), frames=self.frames)
 
     def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """Videos float32 [B, 3, 16, size, size] and labels [B]."""
+        """Videos float32 [B, 3, frames, size, size] and labels [B]."""
         frames = torch.from_numpy(np.stack([self.indices(epoch, int(index)) for index in indices]))
         chosen = torch.from_numpy(indices)
         videos = normalise(self.pixels[chosen[:, None], frames]).transpose(1, 2).contiguous()

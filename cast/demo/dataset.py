@@ -158,7 +158,9 @@ def to_yuv420(frames: np.ndarray) -> np.ndarray:
         128 + (112.0 * red - 93.786 * green - 18.214 * blue) / 255,
     )
     count, height, width = luma.shape
-    halved = [c.reshape(count, height // 2, 2, width // 2, 2).mean((2, 4)) for c in chroma]
+    # The mean of each two by two; NumPy's own, of so short axes, takes a third of the time that the whole clip does.
+    rows = [c[:, :, ::2] + c[:, :, 1::2] for c in chroma]
+    halved = [(c[:, ::2] + c[:, 1::2]) / 4 for c in rows]
     planes = [plane.reshape(count, -1) for plane in (luma, *halved)]
     return np.concatenate(planes, 1).round().astype(np.uint8).reshape(count, height * 3 // 2, width)
 

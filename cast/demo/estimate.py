@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cast.demo.clips import CachedClips, Stills
-from cast.demo.controls import PLACES, probe, widths
+from cast.demo.controls import FEATURES, PLACES, probe, widths
 from cast.demo.dataset import MANIFEST, Sizes, make_dataset
 from cast.demo.models import SingleStreams, cast_model, spatial_expert, temporal_expert
 from cast.demo.plots import blank
@@ -70,7 +70,8 @@ class _Miniature:
         with _seconds() as made:
             make_dataset(folder, few, workers=1, classes=scale.classes)
         with _seconds() as read:
-            plain, clips, val = (CachedClips(folder, split, size, self._heads(split)) for split in SPLITS)
+            frames = scale.config.num_frames
+            plain, clips, val = (CachedClips(folder, s, size, self._heads(s), frames=frames) for s in SPLITS)
         with _seconds() as drawn:
             stills = Stills(_PICTURES, size, classes=scale.classes)
         with _seconds() as probed:
@@ -126,11 +127,12 @@ class _Miniature:
         total = sum(sizes.of(split) for split in SPLITS)
         made = (out / "data" / MANIFEST).exists()
         columns = sum(widths(self.scale.config.image_size, place) for place in PLACES)
+        probes = len(PLACES) * len(FEATURES)
         stages = [
             Stage("videos", 0 if made else total, self.clip + self.start / total),
             Stage("pictures", budget.stills, self.still),
             Stage("decoding", total, self.read),
-            Stage("controls", 1, self.probe * columns * sizes.train),
+            Stage("controls", probes, self.probe * columns * sizes.train / probes),
         ]
         for seed in range(seeds):
             stages += self._seed(out / f"seed-{seed}", f", seed {seed}" if seeds > 1 else "")

@@ -84,7 +84,7 @@ def html(findings: Findings) -> str:
         f"{metrics['ensemble']['action']:.1f} %, a difference of <b>{gain['mean']:+.1f} points</b>.",
         quickly=f'<p class="note">{escape(QUICKLY)}</p>' if metrics["demo"] == "quick" else "",
         accuracy=_accuracy(metrics),
-        accuracy_note=_ensemble_note(first) + _spread_note(metrics),
+        accuracy_note=_ensemble_note(first) + _spread_note(metrics) + _decided_note(metrics["runs"]),
         balance=plots.balance(findings.outcomes),
         curves=plots.curves(first),
         seed=first.seed,
@@ -121,6 +121,20 @@ def _spread_note(metrics: dict[str, Any]) -> str:
     gains = ", ".join(f"{gain:+.1f}" for gain in metrics["gain"]["action"]["by_seed"])
     return (
         f"Means over {len(metrics['runs'])} seeds ± their standard deviation; CAST over the ensemble by seed: {gains}."
+    )
+
+
+def _decided_note(runs: Sequence[dict[str, Any]]) -> str:
+    return "".join(f" {escape(verdict_of(run))}" for run in runs)
+
+
+def verdict_of(run: dict[str, Any]) -> str:
+    """Whether one run can tell CAST from the ensemble, as a sentence."""
+    one, other, chance_of_it = (run[k] for k in ("only_cast_right", "only_ensemble_right", "chance_of_such_a_split"))
+    decided = "no accident" if chance_of_it < 0.01 else "so this run decides nothing between the two"
+    return (
+        f"Seed {run['seed']}: CAST alone names the action of {one} clips, the ensemble alone of {other}; a coin falls "
+        f"as unevenly in {100 * chance_of_it:.2g} % of cases: {decided}."
     )
 
 

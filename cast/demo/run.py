@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cast.demo.clips import CachedClips, Stills
 from cast.demo.controls import controls
 from cast.demo.dataset import make_dataset
 from cast.demo.estimate import estimate
-from cast.demo.report import QUICKLY, Findings, html
+from cast.demo.report import QUICKLY, Findings, html, verdict_of
 from cast.demo.results import METRICS, summarise
 from cast.demo.scale import Scale
 from cast.demo.scene import SPLITS
@@ -53,24 +53,25 @@ def run(out: Path, seeds: int, scale: Scale, console: Console) -> dict[str, Any]
             schedule.advance("answers" + suffix, 1, 1)
         trained = CAST.from_pretrained(out / "seed-0" / "cast")
         times = step_times(trained, data.train, scale.budget.models.batch_size)
-        metrics = (
-            {"demo": scale.name}
-            | summarise(outcomes)
-            | {
-                "command": f"cast demo --out {out} --seeds {seeds}" + (" --quick" if scale.name == "quick" else ""),
-                "step_ms": {"fused": times.medians[0], "eager": times.medians[1], "fused_backend": times.fused_backend},
-                "dataset": manifest,
-                "classes": scale.classes.names(),
-                "controls": [asdict(control) for control in checks],
-                "budget": asdict(scale.budget),
-                "machine": machine(),
-                "seconds_expected": round(measured + expected, 1),
-                "seconds_of_this_run": round(time.perf_counter() - began, 1),
-            }
-        )
-        page = html(Findings(metrics, outcomes, checks, times, data.val, scale))
+        metrics = {
+            "demo": scale.name,
+            **summarise(outcomes),
+            "command": f"cast demo --out {out} --seeds {seeds}" + (" --quick" if scale.name == "quick" else ""),
+            "step_ms": {"fused": times.medians[0], "eager": times.medians[1], "fused_backend": times.fused_backend},
+            "dataset": manifest,
+            "classes": scale.classes.names(),
+            "controls": [asdict(control) for control in checks],
+            "budget": asdict(scale.budget),
+            "machine": machine(),
+            "seconds_expected": round(measured + expected, 1),
+            "seconds_of_this_run": round(time.perf_counter() - began, 1),
+            "stages": [
+                {"name": stage.name, "expected": round(stage.expected, 2), "took": round(stage.seconds, 2)}
+                for stage in schedule.stages
+            ],
+        }
+        write_text(out / "report.html", html(Findings(metrics, outcomes, checks, times, data.val, scale)))
         write_json(out / "metrics.json", metrics)
-        write_text(out / "report.html", page)
         schedule.finish()
     _print(console, metrics, out)
     return metrics
@@ -113,7 +114,7 @@ def _load(directory: Path, scale: Scale, schedule: Schedule) -> Data:
         def count(done: int, of: int) -> None:
             schedule.advance("decoding", before + done, total)
 
-        found = CachedClips(directory, split, size, heads, progress=count)
+        found = CachedClips(directory, split, size, heads, progress=count, frames=scale.config.num_frames)
         read += len(found)
         return found
 
@@ -132,12 +133,7 @@ def _reporter(schedule: Schedule, suffix: str) -> Reporter:
         def show(progress: Training, figures: dict[str, float]) -> None:
             nonlocal epochs
             ended, epochs = len(progress.history) > epochs, len(progress.history)
-            if ended:
-                entry = progress.history[-1]
-                figures = {name: value for name, value in entry.items() if name != "epoch"}
-            note = _figures(figures)
-            if ended:
-                note = f"epoch {epochs}: {note}"
+            note = f"epoch {epochs}: {_figures(progress.history[-1])}" if ended else _figures(figures)
             schedule.advance(stage + suffix, progress.step, steps, note, line=ended)
 
         return show
@@ -145,10 +141,15 @@ def _reporter(schedule: Schedule, suffix: str) -> Reporter:
     return start
 
 
-def _figures(figures: dict[str, float]) -> str:
-    return ", ".join(
-        f"{name} {value:.3f}" if name == "loss" else f"{name} {value:.1f} %" for name, value in figures.items()
-    )
+def _figures(figures: Mapping[str, float]) -> str:
+    """The loss, and accuracies on validation clips if there are any, else on the batches."""
+    tested = any(name.startswith("val ") for name in figures)
+    shown = [
+        f"{name.removeprefix('val ').replace('_', ' ')} {value:.0f} %"
+        for name, value in figures.items()
+        if name not in ("loss", "epoch") and name.startswith("val ") == tested
+    ]
+    return ", ".join([f"loss {figures['loss']:.2f}", *shown]) if figures else ""
 
 
 def machine() -> dict[str, Any]:
@@ -182,7 +183,9 @@ def _print(console: Console, metrics: dict[str, Any], out: Path) -> None:
     console.print(
         f"training step: fused {step['fused']:.1f} ms (backend {step['fused_backend']}), eager {step['eager']:.1f} ms"
     )
+    for run in metrics["runs"]:
+        say(console, verdict_of(run))
     if metrics["demo"] == "quick":
-        console.print(QUICKLY, highlight=False)
+        say(console, QUICKLY)
     video = min((out / "data" / "val").glob("*.mp4"))
     say(console, f"report: {out / 'report.html'}\ntry:    cast predict {video} --checkpoint {out / 'seed-0' / 'cast'}")

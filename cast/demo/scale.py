@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,27 +25,31 @@ class Scale:
     config: CASTConfig = CONFIG
 
     def identity(self) -> dict[str, Any]:
-        """What a run must share with an earlier one to go on from it; plain values."""
-        return {
+        """What a run must share with an earlier one to go on from it, as JSON gives it back."""
+        settings = {
             "demo": self.name,
             "sizes": asdict(self.sizes),
             "classes": self.classes.names(),
             "budget": asdict(self.budget),
-            "model": {name: value for name, value in asdict(self.config).items() if name in ("embed_dim", "depth")},
+            "model": self.config.to_dict(),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
 
 
 FULL = Scale("full", Sizes(), Budget())
 
+_FEW = Classes(("move_left", "move_right", "grow", "shrink"), ("zero", "one"))
+
 QUICK = Scale(
     "quick",
-    Sizes(plain=240, train=480, val=240),
+    Sizes(plain=360, train=640, val=400),
     Budget(
         stills=960,
-        spatial=Recipe(epochs=6, batch_size=16, lr=2e-3, warmup=0.5),
-        temporal=Recipe(epochs=6, batch_size=8, lr=2e-3, warmup=0.5),
-        models=Recipe(epochs=4, batch_size=8, lr=2e-3, warmup=0.5),
+        spatial=Recipe(epochs=8, batch_size=16, lr=2e-3, warmup=0.5),
+        temporal=Recipe(epochs=8, batch_size=8, lr=1e-3, warmup=0.5),
+        models=Recipe(epochs=6, batch_size=16, lr=2e-3, warmup=0.5),
     ),
-    Classes(("appear", "disappear"), ("zero", "one")),
-    replace(CONFIG, depth=2, heads={"verb": 2, "noun": 2}),
+    _FEW,
+    replace(CONFIG, num_frames=8, heads=_FEW.heads()),
 )

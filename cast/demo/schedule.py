@@ -59,7 +59,7 @@ class Schedule:
         self, stages: Sequence[Stage], console: Console, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.stages, self.console, self.clock = list(stages), console, clock
-        self.began = self.turned = self.spoke = clock()
+        self.began = self.turned = self.last = self.spoke = clock()
         self.current, self.shown = "", 0.0
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -114,7 +114,7 @@ class Schedule:
         """
         now, stage = self.clock(), next(stage for stage in self.stages if stage.name == name)
         if name != self.current:
-            self.current, self.turned = name, now if not self.current else self.last
+            self.current, self.turned = name, self.last
         self.last = now
         ended = done >= total and stage.done < stage.units
         stage.done, stage.seconds = max(0, stage.units - (total - done)), now - self.turned
@@ -122,10 +122,11 @@ class Schedule:
         left = f"{duration(self.left())} left"
         self.bars.update(self.whole, completed=share, note=left)
         self.bars.update(self.part, description=name, completed=done / max(total, 1), note=note)
-        if line or ended or (not self.console.is_terminal and now - self.spoke > _SILENCE):
+        silent = not self.console.is_terminal and now - self.spoke > _SILENCE
+        if line or silent or (ended and not note):
             place = self.stages.index(stage) + 1
             counted = note or f"{done} of {total} in {duration(stage.seconds)}"
-            self._say(f"{name} ({place} of {len(self.stages)}): {counted}; {left}")
+            self._say(f"{place} of {len(self.stages)}, {name}: {counted}; {left}")
 
     def finish(self) -> float:
         """All is done; returns the seconds since the beginning."""

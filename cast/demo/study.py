@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cast import CASTConfig
@@ -58,6 +59,7 @@ class Outcome:
     curves: dict[str, list[dict[str, float]]]
     seconds: dict[str, float]  # of training steps, by stage
     probabilities: dict[str, Probabilities]
+    apart: tuple[int, int]  # clips whose action CAST alone named, and the ensemble alone
 
 
 class BothStreams:
@@ -155,16 +157,26 @@ class Study:
 
     def _evaluate(self, alone: nn.Module, ensemble: nn.Module, model: nn.Module) -> Outcome:
         single, _ = probabilities(alone, BothStreams(self.data.val))
-        apart, truths = probabilities(ensemble, self.data.val)
+        two_experts, truths = probabilities(ensemble, self.data.val)
         together, _ = probabilities(model, self.data.val)
         streams = {stream: {head: single[f"{stream}_{head}"] for head in truths} for stream in STREAMS}
         # Two ways to build an ensemble; the stronger one is the baseline.
         candidates = {
-            "noun from spatial, verb from temporal": apart,
+            "noun from spatial, verb from temporal": two_experts,
             "mean of both streams' probabilities": average(list(streams.values())),
         }
         ensembles = {name: compositional_metrics(answers, truths) for name, answers in candidates.items()}
         best = max(ensembles, key=lambda name: ensembles[name]["action"])
         answers = {**streams, "ensemble": candidates[best], "cast": together}
         metrics = {name: compositional_metrics(answers[name], truths) for name in MODELS}
-        return Outcome(self.seed, metrics, ensembles, self.curves, self.seconds, answers)
+        apart = _only_one_right(answers["cast"], answers["ensemble"], truths)
+        return Outcome(self.seed, metrics, ensembles, self.curves, self.seconds, answers, apart)
+
+
+def _only_one_right(first: Probabilities, second: Probabilities, truths: Probabilities) -> tuple[int, int]:
+    """Clips whose verb and noun the first model names and the second does not, and the other way round."""
+    one, two = (
+        torch.stack([answers[head].argmax(1) == truth for head, truth in truths.items()]).all(0)
+        for answers in (first, second)
+    )
+    return int((one & ~two).sum()), int((two & ~one).sum())

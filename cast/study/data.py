@@ -21,7 +21,7 @@ class StoredClips(CachedClips):
     """Decoded clips out of the file; frames are chosen as CachedClips chooses them."""
 
     def __init__(self, pixels: Tensor, labels: dict[str, Tensor], seed: int = 0) -> None:
-        self.pixels, self.labels, self.seed = pixels, labels, seed
+        self.pixels, self.labels, self.seed, self.frames = pixels, labels, seed, 16
 
     def __len__(self) -> int:
         return len(self.pixels)
