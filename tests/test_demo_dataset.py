@@ -18,7 +18,20 @@ pytest.importorskip("PIL")
 from cast.demo.clips import CachedClips, Stills, normalise
 from cast.demo.controls import Control, chance, controls, shared_scans
 from cast.demo.dataset import MANIFEST, Sizes, digest, encode, make_dataset, read_scenes, to_yuv420
-from cast.demo.scene import ALL, FIRST_VALIDATION_SCAN, FRAMES, NOUNS, SIZE, VERBS, _draw, plan, render, render_still
+from cast.demo.scene import (
+    ALL,
+    FIRST_VALIDATION_SCAN,
+    FRAMES,
+    NOUNS,
+    SIZE,
+    VERBS,
+    Classes,
+    _digits,
+    _draw,
+    plan,
+    render,
+    render_still,
+)
 from cast.evaluation import VALIDATION
 from cast.video.reader import frame_count, read
 
@@ -73,6 +86,24 @@ def test_other_settings_in_the_same_directory_are_refused(tmp_path: Path) -> Non
     make_dataset(tmp_path, SMALL, workers=1)
     with pytest.raises(ValueError, match="choose another directory"):
         make_dataset(tmp_path, SMALL, seed=3, workers=1)
+
+
+def test_a_set_of_fewer_classes_shows_no_others(tmp_path: Path) -> None:
+    classes = Classes(("grow", "shrink"), ("zero", "three"))
+    make_dataset(tmp_path, Sizes(plain=4, train=16, val=4), workers=1, classes=classes)
+    assert json.loads((tmp_path / "classes.json").read_text()) == {
+        "verb": ["grow", "shrink"],
+        "noun": ["zero", "three"],
+    }
+    lines = [line.split(",")[1:] for line in (tmp_path / "train.csv").read_text().splitlines()]
+    assert all(lines.count([verb, noun]) == 4 for verb in "01" for noun in "01")
+    things = [thing for roles in read_scenes(tmp_path).values() for thing in roles.values()]
+    assert {VERBS[int(thing["verb"])] for thing in things} == set(classes.verbs)
+    assert {int(_digits()[1][int(thing["scan"])]) for thing in things} == {0, 3}
+    drawn = Stills(20, 16, classes=classes)
+    assert drawn.nouns.tolist() == [0, 1] * 10
+    with pytest.raises(ValueError, match="choose another directory"):
+        make_dataset(tmp_path, Sizes(plain=4, train=16, val=4), workers=1)
 
 
 def test_annotations_match_the_videos(directory: Path) -> None:
