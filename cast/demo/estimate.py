@@ -74,9 +74,11 @@ class _Miniature:
             plain, clips, val = (CachedClips(folder, s, size, self._heads(s), frames=frames) for s in SPLITS)
         with _seconds() as drawn:
             stills = Stills(_PICTURES, size, classes=scale.classes)
+        noise = np.random.default_rng(0).normal(size=(_ROWS, _COLUMNS)).astype(np.float32)
+        labels = {"verb": np.arange(_ROWS) % len(scale.classes.verbs)}
+        probe(noise[:, :128], labels, noise[:, :128])  # loads scikit-learn
         with _seconds() as probed:
-            noise = np.random.default_rng(0).normal(size=(_ROWS, _COLUMNS)).astype(np.float32)
-            probe(noise, {"verb": np.arange(_ROWS) % len(scale.classes.verbs)}, noise)
+            probe(noise, labels, noise)
         blank()  # loads what draws
         with _seconds() as plotted:
             blank()

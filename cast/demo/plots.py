@@ -23,9 +23,11 @@ def balance(outcomes: Sequence[Outcome]) -> str:
     for model in MODELS:
         nouns = [outcome.metrics[model]["noun"] for outcome in outcomes]
         verbs = [outcome.metrics[model]["verb"] for outcome in outcomes]
-        axes.scatter(nouns, verbs, s=60, color=COLOURS[model], marker=_MARKERS[model], edgecolors="white", zorder=3)
-        place = statistics.fmean(nouns), max(verbs)
-        axes.annotate(_TITLES[model], place, (0, 9), textcoords="offset points", ha="center", color=COLOURS[model])
+        axes.scatter(
+            nouns, verbs, s=60, color=COLOURS[model], marker=_MARKERS[model], edgecolors="white", zorder=3,
+            label=_TITLES[model],
+        )  # fmt: skip
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none", loc="lower right")
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="noun accuracy, %", ylabel="verb accuracy, %", aspect="equal")
     return svg(figure)
 

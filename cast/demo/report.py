@@ -12,7 +12,7 @@ from cast.demo import plots
 from cast.demo.clips import CachedClips
 from cast.demo.controls import Control, chance
 from cast.demo.results import METRICS
-from cast.demo.scale import Scale
+from cast.demo.scale import FULL, QUICK, Scale
 from cast.demo.scene import FRAMES, Classes
 from cast.demo.study import MODELS, Outcome
 from cast.demo.timing import StepTimes
@@ -27,8 +27,10 @@ _SHOWN = range(0, FRAMES, 5)
 
 #: What the quick demo says of itself, in the report and on the terminal.
 QUICKLY = (
-    "This was the quick demo: fewer classes, fewer clips and a smaller model than `cast demo` has. It shows the "
-    "mechanism; the full one measures it."
+    f"This is the quick demo: {len(QUICK.classes.verbs)} verbs and {len(QUICK.classes.nouns)} nouns instead of "
+    f"{len(FULL.classes.verbs)} and {len(FULL.classes.nouns)}, {QUICK.sizes.train} training clips instead of "
+    f"{FULL.sizes.train}, {QUICK.config.num_frames} frames of each instead of {FULL.config.num_frames}. It shows the "
+    "mechanism; the full demo measures it."
 )
 
 _NAMES = {"spatial": "Spatial alone", "temporal": "Temporal alone", "ensemble": "Ensemble", "cast": "CAST"}
@@ -131,10 +133,11 @@ def _decided_note(runs: Sequence[dict[str, Any]]) -> str:
 def verdict_of(run: dict[str, Any]) -> str:
     """Whether one run can tell CAST from the ensemble, as a sentence."""
     one, other, chance_of_it = (run[k] for k in ("only_cast_right", "only_ensemble_right", "chance_of_such_a_split"))
+    often = f"{100 * chance_of_it:.2g} %" if chance_of_it > 1e-4 else "less than 0.01 %"
     decided = "no accident" if chance_of_it < 0.01 else "so this run decides nothing between the two"
     return (
-        f"Seed {run['seed']}: CAST alone names the action of {one} clips, the ensemble alone of {other}; a coin falls "
-        f"as unevenly in {100 * chance_of_it:.2g} % of cases: {decided}."
+        f"Seed {run['seed']}: of the clips whose action only one of the two names, CAST names {one} and the ensemble "
+        f"{other}; a coin falls as unevenly in {often} of cases: {decided}."
     )
 
 
