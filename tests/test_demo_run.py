@@ -134,10 +134,11 @@ def test_time_left_follows_what_was_measured_since() -> None:
     assert schedule.left() == schedule.expected() == 30
     now[0] = 15  # half of the first stage, at a third of the speed that was measured
     schedule.advance("a", 5, 10)
-    assert schedule.left() == pytest.approx(15 + 60)
+    pace = (15 + 3) / (5 + 3)  # the measurement weighs as much as a tenth of the run, 3 seconds
+    assert schedule.left() == pytest.approx(15 + 20 * pace)
     now[0] = 30
     schedule.advance("a", 10, 10)
-    assert schedule.left() == pytest.approx(60)
+    assert schedule.left() == pytest.approx(20 * (30 + 3) / (10 + 3))
     now[0] = 40  # of 30 steps in all an earlier run had done 10; those left turn out to be faster
     schedule.advance("b", 20, 30)
     assert schedule.left() == pytest.approx(10)

@@ -99,9 +99,13 @@ def claim(out: Path, scale: Scale) -> None:
 
 def _where(schedule: Schedule) -> str:
     """The stages that take most of the time."""
-    total = max(schedule.expected(), 1e-9)
-    largest = sorted(schedule.stages, key=lambda stage: -stage.expected)[:4]
-    return ", ".join(f"{stage.name} {100 * stage.expected / total:.0f} %" for stage in largest)
+    seconds: dict[str, float] = {}
+    for stage in schedule.stages:
+        kind = stage.name.split(",")[0]  # of all seeds
+        seconds[kind] = seconds.get(kind, 0.0) + stage.expected
+    total = sum(seconds.values())
+    largest = sorted(seconds, key=lambda kind: -seconds[kind])[:4]
+    return ", ".join(f"{kind} {100 * seconds[kind] / total:.0f} %" for kind in largest)
 
 
 def _load(directory: Path, scale: Scale, schedule: Schedule) -> Data:

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 _SILENCE = 30.0
 #: A stage's own speed counts once it has run for this long or is this far; before, the speed of what came before it.
 _ENOUGH_SECONDS, _ENOUGH_SHARE = 2.0, 0.2
+#: Weight of the measurement beforehand against what was seen since: that of this share of the run.
+_TRUST = 0.1
 
 
 @dataclass
@@ -90,9 +92,10 @@ class Schedule:
     def left(self) -> float:
         """Seconds of the rest, from what was measured beforehand and since."""
         began = [stage for stage in self.stages if stage.done]
-        expected = sum(stage.done * stage.each for stage in began)
-        # What is slow now is slow later: the machine, or what else runs on it.
-        pace = sum(stage.seconds for stage in began) / expected if expected >= 1 else 1.0
+        # What is slow now is slow later: the machine, or what else runs on it. A little work tells little of that.
+        trusted = _TRUST * self.expected()
+        expected = trusted + sum(stage.done * stage.each for stage in began)
+        pace = (trusted + sum(stage.seconds for stage in began)) / expected if expected else 1.0
         return sum(stage.left(pace) for stage in self.stages)
 
     def share(self) -> float:
