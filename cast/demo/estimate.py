@@ -22,7 +22,7 @@ from cast.demo.plots import blank
 from cast.demo.scale import Scale
 from cast.demo.scene import SPLITS, render
 from cast.demo.schedule import Stage
-from cast.demo.study import CURVE_CLIPS, BothStreams, checkpoint_directory
+from cast.demo.study import BothStreams, checkpoint_directory, curve_clips
 from cast.demo.timing import REPETITIONS
 from cast.evaluation import probabilities
 from cast.training import Clips, Progress, Recipe, train
@@ -69,9 +69,10 @@ class _Miniature:
         few = Sizes(*[_CLIPS] * len(SPLITS))
         with _seconds() as made:
             make_dataset(folder, few, workers=1, classes=scale.classes)
+        frames = scale.config.num_frames
+        plain = CachedClips(folder, "plain", size, ("verb",), frames=frames)  # loads the decoder
         with _seconds() as read:
-            frames = scale.config.num_frames
-            plain, clips, val = (CachedClips(folder, s, size, self._heads(s), frames=frames) for s in SPLITS)
+            clips, val = (CachedClips(folder, split, size, frames=frames) for split in ("train", "val"))
         with _seconds() as drawn:
             stills = Stills(_PICTURES, size, classes=scale.classes)
         noise = np.random.default_rng(0).normal(size=(_ROWS, _COLUMNS)).astype(np.float32)
@@ -82,14 +83,10 @@ class _Miniature:
         blank()  # loads what draws
         with _seconds() as plotted:
             blank()
-        clips_of = len(SPLITS) * _CLIPS
-        self.start, self.clip, self.read = first(), made() / clips_of / workers, read() / clips_of
+        self.start, self.clip = first(), made() / (len(SPLITS) * _CLIPS * workers)
+        self.read = read() / (len(clips) + len(val))
         self.still, self.probe, self.plot = drawn() / _PICTURES, probed() / (_ROWS * _COLUMNS), plotted()
         self.steps, self.answers = self._trainings(stills, plain, clips, val)
-
-    @staticmethod
-    def _heads(split: str) -> tuple[str, ...]:
-        return ("verb",) if split == "plain" else ("verb", "noun")
 
     def _trainings(
         self, stills: Stills, plain: CachedClips, clips: CachedClips, val: CachedClips
@@ -147,7 +144,7 @@ class _Miniature:
         for name, step in self.steps.items():
             recipe, samples = lengths.get(name, (budget.models, sizes.train))
             per_epoch = samples // recipe.batch_size
-            shown = min(CURVE_CLIPS, sizes.val) * self.answers.get(name, 0.0)
+            shown = curve_clips(sizes.val) * self.answers.get(name, 0.0)
             rest = max(0, recipe.epochs * per_epoch - _steps_done(checkpoint_directory(root, name)))
             yield Stage(name + suffix, rest, step + shown / max(per_epoch, 1))
         yield Stage("answers" + suffix, 1, sum(self.answers.values()) * sizes.val)

@@ -23,8 +23,11 @@ from cast.training import Clips, Progress, Recipe, train
 #: What is compared, in the order of tables and plots.
 MODELS = ("spatial", "temporal", "ensemble", "cast")
 
-#: Validation clips behind a point of the learning curves; the final figures take all of them.
-CURVE_CLIPS = 240
+
+def curve_clips(clips: int) -> int:
+    """Validation clips of so many that are behind a point of the learning curves; the final figures take all."""
+    return min(240, clips // 4)
+
 
 Probabilities = dict[str, Tensor]
 
@@ -139,7 +142,7 @@ class Study:
         def validate(model: nn.Module) -> dict[str, float]:
             if val is None:
                 return {}
-            answers, truths = probabilities(model, val, limit=CURVE_CLIPS)
+            answers, truths = probabilities(model, val, limit=curve_clips(len(val)))
             hits = {head: (answers[head].argmax(1) == truth).float().mean().item() for head, truth in truths.items()}
             return {f"val {head}": 100 * share for head, share in hits.items()}
 
