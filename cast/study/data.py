@@ -25,7 +25,7 @@ class StoredClips(CachedClips):
     seed: int
 
     def __init__(self, pixels: Tensor, labels: dict[str, Tensor], seed: int = 0) -> None:
-        self.pixels, self.labels, self.seed = pixels, labels, seed
+        self.pixels, self.labels, self.seed, self.frames = pixels, labels, seed, 16
 
     def __len__(self) -> int:
         return len(self.pixels)
