@@ -1,0 +1,142 @@
+"""The documentation site builds without a warning, has what it must, and asks nothing of another host."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zlib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("cast", "cast_kernels", "ptx_emulator")
+_LOADS = re.compile(r"""<(?:script|img|iframe|source)[^>]+src="([^"]+)"|<link[^>]+href="([^"]+)"|url\(([^)]+)\)""")
+
+
+def build(out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(ROOT / "tools/build_site.py"), "--out", str(out), *map(str, options)]
+    return subprocess.run(words, cwd=out.parent, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site") / "site"
+    done = build(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_document_is_a_page(site: Path) -> None:
+    documents = [path for folder in ("docs", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
+    assert len(documents) > 30
+    for path in [*documents, ROOT / "CONTRIBUTING.md"]:
+        assert (site / path.relative_to(ROOT).with_suffix(".html")).is_file(), path
+    assert "docs/index.html" in (site / "index.html").read_text()
+
+
+def test_the_public_names_have_a_place(site: Path) -> None:
+    packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]  # after four lines of comment
+    found = {line.split(" py:")[0] for line in zlib.decompress(packed).decode().splitlines() if " py:" in line}
+    for package in PACKAGES:
+        assert {f"{package}.{name}" for name in import_module(package).__all__} <= found
+    assert {"cast.CAST.forward", "cast_kernels.Stream.up_weight", "cast_kernels.BCAST.forward"} <= found
+
+
+def test_nothing_is_loaded_from_another_host(site: Path) -> None:
+    loaded = set()
+    for page in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        loaded |= {part.strip("\"'") for hit in _LOADS.findall(page.read_text()) for part in hit}
+    assert [target for target in loaded if re.match(r"(\w+:)?//", target)] == []
+    assert any("searchtools.js" in target for target in loaded)
+    assert any("furo.css" in target for target in loaded)
+
+
+def test_the_search_needs_no_server(site: Path) -> None:
+    """A browser lets a page of a disk run a script, but read no file: the index is a script."""
+    index = (site / "searchindex.js").read_text()
+    assert index.startswith("Search.setIndex(")
+    assert all(f'"{word}":' in index or f"{word}:" in index for word in ("bottleneck", "drop", "wilson"))
+
+
+def test_the_commands_are_what_help_prints(site: Path) -> None:
+    page = (site / "docs/reference/commands.html").read_text()
+    for name in ("demo", "train", "evaluate", "predict", "export", "study", "pretrain", "data"):
+        assert f'id="cast-{name}"' in page
+    assert 'id="cast-kernels-gpu-check"' in page
+    assert "directory for videos, checkpoints, metrics.json and report.html" in page
+
+
+def test_files_that_are_no_pages_are_named(site: Path) -> None:
+    page = (site / "benchmarks/results/README.html").read_text()
+    assert '<span class="pre">benchmarks/results/bcast_zen3.json</span></code>' in page
+    assert not list(site.rglob("*.json"))
+
+
+def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/index.md").read_text(), re.S | re.M)
+    assert code is not None
+    exec(code[1], {})
+    assert "cpu" in capsys.readouterr().out
+
+
+PAGE = """# Toy
+[a page](other.md), [a heading](#toy), [a file](../data.json)
+
+```{eval-rst}
+.. automodule:: toy
+```
+"""
+GOOD = '"""Toy, of docs/index.md."""\n\n__all__ = ["f"]\n\n\ndef f():\n    """See :func:`toy.f`."""\n'
+BARE = '''
+
+def g():
+    pass
+
+
+class Kind:
+    """Told."""
+
+    field: int
+
+    def way(self):
+        pass
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A repository of one page, with our settings."""
+    (tmp_path / "docs").mkdir()
+    settings = (ROOT / "docs/conf.py").read_text()
+    settings += 'sys.path[:0] = ["ROOT/tools"]\npublic_packages = ["toy"]\n'.replace("ROOT", str(ROOT))
+    (tmp_path / "docs/conf.py").write_text(settings)
+    (tmp_path / "pyproject.toml").write_text('project.version = "1"')
+    (tmp_path / "docs/site.css").touch()
+    (tmp_path / "docs/index.md").write_text(PAGE.replace("[a page](other.md), ", ""))
+    (tmp_path / "data.json").write_text("{}")
+    (tmp_path / "toy.py").write_text(GOOD)
+    return tmp_path
+
+
+def test_a_known_repository_is_linked(toy: Path) -> None:
+    done = build(toy / "out", "--root", toy, "--repository", "https://host/us/it/blob/main")
+    assert done.returncode == 0, done.stderr
+    assert 'href="https://host/us/it/blob/main/data.json"' in (toy / "out/docs/index.html").read_text()
+
+
+def test_what_is_broken_fails(toy: Path) -> None:
+    (toy / "docs/index.md").write_text(PAGE.replace("#toy", "#nothing").replace("data.json", "gone.json"))
+    (toy / "docs/alone.md").write_text("# In no list\n")
+    wrong = GOOD.replace("toy.f`", "toy.nothing`").replace("index.md", "gone.md")
+    (toy / "toy.py").write_text(wrong.replace('["f"]', '["Kind", "f", "g"]') + BARE)
+    done = build(toy / "out", "--root", toy)
+    assert done.returncode != 0
+    for complaint in (
+        "'other.md'", "'nothing'", "gone.json", "toy.nothing", "unknown document: '/docs/gone'",
+        "document isn't included in any toctree", "toy.g is public, but no page has it", "toy.g is public, but has no",
+        "toy.Kind.field is public, but", "toy.Kind.way is public, but",
+    ):  # fmt: skip
+        assert complaint in done.stderr, f"{complaint}\n{done.stderr}"
