@@ -9,7 +9,13 @@ import zlib
 from importlib import import_module
 from pathlib import Path
 
+import draw_pictures
 import pytest
+import torch
+from website import bytes as where_bytes_go
+from website import windows
+
+import cast_kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cast", "cast_kernels", "ptx_emulator")
@@ -80,6 +86,37 @@ def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert code is not None
     exec(code[1], {})
     assert "cpu" in capsys.readouterr().out
+
+
+def test_the_committed_pictures_are_what_is_drawn(tmp_path: Path) -> None:
+    draw_pictures.draw(tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (ROOT / "docs/pictures").iterdir()}
+    assert len(drawn) == len(cast_kernels.WINDOWS) + 1
+
+
+@pytest.mark.parametrize("window", cast_kernels.WINDOWS)
+def test_the_window_in_a_picture_is_the_one_that_attends(window: str) -> None:
+    """A token's gradient reaches those of its window, through the product's mathematics, and no other."""
+    module = cast_kernels.BCAST(4, 4, 1, windows.FRAMES, windows.SIDE**2, (window, "time"), ("t2s",), backend="eager")
+    torch.nn.init.normal_(module.cross_s_up.weight)
+    temporal = torch.randn(1, windows.FRAMES, windows.SIDE**2, 4, requires_grad=True)
+    spatial = torch.randn(1, windows.FRAMES, 1 + windows.SIDE**2, 4)
+    frame, row, column = windows.CHOSEN
+    module(spatial, temporal)[0][0, frame, 1 + row * windows.SIDE + column].sum().backward()
+    assert temporal.grad is not None
+    reached = temporal.grad.flatten(0, 2).abs().sum(-1).nonzero().flatten().tolist()
+    assert set(reached) == windows.together(window)
+
+
+def test_the_bytes_agree_with_the_documents() -> None:
+    """Kept a clip as docs/ops/bcast.md has it, moved as docs/triton.md has it."""
+    published, tuned, *ours = where_bytes_go.rows()
+    assert [round(row.kept / where_bytes_go.CLIPS / 2**20, 1) for row in ours] == [13.9, 4.7, 0.0]
+    moved = [round(amount / 1e6) for amount in (published.forward, tuned.forward, tuned.backward, ours[1].backward)]
+    text = (ROOT / "docs/triton.md").read_text()
+    assert moved == [884, 527, 980, 792]
+    assert all(f" {figure}" in text for figure in moved[:3])
 
 
 PAGE = """# Toy
