@@ -27,7 +27,7 @@ public_packages = ["cast", "cast_kernels", "ptx_emulator"]
 
 # Docstrings have single backticks for code, as Markdown has.
 default_role = "code"
-smartquotes = False  # '"auto"' is a value
+smartquotes_action = "D"  # dashes; '"auto"' is a value
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
