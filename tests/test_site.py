@@ -120,14 +120,20 @@ def test_the_bytes_agree_with_the_documents() -> None:
 
 
 PAGE = """# Toy
-[a page](other.md), [a heading](#toy), [a file](../data.json)
+[a page](other.md), [a heading](#nothing), [a lost file](../gone.json), [a file](../data.json)
 
 ```{eval-rst}
 .. automodule:: toy
 ```
 """
-GOOD = '"""Toy, of docs/index.md."""\n\n__all__ = ["f"]\n\n\ndef f():\n    """See :func:`toy.f`."""\n'
-BARE = '''
+MODULE = '''"""Toy, of docs/gone.md."""
+
+__all__ = ["Kind", "f", "g"]
+
+
+def f():
+    """See :func:`toy.nothing`."""
+
 
 def g():
     pass
@@ -143,33 +149,18 @@ class Kind:
 '''
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    """A repository of one page, with our settings."""
-    (tmp_path / "docs").mkdir()
+def test_what_is_broken_fails(tmp_path: Path) -> None:
+    """A repository of two pages and a module, with our settings; what is right in it is shown all the same."""
     settings = (ROOT / "docs/conf.py").read_text()
-    settings += 'sys.path[:0] = ["ROOT/tools"]\npublic_packages = ["toy"]\n'.replace("ROOT", str(ROOT))
-    (tmp_path / "docs/conf.py").write_text(settings)
-    (tmp_path / "pyproject.toml").write_text('project.version = "1"')
-    (tmp_path / "docs/site.css").touch()
-    (tmp_path / "docs/index.md").write_text(PAGE.replace("[a page](other.md), ", ""))
-    (tmp_path / "data.json").write_text("{}")
-    (tmp_path / "toy.py").write_text(GOOD)
-    return tmp_path
-
-
-def test_a_known_repository_is_linked(toy: Path) -> None:
-    done = build(toy / "out", "--root", toy, "--repository", "https://host/us/it/blob/main")
-    assert done.returncode == 0, done.stderr
-    assert 'href="https://host/us/it/blob/main/data.json"' in (toy / "out/docs/index.html").read_text()
-
-
-def test_what_is_broken_fails(toy: Path) -> None:
-    (toy / "docs/index.md").write_text(PAGE.replace("#toy", "#nothing").replace("data.json", "gone.json"))
-    (toy / "docs/alone.md").write_text("# In no list\n")
-    wrong = GOOD.replace("toy.f`", "toy.nothing`").replace("index.md", "gone.md")
-    (toy / "toy.py").write_text(wrong.replace('["f"]', '["Kind", "f", "g"]') + BARE)
-    done = build(toy / "out", "--root", toy)
+    settings += f'sys.path[:0] = ["{ROOT}/tools"]\npublic_packages = ["toy"]\n'
+    files = {
+        "docs/conf.py": settings, "docs/site.css": "", "docs/index.md": PAGE, "docs/alone.md": "# In no list\n",
+        "pyproject.toml": 'project.version = "1"', "data.json": "{}", "toy.py": MODULE,
+    }  # fmt: skip
+    (tmp_path / "docs").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    done = build(tmp_path / "out", "--root", tmp_path, "--repository", "https://host/us/it/blob/main")
     assert done.returncode != 0
     for complaint in (
         "'other.md'", "'nothing'", "gone.json", "toy.nothing", "unknown document: '/docs/gone'",
@@ -177,3 +168,4 @@ def test_what_is_broken_fails(toy: Path) -> None:
         "toy.Kind.field is public, but", "toy.Kind.way is public, but",
     ):  # fmt: skip
         assert complaint in done.stderr, f"{complaint}\n{done.stderr}"
+    assert 'href="https://host/us/it/blob/main/data.json"' in (tmp_path / "out/docs/index.html").read_text()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -47,6 +48,7 @@ class Row:
     kept: float
 
 
+@cache
 def rows() -> list[Row]:
     """The published code, PyTorch at its best, and ours at every level; the paper's size, bfloat16."""
     found = [_eager(name, *run) for name, run in _EAGER.items()]

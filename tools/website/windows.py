@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -22,6 +23,7 @@ _SAYS = {
 }
 
 
+@cache
 def together(window: str) -> set[int]:
     """Numbers t N + n of the tokens in the chosen one's window."""
     numbers = torch.arange(FRAMES * SIDE * SIDE).reshape(1, FRAMES, SIDE * SIDE, 1)
