@@ -29,6 +29,7 @@ from cast_kernels.problem import (
     Stream,
 )
 
+#: Of the package, as installed.
 __version__ = "0.1.0"
 
 __all__ = [

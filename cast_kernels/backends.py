@@ -81,6 +81,7 @@ def _eager() -> dict[str, Any]:
 
 #: Backends in order of preference, and what imports their ops. "auto" takes the first that can run the problem.
 _LOADERS: dict[str, Callable[[], dict[str, Any]]] = {"triton": _triton, "cpu": _cpu, "eager": _eager}
+#: Their names, in order of preference.
 BACKENDS: tuple[str, ...] = tuple(_LOADERS)
 
 

@@ -33,9 +33,9 @@ class Recompute(StrEnum):
     whether its gradients keep every bit. Backends that leave this to PyTorch's autograd ignore it.
     """
 
-    NOTHING = "nothing"  # keep every intermediate that backward reads: fastest
-    CHEAP = "cheap"  # keep what is dear to compute for its size: the default
-    ALL = "all"  # keep the inputs and no more than a few numbers a row: smallest
+    NOTHING = "nothing"  #: keep every intermediate that backward reads: fastest
+    CHEAP = "cheap"  #: keep what is dear to compute for its size: the default
+    ALL = "all"  #: keep the inputs and no more than a few numbers a row: smallest
 
 
 #: LayerNorm epsilon of the published B-CAST (not PyTorch's 1e-5).
@@ -45,34 +45,34 @@ EPS = 1e-6
 class Stream(NamedTuple):
     """Parameters of one stream. `up_*` are absent where the stream receives nothing."""
 
-    down_weight: Tensor  # [d, D]
-    down_bias: Tensor  # [d]
-    norm_weight: Tensor  # [d]
-    norm_bias: Tensor  # [d]
-    up_weight: Tensor | None  # [D, d]
-    up_bias: Tensor | None  # [D]
+    down_weight: Tensor  #: [d, D]
+    down_bias: Tensor  #: [d]
+    norm_weight: Tensor  #: [d]
+    norm_bias: Tensor  #: [d]
+    up_weight: Tensor | None  #: [D, d]
+    up_bias: Tensor | None  #: [D]
 
 
 class Direction(NamedTuple):
     """Parameters of one direction's cross-attention; W is the window's length."""
 
-    q_pos: Tensor | None  # [W, d], added to the asking stream
-    kv_pos: Tensor | None  # [W, d], added to the answering stream, so to keys and values
-    q_weight: Tensor  # [d, d]
-    q_bias: Tensor  # [d]
-    kv_weight: Tensor  # [2d, d], keys first
-    kv_bias: Tensor  # [2d]
-    proj_weight: Tensor  # [d, d]
-    proj_bias: Tensor  # [d]
+    q_pos: Tensor | None  #: [W, d], added to the asking stream
+    kv_pos: Tensor | None  #: [W, d], added to the answering stream, so to keys and values
+    q_weight: Tensor  #: [d, d]
+    q_bias: Tensor  #: [d]
+    kv_weight: Tensor  #: [2d, d], keys first
+    kv_bias: Tensor  #: [2d]
+    proj_weight: Tensor  #: [d, d]
+    proj_bias: Tensor  #: [d]
 
 
 class Parameters(NamedTuple):
     """All parameters of one B-CAST. A direction that is absent is None."""
 
-    spatial: Stream
-    temporal: Stream
-    t2s: Direction | None
-    s2t: Direction | None
+    spatial: Stream  #: of the stream that has CLS tokens
+    temporal: Stream  #: of the other one
+    t2s: Direction | None  #: temporal to spatial
+    s2t: Direction | None  #: spatial to temporal
 
     def flat(self) -> list[Tensor | None]:
         """The tensors in the order of :data:`PARAMETER_NAMES`, None where one is absent."""
@@ -125,22 +125,24 @@ class Problem(_Arithmetic):
     Sizes may be symbolic under torch.compile. A window is None where its direction is absent.
     """
 
-    batch: int
-    frames: int
-    patches: int
-    dim: int
-    bottleneck_dim: int
-    num_heads: int
-    t2s_window: str | None
-    s2t_window: str | None
-    dtype: torch.dtype
-    device: str  # device type: "cpu", "cuda", "meta"
-    autocast: torch.dtype | None = None
-    attention: str = "auto"  # "math" where derivatives are wanted that no kernel has, see `cast_kernels.attention`
-    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
+    batch: int  #: B, clips
+    frames: int  #: T
+    patches: int  #: N, without CLS
+    dim: int  #: D, width of the streams
+    bottleneck_dim: int  #: d, width inside the exchange
+    num_heads: int  #: heads of d / heads channels
+    t2s_window: str | None  #: a word of `WINDOWS`
+    s2t_window: str | None  #: a word of `WINDOWS`
+    dtype: torch.dtype  #: of the streams
+    device: str  #: device type: "cpu", "cuda", "meta"
+    autocast: torch.dtype | None = None  #: autocast's dtype where it is on
+    #: "math" where derivatives are wanted that no kernel has, see :mod:`cast_kernels.attention`
+    attention: str = "auto"
+    gpu: int | None = None  #: number of the GPU, as two of a machine may differ; None: the current one, or none
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.bottleneck_dim // self.num_heads
 
 
@@ -154,16 +156,16 @@ class FFNParameters(NamedTuple):
     The order is that of `csrc/cpu/ffn.h`.
     """
 
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    fc1_weight: Tensor  # [F, D]
-    fc1_bias: Tensor  # [F]
-    fc2_weight: Tensor  # [D, F]
-    fc2_bias: Tensor  # [D]
-    down_weight: Tensor | None = None  # [A, D]
-    down_bias: Tensor | None = None  # [A]
-    up_weight: Tensor | None = None  # [D, A]
-    up_bias: Tensor | None = None  # [D]
+    norm_weight: Tensor  #: [D]
+    norm_bias: Tensor  #: [D]
+    fc1_weight: Tensor  #: [F, D]
+    fc1_bias: Tensor  #: [F]
+    fc2_weight: Tensor  #: [D, F]
+    fc2_bias: Tensor  #: [D]
+    down_weight: Tensor | None = None  #: [A, D]
+    down_bias: Tensor | None = None  #: [A]
+    up_weight: Tensor | None = None  #: [D, A]
+    up_bias: Tensor | None = None  #: [D]
 
     @property
     def adapter(self) -> AdapterParameters:
@@ -175,16 +177,16 @@ class FFNParameters(NamedTuple):
 class FFNProblem(_Arithmetic):
     """One FFN call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
 
-    rows: int  # tokens: the product of all leading dimensions
-    dim: int
-    hidden: int
-    adapter: int  # 0: no adapter
-    activation: str
-    recompute: Recompute
-    dtype: torch.dtype
-    device: str  # device type
-    autocast: torch.dtype | None = None
-    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
+    rows: int  #: tokens: the product of all leading dimensions
+    dim: int  #: D, width of the streams
+    hidden: int  #: F, width inside the FFN
+    adapter: int  #: A, width inside the adapter; 0: no adapter
+    activation: str  #: a word of `ACTIVATIONS`
+    recompute: Recompute  #: what backward computes again
+    dtype: torch.dtype  #: of the streams
+    device: str  #: device type: "cpu", "cuda", "meta"
+    autocast: torch.dtype | None = None  #: autocast's dtype where it is on
+    gpu: int | None = None  #: number of the GPU, as two of a machine may differ; None: the current one, or none
 
 
 class SelfAttentionParameters(NamedTuple):
@@ -193,16 +195,16 @@ class SelfAttentionParameters(NamedTuple):
     The order is that of `csrc/cpu/self_attention.h`.
     """
 
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    qkv_weight: Tensor  # [3D, D], queries, keys, values
-    qkv_bias: Tensor | None  # [3D]
-    proj_weight: Tensor  # [D, D]
-    proj_bias: Tensor  # [D]
-    down_weight: Tensor | None = None  # [A, D]
-    down_bias: Tensor | None = None  # [A]
-    up_weight: Tensor | None = None  # [D, A]
-    up_bias: Tensor | None = None  # [D]
+    norm_weight: Tensor  #: [D]
+    norm_bias: Tensor  #: [D]
+    qkv_weight: Tensor  #: [3D, D], queries, keys, values
+    qkv_bias: Tensor | None  #: [3D]
+    proj_weight: Tensor  #: [D, D]
+    proj_bias: Tensor  #: [D]
+    down_weight: Tensor | None = None  #: [A, D]
+    down_bias: Tensor | None = None  #: [A]
+    up_weight: Tensor | None = None  #: [D, A]
+    up_bias: Tensor | None = None  #: [D]
 
     @property
     def before(self) -> ProjectionParameters:
@@ -218,62 +220,63 @@ class SelfAttentionParameters(NamedTuple):
 class ProjectionParameters(NamedTuple):
     """What stands before attention: the first four of :class:`SelfAttentionParameters`."""
 
-    norm_weight: Tensor  # [D]
-    norm_bias: Tensor  # [D]
-    qkv_weight: Tensor  # [3D, D], queries, keys, values
-    qkv_bias: Tensor | None  # [3D]
+    norm_weight: Tensor  #: [D]
+    norm_bias: Tensor  #: [D]
+    qkv_weight: Tensor  #: [3D, D], queries, keys, values
+    qkv_bias: Tensor | None  #: [3D]
 
 
 @dataclass(frozen=True)
 class SelfAttentionProblem(_Arithmetic):
     """One self-attention call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
 
-    batch: int
-    tokens: int  # that attend together
-    dim: int
-    num_heads: int
-    adapter: int  # 0: no adapter
-    recompute: Recompute
-    dtype: torch.dtype
-    device: str  # device type
-    autocast: torch.dtype | None = None
-    attention: str = "auto"  # which attention kernel was asked for, see `cast_kernels.attention`
-    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
+    batch: int  #: groups of tokens: clips, or frames
+    tokens: int  #: that attend together
+    dim: int  #: D, width of the streams
+    num_heads: int  #: heads of D / heads channels
+    adapter: int  #: A, width inside the adapter; 0: no adapter
+    recompute: Recompute  #: what backward computes again
+    dtype: torch.dtype  #: of the streams
+    device: str  #: device type: "cpu", "cuda", "meta"
+    autocast: torch.dtype | None = None  #: autocast's dtype where it is on
+    attention: str = "auto"  #: which attention kernel was asked for, see :mod:`cast_kernels.attention`
+    gpu: int | None = None  #: number of the GPU, as two of a machine may differ; None: the current one, or none
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.dim // self.num_heads
 
 
 class AdapterParameters(NamedTuple):
     """Parameters of one adapter."""
 
-    down_weight: Tensor  # [A, D]
-    down_bias: Tensor  # [A]
-    up_weight: Tensor  # [D, A]
-    up_bias: Tensor  # [D]
+    down_weight: Tensor  #: [A, D]
+    down_bias: Tensor  #: [A]
+    up_weight: Tensor  #: [D, A]
+    up_bias: Tensor  #: [D]
 
 
 @dataclass(frozen=True)
 class AdapterProblem(_Arithmetic):
     """One adapter call's sizes and circumstances. Sizes may be symbolic under torch.compile."""
 
-    rows: int  # tokens: the product of all leading dimensions
-    dim: int
-    adapter: int
-    skip: bool  # whether the adapter's input is added too
-    recompute: Recompute
-    dtype: torch.dtype  # of the residual stream
-    device: str  # device type
-    autocast: torch.dtype | None = None
-    gpu: int | None = None  # its number, as two GPUs of a machine may differ; None: the current one, or none
+    rows: int  #: tokens: the product of all leading dimensions
+    dim: int  #: D, width of the streams
+    adapter: int  #: A, width inside the adapter
+    skip: bool  #: whether the adapter's input is added too
+    recompute: Recompute  #: what backward computes again
+    dtype: torch.dtype  #: of the residual stream
+    device: str  #: device type: "cpu", "cuda", "meta"
+    autocast: torch.dtype | None = None  #: autocast's dtype where it is on
+    gpu: int | None = None  #: number of the GPU, as two of a machine may differ; None: the current one, or none
 
 
 class Verdict(NamedTuple):
     """Whether a backend can run a problem, and the reason in words either way."""
 
-    ok: bool
-    reason: str
+    ok: bool  #: whether it can
+    reason: str  #: in words, either way
 
 
 class BackendError(RuntimeError):

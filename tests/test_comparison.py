@@ -1,4 +1,4 @@
-"""docs/comparison.md says what its data file says, and the data file is sound."""
+"""benchmarks/results/comparison.md says what its data file says, and the data file is sound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cast.published import read_published
 from cast.study.comparison import document, main, table
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def published() -> dict[str, Any]:
 
 def test_the_document_is_what_the_generator_writes(tmp_path: Path) -> None:
     main(str(tmp_path / "comparison.md"))
-    assert (DOCS / "comparison.md").read_text() == (tmp_path / "comparison.md").read_text()
+    assert (ROOT / "benchmarks/results/comparison.md").read_text() == (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize("module", ["comparison", "report"])
@@ -29,7 +29,7 @@ def test_asking_for_help_writes_nothing(module: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [module, "--help"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(DOCS.parent / "cast" / "study" / f"{module}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "cast" / "study" / f"{module}.py"), run_name="__main__")
     assert caught.value.code == 0
     assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,12 @@ from cast.training.recipes import load_recipe
 from cast.training.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+    *sorted((ROOT / "recipes").glob("*.yaml")),
+]
 #: Commands with parsers of their own.
 RECIPES = {"train": TrainSettings, "pretrain": PretrainSettings}
 NAMES = {command.__name__ for command in cli.COMMANDS}

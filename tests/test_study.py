@@ -199,8 +199,8 @@ def test_a_result_becomes_a_document(finished: tuple[Path, dict[str, Any]], tmp_
 def test_the_committed_document_is_what_the_generator_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROWS.parents[2])
     report.main("benchmarks/results/study.json", str(tmp_path / "results.md"))
-    written = (tmp_path / "results.md").read_text().replace(str(tmp_path / "results.md"), "docs/study_results.md")
-    assert Path("docs/study_results.md").read_text() == written
+    written = (tmp_path / "results.md").read_text().replace(str(tmp_path / "results.md"), "benchmarks/results/study.md")
+    assert Path("benchmarks/results/study.md").read_text() == written
 
 
 def test_other_settings_in_the_same_directory_are_refused(

@@ -1,4 +1,4 @@
-"""Writes docs/comparison.md from `cast/published.yaml`: `python -m cast.study.comparison docs/comparison.md`."""
+"""Writes the table from `cast/published.yaml`: `python -m cast.study.comparison benchmarks/results/comparison.md`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TITLES = {
 }  # fmt: skip
 _TEXT = {"method", "model", "backbone", "source"}
 
-_HEAD = """<!-- Written by `python -m cast.study.comparison docs/comparison.md` from cast/published.yaml. -->
+_HEAD = """<!-- From cast/published.yaml by `python -m cast.study.comparison benchmarks/results/comparison.md` -->
 # CAST and the published methods
 
 Top-1 accuracy in percent. Nothing here was measured by us: every figure is as its source reports it. *Paper* is CAST,

@@ -1,4 +1,4 @@
-"""Writes a study's result as a document: `python -m cast.study.report runs/study/study.json docs/study_results.md`."""
+"""Writes a study as a document: `python -m cast.study.report runs/study/study.json benchmarks/results/study.md`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _HEAD = """<!-- Written by `python -m cast.study.report {source} {path}`. -->
 # The paper's ablations in miniature
 
 Top-1 accuracy in percent on {clips:,} clips of the digits data, mean and standard deviation of {seeds} seeds, beside
-the paper's figures on EPIC-Kitchens-100. What a miniature is, and what to hold against it: [study.md](study.md).
+the paper's figures on EPIC-Kitchens-100. What a miniature is, and what to hold against it:
+[the study](../../docs/study.md).
 Measured on {date}, {cpu}, {cores} cores, torch {torch}; the rows' trainings, one thread each, took {hours:.1f} hours.
 
 An ordering is a pair of rows that the paper tells apart. It *holds* if the row that the paper has ahead is ahead with

@@ -82,7 +82,7 @@ class ExpertSettings:
 
     @property
     def sources(self) -> list[str]:
-        """Settings that name these experts' weights: CLIP's and VideoMAE's by their names, others' by their roles."""
+        """Settings that name these experts' weights, CLIP's and VideoMAE's by their names, others' by their roles."""
         named = {name if name in ("clip", "videomae") else role: None for role, name in self.roles.items()}
         return list(named)
 

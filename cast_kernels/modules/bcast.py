@@ -248,6 +248,7 @@ class BCAST(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
+        """Sizes, windows and directions, and which backend runs the exchange, for `print`."""
         if not self.directions:
             return "directions=() (no exchange)"
         attention = "" if self.attention == "auto" else f", attention={self.attention!r}"

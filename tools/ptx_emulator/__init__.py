@@ -1,4 +1,4 @@
-"""An emulator of NVIDIA PTX: executes compiled GPU code on a CPU, checks it and counts what it does.
+"""An emulator of NVIDIA PTX: executes compiled GPU code on a CPU, checks it and counts what it does::
 
     module = ptx_emulator.parse(ptx_text)
     memory = ptx_emulator.Memory()

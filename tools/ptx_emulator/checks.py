@@ -32,19 +32,15 @@ def shortened(text: str, length: int = 100) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """A finding. kind: "write-read", "write-write", "read-write", or one about data in flight.
+    """A finding of the checks: two accesses of which the order is not settled, or data in flight that was read."""
 
-    instruction came later in the emulation than other. word: number of the 4-byte word in the CTA's shared memory.
-    warps: (the other's, the instruction's). epoch: barriers the CTA has completed before. cta: number in the grid.
-    """
-
-    kind: str
-    instruction: str
-    other: str
-    word: int
-    warps: tuple[int, int]
-    epoch: int
-    cta: int
+    kind: str  #: "write-read", "write-write", "read-write", or one about data in flight
+    instruction: str  #: that came later in the emulation
+    other: str  #: that came before it
+    word: int  #: number of the 4-byte word in the CTA's shared memory; below 0: none
+    warps: tuple[int, int]  #: (the other's, the instruction's)
+    epoch: int  #: barriers that the CTA had completed before
+    cta: int  #: number in the grid
 
     def __str__(self) -> str:
         where = "" if self.word < 0 else f"at shared word {self.word} "

@@ -11,35 +11,32 @@ SECTOR = 32  # bytes
 
 @dataclass
 class Counters:
-    """Totals over all CTAs of a launch.
+    """Totals over all CTAs of a launch. Requests are of warps; bytes are of active lanes.
 
-    tensor_flops: 2*M*N*K of each tensor-core instruction executed; tensor_flops_by_kind splits it by opcode and types.
-    *_sectors: distinct 32-byte sectors a warp touches, summed over warp requests. *_requests: warp requests.
-    *_wavefronts: passes through shared memory: for each phase of 32, 16 or 8 lanes (at most 4, 8, 16 bytes a lane) the
-    largest number of distinct words in one of the 32 banks; *_ideal: the number of phases with an active lane.
-    warp_instructions: PTX instructions, counted once per warp that has a live lane there, predicated off or not.
+    A wavefront is a pass through shared memory: for each phase of 32, 16 or 8 lanes (at most 4, 8, 16 bytes a lane) the
+    largest number of distinct words in one of the 32 banks.
     """
 
-    tensor_flops: int = 0
-    tensor_flops_by_kind: dict[str, int] = field(default_factory=dict)
-    global_load_sectors: int = 0
-    global_load_bytes: int = 0
-    global_load_requests: int = 0
-    global_store_sectors: int = 0
-    global_store_bytes: int = 0
-    global_store_requests: int = 0
-    shared_load_wavefronts: int = 0
-    shared_load_wavefronts_ideal: int = 0
-    shared_load_bytes: int = 0
-    shared_load_requests: int = 0
-    shared_store_wavefronts: int = 0
-    shared_store_wavefronts_ideal: int = 0
-    shared_store_bytes: int = 0
-    shared_store_requests: int = 0
-    async_copy_bytes: int = 0
-    atomic_operations: int = 0
-    barriers: int = 0
-    warp_instructions: int = 0
+    tensor_flops: int = 0  #: 2 M N K of each tensor-core instruction that was executed
+    tensor_flops_by_kind: dict[str, int] = field(default_factory=dict)  #: the same by opcode and types
+    global_load_sectors: int = 0  #: distinct 32-byte sectors that a warp touches, summed over requests
+    global_load_bytes: int = 0  #: of active lanes
+    global_load_requests: int = 0  #: of warps
+    global_store_sectors: int = 0  #: distinct 32-byte sectors that a warp touches, summed over requests
+    global_store_bytes: int = 0  #: of active lanes
+    global_store_requests: int = 0  #: of warps
+    shared_load_wavefronts: int = 0  #: as above
+    shared_load_wavefronts_ideal: int = 0  #: phases with an active lane: what no bank conflict would take
+    shared_load_bytes: int = 0  #: of active lanes
+    shared_load_requests: int = 0  #: of warps
+    shared_store_wavefronts: int = 0  #: as above
+    shared_store_wavefronts_ideal: int = 0  #: phases with an active lane: what no bank conflict would take
+    shared_store_bytes: int = 0  #: of active lanes
+    shared_store_requests: int = 0  #: of warps
+    async_copy_bytes: int = 0  #: copied to shared memory by `cp.async`
+    atomic_operations: int = 0  #: of active lanes
+    barriers: int = 0  #: of CTAs
+    warp_instructions: int = 0  #: PTX instructions, once a warp with a live lane there, predicated off or not
 
     def tensor(self, kind: str, flops: int) -> None:
         """Count a tensor-core instruction."""

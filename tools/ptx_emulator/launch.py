@@ -15,7 +15,8 @@ from ptx_emulator.memory import Memory
 from ptx_emulator.program import Program, compile_kernel
 from ptx_emulator.syntax import Kernel, Parameter
 
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}  # bytes a CTA may have: 163 KiB and 227 KiB
+#: Target -> bytes of shared memory that a CTA may have: 163 KiB and 227 KiB.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}
 BATCH_LANES = (
     16384  # lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache
 )
@@ -27,9 +28,9 @@ _FORMAT = {"f16": "<e", "f32": "<f", "f64": "<d"}
 class Report:
     """What a launch did: counters summed over all CTAs, their number, and the findings of the checks."""
 
-    counters: Counters = field(default_factory=Counters)
-    faults: list[Fault] = field(default_factory=list)
-    ctas: int = 0
+    counters: Counters = field(default_factory=Counters)  #: summed over all CTAs that ran
+    faults: list[Fault] = field(default_factory=list)  #: findings of the checks
+    ctas: int = 0  #: how many ran
 
 
 def launch(
@@ -60,7 +61,13 @@ def launch(
         checks: look for shared-memory races and reads of data in flight. Bounds and alignment are checked always.
         ctas: numbers of the CTAs to run, x fastest; None: all. A few are enough to count.
 
-    Raises ValueError for a bad launch, SharedLimit, and the other EmulationErrors where the kernel goes wrong.
+    Returns:
+        Counters, and the findings of the checks, which are no errors.
+
+    Raises:
+        ValueError: a bad launch.
+        SharedLimit: more shared memory than the target has.
+        EmulationError: another of them, where the kernel goes wrong.
     """
     if target not in SHARED_LIMIT:
         raise ValueError(f"target {target!r}: choose one of {', '.join(SHARED_LIMIT)}")

@@ -35,7 +35,10 @@ _INSTRUCTION = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re
 def parse(text: str) -> Module:
     """Parse PTX text.
 
-    Raises ParseError for text that does not fit the grammar and Unsupported for device functions.
+    Raises:
+        ParseError: text that does not fit the grammar.
+        Unsupported: device functions.
+        TypeError: no text.
     """
     if not isinstance(text, str):
         raise TypeError(f"parse takes PTX text as str, not {type(text).__name__}")

@@ -85,41 +85,41 @@ Operand = Register | Special | Literal | Symbol | Sink | Not | Pair | Vector | A
 class Instruction:
     """One instruction. `root` is the opcode up to its first dot, `modifiers` what follows, in order."""
 
-    text: str
-    root: str
-    modifiers: tuple[str, ...]
-    operands: tuple[Operand, ...]
-    guard: Register | None
-    guard_negated: bool
+    text: str  #: as written
+    root: str  #: the opcode up to its first dot
+    modifiers: tuple[str, ...]  #: what follows the root, in order
+    operands: tuple[Operand, ...]  #: in order
+    guard: Register | None  #: the predicate `@p`, if there is one
+    guard_negated: bool  #: whether it is `@!p`
 
 
 @dataclass(frozen=True)
 class Parameter:
     """A kernel parameter at byte `offset` of the parameter space."""
 
-    name: str
-    type: str
-    size: int
-    align: int
-    offset: int
+    name: str  #: its name
+    type: str  #: such as `u64`
+    size: int  #: bytes
+    align: int  #: bytes
+    offset: int  #: byte in the parameter space
 
 
 @dataclass
 class Kernel:
     """One `.entry`, ready to be decoded."""
 
-    name: str
-    parameter_list: list[Parameter] = field(default_factory=list)
-    registers: list[tuple[str, str]] = field(default_factory=list)  # (name, type)
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # label -> number of the instruction that follows
-    shared_symbols: dict[str, int] = field(default_factory=dict)  # byte offset in static shared memory
-    dynamic_symbols: set[str] = field(default_factory=set)  # start of dynamic shared memory
-    local_symbols: dict[str, int] = field(default_factory=dict)
-    shared_bytes: int = 0
-    local_bytes: int = 0
-    required_threads: int | None = None
-    max_threads: int | None = None
+    name: str  #: of the entry
+    parameter_list: list[Parameter] = field(default_factory=list)  #: in order
+    registers: list[tuple[str, str]] = field(default_factory=list)  #: (name, type) of each
+    instructions: list[Instruction] = field(default_factory=list)  #: in order
+    labels: dict[str, int] = field(default_factory=dict)  #: label -> number of the instruction that follows
+    shared_symbols: dict[str, int] = field(default_factory=dict)  #: name -> byte offset in static shared memory
+    dynamic_symbols: set[str] = field(default_factory=set)  #: names of the start of dynamic shared memory
+    local_symbols: dict[str, int] = field(default_factory=dict)  #: name -> byte offset in a thread's local memory
+    shared_bytes: int = 0  #: static
+    local_bytes: int = 0  #: of a thread
+    required_threads: int | None = None  #: of a CTA, by `.reqntid`
+    max_threads: int | None = None  #: of a CTA, by `.maxntid`
 
     @property
     def parameters(self) -> list[tuple[str, str, int, int]]:
@@ -131,5 +131,5 @@ class Kernel:
 class Module:
     """A parsed PTX file."""
 
-    target: str
-    kernels: dict[str, Kernel]
+    target: str  #: such as `sm_90`
+    kernels: dict[str, Kernel]  #: by name
