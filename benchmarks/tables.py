@@ -14,7 +14,6 @@ from typing import Any
 
 from plot import fastest, label, ours, speedup_plot
 
-from cast.files import write_text
 from cast_kernels.gpu.rows import Row, cells, notes, reason, speedup
 from cast_kernels.gpu.timing import FEWEST, Spread, speedups
 
@@ -187,7 +186,7 @@ def headline(found: list[Run]) -> str:
 def main(docs: Path) -> None:
     """Write the document and its plot into the folder, and print what the README says of them."""
     measured = {machine: runs(machine) for machine in MACHINES}
-    write_text(docs / "performance.md", document(measured))
+    (docs / "performance.md").write_text(document(measured))
     newest = next(machine for machine, found in measured.items() if found)
     print(headline(measured[newest]))
     groups = {title: rows for run in measured[newest] for title, rows in run.groups.items()}
