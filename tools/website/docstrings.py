@@ -20,7 +20,8 @@ from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 _PAGE = re.compile(r"(?<![\w/])docs/([\w/]+)\.md")
-_VALUES = ("data", "attribute")
+_VALUES = ("data", "attribute", "property")
+_SECTION = re.compile(r"(Args|Returns|Raises):$")
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +40,7 @@ def comment(package: str, name: str) -> list[str]:
 
 
 class _Comments:
-    """Keeps napoleon from taking "word: text" in a constant's or a field's comment for its type."""
+    """Keeps napoleon from taking "word: text" in what is said of a constant, a field or a property for its type."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -51,7 +52,7 @@ class _Comments:
         self._lines = list(lines)
 
     def after(self, app: Sphinx, what: str, name: str, given: object, options: object, lines: list[str]) -> None:
-        if what in _VALUES:
+        if what in _VALUES and not any(_SECTION.match(line) for line in self._lines):
             lines[:] = self._lines
         lines[:] = [_PAGE.sub(r":doc:`/docs/\1`", line) for line in lines]
 
