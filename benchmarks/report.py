@@ -141,13 +141,9 @@ class Report:
 
 def environment(command: str) -> dict[str, Any]:
     """What a reader must know to judge the figures."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
     return {
-        "cpu": model,
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cast_kernels": cast_kernels.__version__,
         "threads": torch.get_num_threads(),
@@ -157,6 +153,17 @@ def environment(command: str) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
     }
+
+
+def _processor() -> str:
+    """Its name; family and model too where /proc/cpuinfo has them, since a virtual machine's name may say no more
+    than the brand."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if not {"model name", "cpu family", "model"} <= facts.keys():
+        return platform.processor()
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
 
 
 def _version(package: str) -> str:

@@ -37,6 +37,9 @@ class CASTBlock(BCAST):
     directly under `blocks.i.`: so names need no translation anywhere.
     """
 
+    attention: str
+    expert_attention: str
+
     def __init__(self, config: CASTConfig, index: int, running: Running | None = None) -> None:
         running = running or Running()
         super().__init__(
@@ -47,22 +50,22 @@ class CASTBlock(BCAST):
         )
         self.attend_by(running.attention)
         dim, heads, mlp, adapter = config.embed_dim, config.num_heads, config.mlp_dim, config.adapter_dim
-        self.drop_rate = config.drop_rate(index)
+        self.drop_rate: float = config.drop_rate(index)
         self.drop_path_mode = config.drop_path_mode
 
-        self.clip_ln_1 = nn.LayerNorm(dim, eps=CLIP_EPS)
-        self.clip_attn = CLIPAttention(dim, heads)
-        self.S_Adapter = Adapter(dim, adapter)
-        self.clip_ln_2 = nn.LayerNorm(dim, eps=CLIP_EPS)
-        self.clip_mlp = CLIPMlp(dim, mlp)
-        self.S_MLP_Adapter = Adapter(dim, adapter)
+        self.clip_ln_1: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.clip_attn: CLIPAttention = CLIPAttention(dim, heads)
+        self.S_Adapter: Adapter = Adapter(dim, adapter)
+        self.clip_ln_2: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.clip_mlp: CLIPMlp = CLIPMlp(dim, mlp)
+        self.S_MLP_Adapter: Adapter = Adapter(dim, adapter)
 
-        self.norm1 = nn.LayerNorm(dim, eps=VMAE_EPS)
-        self.attn = VideoMAEAttention(dim, heads)
-        self.T_Adapter = Adapter(dim, adapter)
-        self.norm2 = nn.LayerNorm(dim, eps=VMAE_EPS)
-        self.mlp = VideoMAEMlp(dim, mlp)
-        self.T_MLP_Adapter = Adapter(dim, adapter)
+        self.norm1: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.attn: VideoMAEAttention = VideoMAEAttention(dim, heads)
+        self.T_Adapter: Adapter = Adapter(dim, adapter)
+        self.norm2: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.mlp: VideoMAEMlp = VideoMAEMlp(dim, mlp)
+        self.T_MLP_Adapter: Adapter = Adapter(dim, adapter)
 
         init_linears(self.clip_attn, self.S_Adapter, self.clip_mlp, self.S_MLP_Adapter)
         init_linears(self.attn, self.T_Adapter, self.mlp, self.T_MLP_Adapter)

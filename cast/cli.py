@@ -142,18 +142,19 @@ def evaluate(
     main(checkpoint, dataset, out, options)
 
 
-def demo(out: Path = Path("runs/demo"), seeds: int = 1) -> None:
+def demo(out: Path | None = None, seeds: int = 1, quick: bool = False) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
     Downloads nothing and needs no GPU. A run that was killed goes on where it was when it is started again.
 
     Args:
-        out: directory for videos, checkpoints, metrics.json and report.html
+        out: directory for videos, checkpoints, metrics.json and report.html; runs/demo, or runs/demo-quick with --quick
         seeds: how many times to train, each with another seed
+        quick: fewer classes, fewer clips and a smaller model: a report in a minute or two
     """
     from cast.demo import main
 
-    main(out=out, seeds=seeds)
+    main(out=out, seeds=seeds, quick=quick)
 
 
 def train(*arguments: str) -> None:

@@ -46,10 +46,10 @@ class CLIPBlock(nn.Module):
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
         self.running = running
-        self.ln_1 = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
-        self.attn = CLIPAttention(config.embed_dim, config.num_heads)
-        self.ln_2 = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
-        self.mlp = CLIPMlp(config.embed_dim, config.mlp_dim)
+        self.ln_1: nn.LayerNorm = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
+        self.attn: CLIPAttention = CLIPAttention(config.embed_dim, config.num_heads)
+        self.ln_2: nn.LayerNorm = nn.LayerNorm(config.embed_dim, eps=CLIP_EPS)
+        self.mlp: CLIPMlp = CLIPMlp(config.embed_dim, config.mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = attend(x, self.ln_1, self.attn, None, self.running, CLIP_NAMES[0])
@@ -62,10 +62,10 @@ class VideoMAEBlock(nn.Module):
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
         self.running = running
-        self.norm1 = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
-        self.attn = VideoMAEAttention(config.embed_dim, config.num_heads)
-        self.norm2 = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
-        self.mlp = VideoMAEMlp(config.embed_dim, config.mlp_dim)
+        self.norm1: nn.LayerNorm = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
+        self.attn: VideoMAEAttention = VideoMAEAttention(config.embed_dim, config.num_heads)
+        self.norm2: nn.LayerNorm = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
+        self.mlp: VideoMAEMlp = VideoMAEMlp(config.embed_dim, config.mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = attend(x, self.norm1, self.attn, None, self.running, VMAE_NAMES[0])
@@ -78,7 +78,9 @@ class _Expert(nn.Module):
     def __init__(self, config: CASTConfig, heads: Mapping[str, int] | None) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleDict({name: nn.Linear(config.embed_dim, n) for name, n in (heads or {}).items()})
+        self.heads: nn.ModuleDict = nn.ModuleDict(
+            {name: nn.Linear(config.embed_dim, n) for name, n in (heads or {}).items()}
+        )
 
     def tokens(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -114,13 +116,13 @@ class SpatialExpert(_Expert):
         super().__init__(make_config(variant, **overrides), heads)
         config, dim = self.config, self.config.embed_dim
         running = Running("auto" if fused else "eager", attention=attentions.check_name(attention))
-        self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
-        self.conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
-        self.ln_pre = nn.LayerNorm(dim, eps=CLIP_EPS)
-        self.transformer = nn.Module()
+        self.class_embedding: nn.Parameter = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.positional_embedding: nn.Parameter = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
+        self.conv1: nn.Conv2d = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
+        self.ln_pre: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.transformer: nn.Module = nn.Module()
         self.transformer.resblocks = nn.ModuleList(CLIPBlock(config, running) for _ in range(config.depth))
-        self.ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.ln_post: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
         init_linears(self)
 
     def load(self, source: Source, trust_pickle: bool = False) -> SpatialExpert:
@@ -180,10 +182,10 @@ class TemporalExpert(_Expert, FixedPositions):
         super().__init__(make_config(variant, **overrides), heads)
         config, dim = self.config, self.config.embed_dim
         running = Running("auto" if fused else "eager", attention=attentions.check_name(attention))
-        self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
+        self.patch_embed: TubeletEmbedding = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.place_tokens(config.exchange_frames * config.num_patches, dim)
-        self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
-        self.fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.blocks: nn.ModuleList = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
+        self.fc_norm: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
         init_linears(self)
 
     def load(self, source: Source, trust_pickle: bool = False) -> TemporalExpert:

@@ -63,11 +63,14 @@ class Exported:
 class _Heads(nn.Module):
     """The model with a tuple of float32 logits, which every format can say; it computes in its weights' dtype."""
 
+    model: CAST
+    config: CASTConfig
+
     def __init__(self, model: CAST) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self.heads = sorted(model.config.classes)
-        self.dtype = model.clip_class_embedding.dtype
+        self.heads: list[str] = sorted(model.config.classes)
+        self.dtype: torch.dtype = model.clip_class_embedding.dtype
 
     def forward(self, video: Tensor) -> tuple[Tensor, ...]:
         logits = self.model(video if self.dtype == torch.float32 else video.to(self.dtype))

@@ -33,16 +33,16 @@ class CLIPAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj_weight: nn.Parameter = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias: nn.Parameter = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj: nn.Linear = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
         """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
         return self.out_proj(_mix(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads, kernel))
 
-    reading = Reading(forward, ("in_proj_weight", "in_proj_bias"), layers={"out_proj": LINEAR})
+    reading: Reading = Reading(forward, ("in_proj_weight", "in_proj_bias"), layers={"out_proj": LINEAR})
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight [3D, D] and bias of queries, keys, values in this order, then of the output projection."""
@@ -56,16 +56,16 @@ class VideoMAEAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.q_bias: nn.Parameter = nn.Parameter(torch.zeros(dim))
+        self.v_bias: nn.Parameter = nn.Parameter(torch.zeros(dim))
+        self.qkv: nn.Linear = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj: nn.Linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
         """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
         return self.proj(_mix(_added(self.qkv(x), self._bias()), self.num_heads, kernel))
 
-    reading = Reading(forward, ("q_bias", "v_bias"), layers={"qkv": BARE_LINEAR, "proj": LINEAR})
+    reading: Reading = Reading(forward, ("q_bias", "v_bias"), layers={"qkv": BARE_LINEAR, "proj": LINEAR})
 
     def _bias(self) -> Tensor:
         return _joined(self.q_bias, self.v_bias)
@@ -103,14 +103,14 @@ class CLIPMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(dim, hidden)
-        self.c_proj = nn.Linear(hidden, dim)
+        self.c_fc: nn.Linear = nn.Linear(dim, hidden)
+        self.c_proj: nn.Linear = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         # silu(1.702 x) / 1.702 is QuickGELU; it keeps one tensor for backward where the product keeps two.
         return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
 
-    reading = Reading(forward, layers={"c_fc": LINEAR, "c_proj": LINEAR})
+    reading: Reading = Reading(forward, layers={"c_fc": LINEAR, "c_proj": LINEAR})
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the first and of the second layer."""
@@ -125,13 +125,13 @@ class VideoMAEMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1: nn.Linear = nn.Linear(dim, hidden)
+        self.fc2: nn.Linear = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
-    reading = Reading(forward, layers={"fc1": LINEAR, "fc2": LINEAR})
+    reading: Reading = Reading(forward, layers={"fc1": LINEAR, "fc2": LINEAR})
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the first and of the second layer."""
@@ -144,13 +144,13 @@ class Adapter(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.D_fc1 = nn.Linear(dim, hidden)
-        self.D_fc2 = nn.Linear(hidden, dim)
+        self.D_fc1: nn.Linear = nn.Linear(dim, hidden)
+        self.D_fc2: nn.Linear = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.D_fc2(F.gelu(self.D_fc1(x)))
 
-    reading = Reading(forward, layers={"D_fc1": LINEAR, "D_fc2": LINEAR})
+    reading: Reading = Reading(forward, layers={"D_fc1": LINEAR, "D_fc2": LINEAR})
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the down- and of the up-projection."""
@@ -327,13 +327,13 @@ class TubeletEmbedding(nn.Module):
     def __init__(self, dim: int, tubelet: int, patch: int) -> None:
         super().__init__()
         size = (tubelet, patch, patch)
-        self.proj = nn.Conv3d(3, dim, kernel_size=size, stride=size)
+        self.proj: nn.Conv3d = nn.Conv3d(3, dim, kernel_size=size, stride=size)
 
     def forward(self, video: Tensor) -> Tensor:
         # Contiguous once here: every residual after it would keep the convolution's channel-first strides.
         return self.proj(video).flatten(2).transpose(1, 2).contiguous()
 
-    reading = Reading(forward, layers={"proj": Reading(nn.Conv3d.forward, ("weight", "bias"))})
+    reading: Reading = Reading(forward, layers={"proj": Reading(nn.Conv3d.forward, ("weight", "bias"))})
 
 
 def embed_frames(frames: Tensor, conv: nn.Conv2d, cls: Tensor, positions: Tensor, norm: nn.LayerNorm) -> Tensor:

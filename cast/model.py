@@ -59,6 +59,8 @@ class CAST(FixedPositions, Shared):
         ValueError: an unknown variant, or a value that no model can have.
     """
 
+    config: CASTConfig
+
     def __init__(
         self,
         variant: str | CASTConfig = "base",
@@ -79,15 +81,17 @@ class CAST(FixedPositions, Shared):
         #: Pixels to which the training shrank larger pictures first; None if it did not. Kept and obeyed likewise.
         self.short_side: int | None = None
         dim = config.embed_dim
-        self.clip_class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
-        self.clip_positional_embedding = nn.Parameter(torch.randn(1 + config.num_patches, dim) * dim**-0.5)
-        self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
-        self.clip_conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
-        self.clip_ln_pre = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.clip_class_embedding: nn.Parameter = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.clip_positional_embedding: nn.Parameter = nn.Parameter(
+            torch.randn(1 + config.num_patches, dim) * dim**-0.5
+        )
+        self.patch_embed: TubeletEmbedding = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
+        self.clip_conv1: nn.Conv2d = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
+        self.clip_ln_pre: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
         running = Running("auto" if fused else "eager", recompute, attention)
-        self.blocks = nn.ModuleList(CASTBlock(config, index, running) for index in range(config.depth))
-        self.clip_ln_post = nn.LayerNorm(dim, eps=CLIP_EPS)
-        self.vmae_fc_norm = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.blocks: nn.ModuleList = nn.ModuleList(CASTBlock(config, index, running) for index in range(config.depth))
+        self.clip_ln_post: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
+        self.vmae_fc_norm: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
         for name, module in build_heads(config).items():
             self.add_module(name, module)
         self.place_tokens(config.exchange_frames * config.num_patches, dim)

@@ -1,4 +1,4 @@
-"""The command `cast-kernels`. Imports stay inside the functions: --help needs no tool.
+"""The command `cast-kernels`. Imports stay inside the functions: --help loads the names of choices, and no tool.
 
 The standard library reads the options: a bare machine with a GPU and PyTorch has no other parser.
 """
@@ -8,33 +8,17 @@ from __future__ import annotations
 import json as json_module
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-# The choices of options, repeated here so that --help and bad usage load no tool; tests compare them.
-COMPILE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
-#: Those that `compile` checks unless some are named.
-GATED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-EMULATE_TARGETS = ("sm_80", "sm_90")
-DTYPES = ("bf16", "fp16", "fp32")
-KINDS = (*DTYPES, "amp", "amp16")
-PROBLEMS = ("step", "paper", "all")
-LEVELS = ("nothing", "cheap", "all")
-SIZES = ("small", "paper")
-DEVICES = ("A100", "H100", "H200")
+#: Of the benchmarks.
 TIERS = ("first", "full")
-STREAMS = ("fp32", "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 1 when a gate fails. Bad usage exits with 2."""
-    parser = ArgumentParser(prog="cast-kernels", description="Fused kernels for two-stream video transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
-    for name, (help_line, add_options, _) in COMMANDS.items():
-        description = help_line[0].upper() + help_line[1:] + "."
-        add_options(commands.add_parser(name, help=help_line, description=description, allow_abbrev=False))
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     name = options.command
     try:
         return COMMANDS[name][2](options)
@@ -48,6 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:  # no Triton, no disassembler, no emulator, no place to write
         print(f"cast-kernels {name}: error: {error}", file=sys.stderr)
         return 1
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="cast-kernels", description="Fused kernels for two-stream video transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
+    for name, (help_line, add_options, _) in COMMANDS.items():
+        description = help_line[0].upper() + help_line[1:] + "."
+        add_options(commands.add_parser(name, help=help_line, description=description, allow_abbrev=False))
+    return parser
 
 
 def _info_options(parser: ArgumentParser) -> None:
@@ -65,7 +58,11 @@ def _info(options: Namespace) -> int:
 
 
 def _compile_options(parser: ArgumentParser) -> None:
-    _add_choices(parser, "--target", COMPILE_TARGETS, None, "architectures")
+    from cast_kernels.evidence.cases import KINDS
+    from cast_kernels.evidence.problems import PROBLEMS
+    from cast_kernels.evidence.targets import TARGETS
+
+    _add_choices(parser, "--target", TARGETS, None, "architectures")
     _add_choices(parser, "--dtype", KINDS, None, "dtypes, amp for autocast")
     parser.add_argument(
         "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
@@ -79,6 +76,9 @@ def _compile_options(parser: ArgumentParser) -> None:
 
 
 def _compile(options: Namespace) -> int:
+    from cast_kernels.evidence.cases import DTYPES
+    from cast_kernels.evidence.targets import GATED
+
     if options.cache == "":
         from cast_kernels.evidence import warm
 
@@ -89,13 +89,17 @@ def _compile(options: Namespace) -> int:
         return warm.main(options.target, options.dtype)
     from cast_kernels.evidence import compile as compiling
 
-    targets, dtypes = options.target or GATED_TARGETS, options.dtype or (*DTYPES, "amp")
+    targets, dtypes = options.target or GATED, options.dtype or (*DTYPES, "amp")
     cache = Path(options.cache) if options.cache else None
     return compiling.main(targets, dtypes, options.problems, options.json, cache)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:
-    _add_choices(parser, "--target", EMULATE_TARGETS, EMULATE_TARGETS, "architectures")
+    from cast_kernels.evidence.cases import KINDS
+    from cast_kernels.evidence.problems import SIZES
+    from cast_kernels.evidence.targets import EMULATED
+
+    _add_choices(parser, "--target", EMULATED, EMULATED, "architectures")
     _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write errors and counters as JSON")
@@ -111,15 +115,20 @@ def _emulate(options: Namespace) -> int:
 
 
 def _predict_options(parser: ArgumentParser) -> None:
-    _add_choices(parser, "--device", DEVICES, DEVICES, "GPUs")
+    from cast_kernels import Recompute
+    from cast_kernels.evidence.cases import KINDS, STREAMS
+    from cast_kernels.evidence.devices import DEVICES
+
+    _add_choices(parser, "--device", DEVICES, tuple(DEVICES), "GPUs")
     parser.add_argument("--batch", nargs="+", type=_positive, default=[1, 6, 32], metavar="B", help="clips")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all of it as JSON")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also write a JSON a GPU and README.md here")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
     parser.add_argument(
-        "--recompute", choices=LEVELS, default="nothing", help="what backward computes again; these GPUs take nothing"
-    )
+        "--recompute", choices=[level.value for level in Recompute], default="nothing",
+        help="what backward computes again; these GPUs take nothing",
+    )  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, help="dtypes (amp, which is what `cast train` runs)")
     parser.add_argument(
         "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"
@@ -137,11 +146,12 @@ def _predict(options: Namespace) -> int:
     if options.streams and not options.model:
         raise ValueError("predict --streams is of the whole model's residual streams; add --model, or leave it out")
     from cast_kernels.evidence import predict, whole_model
+    from cast_kernels.evidence.cases import STREAMS
 
     if options.model:
         return whole_model.main(
             options.device, options.batch, options.json, options.folder, options.cache, options.recompute,
-            options.streams or STREAMS,
+            options.streams or tuple(STREAMS),
         )  # fmt: skip
     return predict.main(
         options.device, options.batch, options.json, options.folder, options.cache, options.emulate,
@@ -196,7 +206,7 @@ def minutes(text: str) -> float:
 
 
 def _add_choices(
-    parser: ArgumentParser, name: str, allowed: tuple[str, ...], default: tuple[str, ...] | None, what: str
+    parser: ArgumentParser, name: str, allowed: Collection[str], default: Sequence[str] | None, what: str
 ) -> None:
     parser.add_argument(
         name, nargs="+", choices=allowed, default=default and list(default), metavar=name.strip("-").upper(),

@@ -33,8 +33,9 @@ void forward(const Problem& p, Address spatial, Address temporal, Address spatia
 }
 
 void backward(const Problem& p, Address spatial, Address temporal, Address spatial_scale, Address temporal_scale,
-              const Addresses& parameters, Address saved, int recompute, Address grad_spatial_out, Address grad_temporal_out,
-              Address grad_spatial, Address grad_temporal, const Addresses& gradients, int threads) {
+              const Addresses& parameters, Address saved, int recompute, Address grad_spatial_out,
+              Address grad_temporal_out, Address grad_spatial, Address grad_temporal, const Addresses& gradients,
+              int threads) {
   const BackwardCall call{p,
                           tensors<Parameters>(parameters),
                           {input(spatial), input(temporal)},
@@ -75,8 +76,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_params"), py::arg("threads"));
   bind_ffn(m);
   bind_self_attention(m);
-  m.def("isa", [] { return std::string(selected_kernels().name); },
-        "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
+  m.def(
+      "isa", [] { return std::string(selected_kernels().name); },
+      "Instruction-set level in use. ValueError if CAST_KERNELS_CPU_ISA is not a level.");
   m.def("built_levels", [] { return std::string(built_levels()); }, "Levels in this build, best first.");
   m.def("measure_fma_ceiling", &fma_ceiling, py::arg("threads"), py::arg("seconds"),
         "Measured multiply-add ceiling of the level in use, GFLOP/s.");

@@ -18,8 +18,13 @@ FFNProblem make_problem(i64 rows, i64 dim, i64 hidden, i64 adapter, int activati
 
 void forward(const FFNProblem& p, Address x, const Addresses& parameters, Address row_scale, Address y, Address saved,
              int threads) {
-  const FFNForwardCall call{p,         tensors<FFNParameters>(parameters), input(x), input(row_scale),
-                            output(y), output(saved),                      checked_threads(threads)};
+  const FFNForwardCall call{p,
+                            tensors<FFNParameters>(parameters),
+                            input(x),
+                            input(row_scale),
+                            output(y),
+                            output(saved),
+                            checked_threads(threads)};
   const py::gil_scoped_release release;
   run_ffn_forward(call);
 }

@@ -18,8 +18,8 @@ SelfAttentionProblem make_problem(i64 batch, i64 tokens, i64 dim, i64 heads, i64
 
 void forward(const SelfAttentionProblem& p, Address x, const Addresses& parameters, Address y, Address saved,
              int threads) {
-  const SelfAttentionForward call{p,         tensors<SelfAttentionParameters>(parameters), input(x),
-                                  output(y), output(saved),                                checked_threads(threads)};
+  const SelfAttentionForward call{
+      p, tensors<SelfAttentionParameters>(parameters), input(x), output(y), output(saved), checked_threads(threads)};
   const py::gil_scoped_release release;
   run_self_attention(call);
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 import cast_kernels
 
 #: Sizes that every backend takes.
-_BCAST = bcast_cases.Case(batch=2, frames=2, patches=3, dim=16, bottleneck=16, heads=1, seed=40)
+_BCAST = bcast_cases.small(batch=2, frames=2, patches=3, dim=16, bottleneck=16, heads=1, seed=40)
 _ATTENTION = self_attention_cases.Case(batch=2, tokens=3, dim=16, heads=2, adapter=16, seed=41)
 _FFN = ffn_cases.Case(lead=(2, 3), dim=16, hidden=16, adapter=16, activation="quick_gelu", seed=42)
 _ADAPTER = adapter_cases.Case(lead=(2, 3), dim=16, adapter=16, skip=True, seed=43)

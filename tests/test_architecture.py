@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md: who imports whom, and where a stranger finds an op."""
+"""The rules of tests/rooms.py and docs/architecture.md: who imports whom, and where a stranger finds an op."""
 
 from __future__ import annotations
 
@@ -9,255 +9,57 @@ import sys
 from pathlib import Path
 
 import pytest
+import rooms
 import torch
 
 from cast_kernels.compiling import constant
 
 ROOT = Path(__file__).parent.parent
 
-#: Modules (by longest matching prefix) -> prefixes of our own modules that they may import.
-ALLOWED: dict[str, tuple[str, ...]] = {
-    "cast_kernels.reference": (),
-    "cast_kernels.problem": (),
-    "cast_kernels.plans": (),
-    "cast_kernels.compiling": (),
-    "cast_kernels.attention": ("cast_kernels.problem", "cast_kernels.compiling"),
-    "cast_kernels.plain": ("cast_kernels.problem", "cast_kernels.compiling"),
-    "cast_kernels.eager": ("cast_kernels.problem", "cast_kernels.attention"),
-    "cast_kernels.versions": (),
-    "cast_kernels.recompute": ("cast_kernels.problem", "cast_kernels.compiling", "cast_kernels.triton"),
-    "cast_kernels.triton": (
-        "cast_kernels.problem",
-        "cast_kernels.attention",
-        "cast_kernels.compiling",
-        "cast_kernels.versions",
-        "cast_kernels.triton",
-    ),
-    "cast_kernels.cpu": ("cast_kernels.problem", "cast_kernels.cpu", "cast_kernels._native", "cast_kernels._C"),
-    "cast_kernels._native": ("cast_kernels._C",),
-    "cast_kernels.backends": (
-        "cast_kernels.problem",
-        "cast_kernels._native",
-        "cast_kernels.eager",
-        "cast_kernels.cpu",
-        "cast_kernels.triton",
-    ),
-    "cast_kernels.ops": (
-        "cast_kernels.problem",
-        "cast_kernels.attention",
-        "cast_kernels.backends",
-        "cast_kernels.recompute",
-        "cast_kernels.eager",
-        "cast_kernels.triton",
-        "cast_kernels.ops._casts",
-        "cast_kernels.ops._checks",
-        "cast_kernels.ops._derivatives",
-        "cast_kernels.ops._operator",
-        "cast_kernels.ops._around_attention",
-        "cast_kernels.ops._signatures",
-        "cast_kernels.ops.adapter",
-    ),
-    "cast_kernels.modules": (
-        "cast_kernels.problem",
-        "cast_kernels.attention",
-        "cast_kernels.plain",
-        "cast_kernels.backends",
-        "cast_kernels.recompute",
-        "cast_kernels.ops",
-        "cast_kernels.modules",
-        "cast_kernels.eager",
-    ),
-    "cast_kernels.evidence": ("cast_kernels",),
-    "cast_kernels.gpu": ("cast_kernels",),
-    "cast_kernels": ("cast_kernels",),
-    "cast.optional": (),
-    "cast.processes": (),
-    "cast.transfer": (),
-    "cast.graphs": (),
-    "cast.video": ("cast.video", "cast.files", "cast.optional", "cast.sampling", "cast.transfer"),
-    "cast.config": ("cast_kernels",),
-    "cast.layers": ("cast_kernels", "cast.config"),
-    "cast.positions": ("cast.layers",),
-    "cast.experts": ("cast_kernels", "cast.config", "cast.layers", "cast.positions", "cast.weights"),
-    "cast.block": ("cast_kernels", "cast.config", "cast.layers"),
-    "cast.heads": ("cast_kernels", "cast.config", "cast.layers"),
-    "cast.labels": ("cast.files",),
-    "cast.sampling": ("cast.files",),
-    "cast.hub": ("cast.config", "cast.files", "cast.labels", "cast.sampling", "cast.weights"),
-    "cast.weights": ("cast_kernels", "cast.config", "cast.layers", "cast.weights"),
-    "cast.model": (
-        "cast_kernels",
-        "cast.config",
-        "cast.layers",
-        "cast.block",
-        "cast.heads",
-        "cast.hub",
-        "cast.sampling",
-        "cast.weights",
-        "cast.experts",
-        "cast.positions",
-    ),
-    "cast.zoo": ("cast.config", "cast.hub", "cast.model", "cast.sampling", "cast.weights"),
-    "cast.predict": (
-        "cast.config",
-        "cast.labels",
-        "cast.model",
-        "cast.zoo",
-        "cast.video",
-        "cast.metrics",
-        "cast.evaluation.protocol",
-        "cast.files",
-        "cast.graphs",
-        "cast.predict",
-        "cast.transfer",
-    ),
-    "cast.export": (
-        "cast.config",
-        "cast.labels",
-        "cast.model",
-        "cast.zoo",
-        "cast.video",
-        "cast.optional",
-        "cast.sampling",
-    ),
-    "cast.pretrain": (
-        "cast_kernels",
-        "cast.config",
-        "cast.layers",
-        "cast.positions",
-        "cast.experts",
-        "cast.weights",
-        "cast.video",
-        "cast.training",
-        "cast.pretrain",
-        "cast.files",
-        "cast.optional",
-        "cast.transfer",
-    ),
-    "cast.training": (
-        "cast_kernels",
-        "cast.config",
-        "cast.model",
-        "cast.baselines",
-        "cast.video",
-        "cast.files",
-        "cast.optional",
-        "cast.processes",
-        "cast.sampling",
-        "cast.graphs",
-        "cast.training",
-        "cast.transfer",
-    ),
-    "cast.baselines": (
-        "cast_kernels",
-        "cast.baselines",
-        "cast.config",
-        "cast.files",
-        "cast.layers",
-        "cast.experts",
-        "cast.heads",
-        "cast.weights",
-        "cast.optional",
-    ),
-    "cast.files": (),
-    "cast.published": ("cast.files",),
-    "cast.metrics": ("cast.metrics",),
-    "cast.evaluation": (
-        "cast_kernels",
-        "cast.config",
-        "cast.block",
-        "cast.model",
-        "cast.baselines",
-        "cast.video",
-        "cast.metrics",
-        "cast.labels",
-        "cast.sampling",
-        "cast.training",
-        "cast.processes",
-        "cast.files",
-        "cast.published",
-        "cast.optional",
-        "cast.weights",
-        "cast.zoo",
-        "cast.evaluation",
-    ),
-    "cast.demo": ("cast", "cast_kernels"),
-    "cast.cli": ("cast",),
-    "cast": ("cast", "cast_kernels"),
-}
-#: Room -> who may enter it.
-PRIVATE = {
-    "cast.demo": ("cast.demo", "cast.study", "cast.cli"),
-    "cast.study": ("cast.study", "cast.cli"),
-    "cast_kernels.evidence": ("cast_kernels.evidence", "cast_kernels.gpu", "cast_kernels.cli"),
-    "cast_kernels.gpu": ("cast_kernels.gpu", "cast_kernels.cli", "cast_kernels.info"),
-}
-
-
 #: Ops without a native kernel and benchmark of their own -> the ops whose native kernels contain them.
 NATIVE_INSIDE = {"adapter": ("ffn", "self_attention")}
 
 
-def modules(package: str) -> dict[str, Path]:
-    found = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path
-    return found
-
-
-def imported(path: Path) -> set[str]:
-    """Every module of ours that the file imports, at any depth, as dotted names."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; write the whole name"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] in ("cast", "cast_kernels")}
-
-
-def inside(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == p or name.startswith(p + ".") for p in prefixes)
-
-
-ALL = modules("cast_kernels") | modules("cast")
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in rooms.modules() if not name.startswith("tests")])
 def test_imports_point_downwards(name: str) -> None:
-    rule = max((key for key in ALLOWED if inside(name, (key,))), key=len)
-    for target in imported(ALL[name]):
-        assert inside(target, ALLOWED[rule]), f"{name} imports {target}; {rule} may import {ALLOWED[rule]}"
-        for room, owners in PRIVATE.items():
-            assert not inside(target, (room,)) or inside(name, owners), f"{name} enters {room}"
+    room = rooms.room_of(name)
+    wrong = [
+        target
+        for target in rooms.imported(rooms.modules()[name])
+        if not any(rooms.covers(rule, target) for rule in room.allowed())
+    ]
+    assert wrong == [], f"{name} imports {wrong}; {room.name} may import {room.allowed()}"
 
 
-@pytest.mark.parametrize("name", modules("cast"))
-def test_the_model_package_uses_public_kernels_only(name: str) -> None:
-    import cast_kernels
+@pytest.mark.parametrize("room", rooms.ROOMS, ids=lambda room: room.name)
+def test_no_rule_is_wider_than_what_is_used(room: rooms.Room) -> None:
+    modules = {name: path for name, path in rooms.modules().items() if not name.startswith("tests")}
+    inside = [path for name, path in modules.items() if rooms.room_of(name) == room]
+    targets = {target for path in inside for target in rooms.imported(path)}
+    assert inside or room.name == "csrc"
+    idle = [rule for rule in room.allowed() if not any(rooms.covers(rule, target) for target in targets)]
+    assert idle == [], f"nothing in {room.name} imports {idle}: take it out of tests/rooms.py"
 
-    for target in imported(ALL[name]):
-        if target.startswith("cast_kernels."):
-            first = target.split(".")[1]
-            assert first in cast_kernels.__all__, f"{name} imports {target}: not a public name of cast_kernels"
+
+def test_a_wrong_import_is_found(tmp_path: Path) -> None:
+    """A public name is no room, a room is no public name, and a module needs a room."""
+    (tmp_path / "wrong.py").write_text(
+        "from cast_kernels import bcast, cpu\nfrom cast.video import reader\n\ndef later():\n    import bcast_cases\n"
+    )
+    found = rooms.imported(tmp_path / "wrong.py")
+    assert found == {"cast_kernels", "cast_kernels.cpu", "cast.video.reader", "tests.bcast_cases"}
+    layers = rooms.room_of("cast.layers")
+    assert [target for target in sorted(found) if any(rooms.covers(rule, target) for rule in layers.allowed())] == [
+        "cast_kernels"
+    ]
+    with pytest.raises(LookupError, match=r"cast\.attic is in no room"):
+        rooms.room_of("cast.attic")
 
 
-@pytest.mark.parametrize("name", modules("cast_kernels/evidence") | modules("cast_kernels/gpu"))
-def test_the_evidence_uses_what_a_user_has(name: str) -> None:
-    """Public names, and the tile tables that it judges and writes: what it shows is what the product does."""
-    import cast_kernels
-
-    for target in imported(ALL[name]) - {"cast_kernels"}:
-        public = target.split(".")[1] in cast_kernels.__all__
-        rooms = (
-            "cast_kernels.evidence",
-            "cast_kernels.gpu",
-            "cast_kernels.triton.tiles",
-            "cast_kernels.triton.common.architecture",
-        )
-        assert public or inside(target, rooms), f"{name} imports {target}"
+def test_the_page_has_the_rules_as_they_are() -> None:
+    text = rooms.PAGE.read_text()
+    assert text == rooms.page(text), "docs/architecture.md is stale: python tests/rooms.py"
+    assert rooms.page(text.replace("| `cast.cli`", "| `cli`").replace("| `zoo` |", "| `zoon` |")) == text
 
 
 def test_importing_the_package_imports_no_compiler_and_no_kernel() -> None:
@@ -267,7 +69,7 @@ def test_importing_the_package_imports_no_compiler_and_no_kernel() -> None:
     loaded = done.stdout.split()
     assert "cast_kernels.ops.bcast" in loaded
     late = ("torch._dynamo", "torch._inductor", "cast_kernels.cpu", "cast_kernels.triton.tiles")
-    assert [name for name in loaded if inside(name, late)] == []
+    assert [name for name in loaded if any(rooms.covers(part, name) for part in late)] == []
 
 
 def test_the_mark_of_a_constant_is_pytorchs_own() -> None:
@@ -316,10 +118,13 @@ def test_an_op_is_found_by_its_stem() -> None:
 
 
 def test_no_file_outgrows_its_reader() -> None:
+    """CONTRIBUTING.md says how many lines a file may have: the one place."""
+    said = re.search(r"[Ff]iles under (?:about )?(\d+) lines", (ROOT / "CONTRIBUTING.md").read_text())
+    assert said, "CONTRIBUTING.md no longer says 'Files under N lines'"
     files = [p for d in ("cast", "cast_kernels", "csrc", "benchmarks", "tests", "tools") for p in (ROOT / d).rglob("*")]
     long = {
         str(p.relative_to(ROOT)): n
         for p in files
-        if p.suffix in (".py", ".h", ".cpp") and (n := len(p.read_text().splitlines())) > 450
+        if p.suffix in (".py", ".h", ".cpp") and (n := len(p.read_text().splitlines())) > int(said[1])
     }
     assert long == {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,9 +22,8 @@ from baselines import OneDNNLinears
 from compare import compare, worst_ratio
 from fake_machine import FakeMachine
 from groups import KINDS, PAPER, SMALL, Candidate, Work
-from measure import CpuMachine, Unavailable, peak_memory, time_limit
+from measure import CpuMachine, Unavailable
 from models import Training, count_flops, exact_training, make_batch, make_model
-from peak_memory import measure_apart
 from report import Report, recorded_time, render, replay
 from session import Session
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -346,42 +343,6 @@ def test_a_training_step_is_more_than_two_forwards_and_less_than_three() -> None
 
 
 # -- memory and time
-
-
-def test_peak_memory_sees_an_allocation_that_is_gone_again() -> None:
-    def run() -> None:
-        bytearray(b"x" * (96 << 20))
-
-    seen = peak_memory(run)
-    assert 90 < seen["peak_mib"] - seen["before_mib"] < 400
-    assert peak_memory(lambda: None)["peak_mib"] - seen["before_mib"] < 60
-
-
-def test_training_memory_is_measured_in_a_process_of_its_own() -> None:
-    seen = measure_apart("tiny", 2, {"backend": "eager", "depth": 1})
-    assert 50 < seen["before_mib"] < seen["peak_mib"]
-
-
-def test_a_process_that_fails_is_a_missing_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho first >&2\necho 'MemoryError: too much' >&2\nexit 3\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(Unavailable, match=r"^MemoryError: too much$"):
-        measure_apart("tiny", 2, {})
-
-
-def test_time_limit_stops_a_loop_and_gives_the_timer_back() -> None:
-    def loop() -> None:
-        while time.monotonic() - began < 60:  # or the loop would end by itself, which is no error
-            with contextlib.suppress(Exception):  # as a compiler's handler for ordinary errors might
-                sum(range(1000))
-
-    before = signal.getsignal(signal.SIGALRM)
-    began = time.monotonic()
-    with pytest.raises(Unavailable, match=r"the loop was stopped after 0 s"), time_limit(0.05, "the loop"):
-        loop()
-    assert signal.getsignal(signal.SIGALRM) is before
 
 
 @pytest.mark.benchmark(timer=recorded_time)

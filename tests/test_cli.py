@@ -165,8 +165,8 @@ def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     calls = []
     monkeypatch.setattr(cast.demo, "main", lambda **options: calls.append(options), raising=False)
     assert main(["demo", "--out", str(tmp_path), "--seeds", "3"]) == 0
-    assert main(["demo"]) == 0
-    assert calls == [{"out": tmp_path, "seeds": 3}, {"out": Path("runs/demo"), "seeds": 1}]
+    assert main(["demo", "--quick"]) == 0
+    assert calls == [{"out": tmp_path, "seeds": 3, "quick": False}, {"out": None, "seeds": 1, "quick": True}]
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bcast_cases import Case
+from bcast_cases import small
 from processes import free_port
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cast_kernels
 
-CASE = Case(batch=4, frames=2, patches=5, dim=32, bottleneck=16, heads=1)
+CASE = small(batch=4, frames=2, patches=5, dim=32, bottleneck=16, heads=1)
 BACKENDS = ["eager", "cpu"]
 #: What the two processes do: the wrapper, and whether activations are checkpointed and products run under autocast.
 MODES = ["ddp", "fsdp", "fsdp1", "fsdpeach", "ddp-checkpoint", "fsdp-autocast"]

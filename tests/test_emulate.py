@@ -16,13 +16,14 @@ from cast_kernels.evidence import emulate as emulating
 from cast_kernels.evidence import mutants as planting
 from cast_kernels.evidence.cases import KINDS, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.driver import Launch
-from cast_kernels.evidence.emulate import SIZES, Outcome, emulate
+from cast_kernels.evidence.emulate import Outcome, emulate
 from cast_kernels.evidence.emulator import Emulator
-from cast_kernels.evidence.targets import target
+from cast_kernels.evidence.problems import SIZES
+from cast_kernels.evidence.targets import EMULATED, target
 from cast_kernels.evidence.useful import useful_flops
 from cast_kernels.triton import tiles
 
-TARGETS = emulating.TARGETS
+TARGETS = EMULATED
 SMALL = SIZES["small"][0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bcast_cases import Case
+from bcast_cases import AWKWARD
 from derivative_cases import CALLS, KERNELS
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def step(op: str) -> list[Tensor]:
 
 
 def said() -> tuple[str, str]:
-    case = Case()
+    case = AWKWARD
     return cast_kernels.explain(case.module(), *case.inputs()), info.collect()["runs"]["repeated_calls"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bcast_cases import CASES, Case, assert_at_most_twice_eager
+from bcast_cases import AWKWARD, CASES, Case, assert_at_most_twice_eager
 from cast_models import SMALL, randomise, set_layer, small_model, small_video
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -300,9 +300,9 @@ def test_explain_and_repr_name_layer_and_reason(capsys: pytest.CaptureFixture[st
     assert "modules" in model.extra_repr()
     assert "cross_t_up is a test_plain.LoRA" in repr(model.blocks[0])
     assert "cannot run the exchange" in model.fuse("cpu").explain()
-    module = Case().module()
+    module = AWKWARD.module()
     module.ln_s_cross.register_full_backward_hook(lambda *_: None)
-    assert "ln_s_cross has a backward hook" in cast_kernels.explain(module, *Case().inputs())
+    assert "ln_s_cross has a backward hook" in cast_kernels.explain(module, *AWKWARD.inputs())
 
 
 def test_a_parametrization_is_read_and_stays_fused() -> None:
@@ -330,81 +330,17 @@ def test_hooks_on_a_block_fire_and_change_no_backend() -> None:
 def test_norms_of_the_exchange_have_their_own_epsilon() -> None:
     """Equal ones reach the op, unequal ones their modules."""
     for s, t in ((1e-2, 1e-2), (1e-2, 1e-1)):
-        module = Case().module(torch.float64)
+        module = AWKWARD.module(torch.float64)
         module.ln_s_cross.eps, module.ln_t_cross.eps = s, t
-        inputs = Case().inputs(torch.float64)
+        inputs = AWKWARD.inputs(torch.float64)
         got = module(*inputs)
         assert bool(module.obstacle()) == (s != t)
         module.ln_s_cross.register_forward_hook(lambda *_: None)
         torch.testing.assert_close(got, module(*inputs), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_functional_call_takes_plain_tensors(backend: str) -> None:
-    module = Case().module(backend=backend)
-    other = {name: (p.detach() * 1.1).clone() for name, p in module.named_parameters()}
-    got = torch.func.functional_call(module, other, Case().inputs())
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(other[name])
-    torch.testing.assert_close(got, module(*Case().inputs()))
-
-
-def test_dynamic_quantisation_runs_the_quantised_layers() -> None:
-    if not torch.backends.quantized.supported_engines:
-        pytest.skip("this build of torch has no quantised kernels")
-    model = small_model().float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch has deprecated it for torchao
-        int8 = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    calls: dict[str, int] = {}
-    for name, module in int8.named_modules():
-        if type(module).__name__ == "Linear" and "quantized" in type(module).__module__:
-            module.register_forward_hook(lambda *_, name=name: calls.update({name: 1 + calls.get(name, 0)}))
-    whole, got = tokens(model, torch.float32), tokens(int8, torch.float32)
-    assert len([name for name in calls if name.startswith("blocks.")]) == 2 * 25
-    assert set(calls.values()) == {1}
-    for name, x in whole.items():
-        assert 0 < float((got[name] - x).norm() / x.norm()) < 0.2
-    assert "modules" in repr(int8)
-
-
-def test_offloaded_weights_are_there_when_they_are_used() -> None:
-    from accelerate import cpu_offload
-
-    model, video = small_model().float(), small_video(small_model(), dtype=torch.float32)
-    want = model(video)
-    cpu_offload(model, execution_device="cpu")
-    assert model.blocks[0].get_submodule("attn.qkv").weight.is_meta  # type: ignore[union-attr]
-    torch.testing.assert_close(model(video), want)
-
-
-def test_a_compiled_model_calls_its_layers_and_sees_a_later_hook() -> None:
-    model, video = small_model(depth=1).float(), small_video(small_model(), dtype=torch.float32)
-    lora(model.blocks[0], "attn.qkv")
-    lora(model.blocks[0], "t2s_cross.t2s_q")
-    torch._dynamo.reset()
-    fast = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(fast(video), model(video))
-    before = model(video)["action"]
-    model.blocks[0].get_submodule("mlp.fc1").register_forward_hook(lambda _, args, output: 2 * output)
-    torch.testing.assert_close(fast(video), model(video))
-    assert not torch.allclose(before, model(video)["action"])
-
-
-def test_blocks_with_something_around_them_are_found() -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    model, video = small_model(), small_video(small_model())
-    want = model(video)
-    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
-    torch.testing.assert_close(model(video), want)
-    assert [block.backend for _, block in model.unfuse().cast_blocks()] == ["eager"] * 2
-    assert [name for name, _ in model.cast_blocks()] == ["blocks.0", "blocks.1._checkpoint_wrapped_module"]
-
-
 def test_positions_that_do_not_fit_are_said_by_modules_too() -> None:
-    module, (spatial, temporal) = Case().module(), Case().inputs()
+    module, (spatial, temporal) = AWKWARD.module(), AWKWARD.inputs()
     module.cross_s_down.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"t2s\.q_pos has shape.*2 frames"):
         module(spatial[:, :2], temporal[:, :2])

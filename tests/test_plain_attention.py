@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bcast_cases import Case
+from bcast_cases import AWKWARD
 from cast_models import set_layer, small_model, small_video
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ def test_what_stands_in_an_exchange_s_place_takes_no_attention_by_name() -> None
         def forward(self, asking: Tensor, answering: Tensor) -> Tensor:
             return asking
 
-    module, streams = Case().module(backend="eager"), Case().inputs()
+    module, streams = AWKWARD.module(backend="eager"), AWKWARD.inputs()
     set_layer(module, "s2t_cross", Nothing())
     module(*streams)
     module.attention = "math"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bcast_cases import CASES, Case
+from bcast_cases import AWKWARD, CASES, Case, small
 from cast_models import small_model, small_video
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from cast_kernels import BCAST, DIRECTIONS, CrossAttention, plain
 pytestmark = pytest.mark.filterwarnings("ignore:.*by its modules")  # which the tests cause on purpose
 
 
-def known(case: Case = Case()) -> tuple[BCAST, tuple[Tensor, ...]]:  # noqa: B008
+def known(case: Case = AWKWARD) -> tuple[BCAST, tuple[Tensor, ...]]:
     """An exchange whose layers were found plain, and its inputs."""
     module, inputs = case.module(), case.inputs()
     module(*inputs)
@@ -63,13 +63,13 @@ def _no_positions(module: BCAST) -> None:
 
 
 def _another_window(module: BCAST) -> None:
-    case = Case(windows=("space", "space"))
+    case = small(windows=("space", "space"))
     module.windows = ("space", "space")
     module.t2s_cross = case.module().t2s_cross
 
 
 def _without_positions(module: BCAST) -> None:
-    module.s2t_cross = Case(positions=False).module().s2t_cross
+    module.s2t_cross = small(positions=False).module().s2t_cross
 
 
 def _a_shadow(module: BCAST) -> None:

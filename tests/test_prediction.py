@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cast_kernels.cli import DEVICES as DEVICE_NAMES
 from cast_kernels.cli import main
 from cast_kernels.evidence import eager_model, model, trace
 from cast_kernels.evidence import predict as predicting
@@ -92,8 +91,9 @@ def test_memory_ceilings_do_not_depend_on_the_grid() -> None:
 
 def test_the_floor_is_a_roofline_at_the_best_instruction() -> None:
     made = model.predict(launched(132), taking(2), [Counters({"mma": 1e9 / 132})], 1.0, H100)
-    assert made.floor == pytest.approx(1e6 * 1e9 / H100.peak)
-    assert H100.peak == pytest.approx(796e12, rel=0.01)  # what an 8192^3 GEMM was measured at
+    best, other = H100.tensor["wgmma"], H100.tensor["mma"]
+    assert best > other
+    assert made.floor == pytest.approx(1e6 * 1e9 / (best * H100.efficiency * H100.clock * H100.target.processors))
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -111,12 +111,10 @@ def test_another_targets_kernel_is_refused() -> None:
 
 
 def test_every_constant_has_a_source() -> None:
-    assert tuple(DEVICES) == DEVICE_NAMES
     for goal in DEVICES.values():
         for constant in (goal.clock, goal.efficiency, goal.l2, goal.dram, *goal.tensor.values()):
             assert constant.source
             assert constant.unit
-    assert {name for name, goal in DEVICES.items() if goal.dram.assumed} == {"A100"}
 
 
 @pytest.mark.parametrize("kind", eager_model.EAGER)

@@ -122,7 +122,8 @@ def test_shared_bounds(offset: str) -> None:
         run(entry(f"mov.b32 %r1, tile; ld.shared.b32 %r2, [%r1+{offset}];", 0, outside=SHARED), [])
 
 
-def test_dynamic_shared_memory_and_its_limit() -> None:
+@pytest.mark.parametrize(("target", "kib"), [("sm_80", 163), ("sm_90", 227)])  # CUDA's programming guide has them
+def test_dynamic_shared_memory_and_its_limit(target: str, kib: int) -> None:
     outside = ".extern .shared .align 16 .b8 dynamic[];\n" + SHARED
     text = entry(
         "mov.b32 %r1, dynamic; ld.shared.b32 %r2, [%r1+1020]; mov.b32 %r3, tile; ld.shared.b32 %r2, [%r3];",
@@ -132,11 +133,9 @@ def test_dynamic_shared_memory_and_its_limit() -> None:
     run(text, [], shared_bytes=1024)
     with pytest.raises(ptx_emulator.MemoryFault):
         run(text, [], shared_bytes=1020)
-    assert ptx_emulator.SHARED_LIMIT == {"sm_80": 166912, "sm_90": 232448}
-    for target, limit in ptx_emulator.SHARED_LIMIT.items():
-        run(text, [], shared_bytes=limit - 512, target=target)
-        with pytest.raises(ptx_emulator.SharedLimit, match=f"512 static.*{limit}"):
-            run(text, [], shared_bytes=limit - 511, target=target)
+    run(text, [], shared_bytes=kib * 1024 - 512, target=target)
+    with pytest.raises(ptx_emulator.SharedLimit, match=f"512 static.*{kib * 1024}"):
+        run(text, [], shared_bytes=kib * 1024 - 511, target=target)
 
 
 def test_uninitialised_values_are_nan() -> None:

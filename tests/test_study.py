@@ -94,10 +94,9 @@ def test_a_miniature_stands_on_the_experts_it_is_given(experts: dict[str, Any]) 
 
 
 def test_quarters_of_the_layers() -> None:
-    assert MINIATURE.depth == 4
     shares = [("layers-quarter", (3,), (9, 10, 11)), ("layers-half", (2, 3), tuple(range(6, 12)))]
     for name, small, full in shares:
-        assert PLAN.models[name].layers(4) == small
+        assert PLAN.models[name].layers(MINIATURE.depth) == small
         assert PLAN.models[name].layers(12) == full
     assert PLAN.models["cast"].layers(12) is None
 

@@ -106,7 +106,7 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_fsdp2_leaves_precision_to_autocast_and_adds_gradients_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tests/test_training_command.py, heavy, has two processes whose weights are DDP's under bf16."""
+    """tests/test_training_launched.py, heavy, has two processes whose weights are DDP's under bf16."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16  # accelerate's

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from bcast_cases import Case
+from bcast_cases import Case, small
 from fake_gpu import fake_gpu, gpu_autocast, kept_mib, module_and_streams
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,7 @@ from cast_kernels.triton import bcast as triton_bcast
 from cast_kernels.triton import common, tiles, weight_gradient
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CASE = Case(batch=1, frames=2, patches=3, dim=32, bottleneck=16, heads=1)
+CASE = small(batch=1, frames=2, patches=3, dim=32, bottleneck=16, heads=1)
 SMALL = {"dim": 64, "bottleneck_dim": 32, "num_heads": 2, "num_frames": 3, "num_patches": 5}
 
 

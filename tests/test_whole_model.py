@@ -15,16 +15,15 @@ from fake_gpu import fake_gpu, gpu_autocast
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import cast
-from cast_kernels.cli import STREAMS as STREAM_NAMES
 from cast_kernels.cli import main
 from cast_kernels.evidence import compiled_model, host, whole_model
 from cast_kernels.evidence import whole_report as report
 from cast_kernels.evidence.autocast import cuda_rules
-from cast_kernels.evidence.cases import KINDS
+from cast_kernels.evidence.cases import STREAMS
 from cast_kernels.evidence.devices import device
 from cast_kernels.evidence.eager_model import Ledger, Operation
 from cast_kernels.evidence.model import Prediction
-from cast_kernels.evidence.parts import STREAMS, Model, parts
+from cast_kernels.evidence.parts import Model, parts
 from cast_kernels.evidence.unrun import Unrun
 
 #: A model of which every part is there and nothing takes time.
@@ -223,12 +222,6 @@ def test_goals_are_held_against_predictions() -> None:
 
     lines = report.goals([way("eager AMP", 150.0, 0.0), way("torch.compile", 110.0, 0.0), way("ours", 100.0, 120.0)])
     assert [line.split()[0] for line in lines] == ["met", "accepted", "accepted", "missed", "met", "accepted"]
-
-
-def test_streams_and_kinds_have_the_names_of_the_command_line() -> None:
-    assert tuple(STREAMS) == STREAM_NAMES
-    assert KINDS["amp"].streams is None
-    assert KINDS["amp16"].streams == STREAMS["bf16"]
 
 
 def test_what_is_measured_on_the_host_is_as_stated() -> None:

@@ -29,6 +29,10 @@ class Exchange(nn.Module):
         running: how ops run.
     """
 
+    config: CASTConfig
+    prefixes: Prefixes
+    running: Running
+
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running) -> None:
         super().__init__()
         self.config, self.prefixes, self.running = config, prefixes, running
@@ -47,7 +51,7 @@ class Bottleneck(Exchange):
 
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running) -> None:
         super().__init__(config, prefixes, running)
-        self.bcast = BCAST(
+        self.bcast: BCAST = BCAST(
             **config.exchange_sizes(),
             directions=config.directions,
             backend=running.backend,
@@ -75,6 +79,9 @@ class Lateral(Exchange):
     the fully tuned experts start as they were pre-trained; CLS takes no part.
     """
 
+    t2s: nn.Linear
+    s2t: nn.Linear
+
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running) -> None:
         super().__init__(config, prefixes, running)
         self.t2s, self.s2t = (nn.Linear(config.embed_dim, config.embed_dim) for _ in range(2))
@@ -97,6 +104,11 @@ class Wide(Exchange):
     difference, two adapters a block, does from this one.
     """
 
+    ln_s: nn.LayerNorm
+    ln_t: nn.LayerNorm
+    t2s: CrossAttention
+    s2t: CrossAttention
+
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running, adapted: bool) -> None:
         super().__init__(config, prefixes, running)
         self.ln_s, self.ln_t = (nn.LayerNorm(config.embed_dim, eps=VMAE_EPS) for _ in range(2))
@@ -105,8 +117,8 @@ class Wide(Exchange):
         )
         init_linears(self)
         if adapted:
-            self.S_Cross_Adapter = Adapter(config.embed_dim, config.adapter_dim)
-            self.T_Cross_Adapter = Adapter(config.embed_dim, config.adapter_dim)
+            self.S_Cross_Adapter: Adapter = Adapter(config.embed_dim, config.adapter_dim)
+            self.T_Cross_Adapter: Adapter = Adapter(config.embed_dim, config.adapter_dim)
             init_linears(self.S_Cross_Adapter, self.T_Cross_Adapter)
         else:
             zero(self.t2s.proj, self.s2t.proj)
@@ -127,6 +139,13 @@ class Wide(Exchange):
 class CrossAttention(nn.Module):
     """Multi-head cross-attention at width D inside windows: asking and answering [B, T, N, D] -> [B, T, N, D]."""
 
+    num_heads: int
+    window: str
+    attention: str
+    q: nn.Linear
+    kv: nn.Linear
+    proj: nn.Linear
+
     def __init__(self, config: CASTConfig, window: str, attention: str = "auto") -> None:
         super().__init__()
         dim, self.num_heads, self.window, self.attention = config.embed_dim, config.num_heads, window, attention
@@ -136,7 +155,7 @@ class CrossAttention(nn.Module):
             for side in ("q", "kv"):
                 table = nn.Parameter(torch.randn(*shape, dim) * (dim // self.num_heads) ** -0.5)
                 self.register_parameter(f"{side}_{axis}_pos", table)
-        self.axes = tuple(shapes)
+        self.axes: tuple[str, ...] = tuple(shapes)
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, asking: Tensor, answering: Tensor) -> Tensor:

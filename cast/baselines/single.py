@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cast.baselines.saved import load_saved, read_saved, write_saved
+from cast.baselines.streams import Stream
 from cast.baselines.two_stream import make_stream
 from cast.config import CASTConfig, make_config
 from cast.layers import Adapter, Running, drop_factor, init_linears
@@ -29,6 +30,8 @@ class SingleExpert(nn.Module):
         overrides: fields of CASTConfig.
     """
 
+    config: CASTConfig
+
     def __init__(
         self,
         expert: str,
@@ -44,18 +47,22 @@ class SingleExpert(nn.Module):
         if adapters == "aim" and expert != "clip":
             raise ValueError(f"adapters 'aim' are CLIP's; the expert is {expert!r}, choose 'cast' or 'none'")
         self.expert = expert
-        self.stream = make_stream(expert, config, Running("auto" if fused else "eager", recompute, attention))
+        self.stream: Stream = make_stream(expert, config, Running("auto" if fused else "eager", recompute, attention))
         self.stream.requires_grad_(adapters == "none")
         self.stream.last_norm().requires_grad_(True)
         names = {"none": (), "cast": ("Adapter", "MLP_Adapter"), "aim": ("Adapter", "MLP_Adapter", "Time_Adapter")}
-        self.blocks = nn.ModuleList(
+        self.blocks: nn.ModuleList = nn.ModuleList(
             nn.ModuleDict({name: Adapter(config.embed_dim, config.adapter_dim) for name in names[adapters]})
             for _ in range(config.depth)
         )
-        self.heads = nn.ModuleDict({name: nn.Linear(config.embed_dim, n) for name, n in config.classes.items()})
+        self.heads: nn.ModuleDict = nn.ModuleDict(
+            {name: nn.Linear(config.embed_dim, n) for name, n in config.classes.items()}
+        )
         init_linears(self.blocks, self.heads)
         if adapters == "aim":
-            self.time_positional_embedding = nn.Parameter(torch.zeros(config.exchange_frames, 1, config.embed_dim))
+            self.time_positional_embedding: nn.Parameter = nn.Parameter(
+                torch.zeros(config.exchange_frames, 1, config.embed_dim)
+            )
         self.adapters = adapters
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
@@ -114,7 +121,7 @@ class Ensemble(nn.Module):
         super().__init__()
         if not members:
             raise ValueError("an ensemble has no members; give at least one trained model")
-        self.members = nn.ModuleList(members)
+        self.members: nn.ModuleList = nn.ModuleList(members)
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
         """Inputs of the members -> logits by head, [B, classes].

@@ -25,6 +25,9 @@ class Stream(nn.Module):
         running: how the ops of its blocks run.
     """
 
+    config: CASTConfig
+    running: Running
+
     prefix: int
 
     def __init__(self, config: CASTConfig, running: Running) -> None:
@@ -79,7 +82,7 @@ class CLIPStream(Stream):
 
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__(config, running)
-        self.expert = SpatialExpert(config)
+        self.expert: SpatialExpert = SpatialExpert(config)
 
     def embed(self, video: Tensor) -> Tensor:
         return self.expert.embed(self.frames(video)).unflatten(0, (video.shape[0], -1))
@@ -123,7 +126,7 @@ class VideoMAEStream(Stream):
 
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__(config, running)
-        self.expert = TemporalExpert(config)
+        self.expert: TemporalExpert = TemporalExpert(config)
 
     def embed(self, video: Tensor) -> Tensor:
         return self.expert.embed(video).unflatten(1, (self.config.exchange_frames, self.config.num_patches))

@@ -60,7 +60,7 @@ class TimmStream(Stream):
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = False
         self.expert: Any = model
-        self.size = model.patch_embed.img_size
+        self.size: Any = model.patch_embed.img_size
 
     def _check(self, name: str, model: Any) -> None:
         if getattr(model, "rope_mixed", False) or model.cls_token is None or model.num_prefix_tokens != 1:

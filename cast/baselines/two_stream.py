@@ -93,7 +93,9 @@ class TwoStreamBlock(nn.Module):
         for name in names:
             self.add_module(name, Adapter(config.embed_dim, config.adapter_dim))
         init_linears(self)
-        self.exchange = _make_exchange(design.exchange, config, prefixes, running) if exchanges else None
+        self.exchange: Exchange | None = (
+            _make_exchange(design.exchange, config, prefixes, running) if exchanges else None
+        )
 
     def adapter(self, name: str) -> Adapter | None:
         return getattr(self, name, None)
@@ -113,6 +115,10 @@ class TwoStream(nn.Module):
         overrides: fields of CASTConfig.
     """
 
+    design: Design
+    config: CASTConfig
+    timm_options: dict[str, dict[str, Any]]
+
     def __init__(
         self,
         design: Design | None = None,
@@ -127,19 +133,21 @@ class TwoStream(nn.Module):
         self.design, self.config = design or Design(), make_config(config, **overrides)
         config, running = self.config, Running("auto" if fused else "eager", recompute, attention)
         options = self.timm_options = {role: dict(chosen) for role, chosen in (timm_options or {}).items()}
-        self.spatial = make_stream(self.design.spatial, config, running, **options.get("spatial", {}))
-        self.temporal = make_stream(self.design.temporal, config, running, **options.get("temporal", {}))
+        self.spatial: Stream = make_stream(self.design.spatial, config, running, **options.get("spatial", {}))
+        self.temporal: Stream = make_stream(self.design.temporal, config, running, **options.get("temporal", {}))
         prefixes = (self.spatial.prefix, self.temporal.prefix)
         for name in ("spatial", "temporal"):
             self.get_submodule(name).requires_grad_(self.design.trained == "all")
         self.spatial.last_norm().requires_grad_(True)
         self.temporal.last_norm().requires_grad_(True)
-        self.blocks = nn.ModuleList(
+        self.blocks: nn.ModuleList = nn.ModuleList(
             TwoStreamBlock(self.design, config, config.exchanges(index), prefixes, running)
             for index in range(config.depth)
         )
         if self.design.adapters == "aim":
-            self.time_positional_embedding = nn.Parameter(torch.zeros(config.exchange_frames, 1, config.embed_dim))
+            self.time_positional_embedding: nn.Parameter = nn.Parameter(
+                torch.zeros(config.exchange_frames, 1, config.embed_dim)
+            )
         for name, module in self._heads().items():
             self.add_module(name, module)
 

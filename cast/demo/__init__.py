@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from cast.optional import require
 
 if TYPE_CHECKING:
-    from cast.demo.dataset import Sizes
-    from cast.demo.study import Budget
+    from cast.demo.scale import Scale
 
 
 def main(
-    out: str | os.PathLike[str] = "runs/demo",
+    out: str | os.PathLike[str] | None = None,
     seeds: int = 1,
-    sizes: Sizes | None = None,
-    budget: Budget | None = None,
+    quick: bool = False,
+    scale: Scale | None = None,
 ) -> dict[str, Any]:
     """Make the data set, train experts, baselines and CAST, evaluate, and write a report.
 
@@ -25,10 +24,10 @@ def main(
 
     Args:
         out: receives `data/` (videos), `seed-*/` (checkpoints, and the finished model in `seed-*/cast`),
-            `metrics.json` and `report.html`.
+            `metrics.json` and `report.html`; if None, `runs/demo`, or `runs/demo-quick` if `quick`.
         seeds: how many times to train, with seeds 0, 1, ...; the data set is the same.
-        sizes: clips of the data set.
-        budget: how long to train.
+        quick: fewer classes, fewer clips and a smaller model, for a first look.
+        scale: what to make and how long to train, if neither of the two.
 
     Returns:
         The content of `metrics.json`; accuracies in percent.
@@ -39,12 +38,21 @@ def main(
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
-    for module in ("sklearn", "PIL", "matplotlib"):
-        require(module, "demo")  # before minutes of work
     from rich.console import Console
 
-    from cast.demo.dataset import Sizes
-    from cast.demo.run import run
-    from cast.demo.study import Budget
+    console = Console()
+    # Before the seconds that PyTorch takes to load.
+    console.print(
+        f"CAST demo{' (quick)' if quick else ''}: makes videos, trains two experts, the baselines and CAST, writes a "
+        "report. No download, no GPU.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for module in ("sklearn", "PIL", "matplotlib"):
+        require(module, "demo")  # before minutes of work
 
-    return run(Path(out), seeds, sizes or Sizes(), budget or Budget(), Console())
+    from cast.demo.run import run
+    from cast.demo.scale import FULL, QUICK
+
+    folder = Path(out if out is not None else "runs/demo-quick" if quick else "runs/demo")
+    return run(folder, seeds, scale or (QUICK if quick else FULL), console)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.demo.scene import FRAMES, render_still
+from cast.demo.scene import ALL, FRAMES, Classes, render_still
 from cast.evaluation import VALIDATION
 from cast.video.annotations import Sample, read_compositional
 from cast.video.reader import read
@@ -38,6 +38,7 @@ class CachedClips:
         heads: labels to give.
         seed: source of the random frames.
         progress: called with videos read and videos in all.
+        frames: of a clip, as the model sees it.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class CachedClips:
         heads: Sequence[str] = ("verb", "noun"),
         seed: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        frames: int = 16,
     ) -> None:
         root = Path(directory)
-        self.samples = read_compositional(root / f"{split}.csv", root / split)
-        self.seed = seed
-        self.labels = {head: torch.tensor([sample.labels[head] for sample in self.samples]) for head in heads}
-        self.pixels = torch.empty(len(self.samples), FRAMES, 3, size, size, dtype=torch.uint8)
+        self.samples: list[Sample] = read_compositional(root / f"{split}.csv", root / split)
+        self.seed, self.frames = seed, frames
+        self.labels: dict[str, Tensor] = {
+            head: torch.tensor([sample.labels[head] for sample in self.samples]) for head in heads
+        }
+        self.pixels: Tensor = torch.empty(len(self.samples), FRAMES, 3, size, size, dtype=torch.uint8)
         transform = view_transform(size, normalise=False)
 
         def decode(job: tuple[int, Sample]) -> None:
@@ -72,11 +76,11 @@ class CachedClips:
     def indices(self, epoch: int, index: int) -> np.ndarray:
         """The frames that make clip `index` in an epoch."""
         if epoch == VALIDATION:
-            return view_indices(FRAMES, 0, 1)
-        return train_indices(FRAMES, np.random.default_rng((self.seed, epoch, index)))
+            return view_indices(FRAMES, 0, 1, frames=self.frames)
+        return train_indices(FRAMES, np.random.default_rng((self.seed, epoch, index)), frames=self.frames)
 
     def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """Videos float32 [B, 3, 16, size, size] and labels [B]."""
+        """Videos float32 [B, 3, frames, size, size] and labels [B]."""
         frames = torch.from_numpy(np.stack([self.indices(epoch, int(index)) for index in indices]))
         chosen = torch.from_numpy(indices)
         videos = normalise(self.pixels[chosen[:, None], frames]).transpose(1, 2).contiguous()
@@ -91,16 +95,22 @@ class Stills:
         size: side of the model's input in pixels; must divide the scene's.
         seed: source of the pictures.
         progress: called with pictures drawn and pictures in all.
+        classes: whose nouns the pictures show.
     """
 
     def __init__(
-        self, count: int, size: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        count: int,
+        size: int,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        classes: Classes = ALL,
     ) -> None:
-        self.pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
-        self.nouns = torch.empty(count, dtype=torch.int64)
+        self.pixels: Tensor = torch.empty(count, 3, size, size, dtype=torch.uint8)
+        self.nouns: Tensor = torch.empty(count, dtype=torch.int64)
         transform = view_transform(size, normalise=False)
         for start in range(0, count, 500):
-            drawn = [render_still(seed, index) for index in range(start, min(start + 500, count))]
+            drawn = [render_still(seed, index, classes) for index in range(start, min(start + 500, count))]
             pictures = torch.from_numpy(np.stack([picture for picture, _ in drawn])).permute(0, 3, 1, 2)
             self.pixels[start : start + len(drawn)] = transform(pictures)
             self.nouns[start : start + len(drawn)] = torch.tensor([noun for _, noun in drawn])

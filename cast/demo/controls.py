@@ -16,11 +16,15 @@ import numpy as np
 
 from cast.demo.clips import CachedClips
 from cast.demo.dataset import read_scenes
-from cast.demo.scene import NOUNS, VERBS
+from cast.demo.scene import FRAMES, Classes
 from cast.optional import require
 
-#: Chance in percent.
-CHANCE = {"verb": 100 / len(VERBS), "pair": 200 / len(VERBS), "noun": 100 / len(NOUNS), "direction": 50.0}
+
+def chance(classes: Classes) -> dict[str, float]:
+    """What guessing reaches, in percent."""
+    verbs, nouns = len(classes.verbs), len(classes.nouns)
+    return {"verb": 100 / verbs, "pair": 200 / verbs, "noun": 100 / nouns, "direction": 50.0}
+
 
 Features = Callable[[np.ndarray], np.ndarray]  # [clips, frames, H, W] -> [clips, features]
 
@@ -61,8 +65,14 @@ class Control:
     accuracy: Mapping[str, float]
 
 
-def controls(train: CachedClips, val: CachedClips, directory: Any, places: Sequence[str] = PLACES) -> list[Control]:
-    """All probes, trained on `train`, measured on `val`.
+def controls(
+    train: CachedClips,
+    val: CachedClips,
+    directory: Any,
+    places: Sequence[str] = PLACES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Control]:
+    """All probes, trained on `train`, measured on `val`; `progress` is called with probes done and probes in all.
 
     `direction` is the share with the right verb among clips whose pair was told right: a coin flip without order.
     """
@@ -76,9 +86,10 @@ def controls(train: CachedClips, val: CachedClips, directory: Any, places: Seque
         }
         for name, features in FEATURES.items():
             x, y = features(views["train"]), features(views["val"])
-            answers = {head: _probe(x, train.labels[head].numpy(), y) for head in ("verb", "noun")}
+            answers = probe(x, {head: train.labels[head].numpy() for head in ("verb", "noun")}, y)
             truths = {head: val.labels[head].numpy() for head in answers}
             results.append(Control(where, name, _accuracy(answers, truths)))
+            progress(len(results), len(places) * len(FEATURES))
     return results
 
 
@@ -101,15 +112,20 @@ def _quarters(pixels: np.ndarray, clips: CachedClips, scenes: Any, role: str) ->
     return cut
 
 
-def _probe(train: np.ndarray, labels: np.ndarray, val: np.ndarray) -> np.ndarray:
-    """Predicted labels [clips] of `val`."""
-    pipeline = require("sklearn.pipeline", "demo")
-    scale = require("sklearn.preprocessing", "demo").StandardScaler()
+def probe(train: np.ndarray, labels: Mapping[str, np.ndarray], val: np.ndarray) -> dict[str, np.ndarray]:
+    """Predicted labels [clips] of `val` by head; every head reads the same components."""
+    scaler = require("sklearn.preprocessing", "demo").StandardScaler()
     components = require("sklearn.decomposition", "demo").PCA(120, svd_solver="randomized", random_state=0)
-    classify = require("sklearn.linear_model", "demo").LogisticRegression(C=0.03, max_iter=2000)
-    model = pipeline.make_pipeline(scale, components, classify)
-    answers: np.ndarray = model.fit(train, labels).predict(val)
-    return answers
+    regression = require("sklearn.linear_model", "demo").LogisticRegression
+    x = components.fit_transform(scaler.fit_transform(train))
+    y = components.transform(scaler.transform(val))
+    return {head: regression(C=0.03, max_iter=2000).fit(x, truth).predict(y) for head, truth in labels.items()}
+
+
+def widths(side: int, where: str) -> int:
+    """Columns of all features of one place together; `side` is a frame's in pixels."""
+    pixels = np.zeros((1, FRAMES, *[side if where == "whole frame" else side // 2] * 2), np.float32)
+    return sum(features(pixels).shape[1] for features in FEATURES.values())
 
 
 def _accuracy(answers: Mapping[str, np.ndarray], truths: Mapping[str, np.ndarray]) -> dict[str, float]:

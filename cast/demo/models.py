@@ -21,13 +21,13 @@ CONFIG = CASTConfig(image_size=32, patch_size=8, embed_dim=64, depth=3, num_head
 def spatial_expert(config: CASTConfig, seed: int) -> SpatialExpert:
     """A small CLIP image tower with a head for nouns, initialised."""
     torch.manual_seed(seed)
-    return initialise(SpatialExpert(config, heads={"noun": HEADS["noun"]}))
+    return initialise(SpatialExpert(config, heads={"noun": config.classes["noun"]}))
 
 
 def temporal_expert(config: CASTConfig, seed: int) -> TemporalExpert:
     """A small VideoMAE encoder with a head for verbs, initialised."""
     torch.manual_seed(seed)
-    return initialise(TemporalExpert(config, heads={"verb": HEADS["verb"]}))
+    return initialise(TemporalExpert(config, heads={"verb": config.classes["verb"]}))
 
 
 def cast_model(
@@ -64,8 +64,9 @@ class SingleStreams(nn.Module):
         self.body = body
         for name in ("head_verb", "head_noun"):
             body.get_submodule(name).requires_grad_(False)  # not used: each stream has both heads here
-        self.heads = nn.ModuleDict(
-            {f"{stream}_{head}": nn.Linear(config.embed_dim, n) for stream in STREAMS for head, n in HEADS.items()}
+        classes = config.classes
+        self.heads: nn.ModuleDict = nn.ModuleDict(
+            {f"{stream}_{head}": nn.Linear(config.embed_dim, classes[head]) for stream in STREAMS for head in HEADS}
         )
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:

@@ -23,9 +23,11 @@ def balance(outcomes: Sequence[Outcome]) -> str:
     for model in MODELS:
         nouns = [outcome.metrics[model]["noun"] for outcome in outcomes]
         verbs = [outcome.metrics[model]["verb"] for outcome in outcomes]
-        axes.scatter(nouns, verbs, s=60, color=COLOURS[model], marker=_MARKERS[model], edgecolors="white", zorder=3)
-        place = statistics.fmean(nouns), max(verbs)
-        axes.annotate(_TITLES[model], place, (0, 9), textcoords="offset points", ha="center", color=COLOURS[model])
+        axes.scatter(
+            nouns, verbs, s=60, color=COLOURS[model], marker=_MARKERS[model], edgecolors="white", zorder=3,
+            label=_TITLES[model],
+        )  # fmt: skip
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none", loc="lower right")
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="noun accuracy, %", ylabel="verb accuracy, %", aspect="equal")
     return svg(figure)
 
@@ -69,6 +71,11 @@ def steps(times: StepTimes) -> str:
         axes.plot(values, [row] * len(values), "|", color="#222222", markersize=10)
     axes.set(yticks=(0, 1), yticklabels=("eager", "fused"), xlabel="milliseconds a training step", xlim=(0, None))
     return svg(figure)
+
+
+def blank() -> str:
+    """A picture of nothing, to see how long one takes."""
+    return svg(new_figure(4.6, 3.2)[0])
 
 
 def _column(history: Sequence[Mapping[str, float]], name: str) -> list[float]:

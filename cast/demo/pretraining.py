@@ -58,6 +58,11 @@ class Budget:
 class Part:
     """A range of clips, with the labels that are asked for."""
 
+    clips: CachedClips
+    first: int
+    count: int
+    labels: bool
+
     def __init__(self, clips: CachedClips, first: int, count: int, labels: bool = True) -> None:
         self.clips, self.first, self.count, self.labels = clips, first, count, labels
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from cast.demo import plots
 from cast.demo.clips import CachedClips
-from cast.demo.controls import CHANCE, Control
+from cast.demo.controls import Control, chance
 from cast.demo.results import METRICS
-from cast.demo.scene import FRAMES, NOUNS, VERBS
+from cast.demo.scale import FULL, QUICK, Scale
+from cast.demo.scene import FRAMES, Classes
 from cast.demo.study import MODELS, Outcome
 from cast.demo.timing import StepTimes
 from cast.evaluation.report.html import page, strip, table, verdict
+from cast.video.annotations import Sample
 from cast.video.reader import read
 
 #: Clips shown, evenly spaced over the validation set: chosen before any model was trained.
@@ -23,10 +25,19 @@ _SAMPLES = 8
 #: Frames of each that are shown.
 _SHOWN = range(0, FRAMES, 5)
 
+#: What the quick demo says of itself, in the report and on the terminal.
+QUICKLY = (
+    f"This is the quick demo: {len(QUICK.classes.verbs)} verbs and {len(QUICK.classes.nouns)} nouns instead of "
+    f"{len(FULL.classes.verbs)} and {len(FULL.classes.nouns)}, {QUICK.sizes.train} training clips instead of "
+    f"{FULL.sizes.train}, {QUICK.config.num_frames} frames of each instead of {FULL.config.num_frames}. It shows the "
+    "mechanism; the full demo measures it."
+)
+
 _NAMES = {"spatial": "Spatial alone", "temporal": "Temporal alone", "ensemble": "Ensemble", "cast": "CAST"}
 
 _BODY = Template("""<h1>CAST on videos of acting digits</h1>
 <p class="lead">$lead</p>
+$quickly
 <h2>Accuracy</h2>
 $accuracy
 <p class="note">$accuracy_note</p>
@@ -61,6 +72,7 @@ class Findings:
     controls: Sequence[Control]
     times: StepTimes
     val: CachedClips
+    scale: Scale
 
 
 def html(findings: Findings) -> str:
@@ -72,8 +84,9 @@ def html(findings: Findings) -> str:
         lead="Two small frozen experts, one for what is seen and one for what happens, exchange in every layer. "
         f"Action accuracy is <b>{metrics['cast']['action']:.1f} %</b>; without the exchange the same experts reach "
         f"{metrics['ensemble']['action']:.1f} %, a difference of <b>{gain['mean']:+.1f} points</b>.",
+        quickly=f'<p class="note">{escape(QUICKLY)}</p>' if metrics["demo"] == "quick" else "",
         accuracy=_accuracy(metrics),
-        accuracy_note=_ensemble_note(first) + _spread_note(metrics),
+        accuracy_note=_ensemble_note(first) + _spread_note(metrics) + _decided_note(metrics["runs"]),
         balance=plots.balance(findings.outcomes),
         curves=plots.curves(first),
         seed=first.seed,
@@ -82,7 +95,7 @@ def html(findings: Findings) -> str:
         steps=plots.steps(findings.times),
         steps_note=f"Forward and backward of {findings.times.batch_size} clips, measured in turn: median "
         f"{fused:.1f} ms fused (backend {escape(findings.times.fused_backend)}), {eager:.1f} ms eager.",
-        controls=_controls(findings.controls),
+        controls=_controls(findings.controls, findings.scale.classes),
         made=_made(metrics),
     )
     return page("CAST demo", body)
@@ -113,36 +126,47 @@ def _spread_note(metrics: dict[str, Any]) -> str:
     )
 
 
+def _decided_note(runs: Sequence[dict[str, Any]]) -> str:
+    return "".join(f" {escape(verdict_of(run))}" for run in runs)
+
+
+def verdict_of(run: dict[str, Any]) -> str:
+    """Whether one run can tell CAST from the ensemble, as a sentence."""
+    one, other, chance_of_it = (run[k] for k in ("only_cast_right", "only_ensemble_right", "chance_of_such_a_split"))
+    often = f"{100 * chance_of_it:.2g} %" if chance_of_it > 1e-4 else "less than 0.01 %"
+    decided = "no accident" if chance_of_it < 0.01 else "so this run decides nothing between the two"
+    return (
+        f"Seed {run['seed']}: of the clips whose action only one of the two names, CAST names {one} and the ensemble "
+        f"{other}; a coin falls as unevenly in {often} of cases: {decided}."
+    )
+
+
 def _chosen(clips: int) -> list[int]:
     # Steps that are no multiple of 10 or 12 run through nouns and verbs.
     return [(2 * number + 1) * clips // (2 * _SAMPLES) // 11 * 11 % clips for number in range(min(_SAMPLES, clips))]
 
 
 def _sample(number: int, findings: Findings) -> str:
-    sample = findings.val.samples[number]
-    rows = [
-        f"<tr><th>{escape(sample.path.stem)}</th><th>{_action(sample.labels['verb'], sample.labels['noun'])}</th></tr>"
-    ]
+    sample, names = findings.val.samples[number], findings.scale.classes.names()
+    rows = [f"<tr><th>{escape(sample.path.stem)}</th><th>{_action(names, sample)}</th></tr>"]
     for model in MODELS:
         answers = findings.outcomes[0].probabilities[model]
         guess = {head: int(answers[head][number].argmax()) for head in ("verb", "noun")}
-        words = " ".join(
-            verdict(name, guess[head] == sample.labels[head])
-            for head, name in (("verb", VERBS[guess["verb"]]), ("noun", NOUNS[guess["noun"]]))
-        )
+        words = " ".join(verdict(names[head][label], label == sample.labels[head]) for head, label in guess.items())
         rows.append(f"<tr><td>{_NAMES[model]}</td><td>{words}</td></tr>")
     picture = strip(list(read(sample.path, list(_SHOWN), threads=1)), f"Frames of {sample.path.stem}")
     return f'<div class="clip">{picture}<table>{"".join(rows)}</table></div>'
 
 
-def _action(verb: int, noun: int) -> str:
-    return f"{VERBS[verb]} {NOUNS[noun]}"
+def _action(names: dict[str, list[str]], sample: Sample) -> str:
+    return " ".join(names[head][sample.labels[head]] for head in ("verb", "noun"))
 
 
-def _controls(controls: Sequence[Control]) -> str:
+def _controls(controls: Sequence[Control], classes: Classes) -> str:
     heads = ("verb", "pair", "direction", "noun")
     rows = [("", [f"{c.where}, {c.features}", *(f"{c.accuracy[head]:.1f}" for head in heads)]) for c in controls]
-    rows.append(("note", ["chance", *(f"{CHANCE[head]:.1f}" for head in heads)]))
+    guess = chance(classes)
+    rows.append(("note", ["chance", *(f"{guess[head]:.1f}" for head in heads)]))
     return table(["Probe", "Verb", "Verb pair", "Direction", "Noun"], rows)
 
 

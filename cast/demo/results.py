@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
     The four models' entries are means over the seeds; `spread` has their standard deviations (0 for one seed);
     `gain` is CAST minus ensemble, seed by seed; `runs` has every seed's own figures and both ways to build the
-    ensemble, of which the one with the better action accuracy counts.
+    ensemble, of which the one with the better action accuracy counts, and whether the clips that only CAST or only the
+    ensemble names right are too unevenly split for a coin.
     """
     seeds = [outcome.seed for outcome in outcomes]
 
@@ -37,11 +39,21 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 "seed": outcome.seed,
                 **{model: _rounded(outcome.metrics[model]) for model in MODELS},
                 "ensembles": {name: _rounded(figures) for name, figures in outcome.ensembles.items()},
+                "only_cast_right": outcome.apart[0],
+                "only_ensemble_right": outcome.apart[1],
+                "chance_of_such_a_split": sign_test(*outcome.apart),
                 "training_seconds": {name: _round(seconds) for name, seconds in outcome.seconds.items()},
             }
             for outcome in outcomes
         ],
     }
+
+
+def sign_test(one: int, other: int) -> float:
+    """How often a fair coin falls at least as unevenly as `one` to `other`, two-sided."""
+    tosses, most = one + other, max(one, other)
+    tail = sum(math.comb(tosses, heads) for heads in range(most, tosses + 1)) / 2**tosses
+    return min(1.0, 2 * tail)
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -59,12 +59,32 @@ _WINDOW = 0.52
 
 
 @dataclass(frozen=True)
+class Classes:
+    """The verbs and nouns of a set, by name; a clip's label is a place in them. Verbs come in pairs."""
+
+    verbs: tuple[str, ...] = VERBS
+    nouns: tuple[str, ...] = NOUNS
+
+    def names(self) -> dict[str, list[str]]:
+        """Class names by head."""
+        return {"verb": list(self.verbs), "noun": list(self.nouns)}
+
+    def heads(self) -> dict[str, int]:
+        """Number of classes by head."""
+        return {head: len(names) for head, names in self.names().items()}
+
+
+#: Everything that there is.
+ALL = Classes()
+
+
+@dataclass(frozen=True)
 class Thing:
     """One glyph and what it does."""
 
     scan: int
     tiles: tuple[int, ...]  # where each of the four tiles of the scan went; (0, 1, 2, 3) leaves it whole
-    verb: int
+    verb: int  # number in VERBS
     progress: np.ndarray  # [FRAMES], 0 before to 1 after; constant for a bystander
     quarter: int
 
@@ -78,39 +98,41 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def plan(seed: int, split: Split, index: int) -> tuple[Scene, np.random.Generator]:
+def plan(seed: int, split: Split, index: int, classes: Classes = ALL) -> tuple[Scene, np.random.Generator]:
     """The scene of one clip and the generator that draws the rest of it. Labels run through all pairs in turn."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    noun, verb = index % len(NOUNS), index // len(NOUNS) % len(VERBS)
-    scans = _scans(split)
+    noun, verb = index % len(classes.nouns), index // len(classes.nouns) % len(classes.verbs)
+    scans, own = _scans(split, classes.nouns), _scans(split, classes.nouns[noun : noun + 1])
     quarters = rng.permutation(4)
-    things = [Thing(_pick(rng, scans, noun), (0, 1, 2, 3), verb, _course(rng), int(quarters[0]))]
+    acted = VERBS.index(classes.verbs[verb])
+    things = [Thing(_pick(rng, own), (0, 1, 2, 3), acted, _course(rng), int(quarters[0]))]
     if split != "plain":
         frozen = np.full(FRAMES, _course(rng)[rng.integers(FRAMES)])
-        things.append(Thing(_pick(rng, scans), (0, 1, 2, 3), _any_verb(rng), frozen, int(quarters[1])))
-        things.append(_decoy(rng, scans, int(quarters[2])))
+        things.append(Thing(_pick(rng, scans), (0, 1, 2, 3), _any_verb(rng, classes), frozen, int(quarters[1])))
+        things.append(_decoy(rng, scans, int(quarters[2]), classes))
     return Scene(verb, noun, tuple(things)), rng
 
 
-def render(seed: int, split: Split, index: int) -> np.ndarray:
+def render(seed: int, split: Split, index: int, classes: Classes = ALL) -> np.ndarray:
     """One clip, uint8 [FRAMES, SIZE, SIZE, 3]."""
-    scene, rng = plan(seed, split, index)
+    scene, rng = plan(seed, split, index, classes)
     canvas = np.repeat(_background(rng)[None], FRAMES, axis=0)
     for number in rng.permutation(len(scene.things)):
         _draw(canvas, rng, scene.things[number])
     return canvas.round().clip(0, 255).astype(np.uint8)
 
 
-def render_still(seed: int, index: int) -> tuple[np.ndarray, int]:
+def render_still(seed: int, index: int, classes: Classes = ALL) -> tuple[np.ndarray, int]:
     """One picture with a digit, in half of them also a decoy: uint8 [SIZE, SIZE, 3], and the noun.
 
     For the spatial expert, which learns nouns from single frames. The scans are the training clips'.
     """
     rng = np.random.default_rng([seed, _STILLS, index])
-    noun, scans, quarters = index % len(NOUNS), _scans("train"), rng.permutation(4)
-    things = [Thing(_pick(rng, scans, noun), (0, 1, 2, 3), _any_verb(rng), _course(rng), int(quarters[0]))]
+    noun, quarters = index % len(classes.nouns), rng.permutation(4)
+    own = _scans("train", classes.nouns[noun : noun + 1])
+    things = [Thing(_pick(rng, own), (0, 1, 2, 3), _any_verb(rng, classes), _course(rng), int(quarters[0]))]
     if rng.random() < 0.5:
-        things.append(_decoy(rng, scans, int(quarters[1])))
+        things.append(_decoy(rng, _scans("train", classes.nouns), int(quarters[1]), classes))
     canvas = _background(rng)[None]
     for thing in things:
         moment = thing.progress[[rng.integers(FRAMES)]]
@@ -130,26 +152,27 @@ def _photos() -> tuple[np.ndarray, ...]:
     return tuple(require("sklearn.datasets", "demo").load_sample_images().images)
 
 
-def _scans(split: Split) -> range:
-    return range(FIRST_VALIDATION_SCAN, len(_digits()[1])) if split == "val" else range(FIRST_VALIDATION_SCAN)
+@cache
+def _scans(split: Split, nouns: tuple[str, ...]) -> np.ndarray:
+    """The scans of these digits that a split may show."""
+    classes = _digits()[1]
+    places = np.arange(FIRST_VALIDATION_SCAN, len(classes)) if split == "val" else np.arange(FIRST_VALIDATION_SCAN)
+    return places[np.isin(classes[places], [NOUNS.index(noun) for noun in nouns])]
 
 
-def _pick(rng: np.random.Generator, scans: range, noun: int | None = None) -> int:
-    allowed = np.arange(scans.start, scans.stop)
-    if noun is not None:
-        allowed = allowed[_digits()[1][allowed] == noun]
-    return int(rng.choice(allowed))
+def _pick(rng: np.random.Generator, scans: np.ndarray) -> int:
+    return int(rng.choice(scans))
 
 
-def _any_verb(rng: np.random.Generator) -> int:
-    return int(rng.integers(len(VERBS)))
+def _any_verb(rng: np.random.Generator, classes: Classes) -> int:
+    return VERBS.index(classes.verbs[rng.integers(len(classes.verbs))])
 
 
-def _decoy(rng: np.random.Generator, scans: range, quarter: int) -> Thing:
+def _decoy(rng: np.random.Generator, scans: np.ndarray, quarter: int, classes: Classes) -> Thing:
     while True:
         tiles = rng.permutation(4)
         if (tiles != np.arange(4)).all():
-            return Thing(_pick(rng, scans), tuple(tiles.tolist()), _any_verb(rng), _course(rng), quarter)
+            return Thing(_pick(rng, scans), tuple(tiles.tolist()), _any_verb(rng, classes), _course(rng), quarter)
 
 
 def _course(rng: np.random.Generator) -> np.ndarray:

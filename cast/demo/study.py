@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cast import CASTConfig
@@ -22,8 +23,11 @@ from cast.training import Clips, Progress, Recipe, train
 #: What is compared, in the order of tables and plots.
 MODELS = ("spatial", "temporal", "ensemble", "cast")
 
-#: Validation clips behind a point of the learning curves; the final figures take all of them.
-CURVE_CLIPS = 240
+
+def curve_clips(clips: int) -> int:
+    """Validation clips of so many that are behind a point of the learning curves; the final figures take all."""
+    return min(240, clips // 4)
+
 
 Probabilities = dict[str, Tensor]
 
@@ -58,6 +62,7 @@ class Outcome:
     curves: dict[str, list[dict[str, float]]]
     seconds: dict[str, float]  # of training steps, by stage
     probabilities: dict[str, Probabilities]
+    apart: tuple[int, int]  # clips whose action CAST alone named, and the ensemble alone
 
 
 class BothStreams:
@@ -79,6 +84,11 @@ class BothStreams:
 Reporter = Callable[[str, int], Callable[[Progress, dict[str, float]], None]]
 
 
+def checkpoint_directory(root: Path, stage: str) -> Path:
+    """Where a seed's directory keeps the checkpoints of a stage."""
+    return root / "checkpoints" / stage.replace(" ", "-")
+
+
 class Study:
     """Trains and evaluates with one seed; stages that a former run finished are read from their checkpoints.
 
@@ -90,6 +100,13 @@ class Study:
         report: told of every step.
         config: sizes of the models.
     """
+
+    data: Data
+    root: Path
+    seed: int
+    budget: Budget
+    report: Reporter
+    config: CASTConfig
 
     def __init__(
         self,
@@ -132,12 +149,12 @@ class Study:
         def validate(model: nn.Module) -> dict[str, float]:
             if val is None:
                 return {}
-            answers, truths = probabilities(model, val, limit=CURVE_CLIPS)
+            answers, truths = probabilities(model, val, limit=curve_clips(len(val)))
             hits = {head: (answers[head].argmax(1) == truth).float().mean().item() for head, truth in truths.items()}
             return {f"val {head}": 100 * share for head, share in hits.items()}
 
         steps = recipe.epochs * (len(clips) // recipe.batch_size)
-        directory = self.root / "checkpoints" / name.replace(" ", "-")
+        directory = checkpoint_directory(self.root, name)
         show = self.report(name, steps)
         progress = train(model, clips, recipe, directory, show, validate)
         show(progress, {})  # nothing was shown if it was finished before
@@ -150,16 +167,26 @@ class Study:
 
     def _evaluate(self, alone: nn.Module, ensemble: nn.Module, model: nn.Module) -> Outcome:
         single, _ = probabilities(alone, BothStreams(self.data.val))
-        apart, truths = probabilities(ensemble, self.data.val)
+        two_experts, truths = probabilities(ensemble, self.data.val)
         together, _ = probabilities(model, self.data.val)
         streams = {stream: {head: single[f"{stream}_{head}"] for head in truths} for stream in STREAMS}
         # Two ways to build an ensemble; the stronger one is the baseline.
         candidates = {
-            "noun from spatial, verb from temporal": apart,
+            "noun from spatial, verb from temporal": two_experts,
             "mean of both streams' probabilities": average(list(streams.values())),
         }
         ensembles = {name: compositional_metrics(answers, truths) for name, answers in candidates.items()}
         best = max(ensembles, key=lambda name: ensembles[name]["action"])
         answers = {**streams, "ensemble": candidates[best], "cast": together}
         metrics = {name: compositional_metrics(answers[name], truths) for name in MODELS}
-        return Outcome(self.seed, metrics, ensembles, self.curves, self.seconds, answers)
+        apart = _only_one_right(answers["cast"], answers["ensemble"], truths)
+        return Outcome(self.seed, metrics, ensembles, self.curves, self.seconds, answers, apart)
+
+
+def _only_one_right(first: Probabilities, second: Probabilities, truths: Probabilities) -> tuple[int, int]:
+    """Clips whose verb and noun the first model names and the second does not, and the other way round."""
+    one, two = (
+        torch.stack([answers[head].argmax(1) == truth for head, truth in truths.items()]).all(0)
+        for answers in (first, second)
+    )
+    return int((one & ~two).sum()), int((two & ~one).sum())

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from cast import CAST
 from cast.training import Clips
 
+#: Rounds that count.
+REPETITIONS = 15
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -30,7 +33,7 @@ class StepTimes:
         return statistics.median(self.fused), statistics.median(self.eager)
 
 
-def step_times(model: CAST, clips: Clips, batch_size: int, repetitions: int = 15) -> StepTimes:
+def step_times(model: CAST, clips: Clips, batch_size: int, repetitions: int = REPETITIONS) -> StepTimes:
     """Measure both in turn, so that a busy machine disturbs both alike; the first round warms up."""
     videos, labels = clips.batch(0, np.arange(min(batch_size, len(clips))))
     models = {"fused": copy.deepcopy(model).fuse().train(), "eager": copy.deepcopy(model).unfuse().train()}

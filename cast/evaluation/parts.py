@@ -25,9 +25,12 @@ class Parts:
         process: number of this process.
     """
 
+    directory: Path
+    identity: Any
+
     def __init__(self, directory: Path, identity: Mapping[str, Any], process: int) -> None:
         self.directory, self.identity = directory, json.loads(json.dumps(identity))
-        self.own = directory / f"process-{process:04d}.jsonl"
+        self.own: Path = directory / f"process-{process:04d}.jsonl"
 
     def load(self) -> dict[str, dict[str, Any]]:
         """Finished records by video, of all processes; this process's file is left without an unfinished line.

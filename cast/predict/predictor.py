@@ -59,6 +59,9 @@ class Predictor:
         FileNotFoundError: no such model.
     """
 
+    top: int
+    batch: int
+
     def __init__(
         self,
         model: CAST | PathLike,
@@ -75,17 +78,17 @@ class Predictor:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         found = model if isinstance(model, CAST) else load(model, trust_pickle=trust_pickle)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = found.eval() if isinstance(model, CAST) and device is None else found.eval().to(where)
+        self.model: CAST = found.eval() if isinstance(model, CAST) and device is None else found.eval().to(where)
         config = self.model.config
         names = labels or self.model.labels or numbers(config.classes)
         check_names("labels", names, config.classes)
-        self.labels = {head: list(names[head]) for head in config.classes}
+        self.labels: dict[str, list[str]] = {head: list(names[head]) for head in config.classes}
         self.top, self.batch = top, batch
         self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = self._forward
         if graphs:
             device = next(self.model.parameters()).device
             self._run = Graphs(self._forward, device, read=self._weights)
-        self.protocol = Protocol(
+        self.protocol: Protocol = Protocol(
             sampling or self.model.sampling or "uniform",
             frames=config.num_frames,
             size=config.image_size,

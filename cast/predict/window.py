@@ -27,6 +27,9 @@ class Window:
         ValueError: `every` or `window` is below 1.
     """
 
+    protocol: Protocol
+    every: int
+
     def __init__(self, protocol: Protocol, every: int, window: int) -> None:
         for name, value in (("every", every), ("window", window)):
             if value < 1:

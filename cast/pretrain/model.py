@@ -38,13 +38,15 @@ class Reconstruction(NamedTuple):
 class _Encoder(FixedPositions):
     """VideoMAE's encoder, which looks at some tokens only."""
 
+    config: CASTConfig
+
     def __init__(self, config: CASTConfig, running: Running) -> None:
         super().__init__()
         self.config, dim = config, config.embed_dim
-        self.patch_embed = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
+        self.patch_embed: TubeletEmbedding = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.place_tokens(config.exchange_frames * config.num_patches, dim)
-        self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, eps=VMAE_EPS)
+        self.blocks: nn.ModuleList = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
+        self.norm: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Pixels [B, T*N, tubelet * patch * patch, 3] and the numbers [B, K] of those to see -> [B, K, D]."""
@@ -73,9 +75,9 @@ class _Decoder(nn.Module):
 
     def __init__(self, config: CASTConfig, out: int, running: Running) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
-        self.head = nn.Linear(config.embed_dim, out)
+        self.blocks: nn.ModuleList = nn.ModuleList(VideoMAEBlock(config, running) for _ in range(config.depth))
+        self.norm: nn.LayerNorm = nn.LayerNorm(config.embed_dim, eps=VMAE_EPS)
+        self.head: nn.Linear = nn.Linear(config.embed_dim, out)
 
     def forward(self, x: Tensor, hidden: int) -> Tensor:
         for block in self.blocks:
@@ -101,6 +103,10 @@ class VideoMAE(FixedPositions):
         ValueError: a ratio that hides nothing or everything, or sizes that no decoder can have.
     """
 
+    config: CASTConfig
+    mask_ratio: float
+    normalised: bool
+
     def __init__(
         self,
         variant: str | CASTConfig = "base",
@@ -112,15 +118,15 @@ class VideoMAE(FixedPositions):
     ) -> None:
         super().__init__()
         self.config = config = make_config(variant)
-        self.decoder_settings = decoder or DecoderSettings()
+        self.decoder_settings: DecoderSettings = decoder or DecoderSettings()
         self.mask_ratio, self.normalised = mask_ratio, normalised
         hidden_patches(config.num_patches, mask_ratio)
         running = Running("auto" if fused else "eager", attention=attentions.check_name(attention))
         narrow = self.decoder_settings.config(config)
-        self.encoder = _Encoder(config, running)
-        self.encoder_to_decoder = nn.Linear(config.embed_dim, narrow.embed_dim, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow.embed_dim))
-        self.decoder = _Decoder(narrow, 3 * config.tubelet_size * config.patch_size**2, running)
+        self.encoder: _Encoder = _Encoder(config, running)
+        self.encoder_to_decoder: nn.Linear = nn.Linear(config.embed_dim, narrow.embed_dim, bias=False)
+        self.mask_token: nn.Parameter = nn.Parameter(torch.zeros(1, 1, narrow.embed_dim))
+        self.decoder: _Decoder = _Decoder(narrow, 3 * config.tubelet_size * config.patch_size**2, running)
         self.place_tokens(config.exchange_frames * config.num_patches, narrow.embed_dim)
         self._initialise()
 

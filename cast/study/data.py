@@ -20,8 +20,12 @@ _SPLITS = ("plain", "train", "val")
 class StoredClips(CachedClips):
     """Decoded clips out of the file; frames are chosen as CachedClips chooses them."""
 
+    pixels: Tensor
+    labels: dict[str, Tensor]
+    seed: int
+
     def __init__(self, pixels: Tensor, labels: dict[str, Tensor], seed: int = 0) -> None:
-        self.pixels, self.labels, self.seed = pixels, labels, seed
+        self.pixels, self.labels, self.seed, self.frames = pixels, labels, seed, 16
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -29,6 +33,10 @@ class StoredClips(CachedClips):
 
 class StoredPictures:
     """Pictures with one kind of label: `noun`, or `parity` (whether the digit is odd)."""
+
+    pixels: Tensor
+    labels: Tensor
+    label: str
 
     def __init__(self, pixels: Tensor, nouns: Tensor, label: str) -> None:
         self.pixels, self.labels, self.label = pixels, nouns % 2 if label == "parity" else nouns, label

@@ -51,11 +51,11 @@ class PictureExpert(nn.Module):
 
     def __init__(self, name: str, config: CASTConfig) -> None:
         super().__init__()
-        self.body = require("timm", "timm").create_model(
+        self.body: Any = require("timm", "timm").create_model(
             name.removeprefix("timm:"), num_classes=0, global_pool="token", **timm_sizes(config)
         )
-        self.label = EXPERTS[name][1]
-        self.head = nn.Linear(config.embed_dim, CLASSES[self.label])
+        self.label: str = EXPERTS[name][1]
+        self.head: nn.Linear = nn.Linear(config.embed_dim, CLASSES[self.label])
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         return {self.label: self.head(self.body(pictures))}

@@ -73,6 +73,10 @@ class Checkpoints:
             these are some of its own, in its order.
     """
 
+    directory: Path
+    accelerator: Any
+    keep: int
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -89,7 +93,7 @@ class Checkpoints:
             raise ValueError(f"weights is {weights!r}; a checkpoint holds 'trainable' or 'full' weights")
         self.directory, self.accelerator, self.keep, self.weights = Path(directory), accelerator, keep, weights
         self.videos = videos
-        self.identity = json.loads(json.dumps(identity))
+        self.identity: Any = json.loads(json.dumps(identity))
         self._frozen = digest(model, frozen_names(model)) if accelerator.is_main_process else ""
         # Set by attach(), once the model and the optimizer are where they train.
         self._model: nn.Module = model

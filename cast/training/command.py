@@ -126,14 +126,17 @@ class Validation:
         accelerator: of the training.
     """
 
+    accelerator: Any
+    heads: tuple[Any, ...]
+
     def __init__(self, settings: TrainSettings, samples: Sequence[Any], accelerator: Accelerator) -> None:
         self.accelerator, self.heads = accelerator, tuple(samples[0].labels)
         if not self.heads:
             raise ValueError("the validation videos (data.val) have no labels; set data.val=null or validate_every=0")
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.loader = ClipLoader(samples, settings.data, settings.optim.micro_batch, False, 0, rank, world)
+        self.loader: ClipLoader = ClipLoader(samples, settings.data, settings.optim.micro_batch, False, 0, rank, world)
         # Sharded weights are gathered in every forward pass, so all processes must make equally many.
-        self.even = accelerator.distributed_type == "FSDP" and world > 1
+        self.even: Any = accelerator.distributed_type == "FSDP" and world > 1
         if self.even and len(samples) < world:
             raise ValueError(f"{len(samples)} validation videos are fewer than {world} processes; set validate_every=0")
 

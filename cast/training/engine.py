@@ -124,6 +124,14 @@ class Engine:
         criterion: what is minimised; if None the sum of the heads' cross-entropies.
     """
 
+    source: Source
+    plan: Plan
+    accelerator: Any
+    checkpoints: Checkpoints
+    mix: Mix | None
+    model: Any
+    optimizer: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -141,7 +149,7 @@ class Engine:
             checkpoints,
             mix,
         )
-        self.criterion = criterion or classification(plan.smoothing)
+        self.criterion: Criterion = criterion or classification(plan.smoothing)
         deepspeed = accelerator.distributed_type == "DEEPSPEED"
         if deepspeed and plan.ema is not None:
             raise ValueError("ema is not possible under DeepSpeed, which hides the fp32 weights: use DDP or FSDP2")
@@ -155,10 +163,10 @@ class Engine:
         self._steps_in_backward = deepspeed
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: nn.Module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.average = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
+        self.average: Average | None = Average(self.unwrapped, plan.ema) if plan.ema is not None else None
         self._replayed = Graphs(self._whole, accelerator.device, self._gradients) if plan.graphs else None
         checkpoints.attach(self.model, self.optimizer, self.average)
-        self.progress = checkpoints.load() or Progress()
+        self.progress: Progress = checkpoints.load() or Progress()
         self.accelerator.step = 0  # each step begins a new accumulation, also after an error
 
     def run(

@@ -102,6 +102,12 @@ class Log:
         console: where bars and lines for people go.
     """
 
+    directory: Path
+    accelerator: Any
+    steps: int
+    settings: dict[str, Any]
+    every: int
+
     def __init__(
         self,
         directory: Path,
@@ -114,8 +120,8 @@ class Log:
     ) -> None:
         self.directory, self.accelerator, self.steps = directory, accelerator, steps
         self.settings, self.every = settings, every
-        self.speaks = accelerator.is_main_process
-        self.console = console or Console(stderr=True)
+        self.speaks: Any = accelerator.is_main_process
+        self.console: Console = console or Console(stderr=True)
         self._bars = _bars(self.console) if self.speaks and bars and self.console.is_terminal else None
         self._speeds: deque[tuple[int, float]] = deque(maxlen=20)
         self._lines: JsonLines | None = None

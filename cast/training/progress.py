@@ -45,6 +45,9 @@ class DivergenceError(ValueError):
         videos: names of the clips in the batches that failed.
     """
 
+    step: int
+    videos: list[str]
+
     def __init__(self, message: str, step: int, videos: list[str]) -> None:
         super().__init__(message)
         self.step, self.videos = step, videos

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -45,17 +46,22 @@ class Session:
         MissingExtraError: a tracker that is not installed.
     """
 
+    settings: RecipeSettings
+    free: Sequence[str]
+    resume: bool
+    recipe: str
+
     def __init__(self, settings: RecipeSettings, free: Sequence[str], resume: bool, recipe: str) -> None:
         trackers: list[str] = list(settings.log.trackers)
         check_trackers(trackers)
         self.settings, self.free, self.resume, self.recipe = settings, free, resume, recipe
-        self.out = settings.directory
+        self.out: Path = settings.directory
         if settings.run.deterministic:
             ask_cublas()
         self._began_with = planned_videos(self.out / "checkpoints") if resume else None
         optim = settings.optim
-        self.accumulate = optim.accumulate(join_processes().num_processes)
-        self.accelerator = make_accelerator(
+        self.accumulate: int = optim.accumulate(join_processes().num_processes)
+        self.accelerator: Any = make_accelerator(
             settings.run.precision, self.accumulate, optim.micro_batch, optim.clip_grad, trackers, str(self.out),
             settings.run.graphs,
         )  # fmt: skip

@@ -38,6 +38,13 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         ValueError: there are no samples, or files of theirs are missing; the message counts them and names three.
     """
 
+    transform: Transform
+    train: bool
+    frames: int
+    seed: int
+    threads: int
+    short_side: int | None
+
     def __init__(
         self,
         samples: Sequence[Sample],
@@ -53,7 +60,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         if not samples or missing:
             names = ", ".join(str(path) for path in missing[:3])
             raise ValueError(f"{len(missing)} of {len(samples)} videos are missing: {names or 'there are no samples'}")
-        self.samples = list(samples)
+        self.samples: list[Sample] = list(samples)
         self.transform, self.train, self.sampling = transform, train, sampling
         self.frames, self.seed, self.threads, self.short_side = frames, seed, threads, short_side
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

@@ -116,9 +116,12 @@ class VideoSet:
         stated: the YAML file that names its sampling; None where the sampling is a default, or a caller's.
     """
 
+    settings: DataSettings
+    stated: Path | None
+
     def __init__(self, settings: DataSettings, stated: Path | None = None) -> None:
         self.settings, self.stated = settings, stated
-        self.root = Path(settings.root)
+        self.root: Path = Path(settings.root)
         self._samples: dict[str, list[Sample]] = {}
         self._told: set[str] = set()
 

@@ -97,6 +97,14 @@ class ClipLoader:
         ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not there.
     """
 
+    settings: DataSettings
+    batch_size: int
+    train: bool
+    seed: int
+    rank: int
+    world: int
+    repeats: int
+
     def __init__(
         self,
         samples: Sequence[Sample],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +14,15 @@ from torch import Tensor
 import cast_kernels
 from cast_kernels.evidence.autocast import cuda_rules
 
+Scales = tuple[Tensor | None, Tensor | None]
+#: (dtype of products or None, the device's type) -> the context in which autocast holds.
+Rules = Callable[[torch.dtype | None, str], AbstractContextManager[None]]
 #: Names of dtypes on the command line.
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+#: Dtypes that the residual streams may have under autocast.
+STREAMS: dict[str, torch.dtype] = {name: DTYPES[name] for name in ("fp32", "bf16")}
 
 
 class Kind(NamedTuple):
@@ -35,13 +42,17 @@ class Kind(NamedTuple):
 #: and products in bfloat16; `amp16` is that with bfloat16 streams (the model's `stream_dtype="autocast"`).
 KINDS: dict[str, Kind] = {name: Kind(dtype) for name, dtype in DTYPES.items()} | {
     "amp": Kind(torch.float32, torch.bfloat16),
-    "amp16": Kind(torch.float32, torch.bfloat16, torch.bfloat16),
+    "amp16": Kind(torch.float32, torch.bfloat16, STREAMS["bf16"]),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and structure of one B-CAST call. The defaults are the paper's with two clips."""
+    """Sizes and structure of one B-CAST call, and its numbers: the same everywhere, drawn in float32 on the CPU.
+
+    The defaults are the paper's with two clips. What is checked without a GPU, what is checked on one, and the tests
+    pose their problems as this class.
+    """
 
     batch: int = 2
     frames: int = 8
@@ -64,25 +75,52 @@ class Case:
         parts += [f"forward, backward, recompute {self.recompute}" if self.backward else "forward"]
         return ", ".join(part for part in parts if part)
 
+    def module(self, dtype: torch.dtype = torch.float32, backend: str = "auto") -> cast_kernels.BCAST:
+        """With every parameter random: no zero up-projection, no LayerNorm weight of one."""
+        made = cast_kernels.BCAST(
+            self.dim, self.bottleneck, self.heads, self.frames, self.patches, self.windows, self.directions,
+            self.positions, backend, self.recompute,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(1000 + self.seed)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                fan_in = parameter.shape[-1] if parameter.ndim == 2 and not name.endswith("_pos") else 4
+                parameter.copy_(noise * fan_in**-0.5 + (1.0 if "ln_" in name and "weight" in name else 0.0))
+        return made.to(dtype)
 
-def module(case: Case, backend: str) -> cast_kernels.BCAST:
-    """The case's module in float32: random parameters, no zero up-projection, no LayerNorm weight of one."""
-    made = cast_kernels.BCAST(
-        case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
-        case.positions, backend, case.recompute,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1000 + case.seed)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter.shape[-1] if parameter.ndim == 2 and not name.endswith("_pos") else 4
-            parameter.copy_(noise * fan_in**-0.5 + (1.0 if "ln_" in name and "weight" in name else 0.0))
-    return made
+    def inputs(self, dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Tensor, Tensor]:
+        """The spatial and the temporal stream, `[B, T, 1+N, D]` and `[B, T, N, D]`."""
+        spatial, temporal = (x.to(dtype).requires_grad_(grad) for x in self._draw()[0])
+        return spatial, temporal
+
+    def scales(self, dtype: torch.dtype = torch.float32) -> Scales:
+        """Drop-path factors with zeros among them: per token position on one stream, per clip on the other."""
+        tokens, clips = self._draw()[1]
+        return (tokens, clips) if tokens is None or clips is None else (tokens.to(dtype), clips.to(dtype))
+
+    def output_grads(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """What backward starts from: a gradient of each output, and outputs have the inputs' shapes."""
+        inputs, _, generator = self._draw()
+        spatial, temporal = (torch.randn(x.shape, generator=generator).to(dtype) for x in inputs)
+        return spatial, temporal
+
+    def _draw(self) -> tuple[tuple[Tensor, Tensor], Scales, torch.Generator]:
+        """Both streams, both scales, and the generator that draws the outputs' gradients next."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.batch, self.frames, self.patches, self.dim)
+        spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator)
+        temporal = torch.randn(shape, generator=generator)
+        if not self.scaled:
+            return (spatial, temporal), (None, None), generator
+        tokens = torch.bernoulli(torch.full((self.batch, 1 + self.patches), 0.7), generator=generator) / 0.7
+        clips = torch.bernoulli(torch.full((self.batch,), 0.7), generator=generator) / 0.7
+        return (spatial, temporal), (tokens, clips), generator
 
 
 def run(
     case: Case, backend: str | None, dtype: torch.dtype, exact: bool = False, device: str | torch.device = "cpu",
-    autocast: torch.dtype | None = None, streams: torch.dtype | None = None,
+    autocast: torch.dtype | None = None, streams: torch.dtype | None = None, rules: Rules = cuda_rules,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Outputs, and every gradient if the case asks for them, in float64 on the CPU.
 
@@ -91,24 +129,22 @@ def run(
         backend: that must run it; None is the reference.
         dtype: that inputs and parameters are rounded to.
         exact: compute in float64 on the rounded numbers.
-        device: where it runs. Inputs are drawn on the CPU, so they are the same everywhere.
-        autocast: dtype of the products under CUDA's autocast rules, or None for no autocast.
+        device: where it runs.
+        autocast: dtype of the products under autocast, or None for no autocast.
         streams: that the streams are rounded to, if not `dtype`.
+        rules: of autocast.
     """
-    made = module(case, backend or "eager").to(device, dtype)
+    made = case.module(dtype, backend or "eager").to(device)
     dtype = streams or dtype
-    generator = torch.Generator().manual_seed(case.seed)
-    shape = (case.batch, case.frames, case.patches, case.dim)
-    spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator).to(device, dtype)
-    temporal = torch.randn(shape, generator=generator).to(device, dtype)
-    scales = tuple(x if x is None else x.to(device) for x in _scales(case, generator, dtype))
+    spatial, temporal = (x.to(device) for x in case.inputs(dtype))
+    scales = tuple(x if x is None else x.to(device) for x in case.scales(dtype))
     if exact:
         made, spatial, temporal = made.double(), spatial.double(), temporal.double()
         scales = tuple(x if x is None else x.double() for x in scales)
     spatial.requires_grad_(case.backward)
     temporal.requires_grad_(case.backward)
-    rules = cuda_rules(None if exact else autocast, torch.device(device).type)
-    with nullcontext() if case.backward else torch.no_grad(), rules:
+    ruled = rules(None if exact else autocast, torch.device(device).type)
+    with nullcontext() if case.backward else torch.no_grad(), ruled:
         if backend is None:
             outputs = cast_kernels.reference.bcast(
                 spatial, temporal, made.gathered(), num_heads=case.heads, windows=case.windows,
@@ -118,23 +154,11 @@ def run(
             outputs = made(spatial, temporal, *scales)
     result = {"spatial": outputs[0], "temporal": outputs[1]}
     if case.backward:
-        torch.autograd.backward(outputs, [_like(x, generator, dtype) for x in outputs])
+        given = zip(case.output_grads(dtype), outputs, strict=True)
+        torch.autograd.backward(outputs, [grad.to(x.device, x.dtype) for grad, x in given])
         leaves = {"spatial": spatial, "temporal": temporal} | dict(made.named_parameters())
         result |= {f"grad.{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: x.detach().double().cpu() for name, x in result.items()}
-
-
-def _like(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(x.shape, generator=generator).to(dtype).to(x.device, x.dtype)
-
-
-def _scales(case: Case, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Drop-path factors with zeros among them: per token position on one stream, per clip on the other."""
-    if not case.scaled:
-        return None, None
-    tokens = torch.bernoulli(torch.full((case.batch, 1 + case.patches), 0.7), generator=generator) / 0.7
-    clips = torch.bernoulli(torch.full((case.batch,), 0.7), generator=generator) / 0.7
-    return tokens.to(dtype), clips.to(dtype)
 
 
 @contextmanager

@@ -12,49 +12,20 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from cast_kernels.evidence.cases import KINDS, Case, run
+from cast_kernels.evidence.cases import KINDS, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
+from cast_kernels.evidence.problems import PROBLEMS, AnyCase
 from cast_kernels.evidence.resources import resources
 from cast_kernels.evidence.targets import target
-
-_PAPER = Case(batch=6)
-AnyCase = Case | ExpertCase
-
-#: What is compiled. Step: one training step of the published sizes with default settings, with six clips and with one,
-#: for which some tables have tiles of their own. Paper: every recompute level
-#: and inference too, the experts with both of their activations. All: also other windows, head dimensions 16 and 64, a
-#: wide bottleneck and a wide adapter, each direction alone, drop-path, no positions.
-PROBLEMS: dict[str, tuple[AnyCase, ...]] = {
-    "step": (_PAPER, replace(_PAPER, batch=1), ExpertCase()),
-    "paper": (
-        *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
-        replace(_PAPER, backward=False),
-        *(replace(_PAPER, batch=1, backward=train) for train in (True, False)),
-        ExpertCase(),
-        ExpertCase(activation="quick_gelu", recompute="nothing"),
-    ),
-}
-PROBLEMS["all"] = (
-    *PROBLEMS["paper"],
-    replace(_PAPER, windows=("space-time", "space-time")),
-    replace(_PAPER, windows=("space", "time")),
-    replace(_PAPER, heads=24),
-    replace(_PAPER, heads=6),
-    replace(_PAPER, bottleneck=768),
-    replace(_PAPER, directions=("t2s",), positions=False, scaled=True),
-    replace(_PAPER, directions=("s2t",), positions=False, scaled=True),
-    ExpertCase(scaled=True),
-    ExpertCase(adapter=768),
-)
 
 
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:

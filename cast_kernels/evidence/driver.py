@@ -15,14 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from cast_kernels.evidence.targets import Target
+
+if TYPE_CHECKING:
+    DriverBase = object  # Triton declares no types
+else:
+    from triton.backends.driver import DriverBase
 
 #: A driver's device number is new for each context: Triton keeps compiled kernels and the shared-memory limit by
 #: device, so nothing that was compiled for one target can be met under another. No machine has this many GPUs.
@@ -100,6 +104,9 @@ AnyLauncher = TypeVar("AnyLauncher", bound=Launcher)
 class OfflineDriver(DriverBase):
     """Triton's active driver inside of :func:`offline_driver`."""
 
+    target: Target
+    launcher: Launcher
+
     #: Kernels may be given CPU tensors; host code asks for this with getattr(driver, "runs_on_cpu", False).
     runs_on_cpu = True
     #: Plans hand it tensors where a GPU's driver gets addresses: who looks at a launch wants their shapes and bounds.
@@ -107,9 +114,9 @@ class OfflineDriver(DriverBase):
 
     def __init__(self, target: Target, launcher: Launcher) -> None:
         self.target, self.launcher = target, launcher
-        self.device = next(_DEVICE_NUMBERS)
+        self.device: int = next(_DEVICE_NUMBERS)
         self.functions: set[Any] = set()  # that were launched: their caches hold kernels of this device
-        self.utils = SimpleNamespace(
+        self.utils: SimpleNamespace = SimpleNamespace(
             load_binary=self._load_binary,
             unload_module=lambda module: None,
             get_device_properties=self._properties,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,9 @@ from cast_kernels.evidence.cases import KINDS, Case, Error, compare, poisoned_me
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.driver import offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator, KernelRuns
+from cast_kernels.evidence.problems import SIZES
 from cast_kernels.evidence.targets import Target, target
 from cast_kernels.evidence.useful import useful_flops
-
-_SMALL = Case(2, 3, 7, 64, 32, 2, scaled=True)
-
-#: No tile of `attention_backward` holds a window.
-_LONG = replace(_SMALL, batch=1, frames=2, patches=70, windows=("space", "space-time"))
-
-#: Size -> what is run. Small: every window, each direction alone, awkward sizes. Paper: forward of one clip and of
-#: three at the published size; backward where it fits a test's patience.
-SIZES: dict[str, tuple[Case, ...]] = {
-    "small": (
-        _SMALL,
-        replace(_SMALL, windows=("space-time", "space-time"), recompute="nothing"),
-        replace(_SMALL, directions=("t2s",), recompute="all"),
-        replace(_SMALL, directions=("s2t",), positions=False),
-        _LONG,
-        replace(_LONG, bottleneck=64, heads=1),  # 64 channels a head have a tile of their own there
-    ),
-    "paper": (
-        Case(batch=1, backward=False),
-        Case(batch=3, backward=False),  # too many rows for the tiles that sm_90 has for few
-        Case(batch=1, frames=4, patches=36, dim=256, bottleneck=128, heads=4),
-    ),
-}
-
-#: The architectures whose PTX the emulator knows.
-TARGETS = ("sm_80", "sm_90")
 
 
 @dataclass
@@ -150,7 +125,7 @@ def main(targets: Sequence[str], dtypes: Sequence[str], size: str, json_file: Pa
     """Run, print, and return the exit code: 1 after a fault or an error above the gate.
 
     Args:
-        targets: names out of :data:`TARGETS`.
+        targets: names out of :data:`~cast_kernels.evidence.targets.EMULATED`.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         size: key of :data:`SIZES`.
         json_file: where errors and all counters go as JSON.

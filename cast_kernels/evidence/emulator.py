@@ -30,7 +30,7 @@ class EmulationFault(RuntimeError):
 
     def __init__(self, launch: Launch, faults: Iterable[Any]) -> None:
         found = list(faults)
-        self.kinds = tuple(dict.fromkeys(_kind(fault) for fault in found))
+        self.kinds: tuple[str, ...] = tuple(dict.fromkeys(_kind(fault) for fault in found))
         lines = [f"{launch.kernel} on {launch.target.name}, grid {launch.grid}: {', '.join(self.kinds)}"]
         lines += [f"  {fault}" for fault in found[:5]]
         lines += [f"  and {len(found) - 5} more"] if len(found) > 5 else []
@@ -108,7 +108,7 @@ class Emulator:
     enforces_limits = True  # as a GPU would
 
     def __init__(self, ptx: Callable[[Launch], str] = lambda launch: launch.asm["ptx"]) -> None:
-        self.emulator = load_emulator()
+        self.emulator: Any = load_emulator()
         self.runs: dict[str, KernelRuns] = {}
         self._ptx = ptx
         self._parsed: dict[str, Any] = {}
@@ -171,13 +171,13 @@ def counts(counters: Any) -> Mapping[str, int]:
 
 
 def load_emulator() -> Any:
-    """The module `ptx_emulator`, from the path or from `tools/` of the checkout that this package is in."""
+    """The module `ptx_emulator`: as it is installed, or from `tools/` of the checkout that this package is in."""
     tools = Path(__file__).parents[2] / "tools"
     if importlib.util.find_spec("ptx_emulator") is None:
         if not (tools / "ptx_emulator").is_dir():
             raise ModuleNotFoundError(
-                f"the PTX emulator is not in {tools}: it is part of the repository, not of the installed package; "
-                "run this command from a checkout that was installed with pip install -e ."
+                f"no module ptx_emulator, neither installed nor in {tools}: the package brings it beside cast_kernels, "
+                "so this installation is not whole; install it again, by pip install . in a checkout"
             )
         sys.path.append(str(tools))
     return importlib.import_module("ptx_emulator")

@@ -17,12 +17,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 import cast_kernels
 from cast_kernels import FFNParameters, SelfAttentionParameters
 from cast_kernels.evidence.autocast import cuda_rules
+from cast_kernels.evidence.cases import STREAMS
 
 _EPS = 1e-6
 _HALF = 0.5  # factor of the adapter beside the FFN
-
-#: Dtypes that the residual streams may have under autocast.
-STREAMS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Model:
 
     batch: int = 6
     training: bool = True
-    streams: str = "fp32"  # key of STREAMS; fp32 is what autocast makes of them
+    streams: str = "fp32"  # key of cases.STREAMS; fp32 is what autocast makes of them
     recompute: str = "cheap"
     drop_path: float = 0.2  # in training, in every block but the first
     depth: int = 12

@@ -221,7 +221,7 @@ class Program:
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
-        self.labels = {block.label: position for position, block in enumerate(blocks) if block.label}
+        self.labels: dict[str, int] = {block.label: position for position, block in enumerate(blocks) if block.label}
         code = [instruction for block in blocks for instruction in block.code]
         unknown = _from_data(code)
         sources: dict[str, set[str]] = defaultdict(set)  # of every register
@@ -234,7 +234,7 @@ class Program:
             name = waiting.pop()
             needed.add(name)
             waiting |= sources[name] - needed - unknown
-        self.slices = [
+        self.slices: list[list[Instruction]] = [
             [i for i in block.code if i.opcode[0] in _LEAVING or not needed.isdisjoint(i.destinations)]
             for block in blocks
         ]

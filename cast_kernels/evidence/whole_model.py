@@ -221,7 +221,7 @@ def main(
         folder: where a JSON a GPU and README.md go.
         cache: folder of compiled kernels that may be used again, None for a temporary one.
         recompute: level of ours.
-        streams: keys of :data:`~cast_kernels.evidence.parts.STREAMS`.
+        streams: keys of :data:`~cast_kernels.evidence.cases.STREAMS`.
     """
     console = wide_console()
     ways = [as_json(way) for way in predict(devices, both(batches, recompute, streams), cache)]

@@ -99,7 +99,7 @@ class CudaMachine:
         if not torch.cuda.is_available():
             built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
             raise NoGPUError(f"no CUDA device can be used: PyTorch {torch.__version__} is {built}, and sees none")
-        self.device = self.current_device()
+        self.device: torch.device = self.current_device()
         self._flush = torch.empty(self.flush_bytes, dtype=torch.int8, device=self.device)
 
     def current_device(self) -> torch.device:

@@ -13,14 +13,35 @@ def _number(key: str, form: str) -> Callable[[Row], str]:
     return lambda row: "" if row.get(key) is None else form.format(row[key])
 
 
-def _spread(key: str, spread: str, form: str, wrong: str = "") -> Callable[[Row], str]:
+def _around(text: Callable[[float], str], row: Row, key: str, spread: str) -> str:
     """A median with what lies around it: there is no figure without it."""
+    low, high = map(text, row[spread])
+    return f"{text(row[key])} ({low}..{high})"
+
+
+def _time(mode: str) -> Callable[[Row], str]:
+    """Milliseconds of a way in which rows are timed."""
+
+    def text(ms: float) -> str:
+        return f"{ms:.4g}" if ms < 9999.5 else f"{ms:.0f}"
+
+    return lambda row: (
+        "" if f"{mode}median_ms" not in row else _around(text, row, f"{mode}median_ms", f"{mode}spread_ms")
+    )
+
+
+def speedup(row: Row, mode: str = "") -> str:
+    """Over the first row, with its spread; the row has one."""
+    return _around("{:.2f}".format, row, f"{mode}speedup", f"{mode}speedup_spread")
+
+
+def _speedup(mode: str) -> Callable[[Row], str]:
+    """Over the first row; a row that was timed and is not exact enough has none."""
 
     def cell(row: Row) -> str:
-        if row.get(key) is None:
-            return wrong if row.get("correct") is False else ""
-        low, high = (form.format(x) for x in row[spread])
-        return f"{form.format(row[key])} ({low}..{high})"
+        if row.get(f"{mode}speedup") is None:
+            return "inexact" if row.get("correct") is False and f"{mode}median_ms" in row else ""
+        return speedup(row, mode)
 
     return cell
 
@@ -36,12 +57,12 @@ def _samples(row: Row) -> str:
 
 #: Header -> the cell of a row, or "" where the row has no such figure. A column without cells is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "ms (spread)": _spread("median_ms", "spread_ms", "{:.4g}"),
-    "speed-up (spread)": _spread("speedup", "speedup_spread", "{:.2f}", "inexact"),
-    "cold L2 ms (spread)": _spread("cold_median_ms", "cold_spread_ms", "{:.4g}"),
-    "graph ms (spread)": _spread("graph_median_ms", "graph_spread_ms", "{:.4g}"),
-    "graph speed-up (spread)": _spread("graph_speedup", "graph_speedup_spread", "{:.2f}", "inexact"),
-    "graph, cold L2 ms (spread)": _spread("graph_cold_median_ms", "graph_cold_spread_ms", "{:.4g}"),
+    "ms (spread)": _time(""),
+    "speed-up (spread)": _speedup(""),
+    "cold L2 ms (spread)": _time("cold_"),
+    "graph ms (spread)": _time("graph_"),
+    "graph speed-up (spread)": _speedup("graph_"),
+    "graph, cold L2 ms (spread)": _time("graph_cold_"),
     "predicted ms": _number("predicted_ms", "{:.4g}"),
     "clips/s": _number("clips_per_second", "{:.1f}"),
     "GFLOP/s": lambda row: "" if "of_ceiling" in row else _number("gflops", "{:.0f}")(row),

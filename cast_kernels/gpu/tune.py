@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from cast_kernels.evidence.cases import Case, compare, module, poisoned_memory, run
+from cast_kernels.evidence.cases import Case, compare, poisoned_memory, run
 from cast_kernels.gpu.check import NO_GPU
 from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, Step, UnusableError, require_usable
 from cast_kernels.gpu.timing import median_ms
@@ -167,7 +167,7 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
 
 def training_step(case: Case, device: torch.device, dtype: torch.dtype) -> Step:
     """Forward and backward of a case on fresh inputs."""
-    made = module(case, "triton").to(device, dtype)
+    made = case.module(dtype, "triton").to(device)
     shapes = [(case.batch, case.frames, n, case.dim) for n in (1 + case.patches, case.patches)]
     streams = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
     gradients = [torch.randn_like(x) for x in streams]

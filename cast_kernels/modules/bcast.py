@@ -50,6 +50,13 @@ class BCAST(nn.Module):
             attention.
     """
 
+    dim: int
+    bottleneck_dim: int
+    num_heads: int
+    num_frames: int
+    num_patches: int
+    positions: bool
+
     def __init__(
         self,
         dim: int = 768,
@@ -69,16 +76,16 @@ class BCAST(nn.Module):
         _check_arguments(sizes | {"num_frames": num_frames, "num_patches": num_patches}, windows, directions)
         self.dim, self.bottleneck_dim, self.num_heads = dim, bottleneck_dim, num_heads
         self.num_frames, self.num_patches, self.positions = num_frames, num_patches, positions
-        self.windows = (windows[0], windows[1])
-        self.directions = tuple(d for d in DIRECTIONS if d in directions)
-        self.backend = backends.check_name(backend)
-        self.recompute = levels.check(recompute)
-        self.attention = attentions.check_exchange_name(attention)
+        self.windows: tuple[str, str] = (windows[0], windows[1])
+        self.directions: tuple[str, ...] = tuple(d for d in DIRECTIONS if d in directions)
+        self.backend: str = backends.check_name(backend)
+        self.recompute: str = levels.check(recompute)
+        self.attention: str = attentions.check_exchange_name(attention)
         if self.directions:
-            self.cross_s_down = nn.Linear(dim, bottleneck_dim)
-            self.cross_t_down = nn.Linear(dim, bottleneck_dim)
-            self.ln_s_cross = nn.LayerNorm(bottleneck_dim, eps=EPS)
-            self.ln_t_cross = nn.LayerNorm(bottleneck_dim, eps=EPS)
+            self.cross_s_down: nn.Linear = nn.Linear(dim, bottleneck_dim)
+            self.cross_t_down: nn.Linear = nn.Linear(dim, bottleneck_dim)
+            self.ln_s_cross: nn.LayerNorm = nn.LayerNorm(bottleneck_dim, eps=EPS)
+            self.ln_t_cross: nn.LayerNorm = nn.LayerNorm(bottleneck_dim, eps=EPS)
         for direction, window in zip(DIRECTIONS, self.windows, strict=True):
             if direction in self.directions:
                 cross = CrossAttention(direction, window, bottleneck_dim, num_heads, num_frames, num_patches, positions)

@@ -23,6 +23,11 @@ class CrossAttention(nn.Module):
     the paper's table 1(e) demands.
     """
 
+    direction: str
+    window: str
+    num_heads: int
+    positions: bool
+
     def __init__(
         self, direction: str, window: str, dim: int, num_heads: int, frames: int, patches: int, positions: bool
     ) -> None:
@@ -37,8 +42,8 @@ class CrossAttention(nn.Module):
         self.add_module(f"{direction}_q", nn.Linear(dim, dim, bias=False))
         self.add_module(f"{direction}_kv", nn.Linear(dim, 2 * dim, bias=False))
         # The published checkpoints call this projection t2s_proj in both directions.
-        self.t2s_proj = nn.Linear(dim, dim)
-        self.reading = Reading(
+        self.t2s_proj: nn.Linear = nn.Linear(dim, dim)
+        self.reading: Reading = Reading(
             CrossAttention.forward,
             tensors=tuple(self._parameters),
             settings=("direction", "window", "positions"),

@@ -35,7 +35,8 @@ from cast_kernels.problem import (
 )
 from cast_kernels.triton.common import exactly, in_dtype
 
-_LIBRARY = torch.library.Library("cast_kernels", "FRAGMENT")
+_OPERATORS = getattr(torch.ops, _derivatives.NAMESPACE)
+_LIBRARY = torch.library.Library(_derivatives.NAMESPACE, "FRAGMENT")
 _LIBRARY.define(
     "projection(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor? qkv_bias, float eps, "
     "ScalarType compute) -> Tensor",
@@ -82,7 +83,7 @@ def behind(checked: Checked) -> Checked:
 
 
 def _run(x: Tensor, *rest: Any) -> Tensor:
-    found: Tensor = torch.ops.cast_kernels.projection(x.reshape(-1, x.shape[-1]), *rest)
+    found: Tensor = _OPERATORS.projection(x.reshape(-1, x.shape[-1]), *rest)
     return found
 
 
@@ -130,7 +131,7 @@ class _Before(_SingleLevelFunction):
             with torch._C._AutoDispatchBelowAutograd():
                 return *(None,) * 4, *triton_projection.backward(x, p, parts, residual, ctx.eps, wanted)
         rows, added = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
-        found = torch.ops.cast_kernels.projection_backward(rows, *kept[1:], parts, added, ctx.eps, wanted)
+        found = _OPERATORS.projection_backward(rows, *kept[1:], parts, added, ctx.eps, wanted)
         given = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return *(None,) * 4, None if given[0] is None else given[0].view_as(x), *given[1:]
 
@@ -234,25 +235,25 @@ class _Packed(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         wanted = list(ctx.needs_input_grad[1:6])
-        found = torch.ops.cast_kernels.projection_backward(*ctx.saved_tensors, [grad], None, ctx.eps, wanted)
+        found = _OPERATORS.projection_backward(*ctx.saved_tensors, [grad], None, ctx.eps, wanted)
         return None, *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None
 
 
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("projection", _forward, _key)
     _LIBRARY.impl("projection_backward", _backward, _key)
-torch.library.register_fake("cast_kernels::projection", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("cast_kernels::projection_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{_derivatives.NAMESPACE}::projection", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{_derivatives.NAMESPACE}::projection_backward", _backward_fake, lib=_LIBRARY)
 _derivatives.register(_LIBRARY, "projection", lambda run, inputs: _Packed.apply(run, *inputs))  # type: ignore[attr-defined]
 
 
-@register_flop_formula(torch.ops.cast_kernels.projection)
+@register_flop_formula(_OPERATORS.projection)
 def _forward_flops(x: Any, norm_weight: Any, norm_bias: Any, qkv_weight: Any, *_: Any, **__: Any) -> int:
     """Two per multiply-add, matrix products only, as torch counts them."""
     return 2 * x[0] * x[1] * qkv_weight[0]
 
 
-@register_flop_formula(torch.ops.cast_kernels.projection_backward)
+@register_flop_formula(_OPERATORS.projection_backward)
 def _backward_flops(
     x: Any, norm_weight: Any, norm_bias: Any, qkv_weight: Any, qkv_bias: Any, grads: Any, grad_residual: Any, eps: Any,
     wanted: Any, *_: Any, **__: Any,

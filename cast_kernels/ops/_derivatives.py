@@ -19,6 +19,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
+#: Where PyTorch finds our operators: the package's own name. Who loads a copy under another name has both side by side.
+NAMESPACE = __name__.partition(".")[0]
+
 _REMEDY = (
     "PyTorch's own operators have this derivative: build the model with fused=False, attention='math' (CAST, experts, "
     "VideoMAE, baselines), or call CAST's model.unfuse(attention='math'); of cast_kernels' functions and of BCAST, ask "
@@ -51,14 +54,14 @@ def register(library: Any, name: str, differentiate: Callable[..., Any]) -> None
     library.impl(name, _kernel(name, name, differentiate), "Autograd", with_keyset=True)
     library.impl(own, _kernel(own, name, refuse), "Autograd", with_keyset=True)
     for operator in (name, own):
-        torch.library.register_vmap(f"cast_kernels::{operator}", _loop(operator), lib=library)
+        torch.library.register_vmap(f"{NAMESPACE}::{operator}", _loop(operator), lib=library)
         library.impl(operator, _refuse_legacy_vmap(name), "Batched")
 
 
 def refuse_tangents(name: str) -> NoReturn:
     """Say that the op has no derivative in forward mode."""
     raise NotImplementedError(
-        f"cast_kernels::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
+        f"{NAMESPACE}::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
         f"torch.autograd.forward_ad): fused kernels have first derivatives in reverse mode only. {_REMEDY}"
     )
 
@@ -88,7 +91,7 @@ class _Refusal(_SingleLevelFunction):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         raise NotImplementedError(
-            f"cast_kernels::{ctx.name} cannot be differentiated twice (double backward, as gradient penalties and "
+            f"{NAMESPACE}::{ctx.name} cannot be differentiated twice (double backward, as gradient penalties and "
             f"Hessians need it): fused kernels have first derivatives only. {_REMEDY}"
         )
 
@@ -97,7 +100,7 @@ def _kernel(
     operator: str, name: str, differentiate: Callable[[Callable[..., Any], tuple[Any, ...]], Any]
 ) -> Callable[..., Any]:
     """What the dispatcher calls for autograd; `name` is the forward operator's, for messages."""
-    overload = getattr(torch.ops.cast_kernels, operator).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), operator).default
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
         def run(*below: Any) -> Any:
@@ -120,14 +123,12 @@ def _loop(operator: str) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         if not info.batch_size:
-            raise ValueError(
-                f"vmap over a dimension of size 0 calls cast_kernels::{operator} never; map over 1 or more"
-            )
+            raise ValueError(f"vmap over a dimension of size 0 calls {NAMESPACE}::{operator} never; map over 1 or more")
 
         def entry(index: int) -> Any:
             return tree_map(lambda x, dim: x if dim is None else x.select(dim, index), inputs, in_dims)
 
-        run = getattr(torch.ops.cast_kernels, operator)
+        run = getattr(getattr(torch.ops, NAMESPACE), operator)
         outputs = tree_map(lambda *xs: torch.stack(xs), *(run(*entry(index)) for index in range(info.batch_size)))
         return outputs, tree_map(lambda _: 0, outputs)
 
@@ -137,7 +138,7 @@ def _loop(operator: str) -> Callable[..., Any]:
 def _refuse_legacy_vmap(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any) -> NoReturn:
         raise NotImplementedError(
-            f"cast_kernels::{name} has no rule for the vmap of torch.autograd.grad(..., is_grads_batched=True) and "
+            f"{NAMESPACE}::{name} has no rule for the vmap of torch.autograd.grad(..., is_grads_batched=True) and "
             "torch.autograd.functional.jacobian(..., vectorize=True). Use torch.func.jacrev, or torch.vmap of the "
             "function that torch.func.vjp returns, or a loop over the gradients"
         )

@@ -34,7 +34,7 @@ from cast_kernels.ops import _derivatives
 from cast_kernels.ops._checks import autocast_dtype
 from cast_kernels.ops._signatures import Alike, Signatures, listed, unobserved, watched
 
-_LIBRARY = torch.library.Library("cast_kernels", "DEF")
+_LIBRARY = torch.library.Library(_derivatives.NAMESPACE, "DEF")
 _TAGS = (torch.Tag.needs_contiguous_strides,)
 #: Arguments that every forward operator ends with.
 _COMMON = ("str recompute", "ScalarType compute", "SymInt kept", "str backend")
@@ -59,10 +59,12 @@ class Checked:
     """A call that passed the op's checks, and what follows for every call like it."""
 
     __slots__ = ("backward", "call", "differentiated", "frozen", "inner", "kernels")
+    call: Call
+    differentiated: bool
 
     def __init__(self, call: Call, kernels: backends.Backend | None, differentiated: bool) -> None:
         self.call, self.differentiated = call, differentiated
-        self.kernels = kernels  # the backend, if nothing but autograd is there to see the call
+        self.kernels: backends.Backend | None = kernels  # the backend, if nothing but autograd is there to see the call
         self.frozen: tuple[int, ...] = ()  # parameters that are cast before the call, see `_casts`
         self.inner: Checked | None = None  # of the op inside, where the backend composes ops
         self.backward: Alike[bool] = Alike()  # the same of backward, by what was kept and the outputs' gradients
@@ -236,7 +238,7 @@ class Operator:
     # ---- registration -----------------------------------------------------------------------------------------------
 
     def _register(self) -> None:
-        name = f"cast_kernels::{self.name}"
+        name = f"{_derivatives.NAMESPACE}::{self.name}"
         tensors, read = [f"Tensor {s}" for s in self.streams], [f"Tensor {s}" for s in self.streams[: self.read]]
         factors, grads = [f"Tensor? {f}" for f in self.factors], [f"Tensor grad_{y}" for y in self.outputs]
         forward = [*tensors, "Tensor[] parameters", *factors, *self.options, *_COMMON]
@@ -251,7 +253,8 @@ class Operator:
         torch.library.register_fake(name, self._forward_fake, lib=_LIBRARY)
         torch.library.register_fake(f"{name}_backward", self._backward_fake, lib=_LIBRARY)
         _derivatives.register(_LIBRARY, self.name, self._differentiate)
-        packets = [getattr(torch.ops.cast_kernels, own) for own in (self.name, f"{self.name}_backward")]
+        operators = getattr(torch.ops, _derivatives.NAMESPACE)
+        packets = [getattr(operators, own) for own in (self.name, f"{self.name}_backward")]
         self._overload, self._backward_overload = (packet.default for packet in packets)
         register_flop_formula(packets[0])(self._forward_flops)
         register_flop_formula(packets[1])(self._backward_flops)

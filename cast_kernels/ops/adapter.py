@@ -126,10 +126,11 @@ def pose(
 
 class _Adapter(Operator):
     name = "adapter"
-    streams, read = ("x", "residual"), 1
-    factors = ("row_scale",)
-    options = ("bool skip", "float scale")
-    outputs = ("y",)
+    streams: tuple[str, ...] = ("x", "residual")
+    read: int = 1
+    factors: tuple[str, ...] = ("row_scale",)
+    options: tuple[str, ...] = ("bool skip", "float scale")
+    outputs: tuple[str, ...] = ("y",)
 
     def problem(
         self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,

@@ -241,10 +241,11 @@ def spread_scale(scale: Tensor | None, like: Tensor, tokens: int | None = None) 
 
 class _BCast(Operator):
     name = "bcast"
-    streams, read = ("spatial", "temporal"), 2
-    factors = ("spatial_scale", "temporal_scale")
-    options = ("int num_heads", "str t2s_window", "str s2t_window", "float eps")
-    outputs = ("spatial_out", "temporal_out")
+    streams: tuple[str, ...] = ("spatial", "temporal")
+    read: int = 2
+    factors: tuple[str, ...] = ("spatial_scale", "temporal_scale")
+    options: tuple[str, ...] = ("int num_heads", "str t2s_window", "str s2t_window", "float eps")
+    outputs: tuple[str, ...] = ("spatial_out", "temporal_out")
 
     def problem(
         self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,

@@ -136,10 +136,11 @@ def _check_parameters(dim: int, p: FFNParameters) -> None:
 
 class _FFN(Operator):
     name = "ffn"
-    streams, read = ("x",), 1
-    factors = ("row_scale",)
-    options = ("str activation", "float eps", "float adapter_scale")
-    outputs = ("y",)
+    streams: tuple[str, ...] = ("x",)
+    read: int = 1
+    factors: tuple[str, ...] = ("row_scale",)
+    options: tuple[str, ...] = ("str activation", "float eps", "float adapter_scale")
+    outputs: tuple[str, ...] = ("y",)
 
     def problem(
         self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,

@@ -157,10 +157,11 @@ def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
 
 class _SelfAttention(Operator):
     name = "self_attention"
-    streams, read = ("x",), 1
-    options = ("int num_heads", "float eps")
-    outputs = ("y",)
-    composed = ("eager", "triton")
+    streams: tuple[str, ...] = ("x",)
+    read: int = 1
+    options: tuple[str, ...] = ("int num_heads", "float eps")
+    outputs: tuple[str, ...] = ("y",)
+    composed: tuple[str, ...] = ("eager", "triton")
 
     def problem(
         self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,

@@ -128,27 +128,35 @@ class Attention:
 class Draft:
     """A plan in the making: the problem's sizes, the tensors that kernels share, and a method for each launch."""
 
+    problem: Problem
+    kind: Kind
+    planner: Planner
+    tokens: dict[str, Tokens]
+    ways: dict[str, Way]
+
     def __init__(self, problem: Problem, kind: Kind) -> None:
         self.problem, self.kind, self.planner = problem, kind, Planner()
         self.tokens, self.ways = tokens(problem), ways(problem)
-        self.frames = problem.batch * problem.frames  # of all clips
-        self.rows = {name: problem.batch * of.of_a_clip for name, of in self.tokens.items()}
-        self.patch_rows = {name: problem.batch * of.patches_of_a_clip for name, of in self.tokens.items()}
-        self.arch = architecture()
+        self.frames: int = problem.batch * problem.frames  # of all clips
+        self.rows: dict[str, int] = {name: problem.batch * of.of_a_clip for name, of in self.tokens.items()}
+        self.patch_rows: dict[str, int] = {
+            name: problem.batch * of.patches_of_a_clip for name, of in self.tokens.items()
+        }
+        self.arch: str = architecture()
         self._rounded: dict[Buffer, Buffer] = {}
         given = self.planner.given
-        self.x = {name: given(self.rows[name], problem.dim, dtype=kind.streams) for name in STREAMS}
-        self.shapes = _shapes(problem)
+        self.x: dict[str, Buffer] = {name: given(self.rows[name], problem.dim, dtype=kind.streams) for name in STREAMS}
+        self.shapes: dict[str, Sequence[int]] = _shapes(problem)
         flat: list[Any] = [
             given(*self.shapes[name], dtype=kind.parameters) if there else None
             for name, there in zip(PARAMETER_NAMES, kind.present, strict=True)
         ]
         self.weights: Any = Parameters.from_flat(flat)  # fmt: skip
-        self.scale = {
+        self.scale: dict[str, Buffer | None] = {
             name: given(problem.batch, dtype=torch.float32) if scaled else None
             for name, scaled in zip(STREAMS, kind.scaled, strict=True)
         }
-        self.positions = any(
+        self.positions: bool = any(
             there for name, there in zip(PARAMETER_NAMES, kind.present, strict=True) if _is_table(name)
         )
 
@@ -183,8 +191,8 @@ class Draft:
         def made(owner: str, name: str, rows: int, columns: int, dtype: torch.dtype = problem.compute) -> Buffer:
             return parts.get((owner, name)) or self.planner.scratch(rows, columns, dtype=dtype)
 
-        self.z = {name: made(name, "z", self.rows[name], d) for name in STREAMS}
-        self.attention = {}
+        self.z: dict[str, Buffer] = {name: made(name, "z", self.rows[name], d) for name in STREAMS}
+        self.attention: dict[str, Attention] = {}
         for name, way in self.ways.items():
             asking, answering = self.patch_rows[way.asking], self.patch_rows[way.answering]
             lse = parts.get((name, "lse"))
@@ -194,7 +202,7 @@ class Draft:
                 made(name, "q", asking, d), made(name, "kv", answering, 2 * d), made(name, "o", asking, d), lse,
                 parts.get((name, "h")),
             )  # fmt: skip
-        self.cls = self.planner.scratch(self.frames, d, dtype=torch.float32)
+        self.cls: Buffer = self.planner.scratch(self.frames, d, dtype=torch.float32)
 
     def bottleneck(self) -> dict[str, int]:
         """The kernels' constants of the bottleneck's width."""

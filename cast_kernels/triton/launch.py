@@ -72,12 +72,15 @@ class Launch:
         constants: the kernel's constants and Triton's options, by name.
     """
 
+    kernel: Any
+    constants: dict[str, Any]
+
     def __init__(
         self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], places: Callable[[Any], int],
         constants: dict[str, Any],
     ) -> None:  # fmt: skip
         self.kernel, self.constants = kernel, constants
-        self.grid = (*grid, 1, 1)[:3]
+        self.grid: tuple[int, ...] = (*grid, 1, 1)[:3]
         placed = [_placed(argument, places) for argument in arguments]
         self._named = [_picker(argument) for argument in placed]
         self._plain = _picker_of_all(placed)
@@ -228,6 +231,9 @@ class Plan:
         scratch_bytes: of the allocation that lives as long as a call.
     """
 
+    saved_bytes: int
+    scratch_bytes: int
+
     def __init__(
         self, buffers: dict[str, list[Buffer]], launches: list[tuple[Any, Sequence[int], tuple[Any, ...], Any]],
         saved_shape: tuple[int, ...],
@@ -249,7 +255,9 @@ class Plan:
             return count + len(self._numbers) - 1
 
         self._ready = False
-        self.launches = [Launch(kernel, grid, args, place, constants) for kernel, grid, args, constants in launches]
+        self.launches: list[Launch] = [
+            Launch(kernel, grid, args, place, constants) for kernel, grid, args, constants in launches
+        ]
 
     @property
     def kernels(self) -> tuple[str, ...]:

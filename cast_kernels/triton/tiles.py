@@ -276,7 +276,7 @@ def trying(arch: str, bits: int, d: int, tiles: TileSet) -> Iterator[None]:
 
 
 #: How often the table changed, as `trying` does: what was made from it is kept by this number.
-changes = 0
+changes: int = 0
 
 
 def _table_changed() -> None:

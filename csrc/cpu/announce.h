@@ -17,11 +17,10 @@ extern "C" void __tsan_read_range(void* address, long size);
 CAST_ISA_BEGIN
 
 // `rows` rows of `columns` floats, `stride` floats apart.
-CAST_INLINE void announce_reads([[maybe_unused]] const float* at, [[maybe_unused]] i64 rows, [[maybe_unused]] i64 stride,
-                                [[maybe_unused]] i64 columns) {
+CAST_INLINE void announce_reads([[maybe_unused]] const float* at, [[maybe_unused]] i64 rows,
+                                [[maybe_unused]] i64 stride, [[maybe_unused]] i64 columns) {
 #if defined(__SANITIZE_THREAD__)
-  for (i64 r = 0; r < rows; ++r)
-    __tsan_read_range(const_cast<float*>(at + r * stride), long(sizeof(float)) * columns);
+  for (i64 r = 0; r < rows; ++r) __tsan_read_range(const_cast<float*>(at + r * stride), long(sizeof(float)) * columns);
 #endif
 }
 

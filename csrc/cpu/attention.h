@@ -185,21 +185,23 @@ inline void attend_block(const HeadRows& h, i64 at, i64 queries, i64 first, i64 
   float* const sums = s.sums + at * sums_stride;
   float* const out = result.out + at * result.stride;
   const float *factors = factor, *inverses = inverse;
-  weigh_values<Vecs>(s.scores, queries, values, keys, hd, [=, stride = result.stride](i64 i, i64 column, auto& row, i64 lanes) {
-    float* sum = sums + i * sums_stride + column;
-    float* to = out + i * stride + column;
-    each(row, lanes, [=](i64 c, vec v, i64 n) {
-      if (first) v += load(sum + c) * factors[i];
-      if (last)
-        store_first(to + c, v * inverses[i], n);
-      else
-        store(sum + c, v);
-    });
-  });
+  weigh_values<Vecs>(s.scores, queries, values, keys, hd,
+                     [=, stride = result.stride](i64 i, i64 column, auto& row, i64 lanes) {
+                       float* sum = sums + i * sums_stride + column;
+                       float* to = out + i * stride + column;
+                       each(row, lanes, [=](i64 c, vec v, i64 n) {
+                         if (first) v += load(sum + c) * factors[i];
+                         if (last)
+                           store_first(to + c, v * inverses[i], n);
+                         else
+                           store(sum + c, v);
+                       });
+                     });
   if (last && result.row_max)
     for (int c = 0; c < Vecs; ++c) {
       store_first(result.row_max + at + c * kLanes, load(maximum + c * kLanes), max_of(queries - c * kLanes, i64(0)));
-      store_first(result.inverse_sum + at + c * kLanes, load(inverse + c * kLanes), max_of(queries - c * kLanes, i64(0)));
+      store_first(result.inverse_sum + at + c * kLanes, load(inverse + c * kLanes),
+                  max_of(queries - c * kLanes, i64(0)));
     }
 }
 

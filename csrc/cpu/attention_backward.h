@@ -149,8 +149,8 @@ inline void query_gradients(const HeadGradient& h, const AttentionBackwardScratc
                             i64 first_query, i64 queries, i64 keys, float scale, bool first, bool last) {
   const i64 stride = round_up(h.head_dim, kTileColumns);
   small_gemm(s.slopes, 1, kScoreStride, queries, key, h.head_dim, keys,
-             [=, sums = s.dquery, result = h.dquery, offsets = h.asking + first_query](i64 row, i64 column, auto& values,
-                                                                                       i64 lanes) {
+             [=, sums = s.dquery, result = h.dquery, offsets = h.asking + first_query](i64 row, i64 column,
+                                                                                       auto& values, i64 lanes) {
                float *sum = sums + row * stride + column, *to = result + offsets[row] + column;
                each(values, lanes, [=](i64 c, vec v, i64 n) {
                  if (!first) v += load(sum + c);

@@ -68,8 +68,8 @@ CAST_INLINE WeightsWanted repeated_weights(Recompute recompute) {
 
 inline BackwardPlan plan_backward(const Problem& p, Recompute recompute, int threads) {
   const ClipLayout kept = kept_layout(p, recompute), own = backward_layout(p, recompute);
-  BackwardPlan plan{p, kept, own, stage_layout(p), plan_forward(p, kept, own, threads), repeated_weights(recompute),
-                    0, 64, 0, 0};
+  BackwardPlan plan{p,  kept, own, stage_layout(p), plan_forward(p, kept, own, threads), repeated_weights(recompute), 0,
+                    64, 0,    0};
   for (int s = 0; s < 2; ++s) {
     plan.weights += packed_size(plan.stage.width[s], p.bottleneck) + packed_size(p.bottleneck, p.dim);
     if (!has_direction(p, s)) continue;
@@ -113,7 +113,7 @@ inline BackwardWeights pack_backward(const BackwardCall& call, const StageLayout
   const i64 D = p.dim, d = p.bottleneck;
   const bool bf16 = uses_bf16(p);
   BackwardWeights w{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
     return add_next_pack_job(jobs, weight, at, depth, columns, false, bf16);
   };

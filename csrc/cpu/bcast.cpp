@@ -90,8 +90,7 @@ double measure_fma_ceiling(int threads, double seconds) {
   rounds = i64(double(rounds) * seconds / elapsed);
   std::vector<double> flops(threads), times(threads);
   std::vector<std::thread> team;
-  for (int t = 0; t < threads; ++t)
-    team.emplace_back([&, t] { flops[t] = timed_flops(kernels, rounds, &times[t]); });
+  for (int t = 0; t < threads; ++t) team.emplace_back([&, t] { flops[t] = timed_flops(kernels, rounds, &times[t]); });
   for (auto& member : team) member.join();
   double total = 0;
   for (int t = 0; t < threads; ++t) total += flops[t] / times[t];

@@ -98,11 +98,11 @@ inline void backward_attention(const BackwardRun& run, int direction, i64 index,
       const float* attended = clip[kAttended][direction] + token_of(p, direction, g, 0) * d + h * hd;
       row_products(attended, token_stride * d, grad, window, hd, delta);
       float* answer = stage + stage_at.projected[other] + stage_at.key_column[other] + h * hd;
-      attend_backward({clip[kQuery][direction] + head, clip[kKey][direction] + head,
-                       clip[kValue][direction] + head, grad, clip[kRowMax][direction] + head / hd,
-                       clip[kInverseSum][direction] + head / hd, delta, window, hd,
-                       stage + stage_at.projected[direction] + h * hd, answer, answer + d, asking, answering},
-                      buffers);
+      attend_backward(
+          {clip[kQuery][direction] + head, clip[kKey][direction] + head, clip[kValue][direction] + head, grad,
+           clip[kRowMax][direction] + head / hd, clip[kInverseSum][direction] + head / hd, delta, window, hd,
+           stage + stage_at.projected[direction] + h * hd, answer, answer + d, asking, answering},
+          buffers);
     }
   }
 }
@@ -156,7 +156,8 @@ inline void restore_rows(const ForwardRun& run, int stream, const RowBlock& bloc
   const i64 d = run.problem.bottleneck;
   const auto& own = run.parameters.stream[stream];
   const float* normed = run.clip(block.clip)[kNormed][stream] + block.first * d;
-  for (i64 r = 0; r < block.rows; ++r) scale_and_shift_row(normed + r * d, d, own.norm_weight, own.norm_bias, s.a + r * d);
+  for (i64 r = 0; r < block.rows; ++r)
+    scale_and_shift_row(normed + r * d, d, own.norm_weight, own.norm_bias, s.a + r * d);
 }
 
 inline void repeat_attended(const ForwardRun& run, int direction, i64 task, const ForwardScratch& s) {
@@ -190,8 +191,8 @@ inline void repeat_forward(const BackwardRun& run, const ForwardWeights& weights
   if (call.recompute == kNothing) return;
   ForwardPlan plan = run.plan.forward;
   plan.scratch = run.plan.scratch;
-  const ForwardRun forward{call.problem, call.parameters, call.input, call.scale, nullptr,
-                           plan,         weights,         run.saved(), run.own,   run.first_clip};
+  const ForwardRun forward{call.problem, call.parameters, call.input,  call.scale, nullptr,
+                           plan,         weights,         run.saved(), run.own,    run.first_clip};
   if (call.recompute == kAll)
     forward_clips(forward, run.clips, call.threads, scratch);
   else
@@ -218,7 +219,8 @@ inline void bcast_backward(const BackwardCall& call, float* workspace) {
 
   for (i64 first = 0; first < p.batch; first += plan.clips_in_flight) {
     const i64 clips = min_of(plan.clips_in_flight, p.batch - first);
-    const BackwardRun run{call, plan, weights, workspace + at.clips, workspace + at.stages, position_sums, first, clips};
+    const BackwardRun run{call,          plan,  weights, workspace + at.clips, workspace + at.stages,
+                          position_sums, first, clips};
     repeat_forward(run, forward_weights, scratch);
     both(has[0] ? clips * blocks[0] : 0, has[1] ? clips * blocks[1] : 0,
          [&](int stream, i64 task, float* own) { backward_output(run, stream, task, own); });
@@ -228,7 +230,7 @@ inline void bcast_backward(const BackwardCall& call, float* workspace) {
     both(clips * blocks[0], clips * blocks[1],
          [&](int stream, i64 task, float* own) { backward_input(run, stream, task, own); });
     const SumTasks sums = list_sums(run);
-    parallel_for(sums.tasks, call.threads,
+    parallel_for(sums.tasks(), call.threads,
                  [&](i64 task, int thread) { run_sum(run, sums, task, scratch + thread * plan.scratch); });
   }
   finish_positions(call, plan, weights, position_sums);

@@ -23,8 +23,8 @@ inline void project(const ForwardRun& run, int direction, const float* input, i6
 }
 
 // input rows for a projection: n, or n + the position table's row.
-inline const float* with_position(const Problem& p, int direction, int stream, const float* table, const RowBlock& block,
-                                  const float* n, i64* slots, float* sum) {
+inline const float* with_position(const Problem& p, int direction, int stream, const float* table,
+                                  const RowBlock& block, const float* n, i64* slots, float* sum) {
   const i64 d = p.bottleneck;
   for (i64 r = 0; r < block.rows; ++r) {
     const Token at = token_at(p, stream, block.first + r);
@@ -59,8 +59,7 @@ inline void normalise_rows(const ForwardRun& run, int stream, const RowBlock& bl
         normalise_row(n, d, own.norm_weight, own.norm_bias, p.eps, n, normed ? normed + row * d : nullptr);
     if (rstds) rstds[row] = rstd;
     const Token at = token_at(p, stream, row);
-    if (at.n < 0 && has_direction(p, kSpatial))
-      __builtin_memcpy(cls_row(p, clip, at.t), n, sizeof(float) * size_t(d));
+    if (at.n < 0 && has_direction(p, kSpatial)) __builtin_memcpy(cls_row(p, clip, at.t), n, sizeof(float) * size_t(d));
   }
 }
 
@@ -102,7 +101,8 @@ inline void up_and_residual(const ForwardRun& run, int stream, const float* hidd
       [=](i64 row, i64 column, auto& v, i64 lanes) {
         const i64 at = row_table[row] * D + column;
         const float scale = row_scale[row];
-        each(v, lanes, [=](i64 c, vec y, i64 n) { store_first(out + at + c, load_first(x + at + c, n) + y * scale, n); });
+        each(v, lanes,
+             [=](i64 c, vec y, i64 n) { store_first(out + at + c, load_first(x + at + c, n) + y * scale, n); });
       },
       [=](i64 row, i64 column) {
         __builtin_prefetch(x + row_table[row] * D + column);
@@ -123,8 +123,12 @@ inline void attend_queries(const ForwardRun& run, int direction, const QueryBloc
     for (i64 h = 0; h < p.heads; ++h) {
       const i64 head = head_matrix(p, direction, block.first_group + g, h);
       const i64 statistic = head / hd + block.first_index;
-      const HeadRows matrix{clip[kQuery][direction] + head + block.first_index * hd, clip[kKey][direction] + head,
-                            clip[kValue][direction] + head, block.indices, window, hd};
+      const HeadRows matrix{clip[kQuery][direction] + head + block.first_index * hd,
+                            clip[kKey][direction] + head,
+                            clip[kValue][direction] + head,
+                            block.indices,
+                            window,
+                            hd};
       attend(matrix, scale_log2, scratch,
              {s.a + g * block.indices * d + h * hd, d, row_max ? row_max + statistic : nullptr,
               row_max ? inverse_sum + statistic : nullptr});
@@ -160,7 +164,7 @@ inline void forward_queries(const ForwardRun& run, int direction, i64 task, cons
   }
   gemm(s.a, d, rows, run.weights.proj[direction], run.parameters.direction[direction].proj_bias,
        [=, to = s.b, slots = s.slot_table, kept = clip[kActivation][direction]](i64 row, i64 column, auto& v,
-                                                                                 i64 lanes) {
+                                                                                i64 lanes) {
          store_row(to + row * d + column, v, lanes);
          if (kept) store_row(kept + slots[row] + column, v, lanes);
        });
@@ -225,8 +229,11 @@ inline void bcast_forward(const ForwardCall& call, float* workspace) {
     for (i64 clip = 1; clip <= p.batch; ++clip)
       __builtin_memset(call.saved + clip * plan.kept.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));
   for (i64 first = 0; first < p.batch; first += plan.clips_in_flight) {
-    const ForwardRun run{p,    call.parameters, call.input, call.scale, call.output,
-                         plan, weights,         call.saved + first * plan.kept.total, workspace, first};
+    const ForwardRun run{p,           call.parameters,
+                         call.input,  call.scale,
+                         call.output, plan,
+                         weights,     call.saved + first * plan.kept.total,
+                         workspace,   first};
     forward_clips(run, min_of(plan.clips_in_flight, p.batch - first), call.threads, scratch);
   }
 }

@@ -7,6 +7,7 @@
 
 namespace cast::cpu {
 
+// clang-format off
 enum Field : int {
   kQuery, kKey, kValue,    // per direction, T*N*d
   kAttended,               // per direction, [T*N, d], before the output projection
@@ -16,6 +17,7 @@ enum Field : int {
   kCls,                    // spatial only, [T, d]: the normalised CLS where kActivation has no place
   kFields
 };
+// clang-format on
 
 static inline i64 field_size(const Problem& p, int field, int which) {
   const i64 matrix = clip_rows(p, which) * p.bottleneck;
@@ -81,7 +83,7 @@ static inline Clip join(const ClipLayout& kept, float* saved, const ClipLayout& 
   Clip clip{};
   for (int field = 0; field < kFields; ++field)
     for (int which = 0; which < 2; ++which)
-      clip.at[field][which] = kept.at[field][which] >= 0 ? saved + kept.at[field][which]
+      clip.at[field][which] = kept.at[field][which] >= 0  ? saved + kept.at[field][which]
                               : own.at[field][which] >= 0 ? workspace + own.at[field][which]
                                                           : nullptr;
   return clip;
@@ -89,8 +91,7 @@ static inline Clip join(const ClipLayout& kept, float* saved, const ClipLayout& 
 
 // The normalised CLS of frame t.
 static inline float* cls_row(const Problem& p, const Clip& clip, i64 t) {
-  if (float* activation = clip[kActivation][kSpatial])
-    return activation + t * frame_rows(p, kSpatial) * p.bottleneck;
+  if (float* activation = clip[kActivation][kSpatial]) return activation + t * frame_rows(p, kSpatial) * p.bottleneck;
   return clip[kCls][kSpatial] + t * p.bottleneck;
 }
 

@@ -89,8 +89,7 @@ inline void backward_chunk(const FFNBackwardRun& run, int branch, const HiddenCh
                       branch == kAdapter ? run.stage + stage.factor + block.local : nullptr, grad, value);
   if (run.plan.through_norm)
     gemm(grad.data, grad.stride, block.rows, depth_slice(run.weights.in_grad[branch], chunk.first, chunk.width),
-         nullptr,
-         [=, sum = s.grad_normed](i64 row, i64 column, auto& v, i64 lanes) {
+         nullptr, [=, sum = s.grad_normed](i64 row, i64 column, auto& v, i64 lanes) {
            float* to = sum + row * D + column;
            each(v, lanes, [=](i64 c, vec part, i64 n) { store_first(to + c, load_first(to + c, n) + part, n); });
          });
@@ -155,8 +154,8 @@ inline FFNSums list_ffn_sums(const FFNBackwardRun& run) {
   for (int b = 0; b < 2; ++b) {
     const auto& wanted = run.call.gradients.branch[b];
     if (!p.width[b]) continue;
-    sums.in[b] = {p.width[b],  p.dim,   wanted.in_weight, wanted.in_bias, run.stage + run.plan.stage.grad[b],
-                  p.width[b], nullptr, p.bf16};
+    sums.in[b] = {p.width[b], p.dim, wanted.in_weight, wanted.in_bias, run.stage + run.plan.stage.grad[b], p.width[b],
+                  nullptr,    p.bf16};
     sums.out[b] = {p.dim,
                    p.width[b],
                    wanted.out_weight,
@@ -214,13 +213,11 @@ inline void ffn_backward(const FFNBackwardCall& call, float* workspace) {
   for (i64 first = 0; first < plan.cut.tasks; first += plan.group_tasks) {
     const i64 tasks = min_of(plan.group_tasks, plan.cut.tasks - first);
     const FFNBackwardRun run{call, plan, weights, ffn_saved_layout(call.problem), stage, first, tasks};
-    parallel_for(tasks, call.threads, [&](i64 task, int thread) {
-      ffn_backward_rows(run, task, scratch + thread * plan.scratch);
-    });
+    parallel_for(tasks, call.threads,
+                 [&](i64 task, int thread) { ffn_backward_rows(run, task, scratch + thread * plan.scratch); });
     const FFNSums sums = list_ffn_sums(run);
-    parallel_for(sums.tasks, call.threads, [&](i64 task, int thread) {
-      run_ffn_sum(run, sums, task, scratch + thread * plan.scratch);
-    });
+    parallel_for(sums.tasks, call.threads,
+                 [&](i64 task, int thread) { run_ffn_sum(run, sums, task, scratch + thread * plan.scratch); });
   }
 }
 

@@ -89,7 +89,7 @@ struct FFNBackwardWeights {
 inline FFNBackwardWeights pack_ffn_backward(const FFNBackwardCall& call, const FFNBackwardPlan& plan, float* at) {
   const FFNProblem& p = call.problem;
   FFNBackwardWeights w{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns, bool transposed) {
     return add_next_pack_job(jobs, weight, at, depth, columns, transposed, kHasBf16 && p.bf16);
   };

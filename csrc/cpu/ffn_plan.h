@@ -66,7 +66,7 @@ inline i64 ffn_packed_size(const FFNProblem& p) {
 // The weights packed from `at` on.
 inline FFNForwardWeights pack_ffn(const FFNProblem& p, const FFNParameters& parameters, float* at, int threads) {
   FFNForwardWeights w{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
     return add_next_pack_job(jobs, weight, at, depth, columns, true, kHasBf16 && p.bf16);
   };

@@ -66,7 +66,7 @@ inline ForwardWeights pack_forward(const Problem& p, const Parameters& parameter
                                    float* at, int threads) {
   const i64 D = p.dim, d = p.bottleneck;
   ForwardWeights w{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](bool is_wanted, const float* weight, i64 depth, i64 columns) {
     return is_wanted ? add_next_pack_job(jobs, weight, at, depth, columns, true, uses_bf16(p)) : Panels{};
   };

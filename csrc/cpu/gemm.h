@@ -185,13 +185,13 @@ __attribute__((noinline)) void gemm_bf16(const float* a, i64 lda, i64 rows, cons
   std::uint32_t* left = reinterpret_cast<std::uint32_t*>(thread_buffer(sizeof(float) * std::size_t(tiles * words)));
   pair_rows(a, lda, tiles, right.depth, left);
   const i64 chain = ceil_div(words, ceil_div(right.depth, kDepthBlock));
-  each_tile(rows, words, right, bias, out, before, [=](auto& acc, auto& start, i64 row, const float* panel,
-                                                       Ahead ahead) {
-    sum_chains(acc, start, words, chain, [=](auto& part, auto& from, i64 k, i64 depth) {
-      multiply(part, from, left + row * words + k, words, 1, panel + k * kTileColumns, kTileColumns, depth,
-                     ahead.from(k));
-    });
-  });
+  each_tile(rows, words, right, bias, out, before,
+            [=](auto& acc, auto& start, i64 row, const float* panel, Ahead ahead) {
+              sum_chains(acc, start, words, chain, [=](auto& part, auto& from, i64 k, i64 depth) {
+                multiply(part, from, left + row * words + k, words, 1, panel + k * kTileColumns, kTileColumns, depth,
+                         ahead.from(k));
+              });
+            });
 }
 
 // out(row, column, vectors, lanes) for every part of a row of a @ b + bias (bias may be null).
@@ -211,15 +211,15 @@ __attribute__((noinline)) void gemm(const float* a, i64 lda, i64 rows, const Pan
   if constexpr (kHasBf16)
     if (right.bf16) return gemm_bf16(a, lda, rows, right, bias, out, before);
   const i64 chain = ceil_div(right.depth, ceil_div(right.depth, kDepthBlock));
-  each_tile(rows, right.depth, right, bias, out, before, [=](auto& acc, auto& start, i64 row, const float* panel,
-                                                           Ahead ahead) {
-    const float* left = a + row * lda;
-    announce_reads(left, min_of(kTileRows, rows - row), lda, right.depth);
-    announce_reads(panel, right.depth, kTileColumns, kTileColumns);
-    sum_chains(acc, start, right.depth, chain, [=](auto& part, auto& from, i64 k, i64 depth) {
-      multiply(part, from, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, depth, ahead.from(k));
-    });
-  });
+  each_tile(rows, right.depth, right, bias, out, before,
+            [=](auto& acc, auto& start, i64 row, const float* panel, Ahead ahead) {
+              const float* left = a + row * lda;
+              announce_reads(left, min_of(kTileRows, rows - row), lda, right.depth);
+              announce_reads(panel, right.depth, kTileColumns, kTileColumns);
+              sum_chains(acc, start, right.depth, chain, [=](auto& part, auto& from, i64 k, i64 depth) {
+                multiply(part, from, left + k, lda, 1, panel + k * kTileColumns, kTileColumns, depth, ahead.from(k));
+              });
+            });
 }
 
 template <class Out>

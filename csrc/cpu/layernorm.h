@@ -18,10 +18,11 @@ struct RowStatistics {
 };
 inline RowStatistics row_statistics(const float* x, i64 d, float eps) {
   const float mean = row_sum(d, [&](i64 c) { return load_first(x + c, d - c); }) / float(d);
-  const float variance = row_sum(d, [&](i64 c) {
-                           const vec centred = load_first(x + c, d - c) - mean;
-                           return d - c >= kLanes ? centred * centred : zero_from(centred * centred, d - c);
-                         }) / float(d);
+  const float squares = row_sum(d, [&](i64 c) {
+    const vec centred = load_first(x + c, d - c) - mean;
+    return d - c >= kLanes ? centred * centred : zero_from(centred * centred, d - c);
+  });
+  const float variance = squares / float(d);
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
@@ -48,7 +49,8 @@ inline float normalise_row(const float* x, i64 d, const float* gamma, const floa
 inline void scale_and_shift_row(const float* normed, i64 d, const float* gamma, const float* beta, float* n) {
   for (i64 c = 0; c < d; c += kLanes) {
     const i64 lanes = d - c;
-    store_first(n + c, load_first(normed + c, lanes) * load_first(gamma + c, lanes) + load_first(beta + c, lanes), lanes);
+    store_first(n + c, load_first(normed + c, lanes) * load_first(gamma + c, lanes) + load_first(beta + c, lanes),
+                lanes);
   }
 }
 
@@ -69,8 +71,7 @@ inline void normalise_row_backward(const float* dn, const float* normed, float r
 }
 
 inline void add_rows(const float* a, const float* b, i64 d, float* sum) {
-  for (i64 c = 0; c < d; c += kLanes)
-    store_first(sum + c, load_first(a + c, d - c) + load_first(b + c, d - c), d - c);
+  for (i64 c = 0; c < d; c += kLanes) store_first(sum + c, load_first(a + c, d - c) + load_first(b + c, d - c), d - c);
 }
 
 inline void gelu_rows(float* x, i64 floats) {

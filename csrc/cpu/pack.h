@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "job_list.h"
 #include "threads.h"
 
 CAST_ISA_BEGIN
@@ -62,39 +63,34 @@ inline void pack_panel_plain(const float* weight, i64 depth, i64 columns, i64 pa
 // Consecutive panels make a task: most then find that their lines have been asked for.
 constexpr i64 kPackedTogether = 4;
 
-// A list of weights to pack, run as one set of tasks.
-struct PackJobs {
-  struct Job {
-    const float* weight;
-    float* to;
-    i64 depth, columns, panel_stride, first_task;
-    bool transposed, bf16;
-  };
-  Job jobs[16];
-  int count;
-  i64 tasks;
+struct PackJob {
+  static constexpr const char* kList = "PackJobs";
+  const float* weight;
+  float* to;
+  i64 depth, columns, panel_stride;
+  bool transposed, bf16;
 };
+
+// A list of weights to pack, run as one set of tasks.
+using PackJobs = JobList<PackJob, 16>;
 
 inline Panels add_pack_job(PackJobs& list, const float* weight, float* to, i64 depth, i64 columns, i64 panel_stride,
                            bool transposed, bool bf16) {
-  list.jobs[list.count++] = {weight, to, depth, columns, panel_stride, list.tasks, transposed, bf16};
-  list.tasks += ceil_div(panel_count(columns), kPackedTogether);
+  list.add({weight, to, depth, columns, panel_stride, transposed, bf16},
+           ceil_div(panel_count(columns), kPackedTogether));
   return {to, depth, columns, panel_stride, bf16};
 }
 
 // The same at `at`, which moves behind the panels.
-inline Panels add_next_pack_job(PackJobs& list, const float* weight, float*& at, i64 depth, i64 columns, bool transposed,
-                                bool bf16) {
+inline Panels add_next_pack_job(PackJobs& list, const float* weight, float*& at, i64 depth, i64 columns,
+                                bool transposed, bool bf16) {
   const Panels packed = add_pack_job(list, weight, at, depth, columns, depth * kTileColumns, transposed, bf16);
   at += packed_size(depth, columns);
   return packed;
 }
 
-inline void run_pack_job(const PackJobs& list, i64 task) {
-  int j = list.count - 1;
-  while (list.jobs[j].first_task > task) --j;
-  const PackJobs::Job& job = list.jobs[j];
-  const i64 first = (task - job.first_task) * kPackedTogether;
+inline void run_pack_job(const PackJob& job, i64 task) {
+  const i64 first = task * kPackedTogether;
   for (i64 panel = first; panel < min_of(first + kPackedTogether, panel_count(job.columns)); ++panel) {
     float* to = job.to + panel * job.panel_stride;
     if (job.transposed && job.bf16)
@@ -107,7 +103,7 @@ inline void run_pack_job(const PackJobs& list, i64 task) {
 }
 
 inline void run_pack_jobs(const PackJobs& list, int threads) {
-  parallel_for(list.tasks, threads, [&](i64 task, int) { run_pack_job(list, task); });
+  parallel_for(list.tasks(), threads, [&](i64 task, int) { list.run(task, run_pack_job); });
 }
 
 CAST_ISA_END

@@ -16,8 +16,8 @@ inline void recompute_rows(const SelfBackwardRun& run, i64 first, i64 count, flo
   const SelfAttentionParameters& w = run.call.parameters;
   const i64 D = p.dim, A = p.adapter;
   if (p.recompute == kAll && self_wanted(run.call).inner)
-    project_qkv(p, w, run.weights.again.qkv, run.input, first, count, run.qkv, nullptr, scratch + align16(2 * kRowBlock),
-                reinterpret_cast<i64*>(scratch));
+    project_qkv(p, w, run.weights.again.qkv, run.input, first, count, run.qkv, nullptr,
+                scratch + align16(2 * kRowBlock), reinterpret_cast<i64*>(scratch));
   if (!A || p.recompute == kNothing) return;
   float *projected = run.projected + first * D, *hidden = run.hidden + first * A;
   gemm(run.attended + first * D, D, count, run.weights.again.proj, w.proj_bias,
@@ -50,8 +50,7 @@ inline void self_backward_output(const SelfBackwardRun& run, i64 task, float* sc
     grad = da;
   }
   if (!self_wanted(run.call).inner) return;
-  for (i64 r = 0; r < count; ++r)
-    slots[r] = (first + r) / p.tokens * p.tokens * D + (first + r) % p.tokens * hd;
+  for (i64 r = 0; r < count; ++r) slots[r] = (first + r) / p.tokens * p.tokens * D + (first + r) % p.tokens * hd;
   to_heads(grad, D, count, run.weights.proj, nullptr, hd, p.tokens * hd, slots, run.grad_attended);
 }
 
@@ -67,10 +66,10 @@ inline void self_backward_attention(const SelfBackwardRun& run, i64 task, float*
   const float* query = run.qkv + (entry * 3 * p.heads + head) * matrix;
   const i64 statistic = task * p.tokens;
   float* result = run.grad_qkv + head * hd;
-  attend_backward({query, query + p.heads * matrix, query + 2 * p.heads * matrix, grad, run.row_max + statistic,
-                   run.inverse_sum + statistic, delta, p.tokens, hd, result, result + D, result + 2 * D, offsets,
-                   offsets},
-                  buffers);
+  attend_backward(
+      {query, query + p.heads * matrix, query + 2 * p.heads * matrix, grad, run.row_max + statistic,
+       run.inverse_sum + statistic, delta, p.tokens, hd, result, result + D, result + 2 * D, offsets, offsets},
+      buffers);
 }
 
 inline void self_backward_input(const SelfBackwardRun& run, i64 task, float* scratch) {
@@ -116,7 +115,8 @@ inline void self_sum_layer(const SelfBackwardRun& run, int which, i64 task, floa
       return normalised(run.input + r * D, run.row(r), w.norm_weight, w.norm_bias, c, lanes);
     });
   if (which == kSelfUp)
-    return sum([hidden = run.hidden, A](i64 r, i64 c, i64 lanes) { return gelu(load_first(hidden + r * A + c, lanes)); });
+    return sum(
+        [hidden = run.hidden, A](i64 r, i64 c, i64 lanes) { return gelu(load_first(hidden + r * A + c, lanes)); });
   const float* rows = which == kSelfProj ? run.attended : run.projected;
   sum([rows, D](i64 r, i64 c, i64 lanes) { return load_first(rows + r * D + c, lanes); });
 }

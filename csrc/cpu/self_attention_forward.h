@@ -53,7 +53,7 @@ CAST_INLINE i64 self_attention_packed_size(const SelfAttentionProblem& p) {
 // The weights packed from `at` on.
 inline SelfWeights pack_self_attention(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* at,
                                        int threads) {
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns) {
     return add_next_pack_job(jobs, weight, at, depth, columns, true, kHasBf16 && p.bf16);
   };
@@ -118,7 +118,8 @@ inline void to_heads(const float* a, i64 lda, i64 rows, const Panels& weight, co
 // Queries, keys and values of `count` rows from `first` on of a group whose input is `x` and whose matrices are `qkv`.
 // `statistics` is null where nobody will ask for them.
 inline void project_qkv(const SelfAttentionProblem& p, const SelfAttentionParameters& w, const Panels& weight,
-                        const float* x, i64 first, i64 count, float* qkv, float* statistics, float* normed, i64* slots) {
+                        const float* x, i64 first, i64 count, float* qkv, float* statistics, float* normed,
+                        i64* slots) {
   const i64 D = p.dim, hd = head_dim(p);
   for (i64 r = 0; r < count; ++r) {
     const i64 row = first + r;
@@ -223,13 +224,12 @@ inline void self_attention_forward(const SelfAttentionForward& call, float* work
   float* state = workspace + self_attention_packed_size(p);
   float* scratch = state + (keep ? 0 : align16(self_group_rows(p) * 3 * D + read_slack(p)));
   const SelfQueryCut cut = self_query_cut(p, call.threads);
-  if (call.saved)
-    __builtin_memset(call.saved + layout.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));
+  if (call.saved) __builtin_memset(call.saved + layout.total - read_slack(p), 0, sizeof(float) * size_t(read_slack(p)));
 
   for (i64 first = 0; first < p.batch; first += group) {
     const i64 entries = min_of(group, p.batch - first), rows = entries * p.tokens;
-    const SelfRun run{call, weights, layout, keep ? call.saved + layout.qkv + first * p.tokens * 3 * D : state, first,
-                      entries};
+    const SelfRun run{call,  weights, layout, keep ? call.saved + layout.qkv + first * p.tokens * 3 * D : state,
+                      first, entries};
     float* statistics = call.saved ? call.saved + layout.statistics + 2 * run.first_row() : nullptr;
     parallel_for(ceil_div(rows, kRowBlock), call.threads, [&](i64 task, int thread) {
       const SelfScratch s = self_scratch(p, scratch + thread * self_scratch_size(p));

@@ -74,7 +74,7 @@ inline SelfBackwardWeights pack_self_backward(const SelfAttentionBackward& call,
   const SelfAttentionProblem& p = call.problem;
   const SelfAttentionParameters& w = call.parameters;
   SelfBackwardWeights panels{};
-  PackJobs jobs{};
+  PackJobs jobs;
   const auto add = [&](const float* weight, i64 depth, i64 columns, bool transposed) {
     return add_next_pack_job(jobs, weight, at, depth, columns, transposed, kHasBf16 && p.bf16);
   };
@@ -118,13 +118,25 @@ inline SelfBackwardRun self_backward_run(const SelfAttentionBackward& call, cons
   const i64 entries = min_of(entries_in_flight(p), p.batch - first_entry), row = first_entry * p.tokens, D = p.dim;
   float* saved = const_cast<float*>(call.saved);  // never written: whoever writes checks `recompute`
   const bool all = p.recompute == kNothing;
-  return {call, weights, first_entry, entries, entries * p.tokens, call.input + row * D, call.grad_output + row * D,
-          saved + kept.attended + row * D, saved + kept.row_max + row * p.heads,
-          saved + kept.inverse_sum + row * p.heads, saved + kept.statistics + 2 * row,
+  return {call,
+          weights,
+          first_entry,
+          entries,
+          entries * p.tokens,
+          call.input + row * D,
+          call.grad_output + row * D,
+          saved + kept.attended + row * D,
+          saved + kept.row_max + row * p.heads,
+          saved + kept.inverse_sum + row * p.heads,
+          saved + kept.statistics + 2 * row,
           all ? saved + kept.projected + row * D : stage + made.projected,
           all ? saved + kept.hidden + row * p.adapter : stage + made.hidden,
-          p.recompute == kAll ? stage + made.qkv : saved + kept.qkv + row * 3 * D, stage + made.grad_hidden,
-          stage + made.grad_projected, stage + made.grad_attended, stage + made.grad_qkv, stage + made.norm_sums};
+          p.recompute == kAll ? stage + made.qkv : saved + kept.qkv + row * 3 * D,
+          stage + made.grad_hidden,
+          stage + made.grad_projected,
+          stage + made.grad_attended,
+          stage + made.grad_qkv,
+          stage + made.norm_sums};
 }
 
 CAST_ISA_END

@@ -144,8 +144,8 @@ CAST_INLINE void multiply_rows(vec (&acc)[kTileRows][kTileVecs], const WeightScr
 // One chunk's share of a block of the weight's gradient. value_at(r, column, lanes) is the right operand's row r; `add`
 // is false for the first chunk of all.
 template <class ValueAt>
-__attribute__((noinline)) void add_chunk(const WeightScratch& s, i64 rows, const WeightBlock& block, i64 ins, float* gradient, bool add,
-                      const ValueAt& value_at) {
+__attribute__((noinline)) void add_chunk(const WeightScratch& s, i64 rows, const WeightBlock& block, i64 ins,
+                                         float* gradient, bool add, const ValueAt& value_at) {
   const i64 end = block.in + block.ins;
   for (i64 group = block.in; group < end; group += kRightPanels * kTileColumns) {
     const i64 group_end = min_of(group + kRightPanels * kTileColumns, end);

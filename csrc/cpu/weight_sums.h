@@ -8,34 +8,29 @@ CAST_ISA_BEGIN
 enum SumKind : int { kSumUp, kSumDown, kSumQuery, kSumKeyValue, kSumProj, kSumPositions, kSumNorm };
 
 struct SumJob {
+  static constexpr const char* kList = "SumTasks";
   SumKind kind;
   int index;      // stream for up, down, norm; direction for the others
   i64 outs, ins;  // shape of the weight
   float *weight, *bias;
-  i64 first_task;
 };
 
-struct SumTasks {
-  SumJob jobs[16];
-  int count;
-  i64 tasks;
-};
+using SumTasks = JobList<SumJob, 16>;
 
 constexpr i64 kPositionBlock = 8;  // positions whose sums one task owns
 
 inline void add_sum(SumTasks& list, SumKind kind, int index, i64 outs, i64 ins, float* weight, float* bias) {
   if (!weight && !bias) return;
-  list.jobs[list.count++] = {kind, index, outs, ins, weight, bias, list.tasks};
-  if (kind == kSumPositions)
-    list.tasks += ceil_div(outs, kPositionBlock);
-  else
-    list.tasks += kind == kSumNorm ? 1 : weight_blocks(outs, ins);
+  const i64 tasks = kind == kSumPositions ? ceil_div(outs, kPositionBlock)
+                    : kind == kSumNorm    ? 1
+                                          : weight_blocks(outs, ins);
+  list.add({kind, index, outs, ins, weight, bias}, tasks);
 }
 
 inline SumTasks list_sums(const BackwardRun& run) {
   const Problem& p = run.call.problem;
   const i64 D = p.dim, d = p.bottleneck;
-  SumTasks list{};
+  SumTasks list;
   for (int s = 0; s < 2; ++s) {
     const auto& own = run.call.gradients.stream[s];
     const auto& asks = run.call.gradients.direction[s];
@@ -117,9 +112,8 @@ inline void add_layer_chunk(const BackwardRun& run, const SumJob& job, i64 clip,
   }
   if (job.kind == kSumProj) {
     const float* x = fields[kAttended][job.index];
-    return finish([&](i64 r, i64 c, i64 lanes) {
-      return rows.right[r] < 0 ? vec{} : load_first(x + rows.right[r] + c, lanes);
-    });
+    return finish(
+        [&](i64 r, i64 c, i64 lanes) { return rows.right[r] < 0 ? vec{} : load_first(x + rows.right[r] + c, lanes); });
   }
   const int stream = job.kind == kSumQuery ? job.index : 1 - job.index;
   const auto& direction = run.call.parameters.direction[job.index];
@@ -211,12 +205,11 @@ inline void sum_norm(const BackwardRun& run, const SumJob& job) {
 }
 
 inline void run_sum(const BackwardRun& run, const SumTasks& list, i64 task, float* scratch) {
-  int j = list.count - 1;
-  while (list.jobs[j].first_task > task) --j;
-  const SumJob& job = list.jobs[j];
-  if (job.kind == kSumNorm) return sum_norm(run, job);
-  if (job.kind == kSumPositions) return sum_positions(run, job, task - job.first_task, scratch);
-  sum_layer(run, job, task - job.first_task, weight_scratch(scratch, uses_bf16(run.call.problem)));
+  list.run(task, [&](const SumJob& job, i64 own_task) {
+    if (job.kind == kSumNorm) return sum_norm(run, job);
+    if (job.kind == kSumPositions) return sum_positions(run, job, own_task, scratch);
+    sum_layer(run, job, own_task, weight_scratch(scratch, uses_bf16(run.call.problem)));
+  });
 }
 
 // A position's gradient is its summed query (or key and value) gradient times the projection's weight: the sum over
@@ -237,8 +230,9 @@ inline void finish_positions(const BackwardCall& call, const BackwardPlan& plan,
       const i64 rows = window_length(p, a);
       parallel_for(ceil_div(rows, kRowBlock), call.threads, [&](i64 task, int) {
         const i64 first = task * kRowBlock;
-        gemm(rows_at + first * weight.depth, weight.depth, min_of(kRowBlock, rows - first), weight, nullptr,
-             [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(result + (first + row) * d + column, v, lanes); });
+        gemm(
+            rows_at + first * weight.depth, weight.depth, min_of(kRowBlock, rows - first), weight, nullptr,
+            [=](i64 row, i64 column, auto& v, i64 lanes) { store_row(result + (first + row) * d + column, v, lanes); });
       });
     };
     product(sums.query, query, wanted.q_pos);

@@ -58,7 +58,7 @@ FAULTS = [
     fault("value bias taken from the keys", NATIVE,
           (FORWARD, "answers.kv_bias + d, s.slot", "answers.kv_bias, s.slot")),
     fault("space window one key short", NATIVE,
-          (FORWARD, "block.indices, window, hd};", "block.indices, window - (p.window[direction] == kSpace), hd};")),
+          (FORWARD, " window,\n", " window - (p.window[direction] == kSpace),\n")),
     fault("space window shifted by one position", NATIVE,
           (PROBLEM, "== kSpace) return {t, n};", "== kSpace) return {t, (n + 1) % p.patches};")),
     fault("softmax scaled by the head dimension", NATIVE,
@@ -84,6 +84,8 @@ FAULTS = [
     fault("slack of the saved state not defined", NATIVE,
           (FORWARD, "  if (plan.kept.total)\n", "  if (plan.kept.total < 0)\n")),
     # --- memory
+    fault("a list that takes one job more than it holds", NATIVE,
+          ("csrc/cpu/job_list.h", "if (count_ == kMost) refuse_job(Job::kList, kMost);", "")),
     fault("a float stored past a row", NATIVE,
           (SIMD, "for (i64 i = 0; i < n; ++i) p[i] = lanes[i];", "for (i64 i = 0; i <= n; ++i) p[i] = lanes[i];")),
     fault("a float read past a row", MEMORY,

@@ -13,7 +13,7 @@ LAUNCH = "cast_kernels/triton/launch.py"
 BACKWARD_PLAN = "cast_kernels/triton/bcast_backward_plan.py"
 PLAIN = "cast_kernels/plain.py"
 CROSS = "cast_kernels/modules/cross_attention.py"
-LAYERS = "tests/test_plain.py"
+LAYERS = "tests/test_plain.py tests/test_plain_tools.py"
 GLANCE = "tests/test_plain_glance.py"
 EVERYWHERE = "tests/test_plain_everywhere.py"
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import inspect
 import mmap
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from bcast_cases import Case
+from bcast_cases import small
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -22,7 +23,7 @@ from cast_kernels.triton import bcast as triton_bcast
 from cast_kernels.triton import launch
 
 #: 8 patches and 10 tokens a clip; 128 channels: the smallest batch past 2^31 elements.
-CASE = Case(batch=2**31 // (8 * 128) + 3, frames=2, patches=4, dim=128, bottleneck=128, heads=2)
+CASE = small(batch=2**31 // (8 * 128) + 3, frames=2, patches=4, dim=128, bottleneck=128, heads=2)
 WALK_OVER_ALL_ROWS = ("weight_gradient", "sum_parts", "reduce_rows", "position_sums", "position_products")
 #: The default tiles have 32 rows or more, so two tiles hold the last clip wherever it begins.
 TILES = 2
@@ -69,7 +70,7 @@ def untouched(size: int) -> Tensor:
 
 def test_the_last_rows_of_a_batch_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.bfloat16
-    few = Case(**{**{f: getattr(CASE, f) for f in ("frames", "patches", "dim", "bottleneck", "heads")}, "batch": 8})
+    few = replace(CASE, batch=8)
     module, inputs = few.module(dtype, "eager"), few.inputs(dtype, grad=True)
     outputs = module(*inputs)
     given = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for x in outputs]

@@ -27,8 +27,8 @@ TILES = tiles.TileSet(
 #: (problem, its bottleneck, parts), rows in steps of 16: ten layers in 14 tiles, of 44 and 40 rows; ten in ten tiles,
 #: whose second part has no row; two in three tiles, of 45 rows, whose fourth part has none.
 PROBLEMS = [
-    (bcast_cases, bcast_cases.Case(frames=2, patches=10, dim=48, bottleneck=32, heads=2, seed=1), 32, 2),
-    (bcast_cases, bcast_cases.Case(batch=1, frames=2, patches=3, dim=16, bottleneck=16, heads=1, seed=4), 16, 2),
+    (bcast_cases, bcast_cases.small(frames=2, patches=10, dim=48, bottleneck=32, heads=2, seed=1), 32, 2),
+    (bcast_cases, bcast_cases.small(batch=1, frames=2, patches=3, dim=16, bottleneck=16, heads=1, seed=4), 16, 2),
     (adapter_cases, adapter_cases.Case(), 16, 4),
 ]
 

@@ -118,7 +118,7 @@ Values<T> named(const Sizes& sizes, const BcastResults<T>& r) {
 }
 
 cpu::Problem native(const Sizes& s, double eps) {
-  return {s.batch,      s.frames, s.patches, s.dim, s.bottleneck, s.heads, {int(s.window[0]), int(s.window[1])},
+  return {s.batch,    s.frames, s.patches, s.dim, s.bottleneck, s.heads, {int(s.window[0]), int(s.window[1])},
           float(eps), false};
 }
 
@@ -130,7 +130,8 @@ class BcastTrial : public Trial {
     const Sizes& s = case_.sizes;
     static const char* const windows[] = {"absent", "time", "space", "space-time"};
     std::string text = "bcast";
-    for (const i64 size : {s.batch, s.frames, s.patches, s.dim, s.bottleneck, s.heads}) text += " " + std::to_string(size);
+    for (const i64 size : {s.batch, s.frames, s.patches, s.dim, s.bottleneck, s.heads})
+      text += " " + std::to_string(size);
     for (const Window w : s.window) text += std::string(" ") + windows[int(w) + 1];
     text += std::string(case_.positions ? "" : " no positions") + (case_.scaled ? " scaled" : "");
     return text + " recompute " + std::to_string(case_.recompute);

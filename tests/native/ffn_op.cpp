@@ -53,8 +53,7 @@ FlatResults<T> plain_ffn(const Case& c, const FlatGiven<T>& in) {
     Rows<T> dbefore =
         linear_backward(dbranch, hidden, w[first + 2], width, c.dim, r.grads[first + 2], r.grads[first + 3]);
     for (i64 i = 0; i < i64(before.size()); ++i) dbefore[i] *= activation_slope(quick, before[i]);
-    const Rows<T> share =
-        linear_backward(dbefore, n.out, w[first], c.dim, width, r.grads[first], r.grads[first + 1]);
+    const Rows<T> share = linear_backward(dbefore, n.out, w[first], c.dim, width, r.grads[first], r.grads[first + 1]);
     for (i64 i = 0; i < i64(share.size()); ++i) dnormed[i] += share[i];
   }
   const Rows<T> dx = layer_norm_backward(dnormed, n, w[0], c.dim, r.grads[0], r.grads[1]);
@@ -92,7 +91,7 @@ class FFNTrial : public Trial {
 
   Values<float> run(int threads, Via via) const override {
     const cpu::FFNProblem p{case_.rows, case_.dim,   {case_.hidden, case_.adapter}, case_.quick,
-                            case_.keep, float(kEps), float(kAdapterScale), false};
+                            case_.keep, float(kEps), float(kAdapterScale),          false};
     FlatMemory m(given_, p.rows * cpu::ffn_saved_per_row(p));
     cpu::FFNForwardCall forward{p, {}, m.x, m.row_scale, m.y, m.saved, threads};
     std::memcpy(&forward.parameters, m.weights, sizeof(m.weights));
@@ -119,14 +118,12 @@ class FFNTrial : public Trial {
 
 Trials trials(bool few) {
   std::vector<Case> cases = {
-      {13, 24, 40, 10, false, true, true}, {7, 17, 33, 5, true, false, false},
-      {130, 20, 17, 0, false, false, true}, {1, 5, 3, 2, true, true, false},
-      {29, 16, 400, 8, false, true, false},  // hidden columns in several chunks
+      {13, 24, 40, 10, false, true, true}, {7, 17, 33, 5, true, false, false},   {130, 20, 17, 0, false, false, true},
+      {1, 5, 3, 2, true, true, false},     {29, 16, 400, 8, false, true, false},  // hidden columns in several chunks
   };
   const std::vector<Case> more = {
-      {230, 50, 96, 24, true, true, true},  {97, 47, 21, 13, false, false, false},
-      {64, 32, 64, 16, false, true, false}, {5, 400, 70, 9, true, false, true},
-      {40, 70, 800, 390, false, true, true},
+      {230, 50, 96, 24, true, true, true}, {97, 47, 21, 13, false, false, false}, {64, 32, 64, 16, false, true, false},
+      {5, 400, 70, 9, true, false, true},  {40, 70, 800, 390, false, true, true},
   };
   if (!few) cases.insert(cases.end(), more.begin(), more.end());
   Trials all;
@@ -137,6 +134,8 @@ Trials trials(bool few) {
 
 }  // namespace
 
-Op ffn_op() { return {"ffn", trials, [] {}}; }
+Op ffn_op() {
+  return {"ffn", trials, [] {}};
+}
 
 }  // namespace cast::test

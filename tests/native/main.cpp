@@ -62,6 +62,7 @@ int main(int count, char** words) {
     const std::string used = cast::cpu::selected_kernels().name;
     std::printf("level %s of %s\n", used.c_str(), cast::cpu::built_levels());
     if (!level.empty() && level != used) return usage(("the level in use is " + used + ", not " + level).c_str());
+    check_job_lists();
     int found = 0;
     for (const Op& op : all_ops())
       if (only.empty() || only == op.name) ++found, run(op, few, repeats);

@@ -11,4 +11,7 @@ Op self_attention_op();
 
 inline std::vector<Op> all_ops() { return {bcast_op(), ffn_op(), self_attention_op()}; }
 
+// The core's lists of fixed size refuse one job too many; see job_lists.cpp.
+void check_job_lists();
+
 }  // namespace cast::test

@@ -36,7 +36,16 @@ struct Sizes {
 
 // The 28 parameters in the order in which they travel: six of each stream, eight of each direction.
 enum StreamField { kDownWeight, kDownBias, kNormWeight, kNormBias, kUpWeight, kUpBias };
-enum DirectionField { kQueryPos, kAnswerPos, kQueryWeight, kQueryBias, kAnswerWeight, kAnswerBias, kProjWeight, kProjBias };
+enum DirectionField {
+  kQueryPos,
+  kAnswerPos,
+  kQueryWeight,
+  kQueryBias,
+  kAnswerWeight,
+  kAnswerBias,
+  kProjWeight,
+  kProjBias
+};
 constexpr int of(int stream, StreamField field) { return 6 * stream + field; }
 constexpr int of(int direction, DirectionField field) { return 12 + 8 * direction + field; }
 
@@ -93,8 +102,8 @@ class PlainBcast {
     for (int a = 0; a < 2; ++a)
       if (s_.present(a)) exchange(clip, a, normed[a].out, normed[1 - a].out, dnormed[a], dnormed[1 - a]);
     for (int s = 0; s < 2; ++s) {
-      const Rows<T> dlow = layer_norm_backward(dnormed[s], normed[s], w(of(s, kNormWeight)), d,
-                                               dw(of(s, kNormWeight)), dw(of(s, kNormBias)));
+      const Rows<T> dlow = layer_norm_backward(dnormed[s], normed[s], w(of(s, kNormWeight)), d, dw(of(s, kNormWeight)),
+                                               dw(of(s, kNormBias)));
       const Rows<T> dx =
           linear_backward(dlow, x[s], w(of(s, kDownWeight)), D, d, dw(of(s, kDownWeight)), dw(of(s, kDownBias)));
       const i64 first = clip * s_.tokens(s) * D;
@@ -194,8 +203,8 @@ class PlainBcast {
     each_head(a, [&](const Head<T>& head) { attend_backward(head, q, kv, dmixed, dq, dkv); });
     const Rows<T> dx =
         linear_backward(dq, x, w(of(a, kQueryWeight)), d, d, dw(of(a, kQueryWeight)), dw(of(a, kQueryBias)));
-    const Rows<T> dy = linear_backward(dkv, y, w(of(a, kAnswerWeight)), d, 2 * d, dw(of(a, kAnswerWeight)),
-                                       dw(of(a, kAnswerBias)));
+    const Rows<T> dy =
+        linear_backward(dkv, y, w(of(a, kAnswerWeight)), d, 2 * d, dw(of(a, kAnswerWeight)), dw(of(a, kAnswerBias)));
     placed_backward(dx, a, a, dasking, dw(of(a, kQueryPos)));
     placed_backward(dy, 1 - a, a, danswering, dw(of(a, kAnswerPos)));
   }

@@ -101,9 +101,9 @@ T normal_density(T x) {
 // One head in one window: rows of width `width` at offsets into q, k, v.
 template <class T>
 struct Head {
-  const std::vector<i64>& asking;     // offset of each query row, which is also that of its result
+  const std::vector<i64>& asking;  // offset of each query row, which is also that of its result
   const std::vector<i64>& answering;  // offset of each key row
-  i64 value;                          // from a key row to its value row
+  i64 value;  // from a key row to its value row
   i64 width;
 };
 

@@ -113,7 +113,7 @@ class SelfAttentionTrial : public Trial {
   }
 
   Values<float> run(int threads, Via via) const override {
-    const cpu::SelfAttentionProblem p{case_.batch,   case_.tokens,    case_.dim,  case_.heads,
+    const cpu::SelfAttentionProblem p{case_.batch,   case_.tokens,    case_.dim,   case_.heads,
                                       case_.adapter, case_.recompute, float(kEps), false};
     FlatMemory m(given_, cpu::self_attention_saved(p));
     cpu::SelfAttentionForward forward{p, {}, m.x, m.y, m.saved, threads};
@@ -133,7 +133,9 @@ class SelfAttentionTrial : public Trial {
     return m.results(given_, kNames);
   }
 
-  Values<double> exact() const override { return named(plain_self_attention(case_, converted<double>(given_)), kNames); }
+  Values<double> exact() const override {
+    return named(plain_self_attention(case_, converted<double>(given_)), kNames);
+  }
   Values<float> plain() const override { return named(plain_self_attention(case_, given_), kNames); }
 
  private:
@@ -149,9 +151,9 @@ Trials trials(bool few) {
       {1, 270, 8, 1, 4, true, cpu::kCheap},  // longer than a block of keys
   };
   const std::vector<Case> more = {
-      {2, 197, 48, 4, 20, true, cpu::kAll},  {1, 1, 20, 5, 3, true, cpu::kNothing},
-      {5, 13, 40, 8, 16, false, cpu::kAll},  {1, 300, 66, 2, 30, false, cpu::kNothing},
-      {9, 16, 33, 3, 0, true, cpu::kCheap},  {1, 20, 400, 4, 90, true, cpu::kNothing},
+      {2, 197, 48, 4, 20, true, cpu::kAll}, {1, 1, 20, 5, 3, true, cpu::kNothing},
+      {5, 13, 40, 8, 16, false, cpu::kAll}, {1, 300, 66, 2, 30, false, cpu::kNothing},
+      {9, 16, 33, 3, 0, true, cpu::kCheap}, {1, 20, 400, 4, 90, true, cpu::kNothing},
   };
   if (!few) cases.insert(cases.end(), more.begin(), more.end());
   Trials all;
@@ -162,6 +164,8 @@ Trials trials(bool few) {
 
 }  // namespace
 
-Op self_attention_op() { return {"self_attention", trials, [] {}}; }
+Op self_attention_op() {
+  return {"self_attention", trials, [] {}};
+}
 
 }  // namespace cast::test

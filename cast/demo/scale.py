@@ -1,0 +1,55 @@
+"""The two sizes of the demo: the full one, and a quick one that shows the same in a minute or two."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cast import CASTConfig
+from cast.demo.dataset import Sizes
+from cast.demo.models import CONFIG
+from cast.demo.scene import ALL, Classes
+from cast.demo.study import Budget
+from cast.training import Recipe
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large an experiment is. `name` is what messages and the report call it."""
+
+    name: str
+    sizes: Sizes
+    budget: Budget
+    classes: Classes = ALL
+    config: CASTConfig = CONFIG
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must share with an earlier one to go on from it, as JSON gives it back."""
+        settings = {
+            "demo": self.name,
+            "sizes": asdict(self.sizes),
+            "classes": self.classes.names(),
+            "budget": asdict(self.budget),
+            "model": self.config.to_dict(),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
+
+
+FULL = Scale("full", Sizes(), Budget())
+
+_FEW = Classes(("move_left", "move_right", "grow", "shrink"), ("zero", "one"))
+
+QUICK = Scale(
+    "quick",
+    Sizes(plain=360, train=640, val=400),
+    Budget(
+        stills=960,
+        spatial=Recipe(epochs=8, batch_size=16, lr=2e-3, warmup=0.5),
+        temporal=Recipe(epochs=8, batch_size=8, lr=1e-3, warmup=0.5),
+        models=Recipe(epochs=6, batch_size=16, lr=2e-3, warmup=0.5),
+    ),
+    _FEW,
+    replace(CONFIG, num_frames=8, heads=_FEW.heads()),
+)

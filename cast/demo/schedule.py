@@ -1,0 +1,158 @@
+"""How far a run of the demo is, and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+#: Seconds after which a log file gets a line, also when nothing has ended.
+_SILENCE = 30.0
+#: A stage's own speed counts once it has run for this long or is this far; before, the speed of what came before it.
+_ENOUGH_SECONDS, _ENOUGH_SHARE = 2.0, 0.2
+#: Weight of the measurement beforehand against what was seen since: that of this share of the run.
+_TRUST = 0.1
+
+
+@dataclass
+class Stage:
+    """A part of the run.
+
+    Args:
+        name: what is shown.
+        units: what is left to do when the run begins: clips, steps, probes.
+        each: seconds of a unit, measured before.
+    """
+
+    name: str
+    units: int
+    each: float
+    done: int = 0
+    seconds: float = 0.0
+
+    @property
+    def expected(self) -> float:
+        """Seconds of the whole stage, as they were measured beforehand."""
+        return self.units * self.each
+
+    def left(self, pace: float) -> float:
+        """Seconds of the rest; `pace` is how much slower than measured everything was so far."""
+        rest = self.units - self.done
+        if self.done and (self.seconds >= _ENOUGH_SECONDS or self.done >= _ENOUGH_SHARE * self.units):
+            return rest * self.seconds / self.done
+        return rest * self.each * pace
+
+
+class Schedule:
+    """The stages of a run in their order, shown as bars on a terminal and as plain lines elsewhere.
+
+    Args:
+        stages: everything that is to be done.
+        console: where to show it.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], console: Console, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.stages, self.console, self.clock = list(stages), console, clock
+        self.began = self.turned = self.last = self.spoke = clock()
+        self.current, self.shown = "", 0.0
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[note]}", style="cyan"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.whole = self.bars.add_task("all", total=1.0, note="")
+        self.part = self.bars.add_task("", total=1.0, note="")
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+        if kind is not None:
+            self._say("stopped; the same command goes on from the last checkpoint")
+
+    def expected(self) -> float:
+        """Seconds of the whole run, from what was measured beforehand."""
+        return sum(stage.expected for stage in self.stages)
+
+    def left(self) -> float:
+        """Seconds of the rest, from what was measured beforehand and since."""
+        began = [stage for stage in self.stages if stage.done]
+        # What is slow now is slow later: the machine, or what else runs on it. A little work tells little of that.
+        trusted = _TRUST * self.expected()
+        expected = trusted + sum(stage.done * stage.each for stage in began)
+        pace = (trusted + sum(stage.seconds for stage in began)) / expected if expected else 1.0
+        return sum(stage.left(pace) for stage in self.stages)
+
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1; never less than it was."""
+        passed, left = self.clock() - self.began, self.left()
+        if left:
+            self.shown = max(self.shown, min(passed / (passed + left), 0.99))
+        return self.shown
+
+    def advance(self, name: str, done: int, total: int, note: str = "", line: bool = False) -> None:
+        """Tell how far a stage is.
+
+        Args:
+            name: of a stage.
+            done: units that are done, those of an earlier run too.
+            total: units in all, those of an earlier run too.
+            note: figures to show.
+            line: whether something has ended that is worth a line.
+        """
+        now, stage = self.clock(), next(stage for stage in self.stages if stage.name == name)
+        if name != self.current:
+            self.current, self.turned = name, self.last
+        self.last = now
+        ended = done >= total and stage.done < stage.units
+        stage.done, stage.seconds = max(0, stage.units - (total - done)), now - self.turned
+        share = self.share()
+        left = f"{duration(self.left())} left"
+        self.bars.update(self.whole, completed=share, note=left)
+        self.bars.update(self.part, description=name, completed=done / max(total, 1), note=note)
+        silent = not self.console.is_terminal and now - self.spoke > _SILENCE
+        if line or silent or (ended and not note):
+            place = self.stages.index(stage) + 1
+            counted = note or f"{done} of {total} in {duration(stage.seconds)}"
+            self._say(f"{place} of {len(self.stages)}, {name}: {counted}; {left}")
+
+    def finish(self) -> float:
+        """All is done; returns the seconds since the beginning."""
+        for stage in self.stages:
+            stage.done = stage.units
+        self.shown, seconds = 1.0, self.clock() - self.began
+        self.bars.update(self.whole, completed=1.0, note="")
+        self.bars.update(self.part, visible=False)
+        self._say(f"finished in {duration(seconds)}")
+        return seconds
+
+    def _say(self, text: str) -> None:
+        self.spoke = self.clock()
+        say(self.console, f"{100 * self.shown:3.0f} %  {text}")
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: not coloured, not wrapped."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: `45 s`, `11 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,61 @@
+"""The problems that commands compile and emulate, by the names that they are asked for. It loads no tool."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cast_kernels.evidence.cases import Case
+from cast_kernels.evidence.experts import ExpertCase
+
+_PAPER = Case(batch=6)
+AnyCase = Case | ExpertCase
+
+#: What is compiled. Step: one training step of the published sizes with default settings, with six clips and with one,
+#: for which some tables have tiles of their own. Paper: every recompute level
+#: and inference too, the experts with both of their activations. All: also other windows, head dimensions 16 and 64, a
+#: wide bottleneck and a wide adapter, each direction alone, drop-path, no positions.
+PROBLEMS: dict[str, tuple[AnyCase, ...]] = {
+    "step": (_PAPER, replace(_PAPER, batch=1), ExpertCase()),
+    "paper": (
+        *(replace(_PAPER, recompute=level) for level in ("cheap", "nothing", "all")),
+        replace(_PAPER, backward=False),
+        *(replace(_PAPER, batch=1, backward=train) for train in (True, False)),
+        ExpertCase(),
+        ExpertCase(activation="quick_gelu", recompute="nothing"),
+    ),
+}
+PROBLEMS["all"] = (
+    *PROBLEMS["paper"],
+    replace(_PAPER, windows=("space-time", "space-time")),
+    replace(_PAPER, windows=("space", "time")),
+    replace(_PAPER, heads=24),
+    replace(_PAPER, heads=6),
+    replace(_PAPER, bottleneck=768),
+    replace(_PAPER, directions=("t2s",), positions=False, scaled=True),
+    replace(_PAPER, directions=("s2t",), positions=False, scaled=True),
+    ExpertCase(scaled=True),
+    ExpertCase(adapter=768),
+)
+
+_SMALL = Case(2, 3, 7, 64, 32, 2, scaled=True)
+
+#: No tile of `attention_backward` holds a window.
+_LONG = replace(_SMALL, batch=1, frames=2, patches=70, windows=("space", "space-time"))
+
+#: Size -> what is run. Small: every window, each direction alone, awkward sizes. Paper: forward of one clip and of
+#: three at the published size; backward where it fits a test's patience.
+SIZES: dict[str, tuple[Case, ...]] = {
+    "small": (
+        _SMALL,
+        replace(_SMALL, windows=("space-time", "space-time"), recompute="nothing"),
+        replace(_SMALL, directions=("t2s",), recompute="all"),
+        replace(_SMALL, directions=("s2t",), positions=False),
+        _LONG,
+        replace(_LONG, bottleneck=64, heads=1),  # 64 channels a head have a tile of their own there
+    ),
+    "paper": (
+        Case(batch=1, backward=False),
+        Case(batch=3, backward=False),  # too many rows for the tiles that sm_90 has for few
+        Case(batch=1, frames=4, patches=36, dim=256, bottleneck=128, heads=4),
+    ),
+}
