@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -111,7 +112,9 @@ def _bare(kind: type) -> Iterator[str]:
             and not function.__doc__
         ):
             yield name
-    yield from (name for name in inspect.get_annotations(kind) if not name.startswith("_") and name not in told)
+    if is_dataclass(kind) or issubclass(kind, tuple):  # annotations elsewhere are for type checkers
+        fields = inspect.get_annotations(kind)
+        yield from (name for name in fields if not name.startswith("_") and name not in told)
 
 
 def _check(app: Sphinx, env: BuildEnvironment) -> None:
