@@ -104,14 +104,9 @@ def _bare(kind: type) -> Iterator[str]:
     comments = ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
     told = {name for owner, name in comments if owner == kind.__qualname__}
     told |= set(re.findall(r"^ +(\w+):", kind.__doc__ or "", re.M))
-    for name, member in vars(kind).items():
-        function = getattr(member, "__func__", member)
-        if (
-            not name.startswith("_")
-            and isinstance(function, property) | inspect.isfunction(function)
-            and not function.__doc__
-        ):
-            yield name
+    members = {name: getattr(x, "__func__", x) for name, x in vars(kind).items() if not name.startswith("_")}
+    functions = {name: x for name, x in members.items() if isinstance(x, property) or inspect.isfunction(x)}
+    yield from (name for name, function in functions.items() if not function.__doc__)
     if is_dataclass(kind) or issubclass(kind, tuple):  # annotations elsewhere are for type checkers
         fields = inspect.get_annotations(kind)
         yield from (name for name in fields if not name.startswith("_") and name not in told)
