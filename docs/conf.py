@@ -5,7 +5,6 @@ repository's own rendering. Read are `docs/`, the documents of `benchmarks/`, an
 """
 
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,10 +15,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 repository = ""
 
 project, author = "CAST kernels", "the authors of CAST kernels"
-version = release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "benchmarks/**.md", "CONTRIBUTING.md"]
-exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in ("docs", "benchmarks", "CONTRIBUTING.md")]
+include_patterns = ["docs/**.md", "benchmarks/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+exclude_patterns = [path.name for path in ROOT.iterdir() if not path.name.startswith(("docs", "benchmarks", "C"))]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "website"]
 
 #: Packages whose `__all__` is public: each name needs a docstring and a place in docs/reference.

@@ -21,6 +21,7 @@ _ENTRY = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 def build(root: Path, out: Path, repository: str) -> int:
     """Write the site of a repository into a folder, and return Sphinx's exit code: 0 only without a warning."""
     words = ["-q", "-W", "--keep-going", "-c", str(root / "docs"), "-d", str(out.with_name(f"{out.name}-cache"))]
+    out.mkdir(parents=True, exist_ok=True)
     code = sphinx([*words, "-D", f"repository={repository}", str(root), str(out)])
     (out / "index.html").write_text(_ENTRY)
     return code

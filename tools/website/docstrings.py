@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,8 @@ from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 _PAGE = re.compile(r"(?<![\w/])docs/([\w/]+)\.md")
-_VALUES = ("data", "attribute")
+_VALUES = ("data", "attribute", "property")
+_SECTION = re.compile(r"(Args|Returns|Raises):$")
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,7 @@ def comment(package: str, name: str) -> list[str]:
 
 
 class _Comments:
-    """Keeps napoleon from taking "word: text" in a constant's or a field's comment for its type."""
+    """Keeps napoleon from taking "word: text" in what is said of a constant, a field or a property for its type."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -51,7 +53,7 @@ class _Comments:
         self._lines = list(lines)
 
     def after(self, app: Sphinx, what: str, name: str, given: object, options: object, lines: list[str]) -> None:
-        if what in _VALUES:
+        if what in _VALUES and not any(_SECTION.match(line) for line in self._lines):
             lines[:] = self._lines
         lines[:] = [_PAGE.sub(r":doc:`/docs/\1`", line) for line in lines]
 
@@ -102,15 +104,12 @@ def _bare(kind: type) -> Iterator[str]:
     comments = ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
     told = {name for owner, name in comments if owner == kind.__qualname__}
     told |= set(re.findall(r"^ +(\w+):", kind.__doc__ or "", re.M))
-    for name, member in vars(kind).items():
-        function = getattr(member, "__func__", member)
-        if (
-            not name.startswith("_")
-            and isinstance(function, property) | inspect.isfunction(function)
-            and not function.__doc__
-        ):
-            yield name
-    yield from (name for name in inspect.get_annotations(kind) if not name.startswith("_") and name not in told)
+    members = {name: getattr(x, "__func__", x) for name, x in vars(kind).items() if not name.startswith("_")}
+    functions = {name: x for name, x in members.items() if isinstance(x, property) or inspect.isfunction(x)}
+    yield from (name for name, function in functions.items() if not function.__doc__)
+    if is_dataclass(kind) or issubclass(kind, tuple):  # annotations elsewhere are for type checkers
+        fields = inspect.get_annotations(kind)
+        yield from (name for name in fields if not name.startswith("_") and name not in told)
 
 
 def _check(app: Sphinx, env: BuildEnvironment) -> None:
