@@ -21,6 +21,7 @@ knows its users and gives clients that dawdle over their headers the time that i
 
 import argparse
 import asyncio
+import errno
 import logging
 import math
 import resource
@@ -72,14 +73,14 @@ class Limits:
     """
 
     waiting: int = 32
-    megabytes: float = 100
+    megabytes: float = 100.0
     frames: int = 20_000
-    decode_seconds: float = 20
-    memory: float = 2
-    seconds: float = 60
+    decode_seconds: float = 20.0
+    memory: float = 2.0
+    seconds: float = 60.0
     decoders: int = 2
     batch: int = 4
-    wait_ms: float = 5
+    wait_ms: float = 5.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -126,6 +127,8 @@ def decode_here(pipe: Connection, video: str, protocol: Protocol, limits: Limits
             found = decode(video, protocol).clips.numpy(), frames, ""
     except VideoError as error:
         found = None, 0, str(error).removeprefix(f"{video}: ")
+        if getattr(error.__cause__, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # the latter: for one more thread
+            found = None, 0, f"takes more memory than {limits.memory:g} GB to decode"
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocator raises the latter
         found = None, 0, f"takes more memory than {limits.memory:g} GB, or can't be cut into clips ({error})"
     resource.setrlimit(resource.RLIMIT_DATA, before)  # what is sent takes some, too
