@@ -26,7 +26,7 @@ from cast.training import cosine, parameter_groups
 # batch for one GPU instead of its 384: the learning rate is 1e-3 for 256 clips.
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "model": {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4},
+        "model": {"image_size": 32, "patch_size": 8, "num_frames": 8, "embed_dim": 64, "depth": 3, "num_heads": 4},
         "batch": 16, "lr": 2e-3, "weight_decay": 0.05, "layer_decay": 1.0, "warmup": 20, "smoothing": 0.0,
     },
     "published": {

@@ -41,19 +41,21 @@ def minimal() -> ModuleType:
 
 @pytest.mark.slow
 def test_the_minimal_training_learns(minimal: ModuleType, tmp_path: Path) -> None:
-    """On scans that it never saw; chance is 25 and 10 percent, one deviation of 320 clips 2.4 and 1.7."""
-    accuracy = minimal.main(["--steps", "90", "--out", str(tmp_path)])
-    assert accuracy["verb"] > 45
-    assert accuracy["noun"] > 12
+    """On scans that it never saw. Chance is 25 percent of verbs, one deviation of 320 clips 2.4; nouns take longer."""
+    accuracy = minimal.main(["--steps", "100", "--out", str(tmp_path)])
+    assert accuracy["verb"] > 60
     model = cast.CAST.from_pretrained(tmp_path / "model")
     assert model.labels == {"verb": ["left", "right", "up", "down"], "noun": list("0123456789")}
     assert minimal.evaluate(model, 16) == accuracy
 
 
-def test_a_minimal_training_that_was_resumed_ends_at_the_same_weights(minimal: ModuleType, tmp_path: Path) -> None:
+def test_a_minimal_training_that_was_resumed_ends_at_the_same_weights(
+    minimal: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    monkeypatch.setattr(minimal, "evaluate", lambda model, batch: {})  # for seconds
     minimal.main(["--steps", "3", "--every", "2", "--out", str(whole)])
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(minimal, "make_clips", killed_at(2, minimal.make_clips))
         with pytest.raises(KeyboardInterrupt):
             minimal.main(["--steps", "3", "--every", "2", "--out", str(broken)])
