@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from pathlib import Path
@@ -32,6 +33,32 @@ def refused(main: object, words: list[str], capsys: pytest.CaptureFixture[str]) 
         main(words)  # type: ignore[operator]
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def imported(name: str) -> list[tuple[str, str]]:
+    """Module and name of all that an example imports from our packages."""
+    found = []
+    for node in ast.walk(ast.parse((EXAMPLES / f"{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found += [(str(node.module), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return [(module, word) for module, word in found if module.split(".")[0] in ("cast", "cast_kernels")]
+
+
+@pytest.mark.parametrize("name", ["minimal_train", "exchange_for_any_two_vits"])
+def test_an_example_needs_public_names_only(name: str) -> None:
+    assert imported(name)
+    for module, word in imported(name):
+        assert not word or word in importlib.import_module(module).__all__, f"{module}.{word}"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_has_its_command_and_its_line(path: Path) -> None:
+    text = path.read_text()
+    assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+    assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text()
+    assert not [(module, word) for module, word in imported(path.stem) if "._" in module or word.startswith("_")]
 
 
 @pytest.fixture(scope="module")
