@@ -61,6 +61,16 @@ def test_every_example_has_its_command_and_its_line(path: Path) -> None:
     assert not [(module, word) for module, word in imported(path.stem) if "._" in module or word.startswith("_")]
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_helps(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        example(path.stem).main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert f"python examples/{path.name}" in said
+    assert "options:" in said
+
+
 @pytest.fixture(scope="module")
 def minimal() -> ModuleType:
     return example("minimal_train")
