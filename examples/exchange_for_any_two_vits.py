@@ -147,6 +147,7 @@ class TwoViTs(nn.Module):
     def use(self, backend: str) -> "TwoViTs":
         """Let the exchanges run in "auto", "eager", "cpu" or "triton"."""
         for exchange in self.exchanges:
+            assert isinstance(exchange, BCAST)
             exchange.backend = backend
         return self
 
@@ -176,11 +177,10 @@ def build(spatial: str, temporal: str, frames: int, size: int, pretrained: bool 
         if not timm.is_model(name.split(".")[0]):
             raise ValueError(f"timm has no model {name!r}; timm.list_models('vit_*') names those that there are")
     torch.manual_seed(0)
-    models = [
-        timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size) for name in (spatial, temporal)
-    ]
-    dim = min(model.embed_dim for model in models)
-    return TwoViTs(*models, frames=frames, classes=len(CLASSES), dim=dim, heads=max(dim // 64, 1))
+    options = {"pretrained": pretrained, "num_classes": 0, "img_size": size}
+    one, other = (timm.create_model(name, **options) for name in (spatial, temporal))
+    dim = min(one.embed_dim, other.embed_dim)
+    return TwoViTs(one, other, frames, len(CLASSES), dim, heads=max(dim // 64, 1))
 
 
 def train(model: TwoViTs, steps: int, frames: int, size: int, batch: int = 8, lr: float = 1e-3) -> list[float]:

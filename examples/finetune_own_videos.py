@@ -162,8 +162,8 @@ def main(words: list[str] | None = None) -> None:
     try:
         list_videos(args.videos, args.out)
         settings = load_recipe(TrainSettings, "own-data", *args.overrides)
-        lists = {split: str((args.out / f"{split}.csv").resolve()) for split in ("train", "val")}
-        data = replace(settings.data, root=str(args.videos), **lists)
+        train, val = (str((args.out / f"{split}.csv").resolve()) for split in ("train", "val"))
+        data = replace(settings.data, root=str(args.videos), train=train, val=val)
         experts = replace(settings.experts, cast=args.cast, clip=args.clip, videomae=args.videomae)
         settings = replace(settings, data=data, experts=experts, out=str(args.out))
         model = finetune(settings, args.resume, args.balance, args.train_norms)

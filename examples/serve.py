@@ -264,8 +264,8 @@ class Service:
                     await self._receive(request, file)
                     stage = "decoding"
                     loop = asyncio.get_running_loop()
-                    work = (decode_elsewhere, Path(file.name), self.predictor.protocol, limits)
-                    decoded = await loop.run_in_executor(self.decoders, *work)
+                    video, protocol = Path(file.name), self.predictor.protocol
+                    decoded = await loop.run_in_executor(self.decoders, decode_elsewhere, video, protocol, limits)
                 stage = "the model"
                 prediction = await self.batches(decoded)
         except TimeoutError:
