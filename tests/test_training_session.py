@@ -13,7 +13,7 @@ from training_cases import PointNet, PointSource, planned
 from cast.pretrain import PretrainSettings
 from cast.pretrain.command import _FREE as PRETRAIN_FREE
 from cast.training import Checkpoints, Engine, Plan, cosine
-from cast.training.command import _FREE as TRAIN_FREE
+from cast.training.command import FREE as TRAIN_FREE
 from cast.training.determinism import NondeterministicError
 from cast.training.plain import identity
 from cast.training.recipes import load_recipe

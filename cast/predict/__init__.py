@@ -3,15 +3,17 @@
 from cast.labels import LABELS
 from cast.predict.command import main
 from cast.predict.guesses import Failure, Guess, Moment, Prediction, load_labels, table
-from cast.predict.predictor import Predictor, predict
+from cast.predict.predictor import Decoded, Predictor, decode, predict
 
 __all__ = [
     "LABELS",
+    "Decoded",
     "Failure",
     "Guess",
     "Moment",
     "Prediction",
     "Predictor",
+    "decode",
     "load_labels",
     "main",
     "predict",

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,6 +35,36 @@ _AHEAD = 4
 _VIDEO = "video"
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A video's clips, ready for a model: what :func:`decode` makes and :meth:`Predictor.answer` takes.
+
+    Args:
+        video: its path, odd bytes escaped.
+        frames: of the whole video.
+        clips: of all views, uint8 [views, 3, T, S, S].
+    """
+
+    video: str
+    frames: int
+    clips: Tensor
+
+
+def decode(video: PathLike, protocol: Protocol) -> Decoded:
+    """Read the clips that a protocol looks at; needs no model, so that it may be done in another thread or process.
+
+    Args:
+        video: a video file, or a folder of frames.
+        protocol: a predictor's own, which can be pickled.
+
+    Raises:
+        VideoError: it can't be read as a video.
+        TypeError: no path, an array for example.
+    """
+    path = path_of(video)
+    return Decoded(printable(path), decoder(protocol.decoder).frame_count(path), protocol.read(path))
 
 
 class Predictor:
@@ -102,7 +133,7 @@ class Predictor:
             VideoError: it can't be read as a video.
             TypeError: no path, an array for example.
         """
-        return self._answer([(printable(path_of(video)), *self._decode(video))])[0]
+        return self.answer([decode(video, self.protocol)])[0]
 
     def folder(self, folder: PathLike) -> Iterator[Prediction | Failure]:
         """As :meth:`many`, for every video below a folder, in alphabetical order; a warning names what is left out.
@@ -125,19 +156,19 @@ class Predictor:
             raise TypeError(
                 f"videos is the one path {os.fspath(videos)!r}; give a list of paths, or call the predictor"
             )
-        ready: list[tuple[str, int, Tensor]] = []
+        ready: list[Decoded] = []
         for name, decoded in self._ahead(videos):
             try:
-                ready.append((name, *decoded.result()))
+                ready.append(decoded.result())
                 failed = None
             except VideoError as error:
                 failed = Failure(name, str(error))
             if failed or len(ready) * self.protocol.clips >= self.batch:
-                yield from self._answer(ready)
+                yield from self.answer(ready)
                 ready = []
             if failed:
                 yield failed
-        yield from self._answer(ready)
+        yield from self.answer(ready)
 
     def stream(self, frames: Iterable[np.ndarray], every: int = EVERY, window: int = WINDOW) -> Iterator[Moment]:
         """Name the action in a stream, again and again.
@@ -158,31 +189,27 @@ class Predictor:
         for clip, first, last in held.clips(frames):
             yield Moment(first, last, self._guesses(self._logits(clip[None])))
 
-    def _ahead(self, videos: Iterable[PathLike]) -> Iterator[tuple[str, Future[tuple[int, Tensor]]]]:
+    def _ahead(self, videos: Iterable[PathLike]) -> Iterator[tuple[str, Future[Decoded]]]:
         """Names, and clips that are decoded while others are looked at; FFmpeg works outside the interpreter's lock."""
-        waiting: deque[tuple[str, Future[tuple[int, Tensor]]]] = deque()
+        waiting: deque[tuple[str, Future[Decoded]]] = deque()
         with ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1)) as pool:
             for video in videos:
-                waiting.append((printable(path_of(video)), pool.submit(self._decode, video)))
+                waiting.append((printable(path_of(video)), pool.submit(decode, video, self.protocol)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
 
-    def _decode(self, video: PathLike) -> tuple[int, Tensor]:
-        """Number of frames, and clips uint8 [views, 3, T, S, S]."""
-        return decoder(self.protocol.decoder).frame_count(video), self.protocol.read(video)
-
-    def _answer(self, videos: Sequence[tuple[str, int, Tensor]]) -> list[Prediction]:
+    def answer(self, videos: Sequence[Decoded]) -> list[Prediction]:
+        """Name the action in each of some decoded videos; their clips go through the model `batch` at a time."""
         if not videos:
             return []
-        logits = self._logits(torch.cat([clips for _, _, clips in videos]))
-        views = self.protocol.clips
-        starts = range(0, len(videos) * views, views)
-        of_video = [{head: values[n : n + views] for head, values in logits.items()} for n in starts]
+        logits = self._logits(torch.cat([video.clips for video in videos]))
+        counts = [len(video.clips) for video in videos]
+        parts = {head: values.split(counts) for head, values in logits.items()}
         return [
-            Prediction(name, frames, views, self._guesses(own))
-            for (name, frames, _), own in zip(videos, of_video, strict=True)
+            Prediction(video.video, video.frames, count, self._guesses({head: part[n] for head, part in parts.items()}))
+            for n, (video, count) in enumerate(zip(videos, counts, strict=True))
         ]
 
     def _guesses(self, logits: Mapping[str, Tensor]) -> dict[str, list[Guess]]:

@@ -29,7 +29,7 @@ _DESCRIPTION = (
 _SWITCHES = {"resume": "go on from the newest checkpoint in the output directory, if there is one"}
 
 #: Settings that a resumed training may change: where things lie, who is told, what does not change the mathematics.
-_FREE = (
+FREE = (
     "out", "log", "checkpoint", "experts.clip", "experts.videomae", "experts.spatial", "experts.temporal",
     "experts.cast", "experts.trust_pickle", "run.compile", "run.graphs", "run.deterministic", "run.fused",
     "run.recompute", "run.attention",
@@ -65,7 +65,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
         OSError: a file that is missing, damaged or cannot be written, or a training that `resume` should name.
         MissingExtraError: a tracker that is not installed.
     """
-    session = Session(settings, _FREE, resume, recipe)
+    session = Session(settings, FREE, resume, recipe)
     accelerator, out = session.accelerator, session.out
     videos = open_dataset(settings.data)
     train = videos.samples("train")

@@ -1,0 +1,382 @@
+"""A small HTTP service: a video comes, its most probable classes go back as JSON.
+
+    pip install -e '.[examples]'
+    python examples/serve.py runs/ek100/model --port 8000
+    curl --data-binary @clip.mp4 'http://127.0.0.1:8000/predict?top=5'
+    curl http://127.0.0.1:8000/health
+
+Why FastAPI and uvicorn: they hand over the request's body as it arrives, so that an upload is cut off at its limit
+rather than read first, and the rest is plain asyncio that one can read here. What LitServe would add, batches, is the
+forty lines of `Batches`. For the same reason the video is the request's body and not a form.
+
+How a request goes: it takes one of `--waiting` places, or is sent away with 503 and Retry-After; its body goes into a
+file, up to `--megabytes`; a process of its own decodes the file, within `--decode-seconds` and `--memory`, and is
+killed if it does not; the clips of all requests that come within `--wait-ms` go through the model together. Only
+clips that were decoded get that far, so a bad video fails its own request and no other. After `--seconds` in all the
+answer is 504. Every error is JSON that says what came, what is allowed and what to do.
+
+It listens to this machine alone unless --host says otherwise. Before the public: put it behind a proxy that has TLS,
+knows its users and gives clients that dawdle over their headers the time that it wants.
+"""
+
+import argparse
+import asyncio
+import errno
+import logging
+import math
+import resource
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cast import Predictor
+from cast.evaluation.protocol import Protocol
+from cast.predict import Decoded, Prediction, decode
+from cast.video.decoders import decoder
+from cast.video.files import VideoError
+
+log = logging.getLogger("uvicorn.error")
+# Children are forked from a process that has imported what they need and runs no thread.
+PROCESSES = get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost.
+
+    Args:
+        waiting: requests at a time, from their first byte to their answer
+        megabytes: of an upload
+        frames: of a video
+        decode_seconds: for decoding a video
+        memory: for decoding a video, in GB
+        seconds: for a request in all
+        decoders: videos that are decoded at a time
+        batch: videos in a forward pass
+        wait_ms: milliseconds that a video waits for others to share its forward pass
+    """
+
+    waiting: int = 32
+    megabytes: float = 100.0
+    frames: int = 20_000
+    decode_seconds: float = 20.0
+    memory: float = 2.0
+    seconds: float = 60.0
+    decoders: int = 2
+    batch: int = 4
+    wait_ms: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0 or not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+class Refusal(Exception):
+    """An answer other than a prediction.
+
+    Args:
+        status: of HTTP.
+        came: what the client sent, or what happened.
+        allowed: what would have been right.
+        do: what helps.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, came: str, allowed: str, do: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(came)
+        self.status, self.headers = status, headers
+        self.body = {"error": {"came": came, "allowed": allowed, "do": do}}
+
+    def answer(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+# ---- Decoding: each video in a process that may crash, hang or run out of memory by itself.
+
+
+def decode_here(pipe: Connection, video: str, protocol: Protocol, limits: Limits) -> None:
+    """In the child: what became of the video goes into the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which answers this request first
+    torch.set_num_threads(1)
+    now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + int(limits.memory * 1e9), before[1]))
+    found: tuple[Any, int, str]
+    try:
+        frames = decoder(protocol.decoder).frame_count(video)
+        if frames > limits.frames:
+            found = None, 0, f"has {frames} frames"
+        else:
+            found = decode(video, protocol).clips.numpy(), frames, ""
+    except VideoError as error:
+        found = None, 0, str(error).removeprefix(f"{video}: ")
+        if getattr(error.__cause__, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # the latter: for one more thread
+            found = None, 0, f"takes more memory than {limits.memory:g} GB to decode"
+    except (MemoryError, RuntimeError) as error:  # PyTorch's allocator raises the latter
+        found = None, 0, f"takes more memory than {limits.memory:g} GB, or can't be cut into clips ({error})"
+    resource.setrlimit(resource.RLIMIT_DATA, before)  # what is sent takes some, too
+    pipe.send(found)
+
+
+def decode_elsewhere(video: Path, protocol: Protocol, limits: Limits) -> Decoded:
+    """A video's clips, from a process that lives no longer than it may.
+
+    Raises:
+        Refusal: there are none.
+    """
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    child = PROCESSES.Process(target=decode_here, args=(theirs, str(video), protocol, limits), daemon=True)
+    allowed = (
+        f"a video that FFmpeg can read, of at most {limits.frames} frames, that {limits.memory:g} GB and "
+        f"{limits.decode_seconds:g} seconds suffice to decode"
+    )
+    child.start()
+    theirs.close()
+    try:
+        if not ours.poll(limits.decode_seconds):
+            what = f"a video that was not decoded within {limits.decode_seconds:g} seconds"
+            raise Refusal(422, what, allowed, "send a shorter or smaller video")
+        clips, frames, fault = ours.recv()
+    except EOFError:
+        what = "a file that ended the process which decoded it: a fault in the decoder, or no memory was left"
+        raise Refusal(422, what, allowed, "encode the video again, for example with: ffmpeg -i VIDEO new.mp4") from None
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+    if fault:
+        raise Refusal(422, f"a file that {fault}", allowed, "send another file, or encode this one again")
+    return Decoded(video.name, frames, torch.from_numpy(clips))
+
+
+# ---- The model: requests that come together share a forward pass.
+
+
+class Batches:
+    """Gathers decoded videos for a few milliseconds and gives the model up to `limits.batch` at once."""
+
+    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+        self.predictor, self.limits = predictor, limits
+        self.waiting: asyncio.Queue[tuple[Decoded, asyncio.Future[Prediction]]] = asyncio.Queue()
+        self.thread = ThreadPoolExecutor(1, "model")
+        self.passes = self.videos = self.largest = 0
+
+    async def __call__(self, decoded: Decoded) -> Prediction:
+        answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        self.waiting.put_nowait((decoded, answer))
+        return await answer
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            batch = [await self.waiting.get()]
+            await asyncio.sleep(self.limits.wait_ms / 1000)
+            while len(batch) < self.limits.batch and not self.waiting.empty():
+                batch.append(self.waiting.get_nowait())
+            batch = [entry for entry in batch if not entry[1].done()]  # whose request has timed out
+            if batch:
+                await self._forward(batch)
+
+    async def _forward(self, batch: list[tuple[Decoded, asyncio.Future[Prediction]]]) -> None:
+        videos = [decoded for decoded, _ in batch]
+        try:
+            loop = asyncio.get_running_loop()
+            predictions = await loop.run_in_executor(self.thread, self.predictor.answer, videos)
+        except Exception as error:  # out of memory, for one; the next batch may do better
+            log.exception("a forward pass of %d videos failed", len(batch))
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        self.passes, self.videos, self.largest = (
+            self.passes + 1,
+            self.videos + len(batch),
+            max(self.largest, len(batch)),
+        )
+        for (_, answer), prediction in zip(batch, predictions, strict=True):
+            if not answer.done():
+                answer.set_result(prediction)
+
+
+# ---- The service.
+
+
+class Service:
+    """Places, files and the way of a request through them."""
+
+    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+        self.predictor, self.limits = predictor, limits
+        self.inside, self.lately = 0, 1.0  # requests; how long the last one took, in seconds
+        self.decoders = ThreadPoolExecutor(limits.decoders, "decoder")  # each waits for a process
+        self.batches = Batches(predictor, limits)
+
+    @asynccontextmanager
+    async def open(self, app: FastAPI) -> AsyncIterator[None]:
+        """What the service needs while it runs. It ends after the last request."""
+        with tempfile.TemporaryDirectory(prefix="cast-serve-") as folder:
+            self.folder = folder
+            PROCESSES.set_forkserver_preload(["__main__", __name__, "cast.predict"])
+            await asyncio.to_thread(self._first_process)
+            task = asyncio.create_task(self.batches.run())
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.to_thread(self.decoders.shutdown)
+                await asyncio.to_thread(self.batches.thread.shutdown)
+
+    @staticmethod
+    def _first_process() -> None:
+        """It imports for seconds what later ones find imported."""
+        child = PROCESSES.Process(target=int)
+        child.start()
+        child.join()
+
+    async def predict(self, request: Request, top: int) -> dict[str, Any]:
+        """The way of a request."""
+        limits = self.limits
+        if self.inside >= limits.waiting:
+            came = f"a request beside {self.inside} others that are not answered yet"
+            later = {"Retry-After": str(math.ceil(self.lately))}
+            raise Refusal(503, came, f"{limits.waiting} at a time", "try again after Retry-After seconds", later)
+        self.inside += 1
+        start, stage = time.monotonic(), "its upload"
+        try:
+            async with asyncio.timeout(limits.seconds):
+                with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".video") as file:
+                    await self._receive(request, file)
+                    stage = "decoding"
+                    loop = asyncio.get_running_loop()
+                    video, protocol = Path(file.name), self.predictor.protocol
+                    decoded = await loop.run_in_executor(self.decoders, decode_elsewhere, video, protocol, limits)
+                stage = "the model"
+                prediction = await self.batches(decoded)
+        except TimeoutError:
+            came = f"a request that was not answered within {limits.seconds:g} seconds; {stage} took too long"
+            raise Refusal(
+                504, came, f"{limits.seconds:g} seconds for a request", "try again, or send a smaller video"
+            ) from None
+        finally:
+            self.inside -= 1
+            self.lately = time.monotonic() - start
+        guesses = {head: found[:top] for head, found in asdict(prediction)["guesses"].items()}
+        return {"frames": prediction.frames, "views": prediction.views, "guesses": guesses}
+
+    async def _receive(self, request: Request, file: Any) -> None:
+        """The request's body into a file, no further than it may go."""
+        most = int(self.limits.megabytes * 1e6)
+        kind, length = request.headers.get("content-type", ""), request.headers.get("content-length", "")
+        if kind.startswith("multipart/"):
+            do = "send the file as it is: curl --data-binary @VIDEO"
+            raise Refusal(415, f"a form ({kind.split(';')[0]})", "a request whose body is the video", do)
+        if length.isdecimal() and int(length) > most:
+            raise self._too_large(f"{int(length):,} bytes")
+        received = 0
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > most:
+                raise self._too_large(f"more than {most:,} bytes")
+            await asyncio.to_thread(file.write, chunk)
+        if not received:
+            raise Refusal(
+                422, "an empty body", "a request whose body is the video", "send one: curl --data-binary @VIDEO"
+            )
+        await asyncio.to_thread(file.flush)
+
+    def _too_large(self, came: str) -> Refusal:
+        allowed = f"{self.limits.megabytes:g} MB"
+        return Refusal(413, came, allowed, "send a shorter or smaller video", {"Connection": "close"})
+
+    def health(self) -> dict[str, Any]:
+        """What it is and does."""
+        batches = self.batches
+        counts = {"passes": batches.passes, "videos": batches.videos, "largest_batch": batches.largest}
+        heads = {head: len(names) for head, names in self.predictor.labels.items()}
+        return {"status": "ok", "heads": heads, "inside": self.inside, **counts, "limits": asdict(self.limits)}
+
+
+def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        predictor: its `batch` becomes what a full batch of videos needs, and its `top` the most guesses of an answer.
+        limits: of requests.
+    """
+    limits = limits or Limits()
+    predictor.batch = limits.batch * predictor.protocol.clips
+    service = Service(predictor, limits)
+    app = FastAPI(title="CAST", lifespan=service.open)
+
+    @app.post("/predict")
+    async def predict(request: Request, top: Annotated[int, Query(ge=1, le=predictor.top)] = predictor.top) -> Any:
+        """The most probable classes of the video that is the body, by head."""
+        return await service.predict(request, top)
+
+    @app.get("/health")
+    async def health() -> Any:
+        """Whether requests are answered, and what was done so far."""
+        return service.health()
+
+    def answer(refusal: Callable[[Request, Any], Refusal]) -> Callable[[Request, Any], Awaitable[JSONResponse]]:
+        async def handle(request: Request, error: Any) -> JSONResponse:
+            return refusal(request, error).answer()
+
+        return handle
+
+    known = "POST /predict with a video as the body, GET /health"
+    app.add_exception_handler(Refusal, answer(lambda request, error: error))
+    app.add_exception_handler(ClientDisconnect, answer(lambda *_: Refusal(400, "half a video", known, "send it whole")))
+    app.add_exception_handler(HTTPException, answer(lambda request, error: Refusal(
+        error.status_code, f"{request.method} {request.url.path}", known, "see /docs", dict(error.headers or {})
+    )))  # fmt: skip
+    app.add_exception_handler(RequestValidationError, answer(lambda request, error: Refusal(
+        422, f"top={request.query_params.get('top')}", f"top from 1 to {predictor.top}", "correct top, or leave it out"
+    )))  # fmt: skip
+    # Starlette logs the traceback of what nobody foresaw, and this is what the client sees of it.
+    app.add_exception_handler(Exception, answer(lambda *_: Refusal(
+        500, "a request that failed here", known, "try again; if it fails again, the service's log says why"
+    )))  # fmt: skip
+    return app
+
+
+def main(words: list[str] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, after which requests that are inside are still answered."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="as of cast predict: a directory, a file, a published name, owner/name")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0: one that is free (8000)")
+    parser.add_argument("--top", type=int, default=5, help="guesses of an answer at most (5)")
+    said = dict(line.strip().split(": ", 1) for line in (Limits.__doc__ or "").split("Args:\n")[1].strip().splitlines())
+    for field in fields(Limits):
+        kind = type(field.default)
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=field.default, help=f"{said[field.name]} ({field.default})")
+    args = vars(parser.parse_args(words))
+    host, port, checkpoint, top = (args.pop(name) for name in ("host", "port", "checkpoint", "top"))
+    try:
+        limits = Limits(**args)
+        app = create_app(Predictor(checkpoint, top=top), limits)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=math.ceil(limits.seconds) + 1)
+
+
+if __name__ == "__main__":
+    main()
