@@ -19,6 +19,7 @@ from ptx_emulator.errors import (
     Misaligned,
     ParseError,
     SharedLimit,
+    Trap,
     Unsupported,
 )
 from ptx_emulator.launch import SHARED_LIMIT, Report, launch
@@ -42,6 +43,7 @@ __all__ = [
     "ParseError",
     "Report",
     "SharedLimit",
+    "Trap",
     "Unsupported",
     "launch",
     "parse",

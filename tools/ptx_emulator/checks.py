@@ -36,6 +36,7 @@ class Fault:
 
     instruction came later in the emulation than other. word: number of the 4-byte word in the CTA's shared memory.
     warps: (the other's, the instruction's). epoch: barriers the CTA has completed before. cta: number in the grid.
+    line, other_line: where the kernel's source has them, "file:line", where PTX names it.
     """
 
     kind: str
@@ -45,13 +46,20 @@ class Fault:
     warps: tuple[int, int]
     epoch: int
     cta: int
+    line: str = ""
+    other_line: str = ""
 
     def __str__(self) -> str:
         where = "" if self.word < 0 else f"at shared word {self.word} "
         return (
             f"{self.kind} {where}of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
-            f"`{shortened(self.instruction)}` after warp {self.warps[0]} in `{shortened(self.other)}`"
+            f"`{shortened(self.instruction)}`{_at(self.line)} after warp {self.warps[0]} in "
+            f"`{shortened(self.other)}`{_at(self.other_line)}"
         )
+
+
+def _at(line: str) -> str:
+    return f" ({line})" if line else ""
 
 
 class Checker:
@@ -141,6 +149,8 @@ class Checker:
                 (int(tags[first]) & 63, int(warps[first])),
                 int(self.epochs[row]),
                 int(self.m.cta_numbers[row]),
+                self.m.kernel.where(here),
+                self.m.kernel.where(other),
             )
 
     def read(self, lanes: Lanes, size: int) -> None:
@@ -246,7 +256,8 @@ class Checker:
         if (kind, here, other) not in self.faults:
             code = self.m.kernel.instructions
             at = (int(self.epochs[cta]), int(self.m.cta_numbers[cta]))
-            self.faults[kind, here, other] = Fault(kind, code[here].text, code[other].text, -1, (-1, -1), *at)
+            lines = (self.m.kernel.where(here), self.m.kernel.where(other))
+            self.faults[kind, here, other] = Fault(kind, code[here].text, code[other].text, -1, (-1, -1), *at, *lines)
 
     def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
         """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for

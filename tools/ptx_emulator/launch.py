@@ -1,26 +1,24 @@
 """Running a kernel over its grid, a batch of CTAs at a time."""
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptx_emulator import atomics, convert, copies, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
+from ptx_emulator import instructions  # noqa: F401  (registers them)
 from ptx_emulator.checks import Fault
 from ptx_emulator.counters import Counters
 from ptx_emulator.errors import SharedLimit, Unsupported
 from ptx_emulator.execute import Machine
 from ptx_emulator.memory import Memory
+from ptx_emulator.parameters import Argument, pack
 from ptx_emulator.program import Program, compile_kernel
-from ptx_emulator.syntax import Kernel, Parameter
+from ptx_emulator.syntax import Kernel
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}  # bytes a CTA may have: 163 KiB and 227 KiB
 BATCH_LANES = (
     16384  # lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache
 )
-SCRATCH_PARAMETERS = 2  # Triton ends every kernel with two pointers to scratch memory that these kernels do not use
-_FORMAT = {"f16": "<e", "f32": "<f", "f64": "<d"}
 
 
 @dataclass
@@ -37,7 +35,7 @@ def launch(
     *,
     grid: tuple[int, int, int],
     threads: int,
-    arguments: Sequence[int | float],
+    arguments: Sequence[Argument],
     memory: Memory,
     shared_bytes: int = 0,
     target: str = "sm_80",
@@ -51,8 +49,8 @@ def launch(
         kernel: from `parse(...).kernels`.
         grid: CTAs along x, y and z.
         threads: threads of a CTA, along x; a multiple of 32, at most 1024.
-        arguments: one number per parameter, addresses as `Memory.register` gave them. Two missing at the end are zero:
-            Triton's scratch pointers.
+        arguments: one number per parameter, addresses as `Memory.register` gave them; a `TensorMap`, or the bytes of a
+            struct; for any parameter its bytes. Two missing at the end are zero: Triton's scratch pointers.
         memory: the global memory; `memory.write_back()` brings results to the registered arrays.
         shared_bytes: dynamic shared memory.
         target: "sm_80" or "sm_90"; sets the limit of shared memory and whether wgmma exists.
@@ -116,34 +114,3 @@ def _program(kernel: Kernel, target: str) -> Program:
         program = compile_kernel(kernel)
         kernel.__dict__["program"] = program
     return program
-
-
-def pack(kernel: Kernel, arguments: Sequence[int | float]) -> np.ndarray:
-    """The parameter space of a launch as bytes. Raises ValueError or TypeError for arguments that do not fit."""
-    wanted = len(kernel.parameter_list)
-    values = list(arguments)
-    if len(values) == wanted - SCRATCH_PARAMETERS:
-        values += [0] * SCRATCH_PARAMETERS
-    if len(values) != wanted:
-        raise ValueError(f"{kernel.name} has {wanted} parameters, {len(arguments)} arguments were given")
-    last = kernel.parameter_list[-1] if wanted else None
-    space = np.zeros(last.offset + last.size if last else 0, np.uint8)
-    for parameter, value in zip(kernel.parameter_list, values, strict=True):
-        space[parameter.offset : parameter.offset + parameter.size] = np.frombuffer(_bytes(parameter, value), np.uint8)
-    return space
-
-
-def _bytes(parameter: Parameter, value: int | float) -> bytes:
-    if isinstance(value, float | np.floating):
-        kind = parameter.type if parameter.type in _FORMAT else {4: "f32", 8: "f64"}.get(parameter.size)
-        if kind is None or parameter.type[0] in "us":
-            raise TypeError(f"parameter {parameter.name} is .{parameter.type}; it cannot take the float {value}")
-        return struct.pack(_FORMAT[kind], float(value))
-    if isinstance(value, int | np.integer | bool):
-        if parameter.type in _FORMAT:
-            return struct.pack(_FORMAT[parameter.type], float(value))
-        bits = 8 * parameter.size
-        if not -(1 << (bits - 1)) <= int(value) < 1 << bits:
-            raise ValueError(f"parameter {parameter.name} has {bits} bits; {value} does not fit")
-        return (int(value) & ((1 << bits) - 1)).to_bytes(parameter.size, "little")
-    raise TypeError(f"parameter {parameter.name} takes a number, not {type(value).__name__}")

@@ -78,12 +78,23 @@ class Address:
     offset: int
 
 
-Operand = Register | Special | Literal | Symbol | Sink | Not | Pair | Vector | Address
+@dataclass(frozen=True)
+class Tile:
+    """`[map, {x, y}]`: the tensor map's address, and coordinates, innermost first."""
+
+    map: "Operand"
+    coordinates: tuple["Operand", ...]
+
+
+Operand = Register | Special | Literal | Symbol | Sink | Not | Pair | Vector | Address | Tile
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `root` is the opcode up to its first dot, `modifiers` what follows, in order."""
+    """One instruction. `root` is the opcode up to its first dot, `modifiers` what follows, in order.
+
+    source: number of the source file and line, from `.loc`; (0, 0) where PTX has none.
+    """
 
     text: str
     root: str
@@ -91,6 +102,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: Register | None
     guard_negated: bool
+    source: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,15 @@ class Parameter:
     size: int
     align: int
     offset: int
+    is_array: bool = False  # `name[n]`: a struct or a tensor map
+
+
+@dataclass
+class Constants:
+    """The `.const` bank of a module: initial bytes, and the byte offset of each variable."""
+
+    data: bytearray = field(default_factory=bytearray)
+    symbols: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -120,11 +141,23 @@ class Kernel:
     local_bytes: int = 0
     required_threads: int | None = None
     max_threads: int | None = None
+    min_ctas: int | None = None  # CTAs an SM that .minnctapersm asks for
+    max_registers: int | None = None  # registers a thread, from .maxnreg
+    cluster: tuple[int, int, int] | None = None  # from .reqnctapercluster
+    constants: Constants = field(default_factory=Constants)
+    files: dict[int, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[tuple[str, str, int, int]]:
         """(name, type, size in bytes, alignment in bytes) of each parameter, in order."""
         return [(p.name, p.type, p.size, p.align) for p in self.parameter_list]
+
+    def where(self, number: int) -> str:
+        """The source line of an instruction as "file:line", "" where PTX names none."""
+        if not 0 <= number < len(self.instructions):
+            return ""
+        file, line = self.instructions[number].source
+        return f"{self.files.get(file, f'file {file}')}:{line}" if line else ""
 
 
 @dataclass
@@ -133,3 +166,5 @@ class Module:
 
     target: str
     kernels: dict[str, Kernel]
+    constants: Constants = field(default_factory=Constants)
+    files: dict[int, str] = field(default_factory=dict)
