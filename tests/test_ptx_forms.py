@@ -65,7 +65,7 @@ def test_parameters_are_read_only_and_bounded() -> None:
 
 
 CONSTANTS = """.const .align 4 .b8 bytes[8] = {1, 0, 0, 0, 0xFF};
-.visible .const .align 8 .f32 halves[3] = {0f3F000000, 1.5, -2};
+.visible .const .align 8 .f32 halves[3] = {0f3F000000, 1.5, 0fC0000000};
 .const .u32 one = 1;
 .const .align 4 .b8 zeros[8];
 .const .u64 pointer[1] = {generic(one)};
@@ -142,7 +142,7 @@ def test_a_warp_barrier_of_lanes_that_never_meet() -> None:
 
 def test_reports_name_the_source_line() -> None:
     text = entry(
-        "\n.loc 1 7 3\nmov.b32 %r9, tile;\n.loc 1 8 9, function_name $L, inlined_at 1 2 3\nst.shared.b32 [%r9], %tid0;"
+        "\n.loc 1 7 3\nmov.b32 %r9, tile;\n.loc 1 8 9, function_name $L, inlined_at 1 7 3\nst.shared.b32 [%r9], %tid0;"
         "\n.loc 1 9 1\nld.shared.b32 %r1, [%r9+{0}];",
         0,
         outside='.file 1 "some/where/kernel.cu"\n.shared .align 16 .b8 tile[8];\n',

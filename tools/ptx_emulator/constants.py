@@ -36,16 +36,12 @@ def declare(constants: Constants, declaration: str) -> None:
         return
     if len(numbers) > count:
         raise ParseError(f"constant {name} has {count} elements, {len(numbers)} values were given")
-    values = b"".join(_value(number.replace(" ", ""), kind).to_bytes(size, "little") for number in numbers)
+    values = b"".join(
+        (literal_bits(number.replace(" ", ""), kind) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        for number in numbers
+    )
     start = round_up(len(constants.data), max(int(align or size), size))
     if start + size * count > BANK_BYTES:
         raise Unsupported(f"unsupported: constants beyond {BANK_BYTES} bytes: {name}")
     constants.symbols[name] = start
     constants.data.extend(bytes(start - len(constants.data)) + values.ljust(size * count, b"\0"))
-
-
-def _value(text: str, kind: str) -> int:
-    """The bits of an initialiser; an integer for a float variable is a number, not its bits."""
-    if kind in ("f16", "bf16", "f32", "f64") and re.fullmatch(r"-?\d+", text):
-        text += ".0"
-    return literal_bits(text, kind) & ((1 << 8 * TYPE_BYTES[kind]) - 1)

@@ -33,6 +33,8 @@ class Copy:
 
 @instruction("cp")
 def build_copy(d: Decoder, ins: Instruction) -> Action | None:
+    if "bulk" in ins.modifiers:
+        return None
     mods = Modifiers(ins)
     if mods.take("async") is None:
         raise Unsupported(f"unsupported: {ins.text}")

@@ -40,6 +40,7 @@ SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 FLOAT: dict[int, Any] = {2: np.float16, 4: np.float32, 8: np.float64}
 
 SHARED_BASE = 1024  # shared addresses below stay unmapped, so that a null shared pointer faults
+RANK_SHIFT = 24  # mapa: (rank + 1) << RANK_SHIFT | address in the CTA's own memory
 SHARED_WINDOW = 0x7F00_0000_0000  # where cvta.shared puts shared memory in the generic space
 LOCAL_WINDOW = 0x7E00_0000_0000
 PARAM_WINDOW = 0x7D00_0000_0000  # where cvta.param puts the kernel's parameters
@@ -51,7 +52,8 @@ SPECIALS = {
         for name in ("tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid")
         for axis in "xyz"
     ),
-    *("clusterid.x", "clusterid.y", "clusterid.z", "cluster_ctarank", "cluster_nctarank"),
+    *(f"{name}.{axis}" for name in ("clusterid", "nclusterid") for axis in "xyz"),
+    *("cluster_ctarank", "cluster_nctarank"),
     *("laneid", "warpid", "nwarpid", "dynamic_smem_size", "total_smem_size"),
     *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
 }

@@ -4,12 +4,17 @@ While all lanes agree the batch runs block by block; when they part, each lane k
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ptx_emulator.barriers import MBarriers
+from ptx_emulator.bulk import Bulk
 from ptx_emulator.checks import Checker
+from ptx_emulator.clocks import ClusterChecker
+from ptx_emulator.clusters import ClusterBarriers, check_exits
 from ptx_emulator.counters import Counters
 from ptx_emulator.decode import SHARED_BASE, Array, Wait
 from ptx_emulator.errors import Deadlock, EmulationError
@@ -21,6 +26,7 @@ from ptx_emulator.shared import SharedMemory
 from ptx_emulator.waits import CtaBarriers, WarpBarriers
 
 DONE = np.iinfo(np.int32).max
+FRUITLESS = 1000  # rounds of tests without any progress that are taken for a deadlock
 MAX_SPLITS = 4  # a batch may part into 16
 
 
@@ -38,7 +44,10 @@ class Machine:
         shared_bytes: int,
         counters: Counters,
         checks: bool,
+        cluster_shape: tuple[int, int, int] = (1, 1, 1),
+        landing: str = "late",
     ) -> None:
+        self.cluster_shape, self.cluster = cluster_shape, math.prod(cluster_shape)
         kernel = program.kernel
         self.program, self.kernel, self.memory, self.counters = program, kernel, memory, counters
         self.ctas, self.threads, self.warps = len(cta_numbers), threads, threads // 32
@@ -57,7 +66,10 @@ class Machine:
         self.splits = 0
         self.step = 0
         self.trace: list[int] = [0]
-        self.checker = Checker(self, program.granule) if checks else None
+        self.checker: Checker | None = None
+        if checks:
+            kind = ClusterChecker if program.clocked or self.cluster > 1 else Checker
+            self.checker = kind(self, program.granule)
         self.copies: list[Any] = []
         self.copy_group: Array | int = 0
         self.products: Any = None
@@ -71,6 +83,21 @@ class Machine:
         self.cta_barriers = CtaBarriers(self.ctas, threads)
         self.warp_barriers = WarpBarriers(self.shape)
         self.register_file: RegisterFile | None = None
+        self.cluster_barriers = ClusterBarriers(self)
+        self.mbarriers = MBarriers(self)
+        self.bulk = Bulk(self, landing)
+        self.polling = np.full(self.shape, -1, np.int32)  # the instruction by which a lane's test has just failed
+        self.progress = 0  # counts what may let a failed test succeed
+        self.rounds = self.rounds_since = 0  # of tests that all failed, and the progress at the first
+        self.ended = np.zeros(self.ctas, bool)
+
+    def agent(self, cta: int, thread: int) -> int:
+        """The number of a thread's warp in its cluster."""
+        return cta % self.cluster * self.warps + thread // 32
+
+    def poll(self, lanes: Array, number: int) -> None:
+        """The lanes' test, instruction `number`, has failed: they go on when nobody else can."""
+        self.polling[lanes] = number
 
     def tick(self, number: int) -> int:
         """Begin a step that touches memory: instruction `number` executes. Steps order the accesses."""
@@ -112,6 +139,8 @@ class Machine:
         other.r = [value[ctas] if value.shape[0] == self.ctas else value for value in self.r]
         other.live, other.asleep = np.ones(other.shape, bool), np.full(other.shape, -1, np.int32)
         other.cta_barriers, other.warp_barriers = self.cta_barriers.part(ctas), WarpBarriers(other.shape)
+        other.polling, other.ended = other.asleep.copy(), np.zeros(other.ctas, bool)
+        other.cluster_barriers = ClusterBarriers(other)
         other.splits = self.splits + 1
         if self.checker is not None:
             other.checker = self.checker.part(other)
@@ -121,7 +150,7 @@ class Machine:
         """Whether no asynchronous work and no race account per CTA stands in the way, and few parts have been made."""
         accounts = 1 if self.checker is None else self.checker.rows
         idle = not self.copies and isinstance(self.copy_group, int) and self.products is None
-        idle = idle and self.register_file is None
+        idle = idle and self.register_file is None and not self.program.clocked and self.cluster == 1
         return self.ctas > 1 and idle and accounts == 1 and self.splits < MAX_SPLITS
 
     def _run_parts(self, number: int, holding: Array) -> bool:
@@ -141,6 +170,7 @@ class Machine:
         live: Array | None = None
         while block is not None:
             block, live = self._together(block, live)
+        self._end(~self.ended)
 
     def _execute(self, block: Block, mask: Array | None) -> None:
         warps = self.ctas * self.warps
@@ -234,11 +264,9 @@ class Machine:
         while True:
             self._part(blocks[number].end, number, active, holding, at)
             self._settle()
-            runnable = self.live & (self.asleep < 0)
-            if not runnable.any():
-                if not self.live.any():
-                    return None, None
-                self._deadlock()
+            if not self.live.any():
+                return None, None
+            runnable = self._runnable()
             number = int(at[runnable].min())
             active = runnable & (at == number)
             count = int(active.sum())
@@ -253,6 +281,20 @@ class Machine:
             self._execute(blocks[number], active)
             end = blocks[number].end
             holding = False if end is None else self._holding(end, active)
+
+    def _runnable(self) -> Array:
+        """The lanes that may go on: none that sleeps, and one whose test has failed only where no other can."""
+        while True:
+            awake = self.live & (self.asleep < 0)
+            eager = awake & (self.polling < 0)
+            if eager.any():
+                return eager
+            if not self.bulk.land_one():
+                self.rounds = 0 if self.progress != self.rounds_since else self.rounds + 1
+                self.rounds_since = self.progress
+                if not awake.any() or self.rounds > FRUITLESS:
+                    self._deadlock()
+            self.polling[:] = -1
 
     def _part(self, end: Any, number: int, active: Array, holding: Array | bool, at: Array) -> None:
         """Move the active lanes past the end of block `number`."""
@@ -275,13 +317,26 @@ class Machine:
         """Wake the lanes whose wait has ended."""
         self.cta_barriers.settle(self)
         self.warp_barriers.settle(self)
+        self.cluster_barriers.settle(self)
         if self.register_file is not None:
             self.register_file.settle(self)
+        ended = ~self.live.any(1) & ~self.ended
+        if ended.any():
+            self._end(ended)
+
+    def _end(self, ended: Array) -> None:
+        """CTAs have left."""
+        self.ended |= ended
+        if self.program.clocked:
+            check_exits(self, ended)
+            self.bulk.ended(ended)
 
     def _deadlock(self) -> None:
         """Every live lane sleeps, and nothing is left that could wake one."""
         told = []
-        for end, lanes in self.sleepers(self.live):
+        ends = [block.end for block in self.program.blocks if isinstance(block.end, Wait)]
+        tests = [(end, self.live & (self.polling == end.at)) for end in ends]
+        for end, lanes in [*self.sleepers(self.live), *((end, lanes) for end, lanes in tests if lanes.any())]:
             line = self.kernel.where(end.at)
             told.append(end.tell(self, lanes) + (f" ({line})" if line else ""))
         raise Deadlock("no thread can go on: " + "; ".join(told))

@@ -2,6 +2,9 @@
 
 from ptx_emulator import (
     atomics,
+    barriers,
+    bulk_forms,
+    clusters,
     convert,
     copies,
     floating,
@@ -18,6 +21,9 @@ from ptx_emulator import (
 
 __all__ = [
     "atomics",
+    "barriers",
+    "bulk_forms",
+    "clusters",
     "convert",
     "copies",
     "floating",

@@ -1,11 +1,13 @@
 """Running a kernel over its grid, a batch of CTAs at a time."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ptx_emulator import instructions  # noqa: F401  (registers them)
+from ptx_emulator.bulk import LANDINGS
 from ptx_emulator.checks import Fault
 from ptx_emulator.counters import Counters
 from ptx_emulator.errors import SharedLimit, Unsupported
@@ -16,6 +18,7 @@ from ptx_emulator.program import Program, compile_kernel
 from ptx_emulator.syntax import Kernel
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}  # bytes a CTA may have: 163 KiB and 227 KiB
+MOST_CTAS = 16  # of a cluster, which a GPU may be asked for
 BATCH_LANES = (
     16384  # lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache
 )
@@ -39,7 +42,8 @@ def launch(
     memory: Memory,
     shared_bytes: int = 0,
     target: str = "sm_80",
-    clusters: int = 1,
+    clusters: int | tuple[int, int, int] | None = None,
+    landing: str = "late",
     checks: bool = True,
     ctas: Sequence[int] | None = None,
 ) -> Report:
@@ -54,7 +58,8 @@ def launch(
         memory: the global memory; `memory.write_back()` brings results to the registered arrays.
         shared_bytes: dynamic shared memory.
         target: "sm_80" or "sm_90"; sets the limit of shared memory and whether wgmma exists.
-        clusters: CTAs in a cluster; 1 only.
+        clusters: CTAs in a cluster, along x or along x, y and z. None: what the kernel requires, else 1.
+        landing: when bulk copies land: "early", as they are issued, or "late", when nothing else can go on.
         checks: look for shared-memory races and reads of data in flight. Bounds and alignment are checked always.
         ctas: numbers of the CTAs to run, x fastest; None: all. A few are enough to count.
 
@@ -70,8 +75,9 @@ def launch(
         raise ValueError(
             f"threads={threads}, but {kernel.name} asks for {kernel.required_threads or kernel.max_threads}"
         )
-    if clusters != 1:
-        raise Unsupported(f"unsupported: clusters of {clusters} CTAs")
+    if landing not in LANDINGS:
+        raise ValueError(f"landing={landing!r}: choose one of {', '.join(LANDINGS)}")
+    shape = _cluster(kernel, clusters, grid)
     if kernel.shared_bytes + shared_bytes > SHARED_LIMIT[target]:
         raise SharedLimit(
             f"{kernel.name} asks for {kernel.shared_bytes} static + {shared_bytes} dynamic bytes of shared memory; "
@@ -79,9 +85,10 @@ def launch(
         )
     parameters = pack(kernel, arguments)
     program = _program(kernel, target)
-    numbers = np.arange(grid[0] * grid[1] * grid[2]) if ctas is None else np.array(ctas)
+    numbers = _by_cluster(grid, shape, ctas)
     report = Report(ctas=len(numbers))
-    batch = max(1, BATCH_LANES // threads)
+    size = math.prod(shape)
+    batch = max(1, BATCH_LANES // threads // size) * size
     faults: dict[tuple[str, int, int], Fault] = {}  # by kind and pair of instructions, the first CTA's
     with np.errstate(all="ignore"):
         for first in range(0, report.ctas, batch):
@@ -95,12 +102,39 @@ def launch(
                 shared_bytes,
                 report.counters,
                 checks,
+                shape,
+                landing,
             )
             machine.run()
             if machine.checker is not None:
                 faults = {**machine.checker.faults, **faults}
     report.faults = list(faults.values())
     return report
+
+
+def _cluster(kernel: Kernel, asked: int | tuple[int, int, int] | None, grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of a cluster. Raises ValueError where kernel, launch and grid disagree."""
+    shape = (asked, 1, 1) if isinstance(asked, int) else asked or kernel.cluster or (1, 1, 1)
+    if kernel.cluster is not None and shape != kernel.cluster:
+        raise ValueError(f"clusters of {shape}, but {kernel.name} requires {kernel.cluster}")
+    if min(shape) < 1 or math.prod(shape) > MOST_CTAS:
+        raise ValueError(f"clusters of {shape}: 1 to {MOST_CTAS} CTAs")
+    if any(count % size for count, size in zip(grid, shape, strict=True)):
+        raise ValueError(f"grid {grid} is no whole number of clusters of {shape}")
+    return shape
+
+
+def _by_cluster(grid: tuple[int, int, int], shape: tuple[int, int, int], ctas: Sequence[int] | None) -> np.ndarray:
+    """The numbers of the CTAs to run, those of a cluster side by side in the order of their ranks."""
+    (x, y, z), (a, b, c) = grid, shape
+    boxes = np.arange(x * y * z).reshape(z // c, c, y // b, b, x // a, a)
+    numbers = boxes.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
+    if ctas is None:
+        return numbers
+    chosen = np.isin(numbers, np.array(ctas)).reshape(-1, math.prod(shape))
+    if (chosen.any(1) != chosen.all(1)).any():
+        raise ValueError(f"ctas {list(ctas)} has a part of a cluster of {shape}")
+    return np.array(ctas) if math.prod(shape) == 1 else numbers[chosen.reshape(-1)]
 
 
 def _program(kernel: Kernel, target: str) -> Program:

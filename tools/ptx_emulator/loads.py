@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx_emulator.clusters import put, remote_lanes
 from ptx_emulator.decode import (
     SIGNED,
     UNSIGNED,
@@ -49,7 +50,8 @@ Space = Callable[["Machine", Array, Array | None], str]
 
 def space_of(mods: Modifiers) -> str:
     """The state space, "generic" when none is named."""
-    return (mods.take(*SPACES) or "generic").split("::")[0]
+    space = mods.take(*SPACES) or "generic"
+    return "shared" if space == "shared::cta" else space
 
 
 def effective(m: "Machine", base: int, offset: int) -> Array:
@@ -69,7 +71,10 @@ def resolve(m: "Machine", space: str, address: Array, mask: Array | None) -> tup
         first = int(np.broadcast_to(address, m.shape)[np.broadcast_to(mask, m.shape)][0])
     for name, window in WINDOWS.items():
         if window <= first < window + (1 << 32):
-            return name, address - window
+            address = address - window
+            if name == "shared" and m.cluster > 1:
+                return "shared::cluster", address
+            return name, address
     return "global", address
 
 
@@ -147,6 +152,13 @@ def build_load(d: Decoder, ins: Instruction) -> Action | None:
             count_shared(m, "load", address, mask, size)
             for out, width, value in zip(outs, widths, gather(m, lanes, unit, len(outs)), strict=True):
                 m.r[out] = place(m, lanes, _extend(value, kind, width), m.r[out])
+        elif where == "shared::cluster":
+            m.tick(number)
+            lanes, flat = remote_lanes(m, address, mask, size, text)
+            if m.checker is not None:
+                m.checker.read(lanes, size)
+            for out, width, value in zip(outs, widths, gather(m, lanes, unit, len(outs)), strict=True):
+                put(m, out, flat, _extend(value, kind, width))
         else:
             for k, (out, width) in enumerate(zip(outs, widths, strict=True)):
                 read = local_read if where == "local" else bank_read
@@ -234,6 +246,8 @@ def shared_store(m: "Machine", lanes: Lanes, values: list[Array], number: int) -
 
 @instruction("st")
 def build_store(d: Decoder, ins: Instruction) -> Action | None:
+    if "async" in ins.modifiers:
+        return None
     mods = Modifiers(ins)
     space = space_of(mods)
     vector = mods.take("v2", "v4", "v8")
@@ -259,6 +273,10 @@ def build_store(d: Decoder, ins: Instruction) -> Action | None:
             lanes = shared_lanes(m, address, mask, size, text)
             count_shared(m, "store", address, mask, size)
             shared_store(m, lanes, [pick(m, lanes, v) for v in values], number)
+        elif where == "shared::cluster":
+            m.tick(number)
+            lanes, flat = remote_lanes(m, address, mask, size, text)
+            shared_store(m, lanes, [np.broadcast_to(v, m.shape).reshape(-1)[flat] for v in values], number)
         elif where != "local":
             raise MemoryFault(f"the {where} space is read only: {text}")
         else:

@@ -1,5 +1,4 @@
-"""mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion".
-mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion"."""
+"""mov, pack and unpack, cvta, selp, trap, and what has no effect on values. Source: PTX ISA, "Data Movement"."""
 
 from typing import TYPE_CHECKING
 

@@ -70,6 +70,7 @@ class Program:
     decoder: Decoder
     blocks: list[Block]
     granule: int
+    clocked: bool  # has what warps of a CTA do to each other, or the async proxy to them, beyond barriers of the CTA
 
 
 def guarded(action: Action, guard: int, negated: bool) -> Action:
@@ -131,7 +132,11 @@ def compile_kernel(kernel: Kernel) -> Program:
                 block.starts_products |= ins.root == "wgmma"
                 block.body.append(action if guard is None else guarded(action, guard, ins.guard_negated))
         blocks.append(block)
-    return Program(kernel, decoder, blocks, _granule(code))
+    return Program(kernel, decoder, blocks, _granule(code), any(_clocked(ins) for ins in code))
+
+
+def _clocked(ins: Instruction) -> bool:
+    return ins.root in ("mbarrier", "mapa") or bool({"bulk", "cluster"} & set(ins.modifiers))
 
 
 def _use(number: int, ins: Instruction) -> Use:
