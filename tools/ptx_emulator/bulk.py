@@ -2,7 +2,8 @@
 
 Source: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy, Bulk and Tensor copy" and "Completion
 mechanisms". A copy may land at any time between its issue and the moment that its completion is known. The emulator
-takes the first ("early") or the last ("late"); what is right is right under both.
+takes the first ("early"), the last ("late") or, under a seeded schedule, any ("random"); what is right is right under
+all.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ptx_emulator.execute import Machine
 
 CHUNK = 16  # bytes: bulk copies move whole ones
-LANDINGS = ("early", "late")
+LANDINGS = ("early", "late", "random")
 Update = Callable[..., Array]
 
 
@@ -155,11 +156,11 @@ class Bulk:
         m.progress += 1
 
     def land_one(self) -> bool:
-        """Let the oldest copy land; False when none is on its way."""
-        if self.arriving:
-            self.land(0)
-            return True
-        return False
+        """Let a copy land, the oldest or where they land at random any; False when none is on its way."""
+        schedule, count = self.m.schedule, len(self.arriving)
+        if count:
+            self.land(0 if schedule is None or self.landing != "random" else int(schedule.random.integers(count)))
+        return count > 0
 
     def store(self, copy: Leaving, thread: int, text: str) -> None:
         """A thread starts a copy to global memory."""

@@ -22,6 +22,7 @@ from ptx_emulator.memory import Memory
 from ptx_emulator.program import Block, Jump, Leave, Program, Use
 from ptx_emulator.register_file import RegisterFile
 from ptx_emulator.registers import first_registers
+from ptx_emulator.schedule import Priorities
 from ptx_emulator.shared import SharedMemory
 from ptx_emulator.waits import CtaBarriers, WarpBarriers
 
@@ -46,6 +47,7 @@ class Machine:
         checks: bool,
         cluster_shape: tuple[int, int, int] = (1, 1, 1),
         landing: str = "late",
+        seed: int | None = None,
     ) -> None:
         self.cluster_shape, self.cluster = cluster_shape, math.prod(cluster_shape)
         kernel = program.kernel
@@ -90,6 +92,7 @@ class Machine:
         self.progress = 0  # counts what may let a failed test succeed
         self.rounds = self.rounds_since = 0  # of tests that all failed, and the progress at the first
         self.ended = np.zeros(self.ctas, bool)
+        self.schedule = None if seed is None else Priorities(self, seed)
 
     def agent(self, cta: int, thread: int) -> int:
         """The number of a thread's warp in its cluster."""
@@ -151,6 +154,7 @@ class Machine:
         accounts = 1 if self.checker is None else self.checker.rows
         idle = not self.copies and isinstance(self.copy_group, int) and self.products is None
         idle = idle and self.register_file is None and not self.program.clocked and self.cluster == 1
+        idle = idle and self.schedule is None
         return self.ctas > 1 and idle and accounts == 1 and self.splits < MAX_SPLITS
 
     def _run_parts(self, number: int, holding: Array) -> bool:
@@ -168,6 +172,8 @@ class Machine:
         """Run the batch from block `first` to its end."""
         block: int | None = first
         live: Array | None = None
+        if self.schedule is not None:
+            block, live = self._interleaved(np.full(self.shape, first, np.int32))
         while block is not None:
             block, live = self._together(block, live)
         self._end(~self.ended)
@@ -255,35 +261,42 @@ class Machine:
 
         The block `number` has just been executed by the live lanes; `holding` are those for which its end applies.
         """
-        blocks = self.program.blocks
         at = np.full(self.shape, number, np.int32)
-        if live is not None:
-            at[~live] = DONE
+        active = np.ones(self.shape, bool) if live is None else live
+        at[~active] = DONE
+        self._part(self.program.blocks[number].end, number, active, holding, at)
+        return self._interleaved(at)
+
+    def _interleaved(self, at: Array) -> tuple[int | None, Array | None]:
+        """Run lanes from the blocks `at`, until they meet at one or have all left."""
+        blocks = self.program.blocks
         self.live = at < DONE
-        active = self.live
         while True:
-            self._part(blocks[number].end, number, active, holding, at)
             self._settle()
             if not self.live.any():
                 return None, None
             runnable = self._runnable()
+            if self.schedule is not None:
+                runnable = self.schedule.choose(self, runnable)
             number = int(at[runnable].min())
             active = runnable & (at == number)
-            count = int(active.sum())
             if number >= len(blocks):
                 at[active] = DONE
                 self.live = at < DONE
-                holding, number = False, len(blocks) - 1
-                active = np.zeros(self.shape, bool)
                 continue
-            if count == int(self.live.sum()):
+            count = int(active.sum())
+            if self.schedule is None and count == int(self.live.sum()):
                 return number, None if count == self.lanes else active
             self._execute(blocks[number], active)
             end = blocks[number].end
-            holding = False if end is None else self._holding(end, active)
+            self._part(end, number, active, False if end is None else self._holding(end, active), at)
 
     def _runnable(self) -> Array:
         """The lanes that may go on: none that sleeps, and one whose test has failed only where no other can."""
+        if self.schedule is not None and self.bulk.landing == "random":
+            copy = self.schedule.lands(len(self.bulk.arriving))
+            if copy is not None:
+                self.bulk.land(copy)
         while True:
             awake = self.live & (self.asleep < 0)
             eager = awake & (self.polling < 0)

@@ -44,6 +44,7 @@ def launch(
     target: str = "sm_80",
     clusters: int | tuple[int, int, int] | None = None,
     landing: str = "late",
+    seed: int | None = None,
     checks: bool = True,
     ctas: Sequence[int] | None = None,
 ) -> Report:
@@ -59,7 +60,9 @@ def launch(
         shared_bytes: dynamic shared memory.
         target: "sm_80" or "sm_90"; sets the limit of shared memory and whether wgmma exists.
         clusters: CTAs in a cluster, along x or along x, y and z. None: what the kernel requires, else 1.
-        landing: when bulk copies land: "early", as they are issued, or "late", when nothing else can go on.
+        landing: when bulk copies land: "early", as they are issued; "late", when nothing else can go on; "random", in
+            between, which needs a seed.
+        seed: run warps by priorities drawn from it, so that one may run far ahead. None: together, in program order.
         checks: look for shared-memory races and reads of data in flight. Bounds and alignment are checked always.
         ctas: numbers of the CTAs to run, x fastest; None: all. A few are enough to count.
 
@@ -77,6 +80,8 @@ def launch(
         )
     if landing not in LANDINGS:
         raise ValueError(f"landing={landing!r}: choose one of {', '.join(LANDINGS)}")
+    if landing == "random" and seed is None:
+        raise ValueError("landing='random' draws from a seed: pass seed=0")
     shape = _cluster(kernel, clusters, grid)
     if kernel.shared_bytes + shared_bytes > SHARED_LIMIT[target]:
         raise SharedLimit(
@@ -104,6 +109,7 @@ def launch(
                 checks,
                 shape,
                 landing,
+                seed,
             )
             machine.run()
             if machine.checker is not None:
