@@ -145,7 +145,8 @@ def test_reports_name_the_source_line() -> None:
         "\n.loc 1 7 3\nmov.b32 %r9, tile;\n.loc 1 8 9, function_name $L, inlined_at 1 7 3\nst.shared.b32 [%r9], %tid0;"
         "\n.loc 1 9 1\nld.shared.b32 %r1, [%r9+{0}];",
         0,
-        outside='.file 1 "some/where/kernel.cu"\n.shared .align 16 .b8 tile[8];\n',
+        outside='.file 1 "some/where/kernel.cu"\n.section .debug_str { $L: .b8 102, 0 }\n'
+        ".shared .align 16 .b8 tile[8];\n",
     )
     report = run(text.replace("{0}", "0"), [], threads=64)
     assert {(f.line, f.other_line) for f in report.faults} >= {("kernel.cu:9", "kernel.cu:8")}

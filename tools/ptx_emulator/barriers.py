@@ -170,24 +170,27 @@ class MBarriers:
             lanes = np.zeros(self.m.lanes, bool)
             lanes[sleeper.lanes] = True
             self.m.wake(lanes.reshape(self.m.shape))
-            self.acquire(b, sleeper.lanes, sleeper.end.scope)
+            self.acquire(b, sleeper.lanes, sleeper.end)
 
-    def acquire(self, b: MBarrier, lanes: Array, scope: str) -> None:
-        """Lanes, by their flat numbers, have seen a phase end; scope "": relaxed, they acquire nothing."""
-        clock = b.released.reaches(scope) if scope else None
+    def acquire(self, b: MBarrier, lanes: Array, end: "PhaseWait") -> None:
+        """Lanes, by their flat numbers, have seen a phase end."""
+        clock = b.released.reaches(end.scope)
         if self.checker is None or clock is None:
             return
         for warp in np.unique(lanes // 32):
             cta, thread = divmod(32 * int(warp), self.m.threads)
-            self.checker.acquire(cta // self.m.cluster, self.checker.agent(cta, thread), clock)
+            key = cta // self.m.cluster, self.checker.agent(cta, thread)
+            if end.relaxed:
+                self.checker.owed[key] = merged(self.checker.owed.get(key), clock)
+            else:
+                self.checker.acquire(*key, clock)
 
 
-def ordering(mods: Modifiers, kind: str) -> str:
-    """The scope of a release or an acquire; "" where it is relaxed. Removes the modifiers."""
+def ordering(mods: Modifiers, kind: str) -> tuple[str, bool]:
+    """(scope, whether it is relaxed) of a release or an acquire. Removes the modifiers."""
     relaxed = mods.take("relaxed") is not None
     mods.take(kind)
-    scope = mods.take(*SCOPES) or "cta"
-    return "" if relaxed else scope
+    return mods.take(*SCOPES) or "cta", relaxed
 
 
 def active(m: "Machine", mask: Array | None) -> list[tuple[int, int]]:
@@ -210,7 +213,7 @@ def build_mbarrier(d: Decoder, ins: Instruction) -> Action | None:
     what = mods.take("init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "pending_count")
     expects = what in ("arrive", "arrive_drop") and mods.take("expect_tx") is not None
     completes = mods.take("noComplete") is None
-    scope = ordering(mods, "release")
+    scope, relaxed = ordering(mods, "release")
     space = mods.take("shared", "shared::cta", "shared::cluster") or "generic"
     kind = mods.types()
     mods.end()
@@ -259,8 +262,10 @@ def build_mbarrier(d: Decoder, ins: Instruction) -> Action | None:
             else:
                 if states is not None:
                     states[cta, thread] = b.phase << 32 | b.pending
-                if scope and isinstance(m.checker, ClusterChecker):
-                    b.arriving.add(m.checker.released(cta // m.cluster, who), owner == cta, scope)
+                if isinstance(m.checker, ClusterChecker):
+                    release = m.checker.release_of(cta // m.cluster, who, scope, relaxed)
+                    if release is not None:
+                        b.arriving.add(release[0], owner == cta, release[1])
                 if expects:
                     m.mbarriers.expect(b, amount, text)
                 count = 1 if expects else amount
@@ -284,7 +289,7 @@ def _pending_count(d: Decoder, ins: Instruction) -> Action:
 @dataclass
 class PhaseWait(Wait):
     """`mbarrier.try_wait`, which sleeps, or `test_wait`, which goes on. by_parity: what it waits for is a parity, or
-    the state that an arrival gave. scope: of the acquire, "" for none."""
+    the state that an arrival gave. scope: of the acquire, which a relaxed one leaves to a fence."""
 
     base: int
     offset: int
@@ -294,6 +299,7 @@ class PhaseWait(Wait):
     by_parity: bool
     sleeps: bool
     scope: str
+    relaxed: bool
 
     def passed(self, b: MBarrier, token: int) -> bool:
         """Whether the phase that is waited for has ended."""
@@ -325,7 +331,7 @@ class PhaseWait(Wait):
             for warp in np.unique(flat // 32):
                 b = m.mbarriers.find(owner, place, m.agent(cta, 32 * int(warp) % m.threads), self.text)
             if self.passed(b, token):
-                m.mbarriers.acquire(b, flat, self.scope)
+                m.mbarriers.acquire(b, flat, self)
             elif self.sleeps:
                 b.sleepers.append(Sleeper(self, flat, token))
                 asleep[flat] = True
@@ -357,7 +363,7 @@ def build_phase_wait(d: Decoder, ins: Instruction) -> PhaseWait | None:
     if kind is None:
         return None
     by_parity = mods.take("parity") is not None
-    scope = ordering(mods, "acquire")
+    scope, relaxed = ordering(mods, "acquire")
     generic = mods.take("shared", "shared::cta") is None
     types = mods.types()
     mods.end()
@@ -366,4 +372,6 @@ def build_phase_wait(d: Decoder, ins: Instruction) -> PhaseWait | None:
         raise Unsupported(f"unsupported: {ins.text}")
     base, offset, _ = d.address(operands[1], ins)
     out, source = d.destination(operands[0], "pred", ins), d.source(operands[2], "u32" if by_parity else "b64", ins)
-    return PhaseWait(d.current, ins.text, base, offset, generic, out, source, by_parity, kind == "try_wait", scope)
+    return PhaseWait(
+        d.current, ins.text, base, offset, generic, out, source, by_parity, kind == "try_wait", scope, relaxed
+    )

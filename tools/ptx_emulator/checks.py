@@ -51,10 +51,12 @@ class Fault:
     agents: tuple[str, str] = ("", "")  # in place of the warps: who of a cluster, or the async proxy
 
     def __str__(self) -> str:
-        where = "" if self.word < 0 else f"at shared word {self.word} "
+        if self.word < 0:  # it is about instructions, not about who executed them
+            after = f" after `{shortened(self.other)}`{_at(self.other_line)}" if self.other != self.instruction else ""
+            return f"{self.kind}, CTA {self.cta}: `{shortened(self.instruction)}`{_at(self.line)}{after}"
         other, mine = (agent or f"warp {warp}" for agent, warp in zip(self.agents, self.warps, strict=True))
         return (
-            f"{self.kind} {where}of CTA {self.cta}, epoch {self.epoch}: {mine} in "
+            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: {mine} in "
             f"`{shortened(self.instruction)}`{_at(self.line)} after {other} in "
             f"`{shortened(self.other)}`{_at(self.other_line)}"
         )

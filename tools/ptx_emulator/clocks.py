@@ -52,6 +52,9 @@ class ClusterChecker(Checker):
         self.pins = np.zeros(len(self.writer), np.int16)  # bulk copies that still read a granule
         self.pinned = np.zeros(len(self.writer), np.int64)
         self.remote = np.zeros((machine.ctas, warps), np.int64)  # last step an agent touched a peer's memory
+        self.inits = np.zeros((clusters, warps, warps), np.int64)  # fences behind inits of mbarriers that a warp knows
+        self.fenced: dict[tuple[int, int], tuple[Array, str]] = {}  # a warp's clock at its last fence, and its scope
+        self.owed: dict[tuple[int, int], Array] = {}  # what relaxed waits have seen: the next fence acquires it
         self.updated = np.zeros(len(self.writer), bool)  # whose last write was an atomic update
 
     def agent(self, cta: int, thread: int) -> int:
@@ -132,8 +135,8 @@ class ClusterChecker(Checker):
 
     def proxy_fence(self, mask: Array | None) -> None:
         """fence.proxy.async by some warps."""
-        warps = np.broadcast_to(True if mask is None else mask, self.m.shape).reshape(*self.fence.shape, 32).any(2)
-        self.fence[warps] = self.m.step
+        for cluster, agent in self._warps(mask):
+            self.fence[cluster, agent] = self.m.step
 
     def barrier_all(self) -> None:
         """Every live thread of every CTA has passed a barrier of its CTA."""
@@ -166,7 +169,32 @@ class ClusterChecker(Checker):
 
     def visible(self, cluster: int, agent: int, step: int, by: int) -> bool:
         """Whether the warp has seen what agent `by` did at `step`."""
-        return agent == by or int(self.seen[cluster, agent, by]) >= step
+        return agent == by or int(max(self.seen[cluster, agent, by], self.inits[cluster, agent, by])) >= step
+
+    def _warps(self, mask: Array | None) -> list[tuple[int, int]]:
+        """(cluster, agent) of each warp with an active lane."""
+        warps = np.broadcast_to(True if mask is None else mask, self.m.shape).reshape(*self.fence.shape, 32).any(2)
+        return [(int(cluster), int(agent)) for cluster, agent in np.argwhere(warps)]
+
+    def memory_fence(self, mask: Array | None, scope: str) -> None:
+        """What relaxed waits have seen is acquired; a relaxed arrival after it releases what came before."""
+        for cluster, agent in self._warps(mask):
+            owed = self.owed.pop((cluster, agent), None)
+            if owed is not None:
+                self.acquire(cluster, agent, owed)
+            self.fenced[cluster, agent] = self.released(cluster, agent), scope
+
+    def init_fence(self, mask: Array | None) -> None:
+        """fence.mbarrier_init: a barrier of the cluster, even a relaxed one, then makes the inits visible."""
+        for cluster, agent in self._warps(mask):
+            self.inits[cluster, agent, agent] = self.m.step
+
+    def release_of(self, cluster: int, agent: int, scope: str, relaxed: bool) -> tuple[Array, str] | None:
+        """(clock, scope) that an arrival releases: by itself, or by a fence before it; None: nothing."""
+        if not relaxed:
+            return self.released(cluster, agent), scope
+        found = self.fenced.get((cluster, agent))
+        return found if found is None or scope != "cta" else (found[0], "cta")
 
     def warps_of(self, agents: tuple[int, int]) -> tuple[int, int]:
         """Each warp's number in its CTA; -1 for the async proxy."""

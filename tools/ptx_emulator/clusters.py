@@ -134,6 +134,7 @@ class ClusterBarriers:
         self.aligned_at = np.full(m.shape, -1, np.int32)  # the aligned instruction by which a lane arrived
         self.arriving: dict[int, Array] = {}  # clocks, by cluster
         self.released: dict[int, Array] = {}
+        self.inits: dict[int, Array] = {}  # fenced inits of mbarriers that those who arrived know, by cluster
 
     def open(self, m: "Machine") -> Array:
         """Lanes that have arrived in a phase that has not ended."""
@@ -146,11 +147,13 @@ class ClusterBarriers:
             raise EmulationError(f"threads arrive again before they wait: {text}")
         self.owes |= lanes
         self.target = np.where(lanes, np.repeat(self.phase, m.cluster)[:, None] + 1, self.target)
-        if releases and isinstance(m.checker, ClusterChecker):
+        if isinstance(m.checker, ClusterChecker):
             for cta, warp in np.argwhere(lanes.reshape(m.ctas, m.warps, 32).any(2)).tolist():
-                cluster = cta // m.cluster
-                clock = m.checker.released(cluster, m.agent(cta, 32 * warp))
-                self.arriving[cluster] = merged(self.arriving.get(cluster), clock)
+                cluster, agent = cta // m.cluster, m.agent(cta, 32 * warp)
+                release = m.checker.release_of(cluster, agent, "cluster", not releases)
+                if release is not None and release[1] != "cta":
+                    self.arriving[cluster] = merged(self.arriving.get(cluster), release[0])
+                self.inits[cluster] = merged(self.inits.get(cluster), m.checker.inits[cluster, agent])
 
     def settle(self, m: "Machine") -> None:
         """End the phase of each cluster whose live threads have all arrived, and wake those that wait for it."""
@@ -189,9 +192,11 @@ class ClusterBarriers:
         if not isinstance(m.checker, ClusterChecker):
             return
         for cta, warp in np.argwhere(lanes.reshape(m.ctas, m.warps, 32).any(2)).tolist():
-            clock = self.released.get(cta // m.cluster)
-            if clock is not None:
-                m.checker.acquire(cta // m.cluster, m.agent(cta, 32 * warp), clock)
+            cluster, agent = cta // m.cluster, m.agent(cta, 32 * warp)
+            if cluster in self.released:
+                m.checker.acquire(cluster, agent, self.released[cluster])
+            known = m.checker.inits[cluster, agent]
+            np.maximum(known, self.inits[cluster], out=known)
 
 
 def _read(ins: Instruction, kind: str, order: str) -> tuple[bool, bool]:

@@ -149,26 +149,7 @@ def build_trap(d: Decoder, ins: Instruction) -> Action | None:
     return trap
 
 
-@instruction("membar", "prefetch")
+@instruction("prefetch")
 def build_nothing(d: Decoder, ins: Instruction) -> Action | None:
-    """Ordering and caching hints: no effect on values where memory is sequential.
-
-    Not among them: discard, which destroys what lies there.
-    """
+    """A caching hint has no effect on values. Not among them: discard, which destroys what lies there."""
     return _nothing
-
-
-@instruction("fence")
-def build_fence(d: Decoder, ins: Instruction) -> Action | None:
-    if "proxy" not in ins.modifiers:
-        return _nothing
-    if "async" not in ins.modifiers and not any(m.startswith("async") for m in ins.modifiers):
-        raise Unsupported(f"unsupported: {ins.text}")
-    number = d.current
-
-    def fence(m: "Machine", mask: Array | None) -> None:
-        m.tick(number)
-        if m.checker is not None:
-            m.checker.proxy_fence(mask)
-
-    return fence

@@ -22,11 +22,23 @@ if TYPE_CHECKING:
 MAP_BYTES = 128
 MAP_ALIGNMENT = 64
 MAGIC = 0x50414D5F454C4954
-TYPES = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f64", "bf16", "tf32")
+#: by the numbers that tensormap.replace has for them; 8 is f32 with subnormals flushed, which is not emulated
+TYPES = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "", "f64", "bf16", "tf32")
 SWIZZLES = (0, 32, 64, 128)
 FILLS = ("zero", "nan")
 _FORMAT = "<Q4B5Q4Q5H"
 MOST_DIMENSIONS = 5
+#: what tensormap.replace calls a field -> (first byte, bytes of one)
+FIELDS = {
+    "elemtype": (8, 1),
+    "rank": (9, 1),
+    "swizzle_mode": (10, 1),
+    "fill_mode": (11, 1),
+    "global_dim": (12, 8),
+    "global_stride": (52, 8),
+    "box_dim": (84, 2),
+    "global_address": (120, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +61,10 @@ class TensorMap:
     fill: str = "zero"
 
     def __post_init__(self) -> None:
-        rank, row = len(self.sizes), self.box[0] * self.element if self.type in TYPES and self.box else 0
+        known = self.type in TYPES and self.type != ""
+        rank, row = len(self.sizes), self.box[0] * self.element if known and self.box else 0
         for holds, says in (
-            (self.type in TYPES, f"type {self.type!r}: one of {', '.join(TYPES)}"),
+            (known, f"type {self.type!r}: one of {', '.join(filter(None, TYPES))}"),
             (1 <= rank <= MOST_DIMENSIONS, f"{rank} dimensions: 1 to {MOST_DIMENSIONS}"),
             (len(self.box) == rank, f"box {self.box}: one number for each of {rank} dimensions"),
             (len(self.strides) == rank - 1, f"strides {self.strides}: one for each dimension but the innermost"),
@@ -89,7 +102,7 @@ class TensorMap:
 
 @cache
 def unpacked(data: bytes) -> TensorMap | None:
-    """The map that `pack` made these bytes of; None for other bytes."""
+    """The map that `pack` or a kernel made these bytes of; None for other bytes, ValueError for a map that is wrong."""
     magic, kind, rank, swizzle, fill, *numbers = struct.unpack_from(_FORMAT, data)
     if magic != MAGIC:
         return None
@@ -111,7 +124,10 @@ def tensor_map(m: "Machine", address: int, dimensions: int, text: str) -> Tensor
         m.memory.check(np.array([start]), MAP_BYTES, 1, text)
     if start + MAP_BYTES > len(data):
         raise MemoryFault(f"no tensor map at {address:#x}: {text}")
-    found = unpacked(data[start : start + MAP_BYTES].tobytes())
+    try:
+        found = unpacked(data[start : start + MAP_BYTES].tobytes())
+    except ValueError as error:
+        raise MemoryFault(f"{error}; the map at {address:#x}: {text}") from None
     if found is None:
         raise MemoryFault(f"the bytes at {address:#x} are no tensor map; pass a TensorMap for it: {text}")
     if len(found.sizes) != dimensions:
