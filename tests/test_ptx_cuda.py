@@ -152,3 +152,40 @@ def test_planted_faults_are_seen(name: str, landing: str, tmp_path: Path) -> Non
     except ptx_emulator.EmulationError as stopped:
         seen = [str(stopped)]
     assert any(re.search(words, one) for words in expected for one in seen), seen
+
+
+SYNCHRONISES = re.compile(
+    r"(?:@!?%\w+\s+)?\b(?:mbarrier\.|fence\.|bar\.|barrier\.|setmaxnreg\.|cp\.async\.bulk|wgmma\.[fcw])[^;]*;"
+)
+#: what may go without harm -> why
+HARMLESS = {
+    "fence.mbarrier_init": "the barrier of the cluster behind it releases all that came before",
+    "bar.warp.sync": "the lanes of the warp wait for each other at the barrier of the cluster behind it",
+    "setmaxnreg.inc": "the account of the register file has a surplus then",
+}
+
+
+def without_each(ptx: str) -> list[tuple[str, str]]:
+    """(instruction, PTX without it) for each instruction that synchronises; a wait is made to pass at once."""
+    found = []
+    for match in SYNCHRONISES.finditer(ptx):
+        instead = "setp.eq.u32 p, 0, 0;" if "try_wait" in match[0] else ""
+        found.append((" ".join(match[0].split()), ptx[: match.start()] + instead + ptx[match.end() :]))
+    return found
+
+
+@pytest.mark.heavy
+def test_each_synchronising_instruction_is_needed(tmp_path: Path) -> None:
+    """Taken away one at a time: a finding, an error or wrong values, but for those that may go."""
+    missed = []
+    mutants = without_each(compiled(SOURCE.read_text(), tmp_path))
+    assert len(mutants) > 25
+    for name, ptx in mutants:
+        try:
+            faults, error = run(ptx_emulator.parse(ptx).kernels["gemm"])
+        except ptx_emulator.EmulationError:
+            continue
+        if not faults and error < 1e-2:
+            missed.append(name)
+    assert [name for name in missed if not name.startswith(tuple(HARMLESS))] == []
+    assert {key for key in HARMLESS if any(name.startswith(key) for name in missed)} == set(HARMLESS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx_emulator.decode import Array, Decoder, Modifiers, Wait, wait
-from ptx_emulator.errors import Unsupported
+from ptx_emulator.errors import Divergence, Unsupported
 from ptx_emulator.syntax import Instruction
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class CtaBarrier(Wait):
     number: int
     count: int | None
     waits: bool
+    aligned: bool
     reduction: Reduction | None = None
 
     def together(self, m: "Machine", live: Array | None) -> bool:
@@ -127,6 +128,7 @@ class CtaBarriers:
                 continue
             here = np.zeros(m.shape, bool)
             here[cta] = self.name[cta] == name
+            self._check_aligned(m, here)
             m.counters.barriers += 1
             m.tick(-1)
             if m.checker is not None:
@@ -136,6 +138,17 @@ class CtaBarriers:
             self.name[here] = -1
             self.arrived[cta, name] = self.expected[cta, name] = self.votes[cta, name] = 0
             self.taking_part[cta, name] = False
+
+    def _check_aligned(self, m: "Machine", here: Array) -> None:
+        """The lanes of a warp that wait must do so by one instruction if it is an aligned one."""
+        block, waits = m.asleep.reshape(-1, 32), here.reshape(-1, 32)
+        first = np.take_along_axis(block, waits.argmax(1)[:, None], axis=1)
+        apart = (waits & (block != first)).reshape(m.shape)
+        for end, _ in m.sleepers(apart):
+            if isinstance(end, CtaBarrier) and end.aligned:
+                raise Divergence(
+                    f"reached by some lanes of a warp only, the others wait elsewhere: {end.text}"
+                ).located(m.kernel.where(end.at))
 
     def _reduce(self, m: "Machine", here: Array, votes: Array, count: Array) -> None:
         """Give the lanes that sleep at a `bar.red` its result."""
@@ -151,7 +164,8 @@ def cta_barrier(d: Decoder, ins: Instruction) -> CtaBarrier | None:
         return None
     mods = Modifiers(ins)
     kind = mods.take("sync", "arrive", "red")
-    mods.drop("cta", "aligned")
+    aligned = mods.take("aligned") is not None or ins.root == "bar"
+    mods.drop("cta")
     operands, reduction = list(ins.operands), None
     if kind == "red":
         name, types = mods.take("popc", "and", "or"), mods.types()
@@ -164,7 +178,7 @@ def cta_barrier(d: Decoder, ins: Instruction) -> CtaBarrier | None:
         raise Unsupported(f"unsupported: {ins.text}")
     numbers = [d.source(operand, "u32", ins) for operand in operands]
     count = numbers[1] if len(numbers) > 1 else None
-    return CtaBarrier(d.current, ins.text, numbers[0], count, kind != "arrive", reduction)
+    return CtaBarrier(d.current, ins.text, numbers[0], count, kind != "arrive", aligned, reduction)
 
 
 @dataclass
