@@ -153,6 +153,8 @@ def test_reports_name_the_source_line() -> None:
     assert any("(kernel.cu:9) after warp" in str(f) for f in report.faults)
     with pytest.raises(ptx_emulator.MemoryFault, match=r"\(kernel\.cu:9\)"):
         run(text.replace("{0}", "64"), [])
+    with pytest.raises(ptx_emulator.Unsupported, match=r"discard.*\(kernel\.cu:9\)"):
+        run(text.replace("ld.shared.b32 %r1, [%r9+{0}]", "discard.L2 [%d1], 128"), [])
     with pytest.raises(ptx_emulator.Deadlock, match=r"\(kernel\.cu:3\)"):
         run(entry("\n.loc 1 3 1\nbar.sync 0, 96;", 0, outside='.file 1 "kernel.cu"\n'), [])
 

@@ -98,6 +98,13 @@ def guarded(action: Action, guard: int, negated: bool) -> Action:
 def compile_kernel(kernel: Kernel) -> Program:
     """Decode a kernel into blocks. Raises Unsupported for the first instruction that no builder knows."""
     decoder = Decoder(kernel)
+    try:
+        return _compile(kernel, decoder)
+    except Unsupported as error:
+        raise error.located(kernel.where(decoder.current)) from None
+
+
+def _compile(kernel: Kernel, decoder: Decoder) -> Program:
     code = kernel.instructions
     leaders = {0, *kernel.labels.values()}
     waits: dict[int, Wait] = {}
@@ -114,7 +121,7 @@ def compile_kernel(kernel: Kernel) -> Program:
     for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
         block = Block(start, size=stop - start)
         for number in range(start, stop):
-            ins = code[number]
+            ins, decoder.current = code[number], number
             guard = ins.guard.index if ins.guard else None
             if number in waits:
                 block.end = waits[number]
@@ -126,7 +133,6 @@ def compile_kernel(kernel: Kernel) -> Program:
             elif ins.root in ("ret", "exit"):
                 block.end = Leave(guard, ins.guard_negated)
             else:
-                decoder.current = number
                 action = decode.build(decoder, ins)
                 block.uses.append(_use(number, ins))
                 block.starts_products |= ins.root == "wgmma"
