@@ -177,3 +177,25 @@ def test_forms_that_are_no_mbarrier() -> None:
     ):
         with pytest.raises(ptx_emulator.Unsupported, match=form.split(" ")[0]):
             go(form)
+
+
+@pytest.mark.parametrize("noinc", [".noinc", ""])
+def test_copies_of_a_thread_that_an_mbarrier_tells_of(noinc: str) -> None:
+    """Warp 0 copies from global memory; warp 1 waits at the mbarrier alone. Nobody waits for a group."""
+    copy = "mad.wide.u32 %d1, %tid0, 4, %ptr1; cp.async.ca.shared.global [%r8], [%d1], 4;"
+    told = f"cp.async.mbarrier.arrive{noinc}.shared::cta.b64 [%r9];"
+    arrive = told if noinc else told + "mbarrier.arrive.shared::cta.b64 _, [%r9];"
+    code = "@%p1 bra $P; {wait} ld.shared.b32 %r1, [%r7]; bra $J; $P: {produce} $J: "
+
+    def launch(produce: str, waits: str = wait(0)) -> tuple[np.ndarray, set[str]]:
+        out, x = np.zeros(64, np.uint32), np.arange(100, 164, dtype=np.uint32)
+        text = entry(SETUP + init(32) + code.format(wait=waits, produce=produce) + STORE, 2, outside=OUTSIDE)
+        return out, kinds(run(text, [out, x], threads=64))
+
+    out, faults = launch(copy + arrive)
+    np.testing.assert_array_equal(out, np.where(LANES < 32, 0, 68 + LANES))
+    assert not faults
+    assert launch(copy + arrive + "ld.shared.b32 %r1, [%r8];")[1] == {"write-read"}, "the copying warp must wait too"
+    assert not launch(copy + arrive + wait(0, "V") + "ld.shared.b32 %r1, [%r8];")[1]
+    with pytest.raises(ptx_emulator.Deadlock, match="32 of 32 arrivals"):
+        launch(copy)

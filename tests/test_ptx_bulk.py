@@ -207,6 +207,20 @@ def test_into_the_shared_memory_of_a_peer(landing: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        f"cp.async.bulk.shared::cluster.global.{TOLD} [%r13], [%x], 16, [%r10];",
+        f"cp.async.bulk.shared::cluster.shared::cta.{TOLD} [%r13], [%r9], 16, [%r10];",
+        f"st.async.shared::cluster.{TOLD}.b32 [%r13], %r0, [%r10];",
+    ],
+)
+def test_a_copy_and_its_mbarrier_are_in_one_cta(form: str) -> None:
+    code = f"xor.b32 %r12, %r2, 1; mapa.shared::cluster.u32 %r13, %r9, %r12; @%p2 {form}"
+    with pytest.raises(ptx_emulator.EmulationError, match=r"another CTA than (its|their) mbarrier is in"):
+        go(code, words(8), words(8), clusters=2)
+
+
 def tile(
     x: np.ndarray, kind: str, box: tuple[int, ...], swizzle: int = 0, fill: str = "zero"
 ) -> ptx_emulator.TensorMap:

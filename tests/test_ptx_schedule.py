@@ -70,6 +70,25 @@ def test_copies_that_land_at_random() -> None:
     assert len(orders) > 2
 
 
+def test_a_copy_may_land_before_anybody_waits() -> None:
+    """What one test finds some blocks after the issue: true for a copy that landed early, false for a late one."""
+    code = """mov.b32 %r9, tile; setp.eq.u32 %p2, %tid0, 0; @%p2 mbarrier.init.shared::cta.b64 [%r9+512], 1; bar.sync 0;
+    @%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9+512], 16; mov.b32 %r2, 0;
+    @%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r9], [%ptr0], 16, [%r9+512];
+    $L: add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 6; @%p1 bra $L;
+    mbarrier.test_wait.parity.shared::cta.b64 %p5, [%r9+512], 0; selp.b32 %r1, 1, 0, %p5;
+    $W: mbarrier.try_wait.parity.shared::cta.b64 %p6, [%r9+512], 0; @!%p6 bra $W;
+    mad.wide.u32 %d1, %tid0, 4, %ptr1; st.global.b32 [%d1], %r1;"""
+
+    def found(landing: str, seed: int | None) -> int:
+        x, out = np.zeros(4, np.uint32), np.zeros(32, np.uint32)
+        run(entry(code, 2, outside=SHARED), [x, out], landing=landing, seed=seed)
+        return int(out[0])
+
+    assert (found("early", None), found("late", None)) == (1, 0)
+    assert {found("random", seed) for seed in SEEDS} == {0, 1}
+
+
 def test_bad_schedules() -> None:
     with pytest.raises(ValueError, match="draws from a seed"):
         go("", None, landing="random")

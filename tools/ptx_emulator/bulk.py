@@ -159,7 +159,7 @@ class Bulk:
         """Let a copy land, the oldest or where they land at random any; False when none is on its way."""
         schedule, count = self.m.schedule, len(self.arriving)
         if count:
-            self.land(0 if schedule is None or self.landing != "random" else int(schedule.random.integers(count)))
+            self.land(0 if schedule is None or self.landing != "random" else schedule.any_of(count))
         return count > 0
 
     def store(self, copy: Leaving, thread: int, text: str) -> None:

@@ -245,12 +245,11 @@ class Checker:
         self.flying = True
         return index, row, warp
 
-    def copy_landed(self, lanes: Lanes, size: int) -> None:
-        """The copying thread has waited: an ordinary write by its warp, at this step."""
+    def copy_landed(self, lanes: Lanes, size: int, agent: int | None) -> None:
+        """A write at this step, by the warp whose thread has waited, or by an agent of which an mbarrier tells."""
         index, _, warp = self.locate(lanes, size)
-        self.writer[index] = self.tag_type(self.m.step << self.bits) | warp
+        self.writer[index] = self.tag_type(self.m.step << self.bits) | (warp if agent is None else agent)
         self.flight[index] = 0
-        self.flying = bool(self.m.copies)
 
     def atomic(self, lanes: Lanes, size: int) -> None:
         """An atomic update: it races with plain accesses, not with other atomics (tagged as by warp 63)."""

@@ -293,10 +293,8 @@ class Machine:
 
     def _runnable(self) -> Array:
         """The lanes that may go on: none that sleeps, and one whose test has failed only where no other can."""
-        if self.schedule is not None and self.bulk.landing == "random":
-            copy = self.schedule.lands(len(self.bulk.arriving))
-            if copy is not None:
-                self.bulk.land(copy)
+        if self.schedule is not None and self.bulk.landing == "random" and self.schedule.lands():
+            self.bulk.land_one()
         while True:
             awake = self.live & (self.asleep < 0)
             eager = awake & (self.polling < 0)

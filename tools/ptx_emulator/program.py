@@ -142,7 +142,7 @@ def _compile(kernel: Kernel, decoder: Decoder) -> Program:
 
 
 def _clocked(ins: Instruction) -> bool:
-    return ins.root in ("mbarrier", "mapa") or bool({"bulk", "cluster"} & set(ins.modifiers))
+    return ins.root in ("mbarrier", "mapa") or bool({"bulk", "cluster", "mbarrier"} & set(ins.modifiers))
 
 
 def _use(number: int, ins: Instruction) -> Use:

@@ -39,8 +39,10 @@ class Priorities:
         only[chosen] = groups[chosen]
         return only.reshape(m.shape)
 
-    def lands(self, count: int) -> int | None:
-        """Which of `count` copies on their way lands now; mostly none."""
-        if count and self.random.random() < LANDS:
-            return int(self.random.integers(count))
-        return None
+    def lands(self) -> bool:
+        """Whether a copy lands before the next block, where copies land at random."""
+        return bool(self.random.random() < LANDS)
+
+    def any_of(self, count: int) -> int:
+        """One of `count` copies on their way."""
+        return int(self.random.integers(count))
