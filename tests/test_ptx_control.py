@@ -135,3 +135,13 @@ def test_barrier_count_per_cta() -> None:
 def test_a_barrier_number_above_15_is_refused() -> None:
     with pytest.raises(ptx_emulator.EmulationError, match="barrier 16"):
         go("mov.b32 %r1, 16; bar.sync %r1, 64;")
+
+
+def test_an_aligned_barrier_reached_by_halves_of_a_warp() -> None:
+    """From two branches inside of a warp: what the plain form allows, the aligned one does not."""
+    code = """and.b32 %r2, %tid0, 1; setp.eq.u32 %p1, %r2, 0; mov.b32 %r1, 5; @%p1 bra $A; {0} bra $J;
+    $A: {0} $J: """
+    for form in ("bar.sync 0;", "barrier.sync.aligned 0;"):
+        with pytest.raises(ptx_emulator.Divergence, match="some lanes of a warp only, the others wait elsewhere"):
+            go(code.replace("{0}", form))
+    assert (go(code.replace("{0}", "barrier.sync 0;") + STORE)[0] == 5).all()

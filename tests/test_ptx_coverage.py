@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ptx_emulator  # noqa: F401  registers every builder
 import pytest
-from ptx_emulator.decode import BUILDERS
+from ptx_emulator.decode import BUILDERS, WAITS
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted({*FOLDER.glob("test_ptx_*.py"), FOLDER / "ptx_snippets.py"} - {Path(__file__)})
@@ -33,7 +33,7 @@ def instructions_in(found: Iterable[str]) -> set[str]:
 NAMED = instructions_in(text for path in SOURCES for text in texts(path.read_text()))
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("name", sorted({*BUILDERS, *WAITS}))
 def test_every_instruction_is_in_a_test(name: str) -> None:
     assert name in NAMED, f"no test_ptx_*.py has {name}: test it, or let the emulator refuse it"
 

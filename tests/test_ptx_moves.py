@@ -128,7 +128,7 @@ def test_elect_and_activemask() -> None:
 def test_instructions_without_effect() -> None:
     quiet = (
         "membar.gl; fence.acq_rel.gpu; griddepcontrol.wait; bar.warp.sync -1; prefetch.global.L2 [%ptr0]; "
-        "setmaxnreg.inc.sync.aligned.u32 232;"
+        "griddepcontrol.launch_dependents;"
     )
     (got,) = lanewise(f"{quiet} mov.b32 %o, %a;", [LANES], [np.uint32])
     np.testing.assert_array_equal(got, LANES)

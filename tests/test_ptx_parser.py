@@ -104,7 +104,7 @@ def test_what_cannot_be_read(text: str, error: type[Exception]) -> None:
 
 
 def test_a_module_variable_is_refused_when_used() -> None:
-    text = entry("mov.b64 %d1, table;", 0, outside=".const .b32 table[2] = {1, 2};")
+    text = entry("mov.b64 %d1, table;", 0, outside=".global .b32 table[2] = {1, 2};")
     with pytest.raises(ptx_emulator.Unsupported, match=r"table in mov\.b64"):
         run(text, [])
 

@@ -19,12 +19,14 @@ from ptx_emulator.errors import (
     Misaligned,
     ParseError,
     SharedLimit,
+    Trap,
     Unsupported,
 )
 from ptx_emulator.launch import SHARED_LIMIT, Report, launch
 from ptx_emulator.memory import Memory
 from ptx_emulator.parser import parse
 from ptx_emulator.syntax import Instruction, Kernel, Module
+from ptx_emulator.tensor_maps import TensorMap
 
 __all__ = [
     "SHARED_LIMIT",
@@ -42,6 +44,8 @@ __all__ = [
     "ParseError",
     "Report",
     "SharedLimit",
+    "TensorMap",
+    "Trap",
     "Unsupported",
     "launch",
     "parse",

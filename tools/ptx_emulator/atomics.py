@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx_emulator.clusters import put, remote_lanes
 from ptx_emulator.decode import UNSIGNED, Action, Array, Decoder, Modifiers, choose, instruction, items
 from ptx_emulator.errors import Unsupported
 from ptx_emulator.floating import typed
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Update = Callable[..., Array]
 
 
-def _update(name: str, kind: str) -> Update:
+def update_of(name: str, kind: str) -> Update:
     """(old, operand, second operand) -> new, all as registers of type `kind`."""
     unsigned = UNSIGNED[TYPE_BYTES[kind]]
     if name == "exch":
@@ -40,7 +41,7 @@ def _update(name: str, kind: str) -> Update:
         "xor": np.bitwise_xor,
     }[name]
     if kind.endswith("x2"):
-        half = _update(name, kind.removesuffix("x2"))
+        half = update_of(name, kind.removesuffix("x2"))
 
         def packed(old: Array, b: Array, c: Array) -> Array:
             pairs = [np.ascontiguousarray(v).view(np.uint16) for v in (old, b)]
@@ -75,6 +76,8 @@ def apply_in_order(flat: Array, index: Array, update: Update, b: Array, c: Array
 
 @instruction("atom", "red")
 def build_atomic(d: Decoder, ins: Instruction) -> Action | None:
+    if "async" in ins.modifiers:
+        return None
     mods = Modifiers(ins)
     space = space_of(mods)
     vector = mods.take("v2", "v4", "v8")
@@ -94,7 +97,19 @@ def build_atomic(d: Decoder, ins: Instruction) -> Action | None:
     seconds = [d.source(o, kind, ins) for o in items(operands[2])] if name == "cas" else sources
     if len(sources) != int(vector[1:] if vector else 1):
         raise Unsupported(f"unsupported: {ins.text}")
-    update, size, text, number = _update(name, kind), unit * len(sources), ins.text, d.current
+    update, size, text, number = update_of(name, kind), unit * len(sources), ins.text, d.current
+
+    def _in_cluster(m: "Machine", address: Array, mask: Array | None) -> None:
+        m.tick(number)
+        lanes, flat = remote_lanes(m, address, mask, size, text)
+        if m.checker is not None:
+            m.checker.atomic(lanes, size)
+        index = m.shared.index(lanes, unit)
+        for k, (source, second) in enumerate(zip(sources, seconds, strict=True)):
+            values = [np.broadcast_to(m.r[n], m.shape).reshape(-1)[flat] for n in (source, second)]
+            old = apply_in_order(m.shared.flat[unit], index + k, update, *values)
+            if outs:
+                put(m, outs[k], flat, old)
 
     def atomic(m: "Machine", mask: Array | None) -> None:
         where, address = resolve(m, space, effective(m, base, offset), mask)
@@ -118,6 +133,9 @@ def build_atomic(d: Decoder, ins: Instruction) -> Action | None:
                         whole = np.array(np.broadcast_to(m.r[outs[k]], m.shape))
                         whole[np.broadcast_to(mask, m.shape)] = old  # type: ignore[arg-type]
                         m.r[outs[k]] = whole
+            return
+        if where == "shared::cluster":
+            _in_cluster(m, address, mask)
             return
         if where != "global":
             raise Unsupported(f"unsupported: {text}")

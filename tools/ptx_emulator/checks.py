@@ -10,7 +10,7 @@ they share one row of tags; the first access that differs gives each CTA its own
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,17 +41,32 @@ class Fault:
     warps: tuple[int, int]  #: (the other's, the instruction's)
     epoch: int  #: barriers that the CTA had completed before
     cta: int  #: number in the grid
+    line: str = ""  #: of the kernel's source, "file:line", where PTX names it
+    other_line: str = ""  #: the same of the other
+    agents: tuple[str, str] = ("", "")  #: in place of the warps: who of a cluster, or the async proxy
 
     def __str__(self) -> str:
-        where = "" if self.word < 0 else f"at shared word {self.word} "
+        if self.word < 0:  # it is about instructions, not about who executed them
+            after = f" after `{shortened(self.other)}`{_at(self.other_line)}" if self.other != self.instruction else ""
+            return f"{self.kind}, CTA {self.cta}: `{shortened(self.instruction)}`{_at(self.line)}{after}"
+        other, mine = (agent or f"warp {warp}" for agent, warp in zip(self.agents, self.warps, strict=True))
         return (
-            f"{self.kind} {where}of CTA {self.cta}, epoch {self.epoch}: warp {self.warps[1]} in "
-            f"`{shortened(self.instruction)}` after warp {self.warps[0]} in `{shortened(self.other)}`"
+            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: {mine} in "
+            f"`{shortened(self.instruction)}`{_at(self.line)} after {other} in "
+            f"`{shortened(self.other)}`{_at(self.other_line)}"
         )
 
 
+def _at(line: str) -> str:
+    return f" ({line})" if line else ""
+
+
 class Checker:
-    """Race bookkeeping of one batch."""
+    """Race bookkeeping of one batch whose warps meet at barriers of their CTA; `clocks.ClusterChecker` knows more."""
+
+    bits = 6  # of a tag that name who accessed
+    low = 63  # all of them set: an atomic update
+    tag_type: Any = np.int32
 
     def __init__(self, machine: "Machine", granule: int) -> None:
         self.m = machine
@@ -63,12 +78,12 @@ class Checker:
         self.floor = 0
         warps = machine.warps
         self.seen = np.zeros((1, warps, warps), np.int32)
-        self.writer = np.zeros(self.count, np.int32)
-        self.reader = np.zeros(self.count, np.int32)
-        self.reader_too = np.zeros(self.count, np.int32)
-        self.flight = np.zeros(self.count, np.int32)
+        self.writer = np.zeros(self.count, self.tag_type)
+        self.reader = np.zeros(self.count, self.tag_type)
+        self.reader_too = np.zeros(self.count, self.tag_type)
+        self.flight = np.zeros(self.count, self.tag_type)
         self.flying = False
-        self.operand = np.zeros(self.count, np.int32)
+        self.operand = np.zeros(self.count, self.tag_type)
         self.operands = np.zeros(self.count, np.int16)
         self.fence = np.zeros((1, warps), np.int32)
 
@@ -90,10 +105,8 @@ class Checker:
             self.fence = np.repeat(self.fence, self.rows, 0)
 
     def locate(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
-        """(granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules.
-        (granule index [R, n, k], row, warp) of an access: R rows (1 unless common and split), n lanes, k granules."""
+        """(granule index [R, n, k], row, warp): R rows (1 unless common and split), n lanes, k granules."""
         first = (lanes.address // self.granule)[None, :, None]
-        warp = (lanes.thread >> 5).astype(np.int32)[None, :, None]
         if lanes.cta is not None:
             self._split()
             row = lanes.cta[None, :, None]
@@ -102,14 +115,22 @@ class Checker:
         index = first + row * self.count
         if size > self.granule:
             index = index + np.arange(size // self.granule)
-        return index, row, warp
+        return index, row, self.who(lanes)
+
+    def who(self, lanes: Lanes) -> Array:
+        """The warp that each lane is in, [1, n, 1]."""
+        return (lanes.thread >> 5).astype(np.int32)[None, :, None]
+
+    def leader(self, row: Array, group: int) -> Array:
+        """The first warp of a warpgroup, broadcasting with `row`."""
+        return np.array(4 * group, np.int32)
 
     def _unseen(self, tag: Array, row: Array, warp: Array) -> Array:
         """Where an access with `tag` is by another warp and not ordered before what `warp` does now."""
-        other = tag & 63
+        other = tag & self.low
         unseen = (tag > self.floor) & (other != warp)
         if unseen.any():
-            unseen &= (tag >> 6) > self.seen[
+            unseen &= (tag >> self.bits) > self.seen[
                 row, np.minimum(warp, self.m.warps - 1), np.minimum(other, self.m.warps - 1)
             ]
         return unseen
@@ -121,23 +142,35 @@ class Checker:
             return
         tags = np.broadcast_to(tag, index.shape)[where]
         here, places, warps = self.m.trace[-1], index[where], np.broadcast_to(warp, index.shape)[where]
-        for one in np.unique(tags >> 6):
-            first = int(np.flatnonzero((tags >> 6) == one)[0])
+        for one in np.unique(tags >> self.bits):
+            first = int(np.flatnonzero((tags >> self.bits) == one)[0])
             other = self.m.trace[int(one)]
             key = (kind, here, other)
             if key in self.faults:
                 continue
             code = self.m.kernel.instructions
             row, granule = divmod(int(places[first]), self.count)
+            pair = (int(tags[first]) & self.low, int(warps[first]))
             self.faults[key] = Fault(
                 kind,
                 code[here].text,
                 code[other].text,
                 (granule * self.granule - SHARED_BASE) // 4,
-                (int(tags[first]) & 63, int(warps[first])),
+                self.warps_of(pair),
                 int(self.epochs[row]),
                 int(self.m.cta_numbers[row]),
+                self.m.kernel.where(here),
+                self.m.kernel.where(other),
+                self.names_of(pair, row),
             )
+
+    def warps_of(self, agents: tuple[int, int]) -> tuple[int, int]:
+        """The warps of a pair of agents, each in its CTA."""
+        return agents
+
+    def names_of(self, agents: tuple[int, int], row: int) -> tuple[str, str]:
+        """What a report calls a pair of agents; "" for a warp of the CTA that the report is about."""
+        return "", ""
 
     def read(self, lanes: Lanes, size: int) -> None:
         """A read of `size` bytes a lane."""
@@ -154,10 +187,10 @@ class Checker:
 
     def note_readers(self, index: Array, warp: Array) -> None:
         """Remember the warps that read."""
-        now = np.broadcast_to(np.int32(self.m.step << 6) | warp, index.shape)
+        now = np.broadcast_to(self.tag_type(self.m.step << self.bits) | warp, index.shape)
         fresh = self.reader[index] <= self.floor
         self.reader[index[fresh]] = now[fresh]
-        another = (self.reader[index] & 63) != (now & 63)
+        another = (self.reader[index] & self.low) != (now & self.low)
         if another.any():
             self.reader_too[index[another]] = now[another]
 
@@ -168,14 +201,14 @@ class Checker:
         """
         index, row, warp = self.locate(lanes, size)
         self._against(index, row, warp, differs)
-        self.writer[index] = np.int32(self.m.step << 6) | warp
+        self.writer[index] = self.tag_type(self.m.step << self.bits) | warp
         return index
 
     def wrote(self, index: Array, lanes: Lanes, differs: Callable[[], Array]) -> None:
         """After the write: two warps that wrote one granule in the same instruction, with different values."""
-        warp = (lanes.thread >> 5).astype(np.int32)[None, :, None]
+        warp = self.who(lanes)
         tag = self.writer[index]
-        lost = (tag & 63) != warp
+        lost = (tag & self.low) != warp
         if lost.any():
             self.report("write-write", lost & _per_granule(differs(), index), tag, index, warp)
 
@@ -203,29 +236,28 @@ class Checker:
         """A cp.async: from now until it is waited for it may land at any time."""
         index, row, warp = self.locate(lanes, size)
         self._against(index, row, warp, None)
-        self.flight[index] = np.int32(self.m.step << 6) | warp
+        self.flight[index] = self.tag_type(self.m.step << self.bits) | warp
         self.flying = True
         return index, row, warp
 
-    def copy_landed(self, lanes: Lanes, size: int) -> None:
-        """The copying thread has waited: an ordinary write by its warp, at this step."""
+    def copy_landed(self, lanes: Lanes, size: int, agent: int | None) -> None:
+        """A write at this step, by the warp whose thread has waited, or by an agent of which an mbarrier tells."""
         index, _, warp = self.locate(lanes, size)
-        self.writer[index] = np.int32(self.m.step << 6) | warp
+        self.writer[index] = self.tag_type(self.m.step << self.bits) | (warp if agent is None else agent)
         self.flight[index] = 0
-        self.flying = bool(self.m.copies)
 
     def atomic(self, lanes: Lanes, size: int) -> None:
         """An atomic update: it races with plain accesses, not with other atomics (tagged as by warp 63)."""
         index, row, warp = self.locate(lanes, size)
         tag = self.writer[index]
-        race = self._unseen(tag, row, warp) & ((tag & 63) != 63)
+        race = self._unseen(tag, row, warp) & ((tag & self.low) != self.low)
         if race.any():
             self.report("write-write", race, tag, index, warp)
         for tags in (self.reader[index], self.reader_too[index]):
             race = self._unseen(tags, row, warp)
             if race.any():
                 self.report("read-write", race, tags, index, warp)
-        self.writer[index] = self.m.step << 6 | 63
+        self.writer[index] = self.m.step << self.bits | self.low
 
     def proxy_fence(self, mask: Array | None) -> None:
         """fence.proxy.async: what these warps have written before is visible to wgmma."""
@@ -242,7 +274,8 @@ class Checker:
         if (kind, here, other) not in self.faults:
             code = self.m.kernel.instructions
             at = (int(self.epochs[cta]), int(self.m.cta_numbers[cta]))
-            self.faults[kind, here, other] = Fault(kind, code[here].text, code[other].text, -1, (-1, -1), *at)
+            lines = (self.m.kernel.where(here), self.m.kernel.where(other))
+            self.faults[kind, here, other] = Fault(kind, code[here].text, code[other].text, -1, (-1, -1), *at, *lines)
 
     def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
         """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for
@@ -265,27 +298,29 @@ class Checker:
 
     def _operand(self, index: Array, row: Array, group: int) -> None:
         tag = self.writer[index]
-        first = 4 * group
-        group_warp = np.array(first, np.int32)
-        if (tag > self.floor).any():
-            for warp in range(first, first + 4):
-                race = self._unseen(tag, row, np.array(warp, np.int32))
-                if race.any():
-                    self.report("write-read by wgmma", race, tag, index, np.array(warp, np.int32))
-                    break
+        first = self.leader(row, group)
+        for warp in range(4):
+            race = self._unseen(tag, row, first + warp)
+            if race.any():
+                self.report("write-read by wgmma", race, tag, index, first + warp)
+                break
         if self.flying:
             flight = self.flight[index]
             if flight.any():
-                self.report("wgmma reads a copy in flight", flight > 0, flight, index, group_warp)
-        fenced = np.maximum(
-            self.fence[row, np.minimum(tag & 63, self.m.warps - 1)],
-            self.fence[row[:, 0], first : first + 4].max(1)[:, None],
-        )
-        stale = (tag >> 6) > fenced
+                self.report("wgmma reads a copy in flight", flight > 0, flight, index, first)
+        stale = self.unfenced(tag, row, first, 4)
         if stale.any():
-            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, group_warp)
-        self.operand[index] = np.int32(self.m.step << 6) | first
+            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, first)
+        self.operand[index] = self.tag_type(self.m.step << self.bits) | first
         self.operands[index] += 1
+
+    def unfenced(self, tag: Array, row: Array, first: Array, warps: int) -> Array:
+        """Where the write with `tag` has seen no fence.proxy.async: neither by its own warp since, nor by one of those
+        that read it through the async proxy."""
+        fences = self.fence[row, np.minimum(tag & self.low, self.fence.shape[1] - 1)]
+        for warp in range(warps):
+            fences = np.maximum(fences, self.fence[row, first + warp])
+        return (tag >> self.bits) > fences
 
     def operands_done(self, regions: list[Region], done: Array) -> None:
         """The warpgroups `done`, [CTAs, warpgroups], have waited for a product: its operands may be written after a
@@ -301,14 +336,18 @@ class Checker:
                 rows = rows[finished]
             index = base + rows * self.count
             self.operands[index] -= 1
-            for warp in range(4 * group, 4 * group + 4):
-                self.note_readers(index, np.array(warp, np.int32))
+            self.operands_were_read(index, rows, group)
+
+    def operands_were_read(self, index: Array, rows: Array, group: int) -> None:
+        """A warpgroup has read these granules."""
+        for warp in range(4):
+            self.note_readers(index, self.leader(rows, group) + warp)
 
     def barrier_all(self) -> None:
         """Every live thread of every CTA has passed a barrier."""
         self.epochs += 1
         self.seen[:] = self.m.step
-        self.floor = self.m.step << 6 | 63
+        self.floor = self.m.step << self.bits | self.low
 
     def barrier(self, cta: int, came: Array, waited: Array) -> None:
         """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
@@ -319,7 +358,9 @@ class Checker:
         known = self.seen[row, came].max(0)
         known[came] = self.m.step
         self.seen[row, waited] = np.maximum(self.seen[row, waited], known)
-        self.floor = int(self.seen.min()) << 6 | 63 if self.m.warps > 1 else self.m.step << 6 | 63
+        self.floor = (
+            int(self.seen.min()) << self.bits | self.low if self.m.warps > 1 else self.m.step << self.bits | self.low
+        )
 
 
 def _per_granule(changed: Array, index: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx_emulator.clusters import owner_of
 from ptx_emulator.decode import Action, Array, Decoder, Modifiers, instruction
 from ptx_emulator.errors import Unsupported
 from ptx_emulator.loads import CACHING, count_shared, effective, global_lanes
@@ -33,9 +34,13 @@ class Copy:
 
 @instruction("cp")
 def build_copy(d: Decoder, ins: Instruction) -> Action | None:
+    if "bulk" in ins.modifiers:
+        return None
     mods = Modifiers(ins)
     if mods.take("async") is None:
         raise Unsupported(f"unsupported: {ins.text}")
+    if mods.take("mbarrier"):
+        return _arrive(d, ins, mods)
     if mods.take("commit_group"):
         mods.end()
         return _commit
@@ -156,16 +161,16 @@ def _commit(m: "Machine", mask: Array | None) -> None:
     m.copy_group = groups
 
 
-def _wait(m: "Machine", mask: Array | None, keep: int, number: int) -> None:
+def _wait(m: "Machine", mask: Array | None, keep: int, number: int, agent: int | None = None) -> None:
     """Land every copy of the waiting threads except those of their newest `keep` groups;
-    -1 lands uncommitted ones too."""
+    -1 lands uncommitted ones too. agent: who tells of it, in place of the threads."""
     m.tick(number)
     copies, m.copies = m.copies, []
     current = m.copy_group
     for copy in copies:
         if mask is None and isinstance(current, int) and isinstance(copy.group, int):
             if copy.group < current - keep:
-                _land(m, copy)
+                _land(m, copy, agent)
             else:
                 m.copies.append(copy)
             continue
@@ -189,18 +194,46 @@ def _wait(m: "Machine", mask: Array | None, keep: int, number: int) -> None:
                     copy.size,
                 )
                 if landing:
-                    _land(m, part)
+                    _land(m, part, agent)
                 else:
                     m.copies.append(part)
     if m.checker is not None:
-        m.checker.flying = bool(m.copies)
+        m.checker.flying = bool(m.copies) or bool(m.bulk.arriving)
 
 
-def _land(m: "Machine", copy: Copy) -> None:
+def _arrive(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
+    """cp.async.mbarrier.arrive: an arrival once the thread's copies so far have landed, which they do at once.
+
+    Without `.noinc` the phase waits for one arrival more, so that this one changes nothing else.
+    """
+    mods.drop("shared", "shared::cta", "b64")
+    arrives, counts = mods.take("arrive") is not None, mods.take("noinc") is not None
+    mods.end()
+    if not arrives or len(ins.operands) != 1:
+        raise Unsupported(f"unsupported: {ins.text}")
+    base, offset, _ = d.address(ins.operands[0], ins)
+    number, text = d.current, ins.text
+
+    def act(m: "Machine", mask: Array | None) -> None:
+        lanes = np.broadcast_to(True if mask is None else mask, m.shape)
+        addresses = np.where(lanes, m.full(effective(m, base, offset)), -1)
+        for cta, address in {(int(c), int(addresses[c, t])) for c, t in np.argwhere(lanes)}:
+            here = lanes & (addresses == address) & (np.arange(m.ctas) == cta)[:, None]
+            owner, place = owner_of(m, cta, address, text, remote=False)
+            b = m.mbarriers.find(owner, place, m.agent(cta, int(np.argmax(here[cta]))), text)
+            _wait(m, here, -1, number, b.agent)
+            m.mbarriers.landed(b, 0, text)
+            if counts:
+                m.mbarriers.arrive(b, int(here.sum()), text)
+
+    return act
+
+
+def _land(m: "Machine", copy: Copy, agent: int | None) -> None:
     unit = copy.data.dtype.itemsize
     index = m.shared.index(copy.lanes, unit)
     flat = m.shared.flat[unit]
     for k in range(copy.data.shape[-1]):
         flat[index + k] = copy.data[..., k]
     if m.checker is not None:
-        m.checker.copy_landed(copy.lanes, copy.size)
+        m.checker.copy_landed(copy.lanes, copy.size, agent)

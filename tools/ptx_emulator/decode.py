@@ -40,19 +40,48 @@ SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 FLOAT: dict[int, Any] = {2: np.float16, 4: np.float32, 8: np.float64}
 
 SHARED_BASE = 1024  # shared addresses below stay unmapped, so that a null shared pointer faults
+RANK_SHIFT = 24  # mapa: (rank + 1) << RANK_SHIFT | address in the CTA's own memory
 SHARED_WINDOW = 0x7F00_0000_0000  # where cvta.shared puts shared memory in the generic space
 LOCAL_WINDOW = 0x7E00_0000_0000
+PARAM_WINDOW = 0x7D00_0000_0000  # where cvta.param puts the kernel's parameters
+CONST_WINDOW = 0x7C00_0000_0000
+WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW, "const": CONST_WINDOW}
 SPECIALS = {
     *(
         f"{name}.{axis}"
         for name in ("tid", "ntid", "ctaid", "nctaid", "cluster_ctaid", "cluster_nctaid")
         for axis in "xyz"
     ),
-    *("clusterid.x", "clusterid.y", "clusterid.z", "cluster_ctarank", "cluster_nctarank"),
+    *(f"{name}.{axis}" for name in ("clusterid", "nclusterid") for axis in "xyz"),
+    *("cluster_ctarank", "cluster_nctarank"),
     *("laneid", "warpid", "nwarpid", "dynamic_smem_size", "total_smem_size"),
     *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
 }
 BUILDERS: dict[str, list[Builder]] = {}
+WaitBuilder = Callable[["Decoder", Instruction], "Wait | None"]
+WAITS: dict[str, list[WaitBuilder]] = {}
+
+
+@dataclass
+class Wait:
+    """The end of a block at which lanes may sleep; `at` is the instruction's number."""
+
+    at: int
+    text: str
+    guard: int | None = field(default=None, init=False)
+    negated: bool = field(default=False, init=False)
+
+    def together(self, m: "Machine", live: Array | None) -> bool:
+        """All live lanes of the batch have come: pass it at once and return True where that is simpler than `enter`."""
+        return False
+
+    def enter(self, m: "Machine", lanes: Array) -> Array:
+        """The lanes, (CTAs, threads), have come; returns those that sleep, until someone calls `Machine.wake`."""
+        raise NotImplementedError
+
+    def tell(self, m: "Machine", lanes: Array) -> str:
+        """For a report of a deadlock: what the sleeping lanes wait for."""
+        raise NotImplementedError
 
 
 def instruction(*roots: str) -> Callable[[Builder], Builder]:
@@ -61,6 +90,17 @@ def instruction(*roots: str) -> Callable[[Builder], Builder]:
     def register(builder: Builder) -> Builder:
         for root in roots:
             BUILDERS.setdefault(root, []).append(builder)
+        return builder
+
+    return register
+
+
+def wait(*roots: str) -> Callable[[WaitBuilder], WaitBuilder]:
+    """Register a builder of block ends for opcodes, asked in turn like those of `instruction`, and before them."""
+
+    def register(builder: WaitBuilder) -> WaitBuilder:
+        for root in roots:
+            WAITS.setdefault(root, []).append(builder)
         return builder
 
     return register
@@ -171,6 +211,8 @@ class Decoder:
             return SHARED_BASE + self.kernel.shared_symbols[name]
         if name in self.kernel.local_symbols:
             return self.kernel.local_symbols[name]
+        if name in self.kernel.constants.symbols:
+            return self.kernel.constants.symbols[name]
         for parameter in self.kernel.parameter_list:
             if parameter.name == name:
                 return parameter.offset
@@ -270,6 +312,16 @@ def assign(out: int, function: Callable[..., Array], *sources: int) -> Action:
         r[out] = value if mask is None else np.where(mask, value, r[out])
 
     return many
+
+
+def build_wait(decoder: Decoder, ins: Instruction) -> Wait | None:
+    """The block end that an instruction is, or None for one that no lane sleeps at."""
+    for builder in WAITS.get(ins.root, []):
+        end = builder(decoder, ins)
+        if end is not None:
+            end.guard, end.negated = ins.guard.index if ins.guard else None, ins.guard_negated
+            return end
+    return None
 
 
 def build(decoder: Decoder, ins: Instruction) -> Action:

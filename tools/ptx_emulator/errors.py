@@ -4,6 +4,12 @@
 class EmulationError(Exception):
     """A kernel did what a GPU would refuse, or what this emulator cannot do."""
 
+    def located(self, line: str) -> "EmulationError":
+        """The same error with the kernel's source line, where PTX names one."""
+        if line:
+            self.args = (f"{self.args[0]} ({line})", *self.args[1:])
+        return self
+
 
 class ParseError(EmulationError):
     """The text is not PTX as this emulator reads it."""
@@ -27,6 +33,10 @@ class SharedLimit(EmulationError):
 
 class Deadlock(EmulationError):
     """Every live thread waits at a barrier that cannot complete."""
+
+
+class Trap(EmulationError):
+    """The kernel executed `trap`."""
 
 
 class Divergence(EmulationError):

@@ -4,21 +4,30 @@ While all lanes agree the batch runs block by block; when they part, each lane k
 """
 
 import copy
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ptx_emulator.barriers import MBarriers
+from ptx_emulator.bulk import Bulk
 from ptx_emulator.checks import Checker
+from ptx_emulator.clocks import ClusterChecker
+from ptx_emulator.clusters import ClusterBarriers, check_exits
 from ptx_emulator.counters import Counters
-from ptx_emulator.decode import SHARED_BASE, Array
-from ptx_emulator.errors import Deadlock, Unsupported
+from ptx_emulator.decode import SHARED_BASE, Array, Wait
+from ptx_emulator.errors import Deadlock, EmulationError
 from ptx_emulator.memory import Memory
-from ptx_emulator.program import Barrier, Block, Jump, Leave, Program, Use
+from ptx_emulator.program import Block, Jump, Leave, Program, Use
+from ptx_emulator.register_file import RegisterFile
 from ptx_emulator.registers import first_registers
+from ptx_emulator.schedule import Priorities
 from ptx_emulator.shared import SharedMemory
+from ptx_emulator.waits import CtaBarriers, WarpBarriers
 
 DONE = np.iinfo(np.int32).max
-BARRIERS = 16
+FRUITLESS = 1000  # rounds of tests without any progress that are taken for a deadlock
 MAX_SPLITS = 4  # a batch may part into 16
 
 
@@ -36,7 +45,11 @@ class Machine:
         shared_bytes: int,
         counters: Counters,
         checks: bool,
+        cluster_shape: tuple[int, int, int] = (1, 1, 1),
+        landing: str = "late",
+        seed: int | None = None,
     ) -> None:
+        self.cluster_shape, self.cluster = cluster_shape, math.prod(cluster_shape)
         kernel = program.kernel
         self.program, self.kernel, self.memory, self.counters = program, kernel, memory, counters
         self.ctas, self.threads, self.warps = len(cta_numbers), threads, threads // 32
@@ -47,6 +60,7 @@ class Machine:
         self.every_lane_thread = np.tile(self.every_thread, self.ctas)
         self.every_lane_cta = np.repeat(np.arange(self.ctas), threads)
         self.parameters = parameters
+        self.constants = np.frombuffer(bytes(kernel.constants.data), np.uint8)
         dynamic = program.decoder.dynamic_offset
         self.shared_end = SHARED_BASE + (dynamic + shared_bytes if shared_bytes else kernel.shared_bytes)
         self.shared = SharedMemory(self.ctas, self.shared_end)
@@ -54,7 +68,10 @@ class Machine:
         self.splits = 0
         self.step = 0
         self.trace: list[int] = [0]
-        self.checker = Checker(self, program.granule) if checks else None
+        self.checker: Checker | None = None
+        if checks:
+            kind = ClusterChecker if program.clocked or self.cluster > 1 else Checker
+            self.checker = kind(self, program.granule)
         self.copies: list[Any] = []
         self.copy_group: Array | int = 0
         self.products: Any = None
@@ -63,10 +80,27 @@ class Machine:
         self.renamed: dict[int, tuple[Array, Array]] = {}  # register -> its value, and the value that it is a copy of
         self.fragments: dict[Any, Any] = {}
         self.r: list[Any] = first_registers(self, grid)
-        self.arrived = np.zeros((self.ctas, BARRIERS), np.int64)
-        self.expected = np.zeros((self.ctas, BARRIERS), np.int64)  # 0: every live thread
-        self.taking_part = np.zeros((self.ctas, BARRIERS, self.warps), bool)
-        self.last_barrier = ""
+        self.live = np.ones(self.shape, bool)  # kept while lanes are apart
+        self.asleep = np.full(self.shape, -1, np.int32)  # the block at whose end a lane sleeps
+        self.cta_barriers = CtaBarriers(self.ctas, threads)
+        self.warp_barriers = WarpBarriers(self.shape)
+        self.register_file: RegisterFile | None = None
+        self.cluster_barriers = ClusterBarriers(self)
+        self.mbarriers = MBarriers(self)
+        self.bulk = Bulk(self, landing)
+        self.polling = np.full(self.shape, -1, np.int32)  # the instruction by which a lane's test has just failed
+        self.progress = 0  # counts what may let a failed test succeed
+        self.rounds = self.rounds_since = 0  # of tests that all failed, and the progress at the first
+        self.ended = np.zeros(self.ctas, bool)
+        self.schedule = None if seed is None else Priorities(self, seed)
+
+    def agent(self, cta: int, thread: int) -> int:
+        """The number of a thread's warp in its cluster."""
+        return cta % self.cluster * self.warps + thread // 32
+
+    def poll(self, lanes: Array, number: int) -> None:
+        """The lanes' test, instruction `number`, has failed: they go on when nobody else can."""
+        self.polling[lanes] = number
 
     def tick(self, number: int) -> int:
         """Begin a step that touches memory: instruction `number` executes. Steps order the accesses."""
@@ -78,6 +112,21 @@ class Machine:
     def full(self, value: Array) -> Array:
         """`value` for every lane, shape (CTAs, threads)."""
         return value if value.shape == self.shape else np.broadcast_to(value, self.shape)
+
+    def set(self, register: int, value: Array, mask: Array | None) -> None:
+        """Write `value` to the lanes of the mask."""
+        self.r[register] = value if mask is None else np.where(mask, value, self.r[register])
+
+    def wake(self, lanes: Array) -> None:
+        """Let sleeping lanes go on with the block after the one they sleep at."""
+        self.asleep[lanes] = -1
+
+    def sleepers(self, among: Array) -> Iterator[tuple[Wait, Array]]:
+        """Each block end at which some of the lanes sleep, and those lanes."""
+        for number in np.unique(self.asleep[among & (self.asleep >= 0)]):
+            end = self.program.blocks[int(number)].end
+            assert isinstance(end, Wait)
+            yield end, among & (self.asleep == number)
 
     def part(self, ctas: Array) -> "Machine":
         """A machine that goes on with some of the CTAs, where nothing is in flight."""
@@ -91,8 +140,10 @@ class Machine:
         other.trace, other.fragments, other.copies = list(self.trace), {}, []
         other.pending_registers, other.pending_inputs, other.renamed = set(), set(), {}
         other.r = [value[ctas] if value.shape[0] == self.ctas else value for value in self.r]
-        for name in ("arrived", "expected", "taking_part"):
-            setattr(other, name, getattr(self, name)[ctas])
+        other.live, other.asleep = np.ones(other.shape, bool), np.full(other.shape, -1, np.int32)
+        other.cta_barriers, other.warp_barriers = self.cta_barriers.part(ctas), WarpBarriers(other.shape)
+        other.polling, other.ended = other.asleep.copy(), np.zeros(other.ctas, bool)
+        other.cluster_barriers = ClusterBarriers(other)
         other.splits = self.splits + 1
         if self.checker is not None:
             other.checker = self.checker.part(other)
@@ -102,13 +153,15 @@ class Machine:
         """Whether no asynchronous work and no race account per CTA stands in the way, and few parts have been made."""
         accounts = 1 if self.checker is None else self.checker.rows
         idle = not self.copies and isinstance(self.copy_group, int) and self.products is None
+        idle = idle and self.register_file is None and not self.program.clocked and self.cluster == 1
+        idle = idle and self.schedule is None
         return self.ctas > 1 and idle and accounts == 1 and self.splits < MAX_SPLITS
 
     def _run_parts(self, number: int, holding: Array) -> bool:
         """Where whole CTAs part ways at the end of block `number`, run one kind after the other, each undivided."""
         end = self.program.blocks[number].end
         whole = holding.all(1)
-        if isinstance(end, Barrier) or not self._can_part() or (whole != holding.any(1)).any():
+        if isinstance(end, Wait) or not self._can_part() or (whole != holding.any(1)).any():
             return False
         if isinstance(end, Jump):
             self.part(np.flatnonzero(whole)).run(end.target)
@@ -119,24 +172,32 @@ class Machine:
         """Run the batch from block `first` to its end."""
         block: int | None = first
         live: Array | None = None
+        if self.schedule is not None:
+            block, live = self._interleaved(np.full(self.shape, first, np.int32))
         while block is not None:
             block, live = self._together(block, live)
+        self._end(~self.ended)
 
     def _execute(self, block: Block, mask: Array | None) -> None:
         warps = self.ctas * self.warps
         if mask is not None:
             warps = int(mask.reshape(-1, 32).any(1).sum())
         self.counters.warp_instructions += warps * block.size
-        if not self.pending_registers and not block.starts_products:
-            for action in block.body:
+        number = block.first
+        try:
+            if not self.pending_registers and not block.starts_products:
+                for number, action in enumerate(block.body, block.first):  # noqa: B007  (the handler reads it)
+                    action(self, mask)
+                return
+            uses = zip(block.body, block.uses, strict=True)
+            for number, (action, use) in enumerate(uses, block.first):  # noqa: B007
+                if self.checker is not None and not (
+                    self.pending_registers.isdisjoint(use.touched) and self.pending_inputs.isdisjoint(use.written)
+                ):
+                    self._check_use(use, mask)
                 action(self, mask)
-            return
-        for action, use in zip(block.body, block.uses, strict=True):
-            if self.checker is not None and not (
-                self.pending_registers.isdisjoint(use.touched) and self.pending_inputs.isdisjoint(use.written)
-            ):
-                self._check_use(use, mask)
-            action(self, mask)
+        except EmulationError as error:
+            raise error.located(self.kernel.where(number)) from None
 
     def _check_use(self, use: Use, mask: Array | None) -> None:
         """Report an instruction that touches registers of a wgmma that its warpgroups have not waited for."""
@@ -154,7 +215,7 @@ class Machine:
                     self.checker.note(kind, use.number, product.number, int(np.flatnonzero(groups.any(1))[0]))
                     break
 
-    def _holding(self, end: Jump | Leave | Barrier, mask: Array | None) -> Array | bool:
+    def _holding(self, end: Jump | Leave | Wait, mask: Array | None) -> Array | bool:
         """The lanes of the mask for which the guard of a block's end holds; True for all, False for none."""
         if end.guard is None:
             return True
@@ -183,9 +244,7 @@ class Machine:
             holding = self._holding(end, live)
             if holding is False:
                 number += 1
-            elif holding is not True or (
-                isinstance(end, Barrier) and (end.count is not None or not end.waits or self.r[end.number].size > 1)
-            ):
+            elif holding is not True or (isinstance(end, Wait) and not end.together(self, live)):
                 if live is None and not isinstance(holding, bool) and self._run_parts(number, holding):
                     return None, None
                 return self._apart(number, live, holding)
@@ -194,50 +253,61 @@ class Machine:
             elif isinstance(end, Leave):
                 return None, None
             else:
-                self._all_arrived(live)
                 number += 1
         return None, None
-
-    def _all_arrived(self, live: Array | None) -> None:
-        self.counters.barriers += self.ctas
-        self.tick(-1)
-        if self.checker is not None:
-            self.checker.barrier_all()
 
     def _apart(self, number: int, live: Array | None, holding: Array | bool) -> tuple[int | None, Array | None]:
         """Run lanes that are at different blocks, lowest block first, until they meet again or leave.
 
         The block `number` has just been executed by the live lanes; `holding` are those for which its end applies.
         """
-        blocks = self.program.blocks
         at = np.full(self.shape, number, np.int32)
-        if live is not None:
-            at[~live] = DONE
-        waiting = np.full(self.shape, -1, np.int32)
         active = np.ones(self.shape, bool) if live is None else live
+        at[~active] = DONE
+        self._part(self.program.blocks[number].end, number, active, holding, at)
+        return self._interleaved(at)
+
+    def _interleaved(self, at: Array) -> tuple[int | None, Array | None]:
+        """Run lanes from the blocks `at`, until they meet at one or have all left."""
+        blocks = self.program.blocks
+        self.live = at < DONE
         while True:
-            self._part(blocks[number].end, number, active, holding, at, waiting)
-            self._release(at, waiting)
-            runnable = (at < DONE) & (waiting < 0)
-            if not runnable.any():
-                if (at == DONE).all():
-                    return None, None
-                self._deadlock(at, waiting)
+            self._settle()
+            if not self.live.any():
+                return None, None
+            runnable = self._runnable()
+            if self.schedule is not None:
+                runnable = self.schedule.choose(self, runnable)
             number = int(at[runnable].min())
             active = runnable & (at == number)
-            count = int(active.sum())
             if number >= len(blocks):
                 at[active] = DONE
-                holding, number = False, len(blocks) - 1
-                active = np.zeros(self.shape, bool)
+                self.live = at < DONE
                 continue
-            if count == int((at < DONE).sum()):
+            count = int(active.sum())
+            if self.schedule is None and count == int(self.live.sum()):
                 return number, None if count == self.lanes else active
             self._execute(blocks[number], active)
             end = blocks[number].end
-            holding = False if end is None else self._holding(end, active)
+            self._part(end, number, active, False if end is None else self._holding(end, active), at)
 
-    def _part(self, end: Any, number: int, active: Array, holding: Array | bool, at: Array, waiting: Array) -> None:
+    def _runnable(self) -> Array:
+        """The lanes that may go on: none that sleeps, and one whose test has failed only where no other can."""
+        if self.schedule is not None and self.bulk.landing == "random" and self.schedule.lands():
+            self.bulk.land_one()
+        while True:
+            awake = self.live & (self.asleep < 0)
+            eager = awake & (self.polling < 0)
+            if eager.any():
+                return eager
+            if not self.bulk.land_one():
+                self.rounds = 0 if self.progress != self.rounds_since else self.rounds + 1
+                self.rounds_since = self.progress
+                if not awake.any() or self.rounds > FRUITLESS:
+                    self._deadlock()
+            self.polling[:] = -1
+
+    def _part(self, end: Any, number: int, active: Array, holding: Array | bool, at: Array) -> None:
         """Move the active lanes past the end of block `number`."""
         at[active] = number + 1
         if end is None or holding is False:
@@ -247,46 +317,37 @@ class Machine:
             at[moved] = end.target
         elif isinstance(end, Leave):
             at[moved] = DONE
+            self.live = at < DONE
         else:
-            names = np.broadcast_to(self.r[end.number], self.shape)
-            self.last_barrier = end.text
-            counts = None if end.count is None else np.broadcast_to(self.r[end.count], self.shape)
-            if int(names[moved].max()) >= BARRIERS:
-                raise Unsupported(f"unsupported: barrier {int(names[moved].max())} of {BARRIERS} in {end.text}")
-            self._arrive(moved, names, counts, end.waits, waiting)
+            try:
+                self.asleep[end.enter(self, moved)] = number
+            except EmulationError as error:
+                raise error.located(self.kernel.where(end.at)) from None
 
-    def _arrive(self, moved: Array, names: Array, counts: Array | None, waits: bool, waiting: Array) -> None:
-        for name in np.unique(names[moved]):
-            lanes = moved & (names == name)
-            self.arrived[:, name] += lanes.sum(1)
-            self.taking_part[:, name] |= lanes.reshape(self.ctas, self.warps, 32).any(2)
-            ctas = lanes.any(1)
-            if counts is not None:
-                self.expected[ctas, name] = np.where(lanes, counts, 0).max(1)[ctas]
-            if waits:
-                waiting[lanes] = name
+    def _settle(self) -> None:
+        """Wake the lanes whose wait has ended."""
+        self.cta_barriers.settle(self)
+        self.warp_barriers.settle(self)
+        self.cluster_barriers.settle(self)
+        if self.register_file is not None:
+            self.register_file.settle(self)
+        ended = ~self.live.any(1) & ~self.ended
+        if ended.any():
+            self._end(ended)
 
-    def _release(self, at: Array, waiting: Array) -> None:
-        """Complete every barrier that all its threads have reached."""
-        for cta, name in zip(*np.nonzero(self.arrived), strict=True):
-            expected = int(self.expected[cta, name]) or int((at[cta] < DONE).sum())
-            if self.arrived[cta, name] < expected:
-                continue
-            here = waiting[cta] == name
-            waiting[cta, here] = -1
-            self.counters.barriers += 1
-            self.tick(-1)
-            if self.checker is not None:
-                self.checker.barrier(int(cta), self.taking_part[cta, name], here.reshape(self.warps, 32).any(1))
-            self.arrived[cta, name] = 0
-            self.expected[cta, name] = 0
-            self.taking_part[cta, name] = False
+    def _end(self, ended: Array) -> None:
+        """CTAs have left."""
+        self.ended |= ended
+        if self.program.clocked:
+            check_exits(self, ended)
+            self.bulk.ended(ended)
 
-    def _deadlock(self, at: Array, waiting: Array) -> None:
-        cta = int(np.nonzero((waiting >= 0).any(1))[0][0])
-        names, counts = np.unique(waiting[cta][waiting[cta] >= 0], return_counts=True)
-        held = ", ".join(f"{count} threads at barrier {name}" for name, count in zip(names, counts, strict=True))
-        raise Deadlock(
-            f"no thread can go on at {self.last_barrier}: CTA {int(self.cta_numbers[cta])} has {held} "
-            f"of {int((at[cta] < DONE).sum())} live threads"
-        )
+    def _deadlock(self) -> None:
+        """Every live lane sleeps, and nothing is left that could wake one."""
+        told = []
+        ends = [block.end for block in self.program.blocks if isinstance(block.end, Wait)]
+        tests = [(end, self.live & (self.polling == end.at)) for end in ends]
+        for end, lanes in [*self.sleepers(self.live), *((end, lanes) for end, lanes in tests if lanes.any())]:
+            line = self.kernel.where(end.at)
+            told.append(end.tell(self, lanes) + (f" ({line})" if line else ""))
+        raise Deadlock("no thread can go on: " + "; ".join(told))

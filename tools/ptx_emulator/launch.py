@@ -1,27 +1,28 @@
 """Running a kernel over its grid, a batch of CTAs at a time."""
 
-import struct
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptx_emulator import atomics, convert, copies, floating, integer, loads, matrix, mma, moves, warp, wgmma  # noqa: F401  (they register instructions)
+from ptx_emulator import instructions  # noqa: F401  (registers them)
+from ptx_emulator.bulk import LANDINGS
 from ptx_emulator.checks import Fault
 from ptx_emulator.counters import Counters
 from ptx_emulator.errors import SharedLimit, Unsupported
 from ptx_emulator.execute import Machine
 from ptx_emulator.memory import Memory
+from ptx_emulator.parameters import Argument, pack
 from ptx_emulator.program import Program, compile_kernel
-from ptx_emulator.syntax import Kernel, Parameter
+from ptx_emulator.syntax import Kernel
 
 #: Target -> bytes of shared memory that a CTA may have: 163 KiB and 227 KiB.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}
+MOST_CTAS = 16  #: of a cluster, which a GPU may be asked for
 BATCH_LANES = (
     16384  # lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache
 )
-SCRATCH_PARAMETERS = 2  # Triton ends every kernel with two pointers to scratch memory that these kernels do not use
-_FORMAT = {"f16": "<e", "f32": "<f", "f64": "<d"}
 
 
 @dataclass
@@ -38,11 +39,13 @@ def launch(
     *,
     grid: tuple[int, int, int],
     threads: int,
-    arguments: Sequence[int | float],
+    arguments: Sequence[Argument],
     memory: Memory,
     shared_bytes: int = 0,
     target: str = "sm_80",
-    clusters: int = 1,
+    clusters: int | tuple[int, int, int] | None = None,
+    landing: str = "late",
+    seed: int | None = None,
     checks: bool = True,
     ctas: Sequence[int] | None = None,
 ) -> Report:
@@ -52,12 +55,15 @@ def launch(
         kernel: from `parse(...).kernels`.
         grid: CTAs along x, y and z.
         threads: threads of a CTA, along x; a multiple of 32, at most 1024.
-        arguments: one number per parameter, addresses as `Memory.register` gave them. Two missing at the end are zero:
-            Triton's scratch pointers.
+        arguments: one number per parameter, addresses as `Memory.register` gave them; a `TensorMap`, or the bytes of a
+            struct; for any parameter its bytes. Two missing at the end are zero: Triton's scratch pointers.
         memory: the global memory; `memory.write_back()` brings results to the registered arrays.
         shared_bytes: dynamic shared memory.
         target: "sm_80" or "sm_90"; sets the limit of shared memory and whether wgmma exists.
-        clusters: CTAs in a cluster; 1 only.
+        clusters: CTAs in a cluster, along x or along x, y and z. None: what the kernel requires, else 1.
+        landing: when bulk copies land: "early", as they are issued; "late", when nothing else can go on; "random", in
+            between, which needs a seed.
+        seed: run warps by priorities drawn from it, so that one may run far ahead. None: together, in program order.
         checks: look for shared-memory races and reads of data in flight. Bounds and alignment are checked always.
         ctas: numbers of the CTAs to run, x fastest; None: all. A few are enough to count.
 
@@ -79,8 +85,11 @@ def launch(
         raise ValueError(
             f"threads={threads}, but {kernel.name} asks for {kernel.required_threads or kernel.max_threads}"
         )
-    if clusters != 1:
-        raise Unsupported(f"unsupported: clusters of {clusters} CTAs")
+    if landing not in LANDINGS:
+        raise ValueError(f"landing={landing!r}: choose one of {', '.join(LANDINGS)}")
+    if landing == "random" and seed is None:
+        raise ValueError("landing='random' draws from a seed: pass seed=0")
+    shape = _cluster(kernel, clusters, grid)
     if kernel.shared_bytes + shared_bytes > SHARED_LIMIT[target]:
         raise SharedLimit(
             f"{kernel.name} asks for {kernel.shared_bytes} static + {shared_bytes} dynamic bytes of shared memory; "
@@ -88,9 +97,10 @@ def launch(
         )
     parameters = pack(kernel, arguments)
     program = _program(kernel, target)
-    numbers = np.arange(grid[0] * grid[1] * grid[2]) if ctas is None else np.array(ctas)
+    numbers = _by_cluster(grid, shape, ctas)
     report = Report(ctas=len(numbers))
-    batch = max(1, BATCH_LANES // threads)
+    size = math.prod(shape)
+    batch = max(1, BATCH_LANES // threads // size) * size
     faults: dict[tuple[str, int, int], Fault] = {}  # by kind and pair of instructions, the first CTA's
     with np.errstate(all="ignore"):
         for first in range(0, report.ctas, batch):
@@ -104,12 +114,40 @@ def launch(
                 shared_bytes,
                 report.counters,
                 checks,
+                shape,
+                landing,
+                seed,
             )
             machine.run()
             if machine.checker is not None:
                 faults = {**machine.checker.faults, **faults}
     report.faults = list(faults.values())
     return report
+
+
+def _cluster(kernel: Kernel, asked: int | tuple[int, int, int] | None, grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of a cluster. Raises ValueError where kernel, launch and grid disagree."""
+    shape = (asked, 1, 1) if isinstance(asked, int) else asked or kernel.cluster or (1, 1, 1)
+    if kernel.cluster is not None and shape != kernel.cluster:
+        raise ValueError(f"clusters of {shape}, but {kernel.name} requires {kernel.cluster}")
+    if min(shape) < 1 or math.prod(shape) > MOST_CTAS:
+        raise ValueError(f"clusters of {shape}: 1 to {MOST_CTAS} CTAs")
+    if any(count % size for count, size in zip(grid, shape, strict=True)):
+        raise ValueError(f"grid {grid} is no whole number of clusters of {shape}")
+    return shape
+
+
+def _by_cluster(grid: tuple[int, int, int], shape: tuple[int, int, int], ctas: Sequence[int] | None) -> np.ndarray:
+    """The numbers of the CTAs to run, those of a cluster side by side in the order of their ranks."""
+    (x, y, z), (a, b, c) = grid, shape
+    boxes = np.arange(x * y * z).reshape(z // c, c, y // b, b, x // a, a)
+    numbers = boxes.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
+    if ctas is None:
+        return numbers
+    chosen = np.isin(numbers, np.array(ctas)).reshape(-1, math.prod(shape))
+    if (chosen.any(1) != chosen.all(1)).any():
+        raise ValueError(f"ctas {list(ctas)} has a part of a cluster of {shape}")
+    return np.array(ctas) if math.prod(shape) == 1 else numbers[chosen.reshape(-1)]
 
 
 def _program(kernel: Kernel, target: str) -> Program:
@@ -123,34 +161,3 @@ def _program(kernel: Kernel, target: str) -> Program:
         program = compile_kernel(kernel)
         kernel.__dict__["program"] = program
     return program
-
-
-def pack(kernel: Kernel, arguments: Sequence[int | float]) -> np.ndarray:
-    """The parameter space of a launch as bytes. Raises ValueError or TypeError for arguments that do not fit."""
-    wanted = len(kernel.parameter_list)
-    values = list(arguments)
-    if len(values) == wanted - SCRATCH_PARAMETERS:
-        values += [0] * SCRATCH_PARAMETERS
-    if len(values) != wanted:
-        raise ValueError(f"{kernel.name} has {wanted} parameters, {len(arguments)} arguments were given")
-    last = kernel.parameter_list[-1] if wanted else None
-    space = np.zeros(last.offset + last.size if last else 0, np.uint8)
-    for parameter, value in zip(kernel.parameter_list, values, strict=True):
-        space[parameter.offset : parameter.offset + parameter.size] = np.frombuffer(_bytes(parameter, value), np.uint8)
-    return space
-
-
-def _bytes(parameter: Parameter, value: int | float) -> bytes:
-    if isinstance(value, float | np.floating):
-        kind = parameter.type if parameter.type in _FORMAT else {4: "f32", 8: "f64"}.get(parameter.size)
-        if kind is None or parameter.type[0] in "us":
-            raise TypeError(f"parameter {parameter.name} is .{parameter.type}; it cannot take the float {value}")
-        return struct.pack(_FORMAT[kind], float(value))
-    if isinstance(value, int | np.integer | bool):
-        if parameter.type in _FORMAT:
-            return struct.pack(_FORMAT[parameter.type], float(value))
-        bits = 8 * parameter.size
-        if not -(1 << (bits - 1)) <= int(value) < 1 << bits:
-            raise ValueError(f"parameter {parameter.name} has {bits} bits; {value} does not fit")
-        return (int(value) & ((1 << bits) - 1)).to_bytes(parameter.size, "little")
-    raise TypeError(f"parameter {parameter.name} takes a number, not {type(value).__name__}")

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx_emulator.clusters import put, remote_lanes
 from ptx_emulator.decode import (
-    LOCAL_WINDOW,
-    SHARED_WINDOW,
     SIGNED,
     UNSIGNED,
+    WINDOWS,
     Action,
     Array,
     Decoder,
@@ -17,7 +17,7 @@ from ptx_emulator.decode import (
     instruction,
     items,
 )
-from ptx_emulator.errors import MemoryFault, Unsupported
+from ptx_emulator.errors import MemoryFault, Misaligned, Unsupported
 from ptx_emulator.memory import HEAP_BASE
 from ptx_emulator.shared import Lanes, gather, lanes_of, pick, place
 from ptx_emulator.syntax import TYPE_BYTES, Instruction
@@ -50,7 +50,8 @@ Space = Callable[["Machine", Array, Array | None], str]
 
 def space_of(mods: Modifiers) -> str:
     """The state space, "generic" when none is named."""
-    return (mods.take(*SPACES) or "generic").split("::")[0]
+    space = mods.take(*SPACES) or "generic"
+    return "shared" if space == "shared::cta" else space
 
 
 def effective(m: "Machine", base: int, offset: int) -> Array:
@@ -68,9 +69,12 @@ def resolve(m: "Machine", space: str, address: Array, mask: Array | None) -> tup
         first = int(address.flat[0])
     else:
         first = int(np.broadcast_to(address, m.shape)[np.broadcast_to(mask, m.shape)][0])
-    for name, window in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
+    for name, window in WINDOWS.items():
         if window <= first < window + (1 << 32):
-            return name, address - window
+            address = address - window
+            if name == "shared" and m.cluster > 1:
+                return "shared::cluster", address
+            return name, address
     return "global", address
 
 
@@ -125,8 +129,6 @@ def build_load(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {ins.text}")
     outs = [d.destination(o, kind, ins, loose=True) for o in targets]
     widths = [d.widths[o] if o < len(d.widths) else unit for o in outs]
-    if space in ("param", "const"):
-        return _parameter(d, ins, kind, outs, widths)
     base, offset, _ = d.address(ins.operands[1], ins)
     number, size, text = d.current, unit * len(outs), ins.text
 
@@ -150,32 +152,32 @@ def build_load(d: Decoder, ins: Instruction) -> Action | None:
             count_shared(m, "load", address, mask, size)
             for out, width, value in zip(outs, widths, gather(m, lanes, unit, len(outs)), strict=True):
                 m.r[out] = place(m, lanes, _extend(value, kind, width), m.r[out])
+        elif where == "shared::cluster":
+            m.tick(number)
+            lanes, flat = remote_lanes(m, address, mask, size, text)
+            if m.checker is not None:
+                m.checker.read(lanes, size)
+            for out, width, value in zip(outs, widths, gather(m, lanes, unit, len(outs)), strict=True):
+                put(m, out, flat, _extend(value, kind, width))
         else:
             for k, (out, width) in enumerate(zip(outs, widths, strict=True)):
-                value = _extend(local_read(m, address + k * unit, mask, unit, text), kind, width)
+                read = local_read if where == "local" else bank_read
+                value = _extend(read(m, where, address + k * unit, mask, unit, text), kind, width)
                 m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
 
     return load
 
 
-def _parameter(d: Decoder, ins: Instruction, kind: str, outs: list[int], widths: list[int]) -> Action:
-    """A load from the parameters, by name or through a register that holds the address of one."""
-    base, offset, _ = d.address(ins.operands[1], ins)
-    unit, bytes_of = TYPE_BYTES[kind], np.arange(TYPE_BYTES[kind])
-
-    def load(m: "Machine", mask: Array | None) -> None:
-        address = effective(m, base, offset).astype(np.int64)
-        for k, (out, width) in enumerate(zip(outs, widths, strict=True)):
-            first = address + k * unit
-            active = first if mask is None else np.broadcast_to(first, m.shape)[np.broadcast_to(mask, m.shape)]
-            if active.size and (active.min() < 0 or active.max() + unit > len(m.parameters)):
-                raise MemoryFault(f"bytes {active.min()} to {active.max()} lie outside the parameters: {ins.text}")
-            inside = np.clip(first, 0, max(len(m.parameters) - unit, 0))
-            value = m.parameters[inside[..., None] + bytes_of].view(UNSIGNED[unit])[..., 0]
-            value = _extend(value, kind, width)
-            m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
-
-    return load
+def bank_read(m: "Machine", space: str, address: Array, mask: Array | None, unit: int, text: str) -> Array:
+    """One element of `unit` bytes from the parameters or the constants, which all threads share."""
+    bank, name = (m.parameters, "parameters") if space == "param" else (m.constants, "constants")
+    active = address if mask is None else np.broadcast_to(address, m.shape)[np.broadcast_to(mask, m.shape)]
+    if active.size and (active.min() < 0 or active.max() + unit > len(bank)):
+        raise MemoryFault(f"bytes {active.min()} to {active.max()} lie outside the {name}: {text}")
+    if (active % unit).any():
+        raise Misaligned(f"byte {active[active % unit != 0][0]} of the {name} is no multiple of {unit}: {text}")
+    inside = np.clip(address, 0, max(len(bank) - unit, 0))
+    return bank[inside[..., None] + np.arange(unit)].view(UNSIGNED[unit])[..., 0]
 
 
 def shared_lanes(m: "Machine", address: Array, mask: Array | None, size: int, text: str) -> Lanes:
@@ -203,7 +205,7 @@ def _local_index(m: "Machine", address: Array, mask: Array | None, unit: int, te
     return np.clip(wide, 0, m.kernel.local_bytes - unit)
 
 
-def local_read(m: "Machine", address: Array, mask: Array | None, unit: int, text: str) -> Array:
+def local_read(m: "Machine", space: str, address: Array, mask: Array | None, unit: int, text: str) -> Array:
     """One element of `unit` bytes from each thread's local memory."""
     index = _local_index(m, address, mask, unit, text)
     assert m.local is not None
@@ -244,6 +246,8 @@ def shared_store(m: "Machine", lanes: Lanes, values: list[Array], number: int) -
 
 @instruction("st")
 def build_store(d: Decoder, ins: Instruction) -> Action | None:
+    if "async" in ins.modifiers:
+        return None
     mods = Modifiers(ins)
     space = space_of(mods)
     vector = mods.take("v2", "v4", "v8")
@@ -269,6 +273,12 @@ def build_store(d: Decoder, ins: Instruction) -> Action | None:
             lanes = shared_lanes(m, address, mask, size, text)
             count_shared(m, "store", address, mask, size)
             shared_store(m, lanes, [pick(m, lanes, v) for v in values], number)
+        elif where == "shared::cluster":
+            m.tick(number)
+            lanes, flat = remote_lanes(m, address, mask, size, text)
+            shared_store(m, lanes, [np.broadcast_to(v, m.shape).reshape(-1)[flat] for v in values], number)
+        elif where != "local":
+            raise MemoryFault(f"the {where} space is read only: {text}")
         else:
             for k, value in enumerate(values):
                 local_write(m, address + k * unit, mask, value, text)

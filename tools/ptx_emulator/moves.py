@@ -1,14 +1,12 @@
-"""mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion".
-mov, pack and unpack, cvta, selp, and what has no effect on values. Source: PTX ISA, "Data Movement and Conversion"."""
+"""mov, pack and unpack, cvta, selp, trap, and what has no effect on values. Source: PTX ISA, "Data Movement"."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx_emulator.decode import (
-    LOCAL_WINDOW,
-    SHARED_WINDOW,
     UNSIGNED,
+    WINDOWS,
     Action,
     Array,
     Decoder,
@@ -17,7 +15,7 @@ from ptx_emulator.decode import (
     choose,
     instruction,
 )
-from ptx_emulator.errors import Unsupported
+from ptx_emulator.errors import Trap, Unsupported
 from ptx_emulator.syntax import TYPE_BYTES, Instruction, Vector
 
 if TYPE_CHECKING:
@@ -84,12 +82,12 @@ def _unpack(d: Decoder, ins: Instruction, kind: str, target: Vector) -> Action:
 def build_convert_address(d: Decoder, ins: Instruction) -> Action | None:
     mods = Modifiers(ins)
     back = mods.take("to") is not None
-    space = mods.take("global", "shared", "shared::cta", "local", "param", "const")
+    space = mods.take("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
     types = mods.types()
     mods.end()
-    if types != ["u64"] or space is None or space in ("param", "const"):
+    if types != ["u64"] or space is None:
         raise Unsupported(f"unsupported: {ins.text}")
-    window = np.uint64({"global": 0, "local": LOCAL_WINDOW}.get(space, SHARED_WINDOW))
+    window = np.uint64(0 if space == "global" else WINDOWS[space.split("::")[0]])
     out, source = d.destination(ins.operands[0], "u64", ins), d.source(ins.operands[1], "u64", ins)
     return assign(out, (lambda a: a - window) if back else (lambda a: a + window), source)
 
@@ -132,26 +130,26 @@ def _nothing(m: "Machine", mask: Array | None) -> None:
     return None
 
 
-@instruction("membar", "prefetch", "griddepcontrol", "setmaxnreg")
-def build_nothing(d: Decoder, ins: Instruction) -> Action | None:
-    """Ordering, caching and scheduling hints: no effect on values where memory is sequential.
-
-    Not among them: discard, which destroys what lies there.
-    """
+@instruction("griddepcontrol")
+def build_dependence(d: Decoder, ins: Instruction) -> Action | None:
+    """One launch has none before it to wait for, and none after it that might begin early: both forms do nothing."""
+    if ins.modifiers not in (("wait",), ("launch_dependents",)) or ins.operands:
+        raise Unsupported(f"unsupported: {ins.text}")
     return _nothing
 
 
-@instruction("fence")
-def build_fence(d: Decoder, ins: Instruction) -> Action | None:
-    if "proxy" not in ins.modifiers:
-        return _nothing
-    if "async" not in ins.modifiers and not any(m.startswith("async") for m in ins.modifiers):
-        raise Unsupported(f"unsupported: {ins.text}")
-    number = d.current
+@instruction("trap")
+def build_trap(d: Decoder, ins: Instruction) -> Action | None:
+    """The launch ends with an error."""
 
-    def fence(m: "Machine", mask: Array | None) -> None:
-        m.tick(number)
-        if m.checker is not None:
-            m.checker.proxy_fence(mask)
+    def trap(m: "Machine", mask: Array | None) -> None:
+        cta, thread = (int(i[0]) for i in np.nonzero(np.broadcast_to(True if mask is None else mask, m.shape)))
+        raise Trap(f"trap, reached first by thread {thread} of CTA {int(m.cta_numbers[cta])}")
 
-    return fence
+    return trap
+
+
+@instruction("prefetch")
+def build_nothing(d: Decoder, ins: Instruction) -> Action | None:
+    """A caching hint has no effect on values. Not among them: discard, which destroys what lies there."""
+    return _nothing

@@ -3,8 +3,10 @@
 Source of the grammar: PTX ISA, chapters "Syntax", "State Spaces, Types and Variables" and "Abstracting the ABI".
 """
 
+import math
 import re
 
+from ptx_emulator.constants import declare
 from ptx_emulator.errors import ParseError, Unsupported
 from ptx_emulator.syntax import (
     TYPE_BYTES,
@@ -21,14 +23,18 @@ from ptx_emulator.syntax import (
     Sink,
     Special,
     Symbol,
+    Tile,
     Vector,
 )
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
-_DEBUG_LINE = re.compile(r"^\s*\.(?:loc|file|version|address_size)\b[^\n]*$|^\s*\.pragma\b[^;]*;", re.M)
+_DEBUG_LINE = re.compile(r"^\s*\.(?:file|version|address_size)\b[^\n]*$|^\s*\.pragma\b[^;]*;", re.M)
+_SOURCE_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)\b[^\n]*$", re.M)  # made a statement of its own
+_SOURCE_FILE = re.compile(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", re.M)
 _LABEL = re.compile(r"\s*([A-Za-z_$%][\w$]*)\s*:(?!:)")
 _VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[\s*(\d*)\s*\])?\s*$")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\s*(?:0x[0-9a-fA-F]+|\d+))|(-\s*\d+))?\s*\]$")
+_TILE = re.compile(r"\[\s*([%\w$]+)\s*,\s*\{([^}]*)\}\s*\]$")
 _INSTRUCTION = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 
 
@@ -42,9 +48,11 @@ def parse(text: str) -> Module:
     """
     if not isinstance(text, str):
         raise TypeError(f"parse takes PTX text as str, not {type(text).__name__}")
-    text = _DEBUG_LINE.sub("", _COMMENT.sub(" ", text))
+    text = _COMMENT.sub(" ", text)
+    files = {int(number): path.rsplit("/", 1)[-1] for number, path in _SOURCE_FILE.findall(text)}
+    text = _SOURCE_LINE.sub(r".loc \1 \2;", _DEBUG_LINE.sub("", text))
     target = re.search(r"\.target\s+([\w]+)", text)
-    module = Module(target.group(1) if target else "", {})
+    module = Module(target.group(1) if target else "", {}, files=files)
     shared: list[tuple[str, str | None, int, int]] = []
     position = target.end() if target else 0
     head = re.compile(
@@ -71,7 +79,11 @@ def parse(text: str) -> Module:
             position = stop.end()
         elif ".entry" in declaration and stop.group() in "({":
             position = _entry(text, position, module, shared)
-        elif ".global" in declaration or ".const" in declaration:
+        elif ".const" in declaration and stop.group() in ";=":
+            end = text.index(";", position)
+            declare(module.constants, text[position:end])
+            position = end + 1
+        elif ".global" in declaration:
             # LLVM leaves strings there; a kernel that uses one is refused when it is decoded
             position = text.index(";", position) + 1
         else:
@@ -114,18 +126,10 @@ def _entry(text: str, position: int, module: Module, shared: list[tuple[str, str
     match = re.compile(r"[^{(]*?\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)").match(text, position)
     if match is None or text[match.end()] != "{":
         raise ParseError(f"entry without a body: {text[position : position + 80].strip()!r}")
-    kernel = Kernel(match.group(1))
+    kernel = Kernel(match.group(1), constants=module.constants, files=module.files)
     _parameters(kernel, match.group(2) or "")
     for directive, numbers in re.findall(r"\.(\w+)\s*([\d\s,]*)", match.group(3)):
-        threads = 1
-        for number in numbers.replace(",", " ").split():
-            threads *= int(number)
-        if directive == "reqntid":
-            kernel.required_threads = threads
-        elif directive == "maxntid":
-            kernel.max_threads = threads
-        elif directive not in ("minnctapersm", "maxnreg", "noreturn"):
-            raise Unsupported(f"unsupported: .{directive} {numbers.strip()} at entry {kernel.name}")
+        _directive(kernel, directive, [int(number) for number in numbers.replace(",", " ").split()])
     body, end = _braced(text, match.end())
     used = set(re.findall(r"[\w$]+", body))
     for name, _, align, size in shared:
@@ -134,6 +138,23 @@ def _entry(text: str, position: int, module: Module, shared: list[tuple[str, str
     _Body(kernel).read(body)
     module.kernels[kernel.name] = kernel
     return end
+
+
+def _directive(kernel: Kernel, name: str, numbers: list[int]) -> None:
+    """A performance or cluster directive between a kernel's parameters and its body."""
+    if name == "reqntid":
+        kernel.required_threads = math.prod(numbers)
+    elif name == "maxntid":
+        kernel.max_threads = math.prod(numbers)
+    elif name == "minnctapersm":
+        kernel.min_ctas = numbers[0]
+    elif name == "maxnreg":
+        kernel.max_registers = numbers[0]
+    elif name == "reqnctapercluster":
+        x, y, z = (*numbers, 1, 1)[:3]
+        kernel.cluster = (x, y, z)
+    elif name not in ("noreturn", "explicitcluster", "maxclusterrank"):
+        raise Unsupported(f"unsupported: .{name} {', '.join(map(str, numbers))} at entry {kernel.name}")
 
 
 def _parameters(kernel: Kernel, text: str) -> None:
@@ -149,7 +170,8 @@ def _parameters(kernel: Kernel, text: str) -> None:
         align = int(match.group(1) or size)
         total = size * int(match.group(4) or 1)
         offset = -(-offset // align) * align
-        kernel.parameter_list.append(Parameter(match.group(3), match.group(2), total, align, offset))
+        array = match.group(4) is not None
+        kernel.parameter_list.append(Parameter(match.group(3), match.group(2), total, align, offset, array))
         offset += total
 
 
@@ -161,6 +183,7 @@ class _Body:
         self.scopes: list[dict[str, int]] = [{}]
         self.label_scopes: list[dict[str, str]] = [{}]
         self.scope_count = 0
+        self.source = (0, 0)
 
     def read(self, body: str) -> None:
         position, end = 0, len(body)
@@ -201,7 +224,10 @@ class _Body:
     def _statement(self, statement: str) -> None:
         if not statement:
             return
-        if statement.startswith(".reg"):
+        if statement.startswith(".loc "):
+            _, file, line = statement.split()
+            self.source = (int(file), int(line))
+        elif statement.startswith(".reg"):
             self._declare(statement)
         elif statement.startswith((".shared", ".local")):
             name, space, align, size = _variable(statement)
@@ -240,7 +266,7 @@ class _Body:
             raise ParseError(f"undeclared guard: {statement!r}")
         root, *modifiers = opcode.split(".")
         operands = tuple(self._operand(part, statement) for part in _split(rest))
-        return Instruction(statement, root, tuple(modifiers), operands, guard, bool(negated))
+        return Instruction(statement, root, tuple(modifiers), operands, guard, bool(negated), self.source)
 
     def _operand(self, text: str, statement: str) -> Operand:
         if text == "_":
@@ -248,6 +274,10 @@ class _Body:
         if text.startswith("{"):
             return Vector(tuple(self._operand(part, statement) for part in _split(text[1:-1])))
         if text.startswith("["):
+            tile = _TILE.match(text)
+            if tile is not None:
+                coordinates = tuple(self._operand(part, statement) for part in _split(tile.group(2)))
+                return Tile(self._operand(tile.group(1), statement), coordinates)
             match = _ADDRESS.match(text)
             if match is None:
                 raise Unsupported(f"unsupported address {text} in: {statement}")

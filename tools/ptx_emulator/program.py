@@ -4,9 +4,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ptx_emulator import decode
-from ptx_emulator.decode import Action, Array, Decoder, Modifiers
+from ptx_emulator.decode import Action, Array, Decoder, Wait
 from ptx_emulator.errors import Unsupported
-from ptx_emulator.syntax import TYPE_BYTES, Address, Instruction, Kernel, Not, Operand, Pair, Register, Symbol, Vector
+from ptx_emulator.syntax import (
+    TYPE_BYTES,
+    Address,
+    Instruction,
+    Kernel,
+    Not,
+    Operand,
+    Pair,
+    Register,
+    Symbol,
+    Tile,
+    Vector,
+)
 
 if TYPE_CHECKING:
     from ptx_emulator.execute import Machine
@@ -29,18 +41,6 @@ class Leave:
     negated: bool = False
 
 
-@dataclass
-class Barrier:
-    """A CTA barrier. `count` is None when every live thread takes part; `waits` is False for `arrive`."""
-
-    text: str
-    number: int
-    count: int | None
-    waits: bool
-    guard: int | None = None
-    negated: bool = False
-
-
 @dataclass(frozen=True)
 class Use:
     """The registers an instruction names, and those it writes. A wgmma names none: it may chain on accumulators."""
@@ -56,7 +56,7 @@ class Block:
 
     first: int
     body: list[Action] = field(default_factory=list)
-    end: Jump | Leave | Barrier | None = None
+    end: Jump | Leave | Wait | None = None
     size: int = 0
     uses: list["Use"] = field(default_factory=list)
     starts_products: bool = False
@@ -70,6 +70,7 @@ class Program:
     decoder: Decoder
     blocks: list[Block]
     granule: int
+    clocked: bool  # has what warps of a CTA do to each other, or the async proxy to them, beyond barriers of the CTA
 
 
 def guarded(action: Action, guard: int, negated: bool) -> Action:
@@ -94,28 +95,25 @@ def guarded(action: Action, guard: int, negated: bool) -> Action:
     return run
 
 
-def _barrier(decoder: Decoder, ins: Instruction) -> Barrier | None:
-    """The barrier an instruction is, or None."""
-    if ins.root not in ("bar", "barrier") or "warp" in ins.modifiers or "cluster" in ins.modifiers:
-        return None
-    mods = Modifiers(ins)
-    kind = mods.take("sync", "arrive")
-    mods.drop("cta", "aligned")
-    mods.end()
-    if kind is None:
-        raise Unsupported(f"unsupported: {ins.text}")
-    numbers = [decoder.source(operand, "u32", ins) for operand in ins.operands]
-    return Barrier(ins.text, numbers[0], numbers[1] if len(numbers) > 1 else None, kind == "sync")
-
-
 def compile_kernel(kernel: Kernel) -> Program:
     """Decode a kernel into blocks. Raises Unsupported for the first instruction that no builder knows."""
     decoder = Decoder(kernel)
+    try:
+        return _compile(kernel, decoder)
+    except Unsupported as error:
+        raise error.located(kernel.where(decoder.current)) from None
+
+
+def _compile(kernel: Kernel, decoder: Decoder) -> Program:
     code = kernel.instructions
     leaders = {0, *kernel.labels.values()}
-    ends = ("bra", "ret", "exit", "trap")
+    waits: dict[int, Wait] = {}
     for number, ins in enumerate(code):
-        if ins.root in ends or _barrier(decoder, ins) is not None:
+        decoder.current = number
+        end = decode.build_wait(decoder, ins)
+        if end is not None:
+            waits[number] = end
+        if end is not None or ins.root in ("bra", "ret", "exit"):
             leaders.add(number + 1)
     starts = sorted(leader for leader in leaders if leader < len(code))
     index = {start: i for i, start in enumerate(starts)}
@@ -123,12 +121,10 @@ def compile_kernel(kernel: Kernel) -> Program:
     for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
         block = Block(start, size=stop - start)
         for number in range(start, stop):
-            ins = code[number]
+            ins, decoder.current = code[number], number
             guard = ins.guard.index if ins.guard else None
-            barrier = _barrier(decoder, ins)
-            if barrier is not None:
-                barrier.guard, barrier.negated = guard, ins.guard_negated
-                block.end = barrier
+            if number in waits:
+                block.end = waits[number]
             elif ins.root == "bra":
                 target = ins.operands[0]
                 if not isinstance(target, Symbol) or target.name not in kernel.labels or set(ins.modifiers) - {"uni"}:
@@ -137,13 +133,16 @@ def compile_kernel(kernel: Kernel) -> Program:
             elif ins.root in ("ret", "exit"):
                 block.end = Leave(guard, ins.guard_negated)
             else:
-                decoder.current = number
                 action = decode.build(decoder, ins)
                 block.uses.append(_use(number, ins))
                 block.starts_products |= ins.root == "wgmma"
                 block.body.append(action if guard is None else guarded(action, guard, ins.guard_negated))
         blocks.append(block)
-    return Program(kernel, decoder, blocks, _granule(code))
+    return Program(kernel, decoder, blocks, _granule(code), any(_clocked(ins) for ins in code))
+
+
+def _clocked(ins: Instruction) -> bool:
+    return ins.root in ("mbarrier", "mapa") or bool({"bulk", "cluster", "mbarrier"} & set(ins.modifiers))
 
 
 def _use(number: int, ins: Instruction) -> Use:
@@ -151,8 +150,8 @@ def _use(number: int, ins: Instruction) -> Use:
         return Use(number, frozenset(), frozenset())
     named = [_registers(operand) for operand in ins.operands]
     touched = frozenset().union(*named) | ({ins.guard.index} if ins.guard else set())
-    writes = ins.root not in ("st", "red", "cp", "stmatrix", "prefetch", "fence")
-    return Use(number, touched, named[0] if named and writes else frozenset())
+    writes = bool(named) and not isinstance(ins.operands[0], Address | Tile)
+    return Use(number, touched, named[0] if writes else frozenset())
 
 
 def _registers(operand: Operand) -> frozenset[int]:
@@ -166,6 +165,8 @@ def _registers(operand: Operand) -> frozenset[int]:
             return _registers(first) | _registers(second)
         case Vector(parts):
             return frozenset().union(*map(_registers, parts))
+        case Tile(start, coordinates):
+            return _registers(start).union(*map(_registers, coordinates))
     return frozenset()
 
 

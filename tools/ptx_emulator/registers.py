@@ -28,21 +28,14 @@ def first_registers(m: "Machine", grid: tuple[int, int, int]) -> list[Any]:
 
 
 def special(m: "Machine", name: str, grid: tuple[int, int, int]) -> Array:
-    """The value of a predefined register. Blocks have one dimension; a cluster holds one CTA."""
+    """The value of a predefined register. Blocks have one dimension."""
     thread = np.arange(m.threads, dtype=np.uint32)[None, :]
-    number = m.cta_numbers[:, None]
     lane = thread % 32
     one = np.ones((1, 1), np.uint32)
     dynamic = m.shared_end - SHARED_BASE - m.program.decoder.dynamic_offset
     table: dict[str, Callable[[], Any]] = {
         "tid.x": lambda: thread,
         "ntid.x": lambda: one * m.threads,
-        "ctaid.x": lambda: number % grid[0],
-        "ctaid.y": lambda: number // grid[0] % grid[1],
-        "ctaid.z": lambda: number // (grid[0] * grid[1]),
-        "nctaid.x": lambda: one * grid[0],
-        "nctaid.y": lambda: one * grid[1],
-        "nctaid.z": lambda: one * grid[2],
         "laneid": lambda: lane,
         "warpid": lambda: thread // 32,
         "nwarpid": lambda: one * m.warps,
@@ -53,10 +46,29 @@ def special(m: "Machine", name: str, grid: tuple[int, int, int]) -> Array:
         "lanemask_le": lambda: (np.uint32(2) << lane) - np.uint32(1),
         "lanemask_gt": lambda: ~((np.uint32(2) << lane) - np.uint32(1)),
         "lanemask_ge": lambda: ~((np.uint32(1) << lane) - np.uint32(1)),
-        "cluster_nctarank": lambda: one,
+        "cluster_nctarank": lambda: one * m.cluster,
+        "cluster_ctarank": lambda: np.arange(m.ctas)[:, None] % m.cluster if m.cluster > 1 else one * 0,
     }
+    geometry = _geometry(m, grid)
+    if name in geometry:
+        return geometry[name].astype(np.uint32)
     if name in table:
         return np.asarray(table[name]()).astype(np.uint32)
-    if name.startswith("clusterid"):
-        return special(m, name.replace("clusterid", "ctaid"), grid)
-    return one if name.startswith(("ntid", "cluster_nctaid")) else np.zeros((1, 1), np.uint32)
+    return one if name.startswith("ntid") else np.zeros((1, 1), np.uint32)
+
+
+def _geometry(m: "Machine", grid: tuple[int, int, int]) -> dict[str, Array]:
+    """Where each CTA is in the grid and in its cluster."""
+    number, one = m.cta_numbers[:, None], np.ones((1, 1), np.int64)
+    places = (number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1]))
+    found: dict[str, Array] = {}
+    for axis, place, count, size in zip("xyz", places, grid, m.cluster_shape, strict=True):
+        found |= {
+            f"ctaid.{axis}": place,
+            f"nctaid.{axis}": one * count,
+            f"cluster_ctaid.{axis}": place % size if size > 1 else one * 0,
+            f"cluster_nctaid.{axis}": one * size,
+            f"clusterid.{axis}": place // size,
+            f"nclusterid.{axis}": one * (count // size),
+        }
+    return found

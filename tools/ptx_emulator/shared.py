@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx_emulator.decode import SHARED_BASE, Array
+from ptx_emulator.decode import RANK_SHIFT, SHARED_BASE, Array
 from ptx_emulator.errors import MemoryFault, Misaligned
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Lanes:
     thread: Array
     cta: Array | None
     everyone: bool
+    agent: Array | None = None  # which warps of the cluster these are, where they access another CTA's memory
 
 
 class SharedMemory:
@@ -52,6 +53,11 @@ class SharedMemory:
         low, high = int(address.min()), int(address.max())
         if low < SHARED_BASE or high + size > self.size:
             bad = int(address[(address < SHARED_BASE) | (address + size > self.size)][0])
+            if bad >> RANK_SHIFT:
+                raise MemoryFault(
+                    f"an address of the CTA of rank {(bad >> RANK_SHIFT) - 1}, made by mapa, where the own CTA's is "
+                    f"meant: {text}"
+                )
             raise MemoryFault(
                 f"shared access of {size} bytes at byte {bad - SHARED_BASE} lies outside the CTA's "
                 f"{self.size - SHARED_BASE} bytes: {text}"

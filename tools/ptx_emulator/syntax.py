@@ -78,12 +78,20 @@ class Address:
     offset: int
 
 
-Operand = Register | Special | Literal | Symbol | Sink | Not | Pair | Vector | Address
+@dataclass(frozen=True)
+class Tile:
+    """`[map, {x, y}]`: the tensor map's address, and coordinates, innermost first."""
+
+    map: "Operand"
+    coordinates: tuple["Operand", ...]
+
+
+Operand = Register | Special | Literal | Symbol | Sink | Not | Pair | Vector | Address | Tile
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `root` is the opcode up to its first dot, `modifiers` what follows, in order."""
+    """One instruction."""
 
     text: str  #: as written
     root: str  #: the opcode up to its first dot
@@ -91,6 +99,7 @@ class Instruction:
     operands: tuple[Operand, ...]  #: in order
     guard: Register | None  #: the predicate `@p`, if there is one
     guard_negated: bool  #: whether it is `@!p`
+    source: tuple[int, int] = (0, 0)  #: number of the source file, and line, from `.loc`; zeros where PTX has none
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,15 @@ class Parameter:
     size: int  #: bytes
     align: int  #: bytes
     offset: int  #: byte in the parameter space
+    is_array: bool = False  #: `name[n]`: a struct or a tensor map
+
+
+@dataclass
+class Constants:
+    """The `.const` bank of a module."""
+
+    data: bytearray = field(default_factory=bytearray)  #: initial bytes
+    symbols: dict[str, int] = field(default_factory=dict)  #: byte offset of each variable
 
 
 @dataclass
@@ -120,11 +138,23 @@ class Kernel:
     local_bytes: int = 0  #: of a thread
     required_threads: int | None = None  #: of a CTA, by `.reqntid`
     max_threads: int | None = None  #: of a CTA, by `.maxntid`
+    min_ctas: int | None = None  #: CTAs an SM that `.minnctapersm` asks for
+    max_registers: int | None = None  #: registers a thread, from `.maxnreg`
+    cluster: tuple[int, int, int] | None = None  #: from `.reqnctapercluster`
+    constants: Constants = field(default_factory=Constants)  #: of the module
+    files: dict[int, str] = field(default_factory=dict)  #: number of a source file -> its name
 
     @property
     def parameters(self) -> list[tuple[str, str, int, int]]:
         """(name, type, size in bytes, alignment in bytes) of each parameter, in order."""
         return [(p.name, p.type, p.size, p.align) for p in self.parameter_list]
+
+    def where(self, number: int) -> str:
+        """The source line of an instruction as "file:line", "" where PTX names none."""
+        if not 0 <= number < len(self.instructions):
+            return ""
+        file, line = self.instructions[number].source
+        return f"{self.files.get(file, f'file {file}')}:{line}" if line else ""
 
 
 @dataclass
@@ -133,3 +163,5 @@ class Module:
 
     target: str  #: such as `sm_90`
     kernels: dict[str, Kernel]  #: by name
+    constants: Constants = field(default_factory=Constants)  #: the `.const` bank
+    files: dict[int, str] = field(default_factory=dict)  #: number of a source file -> its name

@@ -1,6 +1,5 @@
 """How the threads of a warp exchange values. Source: PTX ISA, "shfl.sync", "vote.sync", "redux.sync", "elect.sync"."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -193,12 +192,3 @@ def build_reduce(d: Decoder, ins: Instruction) -> Action | None:
         _store(m, out, _each_lane(m, value), mask)
 
     return reduce
-
-
-@instruction("bar", "barrier")
-def build_warp_barrier(d: Decoder, ins: Instruction) -> Action | None:
-    """`bar.warp.sync`: the lanes of a warp are in step already. CTA barriers end a block and never get here."""
-    if ins.modifiers[:2] != ("warp", "sync"):
-        raise Unsupported(f"unsupported: {ins.text}")
-    nothing: Callable[[Machine, Array | None], None] = lambda m, mask: None  # noqa: E731
-    return nothing

@@ -1,0 +1,43 @@
+"""Every module that registers instructions, imported once."""
+
+from ptx_emulator import (
+    atomics,
+    barriers,
+    bulk_forms,
+    clusters,
+    convert,
+    copies,
+    fences,
+    floating,
+    integer,
+    loads,
+    matrix,
+    mma,
+    moves,
+    register_file,
+    tensor_map_forms,
+    waits,
+    warp,
+    wgmma,
+)
+
+__all__ = [
+    "atomics",
+    "barriers",
+    "bulk_forms",
+    "clusters",
+    "convert",
+    "copies",
+    "fences",
+    "floating",
+    "integer",
+    "loads",
+    "matrix",
+    "mma",
+    "moves",
+    "register_file",
+    "tensor_map_forms",
+    "waits",
+    "warp",
+    "wgmma",
+]
