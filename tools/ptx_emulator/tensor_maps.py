@@ -45,20 +45,16 @@ FIELDS = {
 class TensorMap:
     """A tensor of up to five dimensions in global memory, and the box that one copy moves.
 
-    address: of its first element. type: of the elements. sizes: elements along each dimension, innermost first.
-    strides: bytes from one element to the next along each dimension but the innermost. box: elements along each
-    dimension. swizzle: 0, 32, 64 or 128 bytes. fill: what is read outside the tensor, "zero" or "nan".
-
     Raises ValueError for what the driver would refuse.
     """
 
-    address: int
-    type: str
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    box: tuple[int, ...]
-    swizzle: int = 0
-    fill: str = "zero"
+    address: int  #: of its first element
+    type: str  #: of the elements
+    sizes: tuple[int, ...]  #: elements along each dimension, innermost first
+    strides: tuple[int, ...]  #: bytes from one element to the next along each dimension but the innermost
+    box: tuple[int, ...]  #: elements along each dimension
+    swizzle: int = 0  #: 0, 32, 64 or 128 bytes
+    fill: str = "zero"  #: what is read outside the tensor, "zero" or "nan"
 
     def __post_init__(self) -> None:
         known = self.type in TYPES and self.type != ""
