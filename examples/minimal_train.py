@@ -1,7 +1,7 @@
 """Train a CAST in one sitting's reading: data, model, optimizer, loop, evaluation, checkpoint.
 
     pip install -e '.[examples]'
-    python examples/minimal_train.py             # a minute on two CPU cores
+    python examples/minimal_train.py             # about a minute on a CPU
     python examples/minimal_train.py --resume    # after a kill: goes on from the last checkpoint, to the same weights
     python examples/minimal_train.py --sizes published --clip ViT-B-16.pt --videomae videomae.pth   # for a GPU
 
