@@ -99,6 +99,7 @@ def lacking(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Run, record, and say what is lacking."""
     os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # as `python -m pytest` has it: this tree is tested, whichever is installed
     status = int(pytest.main(["-m", "heavy", *arguments], plugins=[Recorder(RESULTS, circumstances())]))
     if status > 1:
         return status  # interrupted, or bad usage, of which pytest spoke
