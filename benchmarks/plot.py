@@ -28,6 +28,11 @@ def fastest(rows: Mapping[str, Row], of_ours: bool) -> tuple[str, Row] | None:
     return max(found, key=lambda entry: entry[1]["speedup"], default=None)
 
 
+def default(rows: Mapping[str, Row]) -> Row | None:
+    """Our row with the default recompute level, if it has a speed-up."""
+    return next((row for name, row in rows.items() if ours(name) and row.get("speedup") is not None), None)
+
+
 def speedup_plot(groups: Mapping[str, Mapping[str, Row]], machine: str, path: Path) -> None:
     """Draw one line for each group with a speed-up of ours, as an SVG file.
 
@@ -39,26 +44,32 @@ def speedup_plot(groups: Mapping[str, Mapping[str, Row]], machine: str, path: Pa
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    pairs = [
-        (label(title), fastest(rows, False), best)
-        for title, rows in groups.items()
-        if (best := fastest(rows, True)) is not None
-    ]
+    shown = {title: rows for title, rows in groups.items() if default(rows) is not None}
     style = {"svg.fonttype": "none", "svg.hashsalt": "speedups", "font.family": "sans-serif", "font.size": 10}
     with rc_context(style):
-        figure = Figure(figsize=(8.4, 1.1 + 0.29 * len(pairs)), layout="constrained")
+        figure = Figure(figsize=(8.4, 1.1 + 0.29 * len(shown)), layout="constrained")
         axes = figure.subplots()
-        for height, (_, peer, best) in enumerate(reversed(pairs)):
-            axes.plot(
-                [1, best[1]["speedup"]], [height, height], color=_LINE, linewidth=5, solid_capstyle="butt", zorder=1
-            )
-            if peer is not None:
-                _point(axes, peer[1], height, _THEIRS, "D", 5)
-            _point(axes, best[1], height, _OURS, "o", 8)
-            axes.annotate(f"{best[1]['speedup']:.2f}x", (best[1]["speedup_spread"][1], height), (8, 0),
-                          textcoords="offset points", va="center", color=_OURS, fontweight="bold")  # fmt: skip
-        _finish(axes, [name for name, _, _ in reversed(pairs)], machine)
+        for height, rows in enumerate(reversed(shown.values())):
+            _line(axes, rows, height)
+        _finish(axes, [label(title) for title in reversed(shown)], machine)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None}, transparent=False)
+
+
+def _line(axes: Any, rows: Mapping[str, Row], height: int) -> None:
+    """Our default with its figure, our fastest level where it is another one, and the fastest of the others."""
+    mine, best, peer = default(rows), fastest(rows, True), fastest(rows, False)
+    assert mine is not None
+    assert best is not None
+    axes.plot([1, mine["speedup"]], [height, height], color=_LINE, linewidth=5, solid_capstyle="butt", zorder=1)
+    if peer is not None:
+        _point(axes, peer[1], height, _THEIRS, "D", 5)
+    end = mine["speedup_spread"][1]
+    if best[1] is not mine:
+        axes.plot(best[1]["speedup"], height, "o", color=_OURS, markersize=8, fillstyle="none", zorder=2)
+        end = max(end, best[1]["speedup"])
+    _point(axes, mine, height, _OURS, "o", 8)
+    axes.annotate(f"{mine['speedup']:.2f}x", (end, height), (8, 0), textcoords="offset points", va="center",
+                  color=_OURS, fontweight="bold")  # fmt: skip
 
 
 def _point(axes: Any, row: Row, height: int, color: str, marker: str, size: int) -> None:
@@ -79,7 +90,8 @@ def _finish(axes: Any, names: list[str], machine: str) -> None:
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.tick_params(colors=_INK, length=0)
     axes.spines[:].set_visible(False)
-    axes.plot([], [], "o", color=_OURS, markersize=8, label="cast_kernels, its fastest recompute level")
+    axes.plot([], [], "o", color=_OURS, markersize=8, label="cast_kernels")
+    axes.plot([], [], "o", color=_OURS, markersize=8, fillstyle="none", label="its fastest recompute level")
     axes.plot([], [], "D", color=_THEIRS, markersize=5, label="fastest exact row without us")
     axes.figure.legend(loc="outside lower right", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
     axes.figure.suptitle(f"Measured speed-up over eager PyTorch. {machine}", x=0.01, ha="left", color=_INK, fontsize=10)

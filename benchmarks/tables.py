@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plot import fastest, label, ours, speedup_plot
+from plot import default, fastest, label, ours, speedup_plot
 
 from cast_kernels.gpu.rows import Row, cells, notes, reason, speedup
 from cast_kernels.gpu.timing import FEWEST, Spread, speedups
@@ -125,15 +125,12 @@ def glance(found: list[Run]) -> str:
     ]
     for run in found:
         for title, rows in run.groups.items():
-            mine = [row for name, row in rows.items() if ours(name) and row.get("speedup") is not None]
-            peer, best = fastest(rows, False), fastest(rows, True)
-            if peer is None or best is None:
+            mine, peer, best = default(rows), fastest(rows, False), fastest(rows, True)
+            if mine is None or peer is None or best is None:
                 continue
             name = "eager itself" if peer[1] is next(iter(rows.values())) else peer[0]
-            behind = "" if mine[0]["speedup"] >= peer[1]["speedup"] else " (behind)"
-            text.append(
-                _line([label(title), f"{name}: {speedup(peer[1])}", speedup(mine[0]) + behind, speedup(best[1])])
-            )
+            behind = "" if mine["speedup"] >= peer[1]["speedup"] else " (behind)"
+            text.append(_line([label(title), f"{name}: {speedup(peer[1])}", speedup(mine) + behind, speedup(best[1])]))
     return "".join(text)
 
 
@@ -176,8 +173,7 @@ def headline(found: list[Run]) -> str:
     for run in found:
         for title, rows in run.groups.items():
             name = next((text for start, text in _HEADLINES.items() if title.startswith(start)), None)
-            mine = next((row for key, row in rows.items() if ours(key) and row.get("speedup") is not None), None)
-            peer = fastest(rows, False)
+            mine, peer = default(rows), fastest(rows, False)
             if name and mine and peer:
                 said.append(f"{name} {mine['speedup']:.2f}x (next best {peer[1]['speedup']:.2f}x)")
     return ", ".join(said)

@@ -26,7 +26,7 @@ def main(
         out: receives `data/` (videos), `seed-*/` (checkpoints, and the finished model in `seed-*/cast`),
             `metrics.json` and `report.html`; if None, `runs/demo`, or `runs/demo-quick` if `quick`.
         seeds: how many times to train, with seeds 0, 1, ...; the data set is the same.
-        quick: fewer classes, fewer clips and a smaller model, for a first look.
+        quick: fewer classes, clips and frames, for a first look.
         scale: what to make and how long to train, if neither of the two.
 
     Returns:
