@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +70,17 @@ def test_every_example_helps(path: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert f"python examples/{path.name}" in said
     assert "options:" in said
+
+
+def test_every_example_has_its_seconds() -> None:
+    """The table's last column; what executes the notebook is in the notebook's row."""
+    table = [line.strip("| ").split(" | ") for line in (EXAMPLES / "README.md").read_text().splitlines() if "|" in line]
+    assert table[0][-1] == "seconds"
+    rows = {row[0].strip("`"): row for row in table[2:]}
+    assert rows.keys() == {p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".ipynb")} - {
+        "execute_notebook.py"
+    }
+    assert [name for name, row in rows.items() if len(row) != 4 or not re.match(r"\d", row[-1])] == []
 
 
 @pytest.fixture(scope="module")
