@@ -1,7 +1,8 @@
 """Sphinx's settings of the documentation site; `python tools/build_site.py` builds it.
 
 The source folder is the repository's root, so that a link between two documents is the same here and in the
-repository's own rendering. Read are `docs/`, the documents of `benchmarks/`, and the contributing page.
+repository's own rendering. Read are `docs/`, the documents of `benchmarks/` and `examples/`, and two pages beside
+them: how to contribute, and what changed.
 """
 
 import sys
@@ -16,8 +17,10 @@ repository = ""
 
 project, author = "CAST kernels", "the authors of CAST kernels"
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "benchmarks/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-exclude_patterns = [path.name for path in ROOT.iterdir() if not path.name.startswith(("docs", "benchmarks", "C"))]
+include_patterns = ["docs/**.md", "benchmarks/**.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+exclude_patterns = [
+    path.name for path in ROOT.iterdir() if not path.name.startswith(("docs", "benchmarks", "examples", "C"))
+]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "website"]
 
 #: Packages whose `__all__` is public: each name needs a docstring and a place in docs/reference.

@@ -31,6 +31,8 @@ from cast_kernels import BCAST, AdapterParameters
 #: What a clip shows: the size is in every frame, whether it moves only between them.
 CLASSES = ("a small square stands", "a small square moves", "a large square stands", "a large square moves")
 
+FITTING = "this example calls the parts of timm's VisionTransformer: choose a name that begins with vit_ or deit_"
+
 
 class Adapter(nn.Module):
     """x + up(GELU(down(x))), with up zero at first, by the fused operator."""
@@ -94,9 +96,8 @@ class Expert(nn.Module):
         first, patches = added[:, : int(class_token)], added[:, int(class_token) :]
         patches = patches.unflatten(1, self.grid).movedim(-1, 1)
         patches = F.interpolate(patches, self.own_grid, mode="nearest").flatten(2).transpose(1, 2)
-        beside = x.new_zeros(
-            len(x), self.prefix - first.shape[1], x.shape[2]
-        )  # registers, a class token that stays out
+        # Registers get nothing, nor does a class token that stays out.
+        beside = x.new_zeros(len(x), self.prefix - first.shape[1], x.shape[2])
         return x + torch.cat([first, beside, patches], 1)
 
 
@@ -104,17 +105,23 @@ class TwoViTs(nn.Module):
     """Clips [B, 3, T, H, W] -> logits [B, classes]. The spatial model sees frames, the temporal one what changes.
 
     Raises:
-        ValueError: a model that is built otherwise, or a spatial one without class token.
+        ValueError: a model that is built otherwise, a size that its patches do not divide, or a spatial model without
+            class token.
     """
 
     def __init__(self, spatial: Any, temporal: Any, frames: int, classes: int, dim: int, heads: int) -> None:
         super().__init__()
-        for role, model in (("spatial", spatial), ("temporal", temporal)):
+        roles = {"spatial": spatial, "temporal": temporal}
+        for role, model in roles.items():
             if not isinstance(model, timm.models.VisionTransformer):
-                raise ValueError(
-                    f"the {role} model is a {type(model).__name__}; this example calls the parts of timm's "
-                    "VisionTransformer: choose a name that begins with vit_ or deit_"
-                )
+                raise ValueError(f"the {role} model is a {type(model).__name__}; {FITTING}")
+        for role, model in roles.items():
+            for pixels, side in zip(model.patch_embed.img_size, model.patch_embed.patch_size, strict=True):
+                if pixels % side:
+                    raise ValueError(
+                        f"frames of {pixels} pixels are no whole number of the {role} model's patches of {side}: give "
+                        "a multiple"
+                    )
         if spatial.cls_token is None:
             raise ValueError(
                 "the spatial model has no class token, which B-CAST takes in front of a frame's patches: make it the "
@@ -167,18 +174,30 @@ def make_clips(count: int, frames: int, size: int, seed: int) -> tuple[Tensor, T
     return video, labels
 
 
+def create(role: str, name: str, size: int, pretrained: bool) -> Any:
+    """A model of timm for frames of `size` x `size` pixels.
+
+    Raises:
+        ValueError: no such model, or one without the option `img_size`.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"timm has no model {name!r}; timm.list_models('vit_*') names those that there are")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+    except TypeError as error:
+        raise ValueError(f"the {role} model {name!r} takes no size of frames; {FITTING}") from error
+    except RuntimeError as error:  # weights of a name after the dot that timm does not know
+        raise ValueError(f"the {role} model can't be made: {error}") from error
+
+
 def build(spatial: str, temporal: str, frames: int, size: int, pretrained: bool = False) -> TwoViTs:
     """Both models of timm around exchanges as wide as the narrower of them.
 
     Raises:
         ValueError: no such model, or one that does not fit.
     """
-    for name in (spatial, temporal):
-        if not timm.is_model(name.split(".")[0]):
-            raise ValueError(f"timm has no model {name!r}; timm.list_models('vit_*') names those that there are")
     torch.manual_seed(0)
-    options = {"pretrained": pretrained, "num_classes": 0, "img_size": size}
-    one, other = (timm.create_model(name, **options) for name in (spatial, temporal))
+    one, other = create("spatial", spatial, size, pretrained), create("temporal", temporal, size, pretrained)
     dim = min(one.embed_dim, other.embed_dim)
     return TwoViTs(one, other, frames, len(CLASSES), dim, heads=max(dim // 64, 1))
 
@@ -219,7 +238,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error("--size, --frames and --steps must be at least 1")
     try:
         model = build(args.spatial, args.temporal, args.frames, args.size, args.pretrained)
-    except (ValueError, AssertionError) as error:  # timm asserts that a size is made of whole patches
+    except ValueError as error:
         parser.error(str(error))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

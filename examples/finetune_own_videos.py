@@ -9,8 +9,9 @@
 
 This is `cast train own-data` opened up: the same recipe (recipes/own-data.yaml), settings, log, checkpoints and
 `--resume`, so that without --balance and --train-norms the weights have the same bits. Words such as optim.epochs=10
-change the recipe, as there. HOOK marks where one changes what settings can't: the data, the model, the loss, what is
-measured after an epoch. Every fifth video of a class validates and never trains.
+change the recipe, as there; a setting that has an option here, such as out=X and --out X, is given once. HOOK marks
+where one changes what settings can't: the data, the model, the loss, what is measured after an epoch. Every fifth video
+of a class validates and never trains.
 """
 
 import argparse
@@ -37,6 +38,37 @@ from cast.training.settings import TrainSettings
 from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
 from cast.video.folder import find_videos
+
+#: Options of this example -> the settings of the recipe that they are; either may give one, not both.
+OPTIONS = {"--cast": "experts.cast", "--clip": "experts.clip", "--videomae": "experts.videomae", "--out": "out"}
+#: Settings that the folder of videos gives.
+FROM_FOLDER = ("data.root", "data.train", "data.val")
+
+
+def read_settings(overrides: list[str], options: Mapping[str, str | None]) -> TrainSettings:
+    """The recipe with the command line's words, and with those of OPTIONS that were given.
+
+    Raises:
+        ValueError: a setting that is misspelt, given twice, or not for words; or no weights for an expert.
+    """
+    words = {word.split("=", 1)[0] for word in overrides}
+    if taken := sorted(words.intersection(FROM_FOLDER)):
+        raise ValueError(
+            f"{', '.join(taken)} can't be given: the folder VIDEOS is the root, and this example writes the lists; "
+            "for lists of your own run: cast train own-data"
+        )
+    if twice := [f"{option} and {name}" for option, name in OPTIONS.items() if options[option] and name in words]:
+        raise ValueError(f"{', '.join(twice)} are the same setting: give one of them")
+    settings = load_recipe(TrainSettings, "own-data", *overrides)
+    named = {name.removeprefix("experts."): options[option] for option, name in OPTIONS.items() if options[option]}
+    out = named.pop("out", settings.out if "out" in words else "runs/own-videos")
+    experts = replace(settings.experts, **named)
+    if experts.design == "cast" and not (experts.train or experts.cast or (experts.clip and experts.videomae)):
+        raise ValueError(
+            "the frozen experts need weights: name a whole CAST with --cast, or the files of both experts with --clip "
+            "and --videomae; docs/training.md says where weights come from"
+        )
+    return replace(settings, experts=experts, out=str(out))
 
 
 def list_videos(folder: Path, out: Path, every: int = 5) -> None:
@@ -152,26 +184,24 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--videomae", help="and VideoMAE's")
     parser.add_argument("--balance", action="store_true", help="let rare classes weigh as much as frequent ones")
     parser.add_argument("--train-norms", action="store_true", help="let the experts' LayerNorms train, too")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/own-videos"), help="for lists, checkpoints and the model"
-    )
+    parser.add_argument("--out", help="for lists, checkpoints and the model (runs/own-videos)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     args = parser.parse_intermixed_args(words)
     if not args.videos.is_dir():
         parser.error(f"{args.videos} is no folder; name one with a subfolder of videos for each class")
     try:
-        list_videos(args.videos, args.out)
-        settings = load_recipe(TrainSettings, "own-data", *args.overrides)
-        train, val = (str((args.out / f"{split}.csv").resolve()) for split in ("train", "val"))
+        settings = read_settings(args.overrides, {option: getattr(args, option[2:]) for option in OPTIONS})
+        out = Path(settings.out)
+        list_videos(args.videos, out)
+        train, val = (str((out / f"{split}.csv").resolve()) for split in ("train", "val"))
         data = replace(settings.data, root=str(args.videos), train=train, val=val)
-        experts = replace(settings.experts, cast=args.cast, clip=args.clip, videomae=args.videomae)
-        settings = replace(settings, data=data, experts=experts, out=str(args.out))
+        settings = replace(settings, data=data)
         model = finetune(settings, args.resume, args.balance, args.train_norms)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 
     predictor = cast.Predictor(model, top=1)
-    with open(args.out / "val.csv", newline="", encoding="utf-8") as file:
+    with open(out / "val.csv", newline="", encoding="utf-8") as file:
         some = list(csv.DictReader(file))[:8]
     for row, answer in zip(some, predictor.many(args.videos / row["path"] for row in some), strict=True):
         if isinstance(answer, Failure):

@@ -11,7 +11,9 @@ training does not. For your own clips, replace `make_clips`; for videos there is
 """
 
 import argparse
+import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,6 +70,28 @@ def evaluate(model: cast.CAST, batch: int, batches: int = 20) -> dict[str, float
     return {head: 100 * count / (batch * batches) for head, count in hits.items()}
 
 
+def shown(accuracy: dict[str, float]) -> str:
+    """For a person to read."""
+    return "scans that it never saw: " + ", ".join(f"{head} {percent:.1f} %" for head, percent in accuracy.items())
+
+
+def read_checkpoint(path: Path, begun: str, device: str) -> dict[str, Any]:
+    """The state of a training that was `begun` in the same way.
+
+    Raises:
+        ValueError: it was begun otherwise, or the file is damaged or of something else.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        was = state["begun"]
+    except (OSError, EOFError, UnpicklingError, RuntimeError, LookupError, TypeError) as error:
+        what = f"{path} is no whole checkpoint of this example ({error!r:.200})"
+        raise ValueError(f"{what}; delete it and leave --resume out") from error
+    if was != begun:
+        raise ValueError(f"{path} was begun {was}, not {begun}; resume it that way, or name another --out")
+    return state
+
+
 def main(words: list[str] | None = None) -> dict[str, float]:
     """Train by the command line's words; the last evaluation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,17 +104,27 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with the same --steps")
     args = parser.parse_args(words)
     sizes, checkpoint = SIZES[args.sizes], args.out / "checkpoint.pt"
+    begun = f"with --sizes {args.sizes} {'and' if args.clip else 'without'} --clip"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if min(args.steps, args.every) < 1 or bool(args.clip) != bool(args.videomae):
         parser.error("--steps and --every must be at least 1, and --clip and --videomae come together")
     if args.resume and not checkpoint.exists():
         parser.error(f"--resume: there is no {checkpoint}; leave --resume out, or name its directory with --out")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # rather now than after hours of training
+    except OSError as error:
+        parser.error(f"--out: {args.out} takes no files ({error}); name another directory")
 
     torch.manual_seed(0)
-    model = cast.CAST(heads={"verb": len(VERBS), "noun": 10}, fused=True, **sizes["model"]).train()
-    if args.clip:
-        model.load_experts(args.clip, args.videomae)  # they stay frozen: adapters, exchange, last norms, heads train
-    else:
+    try:
+        state = read_checkpoint(checkpoint, begun, device) if args.resume else None
+        model = cast.CAST(heads={"verb": len(VERBS), "noun": 10}, fused=True, **sizes["model"]).train()
+        if args.clip:
+            model.load_experts(args.clip, args.videomae)  # frozen: adapters, exchange, last norms, heads train
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not args.clip:
         model.requires_grad_(True)
         for name, weight in model.named_parameters():  # CAST's own deviation, 0.02, is for a width of 768
             if weight.ndim > 1 and name.endswith("weight") and weight.any():  # what is zero starts there on purpose
@@ -100,11 +134,13 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, lr=sizes["lr"], betas=(0.9, 0.999), eps=1e-8)
     rate = cosine(sizes["lr"], 0.0, min(sizes["warmup"], args.steps), args.steps)
     first, accuracy = 0, dict[str, float]()
-    if args.resume:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["steps"]
+        if first >= args.steps:
+            accuracy = evaluate(model, sizes["batch"])
+            print(f"already at step {first} of {args.steps}; {shown(accuracy)}")
 
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
@@ -122,10 +158,9 @@ def main(words: list[str] | None = None) -> dict[str, float]:
         optimizer.zero_grad()
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             accuracy = evaluate(model, sizes["batch"])
-            shown = ", ".join(f"{head} {percent:.1f} %" for head, percent in accuracy.items())
-            print(f"step {step + 1}: loss {loss.item():.3f}; scans that it never saw: {shown}", flush=True)
-            args.out.mkdir(parents=True, exist_ok=True)
+            print(f"step {step + 1}: loss {loss.item():.3f}; {shown(accuracy)}", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1}
+            state["begun"] = begun
             torch.save(state, args.out / "checkpoint.part")
             (args.out / "checkpoint.part").replace(checkpoint)  # a kill leaves the old one or the new one
 

@@ -16,7 +16,7 @@ clips that were decoded get that far, so a bad video fails its own request and n
 answer is 504. Every error is JSON that says what came, what is allowed and what to do.
 
 It listens to this machine alone unless --host says otherwise. Before the public: put it behind a proxy that has TLS,
-knows its users and gives clients that dawdle over their headers the time that it wants.
+knows its users and limits how long a client may take to send its headers.
 """
 
 import argparse
@@ -205,11 +205,9 @@ class Batches:
                 if not answer.done():
                     answer.set_exception(error)
             return
-        self.passes, self.videos, self.largest = (
-            self.passes + 1,
-            self.videos + len(batch),
-            max(self.largest, len(batch)),
-        )
+        self.passes += 1
+        self.videos += len(batch)
+        self.largest = max(self.largest, len(batch))
         for (_, answer), prediction in zip(batch, predictions, strict=True):
             if not answer.done():
                 answer.set_result(prediction)
@@ -373,6 +371,8 @@ def main(words: list[str] | None = None) -> None:
         parser.add_argument(option, type=kind, default=field.default, help=f"{said[field.name]} ({field.default})")
     args = vars(parser.parse_args(words))
     host, port, checkpoint, top = (args.pop(name) for name in ("host", "port", "checkpoint", "top"))
+    if not 0 <= port <= 65535:
+        parser.error(f"--port is {port}; a port is from 1 to 65535, and 0 takes one that is free")
     try:
         limits = Limits(**args)
         app = create_app(Predictor(checkpoint, top=top), limits)

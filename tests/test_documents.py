@@ -19,6 +19,8 @@ from cast.training.settings import TrainSettings
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
     *sorted((ROOT / "recipes").glob("*.yaml")),
@@ -150,6 +152,28 @@ def test_what_running_text_mentions_exists(path: Path) -> None:
         else:
             known = {option for action in parsers[command]._actions for option in action.option_strings}
             assert {option for option in options if not option.startswith("--baselines.")} <= known, words
+
+
+#: What a writer leaves for a number or a paragraph to come: @NB, TODO, STATUS, QUICKRESULTS.
+_MARK = re.compile(
+    r"(?<![\w@/`.])@[A-Z][A-Z0-9]+\b|\b(?:TODO|TBD|FIXME|XXX)\b|^\W*(?!LICENSE|MANIFEST)[A-Z][A-Z_]{3,}\W*$", re.M
+)
+
+
+def marks(text: str) -> list[str]:
+    """Marks in a document, its code left out."""
+    return [hit.strip() for hit in _MARK.findall(re.sub(r"`[^`\n]+`", "", _FENCE.sub("", text)))]
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: path.stem)
+def test_a_document_has_no_mark_for_what_is_to_come(path: Path) -> None:
+    assert marks(path.read_text()) == []
+
+
+def test_marks_are_found() -> None:
+    text = "| `a.py` | @NB |\n\nSTATUS\n\n**SITE**\n\nQUICKRESULTS\nIt takes TBD s.\n"
+    assert marks(text) == ["@NB", "STATUS", "**SITE**", "QUICKRESULTS", "TBD"]
+    assert marks("A CPU has AVX2, `@NB` and a GPU.\n```bash\nTODO\n```\n") == []
 
 
 def test_the_recipe_of_each_row_is_in_the_study_s_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +72,17 @@ def test_every_example_helps(path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "options:" in said
 
 
+def test_every_example_has_its_seconds() -> None:
+    """The table's last column; what executes the notebook is in the notebook's row."""
+    table = [line.strip("| ").split(" | ") for line in (EXAMPLES / "README.md").read_text().splitlines() if "|" in line]
+    assert table[0][-1] == "seconds"
+    rows = {row[0].strip("`"): row for row in table[2:]}
+    assert rows.keys() == {p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".ipynb")} - {
+        "execute_notebook.py"
+    }
+    assert [name for name, row in rows.items() if len(row) != 4 or not re.match(r"\d", row[-1])] == []
+
+
 @pytest.fixture(scope="module")
 def minimal() -> ModuleType:
     return example("minimal_train")
@@ -100,6 +112,32 @@ def test_a_minimal_training_that_was_resumed_ends_at_the_same_weights(
     minimal.main(["--steps", "3", "--every", "2", "--out", str(broken), "--resume"])
     one, other = (cast.CAST.from_pretrained(out / "model").state_dict() for out in (whole, broken))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_minimal_training_that_is_finished_says_so(
+    minimal: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(minimal, "evaluate", lambda model, batch: {"verb": 25.0})
+    words = ["--steps", "1", "--out", str(tmp_path)]
+    minimal.main(words)
+    capsys.readouterr()
+    assert minimal.main([*words, "--resume"]) == {"verb": 25.0}
+    assert capsys.readouterr().out == "already at step 1 of 1; scans that it never saw: verb 25.0 %\n"
+
+
+def test_only_a_whole_checkpoint_of_the_same_training_is_resumed(
+    minimal: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, words = tmp_path / "checkpoint.pt", ["--resume", "--out", str(tmp_path)]
+    torch.save({"begun": "with --sizes small without --clip", "steps": 1}, checkpoint)
+    said = refused(minimal.main, [*words, "--sizes", "published"], capsys)
+    assert "was begun with --sizes small without --clip, not with --sizes published without --clip" in said
+    assert "and --clip; resume it" in refused(minimal.main, [*words, "--clip", "a.pt", "--videomae", "b.pth"], capsys)
+    whole = checkpoint.read_bytes()
+    torch.save([torch.zeros(3)], checkpoint)
+    for damaged in (b"", b"no checkpoint", whole[: len(whole) // 2], checkpoint.read_bytes()):
+        checkpoint.write_bytes(damaged)
+        assert "checkpoint.pt is no whole checkpoint of this example" in refused(minimal.main, words, capsys)
 
 
 def killed_at(step: int, make_clips):
@@ -139,4 +177,10 @@ def test_the_minimal_training_refuses_bad_arguments(
     assert "invalid choice: 'big'" in refused(minimal.main, ["--sizes", "big"], capsys)
     assert "--steps and --every must be at least 1" in refused(minimal.main, ["--steps", "0"], capsys)
     assert "--clip and --videomae come together" in refused(minimal.main, ["--clip", "a.pt"], capsys)
+    (tmp_path / "damaged.pt").write_bytes(b"no weights")
+    for name, fault in (("none.pt", "no such checkpoint"), ("damaged.pt", "damaged.pt")):
+        clip, out = str(tmp_path / name), ["--out", str(tmp_path / "out")]
+        assert fault in refused(minimal.main, ["--clip", clip, "--videomae", clip, *out], capsys)
+    out = tmp_path / "damaged.pt"
+    assert f"--out: {out} takes no files" in refused(minimal.main, ["--out", str(out)], capsys)
     assert f"there is no {tmp_path}" in refused(minimal.main, ["--resume", "--out", str(tmp_path)], capsys)

@@ -105,6 +105,17 @@ def test_unchanged_it_trains_to_the_bits_of_the_command(
     assert ends[0] == ends[1] != []
 
 
+def test_a_word_and_its_option_say_the_same(finetune: ModuleType) -> None:
+    nothing: dict[str, str | None] = dict.fromkeys(finetune.OPTIONS)
+    read = finetune.read_settings
+    assert read(["experts.cast=a", "out=b"], nothing) == read([], nothing | {"--cast": "a", "--out": "b"})
+    experts = ["experts.clip=a.pt", "experts.videomae=b.pth"]
+    assert read(experts, nothing) == read(experts[1:], nothing | {"--clip": "a.pt"})
+    settings = read(experts, nothing)
+    assert (settings.experts.clip, settings.experts.videomae, settings.out) == ("a.pt", "b.pth", "runs/own-videos")
+    assert read(["experts.train=true"], nothing).experts.train  # experts that train may start from nothing
+
+
 def test_every_fifth_video_of_a_class_validates(finetune: ModuleType, videos: Path, tmp_path: Path) -> None:
     finetune.list_videos(videos, tmp_path)
     with open(tmp_path / "val.csv", newline="") as file:
@@ -137,9 +148,14 @@ def test_what_makes_no_data_set_is_refused(
     assert "is no folder" in refused(finetune.main, [str(tmp_path / "none")], capsys)
     out = ["--out", str(tmp_path / "out")]
     cases = [
-        ([str(videos / "below"), *out], "has 0 subfolders; there must be one for each class"),
+        ([str(videos / "below"), *out, "--cast", "a"], "has 0 subfolders; there must be one for each class"),
         ([str(videos), *out, "optim.lrr=3"], "did you mean optim.lr?"),
-        ([str(videos), *out], "experts.clip names no weights"),
+        ([str(videos), *out], "name a whole CAST with --cast, or the files of both experts with --clip and --videomae"),
+        ([str(videos), "--clip", "a.pt", *out], "with --clip and --videomae"),
+        ([str(videos), *out, "--cast", "a", "experts.cast=b"], "--cast and experts.cast are the same setting"),
+        ([str(videos), *out, "--cast", "a", "out=b"], "--out and out are the same setting: give one of them"),
+        ([str(videos), *out, "--cast", "a", "experts.clip=b"], "leave out experts.clip"),
+        ([str(videos), "--cast", "a", "data.root=b"], "data.root can't be given: the folder VIDEOS is the root"),
     ]
     for words, message in cases:
         with pytest.raises(SystemExit) as stopped:

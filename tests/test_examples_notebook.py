@@ -80,7 +80,22 @@ def test_there_are_pictures_and_the_exchange_s_numbers(committed) -> None:
     difference = re.search(r"largest difference: (\S+) of the largest", text(committed))
     assert difference is not None
     assert float(difference[1]) < 1e-5
-    assert re.search(r"eager \d+ ms, fused \d+ ms with \d+ thread", text(committed))
+    assert re.search(r"eager \d+ ms, fused \d+ ms; threads: \d+", text(committed))
+
+
+def test_its_links_lead_somewhere(command: ModuleType, committed) -> None:
+    said = "\n".join(cell.source for cell in committed.cells if cell.cell_type == "markdown")
+    links = dict(re.findall(r"\[([^]]+)\]\(([^)]+)\)", said))
+    assert links["Performance"] == "../docs/performance.md"
+    assert [link for link in links.values() if not (command.NOTEBOOK.parent / link).is_file()] == []
+
+
+def test_its_text_says_of_the_noun_what_its_output_shows(committed) -> None:
+    """The text calls the noun not learned yet, at a chance of 10 percent."""
+    found = re.findall(r"step 100: .* noun ([\d.]+) %, verb ([\d.]+) %", text(committed))
+    assert any("The noun is not yet" in cell.source for cell in committed.cells)
+    (noun, verb) = map(float, found[0])
+    assert noun < 20 < 80 < verb
 
 
 @pytest.mark.slow

@@ -270,4 +270,8 @@ def test_the_command_refuses_bad_arguments(
 ) -> None:
     assert "no such directory" in refused(serve.main, [str(tmp_path / "none")], capsys)
     assert "batch is 0; it must be above 0" in refused(serve.main, [str(checkpoint), "--batch", "0"], capsys)
+    for port in ("99999", "-1"):
+        assert f"--port is {port}; a port is from 1 to 65535" in refused(
+            serve.main, [str(checkpoint), f"--port={port}"], capsys
+        )
     assert "invalid float value: 'many'" in refused(serve.main, [str(checkpoint), "--megabytes", "many"], capsys)

@@ -76,9 +76,16 @@ def test_before_the_first_step_both_models_are_what_they_were(two_vits: ModuleTy
 def test_models_that_do_not_fit_are_refused(two_vits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="the spatial model has no class token"):
         build(two_vits, class_token=False, global_pool="avg")
+    with pytest.raises(
+        ValueError, match="frames of 32 pixels are no whole number of the spatial model's patches of 12"
+    ):
+        build(two_vits, patch_size=12)
     refuse = [
         (["--spatial", "vit_nonsense"], "timm has no model 'vit_nonsense'"),
         (["--temporal", "eva02_tiny_patch14_224", "--size", "56"], "the temporal model is a Eva"),
+        (["--spatial", "resnet18"], "the spatial model 'resnet18' takes no size of frames; this example calls"),
+        (["--temporal", "vit_tiny_patch16_224.nonsense"], "the temporal model can't be made: Invalid pretrained tag"),
+        (["--size", "8"], "frames of 8 pixels are no whole number of the spatial model's patches of 16"),
         (["--steps", "0"], "--size, --frames and --steps must be at least 1"),
     ]
     for words, message in refuse:
