@@ -85,7 +85,7 @@ def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/index.md").read_text(), re.S | re.M)
     assert code is not None
     exec(code[1], {})
-    assert "cpu" in capsys.readouterr().out
+    assert "backend='auto' runs: cpu\n" in capsys.readouterr().out
 
 
 def test_the_committed_pictures_are_what_is_drawn(tmp_path: Path) -> None:
