@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 #: `https://host/owner/name/blob/main`; without one the site shows their paths. Also `-D repository=...`.
 repository = ""
 
-project, author = "CAST kernels", "the authors of CAST kernels"
+project, author = "CAST kernels", "the CAST kernels contributors"
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "benchmarks/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 exclude_patterns = [path.name for path in ROOT.iterdir() if not path.name.startswith(("docs", "benchmarks", "C"))]

@@ -112,7 +112,9 @@ def test_what_has_no_relative_form_is_refused(source: str) -> None:
 
 
 def test_bad_usage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hub_package.main([]) == 2
-    assert hub_package.main([str(tmp_path)]) == 2
+    for words in ([], [str(tmp_path)]):
+        with pytest.raises(SystemExit) as ended:
+            hub_package.main(words)
+        assert ended.value.code == 2
     assert "exists; name a folder that does not" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert code is not None
     exec(code[1], {})
     assert "backend='auto' runs: cpu\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["tests/rooms.py", *(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))]
+)
+def test_help_of_a_developers_command_does_nothing_else(name: str, tmp_path: Path) -> None:
+    """Run from a copy of the file, so that what it writes beside itself is seen as well."""
+    inside = tmp_path / name
+    inside.parent.mkdir()
+    inside.write_text((ROOT / name).read_text())
+    paths = [str(ROOT), *(str(ROOT / folder) for folder in ("benchmarks", "tools"))]
+    done = subprocess.run(
+        [sys.executable, "-B", str(inside), "--help"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ":".join(paths)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [inside]
 
 
 def test_the_committed_pictures_are_what_is_drawn(tmp_path: Path) -> None:
