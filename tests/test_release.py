@@ -30,7 +30,10 @@ def test_every_file_has_the_same_version_and_author() -> None:
     released = f"[{version}] - "
     assert headings[0] == "Unreleased" or headings[0].startswith(released), headings[0]
     if headings[0] == "Unreleased" and not any(heading.startswith(released) for heading in headings):
-        assert f"This will be {version}" in (ROOT / "CHANGELOG.md").read_text()
+        changes = (ROOT / "CHANGELOG.md").read_text()
+        assert f"This will be {version}" in changes
+        kinds = set(re.findall(r"^### (\w+)", changes, re.M))
+        assert kinds == {"Added", "Security"}, "nobody has a version in which something could be changed or mended"
 
 
 def test_pythons_are_the_same_wherever_they_are_listed() -> None:

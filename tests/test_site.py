@@ -33,6 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site") / "site"
     done = build(out)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"open {out / 'index.html'}\n"
     return out
 
 
@@ -184,6 +185,7 @@ def test_what_is_broken_fails(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     done = build(tmp_path / "out", "--root", tmp_path, "--repository", "https://host/us/it/blob/main")
     assert done.returncode != 0
+    assert "open " not in done.stdout
     for complaint in (
         "'other.md'", "'nothing'", "gone.json", "toy.nothing", "unknown document: '/docs/gone'",
         "document isn't included in any toctree", "toy.g is public, but no page has it", "toy.g is public, but has no",
