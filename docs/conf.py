@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 #: `https://host/owner/name/blob/main`; without one the site shows their paths. Also `-D repository=...`.
 repository = ""
 
-project, author = "CAST kernels", "the authors of CAST kernels"
+project, author = "CAST kernels", "the CAST kernels contributors"
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "benchmarks/**.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 exclude_patterns = [

@@ -100,12 +100,16 @@ def main(arguments: Sequence[str]) -> int:
     """Run, record, and say what is lacking."""
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))  # as `python -m pytest` has it: this tree is tested, whichever is installed
-    status = int(pytest.main(["-m", "heavy", *arguments], plugins=[Recorder(RESULTS, circumstances())]))
-    if status > 1:
-        return status  # interrupted, or bad usage, of which pytest spoke
+    recorder = Recorder(RESULTS, circumstances())
+    status = int(pytest.main(["-m", "heavy", *arguments], plugins=[recorder]))
+    if status > 1 or not recorder.outcomes:
+        return status  # interrupted, bad usage, --help, --collect-only: pytest has spoken
     names = Names()
     command = ["-m", "heavy", "--collect-only", "-qq", "-n", "0", "tests"]
-    pytest.main(command, plugins=[names])
+    incomplete = int(pytest.main(command, plugins=[names]))
+    if incomplete:
+        print(f"not all heavy tests could be collected, so {RESULTS.name} keeps its rows: mend what pytest names above")
+        return incomplete
     # A test that is gone takes its row along.
     rows = [row for row in read(RESULTS) if row["test"] in names.names]
     write(RESULTS, rows)

@@ -34,7 +34,7 @@ def main(package: Path, problem: Path, results: Path) -> None:
         inputs = [x.clone().requires_grad_() for x in given["inputs"]]
         outputs = module(*inputs)
         torch.autograd.backward(outputs, given["grads"])
-        named = {"spatial_out": outputs[0], "temporal_out": outputs[1]}
+        named = {"spatial": outputs[0], "temporal": outputs[1]}
         named |= {"grad.spatial": inputs[0].grad, "grad.temporal": inputs[1].grad}
         named |= {f"grad.{name}": p.grad for name, p in module.named_parameters()}
         found[backend] = {name: x.detach().double() for name, x in named.items()}

@@ -6,6 +6,7 @@ python tests/rooms.py        # writes the tables of docs/architecture.md anew
 from __future__ import annotations
 
 import ast
+from argparse import ArgumentParser
 from functools import cache
 from importlib import import_module
 from itertools import groupby
@@ -15,7 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/architecture.md"
 BEGIN, END = "<!-- made by tests/rooms.py from its rules -->\n", "<!-- end of what tests/rooms.py makes -->\n"
-#: First part of a module's name -> its folder. Files of the last two are imported without that part.
+#: First part of a module's name -> its folder; a folder in another one comes before it. Those of BARE hold files that
+#: are imported without that part.
 FOLDERS = {
     "cast_kernels": "cast_kernels",
     "cast": "cast",
@@ -23,8 +25,11 @@ FOLDERS = {
     "first_contact": "tools/first_contact",
     "benchmarks": "benchmarks",
     "tests": "tests",
+    "website": "tools/website",
+    "tools": "tools",
+    "examples": "examples",
 }
-BARE = ("benchmarks", "tests")
+BARE = ("benchmarks", "tests", "tools", "examples")
 
 
 class Room(NamedTuple):
@@ -148,6 +153,15 @@ ROOMS = (
         "first_contact", "the first minutes with a GPU",
         "first_contact benchmarks cast_kernels.evidence cast_kernels.gpu tests.rehearsal",
     ),
+    Room(
+        "website", "what the documentation site needs besides Sphinx; its pictures",
+        "website benchmarks.baselines cast_kernels cast_kernels.evidence cast_kernels.triton",
+    ),
+    Room("tools", "developers' commands: the site, its pictures, the hub's package", "website cast_kernels"),
+    Room(
+        "examples", "programs to copy from; no part of a package",
+        "cast cast.evaluation cast.predict cast.training cast.video cast_kernels",
+    ),
 )  # fmt: skip
 _BY_NAME = {room.name: room for room in ROOMS}
 
@@ -155,12 +169,12 @@ _BY_NAME = {room.name: room for room in ROOMS}
 @cache
 def modules() -> dict[str, Path]:
     """Every Python file of ours by its module's name; those of BARE have their folder before it."""
-    found = {}
+    names: dict[Path, str] = {}
     for first, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((first, *parts)).removesuffix(".__init__")] = path
-    return found
+            names.setdefault(path, ".".join((first, *parts)).removesuffix(".__init__"))
+    return {name: path for path, name in names.items()}
 
 
 @cache
@@ -226,4 +240,7 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
+    ArgumentParser(
+        description="Write the tables of docs/architecture.md anew from the rules in this file."
+    ).parse_args()
     PAGE.write_text(page(PAGE.read_text()))

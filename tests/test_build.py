@@ -38,15 +38,19 @@ LEFT_BEHIND = (
     "cast_kernels/__pycache__/_native.cpython-310.pyc",
     "tools/ptx_emulator/__pycache__/loads.cpython-310.pyc",
 )
+#: Files of the root that no build needs; tests of what a release says of itself do.
+READ_BY_TESTS = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", ".clang-format", ".pre-commit-config.yaml")
 
 
 def source_tree(folder: Path) -> Path:
     """A copy of what the package is made from, with files as an earlier build would have left them."""
     compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", ".*", "*.egg-info")
     tree = folder / "tree"
-    for name in ("cast", "cast_kernels", "csrc", "docs", "recipes", "tests", "tools"):
+    folders = ("cast", "cast_kernels", "csrc", "docs", "recipes", "tests", "tools", "examples", ".ci", ".github")
+    for name in folders:
         shutil.copytree(ROOT / name, tree / name, ignore=compiled)
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+    files = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
+    for name in (*files, *READ_BY_TESTS):
         shutil.copy(ROOT / name, tree)
     for name in LEFT_BEHIND:
         (tree / name).parent.mkdir(exist_ok=True)
@@ -120,6 +124,7 @@ def test_an_sdist_is_all_source_and_nothing_built(tmp_path: Path) -> None:
     assert {
         "CMakeLists.txt", "csrc/cpu/level.cpp", "recipes/ek100.yaml", "docs/architecture.md",
         "tools/ptx_emulator/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py", "tests/levels.py",
+        "examples/serve.py", ".ci/run", ".github/workflows/tests.yml", ".github/ISSUE_TEMPLATE/bug.yml", *READ_BY_TESTS,
     } <= names  # fmt: skip
 
 

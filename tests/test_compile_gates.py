@@ -296,7 +296,7 @@ def test_what_training_launches_under_autocast_passes_the_gates(
     name: str, kind: str, batch: int, tmp_path: Path
 ) -> None:
     """B-CAST's forward at the published size, whose float32 streams were once over the limit of shared memory, and
-    spilled inside loops with one clip and on sm_80. CI compiles the whole step."""
+    spilled inside loops with one clip and on sm_80. `.ci/run` compiles the whole step."""
     rows = compiling.compile_target(name, kind, [Case(batch=batch, backward=False)], tmp_path)
     judged = [judge(row, EXCEPTIONS) for row in rows]
     assert {row.kernel for row in judged} >= {"project", "exchange"}

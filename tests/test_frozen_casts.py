@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cast
+from cast_kernels import _native
 from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.targets import target
 
@@ -92,7 +93,11 @@ def test_a_frozen_matrix_in_autocasts_dtype_is_never_cast(level: str, compiled: 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_a_frozen_matrix_in_autocasts_dtype_changes_no_bit(backend: str) -> None:
-    """Autocast rounds it at every call to what it is then; backend `cpu` rounds what it packs for products."""
+    """Autocast rounds it at every call to what it is then.
+
+    Backend `cpu` rounds what it packs for products where these take bfloat16 operands; elsewhere it does not round the
+    float32 matrix, which is more exact.
+    """
     results = []
     for given in (False, True):
         model = tiny_model(backend)
@@ -102,4 +107,5 @@ def test_a_frozen_matrix_in_autocasts_dtype_changes_no_bit(backend: str) -> None
             logits = torch.cat(list(model(small_video(model, dtype=torch.float32)).values()), 1)
         logits.float().square().sum().backward()
         results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert all(map(torch.equal, *results))
+    equal = all(map(torch.equal, *results))
+    assert equal == (backend == "eager" or _native.ISA == "avx512_bf16")

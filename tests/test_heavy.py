@@ -53,6 +53,55 @@ def test_a_run_replaces_the_rows_of_its_tests_and_no_other(tmp_path: Path) -> No
     ]  # fmt: skip
 
 
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python tests/heavy.py` of a tree that lies in the folder."""
+    code = (
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import heavy; "
+        f"heavy.ROOT = pathlib.Path.cwd(); heavy.RESULTS = heavy.ROOT / 'heavy.json'; "
+        f"heavy.circumstances = lambda: {CIRCUMSTANCES!r}; sys.exit(heavy.main(sys.argv[1:]))"
+    )
+    words = (sys.executable, "-c", code, *words)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """One heavy test, with a row, and a row of a test in another file."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = heavy\naddopts = -p no:cacheprovider\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_here.py").write_text("import pytest\n@pytest.mark.heavy\ndef test_here(): pass\n")
+    rows = [{"test": f"tests/test_{name}.py::test_{name}", "outcome": "passed"} for name in ("here", "there")]
+    heavy.write(tmp_path / "heavy.json", rows)
+    return tmp_path
+
+
+def kept(tree: Path) -> list[str]:
+    return [row["test"].rpartition("_")[2] for row in heavy.read(tree / "heavy.json")]
+
+
+def test_a_file_that_does_not_import_keeps_its_rows_and_fails_the_command(tree: Path) -> None:
+    (tree / "tests/test_there.py").write_text("import no_such_module\n")
+    done = command(tree, "tests/test_here.py")
+    assert done.returncode > 1, done.stdout
+    assert "no_such_module" in done.stdout
+    assert "have passed" not in done.stdout
+    assert kept(tree) == ["here", "there"]
+    (tree / "tests/test_there.py").unlink()
+    done = command(tree, "tests/test_here.py")
+    assert done.returncode == 0, done.stdout
+    assert "1 of 1 heavy tests have passed" in done.stdout
+    assert kept(tree) == ["here"], "a test that is gone takes its row along"
+
+
+@pytest.mark.parametrize("word", ["--help", "--collect-only"])
+def test_what_runs_no_test_judges_none(tree: Path, word: str) -> None:
+    before = (tree / "heavy.json").read_bytes()
+    done = command(tree, word)
+    assert done.returncode == 0, done.stderr
+    assert "have passed" not in done.stdout
+    assert (tree / "heavy.json").read_bytes() == before
+
+
 def test_the_circumstances_name_this_tree_and_machine() -> None:
     found = heavy.circumstances()
     assert set(found) == set(CIRCUMSTANCES)
@@ -60,7 +109,6 @@ def test_the_circumstances_name_this_tree_and_machine() -> None:
     assert found["versions"].startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}.")
 
 
-@pytest.mark.skipif(not heavy.RESULTS.exists(), reason="no heavy test has been run")
 def test_the_kept_results_are_of_tests_that_are_there() -> None:
     for row in json.loads(heavy.RESULTS.read_text()):
         file, _, name = row["test"].partition("::")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site") / "site"
     done = build(out)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"open {out / 'index.html'}\n"
     return out
 
 
@@ -85,7 +87,25 @@ def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/index.md").read_text(), re.S | re.M)
     assert code is not None
     exec(code[1], {})
-    assert "cpu" in capsys.readouterr().out
+    assert "backend='auto' runs: cpu\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["tests/rooms.py", *(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))]
+)
+def test_help_of_a_developers_command_does_nothing_else(name: str, tmp_path: Path) -> None:
+    """Run from a copy of the file, so that what it writes beside itself is seen as well."""
+    inside = tmp_path / name
+    inside.parent.mkdir()
+    inside.write_text((ROOT / name).read_text())
+    paths = [str(ROOT), *(str(ROOT / folder) for folder in ("benchmarks", "tools"))]
+    done = subprocess.run(
+        [sys.executable, "-B", str(inside), "--help"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ":".join(paths)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [inside]
 
 
 def test_the_committed_pictures_are_what_is_drawn(tmp_path: Path) -> None:
@@ -165,6 +185,7 @@ def test_what_is_broken_fails(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     done = build(tmp_path / "out", "--root", tmp_path, "--repository", "https://host/us/it/blob/main")
     assert done.returncode != 0
+    assert "open " not in done.stdout
     for complaint in (
         "'other.md'", "'nothing'", "gone.json", "toy.nothing", "unknown document: '/docs/gone'",
         "document isn't included in any toctree", "toy.g is public, but no page has it", "toy.g is public, but has no",

@@ -24,6 +24,7 @@ def build(root: Path, out: Path, repository: str) -> int:
     out.mkdir(parents=True, exist_ok=True)
     code = sphinx([*words, "-D", f"repository={repository}", str(root), str(out)])
     (out / "index.html").write_text(_ENTRY)
+    print(f"open {out / 'index.html'}" if code == 0 else f"{out} is incomplete: mend what is named above")
     return code
 
 

@@ -1,7 +1,8 @@
-"""Draws the pictures of the documents: `python tools/draw_pictures.py [FOLDER]`; without one into docs/pictures."""
+"""Draws the pictures of the documents: `python tools/draw_pictures.py [FOLDER]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -23,4 +24,8 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/pictures")
+    parser = argparse.ArgumentParser(description="Draw the pictures of the documents anew.")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=ROOT / "docs/pictures", help="to write into (%(default)s)"
+    )
+    draw(parser.parse_args().folder)

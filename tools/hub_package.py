@@ -5,6 +5,7 @@ docs/hub.md says what it holds, and what it leaves out and why.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import hashlib
@@ -47,15 +48,12 @@ exchange = ops.BCAST(dim=768, bottleneck_dim=384, num_heads=12, num_frames=8, nu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the package and return the exit code; bad usage is 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python tools/hub_package.py OUT    (a folder that does not exist yet)", file=sys.stderr)
-        return 2
-    out = Path(arguments[0])
+    """Write the package and return 0; bad usage ends in SystemExit with 2."""
+    parser = argparse.ArgumentParser(description=f"Write {PACKAGE} as a repository that the package `kernels` loads.")
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    out = parser.parse_args(arguments).out
     if out.exists():
-        print(f"{out} exists; name a folder that does not, or remove it", file=sys.stderr)
-        return 2
+        parser.error(f"{out} exists; name a folder that does not, or remove it")
     files = sources(ROOT / PACKAGE)
     for backend, architectures in VARIANTS.items():
         write_variant(out / "build" / f"torch-{backend}", backend, architectures, files)

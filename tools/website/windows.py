@@ -14,8 +14,9 @@ FRAMES, SIDE = 8, 14  # of CAST-B: 16 frames in tubelets of 2, 14 x 14 patches
 #: The token whose window is shown: frame, row, column.
 CHOSEN = (3, 5, 8)
 ASKS, ANSWERS, WITH = "#c92a2a", "#1971c2", "#f59f00"
-_CELL, _GAP, _LEFT, _WIDTH = 3, 5, 8, 392
+_CELL, _GAP, _LEFT, _CLS = 6, 5, 8, 8
 _GRID = SIDE * _CELL
+_WIDTH = 2 * _LEFT + FRAMES * (_GRID + _GAP) - _GAP
 _SAYS = {
     "time": "the same patch in every frame",
     "space": "every patch of the same frame",
@@ -37,7 +38,7 @@ def together(window: str) -> set[int]:
 def draw(window: str) -> str:
     """The picture of one window shape, both directions, as SVG."""
     length = WINDOWS[window](FRAMES, SIDE * SIDE)
-    picture = Picture(_WIDTH, 362, f"Window {window}: which tokens attend together")
+    picture = Picture(_WIDTH, 536, f"Window {window}: which tokens attend together")
     lines = "".join(f"M{k} 0v{_GRID}M0 {k}h{_GRID}" for k in range(0, _GRID + 1, _CELL))
     picture.define("grid", lines, "#ffffff", 0.6)
     picture.words(_LEFT, 22, f"{window}: {_SAYS[window]}", size=15, style="font-weight='600'")
@@ -57,11 +58,11 @@ def draw(window: str) -> str:
 def _stream(picture: Picture, y: float, window: str, has_cls: bool, asks: bool) -> float:
     """A row of frames, and the base line of what comes below; CLS stands above its frame, outside of every window."""
     members = together(window)
-    top = y + 8 if has_cls else y
+    top = y + _CLS + 3 if has_cls else y
     for frame in range(FRAMES):
         x = _LEFT + frame * (_GRID + _GAP)
         if has_cls:
-            picture.box(x + 0.5, y + 0.5, 5, 5, "none", FAINT)
+            picture.box(x + 0.5, y + 0.5, _CLS, _CLS, "none", FAINT)
         picture.box(x, top, _GRID, _GRID, "#dee2e6")
         picture.repeat("grid", x, top)
         for row, first, count in _runs([n % (SIDE * SIDE) for n in members if n // (SIDE * SIDE) == frame]):
