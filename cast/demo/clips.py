@@ -53,7 +53,8 @@ class CachedClips:
     ) -> None:
         root = Path(directory)
         self.samples: list[Sample] = read_compositional(root / f"{split}.csv", root / split)
-        self.seed, self.frames = seed, frames
+        self.seed: int = seed
+        self.frames: int = frames
         self.labels: dict[str, Tensor] = {
             head: torch.tensor([sample.labels[head] for sample in self.samples]) for head in heads
         }

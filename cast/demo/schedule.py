@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 #: Seconds after which a log file gets a line, also when nothing has ended.
 _SILENCE = 30.0
@@ -60,10 +60,16 @@ class Schedule:
     def __init__(
         self, stages: Sequence[Stage], console: Console, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.stages, self.console, self.clock = list(stages), console, clock
-        self.began = self.turned = self.last = self.spoke = clock()
-        self.current, self.shown = "", 0.0
-        self.bars = Progress(
+        self.stages: list[Stage] = list(stages)
+        self.console: Console = console
+        self.clock: Callable[[], float] = clock
+        self.began: float = clock()
+        self.turned: float = self.began
+        self.last: float = self.began
+        self.spoke: float = self.began
+        self.current: str = ""
+        self.shown: float = 0.0
+        self.bars: Progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -71,8 +77,8 @@ class Schedule:
             console=console,
             disable=not console.is_terminal,
         )
-        self.whole = self.bars.add_task("all", total=1.0, note="")
-        self.part = self.bars.add_task("", total=1.0, note="")
+        self.whole: TaskID = self.bars.add_task("all", total=1.0, note="")
+        self.part: TaskID = self.bars.add_task("", total=1.0, note="")
 
     def __enter__(self) -> Self:
         self.bars.start()

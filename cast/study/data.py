@@ -23,6 +23,7 @@ class StoredClips(CachedClips):
     pixels: Tensor
     labels: dict[str, Tensor]
     seed: int
+    frames: int
 
     def __init__(self, pixels: Tensor, labels: dict[str, Tensor], seed: int = 0) -> None:
         self.pixels, self.labels, self.seed, self.frames = pixels, labels, seed, 16
