@@ -1,4 +1,4 @@
-"""The two sizes of the demo: the full one, and a quick one that shows the same in a minute or two."""
+"""The two sizes of the demo: the full one, and a quick one that shows the same in minutes."""
 
 from __future__ import annotations
 
