@@ -60,7 +60,9 @@ def read_settings(overrides: list[str], options: Mapping[str, str | None]) -> Tr
     if twice := [f"{option} and {name}" for option, name in OPTIONS.items() if options[option] and name in words]:
         raise ValueError(f"{', '.join(twice)} are the same setting: give one of them")
     settings = load_recipe(TrainSettings, "own-data", *overrides)
-    named = {name.removeprefix("experts."): options[option] for option, name in OPTIONS.items() if options[option]}
+    named: dict[str, Any] = {
+        name.removeprefix("experts."): options[option] for option, name in OPTIONS.items() if options[option]
+    }
     out = named.pop("out", settings.out if "out" in words else "runs/own-videos")
     experts = replace(settings.experts, **named)
     if experts.design == "cast" and not (experts.train or experts.cast or (experts.clip and experts.videomae)):
