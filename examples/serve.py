@@ -126,7 +126,8 @@ def decode_here(pipe: Connection, video: str, protocol: Protocol, limits: Limits
         else:
             found = decode(video, protocol).clips.numpy(), frames, ""
     except VideoError as error:
-        found = None, 0, str(error).removeprefix(f"{video}: ")
+        short = f"or {limits.memory:g} GB of memory are too little, of which FFmpeg may say the same"
+        found = None, 0, f"{str(error).removeprefix(f'{video}: ')}; {short}"
         if getattr(error.__cause__, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # the latter: for one more thread
             found = None, 0, f"takes more memory than {limits.memory:g} GB to decode"
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocator raises the latter

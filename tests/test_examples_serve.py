@@ -211,7 +211,7 @@ def test_a_video_that_ends_its_process_or_takes_its_memory_fails_alone(
     with pytest.raises(serve.Refusal, match="ended the process"):
         serve.decode_elsewhere(tmp_path / "clip.mp4", DeadlyProtocol(), serve.Limits())
     large = write_video(tmp_path / "large.mp4", 20, size=(480, 640))
-    with pytest.raises(serve.Refusal, match=r"memory|damaged"):
+    with pytest.raises(serve.Refusal, match="memory"):
         serve.decode_elsewhere(
             large, protocol, serve.Limits(memory=0.02)
         )  # its frames alone are 18 MB, their crops more
