@@ -106,7 +106,7 @@ def test_the_native_core_knows_no_torch() -> None:
 
 def test_the_emulator_knows_numpy_only() -> None:
     allowed = {*sys.stdlib_module_names, "numpy", "ptx_emulator"}
-    paths = sorted((ROOT / "tools/ptx_emulator").glob("*.py"))
+    paths = sorted((ROOT / "tools/ptx_emulator").rglob("*.py"))
     assert paths
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):

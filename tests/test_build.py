@@ -36,7 +36,7 @@ LEFT_BEHIND = (
     "cast_kernels/_C.so",
     "cast_kernels/_build.json",
     "cast_kernels/__pycache__/_native.cpython-310.pyc",
-    "tools/ptx_emulator/__pycache__/loads.cpython-310.pyc",
+    "tools/ptx_emulator/core/__pycache__/memory.cpython-310.pyc",
 )
 #: Files of the root that no build needs; tests of what a release says of itself do.
 READ_BY_TESTS = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", ".clang-format", ".pre-commit-config.yaml")
@@ -123,8 +123,9 @@ def test_an_sdist_is_all_source_and_nothing_built(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc"))]
     assert {
         "CMakeLists.txt", "csrc/cpu/level.cpp", "recipes/ek100.yaml", "docs/architecture.md",
-        "tools/ptx_emulator/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py", "tests/levels.py",
-        "examples/serve.py", ".ci/run", ".github/workflows/tests.yml", ".github/ISSUE_TEMPLATE/bug.yml", *READ_BY_TESTS,
+        "tools/ptx_emulator/core/forms/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py",
+        "tests/levels.py", "examples/serve.py", ".ci/run", ".github/workflows/tests.yml",
+        ".github/ISSUE_TEMPLATE/bug.yml", *READ_BY_TESTS,
     } <= names  # fmt: skip
 
 

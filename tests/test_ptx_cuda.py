@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import ptx_emulator
 import pytest
-from ptx_emulator.formats import bf16_to_f32, f32_to_bf16
+from ptx_emulator.core.formats import bf16_to_f32, f32_to_bf16
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm.cu"
 COMPILE = ("-ptx", "-arch=compute_90a", "-O3", "-std=c++17", "-lineinfo")
