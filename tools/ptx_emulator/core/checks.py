@@ -10,16 +10,13 @@ they share one row of tags; the first access that differs gives each CTA its own
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import SHARED_BASE, Array
+from ptx_emulator.core.batch import Batch
 from ptx_emulator.core.shared import Lanes
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
-
+from ptx_emulator.core.spaces import SHARED_BASE, Array
 
 # granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
 Region = tuple[Array, int, Array | None]
@@ -68,7 +65,7 @@ class Checker:
     low = 63  # all of them set: an atomic update
     tag_type: Any = np.int32
 
-    def __init__(self, machine: "Machine", granule: int) -> None:
+    def __init__(self, machine: Batch, granule: int) -> None:
         self.m = machine
         self.granule = granule
         self.count = -(-machine.shared.stride // granule)
@@ -87,7 +84,7 @@ class Checker:
         self.operands = np.zeros(self.count, np.int16)
         self.fence = np.zeros((1, warps), np.int32)
 
-    def part(self, machine: "Machine") -> "Checker":
+    def part(self, machine: Batch) -> "Checker":
         """The account of a part of the batch, while all CTAs share one row; findings go to the same list."""
         other = copy.copy(self)
         other.m, other.epochs = machine, self.epochs[: machine.ctas].copy()

@@ -8,16 +8,14 @@ so a race is found in whatever order the emulator ran the two.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ptx_emulator.core.batch import Batch
 from ptx_emulator.core.checks import Checker
-from ptx_emulator.core.decode import Array
 from ptx_emulator.core.shared import Lanes
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
+from ptx_emulator.core.spaces import Array
 
 COLUMNS = 32  # agents of the async proxy that are added at a time
 
@@ -40,7 +38,7 @@ class ClusterChecker(Checker):
     low = 2047
     tag_type: Any = np.int64
 
-    def __init__(self, machine: "Machine", granule: int) -> None:
+    def __init__(self, machine: Batch, granule: int) -> None:
         super().__init__(machine, granule)
         self.size = machine.cluster
         warps, self.groups = self.size * machine.warps, -(-machine.warps // 4)

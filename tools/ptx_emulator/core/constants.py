@@ -6,8 +6,8 @@ Source: PTX ISA, "State Spaces, Types and Variables: Constant State Space, Initi
 import math
 import re
 
-from ptx_emulator.core.decode import literal_bits, round_up
 from ptx_emulator.core.errors import ParseError, Unsupported
+from ptx_emulator.core.literals import literal_bits, round_up
 from ptx_emulator.core.syntax import TYPE_BYTES, Constants
 
 BANK_BYTES = 65536

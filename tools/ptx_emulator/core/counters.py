@@ -1,11 +1,11 @@
 """What a performance model needs to know about a launch, counted as the instructions execute."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from ptx_emulator.core.spaces import Array
+
 SECTOR = 32  # bytes
 
 

@@ -6,14 +6,15 @@ that is the same for every CTA, or for every thread of a CTA, is kept and comput
 place, so an array's identity says that its value is unchanged.
 """
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.literals import literal_bits, round_up
+from ptx_emulator.core.spaces import SHARED_BASE, UNSIGNED, Array
+from ptx_emulator.core.state import State, Wait
 from ptx_emulator.core.syntax import (
     TYPE_BYTES,
     Address,
@@ -28,24 +29,9 @@ from ptx_emulator.core.syntax import (
     Vector,
 )
 
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
-
-Array = np.ndarray[Any, Any]
-Action = Callable[["Machine", Array | None], None]
+Action = Callable[[State, Array | None], None]
 Builder = Callable[["Decoder", Instruction], Action | None]
 
-UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-FLOAT: dict[int, Any] = {2: np.float16, 4: np.float32, 8: np.float64}
-
-SHARED_BASE = 1024  # shared addresses below stay unmapped, so that a null shared pointer faults
-RANK_SHIFT = 24  # mapa: (rank + 1) << RANK_SHIFT | address in the CTA's own memory
-SHARED_WINDOW = 0x7F00_0000_0000  # where cvta.shared puts shared memory in the generic space
-LOCAL_WINDOW = 0x7E00_0000_0000
-PARAM_WINDOW = 0x7D00_0000_0000  # where cvta.param puts the kernel's parameters
-CONST_WINDOW = 0x7C00_0000_0000
-WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW, "const": CONST_WINDOW}
 SPECIALS = {
     *(
         f"{name}.{axis}"
@@ -58,30 +44,8 @@ SPECIALS = {
     *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
 }
 BUILDERS: dict[str, list[Builder]] = {}
-WaitBuilder = Callable[["Decoder", Instruction], "Wait | None"]
+WaitBuilder = Callable[["Decoder", Instruction], Wait | None]
 WAITS: dict[str, list[WaitBuilder]] = {}
-
-
-@dataclass
-class Wait:
-    """The end of a block at which lanes may sleep; `at` is the instruction's number."""
-
-    at: int
-    text: str
-    guard: int | None = field(default=None, init=False)
-    negated: bool = field(default=False, init=False)
-
-    def together(self, m: "Machine", live: Array | None) -> bool:
-        """All live lanes of the batch have come: pass it at once and return True where that is simpler than `enter`."""
-        return False
-
-    def enter(self, m: "Machine", lanes: Array) -> Array:
-        """The lanes, (CTAs, threads), have come; returns those that sleep, until someone calls `Machine.wake`."""
-        raise NotImplementedError
-
-    def tell(self, m: "Machine", lanes: Array) -> str:
-        """For a report of a deadlock: what the sleeping lanes wait for."""
-        raise NotImplementedError
 
 
 def instruction(*roots: str) -> Callable[[Builder], Builder]:
@@ -135,11 +99,6 @@ class Modifiers:
         """Raise Unsupported when something is left."""
         if self.left:
             raise Unsupported(f"unsupported: .{'.'.join(self.left)} of {self.text}")
-
-
-def round_up(value: int, unit: int) -> int:
-    """The next multiple of `unit`."""
-    return -(-value // unit) * unit
 
 
 @dataclass
@@ -251,35 +210,6 @@ def items(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
-def literal_bits(text: str, kind: str) -> int:
-    """The bit pattern of an immediate as an operand of type `kind`."""
-    floating = kind in ("f16", "f32", "f64", "bf16", "tf32")
-    if text[:2] in ("0f", "0F"):
-        bits = int(text[2:], 16)
-        return (
-            bits
-            if kind != "f64"
-            else int.from_bytes(struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]), "little")
-        )
-    if text[:2] in ("0d", "0D"):
-        bits = int(text[2:], 16)
-        return (
-            bits
-            if TYPE_BYTES[kind] == 8
-            else int.from_bytes(struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]), "little")
-        )
-    text = text.rstrip("U")
-    if floating and ("." in text or "e" in text.lower()) and not text.lower().startswith("0x"):
-        if kind == "f64":
-            return int.from_bytes(struct.pack("<d", float(text)), "little")
-        if kind in ("f32", "tf32"):
-            return int.from_bytes(struct.pack("<f", float(text)), "little")
-        if kind == "f16":
-            return int.from_bytes(struct.pack("<e", float(text)), "little")
-        return int.from_bytes(struct.pack("<f", float(text)), "little") >> 16
-    return int(text, 8) if len(text) > 1 and text[0] == "0" and text.isdigit() else int(text, 0)
-
-
 def choose(mask: Array, a: Array, b: Array) -> Array:
     """`a` where the mask holds, else `b`."""
     return np.where(mask, a, b)
@@ -290,7 +220,7 @@ def assign(out: int, function: Callable[..., Array], *sources: int) -> Action:
     if len(sources) == 1:
         (a,) = sources
 
-        def one(m: "Machine", mask: Array | None) -> None:
+        def one(m: State, mask: Array | None) -> None:
             r = m.r
             value = function(r[a])
             r[out] = value if mask is None else np.where(mask, value, r[out])
@@ -299,14 +229,14 @@ def assign(out: int, function: Callable[..., Array], *sources: int) -> Action:
     if len(sources) == 2:
         a, b = sources
 
-        def two(m: "Machine", mask: Array | None) -> None:
+        def two(m: State, mask: Array | None) -> None:
             r = m.r
             value = function(r[a], r[b])
             r[out] = value if mask is None else np.where(mask, value, r[out])
 
         return two
 
-    def many(m: "Machine", mask: Array | None) -> None:
+    def many(m: State, mask: Array | None) -> None:
         r = m.r
         value = function(*[r[s] for s in sources])
         r[out] = value if mask is None else np.where(mask, value, r[out])

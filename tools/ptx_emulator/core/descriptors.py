@@ -7,16 +7,14 @@ swizzling.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import Array
 from ptx_emulator.core.errors import Divergence, MemoryFault, Unsupported
 from ptx_emulator.core.formats import bf16_to_f32, f16_to_f32
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import State
 
 CHUNK = 16  # bytes; swizzling moves chunks, never what is inside one
 SWIZZLE_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}
@@ -55,7 +53,7 @@ def chunk_addresses(descriptor: int, layout: Layout) -> Array:
     return address ^ (((address >> 7) & (width // CHUNK - 1 if width else 0)) << 4)
 
 
-def _of_groups(m: "Machine", register: Array, active: Array, text: str) -> tuple[Array, bool]:
+def _of_groups(m: State, register: Array, active: Array, text: str) -> tuple[Array, bool]:
     """(descriptor of each warpgroup, [CTAs, warpgroups]; whether all CTAs agree)."""
     groups = m.threads // 128
     if register.shape[1] == 1:
@@ -69,7 +67,7 @@ def _of_groups(m: "Machine", register: Array, active: Array, text: str) -> tuple
 
 
 def read_operand(
-    m: "Machine", register: Array, layout: Layout, kind: str, active: Array, regions: list[Any], text: str
+    m: State, register: Array, layout: Layout, kind: str, active: Array, regions: list[Any], text: str
 ) -> Array:
     """The operand of every warpgroup as float32 [warpgroups, rows, K]; inactive ones hold zeros.
 
@@ -107,7 +105,7 @@ def read_operand(
     return out.reshape(-1, layout.rows, layout.depth)
 
 
-def _decode(m: "Machine", chunks: Array, ctas: Array, layout: Layout, kind: str) -> Array:
+def _decode(m: State, chunks: Array, ctas: Array, layout: Layout, kind: str) -> Array:
     """Chunks of the given CTAs as float32 [CTAs, rows, K]."""
     quads = m.shared.data.reshape(m.ctas, -1).view(np.complex128)
     source = quads if len(ctas) == m.ctas else quads[ctas]

@@ -3,36 +3,33 @@
 While all lanes agree the batch runs block by block; when they part, each lane keeps its own block and the lowest runs.
 """
 
-import copy
-import math
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ptx_emulator.core.checks import Checker
 from ptx_emulator.core.clocks import ClusterChecker
 from ptx_emulator.core.counters import Counters
-from ptx_emulator.core.decode import SHARED_BASE, Array, Wait
 from ptx_emulator.core.errors import Deadlock, EmulationError
+from ptx_emulator.core.exits import check_exits
 from ptx_emulator.core.forms.barriers import CtaBarriers, WarpBarriers
 from ptx_emulator.core.forms.bulk import Bulk
-from ptx_emulator.core.forms.clusters import ClusterBarriers, check_exits
-from ptx_emulator.core.forms.mbarriers import MBarriers
-from ptx_emulator.core.forms.register_file import RegisterFile
+from ptx_emulator.core.forms.clusters import ClusterBarriers
+from ptx_emulator.core.forms.wgmma import Products
 from ptx_emulator.core.memory import Memory
 from ptx_emulator.core.program import Block, Jump, Leave, Program, Use
 from ptx_emulator.core.registers import first_registers
 from ptx_emulator.core.schedule import Priorities
-from ptx_emulator.core.shared import SharedMemory
+from ptx_emulator.core.spaces import SHARED_BASE, Array
+from ptx_emulator.core.state import State, Wait
 
 DONE = np.iinfo(np.int32).max
 FRUITLESS = 1000  # rounds of tests without any progress that are taken for a deadlock
 MAX_SPLITS = 4  # a batch may part into 16
 
 
-class Machine:
-    """State of one batch of `ctas` CTAs of `threads` threads."""
+class Machine(State):
+    """Runs one batch of CTAs: the state, and where each lane is in the program."""
 
     def __init__(
         self,
@@ -49,112 +46,34 @@ class Machine:
         landing: str = "late",
         seed: int | None = None,
     ) -> None:
-        self.cluster_shape, self.cluster = cluster_shape, math.prod(cluster_shape)
-        kernel = program.kernel
-        self.program, self.kernel, self.memory, self.counters = program, kernel, memory, counters
-        self.ctas, self.threads, self.warps = len(cta_numbers), threads, threads // 32
-        self.cta_numbers = cta_numbers
-        self.lanes = self.ctas * threads
-        self.shape = (self.ctas, threads)
-        self.every_thread = np.arange(threads)
-        self.every_lane_thread = np.tile(self.every_thread, self.ctas)
-        self.every_lane_cta = np.repeat(np.arange(self.ctas), threads)
-        self.parameters = parameters
-        self.constants = np.frombuffer(bytes(kernel.constants.data), np.uint8)
-        dynamic = program.decoder.dynamic_offset
-        self.shared_end = SHARED_BASE + (dynamic + shared_bytes if shared_bytes else kernel.shared_bytes)
-        self.shared = SharedMemory(self.ctas, self.shared_end)
-        self.local = np.full((self.ctas, threads, kernel.local_bytes), 0x7F, np.uint8) if kernel.local_bytes else None
+        kernel, dynamic = program.kernel, program.decoder.dynamic_offset
+        shared_end = SHARED_BASE + (dynamic + shared_bytes if shared_bytes else kernel.shared_bytes)
+        super().__init__(kernel, cta_numbers, threads, cluster_shape, shared_end, parameters, memory, counters, landing)
+        self.program = program
+        self.waits = {i: block.end for i, block in enumerate(program.blocks) if isinstance(block.end, Wait)}
         self.splits = 0
-        self.step = 0
-        self.trace: list[int] = [0]
-        self.checker: Checker | None = None
         if checks:
             kind = ClusterChecker if program.clocked or self.cluster > 1 else Checker
             self.checker = kind(self, program.granule)
-        self.copies: list[Any] = []
-        self.copy_group: Array | int = 0
-        self.products: Any = None
-        self.pending_registers: set[int] = set()
-        self.pending_inputs: set[int] = set()
-        self.renamed: dict[int, tuple[Array, Array]] = {}  # register -> its value, and the value that it is a copy of
-        self.fragments: dict[Any, Any] = {}
-        self.r: list[Any] = first_registers(self, grid)
-        self.live = np.ones(self.shape, bool)  # kept while lanes are apart
-        self.asleep = np.full(self.shape, -1, np.int32)  # the block at whose end a lane sleeps
-        self.cta_barriers = CtaBarriers(self.ctas, threads)
-        self.warp_barriers = WarpBarriers(self.shape)
-        self.register_file: RegisterFile | None = None
-        self.cluster_barriers = ClusterBarriers(self)
-        self.mbarriers = MBarriers(self)
-        self.bulk = Bulk(self, landing)
-        self.polling = np.full(self.shape, -1, np.int32)  # the instruction by which a lane's test has just failed
-        self.progress = 0  # counts what may let a failed test succeed
+        self.r = first_registers(self, program.decoder, grid)
+        for barriers in (CtaBarriers, WarpBarriers, ClusterBarriers):  # in the order in which they settle
+            self.of(barriers)
         self.rounds = self.rounds_since = 0  # of tests that all failed, and the progress at the first
-        self.ended = np.zeros(self.ctas, bool)
+        self.has_ended: Array = np.zeros(self.ctas, bool)
         self.schedule = None if seed is None else Priorities(self, seed)
 
-    def agent(self, cta: int, thread: int) -> int:
-        """The number of a thread's warp in its cluster."""
-        return cta % self.cluster * self.warps + thread // 32
-
-    def poll(self, lanes: Array, number: int) -> None:
-        """The lanes' test, instruction `number`, has failed: they go on when nobody else can."""
-        self.polling[lanes] = number
-
-    def tick(self, number: int) -> int:
-        """Begin a step that touches memory: instruction `number` executes. Steps order the accesses."""
-        self.step += 1
-        if self.checker is not None:
-            self.trace.append(number)
-        return self.step
-
-    def full(self, value: Array) -> Array:
-        """`value` for every lane, shape (CTAs, threads)."""
-        return value if value.shape == self.shape else np.broadcast_to(value, self.shape)
-
-    def set(self, register: int, value: Array, mask: Array | None) -> None:
-        """Write `value` to the lanes of the mask."""
-        self.r[register] = value if mask is None else np.where(mask, value, self.r[register])
-
-    def wake(self, lanes: Array) -> None:
-        """Let sleeping lanes go on with the block after the one they sleep at."""
-        self.asleep[lanes] = -1
-
-    def sleepers(self, among: Array) -> Iterator[tuple[Wait, Array]]:
-        """Each block end at which some of the lanes sleep, and those lanes."""
-        for number in np.unique(self.asleep[among & (self.asleep >= 0)]):
-            end = self.program.blocks[int(number)].end
-            assert isinstance(end, Wait)
-            yield end, among & (self.asleep == number)
-
-    def part(self, ctas: Array) -> "Machine":
+    def part(self, ctas: Array) -> Self:
         """A machine that goes on with some of the CTAs, where nothing is in flight."""
-        other = copy.copy(self)
-        other.ctas, other.cta_numbers = len(ctas), self.cta_numbers[ctas]
-        other.lanes, other.shape = len(ctas) * self.threads, (len(ctas), self.threads)
-        other.every_lane_thread = np.tile(self.every_thread, other.ctas)
-        other.every_lane_cta = np.repeat(np.arange(other.ctas), self.threads)
-        other.shared = self.shared.part(ctas)
-        other.local = None if self.local is None else self.local[ctas]
-        other.trace, other.fragments, other.copies = list(self.trace), {}, []
-        other.pending_registers, other.pending_inputs, other.renamed = set(), set(), {}
-        other.r = [value[ctas] if value.shape[0] == self.ctas else value for value in self.r]
-        other.live, other.asleep = np.ones(other.shape, bool), np.full(other.shape, -1, np.int32)
-        other.cta_barriers, other.warp_barriers = self.cta_barriers.part(ctas), WarpBarriers(other.shape)
-        other.polling, other.ended = other.asleep.copy(), np.zeros(other.ctas, bool)
-        other.cluster_barriers = ClusterBarriers(other)
+        other = super().part(ctas)
+        other.has_ended = np.zeros(other.ctas, bool)
         other.splits = self.splits + 1
-        if self.checker is not None:
-            other.checker = self.checker.part(other)
         return other
 
     def _can_part(self) -> bool:
         """Whether no asynchronous work and no race account per CTA stands in the way, and few parts have been made."""
         accounts = 1 if self.checker is None else self.checker.rows
-        idle = not self.copies and isinstance(self.copy_group, int) and self.products is None
-        idle = idle and self.register_file is None and not self.program.clocked and self.cluster == 1
-        idle = idle and self.schedule is None
+        idle = all(part.may_part() for part in self.parts.values()) and self.schedule is None
+        idle = idle and not self.program.clocked and self.cluster == 1
         return self.ctas > 1 and idle and accounts == 1 and self.splits < MAX_SPLITS
 
     def _run_parts(self, number: int, holding: Array) -> bool:
@@ -176,7 +95,7 @@ class Machine:
             block, live = self._interleaved(np.full(self.shape, first, np.int32))
         while block is not None:
             block, live = self._together(block, live)
-        self._end(~self.ended)
+        self._end(~self.has_ended)
 
     def _execute(self, block: Block, mask: Array | None) -> None:
         warps = self.ctas * self.warps
@@ -205,7 +124,7 @@ class Machine:
             ("register of a pending wgmma used", use.touched, "registers"),
             ("input register of a pending wgmma overwritten", use.written, "inputs"),
         ):
-            for product in self.products.flying:
+            for product in self.of(Products).flying:
                 if mine.isdisjoint(getattr(product, theirs)):
                     continue
                 groups = product.active
@@ -293,14 +212,14 @@ class Machine:
 
     def _runnable(self) -> Array:
         """The lanes that may go on: none that sleeps, and one whose test has failed only where no other can."""
-        if self.schedule is not None and self.bulk.landing == "random" and self.schedule.lands():
-            self.bulk.land_one()
+        if self.schedule is not None and self.landing == "random" and self.schedule.lands():
+            self.of(Bulk).land_one()
         while True:
             awake = self.live & (self.asleep < 0)
             eager = awake & (self.polling < 0)
             if eager.any():
                 return eager
-            if not self.bulk.land_one():
+            if not self.of(Bulk).land_one():
                 self.rounds = 0 if self.progress != self.rounds_since else self.rounds + 1
                 self.rounds_since = self.progress
                 if not awake.any() or self.rounds > FRUITLESS:
@@ -326,21 +245,18 @@ class Machine:
 
     def _settle(self) -> None:
         """Wake the lanes whose wait has ended."""
-        self.cta_barriers.settle(self)
-        self.warp_barriers.settle(self)
-        self.cluster_barriers.settle(self)
-        if self.register_file is not None:
-            self.register_file.settle(self)
-        ended = ~self.live.any(1) & ~self.ended
+        for part in list(self.parts.values()):
+            part.settle(self)
+        ended = ~self.live.any(1) & ~self.has_ended
         if ended.any():
             self._end(ended)
 
     def _end(self, ended: Array) -> None:
         """CTAs have left."""
-        self.ended |= ended
+        self.has_ended |= ended
         if self.program.clocked:
             check_exits(self, ended)
-            self.bulk.ended(ended)
+            self.of(Bulk).ended(ended)
 
     def _deadlock(self) -> None:
         """Every live lane sleeps, and nothing is left that could wake one."""

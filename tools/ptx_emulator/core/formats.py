@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import Array
+from ptx_emulator.core.spaces import Array
 
 CANONICAL_NAN: dict[int, Any] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF)}
 

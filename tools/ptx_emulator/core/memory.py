@@ -1,14 +1,12 @@
 """Emulated global memory: registered buffers with unmapped gaps between them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ptx_emulator.core.errors import MemoryFault, Misaligned
+from ptx_emulator.core.spaces import HEAP_BASE, Array
 
-Array = np.ndarray[Any, Any]
-HEAP_BASE = 0x1_0000_0000  # no shared or local offset looks like a global address, and null is unmapped
 ALIGNMENT = 256
 GUARD = 4096  # unmapped bytes after each buffer, at least
 

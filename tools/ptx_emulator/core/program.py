@@ -1,11 +1,12 @@
 """A decoded kernel: straight runs of instructions and what ends each of them."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ptx_emulator.core import decode
-from ptx_emulator.core.decode import Action, Array, Decoder, Wait
+from ptx_emulator.core.decode import Action, Decoder
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import State, Wait
 from ptx_emulator.core.syntax import (
     TYPE_BYTES,
     Address,
@@ -19,9 +20,6 @@ from ptx_emulator.core.syntax import (
     Tile,
     Vector,
 )
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 
 @dataclass
@@ -76,7 +74,7 @@ class Program:
 def guarded(action: Action, guard: int, negated: bool) -> Action:
     """Run `action` on the lanes whose predicate holds; not at all when there is none."""
 
-    def run(m: "Machine", mask: Array | None) -> None:
+    def run(m: State, mask: Array | None) -> None:
         holds = m.r[guard]
         if holds.size == 1:
             if bool(holds.flat[0]) != negated:

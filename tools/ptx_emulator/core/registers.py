@@ -1,21 +1,19 @@
 """The first values of a batch's registers: poison, immediates, and the predefined registers."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import SHARED_BASE, UNSIGNED, Array
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
+from ptx_emulator.core.decode import Decoder
+from ptx_emulator.core.spaces import SHARED_BASE, UNSIGNED, Array
+from ptx_emulator.core.state import State
 
 POISON = 0x7FFF_7FFF_7FFF_7FFF  # NaN as f64, as f32, and in every half as f16 and bf16
 
 
-def first_registers(m: "Machine", grid: tuple[int, int, int]) -> list[Any]:
+def first_registers(m: State, decoder: Decoder, grid: tuple[int, int, int]) -> list[Any]:
     """An array per register number of the program."""
-    decoder = m.program.decoder
     poison = {size: np.full((1, 1), POISON & ((1 << 8 * size) - 1), UNSIGNED[size]) for size in UNSIGNED}
     off = np.zeros((1, 1), bool)
     registers: list[Any] = [off if p else poison[w] for p, w in zip(decoder.predicate, decoder.widths, strict=True)]
@@ -23,16 +21,16 @@ def first_registers(m: "Machine", grid: tuple[int, int, int]) -> list[Any]:
     for number, value in decoder.constants.items():
         registers[number] = value
     for number, name in decoder.specials.items():
-        registers[number] = special(m, name, grid)
+        registers[number] = special(m, decoder, name, grid)
     return registers
 
 
-def special(m: "Machine", name: str, grid: tuple[int, int, int]) -> Array:
+def special(m: State, decoder: Decoder, name: str, grid: tuple[int, int, int]) -> Array:
     """The value of a predefined register. Blocks have one dimension."""
     thread = np.arange(m.threads, dtype=np.uint32)[None, :]
     lane = thread % 32
     one = np.ones((1, 1), np.uint32)
-    dynamic = m.shared_end - SHARED_BASE - m.program.decoder.dynamic_offset
+    dynamic = m.shared_end - SHARED_BASE - decoder.dynamic_offset
     table: dict[str, Callable[[], Any]] = {
         "tid.x": lambda: thread,
         "ntid.x": lambda: one * m.threads,
@@ -57,7 +55,7 @@ def special(m: "Machine", name: str, grid: tuple[int, int, int]) -> Array:
     return one if name.startswith("ntid") else np.zeros((1, 1), np.uint32)
 
 
-def _geometry(m: "Machine", grid: tuple[int, int, int]) -> dict[str, Array]:
+def _geometry(m: State, grid: tuple[int, int, int]) -> dict[str, Array]:
     """Where each CTA is in the grid and in its cluster."""
     number, one = m.cta_numbers[:, None], np.ones((1, 1), np.int64)
     places = (number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1]))

@@ -6,14 +6,10 @@ So one side may run far ahead of the other, which a fair lottery would hardly ev
 kernel has instructions of one, else a warp. Without a schedule the lanes at the lowest block run.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ptx_emulator.core.decode import Array
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
+from ptx_emulator.core.batch import Batch
+from ptx_emulator.core.spaces import Array
 
 FALLS = 1 / 32  # how often the group that has just run falls to the lowest priority
 LANDS = 1 / 8  # how often a copy lands before a block, where copies land at random
@@ -22,13 +18,13 @@ LANDS = 1 / 8  # how often a copy lands before a block, where copies land at ran
 class Priorities:
     """The schedule of one batch."""
 
-    def __init__(self, m: "Machine", seed: int) -> None:
+    def __init__(self, m: Batch, seed: int) -> None:
         self.random = np.random.default_rng(seed)
         collective = any(ins.root in ("wgmma", "setmaxnreg") for ins in m.kernel.instructions)
         self.size = 128 if collective and m.threads % 128 == 0 else 32
         self.priority = self.random.permutation(m.lanes // self.size).astype(np.float64)
 
-    def choose(self, m: "Machine", runnable: Array) -> Array:
+    def choose(self, m: Batch, runnable: Array) -> Array:
         """The lanes of the group that runs next, among those that can; [CTAs, threads]."""
         groups = runnable.reshape(-1, self.size)
         able = np.flatnonzero(groups.any(1))

@@ -7,17 +7,13 @@ Source: PTX ISA, "Tensors: Tiled Mode, Swizzling Modes, Tensor-map", and the lim
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_emulator.core.decode import CONST_WINDOW, PARAM_WINDOW, SHARED_BASE, Array
 from ptx_emulator.core.errors import MemoryFault, Misaligned, Unsupported
-from ptx_emulator.core.memory import HEAP_BASE
+from ptx_emulator.core.spaces import CONST_WINDOW, HEAP_BASE, PARAM_WINDOW, SHARED_BASE, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 MAP_BYTES = 128
 MAP_ALIGNMENT = 64
@@ -107,7 +103,7 @@ def unpacked(data: bytes) -> TensorMap | None:
     return TensorMap(address, TYPES[kind], tuple(sizes), tuple(strides), tuple(box), SWIZZLES[swizzle], FILLS[fill])
 
 
-def tensor_map(m: "Machine", address: int, dimensions: int, text: str) -> TensorMap:
+def tensor_map(m: State, address: int, dimensions: int, text: str) -> TensorMap:
     """The map at a generic address: in the parameters, the constants or global memory."""
     if address % MAP_ALIGNMENT:
         raise Misaligned(f"a tensor map at {address:#x}, no multiple of {MAP_ALIGNMENT}: {text}")

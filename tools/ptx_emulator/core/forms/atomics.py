@@ -1,11 +1,11 @@
 """atom and red. Source: PTX ISA, "Parallel Synchronization and Communication Instructions: atom, red"."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_emulator.core.decode import UNSIGNED, Action, Array, Decoder, Modifiers, choose, instruction, items
+from ptx_emulator.core.access import pick
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, choose, instruction, items
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.formats import FROM_F32, TO_F32, canonical
 from ptx_emulator.core.forms.clusters import put, remote_lanes
@@ -20,12 +20,9 @@ from ptx_emulator.core.forms.loads import (
     shared_lanes,
     space_of,
 )
-from ptx_emulator.core.memory import HEAP_BASE
-from ptx_emulator.core.shared import pick
+from ptx_emulator.core.spaces import HEAP_BASE, UNSIGNED, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 Update = Callable[..., Array]
 
@@ -108,7 +105,7 @@ def build_atomic(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {ins.text}")
     update, size, text, number = update_of(name, kind), unit * len(sources), ins.text, d.current
 
-    def _in_cluster(m: "Machine", address: Array, mask: Array | None) -> None:
+    def _in_cluster(m: State, address: Array, mask: Array | None) -> None:
         m.tick(number)
         lanes, flat = remote_lanes(m, address, mask, size, text)
         if m.checker is not None:
@@ -120,7 +117,7 @@ def build_atomic(d: Decoder, ins: Instruction) -> Action | None:
             if outs:
                 put(m, outs[k], flat, old)
 
-    def atomic(m: "Machine", mask: Array | None) -> None:
+    def atomic(m: State, mask: Array | None) -> None:
         where, address = resolve(m, space, effective(m, base, offset), mask)
         m.counters.atomic_operations += (
             m.lanes if mask is None else int(np.count_nonzero(np.broadcast_to(mask, m.shape)))

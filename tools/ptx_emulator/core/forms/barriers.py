@@ -4,16 +4,14 @@ Source: PTX ISA, "Parallel Synchronization and Communication Instructions: bar, 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_emulator.core.decode import Array, Decoder, Modifiers, Wait, wait
+from ptx_emulator.core.decode import Decoder, Modifiers, wait
 from ptx_emulator.core.errors import Divergence, Unsupported
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import Part, State, Wait
 from ptx_emulator.core.syntax import Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 BARRIERS = 16
 
@@ -27,7 +25,7 @@ class Reduction:
     source: int
     negated: bool
 
-    def votes(self, m: "Machine") -> Array:
+    def votes(self, m: State) -> Array:
         """The predicate of each lane, (CTAs, threads)."""
         flags = m.full(m.r[self.source])
         return ~flags if self.negated else flags
@@ -49,7 +47,7 @@ class CtaBarrier(Wait):
     aligned: bool
     reduction: Reduction | None = None
 
-    def together(self, m: "Machine", live: Array | None) -> bool:
+    def together(self, m: State, live: Array | None) -> bool:
         """Pass, where all live lanes of the batch have come to it and wait for each other."""
         if self.count is not None or not self.waits or m.r[self.number].size > 1:
             return False
@@ -63,22 +61,22 @@ class CtaBarrier(Wait):
             m.set(self.reduction.out, self.reduction.result(votes, everyone.sum(1, keepdims=True)), live)
         return True
 
-    def enter(self, m: "Machine", lanes: Array) -> Array:
+    def enter(self, m: State, lanes: Array) -> Array:
         """Count the lanes that arrive; returns those that sleep."""
         names = m.full(m.r[self.number])
         counts = None if self.count is None else m.full(m.r[self.count])
         if int(names[lanes].max()) >= BARRIERS:
             raise Unsupported(f"unsupported: barrier {int(names[lanes].max())} of {BARRIERS} in {self.text}")
-        m.cta_barriers.arrive(m, self, lanes, names, counts)
+        m.of(CtaBarriers).arrive(m, self, lanes, names, counts)
         return lanes if self.waits else np.zeros(m.shape, bool)
 
-    def tell(self, m: "Machine", lanes: Array) -> str:
+    def tell(self, m: State, lanes: Array) -> str:
         """Who sleeps, for a report of a deadlock."""
         found = []
         for cta in np.flatnonzero(lanes.any(1))[:1]:
-            for name in np.unique(m.cta_barriers.name[cta][lanes[cta]]):
-                count = int((lanes[cta] & (m.cta_barriers.name[cta] == name)).sum())
-                state = m.cta_barriers
+            for name in np.unique(m.of(CtaBarriers).name[cta][lanes[cta]]):
+                count = int((lanes[cta] & (m.of(CtaBarriers).name[cta] == name)).sum())
+                state = m.of(CtaBarriers)
                 wanted = int(state.expected[cta, name]) or "every live thread"
                 found.append(
                     f"in `{self.text}` CTA {int(m.cta_numbers[cta])} has {count} threads at barrier {name}, where "
@@ -87,24 +85,25 @@ class CtaBarrier(Wait):
         return "; ".join(found)
 
 
-class CtaBarriers:
+class CtaBarriers(Part):
     """The sixteen barriers of each CTA of a batch."""
 
-    def __init__(self, ctas: int, threads: int) -> None:
+    def __init__(self, m: State) -> None:
+        ctas, threads = m.shape
         self.arrived = np.zeros((ctas, BARRIERS), np.int64)
         self.expected = np.zeros((ctas, BARRIERS), np.int64)  # 0: every live thread
         self.votes = np.zeros((ctas, BARRIERS), np.int64)
         self.taking_part = np.zeros((ctas, BARRIERS, threads // 32), bool)
         self.name = np.full((ctas, threads), -1, np.int32)  # the barrier a lane sleeps at
 
-    def part(self, ctas: Array) -> "CtaBarriers":
+    def part(self, m: State, ctas: Array) -> "CtaBarriers":
         """The barriers of some CTAs."""
-        other = CtaBarriers(len(ctas), self.name.shape[1])
+        other = CtaBarriers(m)
         for name, value in vars(self).items():
             setattr(other, name, value[ctas])
         return other
 
-    def arrive(self, m: "Machine", end: CtaBarrier, lanes: Array, names: Array, counts: Array | None) -> None:
+    def arrive(self, m: State, end: CtaBarrier, lanes: Array, names: Array, counts: Array | None) -> None:
         """The lanes arrive at the barriers `names`."""
         for name in np.unique(names[lanes]):
             here = lanes & (names == name)
@@ -118,7 +117,7 @@ class CtaBarriers:
             if end.waits:
                 self.name[here] = name
 
-    def settle(self, m: "Machine") -> None:
+    def settle(self, m: State) -> None:
         """Complete every barrier that all its threads have reached."""
         if not self.arrived.any():
             return
@@ -139,7 +138,7 @@ class CtaBarriers:
             self.arrived[cta, name] = self.expected[cta, name] = self.votes[cta, name] = 0
             self.taking_part[cta, name] = False
 
-    def _check_aligned(self, m: "Machine", here: Array) -> None:
+    def _check_aligned(self, m: State, here: Array) -> None:
         """The lanes of a warp that wait must do so by one instruction if it is an aligned one."""
         block, waits = m.asleep.reshape(-1, 32), here.reshape(-1, 32)
         first = np.take_along_axis(block, waits.argmax(1)[:, None], axis=1)
@@ -150,7 +149,7 @@ class CtaBarriers:
                     f"reached by some lanes of a warp only, the others wait elsewhere: {end.text}"
                 ).located(m.kernel.where(end.at))
 
-    def _reduce(self, m: "Machine", here: Array, votes: Array, count: Array) -> None:
+    def _reduce(self, m: State, here: Array, votes: Array, count: Array) -> None:
         """Give the lanes that sleep at a `bar.red` its result."""
         for end, lanes in m.sleepers(here):
             if isinstance(end, CtaBarrier) and end.reduction is not None:
@@ -187,33 +186,33 @@ class WarpBarrier(Wait):
 
     members: int
 
-    def together(self, m: "Machine", live: Array | None) -> bool:
+    def together(self, m: State, live: Array | None) -> bool:
         """All lanes of each warp are here."""
         return True
 
-    def enter(self, m: "Machine", lanes: Array) -> Array:
+    def enter(self, m: State, lanes: Array) -> Array:
         """Sleep; `settle` wakes the lanes of a warp when the last has come, which may be at once."""
         masks = m.full(m.r[self.members]).astype(np.int64)
-        m.warp_barriers.mask[lanes] = masks[lanes]
+        m.of(WarpBarriers).mask[lanes] = masks[lanes]
         return lanes
 
-    def tell(self, m: "Machine", lanes: Array) -> str:
+    def tell(self, m: State, lanes: Array) -> str:
         """Who sleeps, for a report of a deadlock."""
         cta, thread = (int(i[0]) for i in np.nonzero(lanes))
-        mask = int(m.warp_barriers.mask[cta, thread])
+        mask = int(m.of(WarpBarriers).mask[cta, thread])
         return (
             f"in `{self.text}` CTA {int(m.cta_numbers[cta])} has {int(lanes[cta].sum())} threads, "
             f"thread {thread} first, that wait for lanes {mask:#010x} of their warp"
         )
 
 
-class WarpBarriers:
+class WarpBarriers(Part):
     """The lanes of a batch that sleep at a `bar.warp.sync`, each with its mask; 0: does not."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.mask = np.zeros(shape, np.int64)
+    def __init__(self, m: State) -> None:
+        self.mask = np.zeros(m.shape, np.int64)
 
-    def settle(self, m: "Machine") -> None:
+    def settle(self, m: State) -> None:
         """Wake the lanes for which every live lane of their mask has come with an equal mask."""
         if not self.mask.any():
             return

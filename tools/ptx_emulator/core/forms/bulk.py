@@ -8,18 +8,15 @@ all.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx_emulator.core.clocks import ClusterChecker
-from ptx_emulator.core.decode import Array
 from ptx_emulator.core.errors import MemoryFault
 from ptx_emulator.core.forms.clusters import owner_of, touch
-from ptx_emulator.core.memory import HEAP_BASE
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
+from ptx_emulator.core.forms.mbarriers import MBarriers
+from ptx_emulator.core.spaces import HEAP_BASE, Array
+from ptx_emulator.core.state import Part, State
 
 CHUNK = 16  # bytes: bulk copies move whole ones
 LANDINGS = ("early", "late", "random")
@@ -92,11 +89,11 @@ class Groups:
     open: list[Leaving] = field(default_factory=list)
 
 
-class Bulk:
+class Bulk(Part):
     """The bulk copies of a batch."""
 
-    def __init__(self, m: "Machine", landing: str) -> None:
-        self.m, self.landing = m, landing
+    def __init__(self, m: State) -> None:
+        self.m, self.landing = m, m.landing
         self.arriving: list[Arriving] = []
         self.groups: dict[tuple[int, int], Groups] = {}
 
@@ -125,7 +122,7 @@ class Bulk:
         """Agent `who`, of the CTA `issuer`, starts a copy into shared memory. fenced: it needs a proxy fence."""
         m = self.m
         m.shared.check(copy.box.shared, copy.box.unit, copy.box.unit, copy.text)
-        m.mbarriers.find(copy.cta, copy.barrier, who, copy.text)
+        m.of(MBarriers).find(copy.cta, copy.barrier, who, copy.text)
         touch(m, copy.cta, issuer, who, copy.text)
         if self.checker is not None:
             cells = self.checker.cells(copy.cta, copy.box.shared, copy.box.width)
@@ -146,13 +143,13 @@ class Bulk:
         flat, index = m.shared.flat[unit], m.shared.bases[unit][copy.cta, 0] + copy.box.shared // unit
         data = copy.read()
         flat[index] = data if copy.update is None else copy.update(flat[index], data, data)
-        b = m.mbarriers.find(copy.cta, copy.barrier, m.agent(copy.cta, 0), copy.text, check=False)
+        b = m.of(MBarriers).find(copy.cta, copy.barrier, m.agent(copy.cta, 0), copy.text, check=False)
         if self.checker is not None:
             self.checker.bulk_landed(self.checker.cells(copy.cta, copy.box.shared, copy.box.width), b.agent)
             if copy.source is not None:
                 self.checker.bulk_was_read(copy.source[1], b.agent)
-            self.checker.flying = bool(self.arriving) or bool(m.copies)
-        m.mbarriers.landed(b, copy.box.bytes, copy.text)
+            self.checker.flying = m.in_flight()
+        m.of(MBarriers).landed(b, copy.box.bytes, copy.text)
         m.progress += 1
 
     def land_one(self) -> bool:
@@ -214,6 +211,10 @@ class Bulk:
         if not reading and done > 0:
             groups.closed = groups.closed[done:]
 
+    def in_flight(self) -> bool:
+        """Whether a copy into shared memory is on its way."""
+        return bool(self.arriving)
+
     def ended(self, ended: Array) -> None:
         """CTAs have left: report what still reads or writes their memory, and let it happen now."""
         for (cta, _), groups in self.groups.items():
@@ -233,6 +234,6 @@ class Bulk:
             self.checker.note(kind, number, number, cta)
 
 
-def own_address(m: "Machine", cta: int, address: int, text: str) -> int:
+def own_address(m: State, cta: int, address: int, text: str) -> int:
     """An address that must be of the CTA's own shared memory."""
     return owner_of(m, cta, address, text, remote=False)[1]

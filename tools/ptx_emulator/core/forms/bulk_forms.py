@@ -2,24 +2,22 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.errors import EmulationError, Misaligned, Unsupported
 from ptx_emulator.core.formats import CANONICAL_NAN
 from ptx_emulator.core.forms.atomics import update_of
-from ptx_emulator.core.forms.bulk import CHUNK, Arriving, Box, Leaving, own_address, straight
+from ptx_emulator.core.forms.bulk import CHUNK, Arriving, Box, Bulk, Leaving, own_address, straight
 from ptx_emulator.core.forms.clusters import owner_of
 from ptx_emulator.core.forms.loads import CACHING, ORDERING, effective
 from ptx_emulator.core.forms.mbarriers import active
-from ptx_emulator.core.memory import HEAP_BASE
+from ptx_emulator.core.spaces import HEAP_BASE, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Literal, Operand, Tile
 from ptx_emulator.core.tensor_maps import box_places, tensor_map
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor")
 TOLD = "mbarrier::complete_tx::bytes"
@@ -29,7 +27,7 @@ DIMENSIONS = tuple(f"{n}d" for n in range(1, 6))
 class Lane:
     """Reads operands for one lane."""
 
-    def __init__(self, m: "Machine", cta: int, thread: int) -> None:
+    def __init__(self, m: State, cta: int, thread: int) -> None:
         self.m, self.cta, self.thread = m, cta, thread
 
     def value(self, register: int) -> int:
@@ -139,13 +137,13 @@ def _group(ins: Instruction) -> Action:
         raise Unsupported(f"unsupported: {ins.text}")
     newest = int(keep.text, 0) if isinstance(keep, Literal) else 0
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         m.tick(m.trace[-1])
         for cta, thread in active(m, mask):
             if what == "commit_group":
-                m.bulk.commit(cta, thread)
+                m.of(Bulk).commit(cta, thread)
             else:
-                m.bulk.wait(cta, thread, newest, reading)
+                m.of(Bulk).wait(cta, thread, newest, reading)
 
     return act
 
@@ -157,7 +155,7 @@ def _prefetch(d: Decoder, ins: Instruction, dimensions: str | None) -> Action:
     mods.end()
     place = Place(d, ins.operands[0], None if dimensions else ins.operands[1], dimensions, ins)
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         for cta, thread in active(m, mask):
             box, _, _ = place.box(Lane(m, cta, thread), 1024, 4)
             m.memory.check(box.heap[box.inside], box.unit, box.unit, ins.text)
@@ -175,7 +173,7 @@ def _load(d: Decoder, ins: Instruction, operands: list[Operand], dimensions: str
     ctas = d.source(operands[3], "b16", ins) if multicast else -1
     number, text = d.current, ins.text
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
@@ -184,15 +182,15 @@ def _load(d: Decoder, ins: Instruction, operands: list[Operand], dimensions: str
             if told != owner:
                 raise EmulationError(f"the copy goes to another CTA than its mbarrier is in: {text}")
             box, fill, _ = place.box(lane, address, 8)
-            data = m.bulk.load(box, fill, text)
+            data = m.of(Bulk).load(box, fill, text)
             for target in _targets(m, cta, owner, lane.value(ctas) if multicast else None, text):
                 copy = Arriving(target, box, partial(_given, data), barrier, number, text)
-                m.bulk.send(copy, m.agent(cta, thread), cta)
+                m.of(Bulk).send(copy, m.agent(cta, thread), cta)
 
     return act
 
 
-def _targets(m: "Machine", cta: int, owner: int, mask: int | None, text: str) -> list[int]:
+def _targets(m: State, cta: int, owner: int, mask: int | None, text: str) -> list[int]:
     """The CTAs that a copy goes to."""
     if mask is None:
         return [owner]
@@ -210,7 +208,7 @@ def _across(d: Decoder, ins: Instruction, operands: list[Operand], operation: st
     size, update = d.source(operands[2], "u32", ins), update_of(operation, kind) if operation else None
     unit, number, text = TYPE_BYTES[kind] if kind else 8, d.current, ins.text
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
@@ -223,12 +221,12 @@ def _across(d: Decoder, ins: Instruction, operands: list[Operand], operation: st
             box = straight(address, HEAP_BASE, count, unit)
             m.shared.check(np.array([start, start + count - unit]), unit, unit, text)
             index = m.shared.bases[unit][cta, 0] + start // unit + np.arange(count // unit)
-            checker, pinned = m.bulk.checker, None
+            checker, pinned = m.of(Bulk).checker, None
             if checker is not None:
                 pinned = (cta, checker.cells(cta, start + np.arange(0, count, CHUNK), CHUNK))
             read = partial(m.shared.flat[unit].take, index)
             copy = Arriving(owner, box, read, barrier, number, text, update, pinned)
-            m.bulk.send(copy, m.agent(cta, thread), cta)
+            m.of(Bulk).send(copy, m.agent(cta, thread), cta)
 
     return act
 
@@ -248,13 +246,13 @@ def _store(
     source = d.address(operands[1], ins)[:2]
     unit, number, text = TYPE_BYTES[kind] if kind else 8, d.current, ins.text
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
             box, _, found = place.box(lane, own_address(m, cta, lane.address(source), text), unit)
             update = update_of(operation, kind or found) if operation else None
-            m.bulk.store(Leaving(cta, box, number, update, None), thread, text)
+            m.of(Bulk).store(Leaving(cta, box, number, update, None), thread, text)
 
     return act
 
@@ -282,7 +280,7 @@ def build_async(d: Decoder, ins: Instruction) -> Action | None:
     sources = [d.source(o, kind, ins) for o in values]
     update, number, text = update_of(operation, kind) if operation else None, d.current, ins.text
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
@@ -295,6 +293,6 @@ def build_async(d: Decoder, ins: Instruction) -> Action | None:
             box = replace(straight(address, HEAP_BASE, unit * len(sources), unit), width=unit)
             data: Any = np.array([lane.value(s) for s in sources], m.shared.flat[unit].dtype)
             copy = Arriving(owner, box, partial(_given, data), barrier, number, text, update)
-            m.bulk.send(copy, m.agent(cta, thread), cta, f"{ins.root}.async", fenced=False)
+            m.of(Bulk).send(copy, m.agent(cta, thread), cta, f"{ins.root}.async", fenced=False)
 
     return act

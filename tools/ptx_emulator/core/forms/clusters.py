@@ -5,34 +5,21 @@ address that mapa made has the rank of its CTA, plus one, above RANK_SHIFT; one 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx_emulator.core.clocks import ClusterChecker, merged
-from ptx_emulator.core.decode import (
-    RANK_SHIFT,
-    SHARED_WINDOW,
-    UNSIGNED,
-    Action,
-    Array,
-    Decoder,
-    Modifiers,
-    Wait,
-    instruction,
-    wait,
-)
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, wait
 from ptx_emulator.core.errors import Divergence, EmulationError, MemoryFault, Unsupported
 from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.spaces import RANK_SHIFT, SHARED_WINDOW, UNSIGNED, Array
+from ptx_emulator.core.state import Part, State, Wait
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 OWN = (1 << RANK_SHIFT) - 1
 
 
-def owner_of(m: "Machine", cta: int, address: int, text: str, *, remote: bool) -> tuple[int, int]:
+def owner_of(m: State, cta: int, address: int, text: str, *, remote: bool) -> tuple[int, int]:
     """(CTA, address in its memory) that a shared address means to a thread of `cta`. remote: it may be a peer's."""
     rank = address >> RANK_SHIFT
     if not rank:
@@ -45,7 +32,7 @@ def owner_of(m: "Machine", cta: int, address: int, text: str, *, remote: bool) -
     return owner, address & OWN
 
 
-def touch(m: "Machine", owner: int, cta: int, agent: int, text: str) -> None:
+def touch(m: State, owner: int, cta: int, agent: int, text: str) -> None:
     """A thread of `cta` reaches into the memory of `owner`, which must still be there and stay until it is told."""
     if owner == cta:
         return
@@ -55,7 +42,7 @@ def touch(m: "Machine", owner: int, cta: int, agent: int, text: str) -> None:
         m.checker.remote[owner, agent] = m.step
 
 
-def remote_lanes(m: "Machine", address: Array, mask: Array | None, size: int, text: str) -> tuple[Lanes, Array]:
+def remote_lanes(m: State, address: Array, mask: Array | None, size: int, text: str) -> tuple[Lanes, Array]:
     """The active lanes of an access to the cluster's shared memory, by the CTAs that own it, and their flat numbers."""
     chosen = np.flatnonzero(np.broadcast_to(True if mask is None else mask, m.shape))
     wide = np.broadcast_to(address, m.shape).reshape(-1)[chosen]
@@ -72,7 +59,7 @@ def remote_lanes(m: "Machine", address: Array, mask: Array | None, size: int, te
     return Lanes(False, local, thread, owner, False, agent), chosen
 
 
-def put(m: "Machine", register: int, chosen: Array, value: Array) -> None:
+def put(m: State, register: int, chosen: Array, value: Array) -> None:
     """Write one value a chosen lane to a register."""
     whole = np.array(np.broadcast_to(m.r[register], m.shape))
     whole.reshape(-1)[chosen] = value
@@ -93,7 +80,7 @@ def build_map_address(d: Decoder, ins: Instruction) -> Action | None:
     rank = d.source(ins.operands[2], "u32", ins)
     unsigned = UNSIGNED[TYPE_BYTES[kind]]
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         ranks = m.r[rank].astype(np.int64)
         asked = ranks if mask is None else np.where(mask, ranks, 0)
         if int(asked.max()) >= m.cluster:
@@ -115,7 +102,7 @@ def build_rank_of(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {ins.text}")
     out, source = d.destination(ins.operands[0], "u32", ins), d.source(ins.operands[1], types[0], ins)
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         rank = ((m.r[source].astype(np.int64) - window) >> RANK_SHIFT) - 1
         own = (np.arange(m.ctas) % m.cluster)[:, None]
         m.set(out, np.where(rank < 0, own, rank).astype(np.uint32), mask)
@@ -123,10 +110,10 @@ def build_rank_of(d: Decoder, ins: Instruction) -> Action | None:
     return act
 
 
-class ClusterBarriers:
+class ClusterBarriers(Part):
     """The barrier of each cluster of a batch: phases that have ended, and the phase whose end each thread waits for."""
 
-    def __init__(self, m: "Machine") -> None:
+    def __init__(self, m: State) -> None:
         self.phase = np.zeros(m.ctas // m.cluster, np.int64)
         self.target = np.zeros(m.shape, np.int64)
         self.owes = np.zeros(m.shape, bool)  # has arrived and not waited
@@ -136,11 +123,11 @@ class ClusterBarriers:
         self.released: dict[int, Array] = {}
         self.inits: dict[int, Array] = {}  # fenced inits of mbarriers that those who arrived know, by cluster
 
-    def open(self, m: "Machine") -> Array:
+    def open(self, m: State) -> Array:
         """Lanes that have arrived in a phase that has not ended."""
         return self.target > np.repeat(self.phase, m.cluster)[:, None]
 
-    def arrive(self, m: "Machine", lanes: Array, releases: bool, aligned_at: int, text: str) -> None:
+    def arrive(self, m: State, lanes: Array, releases: bool, aligned_at: int, text: str) -> None:
         """The lanes arrive; aligned_at: the number of the instruction where it is an aligned one, else -1."""
         self.aligned_at[lanes] = aligned_at
         if (self.owes & lanes).any():
@@ -155,7 +142,7 @@ class ClusterBarriers:
                     self.arriving[cluster] = merged(self.arriving.get(cluster), release[0])
                 self.inits[cluster] = merged(self.inits.get(cluster), m.checker.inits[cluster, agent])
 
-    def settle(self, m: "Machine") -> None:
+    def settle(self, m: State) -> None:
         """End the phase of each cluster whose live threads have all arrived, and wake those that wait for it."""
         here = self.open(m)
         if not here.any():
@@ -176,7 +163,7 @@ class ClusterBarriers:
         m.wake(wakes)
         self.asleep &= ~wakes
 
-    def _check_aligned(self, m: "Machine", here: Array) -> None:
+    def _check_aligned(self, m: State, here: Array) -> None:
         """All threads of a warp must arrive by one instruction if it is an aligned one."""
         by, arrived = self.aligned_at.reshape(-1, 32), here.reshape(-1, 32)
         first = np.take_along_axis(by, arrived.argmax(1)[:, None], axis=1)
@@ -187,7 +174,7 @@ class ClusterBarriers:
                 m.kernel.where(number)
             )
 
-    def acquire(self, m: "Machine", lanes: Array) -> None:
+    def acquire(self, m: State, lanes: Array) -> None:
         """The lanes have seen the phase end."""
         if not isinstance(m.checker, ClusterChecker):
             return
@@ -218,10 +205,10 @@ def build_cluster_arrive(d: Decoder, ins: Instruction) -> Action | None:
     aligned, relaxed = _read(ins, "arrive", "release")
     text, number = ins.text, d.current
 
-    def arrive(m: "Machine", mask: Array | None) -> None:
+    def arrive(m: State, mask: Array | None) -> None:
         lanes = np.array(np.broadcast_to(m.live if mask is None else mask, m.shape))
         m.tick(number)
-        m.cluster_barriers.arrive(m, lanes, not relaxed, number if aligned else -1, text)
+        m.of(ClusterBarriers).arrive(m, lanes, not relaxed, number if aligned else -1, text)
 
     return arrive
 
@@ -230,9 +217,9 @@ def build_cluster_arrive(d: Decoder, ins: Instruction) -> Action | None:
 class ClusterWait(Wait):
     """`barrier.cluster.wait`."""
 
-    def enter(self, m: "Machine", lanes: Array) -> Array:
+    def enter(self, m: State, lanes: Array) -> Array:
         """Sleep until all live threads of the cluster have arrived."""
-        state = m.cluster_barriers
+        state = m.of(ClusterBarriers)
         if (lanes & ~state.owes).any():
             raise EmulationError(f"threads wait that have not arrived: {self.text}")
         state.owes &= ~lanes
@@ -241,11 +228,11 @@ class ClusterWait(Wait):
         state.asleep |= sleeps
         return sleeps
 
-    def tell(self, m: "Machine", lanes: Array) -> str:
+    def tell(self, m: State, lanes: Array) -> str:
         """Who sleeps, for a report of a deadlock."""
         cluster = int(np.flatnonzero(lanes.any(1))[0]) // m.cluster
         rows = slice(cluster * m.cluster, (cluster + 1) * m.cluster)
-        missing = m.live[rows] & ~m.cluster_barriers.open(m)[rows]
+        missing = m.live[rows] & ~m.of(ClusterBarriers).open(m)[rows]
         return (
             f"in `{self.text}` {int(lanes[rows].sum())} threads of the cluster of CTA "
             f"{int(m.cta_numbers[rows.start])} wait for {int(missing.sum())} live threads that have not arrived"
@@ -258,23 +245,3 @@ def build_cluster_wait(d: Decoder, ins: Instruction) -> ClusterWait | None:
         return None
     _read(ins, "wait", "acquire")
     return ClusterWait(d.current, ins.text)
-
-
-def check_exits(m: "Machine", ended: Array) -> None:
-    """The CTAs `ended` have just left: what peers did to their memory, and copies into it, must be known to them."""
-    checker = m.checker
-    if not isinstance(checker, ClusterChecker):
-        return
-    for cta in np.flatnonzero(ended).tolist():
-        cluster, first = cta // m.cluster, cta % m.cluster * m.warps
-        known = checker.seen[cluster, first : first + m.warps].max(0)
-        late = np.flatnonzero(checker.remote[cta] > known[: checker.remote.shape[1]])
-        late = late[(late < first) | (late >= first + m.warps)]
-        for agent in late[:1].tolist():
-            number = m.trace[int(checker.remote[cta, agent])]
-            checker.note("CTA ends while a peer may still reach into its memory", number, number, cta)
-        for (owner, _), b in m.mbarriers.all.items():
-            if owner == cta and b.landed > int(known[b.agent]):
-                number = m.trace[b.landed]
-                checker.note("CTA ends while a copy into its memory may be in flight", number, number, cta)
-                break

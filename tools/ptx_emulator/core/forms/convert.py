@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import FLOAT, SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, assign, instruction
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.formats import FROM_F32, TO_F32, f32_to_tf32, sticky
+from ptx_emulator.core.spaces import FLOAT, SIGNED, UNSIGNED, Array
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
 
 INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)}

@@ -5,20 +5,19 @@ issue; bytes beyond `src-size` are zero.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, instruction
+from ptx_emulator.core.access import lanes_of
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.forms.clusters import owner_of
 from ptx_emulator.core.forms.loads import CACHING, count_shared, effective, global_lanes
-from ptx_emulator.core.memory import HEAP_BASE
-from ptx_emulator.core.shared import Lanes, lanes_of
+from ptx_emulator.core.forms.mbarriers import MBarriers
+from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.spaces import HEAP_BASE, Array
+from ptx_emulator.core.state import Part, State
 from ptx_emulator.core.syntax import Instruction, Literal, Not, Register
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 
 @dataclass
@@ -30,6 +29,28 @@ class Copy:
     data: Array
     group: int | Array
     size: int
+
+
+class Copies(Part):
+    """The copies of a batch that are in flight, and the group that the next one will belong to."""
+
+    def __init__(self, m: State) -> None:
+        self.flying: list[Copy] = []
+        self.group: int | Array = 0
+
+    def in_flight(self) -> bool:
+        """Whether a copy into shared memory is on its way."""
+        return bool(self.flying)
+
+    def may_part(self) -> bool:
+        """Not while something is on its way, or threads have groups of their own."""
+        return not self.flying and isinstance(self.group, int)
+
+    def part(self, m: State, ctas: Array) -> "Copies":
+        """The same number of the next group."""
+        other = Copies(m)
+        other.group = self.group
+        return other
 
 
 @instruction("cp")
@@ -73,7 +94,7 @@ def _issue(d: Decoder, ins: Instruction) -> Action:
             limit = d.source(last, "u32", ins)
     number, text = d.current, ins.text
 
-    def issue(m: "Machine", mask: Array | None) -> None:
+    def issue(m: State, mask: Array | None) -> None:
         address = effective(m, to, to_offset)
         lanes = lanes_of(m, address, mask)
         m.shared.check(lanes.address, size, size, text)
@@ -90,15 +111,15 @@ def _issue(d: Decoder, ins: Instruction) -> Action:
             wanted = np.where(mask, wanted, 0)
         data = _read(m, effective(m, source, source_offset), mask, wanted, size, text)
         data = data[:, lanes.thread] if lanes.cta is None else data[lanes.cta, lanes.thread]
-        group = m.copy_group
+        group = m.of(Copies).group
         if not isinstance(group, int):
             lanes, data, group = _per_lane(m, lanes, data, group)
-        m.copies.append(Copy(lanes, data, group, size))
+        m.of(Copies).flying.append(Copy(lanes, data, group, size))
 
     return issue
 
 
-def _read(m: "Machine", address: Array, mask: Array | None, wanted: Array, size: int, text: str) -> Array:
+def _read(m: State, address: Array, mask: Array | None, wanted: Array, size: int, text: str) -> Array:
     """Source data, [CTAs, threads, elements of 4 or 8 bytes], zero beyond the `wanted` bytes."""
     unit = 8 if size >= 8 else 4
     if int(wanted.max()) > size:
@@ -127,7 +148,7 @@ def _read(m: "Machine", address: Array, mask: Array | None, wanted: Array, size:
     return out
 
 
-def _partial(m: "Machine", address: Array, partial: Array, wanted: Array, out: Array, text: str) -> None:
+def _partial(m: State, address: Array, partial: Array, wanted: Array, out: Array, text: str) -> None:
     """Lanes that copy some bytes and zero the rest."""
     data = out.view(np.uint8)
     offsets = np.broadcast_to(address - HEAP_BASE, m.shape)
@@ -139,7 +160,7 @@ def _partial(m: "Machine", address: Array, partial: Array, wanted: Array, out: A
         m.counters.async_copy_bytes += int(size) * int(lanes.sum())
 
 
-def _per_lane(m: "Machine", lanes: Lanes, data: Array, group: int | Array) -> tuple[Lanes, Array, Array]:
+def _per_lane(m: State, lanes: Lanes, data: Array, group: int | Array) -> tuple[Lanes, Array, Array]:
     """The same lanes written out for every CTA, with a group number each; `group` is (CTAs, threads) or one number."""
     if lanes.cta is None:
         count = len(lanes.thread)
@@ -152,27 +173,29 @@ def _per_lane(m: "Machine", lanes: Lanes, data: Array, group: int | Array) -> tu
     return lanes, data, numbers
 
 
-def _commit(m: "Machine", mask: Array | None) -> None:
+def _commit(m: State, mask: Array | None) -> None:
+    state = m.of(Copies)
     if mask is None:
-        m.copy_group = m.copy_group + 1
+        state.group = state.group + 1
         return
-    groups = np.full(m.shape, m.copy_group) if isinstance(m.copy_group, int) else m.copy_group.copy()
+    groups = np.full(m.shape, state.group) if isinstance(state.group, int) else state.group.copy()
     groups[np.broadcast_to(mask, m.shape)] += 1
-    m.copy_group = groups
+    state.group = groups
 
 
-def _wait(m: "Machine", mask: Array | None, keep: int, number: int, agent: int | None = None) -> None:
+def _wait(m: State, mask: Array | None, keep: int, number: int, agent: int | None = None) -> None:
     """Land every copy of the waiting threads except those of their newest `keep` groups;
     -1 lands uncommitted ones too. agent: who tells of it, in place of the threads."""
     m.tick(number)
-    copies, m.copies = m.copies, []
-    current = m.copy_group
+    state = m.of(Copies)
+    copies, state.flying = state.flying, []
+    current = state.group
     for copy in copies:
         if mask is None and isinstance(current, int) and isinstance(copy.group, int):
             if copy.group < current - keep:
                 _land(m, copy, agent)
             else:
-                m.copies.append(copy)
+                state.flying.append(copy)
             continue
         if isinstance(copy.group, int):
             lanes, data, groups = _per_lane(m, copy.lanes, copy.data, copy.group)
@@ -196,9 +219,9 @@ def _wait(m: "Machine", mask: Array | None, keep: int, number: int, agent: int |
                 if landing:
                     _land(m, part, agent)
                 else:
-                    m.copies.append(part)
+                    state.flying.append(part)
     if m.checker is not None:
-        m.checker.flying = bool(m.copies) or bool(m.bulk.arriving)
+        m.checker.flying = m.in_flight()
 
 
 def _arrive(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
@@ -214,22 +237,22 @@ def _arrive(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
     base, offset, _ = d.address(ins.operands[0], ins)
     number, text = d.current, ins.text
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         lanes = np.broadcast_to(True if mask is None else mask, m.shape)
         addresses = np.where(lanes, m.full(effective(m, base, offset)), -1)
         for cta, address in {(int(c), int(addresses[c, t])) for c, t in np.argwhere(lanes)}:
             here = lanes & (addresses == address) & (np.arange(m.ctas) == cta)[:, None]
             owner, place = owner_of(m, cta, address, text, remote=False)
-            b = m.mbarriers.find(owner, place, m.agent(cta, int(np.argmax(here[cta]))), text)
+            b = m.of(MBarriers).find(owner, place, m.agent(cta, int(np.argmax(here[cta]))), text)
             _wait(m, here, -1, number, b.agent)
-            m.mbarriers.landed(b, 0, text)
+            m.of(MBarriers).landed(b, 0, text)
             if counts:
-                m.mbarriers.arrive(b, int(here.sum()), text)
+                m.of(MBarriers).arrive(b, int(here.sum()), text)
 
     return act
 
 
-def _land(m: "Machine", copy: Copy, agent: int | None) -> None:
+def _land(m: State, copy: Copy, agent: int | None) -> None:
     unit = copy.data.dtype.itemsize
     index = m.shared.index(copy.lanes, unit)
     flat = m.shared.flat[unit]

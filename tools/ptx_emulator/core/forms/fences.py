@@ -4,15 +4,13 @@ Memory is sequential here, so a fence changes no value: it changes what the chec
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ptx_emulator.core.clocks import ClusterChecker
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, instruction
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 SCOPES = {"cta": "cta", "cluster": "cluster", "gpu": "gpu", "sys": "sys", "gl": "gpu"}
 
@@ -37,7 +35,7 @@ def _told(d: Decoder, tell: Callable[[ClusterChecker, Array | None], None]) -> A
     """Tell the checker that knows clocks."""
     number = d.current
 
-    def fence(m: "Machine", mask: Array | None) -> None:
+    def fence(m: State, mask: Array | None) -> None:
         if isinstance(m.checker, ClusterChecker):
             m.tick(number)
             tell(m.checker, mask)
@@ -53,7 +51,7 @@ def _proxy(d: Decoder, ins: Instruction) -> Action:
         raise Unsupported(f"unsupported: {ins.text}")
     number = d.current
 
-    def fence(m: "Machine", mask: Array | None) -> None:
+    def fence(m: State, mask: Array | None) -> None:
         m.tick(number)
         if m.checker is not None:
             m.checker.proxy_fence(mask)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import FLOAT, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, assign, instruction
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.formats import FROM_F32, TO_F32, canonical, fma_f32, fma_f64, sticky
 from ptx_emulator.core.forms.integer import view_type
+from ptx_emulator.core.spaces import FLOAT, UNSIGNED, Array
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Pair
 
 FLOAT_TYPES = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import SIGNED, UNSIGNED, Action, Array, Decoder, Modifiers, assign, instruction
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, assign, instruction
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.spaces import SIGNED, UNSIGNED, Array
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
 
 INTEGER_TYPES = {f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)}

@@ -1,29 +1,17 @@
 """ld and st in every state space. Source: PTX ISA, "Data Movement and Conversion Instructions: ld, st"."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_emulator.core.decode import (
-    SIGNED,
-    UNSIGNED,
-    WINDOWS,
-    Action,
-    Array,
-    Decoder,
-    Modifiers,
-    instruction,
-    items,
-)
+from ptx_emulator.core.access import gather, lanes_of, pick, place
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.errors import MemoryFault, Misaligned, Unsupported
 from ptx_emulator.core.forms.clusters import put, remote_lanes
-from ptx_emulator.core.memory import HEAP_BASE
-from ptx_emulator.core.shared import Lanes, gather, lanes_of, pick, place
+from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.spaces import HEAP_BASE, SIGNED, UNSIGNED, WINDOWS, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 ORDERING = (
     "weak",
@@ -45,7 +33,7 @@ CACHING = (
     *(f"L2::{how}" for how in ("evict_normal", "evict_first", "evict_last", "cache_hint", "64B", "128B", "256B")),
 )
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
-Space = Callable[["Machine", Array, Array | None], str]
+Space = Callable[[State, Array, Array | None], str]
 
 
 def space_of(mods: Modifiers) -> str:
@@ -54,14 +42,14 @@ def space_of(mods: Modifiers) -> str:
     return "shared" if space == "shared::cta" else space
 
 
-def effective(m: "Machine", base: int, offset: int) -> Array:
+def effective(m: State, base: int, offset: int) -> Array:
     """Byte addresses as int64, (CTAs or 1, threads or 1)."""
     value = m.r[base]
     address = value.view(np.int64) if value.dtype.itemsize == 8 else value.astype(np.int64)
     return address + offset if offset else address
 
 
-def resolve(m: "Machine", space: str, address: Array, mask: Array | None) -> tuple[str, Array]:
+def resolve(m: State, space: str, address: Array, mask: Array | None) -> tuple[str, Array]:
     """The state space a generic address points into, by its first active lane, and the address in that space."""
     if space != "generic":
         return space, address
@@ -89,7 +77,7 @@ def _extend(value: Array, kind: str, size: int) -> Array:
 
 
 def global_lanes(
-    m: "Machine", address: Array, mask: Array | None, size: int, align: int, text: str
+    m: State, address: Array, mask: Array | None, size: int, align: int, text: str
 ) -> tuple[Array, Array | None]:
     """(heap offsets, flat numbers of the active lanes or None for all), checked. Without a mask the offsets keep the
     address's shape; with one they are [n]."""
@@ -106,7 +94,7 @@ def global_lanes(
     return offsets, chosen
 
 
-def global_read(m: "Machine", offsets: Array, unit: int, count: int) -> list[Array]:
+def global_read(m: State, offsets: Array, unit: int, count: int) -> list[Array]:
     """`count` consecutive elements of `unit` bytes from each heap offset."""
     index = offsets >> (unit.bit_length() - 1)
     view = m.memory.views[unit]
@@ -132,7 +120,7 @@ def build_load(d: Decoder, ins: Instruction) -> Action | None:
     base, offset, _ = d.address(ins.operands[1], ins)
     number, size, text = d.current, unit * len(outs), ins.text
 
-    def load(m: "Machine", mask: Array | None) -> None:
+    def load(m: State, mask: Array | None) -> None:
         where, address = resolve(m, space, effective(m, base, offset), mask)
         if where == "global":
             offsets, chosen = global_lanes(m, address, mask, size, size, text)
@@ -168,7 +156,7 @@ def build_load(d: Decoder, ins: Instruction) -> Action | None:
     return load
 
 
-def bank_read(m: "Machine", space: str, address: Array, mask: Array | None, unit: int, text: str) -> Array:
+def bank_read(m: State, space: str, address: Array, mask: Array | None, unit: int, text: str) -> Array:
     """One element of `unit` bytes from the parameters or the constants, which all threads share."""
     bank, name = (m.parameters, "parameters") if space == "param" else (m.constants, "constants")
     active = address if mask is None else np.broadcast_to(address, m.shape)[np.broadcast_to(mask, m.shape)]
@@ -180,14 +168,14 @@ def bank_read(m: "Machine", space: str, address: Array, mask: Array | None, unit
     return bank[inside[..., None] + np.arange(unit)].view(UNSIGNED[unit])[..., 0]
 
 
-def shared_lanes(m: "Machine", address: Array, mask: Array | None, size: int, text: str) -> Lanes:
+def shared_lanes(m: State, address: Array, mask: Array | None, size: int, text: str) -> Lanes:
     """The active lanes of a shared access, checked for bounds and alignment."""
     lanes = lanes_of(m, address, mask)
     m.shared.check(lanes.address, size, size, text)
     return lanes
 
 
-def count_shared(m: "Machine", way: str, address: Array, mask: Array | None, size: int) -> None:
+def count_shared(m: State, way: str, address: Array, mask: Array | None, size: int) -> None:
     """Count a shared access; one CTA's worth when all CTAs use the same addresses."""
     height = max(address.shape[0], 1 if mask is None else mask.shape[0])
     shape = (height, m.threads)
@@ -195,7 +183,7 @@ def count_shared(m: "Machine", way: str, address: Array, mask: Array | None, siz
     m.counters.add_shared(way, wide, None if mask is None else np.broadcast_to(mask, shape), size, m.ctas // height)
 
 
-def _local_index(m: "Machine", address: Array, mask: Array | None, unit: int, text: str) -> Array:
+def _local_index(m: State, address: Array, mask: Array | None, unit: int, text: str) -> Array:
     wide = np.broadcast_to(address, m.shape)
     bad = (wide < 0) | (wide + unit > m.kernel.local_bytes)
     if mask is not None:
@@ -205,7 +193,7 @@ def _local_index(m: "Machine", address: Array, mask: Array | None, unit: int, te
     return np.clip(wide, 0, m.kernel.local_bytes - unit)
 
 
-def local_read(m: "Machine", space: str, address: Array, mask: Array | None, unit: int, text: str) -> Array:
+def local_read(m: State, space: str, address: Array, mask: Array | None, unit: int, text: str) -> Array:
     """One element of `unit` bytes from each thread's local memory."""
     index = _local_index(m, address, mask, unit, text)
     assert m.local is not None
@@ -213,7 +201,7 @@ def local_read(m: "Machine", space: str, address: Array, mask: Array | None, uni
     return np.ascontiguousarray(data).view(UNSIGNED[unit])[..., 0]
 
 
-def local_write(m: "Machine", address: Array, mask: Array | None, value: Array, text: str) -> None:
+def local_write(m: State, address: Array, mask: Array | None, value: Array, text: str) -> None:
     """Write one element to each active thread's local memory."""
     unit = value.dtype.itemsize
     index = _local_index(m, address, mask, unit, text)[..., None] + np.arange(unit)
@@ -224,7 +212,7 @@ def local_write(m: "Machine", address: Array, mask: Array | None, value: Array, 
     np.put_along_axis(m.local, index, data, axis=2)
 
 
-def shared_store(m: "Machine", lanes: Lanes, values: list[Array], number: int) -> None:
+def shared_store(m: State, lanes: Lanes, values: list[Array], number: int) -> None:
     """Write `values`, one array per consecutive element, [CTAs, n] or [n], and tell the checker."""
     unit = values[0].dtype.itemsize
     index = m.shared.index(lanes, unit)
@@ -262,7 +250,7 @@ def build_store(d: Decoder, ins: Instruction) -> Action | None:
     base, offset, _ = d.address(ins.operands[0], ins)
     number, size, text = d.current, unit * len(numbers), ins.text
 
-    def store(m: "Machine", mask: Array | None) -> None:
+    def store(m: State, mask: Array | None) -> None:
         where, address = resolve(m, space, effective(m, base, offset), mask)
         values = [m.r[n] if m.r[n].dtype.itemsize == unit else m.r[n].astype(UNSIGNED[unit]) for n in numbers]
         if where == "global":
@@ -286,7 +274,7 @@ def build_store(d: Decoder, ins: Instruction) -> Action | None:
     return store
 
 
-def global_write(m: "Machine", offsets: Array, chosen: Array | None, values: list[Array]) -> None:
+def global_write(m: State, offsets: Array, chosen: Array | None, values: list[Array]) -> None:
     """Write consecutive elements at each heap offset; of lanes that write one place the highest wins."""
     unit = values[0].dtype.itemsize
     index = offsets >> (unit.bit_length() - 1)

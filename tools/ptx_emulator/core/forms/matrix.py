@@ -5,25 +5,23 @@ Source: PTX ISA, "Warp-level matrix instructions: ldmatrix, stmatrix". Matrix j 
 transposed matrix.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ptx_emulator.core.decode import SHARED_BASE, Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.core.access import lanes_of
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.errors import Divergence, Unsupported
 from ptx_emulator.core.forms.loads import count_shared, effective
-from ptx_emulator.core.shared import Lanes, lanes_of
+from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.spaces import SHARED_BASE, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 LANE = np.arange(32)
 ROW, PLACE = LANE // 4, LANE % 4
 ROW_BYTES = 16
 
 
-def whole_warps(m: "Machine", mask: Array | None, text: str) -> None:
+def whole_warps(m: State, mask: Array | None, text: str) -> None:
     """Raise Divergence when a warp has both active and inactive lanes."""
     if mask is not None:
         rows = np.broadcast_to(mask, (mask.shape[0], m.threads)).reshape(-1, 32)
@@ -32,7 +30,7 @@ def whole_warps(m: "Machine", mask: Array | None, text: str) -> None:
 
 
 def _prepare(
-    m: "Machine", base: int, offset: int, mask: Array | None, count: int, way: str, text: str
+    m: State, base: int, offset: int, mask: Array | None, count: int, way: str, text: str
 ) -> tuple[Lanes, Array]:
     """(lanes that give row addresses, all row addresses as [rows, 32]); a row is a warp, of one CTA when common."""
     whole_warps(m, mask, text)
@@ -50,7 +48,7 @@ def _prepare(
     return lanes, wide.reshape(-1, 32)
 
 
-def _flat(m: "Machine", place: Array, unit: int) -> Array:
+def _flat(m: State, place: Array, unit: int) -> Array:
     """Indices into `flat[unit]`, [CTAs, threads], of element numbers [rows, 32]."""
     return m.shared.bases[unit] + place.reshape(-1, m.threads)
 
@@ -74,7 +72,7 @@ def build_load_matrix(d: Decoder, ins: Instruction) -> Action | None:
     base, offset, _ = d.address(ins.operands[1], ins)
     number, text = d.current, ins.text
 
-    def load(m: "Machine", mask: Array | None) -> None:
+    def load(m: State, mask: Array | None) -> None:
         lanes, rows = _prepare(m, base, offset, mask, count, "load", text)
         m.tick(number)
         if m.checker is not None:
@@ -100,7 +98,7 @@ def build_store_matrix(d: Decoder, ins: Instruction) -> Action | None:
     base, offset, _ = d.address(ins.operands[0], ins)
     number, text = d.current, ins.text
 
-    def store(m: "Machine", mask: Array | None) -> None:
+    def store(m: State, mask: Array | None) -> None:
         lanes, rows = _prepare(m, base, offset, mask, count, "store", text)
         active = None if mask is None else np.broadcast_to(mask, m.shape)
         writes = []

@@ -6,29 +6,18 @@ behind all others. An mbarrier lies in the CTA's memory only as an address: its 
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ptx_emulator.core.clocks import ClusterChecker, merged
-from ptx_emulator.core.decode import (
-    SHARED_BASE,
-    SHARED_WINDOW,
-    Action,
-    Array,
-    Decoder,
-    Modifiers,
-    Wait,
-    instruction,
-    wait,
-)
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, wait
 from ptx_emulator.core.errors import EmulationError, MemoryFault, Misaligned, Unsupported
 from ptx_emulator.core.forms.clusters import owner_of, touch
 from ptx_emulator.core.forms.loads import effective
+from ptx_emulator.core.spaces import SHARED_BASE, SHARED_WINDOW, Array
+from ptx_emulator.core.state import Part, State, Wait
 from ptx_emulator.core.syntax import Instruction, Sink
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 BYTES = 8
 MOST_ARRIVALS = (1 << 20) - 1
@@ -88,10 +77,10 @@ class MBarrier:
         return f"phase {self.phase}, {self.pending} of {self.count} arrivals and {self.tx} bytes outstanding"
 
 
-class MBarriers:
+class MBarriers(Part):
     """The mbarriers of a batch, by CTA and address."""
 
-    def __init__(self, m: "Machine") -> None:
+    def __init__(self, m: State) -> None:
         self.m = m
         self.all: dict[tuple[int, int], MBarrier] = {}
         self.agents: dict[tuple[int, int], int] = {}
@@ -203,7 +192,7 @@ def ordering(mods: Modifiers, kind: str) -> tuple[str, bool]:
     return mods.take(*SCOPES) or "cta", relaxed
 
 
-def active(m: "Machine", mask: Array | None) -> list[tuple[int, int]]:
+def active(m: State, mask: Array | None) -> list[tuple[int, int]]:
     """(CTA, thread) of each lane of the mask."""
     if mask is None:
         mask = np.ones(m.shape, bool)
@@ -246,7 +235,7 @@ def build_mbarrier(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {ins.text}")
     text, number, generic = ins.text, d.current, space == "generic"
 
-    def act(m: "Machine", mask: Array | None) -> None:
+    def act(m: State, mask: Array | None) -> None:
         m.tick(number)
         addresses = m.full(effective(m, base, offset))
         values = None if value < 0 else m.full(m.r[value])
@@ -257,18 +246,18 @@ def build_mbarrier(d: Decoder, ins: Instruction) -> Action | None:
             amount = 1 if values is None else int(values[cta, thread])
             m.shared.check(np.array([place]), BYTES, BYTES, text)
             if what == "init":
-                m.mbarriers.init(owner, place, amount, thread, text)
+                m.of(MBarriers).init(owner, place, amount, thread, text)
                 continue
             who = m.agent(cta, thread)
-            b = m.mbarriers.find(owner, place, who, text)
+            b = m.of(MBarriers).find(owner, place, who, text)
             touch(m, owner, cta, who, text)
             if what == "inval":
                 if b.sleepers:
-                    raise EmulationError(f"inval of {m.mbarriers.name(b)}, at which threads wait: {text}")
-                del m.mbarriers.all[owner, place]
+                    raise EmulationError(f"inval of {m.of(MBarriers).name(b)}, at which threads wait: {text}")
+                del m.of(MBarriers).all[owner, place]
             elif what in ("expect_tx", "complete_tx"):
-                m.mbarriers.expect(b, amount if what == "expect_tx" else -amount, text)
-                m.mbarriers.advance(b)
+                m.of(MBarriers).expect(b, amount if what == "expect_tx" else -amount, text)
+                m.of(MBarriers).advance(b)
             else:
                 if states is not None:
                     states[cta, thread] = b.phase << 32 | b.pending
@@ -277,13 +266,13 @@ def build_mbarrier(d: Decoder, ins: Instruction) -> Action | None:
                     if release is not None:
                         b.arriving.add(release[0], owner == cta, release[1])
                 if expects:
-                    m.mbarriers.expect(b, amount, text)
+                    m.of(MBarriers).expect(b, amount, text)
                 count = 1 if expects else amount
                 if what == "arrive_drop":
                     b.count -= count
                 if not completes and b.pending == count:
-                    raise EmulationError(f"noComplete ends the phase of {m.mbarriers.name(b)}, {b.state()}: {text}")
-                m.mbarriers.arrive(b, count, text)
+                    raise EmulationError(f"noComplete ends the phase of {m.of(MBarriers).name(b)}, {b.state()}: {text}")
+                m.of(MBarriers).arrive(b, count, text)
         if states is not None:
             m.r[out] = states
 
@@ -320,7 +309,7 @@ class PhaseWait(Wait):
             raise EmulationError(f"the state of phase {waited}, but the mbarrier is in phase {b.phase}: {self.text}")
         return b.phase > waited
 
-    def places(self, m: "Machine", lanes: Array) -> list[tuple[int, int, int, Array]]:
+    def places(self, m: State, lanes: Array) -> list[tuple[int, int, int, Array]]:
         """(CTA, address, token, flat numbers of the lanes) of each distinct wait among the lanes."""
         flat = np.flatnonzero(lanes)
         address = m.full(effective(m, self.base, self.offset)).reshape(-1)[flat]
@@ -332,16 +321,16 @@ class PhaseWait(Wait):
             for i, (cta, address, token) in enumerate(keys.T.tolist())
         ]
 
-    def enter(self, m: "Machine", lanes: Array) -> Array:
+    def enter(self, m: State, lanes: Array) -> Array:
         """The predicate is true for lanes that pass, and for lanes that sleep, since they wake when they would."""
         m.tick(self.at)
         asleep, failed = np.zeros(m.lanes, bool), np.zeros(m.lanes, bool)
         for cta, address, token, flat in self.places(m, lanes):
             owner, place = owner_of(m, cta, address, self.text, remote=False)
             for warp in np.unique(flat // 32):
-                b = m.mbarriers.find(owner, place, m.agent(cta, 32 * int(warp) % m.threads), self.text)
+                b = m.of(MBarriers).find(owner, place, m.agent(cta, 32 * int(warp) % m.threads), self.text)
             if self.passed(b, token):
-                m.mbarriers.acquire(b, flat, self)
+                m.of(MBarriers).acquire(b, flat, self)
             elif self.sleeps:
                 b.sleepers.append(Sleeper(self, flat, token))
                 asleep[flat] = True
@@ -351,15 +340,15 @@ class PhaseWait(Wait):
         m.poll(failed.reshape(m.shape), self.at)
         return asleep.reshape(m.shape)
 
-    def tell(self, m: "Machine", lanes: Array) -> str:
+    def tell(self, m: State, lanes: Array) -> str:
         """The barriers and who waits, for a report of a deadlock."""
         told = []
         for cta, address, token, flat in self.places(m, lanes):
-            b = m.mbarriers.all[owner_of(m, cta, address, self.text, remote=False)]
+            b = m.of(MBarriers).all[owner_of(m, cta, address, self.text, remote=False)]
             what = f"parity {token & 1}" if self.by_parity else f"the end of phase {token >> 32}"
             told.append(
                 f"in `{self.text}` {len(flat)} threads of CTA {int(m.cta_numbers[cta])}, thread "
-                f"{int(flat[0]) % m.threads} first, wait for {what} at {m.mbarriers.name(b)}: {b.state()}"
+                f"{int(flat[0]) % m.threads} first, wait for {what} at {m.of(MBarriers).name(b)}: {b.state()}"
             )
         more = f"; and at {len(told) - 4} barriers more" if len(told) > 4 else ""
         return "; ".join(told[:4]) + more

@@ -6,18 +6,17 @@ The order of k is free as long as A and B share it: here k runs over (register, 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.formats import canonical, f16_to_f32
 from ptx_emulator.core.forms.matrix import whole_warps
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import Part, State
 from ptx_emulator.core.syntax import Instruction
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 CACHED_FRAGMENTS = 64
 QUAD = np.complex128  # four float32 of a row of a fragment, copied as one element
@@ -39,14 +38,22 @@ def halves_of(kind: str) -> list[Callable[[Array], Array]]:
     raise Unsupported(f"unsupported: matrix elements of type {kind}")
 
 
-def fragment(m: "Machine", registers: tuple[int, ...], rows: int, kind: str) -> Array:
+class Fragments(Part):
+    """Fragments as matrices: the registers' arrays, kept so that their identities stay theirs, and the matrix."""
+
+    def __init__(self, m: State) -> None:
+        self.kept: dict[tuple[object, ...], tuple[tuple[Array, ...], Array]] = {}
+
+
+def fragment(m: State, registers: tuple[int, ...], rows: int, kind: str) -> Array:
     """A fragment as float32 matrices [warps, 8 * rows, k], rows being 2 for A and 1 for B (transposed).
 
     Kept while the registers stay the same: an A fragment meets many B fragments.
     """
     arrays = tuple(m.r[r] for r in registers)
     key = (rows, kind, *map(id, arrays))
-    found = m.fragments.get(key)
+    kept = m.of(Fragments).kept
+    found = kept.get(key)
     if found is not None:
         return found[1]
     halves = halves_of(kind)
@@ -59,9 +66,9 @@ def fragment(m: "Machine", registers: tuple[int, ...], rows: int, kind: str) -> 
                 np.ascontiguousarray(half(lanes)).view(QUAD).reshape(-1, 8)
             )
     matrix = out.view(np.float32).reshape(m.ctas * m.warps, 8 * rows, 4 * count * len(halves))
-    if len(m.fragments) >= CACHED_FRAGMENTS:
-        del m.fragments[next(iter(m.fragments))]
-    m.fragments[key] = (arrays, matrix)
+    if len(kept) >= CACHED_FRAGMENTS:
+        del kept[next(iter(kept))]
+    kept[key] = (arrays, matrix)
     return matrix
 
 
@@ -104,7 +111,7 @@ def build_mma(d: Decoder, ins: Instruction) -> Action | None:
     c = [d.source(o, "f32", ins) for o in lists[3]]
     name, flops, text = f"mma.{shape}.{kind}", 2 * 16 * 8 * depth, ins.text
 
-    def multiply(m: "Machine", mask: Array | None) -> None:
+    def multiply(m: State, mask: Array | None) -> None:
         whole_warps(m, mask, text)
         warps = m.ctas * m.warps
         product = np.matmul(fragment(m, a, 2, kind), fragment(m, b, 1, kind).transpose(0, 2, 1)).reshape(

@@ -1,25 +1,12 @@
 """mov, pack and unpack, cvta, selp, trap, and what has no effect on values. Source: PTX ISA, "Data Movement"."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ptx_emulator.core.decode import (
-    UNSIGNED,
-    WINDOWS,
-    Action,
-    Array,
-    Decoder,
-    Modifiers,
-    assign,
-    choose,
-    instruction,
-)
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, assign, choose, instruction
 from ptx_emulator.core.errors import Trap, Unsupported
+from ptx_emulator.core.spaces import UNSIGNED, WINDOWS, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Vector
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 
 @instruction("mov")
@@ -41,7 +28,7 @@ def build_move(d: Decoder, ins: Instruction) -> Action | None:
 def _copy(out: int, number: int) -> Action:
     """A register under another name. Which one is remembered: the check of wgmma.fence asks."""
 
-    def copy(m: "Machine", mask: Array | None) -> None:
+    def copy(m: State, mask: Array | None) -> None:
         value = m.r[number]
         m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
         m.renamed[out] = m.r[out], value
@@ -69,7 +56,7 @@ def _unpack(d: Decoder, ins: Instruction, kind: str, target: Vector) -> Action:
     narrow = UNSIGNED[part]
     outs = [d.destination(o, f"b{8 * part}", ins) for o in target.items]
 
-    def split(m: "Machine", mask: Array | None) -> None:
+    def split(m: State, mask: Array | None) -> None:
         value = m.r[number]
         for place, out in enumerate(outs):
             item = (value >> UNSIGNED[size](8 * part * place)).astype(narrow)
@@ -126,7 +113,7 @@ def build_policy(d: Decoder, ins: Instruction) -> Action | None:
     return assign(d.destination(ins.operands[0], "b64", ins), lambda a: a, zero)
 
 
-def _nothing(m: "Machine", mask: Array | None) -> None:
+def _nothing(m: State, mask: Array | None) -> None:
     return None
 
 
@@ -142,7 +129,7 @@ def build_dependence(d: Decoder, ins: Instruction) -> Action | None:
 def build_trap(d: Decoder, ins: Instruction) -> Action | None:
     """The launch ends with an error."""
 
-    def trap(m: "Machine", mask: Array | None) -> None:
+    def trap(m: State, mask: Array | None) -> None:
         cta, thread = (int(i[0]) for i in np.nonzero(np.broadcast_to(True if mask is None else mask, m.shape)))
         raise Trap(f"trap, reached first by thread {thread} of CTA {int(m.cta_numbers[cta])}")
 

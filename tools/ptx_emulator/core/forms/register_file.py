@@ -5,16 +5,14 @@ says what it may count at most: `.maxnreg`, or the launch bounds, by which the r
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, Wait, instruction, wait
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, wait
 from ptx_emulator.core.errors import Divergence, EmulationError, Unsupported
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import Part, State, Wait
 from ptx_emulator.core.syntax import Instruction, Kernel, Literal
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 FILE = 65536  # 32-bit registers of an SM
 GROUP = 128  # threads of a warpgroup
@@ -31,15 +29,19 @@ def at_entry(kernel: Kernel) -> int | None:
     return min(255, FILE // (threads * (kernel.min_ctas or 1))) // UNIT * UNIT
 
 
-class RegisterFile:
+class RegisterFile(Part):
     """Registers a thread of each warpgroup of each CTA."""
 
-    def __init__(self, m: "Machine", start: int) -> None:
-        self.start = start
-        self.held = np.full((m.ctas, m.threads // GROUP), start, np.int64)
+    def __init__(self, m: State) -> None:
+        self.start = at_entry(m.kernel) or 0
+        self.held = np.full((m.ctas, m.threads // GROUP), self.start, np.int64)
         self.wanted = np.zeros_like(self.held)  # by warpgroups that sleep
 
-    def settle(self, m: "Machine") -> None:
+    def may_part(self) -> bool:
+        """Not with an account for each CTA."""
+        return False
+
+    def settle(self, m: State) -> None:
         """Let warpgroups have what they wait for, where the CTA has it left."""
         pool = self.start * self.held.shape[1]
         for cta, group in zip(*np.nonzero(self.wanted), strict=True):
@@ -52,7 +54,7 @@ class RegisterFile:
             m.wake(lanes)
 
 
-def _whole_groups(m: "Machine", mask: Array | None, text: str) -> Array:
+def _whole_groups(m: State, mask: Array | None, text: str) -> Array:
     """The warpgroups that execute, (CTAs, warpgroups)."""
     if m.threads % GROUP:
         raise Divergence(f"{m.threads} threads are no whole number of warpgroups: {text}")
@@ -77,16 +79,13 @@ def _read(ins: Instruction) -> tuple[str | None, int]:
     return kind, _count(ins)
 
 
-def _account(m: "Machine", number: int) -> RegisterFile | None:
+def _account(m: State, number: int) -> RegisterFile | None:
     """The batch's account, made at the first use; None, with a finding, where there is no count to start from."""
-    start = at_entry(m.kernel)
-    if start is None:
+    if at_entry(m.kernel) is None:
         if m.checker is not None:
             m.checker.note("setmaxnreg is ignored: the kernel has neither launch bounds nor .maxnreg", number, number)
         return None
-    if m.register_file is None:
-        m.register_file = RegisterFile(m, start)
-    return m.register_file
+    return m.of(RegisterFile)
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Increase(Wait):
 
     registers: int
 
-    def enter(self, m: "Machine", lanes: Array) -> Array:
+    def enter(self, m: State, lanes: Array) -> Array:
         """Ask; `settle` answers, perhaps at once."""
         groups = _whole_groups(m, lanes, self.text)
         account = _account(m, self.at)
@@ -108,11 +107,10 @@ class Increase(Wait):
         account.wanted[groups] = self.registers
         return lanes
 
-    def tell(self, m: "Machine", lanes: Array) -> str:
+    def tell(self, m: State, lanes: Array) -> str:
         """The account, for a report of a deadlock."""
         cta = int(np.flatnonzero(lanes.any(1))[0])
-        account = m.register_file
-        assert account is not None
+        account = m.of(RegisterFile)
         held = account.held[cta]
         have = " + ".join(map(str, held))
         wanted = int((account.wanted[cta] > 0).sum())
@@ -136,7 +134,7 @@ def build_decrease(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {ins.text}")
     number, text = d.current, ins.text
 
-    def decrease(m: "Machine", mask: Array | None) -> None:
+    def decrease(m: State, mask: Array | None) -> None:
         groups = _whole_groups(m, mask, text)
         account = _account(m, number)
         if account is None:

@@ -4,22 +4,18 @@ Source: PTX ISA, "Tensor Map Manipulation: tensormap.replace", "Parallel Synchro
 fields lie where `TensorMap.pack` puts them. That a changed map is fenced before its use is not checked.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, instruction
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction
 from ptx_emulator.core.errors import EmulationError, Unsupported
 from ptx_emulator.core.forms.loads import effective
 from ptx_emulator.core.forms.matrix import whole_warps
 from ptx_emulator.core.forms.mbarriers import active
-from ptx_emulator.core.memory import HEAP_BASE
 from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.spaces import HEAP_BASE, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import Instruction, Literal
 from ptx_emulator.core.tensor_maps import FIELDS, MAGIC, MAP_BYTES, MOST_DIMENSIONS
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 #: field -> what it must be, where that is only one value here: other layouts and steps are not emulated
 ONLY = {"interleave_layout": 0, "element_stride": 1}
@@ -47,7 +43,7 @@ def build_tensor_map(d: Decoder, ins: Instruction) -> Action | None:
     value = d.source(ins.operands[-1], types[0], ins)
     number, text = d.current, ins.text
 
-    def replace(m: "Machine", mask: Array | None) -> None:
+    def replace(m: State, mask: Array | None) -> None:
         m.tick(number)
         addresses, values = m.full(effective(m, base, offset)), m.full(m.r[value])
         for cta, thread in active(m, mask):
@@ -63,7 +59,7 @@ def build_tensor_map(d: Decoder, ins: Instruction) -> Action | None:
     return replace
 
 
-def _bytes(m: "Machine", cta: int, thread: int, address: int, in_global: bool, text: str) -> Array:
+def _bytes(m: State, cta: int, thread: int, address: int, in_global: bool, text: str) -> Array:
     """The 128 bytes of a map that a thread changes."""
     if in_global:
         m.memory.check(np.array([address - HEAP_BASE]), MAP_BYTES, MAP_BYTES // 2, text)
@@ -91,7 +87,7 @@ def _publish(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
     to, source = d.address(ins.operands[0], ins)[:2], d.address(ins.operands[1], ins)[:2]
     number, text = d.current, ins.text
 
-    def copy(m: "Machine", mask: Array | None) -> None:
+    def copy(m: State, mask: Array | None) -> None:
         whole_warps(m, mask, text)
         m.tick(number)
         target, start = m.full(effective(m, *to)), m.full(effective(m, *source))

@@ -1,16 +1,13 @@
 """How the threads of a warp exchange values. Source: PTX ISA, "shfl.sync", "vote.sync", "redux.sync", "elect.sync"."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ptx_emulator.core.decode import UNSIGNED, Action, Array, Decoder, Modifiers, instruction
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.forms.integer import view_type
+from ptx_emulator.core.spaces import UNSIGNED, Array
+from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import Instruction, Pair
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 LANE = np.arange(32, dtype=np.int64)
 UNDEFINED = np.uint32(0x7FFF7FFF)  # what a lane gets from one that takes no part
@@ -45,7 +42,7 @@ def build_shuffle(d: Decoder, ins: Instruction) -> Action | None:
     a, b, c = (d.source(o, "b32", ins) for o in ins.operands[1:4])
     known: dict[tuple[int, int], tuple[Array, Array]] = {}
 
-    def lanes(m: "Machine") -> tuple[Array, Array]:
+    def lanes(m: State) -> tuple[Array, Array]:
         vb, vc = m.r[b], m.r[c]
         if vb.size == 1 and vc.size == 1:
             key = (int(vb.flat[0]), int(vc.flat[0]))
@@ -56,7 +53,7 @@ def build_shuffle(d: Decoder, ins: Instruction) -> Action | None:
         wide = [np.broadcast_to(v, shape).reshape(-1, 32).astype(np.int64) for v in (vb, vc)]
         return source_lane(mode, wide[0], wide[1])
 
-    def shuffle(m: "Machine", mask: Array | None) -> None:
+    def shuffle(m: State, mask: Array | None) -> None:
         r = m.r
         j, inside = lanes(m)
         value = r[a]
@@ -85,7 +82,7 @@ def _take(rows: Array, j: Array) -> Array:
     return np.take_along_axis(rows, j, axis=1)
 
 
-def _members(m: "Machine", mask: Array | None) -> Array:
+def _members(m: State, mask: Array | None) -> Array:
     """Which lanes take part: [warps of all CTAs, 32]."""
     return np.broadcast_to(True if mask is None else mask, m.shape).reshape(-1, 32)
 
@@ -95,12 +92,12 @@ def _bits(flags: Array) -> Array:
     return np.packbits(flags, axis=1, bitorder="little").view(np.uint32)
 
 
-def _each_lane(m: "Machine", row: Array) -> Array:
+def _each_lane(m: State, row: Array) -> Array:
     """A value per warp, [rows, 1], for every lane."""
     return np.repeat(row.reshape(m.ctas, m.warps), 32, axis=1)
 
 
-def _store(m: "Machine", out: int, value: Array, mask: Array | None) -> None:
+def _store(m: State, out: int, value: Array, mask: Array | None) -> None:
     m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
 
 
@@ -116,7 +113,7 @@ def build_vote(d: Decoder, ins: Instruction) -> Action | None:
     out = d.destination(ins.operands[0], kind[0], ins)
     source, negated = d.predicate_source(ins.operands[1], ins)
 
-    def vote(m: "Machine", mask: Array | None) -> None:
+    def vote(m: State, mask: Array | None) -> None:
         members = _members(m, mask)
         flags = np.broadcast_to(~m.r[source] if negated else m.r[source], m.shape).reshape(-1, 32)
         ballot = _bits(flags & members)
@@ -146,7 +143,7 @@ def build_elect(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {ins.text}")
     out, predicate = d.destination(target.first, "b32", ins), d.destination(target.second, "pred", ins)
 
-    def elect(m: "Machine", mask: Array | None) -> None:
+    def elect(m: State, mask: Array | None) -> None:
         leader = _each_lane(m, _members(m, mask).argmax(1)[:, None].astype(np.uint32))
         lane = np.arange(m.threads, dtype=np.uint32)[None, :] % 32
         _store(m, out, leader, mask)
@@ -185,7 +182,7 @@ def build_reduce(d: Decoder, ins: Instruction) -> Action | None:
     }[name]
     out, source = d.destination(ins.operands[0], kind, ins), d.source(ins.operands[1], kind, ins)
 
-    def reduce(m: "Machine", mask: Array | None) -> None:
+    def reduce(m: State, mask: Array | None) -> None:
         rows = np.broadcast_to(m.r[source], m.shape).reshape(-1, 32).view(view)
         rows = np.where(_members(m, mask), rows, view(neutral))
         value = functions[name].reduce(rows, axis=1, dtype=view, keepdims=True).view(UNSIGNED[4])

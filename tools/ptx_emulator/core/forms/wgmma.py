@@ -6,19 +6,18 @@ earlier moment.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Array, Decoder, Modifiers, instruction, items
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.descriptors import Layout, read_operand
 from ptx_emulator.core.errors import Divergence, Unsupported
 from ptx_emulator.core.formats import canonical
 from ptx_emulator.core.forms.mma import fragment
+from ptx_emulator.core.spaces import Array
+from ptx_emulator.core.state import Part, State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Literal, Not, Register
-
-if TYPE_CHECKING:
-    from ptx_emulator.core.execute import Machine
 
 GROUP_THREADS = 128
 ROWS = 64
@@ -36,12 +35,10 @@ class Product:
     regions: list[Any]
 
 
-class Products:
+class Products(Part):
     """The wgmma state of one batch."""
 
-    def __init__(self, m: "Machine", text: str) -> None:
-        if m.threads % GROUP_THREADS:
-            raise Divergence(f"{m.threads} threads are no whole number of warpgroups: {text}")
+    def __init__(self, m: State) -> None:
         self.shape = (m.ctas, m.threads // GROUP_THREADS)
         self.group = np.zeros(self.shape, np.int64)
         self.flying: list[Product] = []
@@ -50,15 +47,19 @@ class Products:
         self.settled: dict[tuple[int, ...], tuple[Array, list[Array]]] = {}  # and those whose registers hold them
         self.fenced: list[Any] | None = None
 
-
-def products(m: "Machine", text: str) -> Products:
-    """The batch's wgmma state, made at the first use."""
-    if m.products is None:
-        m.products = Products(m, text)
-    return m.products
+    def may_part(self) -> bool:
+        """Not with products that wait in groups."""
+        return False
 
 
-def active_groups(m: "Machine", mask: Array | None, text: str) -> Array:
+def products(m: State, text: str) -> Products:
+    """The batch's wgmma state."""
+    if m.threads % GROUP_THREADS:
+        raise Divergence(f"{m.threads} threads are no whole number of warpgroups: {text}")
+    return m.of(Products)
+
+
+def active_groups(m: State, mask: Array | None, text: str) -> Array:
     """Which warpgroups execute, [CTAs, warpgroups]; raises Divergence when a part of one does."""
     state = products(m, text)
     if mask is None:
@@ -69,7 +70,7 @@ def active_groups(m: "Machine", mask: Array | None, text: str) -> Array:
     return np.all(lanes, axis=2)
 
 
-def from_registers(m: "Machine", registers: tuple[int, ...]) -> Array:
+def from_registers(m: State, registers: tuple[int, ...]) -> Array:
     """Accumulator registers as matrices [warpgroups, 64, N]: register i holds row 16w + l/4 + 8(i/2%2), column 8(i/4) +
     2(l%4) + i%2."""
     groups = m.lanes // GROUP_THREADS
@@ -80,7 +81,7 @@ def from_registers(m: "Machine", registers: tuple[int, ...]) -> Array:
     return out.reshape(groups, ROWS, 2 * len(registers))
 
 
-def to_registers(m: "Machine", registers: tuple[int, ...], matrix: Array, mask: Array | None) -> list[Array]:
+def to_registers(m: State, registers: tuple[int, ...], matrix: Array, mask: Array | None) -> list[Array]:
     """Write matrices back to the accumulator registers; returns the registers' arrays."""
     view = matrix.reshape(-1, 4, 2, 8, len(registers) // 4, 4, 2)
     planes = np.ascontiguousarray(view.transpose(4, 2, 6, 0, 1, 3, 5)).view(np.uint32).reshape(len(registers), *m.shape)
@@ -100,14 +101,14 @@ def build_wgmma(d: Decoder, ins: Instruction) -> Action | None:
     text, number = ins.text, d.current
     if what == "fence":
 
-        def fence(m: "Machine", mask: Array | None) -> None:
+        def fence(m: State, mask: Array | None) -> None:
             active_groups(m, mask, text)
             products(m, text).fenced = list(m.r)
 
         return fence
     if what == "commit_group":
 
-        def commit(m: "Machine", mask: Array | None) -> None:
+        def commit(m: State, mask: Array | None) -> None:
             active = active_groups(m, mask, text)
             products(m, text).group += active
 
@@ -117,7 +118,7 @@ def build_wgmma(d: Decoder, ins: Instruction) -> Action | None:
         raise Unsupported(f"unsupported: {text}")
     newest = int(keep.text, 0)
 
-    def wait(m: "Machine", mask: Array | None) -> None:
+    def wait(m: State, mask: Array | None) -> None:
         active = active_groups(m, mask, text)
         m.tick(number)
         _wait(m, products(m, text), active, newest)
@@ -125,7 +126,7 @@ def build_wgmma(d: Decoder, ins: Instruction) -> Action | None:
     return wait
 
 
-def _wait(m: "Machine", state: Products, waiting: Array, keep: int) -> None:
+def _wait(m: State, state: Products, waiting: Array, keep: int) -> None:
     """Complete the products of the waiting warpgroups but for those of their newest `keep` groups."""
     still: list[Product] = []
     for product in state.flying:
@@ -195,7 +196,7 @@ def _product(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
     sign, flops = scale_a * scale_b, 2 * ROWS * columns * depth
     number, text, name = d.current, ins.text, f"wgmma.{shape}.{kind}"
 
-    def multiply(m: "Machine", mask: Array | None) -> None:
+    def multiply(m: State, mask: Array | None) -> None:
         active = active_groups(m, mask, text)
         state = products(m, text)
         m.tick(number)
@@ -221,9 +222,7 @@ def _product(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
     return multiply
 
 
-def _check_fence(
-    m: "Machine", state: Products, registers: tuple[int, ...], inputs: tuple[int, ...], active: Array
-) -> None:
+def _check_fence(m: State, state: Products, registers: tuple[int, ...], inputs: tuple[int, ...], active: Array) -> None:
     """Registers that wgmma reads must not have been written since the last wgmma.fence.
 
     A plain copy of a value that was in a register at the fence is no such write: LLVM puts the copies that an inline
@@ -239,13 +238,13 @@ def _check_fence(
         m.checker.note("wgmma register written after the last wgmma.fence", m.trace[-1], m.trace[-1])
 
 
-def _original(m: "Machine", register: int) -> Array:
+def _original(m: State, register: int) -> Array:
     """The value that the register is a copy of, or its own."""
     copy, value = m.renamed.get(register, (None, None))
     return value if copy is m.r[register] and value is not None else m.r[register]
 
 
-def _changed(m: "Machine", before: Array, now: Array, active: Array) -> bool:
+def _changed(m: State, before: Array, now: Array, active: Array) -> bool:
     """Whether a register was written; where only some warpgroups are active, whether it changed in them."""
     if before is now:
         return False
@@ -256,7 +255,7 @@ def _changed(m: "Machine", before: Array, now: Array, active: Array) -> bool:
 
 
 def _accumulate(
-    m: "Machine",
+    m: State,
     state: Products,
     registers: tuple[int, ...],
     total: Array,
@@ -281,7 +280,7 @@ def _accumulate(
     state.held[registers] = state.held.get(registers, np.zeros(state.shape, bool)) | active
 
 
-def _per_group(m: "Machine", scale: Array, negated: bool, active: Array, text: str) -> Array:
+def _per_group(m: State, scale: Array, negated: bool, active: Array, text: str) -> Array:
     """The scale-d predicate of each warpgroup, broadcasting with [warpgroups, 64, N]."""
     keep = ~scale if negated else scale
     if keep.size == 1:
@@ -292,7 +291,7 @@ def _per_group(m: "Machine", scale: Array, negated: bool, active: Array, text: s
     return lanes[:, :1, None]
 
 
-def _current(m: "Machine", state: Products, registers: tuple[int, ...]) -> Array:
+def _current(m: State, state: Products, registers: tuple[int, ...]) -> Array:
     """The accumulators of every warpgroup: from what is held back, else from the registers."""
     held = state.held.get(registers)
     if held is not None and held.all():
