@@ -43,6 +43,14 @@ class Lane:
         """The address [register + offset]."""
         return int(self.m.full(effective(self.m, *pair))[self.cta, self.thread])
 
+    def target(self, to: tuple[int, int], bar: tuple[int, int], text: str) -> tuple[int, int, int]:
+        """(CTA, address in its memory, address of its mbarrier) that data go to and that is told of them."""
+        owner, address = owner_of(self.m, self.cta, self.address(to), text, remote=True)
+        told, barrier = owner_of(self.m, self.cta, self.address(bar), text, remote=True)
+        if told != owner:
+            raise EmulationError(f"the data go to another CTA than their mbarrier is in: {text}")
+        return owner, address, barrier
+
 
 class Place:
     """An operand that names global memory: an address and a size, or a box of a tensor."""
@@ -177,10 +185,7 @@ def _load(d: Decoder, ins: Instruction, operands: list[Operand], dimensions: str
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
-            owner, address = owner_of(m, cta, lane.address(to), text, remote=True)
-            told, barrier = owner_of(m, cta, lane.address(bar), text, remote=True)
-            if told != owner:
-                raise EmulationError(f"the copy goes to another CTA than its mbarrier is in: {text}")
+            owner, address, barrier = lane.target(to, bar, text)
             box, fill, _ = place.box(lane, address, 8)
             data = m.of(Bulk).load(box, fill, text)
             for target in _targets(m, cta, owner, lane.value(ctas) if multicast else None, text):
@@ -212,12 +217,9 @@ def _across(d: Decoder, ins: Instruction, operands: list[Operand], operation: st
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
-            owner, address = owner_of(m, cta, lane.address(to), text, remote=True)
-            told, barrier = owner_of(m, cta, lane.address(bar), text, remote=True)
+            owner, address, barrier = lane.target(to, bar, text)
             start, count = own_address(m, cta, lane.address(source), text), lane.value(size)
             _whole_chunks(address, start, count, text)
-            if told != owner:
-                raise EmulationError(f"the copy goes to another CTA than its mbarrier is in: {text}")
             box = straight(address, HEAP_BASE, count, unit)
             m.shared.check(np.array([start, start + count - unit]), unit, unit, text)
             index = m.shared.bases[unit][cta, 0] + start // unit + np.arange(count // unit)
@@ -284,10 +286,7 @@ def build_async(d: Decoder, ins: Instruction) -> Action | None:
         for cta, thread in active(m, mask):
             m.tick(number)
             lane = Lane(m, cta, thread)
-            owner, address = owner_of(m, cta, lane.address(to), text, remote=True)
-            told_cta, barrier = owner_of(m, cta, lane.address(bar), text, remote=True)
-            if told_cta != owner:
-                raise EmulationError(f"the data go to another CTA than their mbarrier is in: {text}")
+            owner, address, barrier = lane.target(to, bar, text)
             if address % (unit * len(sources)):
                 raise Misaligned(f"shared address {address:#x} is no multiple of {unit * len(sources)}: {text}")
             box = replace(straight(address, HEAP_BASE, unit * len(sources), unit), width=unit)

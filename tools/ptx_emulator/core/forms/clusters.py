@@ -66,16 +66,22 @@ def put(m: State, register: int, chosen: Array, value: Array) -> None:
     m.r[register] = whole
 
 
-@instruction("mapa")
-def build_map_address(d: Decoder, ins: Instruction) -> Action | None:
-    """The same place in the memory of another CTA of the cluster."""
+def _address_kind(ins: Instruction) -> tuple[str, int]:
+    """(type, where its window begins) of the shared address that an instruction takes; 0 for one in shared memory."""
     mods = Modifiers(ins)
     window = 0 if mods.take("shared::cluster") else SHARED_WINDOW
     types = mods.types()
     mods.end()
     if types not in (["u32"], ["u64"]) or (types == ["u32"] and window):
         raise Unsupported(f"unsupported: {ins.text}")
-    kind, text = types[0], ins.text
+    return types[0], window
+
+
+@instruction("mapa")
+def build_map_address(d: Decoder, ins: Instruction) -> Action | None:
+    """The same place in the memory of another CTA of the cluster."""
+    kind, window = _address_kind(ins)
+    text = ins.text
     out, source = d.destination(ins.operands[0], kind, ins), d.source(ins.operands[1], kind, ins)
     rank = d.source(ins.operands[2], "u32", ins)
     unsigned = UNSIGNED[TYPE_BYTES[kind]]
@@ -94,13 +100,8 @@ def build_map_address(d: Decoder, ins: Instruction) -> Action | None:
 @instruction("getctarank")
 def build_rank_of(d: Decoder, ins: Instruction) -> Action | None:
     """The rank of the CTA that owns an address."""
-    mods = Modifiers(ins)
-    window = 0 if mods.take("shared::cluster") else SHARED_WINDOW
-    types = mods.types()
-    mods.end()
-    if types not in (["u32"], ["u64"]) or (types == ["u32"] and window):
-        raise Unsupported(f"unsupported: {ins.text}")
-    out, source = d.destination(ins.operands[0], "u32", ins), d.source(ins.operands[1], types[0], ins)
+    kind, window = _address_kind(ins)
+    out, source = d.destination(ins.operands[0], "u32", ins), d.source(ins.operands[1], kind, ins)
 
     def act(m: State, mask: Array | None) -> None:
         rank = ((m.r[source].astype(np.int64) - window) >> RANK_SHIFT) - 1
