@@ -47,8 +47,8 @@ class Room(NamedTuple):
 
     def row(self) -> str:
         """Its line of the page."""
-        name = self.name.split(".")[-1]
-        shown = [f"`{other}`" for other in self.imports.split() if other != name]
+        name = self.name.split(".")[-1] if self.name.startswith("cast") else self.name
+        shown = [f"`{other}`" for other in self.imports.split() if other != self.name.split(".")[-1]]
         return f"| `{name}` | {self.purpose} | {', '.join(shown) or '-'} |"
 
 
@@ -143,7 +143,8 @@ ROOMS = (
     ),
     Room("cast.cli", "the command `cast`", "video training pretrain evaluation predict export demo study optional"),
     Room("csrc", "C++17 and OpenMP; no torch header, a Python header only in `bindings*`"),
-    Room("ptx_emulator", "executes compiled GPU code on a CPU; numpy, no torch", "ptx_emulator"),
+    Room("ptx_emulator.core", "executes compiled GPU code on a CPU; NumPy and nothing else", "core"),
+    Room("ptx_emulator", "its public names", "core"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
         "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "
