@@ -115,9 +115,13 @@ def _emulate(options: Namespace) -> int:
 
 
 def _predict_options(parser: ArgumentParser) -> None:
+    import cast_kernels.evidence  # noqa: F401  (finds the emulator in a checkout)
+
+    # isort: split
+    from ptx_emulator.predict.devices import DEVICES
+
     from cast_kernels import Recompute
     from cast_kernels.evidence.cases import KINDS, STREAMS
-    from cast_kernels.evidence.devices import DEVICES
 
     _add_choices(parser, "--device", DEVICES, tuple(DEVICES), "GPUs")
     parser.add_argument("--batch", nargs="+", type=_positive, default=[1, 6, 32], metavar="B", help="clips")

@@ -79,13 +79,16 @@ ROOMS = (
         "cast_kernels", "the public names",
         "attention backends modules ops plain problem reference versions",
     ),
-    Room("cast_kernels.evidence", "what developers run without a GPU", "evidence cast_kernels"),
+    Room("cast_kernels.evidence", "what developers run without a GPU", "evidence cast_kernels ptx_emulator"),
     Room(
         "cast_kernels.gpu", "what users run on one: `gpu-check`, `tune`",
         "gpu evidence triton.tiles triton.common cast_kernels",
     ),
     Room("cast_kernels.info", "what was built, what runs here", "cast_kernels _native ops problem gpu.machine"),
-    Room("cast_kernels.cli", "the command `cast-kernels`", "evidence gpu info cast_kernels"),
+    Room(
+        "cast_kernels.cli", "the command `cast-kernels`",
+        "evidence gpu info cast_kernels ptx_emulator.predict.devices",
+    ),
     Room("cast_kernels.__main__", "the same, not installed", "cli"),
     Room("cast.optional", "packages that only some jobs need"),
     Room("cast.files", "files read, and written whole or not at all"),
@@ -144,6 +147,10 @@ ROOMS = (
     Room("cast.cli", "the command `cast`", "video training pretrain evaluation predict export demo study optional"),
     Room("csrc", "C++17 and OpenMP; no torch header, a Python header only in `bindings*`"),
     Room("ptx_emulator.core", "executes compiled GPU code on a CPU; NumPy and nothing else", "core"),
+    Room(
+        "ptx_emulator.predict", "the least time of a kernel; Triton's disassemblers read its machine code",
+        "predict core cast_kernels.evidence.targets",
+    ),
     Room("ptx_emulator", "its public names", "core"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",

@@ -12,13 +12,11 @@ from ptx_emulator.core.syntax import (
     Address,
     Instruction,
     Kernel,
-    Not,
     Operand,
-    Pair,
     Register,
     Symbol,
     Tile,
-    Vector,
+    parts_of,
 )
 
 
@@ -154,18 +152,7 @@ def _use(number: int, ins: Instruction) -> Use:
 
 def _registers(operand: Operand) -> frozenset[int]:
     """The numbers of the registers in an operand."""
-    match operand:
-        case Register(index):
-            return frozenset({index})
-        case Not(inner) | Address(inner, _):
-            return _registers(inner)
-        case Pair(first, second):
-            return _registers(first) | _registers(second)
-        case Vector(parts):
-            return frozenset().union(*map(_registers, parts))
-        case Tile(start, coordinates):
-            return _registers(start).union(*map(_registers, coordinates))
-    return frozenset()
+    return frozenset(part.index for part in parts_of(operand) if isinstance(part, Register))
 
 
 def _granule(code: list[Instruction]) -> int:

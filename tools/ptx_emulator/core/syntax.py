@@ -89,6 +89,20 @@ class Tile:
 Operand = Register | Special | Literal | Symbol | Sink | Not | Pair | Vector | Address | Tile
 
 
+def parts_of(operand: Operand) -> "tuple[Operand, ...]":
+    """The operands inside of one that is made of others, to the last; of any other itself."""
+    match operand:
+        case Not(inner) | Address(inner, _):
+            return parts_of(inner)
+        case Pair(first, second):
+            return parts_of(first) + parts_of(second)
+        case Vector(items):
+            return tuple(part for item in items for part in parts_of(item))
+        case Tile(start, coordinates):
+            return parts_of(start) + tuple(part for item in coordinates for part in parts_of(item))
+    return (operand,)
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction."""
