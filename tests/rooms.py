@@ -85,10 +85,7 @@ ROOMS = (
         "gpu evidence triton.tiles triton.common cast_kernels",
     ),
     Room("cast_kernels.info", "what was built, what runs here", "cast_kernels _native ops problem gpu.machine"),
-    Room(
-        "cast_kernels.cli", "the command `cast-kernels`",
-        "evidence gpu info cast_kernels ptx_emulator.predict.devices",
-    ),
+    Room("cast_kernels.cli", "the command `cast-kernels`", "evidence gpu info cast_kernels"),
     Room("cast_kernels.__main__", "the same, not installed", "cli"),
     Room("cast.optional", "packages that only some jobs need"),
     Room("cast.files", "files read, and written whole or not at all"),
@@ -151,6 +148,7 @@ ROOMS = (
         "ptx_emulator.predict", "the least time of a kernel; Triton's disassemblers read its machine code",
         "predict core cast_kernels.evidence.targets",
     ),
+    Room("ptx_emulator.cuda", "launches of compiled CUDA modules as records, in files too", "cuda core"),
     Room("ptx_emulator", "its public names", "core"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",

@@ -23,6 +23,7 @@ from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.driver import Argument, Launch, Recorder, offline_driver
 from cast_kernels.evidence.emulator import EmulationFault, Emulator
+from cast_kernels.evidence.problems import PREDICTED
 from cast_kernels.evidence.sampling import Corrections
 from cast_kernels.evidence.targets import target
 
@@ -112,6 +113,7 @@ def test_another_targets_kernel_is_refused() -> None:
 
 
 def test_every_constant_has_a_source() -> None:
+    assert tuple(DEVICES) == PREDICTED
     for goal in DEVICES.values():
         for constant in (goal.clock, goal.efficiency, goal.l2, goal.dram, *goal.tensor.values()):
             assert constant.source
