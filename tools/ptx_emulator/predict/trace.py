@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from ptx_emulator.core.syntax import Address, Instruction, Kernel, Literal, Operand, Symbol, parts_of
+from ptx_emulator.core.syntax import Address, Instruction, Kernel, Literal, Symbol
 from ptx_emulator.predict.counters import SECTOR, Counters, total
 from ptx_emulator.predict.scalar import Name, Value, can_follow, evaluate, names
 
@@ -66,16 +66,6 @@ def sample(ctas: int, samples: int) -> list[int]:
     """Numbers of CTAs evenly over the grid, all if there are no more."""
     taken = min(samples, ctas)
     return [(2 * i + 1) * ctas // (2 * taken) for i in range(taken)]
-
-
-def used_parameters(kernel: Kernel) -> set[int]:
-    """Positions of the parameters that an instruction names: the others were dropped by the compiler."""
-    named = {part.name for ins in kernel.instructions for operand in ins.operands for part in _symbols(operand)}
-    return {position for position, parameter in enumerate(kernel.parameter_list) if parameter.name in named}
-
-
-def _symbols(operand: Operand) -> list[Symbol]:
-    return [part for part in parts_of(operand) if isinstance(part, Symbol)]
 
 
 class _Whole:
