@@ -16,11 +16,13 @@ class Batch:
         self, kernel: Kernel, cta_numbers: Array, threads: int, cluster_shape: tuple[int, int, int], shared_end: int
     ) -> None:
         self.kernel = kernel
-        self.threads, self.warps = threads, threads // 32
-        self.cluster_shape, self.cluster = cluster_shape, math.prod(cluster_shape)
+        self.threads: int = threads
+        self.warps: int = threads // 32
+        self.cluster_shape: tuple[int, int, int] = cluster_shape
+        self.cluster: int = math.prod(cluster_shape)
         self.shared_end = shared_end  # the first address behind a CTA's shared memory
         self.every_thread: Array = np.arange(threads)
-        self.shared = SharedMemory(len(cta_numbers), shared_end)
+        self.shared: SharedMemory = SharedMemory(len(cta_numbers), shared_end)
         self.step = 0
         self.trace: list[int] = [0]  # the instruction of each step
         self.pending_registers: set[int] = set()  # that products in flight will write
@@ -29,7 +31,8 @@ class Batch:
 
     def hold(self, cta_numbers: Array) -> None:
         """Consist of these CTAs, by their numbers in the grid."""
-        self.cta_numbers, self.ctas = cta_numbers, len(cta_numbers)
+        self.cta_numbers: Array = cta_numbers
+        self.ctas: int = len(cta_numbers)
         self.lanes: int = self.ctas * self.threads
         self.shape: tuple[int, int] = (self.ctas, self.threads)
         self.every_lane_thread: Array = np.tile(self.every_thread, self.ctas)

@@ -68,21 +68,21 @@ class Checker:
     def __init__(self, machine: Batch, granule: int) -> None:
         self.m = machine
         self.granule = granule
-        self.count = -(-machine.shared.stride // granule)
-        self.rows = 1
+        self.count: int = -(-machine.shared.stride // granule)
+        self.rows: int = 1
         self.faults: dict[tuple[str, int, int], Fault] = {}
-        self.epochs = np.zeros(machine.ctas, np.int64)  # barriers each CTA has passed
-        self.floor = 0
+        self.epochs: Array = np.zeros(machine.ctas, np.int64)  # barriers each CTA has passed
+        self.floor: int = 0
         warps = machine.warps
-        self.seen = np.zeros((1, warps, warps), np.int32)
-        self.writer = np.zeros(self.count, self.tag_type)
-        self.reader = np.zeros(self.count, self.tag_type)
-        self.reader_too = np.zeros(self.count, self.tag_type)
-        self.flight = np.zeros(self.count, self.tag_type)
-        self.flying = False
-        self.operand = np.zeros(self.count, self.tag_type)
-        self.operands = np.zeros(self.count, np.int16)
-        self.fence = np.zeros((1, warps), np.int32)
+        self.seen: Array = np.zeros((1, warps, warps), np.int32)
+        self.writer: Array = np.zeros(self.count, self.tag_type)
+        self.reader: Array = np.zeros(self.count, self.tag_type)
+        self.reader_too: Array = np.zeros(self.count, self.tag_type)
+        self.flight: Array = np.zeros(self.count, self.tag_type)
+        self.flying: bool = False
+        self.operand: Array = np.zeros(self.count, self.tag_type)
+        self.operands: Array = np.zeros(self.count, np.int16)
+        self.fence: Array = np.zeros((1, warps), np.int32)
 
     def part(self, machine: Batch) -> "Checker":
         """The account of a part of the batch, while all CTAs share one row; findings go to the same list."""

@@ -40,20 +40,21 @@ class ClusterChecker(Checker):
 
     def __init__(self, machine: Batch, granule: int) -> None:
         super().__init__(machine, granule)
-        self.size = machine.cluster
-        warps, self.groups = self.size * machine.warps, -(-machine.warps // 4)
-        self.agents = warps + self.size * self.groups
+        self.size: int = machine.cluster
+        warps = self.size * machine.warps
+        self.groups: int = -(-machine.warps // 4)
+        self.agents: int = warps + self.size * self.groups
         clusters = machine.ctas // self.size
         self._split()
-        self.seen = np.zeros((clusters, warps, self.agents), np.int64)
-        self.fence = np.zeros((clusters, warps), np.int64)
-        self.pins = np.zeros(len(self.writer), np.int16)  # bulk copies that still read a granule
-        self.pinned = np.zeros(len(self.writer), np.int64)
-        self.remote = np.zeros((machine.ctas, warps), np.int64)  # last step an agent touched a peer's memory
-        self.inits = np.zeros((clusters, warps, warps), np.int64)  # fences behind inits of mbarriers that a warp knows
+        self.seen: Array = np.zeros((clusters, warps, self.agents), np.int64)
+        self.fence: Array = np.zeros((clusters, warps), np.int64)
+        self.pins: Array = np.zeros(len(self.writer), np.int16)  # bulk copies that still read a granule
+        self.pinned: Array = np.zeros(len(self.writer), np.int64)
+        self.remote: Array = np.zeros((machine.ctas, warps), np.int64)  # last step an agent touched a peer's memory
+        self.inits: Array = np.zeros((clusters, warps, warps), np.int64)  # fences behind inits that a warp knows
         self.fenced: dict[tuple[int, int], tuple[Array, str]] = {}  # a warp's clock at its last fence, and its scope
         self.owed: dict[tuple[int, int], Array] = {}  # what relaxed waits have seen: the next fence acquires it
-        self.updated = np.zeros(len(self.writer), bool)  # whose last write was an atomic update
+        self.updated: Array = np.zeros(len(self.writer), bool)  # whose last write was an atomic update
 
     def agent(self, cta: int, thread: int) -> int:
         """The number of a thread's warp in its cluster."""

@@ -74,8 +74,8 @@ class Modifiers:
     """The modifiers of one instruction; what no builder takes makes the instruction unsupported."""
 
     def __init__(self, ins: Instruction) -> None:
-        self.text = ins.text
-        self.left = list(ins.modifiers)
+        self.text: str = ins.text
+        self.left: list[str] = list(ins.modifiers)
 
     def take(self, *names: str) -> str | None:
         """The first of `names` that is present, removed; None when none is."""
@@ -112,10 +112,10 @@ class Decoder:
     _numbers: dict[object, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.count = len(self.kernel.registers)
-        self.dynamic_offset = round_up(self.kernel.shared_bytes, 1024)
-        self.widths = [TYPE_BYTES[kind] for _, kind in self.kernel.registers]
-        self.predicate = [kind == "pred" for _, kind in self.kernel.registers]
+        self.count: int = len(self.kernel.registers)
+        self.dynamic_offset: int = round_up(self.kernel.shared_bytes, 1024)
+        self.widths: list[int] = [TYPE_BYTES[kind] for _, kind in self.kernel.registers]
+        self.predicate: list[bool] = [kind == "pred" for _, kind in self.kernel.registers]
 
     def _number(self, key: object) -> int:
         if key not in self._numbers:

@@ -1,8 +1,12 @@
 """What an emulation can end with. Every error names the instruction it happened at."""
 
+from typing import Any
+
 
 class EmulationError(Exception):
     """A kernel did what a GPU would refuse, or what this emulator cannot do."""
+
+    args: tuple[Any, ...]
 
     def located(self, line: str) -> "EmulationError":
         """The same error with the kernel's source line, where PTX names one."""

@@ -50,17 +50,19 @@ class Machine(State):
         shared_end = SHARED_BASE + (dynamic + shared_bytes if shared_bytes else kernel.shared_bytes)
         super().__init__(kernel, cta_numbers, threads, cluster_shape, shared_end, parameters, memory, counters, landing)
         self.program = program
-        self.waits = {i: block.end for i, block in enumerate(program.blocks) if isinstance(block.end, Wait)}
+        ends = [block.end for block in program.blocks]
+        self.waits: dict[int, Wait] = {number: end for number, end in enumerate(ends) if isinstance(end, Wait)}
         self.splits = 0
         if checks:
             kind = ClusterChecker if program.clocked or self.cluster > 1 else Checker
-            self.checker = kind(self, program.granule)
-        self.r = first_registers(self, program.decoder, grid)
+            self.checker: Checker | None = kind(self, program.granule)
+        self.r: list[Any] = first_registers(self, program.decoder, grid)
         for barriers in (CtaBarriers, WarpBarriers, ClusterBarriers):  # in the order in which they settle
             self.of(barriers)
-        self.rounds = self.rounds_since = 0  # of tests that all failed, and the progress at the first
+        self.rounds: int = 0  # of tests that all failed
+        self.rounds_since: int = 0  # the progress at the first of them
         self.has_ended: Array = np.zeros(self.ctas, bool)
-        self.schedule = None if seed is None else Priorities(self, seed)
+        self.schedule: Priorities | None = None if seed is None else Priorities(self, seed)
 
     def part(self, ctas: Array) -> Self:
         """A machine that goes on with some of the CTAs, where nothing is in flight."""
@@ -189,7 +191,7 @@ class Machine(State):
     def _interleaved(self, at: Array) -> tuple[int | None, Array | None]:
         """Run lanes from the blocks `at`, until they meet at one or have all left."""
         blocks = self.program.blocks
-        self.live = at < DONE
+        self.live: Array = at < DONE
         while True:
             self._settle()
             if not self.live.any():

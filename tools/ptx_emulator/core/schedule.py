@@ -19,10 +19,10 @@ class Priorities:
     """The schedule of one batch."""
 
     def __init__(self, m: Batch, seed: int) -> None:
-        self.random = np.random.default_rng(seed)
+        self.random: np.random.Generator = np.random.default_rng(seed)
         collective = any(ins.root in ("wgmma", "setmaxnreg") for ins in m.kernel.instructions)
         self.size = 128 if collective and m.threads % 128 == 0 else 32
-        self.priority = self.random.permutation(m.lanes // self.size).astype(np.float64)
+        self.priority: Array = self.random.permutation(m.lanes // self.size).astype(np.float64)
 
     def choose(self, m: Batch, runnable: Array) -> Array:
         """The lanes of the group that runs next, among those that can; [CTAs, threads]."""

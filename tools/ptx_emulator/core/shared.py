@@ -30,12 +30,14 @@ class SharedMemory:
 
     def __init__(self, ctas: int, size: int) -> None:
         self.size = size
-        self.stride = -(-size // 128) * 128
+        self.stride: int = -(-size // 128) * 128
         data = np.full((ctas, self.stride // 2), 0x7FFF, np.uint16).view(np.uint8)
         self.data = data
         self.flat: dict[int, Any] = {1: data.reshape(-1), 2: data.view(np.uint16).reshape(-1)}
         self.flat[4], self.flat[8] = data.view(np.uint32).reshape(-1), data.view(np.uint64).reshape(-1)
-        self.bases = {n: (np.arange(ctas, dtype=np.int64) * (self.stride // n))[:, None] for n in (1, 2, 4, 8)}
+        self.bases: dict[int, Array] = {
+            n: (np.arange(ctas, dtype=np.int64) * (self.stride // n))[:, None] for n in (1, 2, 4, 8)
+        }
 
     def part(self, ctas: Array) -> "SharedMemory":
         """A copy of some CTAs' memories."""

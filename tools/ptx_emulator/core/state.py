@@ -60,7 +60,10 @@ class State(Batch):
         landing: str,
     ) -> None:
         super().__init__(kernel, cta_numbers, threads, cluster_shape, shared_end)
-        self.memory, self.counters, self.parameters, self.landing = memory, counters, parameters, landing
+        self.memory: Memory = memory
+        self.counters: Counters = counters
+        self.parameters: Array = parameters
+        self.landing: str = landing
         self.constants: Array = np.frombuffer(bytes(kernel.constants.data), np.uint8)
         local = (self.ctas, threads, kernel.local_bytes)
         self.local: Array | None = np.full(local, 0x7F, np.uint8) if kernel.local_bytes else None

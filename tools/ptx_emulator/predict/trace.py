@@ -166,12 +166,12 @@ class Program:
         behind = {number + 1 for number, ins in enumerate(code) if ins.root in _LEAVING}
         starts = sorted(start for start in {0, *labels.values(), *behind} if start < len(code))
         stops = [*starts[1:], len(code)]
-        self.blocks = [code[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        self.counted = [count(block) for block in self.blocks]  # of one warp
+        self.blocks: list[list[Instruction]] = [code[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        self.counted: list[Counters] = [count(block) for block in self.blocks]  # of one warp
         place = {start: position for position, start in enumerate(starts)}
-        self.labels = {name: place.get(at, len(starts)) for name, at in labels.items()}
+        self.labels: dict[str, int] = {name: place.get(at, len(starts)) for name, at in labels.items()}
         needed = _deciding(code)
-        self.slices = [
+        self.slices: list[list[Instruction]] = [
             [ins for ins in block if ins.root in _LEAVING or not needed.isdisjoint(destinations(ins))]
             for block in self.blocks
         ]

@@ -90,11 +90,11 @@ class CtaBarriers(Part):
 
     def __init__(self, m: State) -> None:
         ctas, threads = m.shape
-        self.arrived = np.zeros((ctas, BARRIERS), np.int64)
-        self.expected = np.zeros((ctas, BARRIERS), np.int64)  # 0: every live thread
-        self.votes = np.zeros((ctas, BARRIERS), np.int64)
-        self.taking_part = np.zeros((ctas, BARRIERS, threads // 32), bool)
-        self.name = np.full((ctas, threads), -1, np.int32)  # the barrier a lane sleeps at
+        self.arrived: Array = np.zeros((ctas, BARRIERS), np.int64)
+        self.expected: Array = np.zeros((ctas, BARRIERS), np.int64)  # 0: every live thread
+        self.votes: Array = np.zeros((ctas, BARRIERS), np.int64)
+        self.taking_part: Array = np.zeros((ctas, BARRIERS, threads // 32), bool)
+        self.name: Array = np.full((ctas, threads), -1, np.int32)  # the barrier a lane sleeps at
 
     def part(self, m: State, ctas: Array) -> "CtaBarriers":
         """The barriers of some CTAs."""
@@ -210,7 +210,7 @@ class WarpBarriers(Part):
     """The lanes of a batch that sleep at a `bar.warp.sync`, each with its mask; 0: does not."""
 
     def __init__(self, m: State) -> None:
-        self.mask = np.zeros(m.shape, np.int64)
+        self.mask: Array = np.zeros(m.shape, np.int64)
 
     def settle(self, m: State) -> None:
         """Wake the lanes for which every live lane of their mask has come with an equal mask."""

@@ -93,7 +93,8 @@ class Bulk(Part):
     """The bulk copies of a batch."""
 
     def __init__(self, m: State) -> None:
-        self.m, self.landing = m, m.landing
+        self.m: State = m
+        self.landing: str = m.landing
         self.arriving: list[Arriving] = []
         self.groups: dict[tuple[int, int], Groups] = {}
 

@@ -28,7 +28,9 @@ class Lane:
     """Reads operands for one lane."""
 
     def __init__(self, m: State, cta: int, thread: int) -> None:
-        self.m, self.cta, self.thread = m, cta, thread
+        self.m: State = m
+        self.cta: int = cta
+        self.thread: int = thread
 
     def value(self, register: int) -> int:
         """A register's value, unsigned."""
@@ -56,8 +58,11 @@ class Place:
     """An operand that names global memory: an address and a size, or a box of a tensor."""
 
     def __init__(self, d: Decoder, operand: Operand, size: Operand | None, dimensions: str | None, ins: Instruction):
-        self.text, self.tile, self.rank = ins.text, isinstance(operand, Tile), int((dimensions or "0d")[0])
-        self.size = -1
+        self.text: str = ins.text
+        self.tile: bool = isinstance(operand, Tile)
+        self.rank: int = int((dimensions or "0d")[0])
+        self.base: tuple[int, int]
+        self.size: int = -1
         self.coordinates: list[int] = []
         if isinstance(operand, Tile):
             self.base = (d.source(operand.map, "u64", ins), 0)

@@ -115,11 +115,11 @@ class ClusterBarriers(Part):
     """The barrier of each cluster of a batch: phases that have ended, and the phase whose end each thread waits for."""
 
     def __init__(self, m: State) -> None:
-        self.phase = np.zeros(m.ctas // m.cluster, np.int64)
-        self.target = np.zeros(m.shape, np.int64)
-        self.owes = np.zeros(m.shape, bool)  # has arrived and not waited
-        self.asleep = np.zeros(m.shape, bool)
-        self.aligned_at = np.full(m.shape, -1, np.int32)  # the aligned instruction by which a lane arrived
+        self.phase: Array = np.zeros(m.ctas // m.cluster, np.int64)
+        self.target: Array = np.zeros(m.shape, np.int64)
+        self.owes: Array = np.zeros(m.shape, bool)  # has arrived and not waited
+        self.asleep: Array = np.zeros(m.shape, bool)
+        self.aligned_at: Array = np.full(m.shape, -1, np.int32)  # the aligned instruction by which a lane arrived
         self.arriving: dict[int, Array] = {}  # clocks, by cluster
         self.released: dict[int, Array] = {}
         self.inits: dict[int, Array] = {}  # fenced inits of mbarriers that those who arrived know, by cluster

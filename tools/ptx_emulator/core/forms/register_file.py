@@ -33,9 +33,9 @@ class RegisterFile(Part):
     """Registers a thread of each warpgroup of each CTA."""
 
     def __init__(self, m: State) -> None:
-        self.start = at_entry(m.kernel) or 0
-        self.held = np.full((m.ctas, m.threads // GROUP), self.start, np.int64)
-        self.wanted = np.zeros_like(self.held)  # by warpgroups that sleep
+        self.start: int = at_entry(m.kernel) or 0
+        self.held: Array = np.full((m.ctas, m.threads // GROUP), self.start, np.int64)
+        self.wanted: Array = np.zeros_like(self.held)  # by warpgroups that sleep
 
     def may_part(self) -> bool:
         """Not with an account for each CTA."""

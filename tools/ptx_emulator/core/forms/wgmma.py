@@ -39,8 +39,8 @@ class Products(Part):
     """The wgmma state of one batch."""
 
     def __init__(self, m: State) -> None:
-        self.shape = (m.ctas, m.threads // GROUP_THREADS)
-        self.group = np.zeros(self.shape, np.int64)
+        self.shape: tuple[int, int] = (m.ctas, m.threads // GROUP_THREADS)
+        self.group: Array = np.zeros(self.shape, np.int64)
         self.flying: list[Product] = []
         self.matrices: dict[tuple[int, ...], Array] = {}  # accumulators not yet in registers, [warpgroups, 64, N]
         self.held: dict[tuple[int, ...], Array] = {}  # for which warpgroups, [CTAs, warpgroups]
