@@ -150,6 +150,8 @@ def test_a_wheel_from_the_sdist_works_outside_the_tree(wheel: Path, tmp_path: Pa
     names = names_in(wheel)
     assert not [name for name in names if name.startswith(("csrc", "tests", "build", "recipes", "docs", "tools"))]
     assert "cast/recipes/ek100.yaml" in names
+    inside = ("py.typed", "core/forms/loads.py", "predict/model.py", "cuda/record.py")
+    assert {f"ptx_emulator/{name}" for name in inside} <= names
     assert len([name for name in names if Path(name).name.startswith("_C.")]) == 1
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
