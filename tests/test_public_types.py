@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def verify(package: str, folder: Path) -> dict[str, Any]:
     """The report on a package that lies in the folder."""
     command = [sys.executable, "-m", "basedpyright", "--verifytypes", package, "--ignoreexternal", "--outputjson"]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tools")])}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
     assert not report["generalDiagnostics"], report["generalDiagnostics"]
