@@ -73,11 +73,9 @@ def _given(plain: Any) -> Given:
         return plain
     if "bytes" in plain:
         return bytes.fromhex(plain["bytes"])
-    return (
-        _placed(plain)
-        if "struct" not in plain
-        else Struct(bytes.fromhex(plain["struct"]), {at: _placed(what) for at, what in plain["inside"]})
-    )
+    if "struct" in plain:
+        return Struct(bytes.fromhex(plain["struct"]), {at: _placed(what) for at, what in plain["inside"]})
+    return _placed(plain)
 
 
 def _placed(plain: Any) -> Pointer | Tiled:
