@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx_emulator.predict.resources import Resources
 from rich.console import Console
 from triton_kernels import product, scale
 
@@ -18,7 +19,6 @@ from cast_kernels.evidence.compile import dots_elsewhere, read, render, tensor_c
 from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
-from cast_kernels.evidence.resources import Resources
 from cast_kernels.evidence.targets import target
 from cast_kernels.triton import tiles
 

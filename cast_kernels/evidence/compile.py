@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from ptx_emulator.predict.resources import resources
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +25,6 @@ from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_drive
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
 from cast_kernels.evidence.problems import PROBLEMS, AnyCase
-from cast_kernels.evidence.resources import resources
 from cast_kernels.evidence.targets import target
 
 

@@ -7,6 +7,9 @@ from dataclasses import replace
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.experts import ExpertCase
 
+#: GPUs whose times are predicted: those that `ptx_emulator.predict.devices` has constants of.
+PREDICTED = ("A100", "H100", "H200")
+
 _PAPER = Case(batch=6)
 AnyCase = Case | ExpertCase
 
