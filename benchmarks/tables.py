@@ -37,8 +37,8 @@ _HEAD = """<!-- Written by `python benchmarks/tables.py` from benchmarks/results
 # Performance
 
 All figures are of CPUs. **No kernel of ours has run on a GPU**: what stands in for a measurement there are
-[predictions](../benchmarks/predictions/README.md), and docs/evidence.md says how they are made. A table is one
-interleaved run: every row is timed once a round, side by side. Each table's command measures it again.
+[predictions](../benchmarks/predictions/README.md), and [evidence](evidence.md) says how they are made. A table is one
+interleaved run: every row is timed once a round, side by side, by the command above it.
 
 ![Speed-ups over eager PyTorch](pictures/speedups.svg)
 
@@ -47,7 +47,7 @@ How to read the tables:
 """
 
 _OLD = (
-    "Measured by an earlier version of the benchmark, which kept fewer samples of slow rows. "
+    "Measured by an earlier version of the benchmark, which had other groups and kept fewer samples of slow rows. "
     f"A row with fewer than {FEWEST} has no speed-up here.\n"
 )
 
@@ -107,6 +107,7 @@ def document(measured: Mapping[str, list[Run]]) -> str:
     groups = {title: rows for found in measured.values() for run in found for title, rows in run.groups.items()}
     parts = [_HEAD + "".join(f"- {note}\n" for note in notes(groups) if "below" not in note)]
     parts.append("- of ceiling: share of the machine's rate of float32 multiply-adds, measured in the same run\n")
+    parts.append("- kept MiB: what backward is given besides the parameters, the operation's inputs included\n")
     for machine, found in measured.items():
         if not found:
             continue

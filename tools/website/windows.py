@@ -64,10 +64,10 @@ def _stream(picture: Picture, y: float, window: str, has_cls: bool, asks: bool) 
         if has_cls:
             picture.box(x + 0.5, y + 0.5, _CLS, _CLS, "none", FAINT)
         picture.box(x, top, _GRID, _GRID, "#dee2e6")
-        picture.repeat("grid", x, top)
         for row, first, count in _runs([n % (SIDE * SIDE) for n in members if n // (SIDE * SIDE) == frame]):
             place = (x + first * _CELL, top + row * _CELL)
             picture.box(*place, count * _CELL, _CELL, WITH if asks else ANSWERS)
+        picture.repeat("grid", x, top)
         if asks and frame == CHOSEN[0]:
             picture.box(x + CHOSEN[2] * _CELL - 1, top + CHOSEN[1] * _CELL - 1, _CELL + 2, _CELL + 2, ASKS)
     return top + _GRID + 17
@@ -76,8 +76,8 @@ def _stream(picture: Picture, y: float, window: str, has_cls: bool, asks: bool) 
 def _legend(picture: Picture, y: float) -> None:
     x: float = _LEFT
     for fill, line, text, width in (
-        (ASKS, "none", "asks", 48), (WITH, "none", "asks beside it", 104), (ANSWERS, "none", "answer", 66),
-        ("none", FAINT, "CLS: aside", 0),
+        (ASKS, "none", "asks", 48), (WITH, "none", "asks as well", 92), (ANSWERS, "none", "answer", 66),
+        ("none", FAINT, "CLS: in no window", 0),
     ):  # fmt: skip
         picture.box(x + 0.5, y - 8.5, 8, 8, fill, line)
         picture.words(x + 13, y, text, size=12)
