@@ -119,9 +119,8 @@ def eager(work: str) -> dict[str, float]:
 def serve(cache: Path) -> None:
     """Answer until stdin ends."""
     import triton
-
-    from cast_kernels.evidence.driver import offline_driver
-    from cast_kernels.evidence.targets import target
+    from ptx_emulator.targets import target
+    from ptx_emulator.triton.driver import offline_driver
 
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it prepares each product anew: a millisecond

@@ -22,6 +22,7 @@ FOLDERS = {
     "cast_kernels": "cast_kernels",
     "cast": "cast",
     "ptx_emulator": "tools/ptx_emulator",
+    "ptx_emulator_pytest": "tools/ptx_emulator_pytest",
     "first_contact": "tools/first_contact",
     "benchmarks": "benchmarks",
     "tests": "tests",
@@ -47,7 +48,7 @@ class Room(NamedTuple):
 
     def row(self) -> str:
         """Its line of the page."""
-        name = self.name.split(".")[-1]
+        name = self.name.split(".")[-1] if self.name.startswith("cast") else self.name
         shown = [f"`{other}`" for other in self.imports.split() if other != name]
         return f"| `{name}` | {self.purpose} | {', '.join(shown) or '-'} |"
 
@@ -79,7 +80,10 @@ ROOMS = (
         "cast_kernels", "the public names",
         "attention backends modules ops plain problem reference versions",
     ),
-    Room("cast_kernels.evidence", "what developers run without a GPU", "evidence cast_kernels"),
+    Room(
+        "cast_kernels.evidence", "what developers run without a GPU",
+        "evidence cast_kernels ptx_emulator",
+    ),
     Room(
         "cast_kernels.gpu", "what users run on one: `gpu-check`, `tune`",
         "gpu evidence triton.tiles triton.common cast_kernels",
@@ -144,10 +148,12 @@ ROOMS = (
     Room("cast.cli", "the command `cast`", "video training pretrain evaluation predict export demo study optional"),
     Room("csrc", "C++17 and OpenMP; no torch header, a Python header only in `bindings*`"),
     Room("ptx_emulator", "executes compiled GPU code on a CPU; numpy, no torch", "ptx_emulator"),
+    Room("ptx_emulator.triton", "checks what Triton launches, on it; torch and Triton", "ptx_emulator"),
+    Room("ptx_emulator_pytest", "the options of `pytest --ptx-target`; imports nothing else", "ptx_emulator.triton"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
         "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "
-        "cast_kernels.evidence cast_kernels.gpu cast_kernels.ops",
+        "cast_kernels.evidence cast_kernels.gpu cast_kernels.ops ptx_emulator.targets ptx_emulator.triton",
     ),
     Room(
         "first_contact", "the first minutes with a GPU",

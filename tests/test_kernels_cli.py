@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cast_kernels import cli
-from cast_kernels.evidence import compile, emulate, mutants, predict, targets, whole_model
+from cast_kernels.evidence import compile, emulate, mutants, predict, problems, whole_model
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_compile_gets_its_options(calls: list[Any]) -> None:
     more = ["--target", "sm_89", "--dtype", "fp16", "bf16", "--problems", "all", "--json", "x.json", "--cache", "c"]
     assert cli.main(["compile", *more]) == 0
     assert calls == [
-        ("compile", (targets.GATED, ("bf16", "fp16", "fp32", "amp"), "paper", None, None)),
+        ("compile", (problems.GATED, ("bf16", "fp16", "fp32", "amp"), "paper", None, None)),
         ("compile", (["sm_89"], ["fp16", "bf16"], "all", Path("x.json"), Path("c"))),
     ]
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
+from ptx_emulator.triton.driver import Launch
+from ptx_emulator.triton.launcher import spans
+
 from cast_kernels.evidence.devices import Device
-from cast_kernels.evidence.driver import Launch
-from cast_kernels.evidence.emulator import spans
 from cast_kernels.evidence.resources import Resources
 
 #: What is said beside every prediction.

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from ptx_emulator.triton.driver import Launch, offline_driver
 
 import cast_kernels
 from cast_kernels.evidence import eager_model, model, trace
@@ -20,7 +21,6 @@ from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS, Case, Kind
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.devices import Device, device
-from cast_kernels.evidence.driver import Launch, offline_driver
 from cast_kernels.evidence.model import Prediction
 from cast_kernels.evidence.prediction_report import Run
 from cast_kernels.evidence.resources import Resources, resources

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ptx_emulator.targets import EMULATED as EMULATED  # for the commands, as the names below
+from ptx_emulator.targets import TARGETS
+
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.experts import ExpertCase
+
+#: The architectures of a command: all, and what is compiled unless some are named.
+#: Those that are emulated are the emulator's own.
+COMPILED: tuple[str, ...] = tuple(TARGETS)
+GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 _PAPER = Case(batch=6)
 AnyCase = Case | ExpertCase

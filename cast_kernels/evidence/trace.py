@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 
-from cast_kernels.evidence.driver import Launch
+from ptx_emulator.triton.driver import Launch
+
 from cast_kernels.evidence.model import SECTOR, Counters
 from cast_kernels.evidence.scalar import Value, can_follow, evaluate
 
