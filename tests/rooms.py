@@ -153,7 +153,7 @@ ROOMS = (
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
         "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "
-        "cast_kernels.evidence cast_kernels.gpu cast_kernels.ops ptx_emulator.targets ptx_emulator.triton",
+        "cast_kernels.gpu cast_kernels.ops",
     ),
     Room(
         "first_contact", "the first minutes with a GPU",

@@ -161,6 +161,6 @@ from ptx_emulator.triton.driver import Recorder, offline_driver
 from ptx_emulator.targets import target
 with offline_driver(target("sm_80"), Recorder()): pass
 """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "tools")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: TRITON_INTERPRET is set" in done.stderr

@@ -72,6 +72,7 @@ class Checker(Emulator):
         self.tuning = Tuning(self.all_configs)
         self.begin = time.perf_counter()
         self._known: dict[tuple[Any, ...], Finding] = {}
+        self._seen: set[tuple[Any, ...]] = set()  # in the launch that is under way
 
     def launch(self, launch: Launch) -> None:
         """Execute and collect."""
@@ -80,6 +81,7 @@ class Checker(Emulator):
         if not self.tuning.trying and (asked := self.tuning.ended()):
             self._note_tuning(launch, asked)
         faults = self.execute(launch)
+        self._seen.clear()
         for fault in faults:
             self._add(launch, fault)
         if faults and self.first:
@@ -104,8 +106,10 @@ class Checker(Emulator):
             where = (fault.instruction, fault.other)
         key = (launch.kernel, kind_of(fault), *where)
         if key in self._known:
-            self._known[key].launches += 1
+            self._known[key].launches += key not in self._seen
+            self._seen.add(key)
             return
+        self._seen.add(key)
         self._known[key] = Finding(
             kind_of(fault), launch.kernel, str(fault), ended, launch.grid, launch.threads, constants_of(launch), places
         )
