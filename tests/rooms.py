@@ -153,7 +153,7 @@ ROOMS = (
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
         "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "
-        "cast_kernels.gpu cast_kernels.ops",
+        "cast_kernels.gpu cast_kernels.ops ptx_emulator.targets ptx_emulator.triton",
     ),
     Room(
         "first_contact", "the first minutes with a GPU",
@@ -166,7 +166,7 @@ ROOMS = (
     Room("tools", "developers' commands: the site, its pictures, the hub's package", "website cast_kernels"),
     Room(
         "examples", "programs to copy from; no part of a package",
-        "cast cast.evaluation cast.predict cast.training cast.video cast_kernels",
+        "cast cast.evaluation cast.predict cast.training cast.video cast_kernels ptx_emulator.triton",
     ),
 )  # fmt: skip
 _BY_NAME = {room.name: room for room in ROOMS}
