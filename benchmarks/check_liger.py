@@ -10,7 +10,7 @@ here is a time of a GPU.
 from __future__ import annotations
 
 import json
-import platform
+import os
 import sys
 import time
 from argparse import ArgumentParser
@@ -24,6 +24,7 @@ import torch
 from liger_ops import LEFT_OUT, OPS, differentiated, error
 from ptx_emulator.targets import EMULATED
 from ptx_emulator.triton import checking
+from report import processor
 
 
 def check(name: str, target: str) -> dict[str, Any]:
@@ -61,8 +62,9 @@ def page(made: dict[str, Any]) -> str:
     for row in made["rows"]:
         kinds = ", ".join(dict.fromkeys(f"{f['kind']} in `{f['kernel']}`" for f in row["findings"]))
         amount = "-" if row["error"] is None else f"{row['error']:.1e}"
+        name = row["op"] if OPS[row["op"]].backward else f"{row['op']}, forward"
         found = "; ".join(filter(None, (kinds, row["refused"].splitlines()[0] if row["refused"] else ""))) or "nothing"
-        cells = (row["op"], row["target"], len(row["kernels"]), row["launches"], amount, row["seconds"],
+        cells = (name, row["target"], len(row["kernels"]), row["launches"], amount, row["seconds"],
                  row["emulated_s"], found)  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Not in the table, since a machine without a GPU cannot call them or there is nothing to run:", ""]
@@ -87,7 +89,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "liger_kernel": version("liger-kernel"),
         "triton": version("triton"),
         "torch": version("torch"),
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {processor()}",
         "date": date.today().isoformat(),
         "rows": rows,
     }

@@ -20,6 +20,7 @@ class Op(NamedTuple):
     liger: Callable[..., Outputs]
     plain: Callable[..., Outputs]  # the same in PyTorch; it gets float64
     fixed: dict[str, Tensor] = {}  # noqa: RUF012  inputs that want none
+    backward: bool = True  # False: liger's own asks for a GPU
 
 
 def _f() -> Any:
@@ -113,7 +114,7 @@ def _grpo(logits: Tensor, ids: Tensor, old: Tensor, ref: Tensor, gain: Tensor) -
     ratio = (chosen - old).exp()
     gain = gain[:, None]
     loss = -torch.minimum(ratio * gain, ratio.clamp(0.8, 1.4) * gain)
-    return (loss + 0.04 * ((ref - chosen).exp() - (ref - chosen) - 1)).mean()
+    return loss + 0.04 * ((ref - chosen).exp() - (ref - chosen) - 1)
 
 
 def _grpo_liger(logits: Tensor, ids: Tensor, old: Tensor, ref: Tensor, gain: Tensor) -> Tensor:
@@ -135,6 +136,7 @@ def _experts(x: Tensor, up: Tensor, down: Tensor, chosen: Tensor, weight: Tensor
 
 
 _COS, _SIN = _angles(9, 32)
+_ANGLES3 = _drawn(3, 2, 9, 16).repeat(1, 1, 1, 2)  # of time, height and width
 _LABELS = _drawn(6, high=300)
 _ROWS = (6, 300)
 
@@ -169,12 +171,12 @@ OPS: dict[str, Op] = {
         lambda x, w, scale, shift: _rms(x) * w * (1 + scale) + shift,
     ),
     "poly_norm": Op(
-        {"x": _ROWS, "w": (3,), "b": (1,)}, lambda x, w, b: _f().liger_poly_norm(x, w, b, in_place=False),
+        {"x": _ROWS, "w": (3,), "b": ()}, lambda x, w, b: _f().liger_poly_norm(x, w, b, in_place=False),
         lambda x, w, b: w[0] * _rms(x**3) + w[1] * _rms(x**2) + w[2] * _rms(x) + b,
     ),
     "dyt": Op(
         {"x": _ROWS, "alpha": (1,), "gamma": (300,), "beta": (300,)}, lambda *v: _f().liger_dyt(*v),
-        lambda x, alpha, gamma, beta: gamma * torch.tanh(alpha * x) + beta,
+        lambda x, alpha, gamma, beta: gamma * torch.tanh(alpha * x) + beta, backward=False,
     ),
     "swiglu": Op(
         {"a": _ROWS, "b": _ROWS}, lambda a, b: _f().liger_swiglu(a, b), lambda a, b: F.silu(a) * b
@@ -194,7 +196,7 @@ OPS: dict[str, Op] = {
     "qwen2vl_mrope": Op(
         {"q": (2, 3, 9, 32), "k": (2, 2, 9, 32)},
         lambda q, k, cos, sin: _f().liger_qwen2vl_mrope(q, k, cos, sin, [4, 6, 6]), _mrope,
-        {"cos": _drawn(3, 2, 9, 32).cos(), "sin": _drawn(3, 2, 9, 32).sin()},
+        {"cos": _ANGLES3.cos(), "sin": _ANGLES3.sin()},
     ),
     "llama4_rope": Op(
         {"q": (2, 9, 3, 32), "k": (2, 9, 2, 32)},
@@ -288,6 +290,8 @@ def differentiated(call: Callable[..., Outputs], op: Op, dtype: torch.dtype) -> 
     leaves = [given[name].requires_grad_() for name in op.shapes]
     found = call(*given.values())
     outputs = [found] if isinstance(found, Tensor) else [one for one in found if one is not None]
+    if not op.backward:
+        return [one.detach().clone() for one in outputs]
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(one.shape, generator=generator).to(one.dtype) for one in outputs]
     made = torch.autograd.grad(outputs, leaves, grads)

@@ -35,7 +35,7 @@ class Finding:
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        constants = "".join(f", {name}={value}" for name, value in self.constants.items())
+        constants = "".join(f", {name}={shortened(value)}" for name, value in self.constants.items())
         launched = " from ".join(map(str, self.places)) or "a line that is not known"
         times = f", the first of {self.launches} launches that show it" if self.launches > 1 else ""
         return [
@@ -168,6 +168,11 @@ def _headed(head: str, lines: list[str]) -> list[str]:
 def counted(number: int, one: str, many: str = "") -> str:
     """As in "1 kernel", "2 kernels"."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """A constant for a line of text: a layout of Gluon's has hundreds of characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def constants_of(launch: Launch) -> dict[str, str]:

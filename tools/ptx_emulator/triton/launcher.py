@@ -170,12 +170,12 @@ class Emulator:
 def scratch(memory: ptx_emulator.Memory, launch: Launch) -> list[int]:
     """The address of the memory that a kernel asks for beside its arguments, where it does; of all its CTAs, zeroed.
 
-    On a GPU the program gives it, by `triton.set_allocator`.
+    On a GPU the program gives it, by `triton.set_allocator`. Behind it, the address of a profiler's: none.
     """
     size = getattr(launch.metadata, "global_scratch_size", 0)
     if not size:
         return []
-    return [memory.register(np.zeros(size * math.prod(launch.ctas), np.uint8), "scratch")]
+    return [memory.register(np.zeros(size * math.prod(launch.ctas), np.uint8), "scratch"), 0]
 
 
 def place(memory: ptx_emulator.Memory, arguments: tuple[Argument, ...]) -> list[int | float]:
