@@ -152,7 +152,10 @@ class Session:
         """Write each row's rate and its shares of the ceilings into it; a GPU's by its graph, which is without gaps."""
         found = self.report.ceilings
         gemm = "gemm_fp32_flops_per_s" if compute == "torch.float32" else "gemm_flops_per_s"
-        ceiling = found.get("fma_flops_per_s") or found.get(gemm)
+        ceiling = found.get(gemm)
+        # The rate of float32's multiply-adds bounds no product of bfloat16 pairs.
+        if compute == "torch.float32" or not _native.ISA.endswith("bf16"):
+            ceiling = found.get("fma_flops_per_s", ceiling)
         for row in rows.values():
             ms = row.get("graph_median_ms", row.get("median_ms"))
             if ms is None or not flops:

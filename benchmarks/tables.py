@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 #: End of a file's name -> the machine, the newest first.
-MACHINES = {"zen3": "2 cores of an AMD EPYC, Zen 3 (family 25, model 1): AVX2"}
+MACHINES = {
+    "zen4": "2 cores of an AMD EPYC, Zen 4 (family 25, model 17): AVX-512 with bfloat16",
+    "zen3": "2 cores of an AMD EPYC, Zen 3 (family 25, model 1): AVX2",
+}
 #: Beginning of a file's name -> what it holds, in the order of the document.
 SUBJECTS = {
     "model": "CAST-B/16 whole",
@@ -103,7 +106,7 @@ def document(measured: Mapping[str, list[Run]]) -> str:
     """The whole text of docs/performance.md."""
     groups = {title: rows for found in measured.values() for run in found for title, rows in run.groups.items()}
     parts = [_HEAD + "".join(f"- {note}\n" for note in notes(groups) if "below" not in note)]
-    parts.append("- of ceiling: share of the machine's rate of multiply-adds, measured in the same run\n")
+    parts.append("- of ceiling: share of the machine's rate of float32 multiply-adds, measured in the same run\n")
     for machine, found in measured.items():
         if not found:
             continue
@@ -163,8 +166,8 @@ def _line(words: list[str]) -> str:
 _HEADLINES = {
     "model inference fp32": "inference",
     "model training step fp32": "a training step",
-    "bcast fp32 B=1 forward:": "B-CAST forward",
-    "bcast fp32 B=1 forward+backward": "B-CAST forward and backward",
+    "bcast fp32 B1 inference": "B-CAST forward",
+    "bcast fp32 B1 training": "B-CAST forward and backward",
 }
 
 

@@ -150,7 +150,7 @@ def demo(out: Path | None = None, seeds: int = 1, quick: bool = False) -> None:
     Args:
         out: directory for videos, checkpoints, metrics.json and report.html; runs/demo, or runs/demo-quick with --quick
         seeds: how many times to train, each with another seed
-        quick: fewer classes, clips and frames: a report in minutes
+        quick: fewer classes, clips and frames: a report in one to three minutes
     """
     from cast.demo import main
 

@@ -116,9 +116,9 @@ def _emulate(options: Namespace) -> int:
 def _predict_options(parser: ArgumentParser) -> None:
     from cast_kernels import Recompute
     from cast_kernels.evidence.cases import KINDS, STREAMS
-    from cast_kernels.evidence.devices import DEVICES
+    from cast_kernels.evidence.problems import PREDICTED
 
-    _add_choices(parser, "--device", DEVICES, tuple(DEVICES), "GPUs")
+    _add_choices(parser, "--device", PREDICTED, PREDICTED, "GPUs")
     parser.add_argument("--batch", nargs="+", type=_positive, default=[1, 6, 32], metavar="B", help="clips")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all of it as JSON")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also write a JSON a GPU and README.md here")

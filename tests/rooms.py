@@ -49,7 +49,7 @@ class Room(NamedTuple):
     def row(self) -> str:
         """Its line of the page."""
         name = self.name.split(".")[-1] if self.name.startswith("cast") else self.name
-        shown = [f"`{other}`" for other in self.imports.split() if other != name]
+        shown = [f"`{other}`" for other in self.imports.split() if other != self.name.split(".")[-1]]
         return f"| `{name}` | {self.purpose} | {', '.join(shown) or '-'} |"
 
 
@@ -80,10 +80,7 @@ ROOMS = (
         "cast_kernels", "the public names",
         "attention backends modules ops plain problem reference versions",
     ),
-    Room(
-        "cast_kernels.evidence", "what developers run without a GPU",
-        "evidence cast_kernels ptx_emulator",
-    ),
+    Room("cast_kernels.evidence", "what developers run without a GPU", "evidence cast_kernels ptx_emulator"),
     Room(
         "cast_kernels.gpu", "what users run on one: `gpu-check`, `tune`",
         "gpu evidence triton.tiles triton.common cast_kernels",
@@ -147,8 +144,15 @@ ROOMS = (
     ),
     Room("cast.cli", "the command `cast`", "video training pretrain evaluation predict export demo study optional"),
     Room("csrc", "C++17 and OpenMP; no torch header, a Python header only in `bindings*`"),
-    Room("ptx_emulator", "executes compiled GPU code on a CPU; numpy, no torch", "ptx_emulator"),
-    Room("ptx_emulator.triton", "checks what Triton launches, on it; torch and Triton", "ptx_emulator"),
+    Room("ptx_emulator.core", "executes compiled GPU code on a CPU; NumPy and nothing else", "core"),
+    Room(
+        "ptx_emulator.predict", "the least time of a kernel; Triton's disassemblers read its machine code",
+        "predict core targets",
+    ),
+    Room("ptx_emulator.cuda", "launches of compiled CUDA modules as records, in files too", "cuda core"),
+    Room("ptx_emulator.targets", "the architectures, and what of each decides how many kernels fit"),
+    Room("ptx_emulator.triton", "checks what Triton launches; torch and Triton", "triton targets ptx_emulator"),
+    Room("ptx_emulator", "its public names, and its command", "core ptx_emulator targets triton"),
     Room("ptx_emulator_pytest", "the options of `pytest --ptx-target`; imports nothing else", "ptx_emulator.triton"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",

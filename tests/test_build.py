@@ -36,7 +36,7 @@ LEFT_BEHIND = (
     "cast_kernels/_C.so",
     "cast_kernels/_build.json",
     "cast_kernels/__pycache__/_native.cpython-310.pyc",
-    "tools/ptx_emulator/__pycache__/loads.cpython-310.pyc",
+    "tools/ptx_emulator/core/__pycache__/memory.cpython-310.pyc",
 )
 #: Files of the root that no build needs; tests of what a release says of itself do.
 READ_BY_TESTS = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", ".clang-format", ".pre-commit-config.yaml")
@@ -123,8 +123,9 @@ def test_an_sdist_is_all_source_and_nothing_built(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc"))]
     assert {
         "CMakeLists.txt", "csrc/cpu/level.cpp", "recipes/ek100.yaml", "docs/architecture.md",
-        "tools/ptx_emulator/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py", "tests/levels.py",
-        "examples/serve.py", ".ci/run", ".github/workflows/tests.yml", ".github/ISSUE_TEMPLATE/bug.yml", *READ_BY_TESTS,
+        "tools/ptx_emulator/core/forms/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py",
+        "tests/levels.py", "examples/serve.py", ".ci/run", ".github/workflows/tests.yml",
+        ".github/ISSUE_TEMPLATE/bug.yml", *READ_BY_TESTS,
     } <= names  # fmt: skip
 
 
@@ -149,6 +150,8 @@ def test_a_wheel_from_the_sdist_works_outside_the_tree(wheel: Path, tmp_path: Pa
     names = names_in(wheel)
     assert not [name for name in names if name.startswith(("csrc", "tests", "build", "recipes", "docs", "tools"))]
     assert "cast/recipes/ek100.yaml" in names
+    inside = ("py.typed", "core/forms/loads.py", "predict/model.py", "cuda/record.py")
+    assert {f"ptx_emulator/{name}" for name in inside} <= names
     assert len([name for name in names if Path(name).name.startswith("_C.")]) == 1
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx_emulator.predict.resources import Resources
 from ptx_emulator.targets import target
 from ptx_emulator.triton.driver import Launch, Recorder, offline_driver
 from rich.console import Console
@@ -19,7 +20,6 @@ from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import dots_elsewhere, read, render, tensor_core_dots
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
-from cast_kernels.evidence.resources import Resources
 from cast_kernels.triton import tiles
 
 

@@ -11,6 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ptx_emulator.predict.counters import Counters
+from ptx_emulator.predict.devices import DEVICES, device
+from ptx_emulator.predict.model import busiest
+from ptx_emulator.predict.resources import Resources
 from ptx_emulator.targets import target
 from ptx_emulator.triton.driver import Argument, Launch, Recorder, offline_driver
 from ptx_emulator.triton.launcher import EmulationFault, Emulator
@@ -20,9 +24,7 @@ from cast_kernels.evidence import eager_model, model, trace
 from cast_kernels.evidence import predict as predicting
 from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case, run
-from cast_kernels.evidence.devices import DEVICES, device
-from cast_kernels.evidence.model import Counters
-from cast_kernels.evidence.resources import Resources
+from cast_kernels.evidence.problems import PREDICTED
 from cast_kernels.evidence.sampling import Corrections
 
 PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions"
@@ -67,10 +69,10 @@ def test_the_busiest_multiprocessor_decides(ctas: int, on_the_busiest: int) -> N
 def test_ctas_that_differ_fill_the_multiprocessors_in_their_order() -> None:
     """Four long ones and six short ones for four processors: 5 + 3, 5 + 3, 5 + 3, 5 + 3 and two more behind."""
     long, short = (5.0, 1.0), (2.0, 3.0)
-    assert model.busiest([long] * 4 + [short] * 4, 4) == (7.0, 4.0)
-    assert model.busiest([long] * 4 + [short] * 6, 4) == (9.0, 7.0)
-    assert model.busiest([short] * 6 + [long] * 4, 4) == (9.0, 7.0)
-    assert model.busiest([long], 4) == long
+    assert busiest([long] * 4 + [short] * 4, 4) == (7.0, 4.0)
+    assert busiest([long] * 4 + [short] * 6, 4) == (9.0, 7.0)
+    assert busiest([short] * 6 + [long] * 4, 4) == (9.0, 7.0)
+    assert busiest([long], 4) == long
 
 
 def test_each_traced_cta_stands_for_its_share_of_the_grid() -> None:
@@ -111,6 +113,7 @@ def test_another_targets_kernel_is_refused() -> None:
 
 
 def test_every_constant_has_a_source() -> None:
+    assert tuple(DEVICES) == PREDICTED
     for goal in DEVICES.values():
         for constant in (goal.clock, goal.efficiency, goal.l2, goal.dram, *goal.tensor.values()):
             assert constant.source

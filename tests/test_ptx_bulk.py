@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import ptx_emulator
 import pytest
-from ptx_emulator.tensor_maps import swizzled, unpacked
+from ptx_emulator.core.tensor_maps import swizzled, unpacked
 from ptx_snippets import HEADER, SCRATCH
 
 TOLD = "mbarrier::complete_tx::bytes"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ptx_emulator  # noqa: F401  registers every builder
 import pytest
-from ptx_emulator.decode import BUILDERS, WAITS
+from ptx_emulator.core.decode import BUILDERS, WAITS
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted({*FOLDER.glob("test_ptx_*.py"), FOLDER / "ptx_snippets.py"} - {Path(__file__)})

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import ptx_emulator
 import pytest
-from ptx_emulator.formats import bf16_to_f32, f32_to_bf16
+from ptx_emulator import cuda
+from ptx_emulator.core.formats import bf16_to_f32, f32_to_bf16
+from ptx_emulator.cuda import Pointer, Record, Tiled
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm.cu"
 COMPILE = ("-ptx", "-arch=compute_90a", "-O3", "-std=c++17", "-lineinfo")
@@ -31,41 +33,31 @@ def compiled(source: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def gemm(tmp_path_factory: pytest.TempPathFactory) -> ptx_emulator.Kernel:
-    return ptx_emulator.parse(compiled(SOURCE.read_text(), tmp_path_factory.mktemp("gemm"))).kernels["gemm"]
+def gemm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled(SOURCE.read_text(), tmp_path_factory.mktemp("gemm"))
 
 
-def run(kernel: ptx_emulator.Kernel, **options: object) -> tuple[set[str], float]:
+def run(ptx: str, landing: str = "late", seed: int | None = None) -> tuple[set[str], float]:
     """(kinds of faults, root mean square error to float64 over that of the exact values)."""
     m, n, k = SIZES
     random = np.random.default_rng(0)
     a, b = (f32_to_bf16(random.standard_normal(s).astype(np.float32)) for s in ((m, k), (n, k)))
     bias, c = random.standard_normal(n).astype(np.float32), np.full((m, n), 0x7FFF, np.uint16)
-    memory = ptx_emulator.Memory()
-    at = [memory.register(x.view(np.uint8).reshape(-1), name) for x, name in ((a, "a"), (b, "b"), (c, "c"))]
     maps = [
-        ptx_emulator.TensorMap(address, "bf16", x.shape[::-1], (2 * x.shape[1],), (64, rows), 128)
-        for address, x, rows in zip(at, (a, b, c), (128, 32, 64), strict=True)
+        Tiled(Pointer(name), "bf16", x.shape[::-1], (2 * x.shape[1],), (64, rows), 128)
+        for name, x, rows in (("a", a, 128), ("b", b, 32), ("c", c, 64))
     ]
-    arguments = [*maps, memory.register(bias.view(np.uint8), "bias"), struct.pack("<3i", m, n, k)]
-    report = ptx_emulator.launch(
-        kernel,
-        grid=(2, 1, 1),
-        threads=384,
-        arguments=arguments,
-        memory=memory,
-        shared_bytes=SHARED,
-        target="sm_90",
-        **options,  # type: ignore[arg-type]
-    )
-    memory.write_back()
+    arguments = (*maps, Pointer("bias"), struct.pack("<3i", m, n, k))
+    buffers = {"a": a, "b": b, "c": c, "bias": bias}
+    record = Record(ptx, "gemm", (2, 1, 1), (384, 1, 1), arguments, buffers, SHARED)
+    report = cuda.run(record, landing=landing, seed=seed)
     exact = bf16_to_f32(a).astype(np.float64) @ bf16_to_f32(b).astype(np.float64).T + bias
     error = bf16_to_f32(c) - exact
     return {fault.kind for fault in report.faults}, float(np.sqrt((error**2).mean() / (exact**2).mean()))
 
 
 @pytest.mark.parametrize(("landing", "seed"), [("late", None), ("early", None), ("random", 0)])
-def test_right_under_every_landing(gemm: ptx_emulator.Kernel, landing: str, seed: int | None) -> None:
+def test_right_under_every_landing(gemm: str, landing: str, seed: int | None) -> None:
     faults, error = run(gemm, landing=landing, seed=seed)
     assert not faults
     assert error < 2e-3, "one rounding to bfloat16 is 1.7e-3"
@@ -145,9 +137,9 @@ def test_planted_faults_are_seen(name: str, landing: str, tmp_path: Path) -> Non
     for old, new in changes:
         assert old in source, old
         source = source.replace(old, new)
-    kernel = ptx_emulator.parse(compiled(source, tmp_path)).kernels["gemm"]
+    ptx = compiled(source, tmp_path)
     try:
-        faults, error = run(kernel, landing=landing)
+        faults, error = run(ptx, landing=landing)
         seen = [*faults, *([WRONG] if not error < 1e-2 else [])]
     except ptx_emulator.EmulationError as stopped:
         seen = [str(stopped)]
@@ -182,7 +174,7 @@ def test_each_synchronising_instruction_is_needed(tmp_path: Path) -> None:
     assert len(mutants) > 25
     for name, ptx in mutants:
         try:
-            faults, error = run(ptx_emulator.parse(ptx).kernels["gemm"])
+            faults, error = run(ptx)
         except ptx_emulator.EmulationError:
             continue
         if not faults and error < 1e-2:

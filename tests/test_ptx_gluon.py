@@ -5,7 +5,7 @@ import re
 import numpy as np
 import ptx_emulator
 import pytest
-from ptx_emulator.formats import bf16_to_f32, f32_to_bf16
+from ptx_emulator.core.formats import bf16_to_f32, f32_to_bf16
 
 triton = pytest.importorskip("triton", minversion="3.8", reason="Gluon has clusters since Triton 3.8")
 from triton.backends.compiler import GPUTarget  # noqa: E402

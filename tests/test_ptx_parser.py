@@ -3,7 +3,7 @@
 import numpy as np
 import ptx_emulator
 import pytest
-from ptx_emulator.syntax import Address, Literal, Not, Pair, Register, Sink, Symbol, Vector
+from ptx_emulator.core.syntax import Address, Literal, Not, Pair, Register, Sink, Symbol, Vector
 from ptx_snippets import HEADER, entry, run
 
 

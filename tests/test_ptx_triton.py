@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ptx_emulator
-import ptx_emulator.execute
+import ptx_emulator.core.execute
 import pytest
 import torch
 
@@ -157,7 +157,7 @@ def test_two_problems_in_one_grid(compiled: dict[str, Any], target: str, monkeyp
     problem = Problem(compiled[f"two_problems bf16 {target}"], target, [a, b, c], numbers, (5, 1), want)
     parts, error = problem.run()
     assert error < LIMITS["bf16"]
-    monkeypatch.setattr(ptx_emulator.execute, "MAX_SPLITS", 0)
+    monkeypatch.setattr(ptx_emulator.core.execute, "MAX_SPLITS", 0)
     masked, masked_error = problem.run()
     assert masked_error == error
     assert masked.counters == parts.counters

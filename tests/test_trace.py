@@ -7,21 +7,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ptx_emulator import Instruction, Kernel, parse
+from ptx_emulator.predict.scalar import evaluate
 from ptx_emulator.targets import target
 from ptx_emulator.triton.driver import Argument, Launch, Recorder, offline_driver
 from triton_kernels import product, scale
 
 from cast_kernels.evidence import trace
-from cast_kernels.evidence.scalar import evaluate
 
 HEADER = ".version 8.0\n.target sm_80\n.visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u32 k_param_1\n)\n"
+REGISTERS = ".reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .b32 %d, %minus;"
 
 
 def launch(body: str, grid: tuple[int, int, int] = (1, 1, 1), n: int = 5) -> Launch:
     """A launch of hand-written PTX with one warp, whose second argument is n."""
     arguments = (Argument("x", "*fp32", torch.zeros(1)), Argument("n", "i32", n))
     metadata = SimpleNamespace(hash=body, num_warps=1, shared=0)
-    return Launch("k", target("sm_80"), grid, arguments, {}, {"ptx": f"{HEADER}{{\n{body}\n}}\n"}, metadata)
+    text = f"{HEADER}{{\n{REGISTERS}\n{body}\n}}\n"
+    return Launch("k", target("sm_80"), grid, arguments, {}, {"ptx": text}, metadata)
+
+
+def parsed(code: str) -> tuple[Kernel, list[Instruction]]:
+    """A kernel of these instructions, and they."""
+    kernel = parse(f"{HEADER}{{\n{REGISTERS}\n{code}\n}}\n").kernels["k"]
+    return kernel, kernel.instructions
 
 
 LOOP = """
@@ -85,22 +94,26 @@ def test_a_loop_that_depends_on_data_is_refused() -> None:
         ("div.s32", ("%minus", "2"), -1), ("rem.s32", ("%minus", "2"), -1), ("mul.wide.s32", ("%minus", "2"), -6),
         ("mul.hi.u32", ("%minus", "2"), 1), ("cvt.u64.u32", ("%minus",), (1 << 32) - 3), ("shl.b32", ("1", "32"), 0),
         ("mul.hi.u32", ("2", "-3"), 1),
-        ("setp.lt.u32", ("%minus", "5"), 0), ("setp.lt.s32", ("%minus", "5"), 1), ("selp.b32", ("1", "2", "%p"), 2),
+        ("setp.lt.u32", ("%minus", "5"), 0), ("setp.lt.s32", ("%minus", "5"), 1), ("selp.b32", ("1", "2", "%p0"), 2),
         ("mad.lo.s32", ("2", "3", "%minus"), 3), ("min.s32", ("%minus", "0x5"), -3), ("not.b32", ("0",), 0xFFFFFFFF),
-        ("add.f32", ("0f3F800000", "0f3F800000"), None), ("add.s32", ("7", "%never_written"), None),
+        ("add.f32", ("0f3F800000", "0f3F800000"), None), ("add.s32", ("7", "%r7"), None),
     ],
 )  # fmt: skip
 def test_scalar_instructions(opcode: str, operands: tuple[str, ...], value: int | None) -> None:
-    registers: dict[str, int | None] = {"%minus": -3, "%p": 0}
-    evaluate(tuple(opcode.split(".")), ("%d", *operands), registers, {})
-    assert registers["%d"] == value
+    target = "%p1" if opcode.startswith("setp") else "%d"
+    kernel, (instruction,) = parsed(f"{opcode} {', '.join((target, *operands))};")
+    number = {name: i for i, (name, _) in enumerate(kernel.registers)}
+    values: dict[int | str, int | None] = {number["%minus"]: -3, number["%p0"]: 0}
+    evaluate(instruction, values, {})
+    assert values[number[target]] == value
 
 
 def test_parameters_are_found_through_an_address() -> None:
-    registers: dict[str, int | None] = {}
-    evaluate(("mov", "b64"), ("%rd1", "k_param_1"), registers, {"k_param_0": 3, "k_param_1": 11})
-    evaluate(("ld", "param", "b32"), ("%r1", "[%rd1]"), registers, {"k_param_0": 3, "k_param_1": 11})
-    assert registers["%r1"] == 11
+    kernel, code = parsed("mov.b64 %rd1, k_param_1; ld.param.b32 %r1, [%rd1];")
+    values: dict[int | str, int | None] = {}
+    for instruction in code:
+        evaluate(instruction, values, {"k_param_0": 3, "k_param_1": 11})
+    assert values[kernel.registers.index(("%r1", "b32"))] == 11
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sm_80", "mma"), ("sm_90", "wgmma")])

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_gpu import fake_gpu, gpu_autocast
+from ptx_emulator.predict.devices import device
+from ptx_emulator.predict.model import Prediction
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import cast
@@ -20,9 +22,7 @@ from cast_kernels.evidence import compiled_model, host, whole_model
 from cast_kernels.evidence import whole_report as report
 from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import STREAMS
-from cast_kernels.evidence.devices import device
 from cast_kernels.evidence.eager_model import Ledger, Operation
-from cast_kernels.evidence.model import Prediction
 from cast_kernels.evidence.parts import Model, parts
 from cast_kernels.evidence.unrun import Unrun
 

@@ -1,4 +1,4 @@
-"""The two sizes of the demo: the full one, and a quick one that shows the same in minutes."""
+"""The two sizes of the demo: the full one, and a quick one that shows the same in one to three minutes."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _FEW = Classes(("move_left", "move_right", "grow", "shrink"), ("zero", "one"))
 
 QUICK = Scale(
     "quick",
-    Sizes(plain=240, train=480, val=240),
+    Sizes(plain=480, train=480, val=360),
     Budget(
         stills=640,
         spatial=Recipe(epochs=8, batch_size=16, lr=2e-3, warmup=0.5),
         temporal=Recipe(epochs=8, batch_size=8, lr=1e-3, warmup=0.5),
-        models=Recipe(epochs=6, batch_size=16, lr=2e-3, warmup=0.5),
+        models=Recipe(epochs=7, batch_size=16, lr=2e-3, warmup=0.5),
     ),
     _FEW,
     replace(CONFIG, num_frames=8, heads=_FEW.heads()),

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from ptx_emulator.predict.resources import resources
 from ptx_emulator.targets import target
 from ptx_emulator.triton.driver import Launch, Record, Recorder, offline_driver
 from rich.console import Console
@@ -25,7 +26,6 @@ from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
 from cast_kernels.evidence.problems import PROBLEMS, AnyCase
-from cast_kernels.evidence.resources import resources
 
 
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:

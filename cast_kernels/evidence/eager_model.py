@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from ptx_emulator.predict.devices import Constant, Device
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import cast_kernels
 from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS, Case
-from cast_kernels.evidence.devices import Constant, Device
 
 TENSOR_SHARE = Constant(0.65, "of the tensor peak", "library GEMMs of this size", assumed=True)
 DRAM_SHARE = Constant(0.80, "of the DRAM bandwidth", "library elementwise kernels", assumed=True)

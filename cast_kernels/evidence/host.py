@@ -12,8 +12,8 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from ptx_emulator.predict.devices import Constant
 
-from cast_kernels.evidence.devices import Constant
 from cast_kernels.evidence.eager_model import Ledger
 
 _HERE = "on two shared x86-64 cores, 2026-11-29: `python -m cast_kernels.evidence.host`"

@@ -12,6 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from ptx_emulator.predict.devices import Device, device
+from ptx_emulator.predict.model import Prediction
+from ptx_emulator.predict.resources import Resources, resources
 from ptx_emulator.triton.driver import Launch, offline_driver
 
 import cast_kernels
@@ -20,10 +23,7 @@ from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS, Case, Kind
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.devices import Device, device
-from cast_kernels.evidence.model import Prediction
 from cast_kernels.evidence.prediction_report import Run
-from cast_kernels.evidence.resources import Resources, resources
 from cast_kernels.evidence.sampling import Corrections
 
 

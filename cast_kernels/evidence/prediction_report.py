@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ptx_emulator.predict.devices import Constant, device
+from ptx_emulator.predict.model import CEILINGS, Prediction
 from rich.table import Table
 
 from cast_kernels.evidence import eager_model
-from cast_kernels.evidence.devices import Constant, device
-from cast_kernels.evidence.model import CEILINGS, LABEL, UNCERTAINTY, Prediction
+from cast_kernels.evidence.model import LABEL, UNCERTAINTY
 
 #: Phase -> how B-CAST is called. Training keeps for backward what its recompute level keeps.
 PHASES = ("inference", "forward", "backward")

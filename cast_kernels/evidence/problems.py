@@ -14,6 +14,8 @@ from cast_kernels.evidence.experts import ExpertCase
 #: Those that are emulated are the emulator's own.
 COMPILED: tuple[str, ...] = tuple(TARGETS)
 GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: GPUs whose times are predicted: those that `ptx_emulator.predict.devices` has constants of.
+PREDICTED = ("A100", "H100", "H200")
 
 _PAPER = Case(batch=6)
 AnyCase = Case | ExpertCase

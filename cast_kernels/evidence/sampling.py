@@ -7,14 +7,14 @@ the trace of the same CTAs then corrects the trace of every launch of that kerne
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import ptx_emulator
+from ptx_emulator.predict.counters import Counters, executed
+from ptx_emulator.predict.trace import sample
 from ptx_emulator.triton.driver import Launch
 from ptx_emulator.triton.launcher import place
 
 from cast_kernels.evidence import trace
-from cast_kernels.evidence.model import Counters
 
 #: CTAs of each kernel that are executed.
 SAMPLES = 4
@@ -35,7 +35,7 @@ class Corrections:
 
     def _measure(self, launch: Launch) -> dict[str, float]:
         ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
-        chosen = trace.sample(ctas, SAMPLES)
+        chosen = sample(ctas, SAMPLES)
         memory = ptx_emulator.Memory()
         arguments = place(memory, launch.arguments)
         report = ptx_emulator.launch(
@@ -43,22 +43,9 @@ class Corrections:
             arguments=arguments, memory=memory, shared_bytes=launch.metadata.shared, target=launch.target.name,
             checks=False, ctas=chosen,
         )  # fmt: skip
-        executed = executed_counters(report.counters)
+        ran = executed(report.counters)
         traced = trace.trace(launch, SAMPLES).times(len(chosen) / ctas)
-        if abs(executed.flops - traced.flops) > 1e-6 * traced.flops:
-            raise RuntimeError(f"{launch.kernel}: {executed.flops:.0f} FLOP executed, {traced.flops:.0f} traced")
+        if abs(ran.flops - traced.flops) > 1e-6 * traced.flops:
+            raise RuntimeError(f"{launch.kernel}: {ran.flops:.0f} FLOP executed, {traced.flops:.0f} traced")
         names = [item.name for item in fields(Counters) if item.name != "tensor_flops"]
-        return {
-            name: getattr(executed, name) / getattr(traced, name) if getattr(traced, name) else 1.0 for name in names
-        }
-
-
-def executed_counters(counted: Any) -> Counters:
-    """The emulator's counters in the model's terms."""
-    return Counters(
-        {"all": counted.tensor_flops},
-        shared_wavefronts=counted.shared_load_wavefronts + counted.shared_store_wavefronts,
-        load_sectors=counted.global_load_sectors,
-        store_sectors=counted.global_store_sectors,
-        warp_instructions=counted.warp_instructions,
-    )
+        return {name: getattr(ran, name) / getattr(traced, name) if getattr(traced, name) else 1.0 for name in names}

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptx_emulator.predict.devices import device
 from rich.table import Table
 
 from cast_kernels.evidence import host
-from cast_kernels.evidence.devices import device
 from cast_kernels.evidence.model import LABEL, UNCERTAINTY
 from cast_kernels.evidence.prediction_report import constant, markdown_table
 

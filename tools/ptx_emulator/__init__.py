@@ -9,9 +9,9 @@
 Written from NVIDIA's PTX ISA document. It has no model of time; see `Counters` for what it counts.
 """
 
-from ptx_emulator.checks import Fault
-from ptx_emulator.counters import Counters
-from ptx_emulator.errors import (
+from ptx_emulator.core.checks import Fault
+from ptx_emulator.core.counters import Counters
+from ptx_emulator.core.errors import (
     Deadlock,
     Divergence,
     EmulationError,
@@ -22,11 +22,11 @@ from ptx_emulator.errors import (
     Trap,
     Unsupported,
 )
-from ptx_emulator.launch import SHARED_LIMIT, Report, launch
-from ptx_emulator.memory import Memory
-from ptx_emulator.parser import parse
-from ptx_emulator.syntax import Instruction, Kernel, Module
-from ptx_emulator.tensor_maps import TensorMap
+from ptx_emulator.core.launch import SHARED_LIMIT, Report, launch
+from ptx_emulator.core.memory import Memory
+from ptx_emulator.core.parser import parse
+from ptx_emulator.core.syntax import Instruction, Kernel, Module
+from ptx_emulator.core.tensor_maps import TensorMap
 
 __all__ = [
     "SHARED_LIMIT",

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptx_emulator.launch import SHARED_LIMIT
+from ptx_emulator import SHARED_LIMIT
 
 LANDINGS = ("early", "late", "random")
 _EPILOG = """

@@ -1,0 +1,368 @@
+"""Finds shared-memory races and reads of data in flight.
+
+Each granule (4 bytes, fewer when the kernel stores narrower elements) remembers its last writer and two of its readers
+as tags `step * 64 + warp`. `seen[row, w, v]` is the last step of warp v that a barrier has made visible to warp w;
+an access
+races with a later one of another warp when its step is above that. While all CTAs of a batch access the same addresses
+they share one row of tags; the first access that differs gives each CTA its own.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ptx_emulator.core.batch import Batch
+from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.spaces import SHARED_BASE, Array
+
+# granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
+Region = tuple[Array, int, Array | None]
+
+
+def shortened(text: str, length: int = 100) -> str:
+    """An instruction's text for a message: a wgmma names up to 128 registers."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A finding of the checks: two accesses of which the order is not settled, or data in flight that was read."""
+
+    kind: str  #: "write-read", "write-write", "read-write", or one about data in flight
+    instruction: str  #: that came later in the emulation
+    other: str  #: that came before it
+    word: int  #: number of the 4-byte word in the CTA's shared memory; below 0: none
+    warps: tuple[int, int]  #: (the other's, the instruction's)
+    epoch: int  #: barriers that the CTA had completed before
+    cta: int  #: number in the grid
+    line: str = ""  #: of the kernel's source, "file:line", where PTX names it
+    other_line: str = ""  #: the same of the other
+    agents: tuple[str, str] = ("", "")  #: in place of the warps: who of a cluster, or the async proxy
+
+    def __str__(self) -> str:
+        if self.word < 0:  # it is about instructions, not about who executed them
+            after = f" after `{shortened(self.other)}`{_at(self.other_line)}" if self.other != self.instruction else ""
+            return f"{self.kind}, CTA {self.cta}: `{shortened(self.instruction)}`{_at(self.line)}{after}"
+        other, mine = (agent or f"warp {warp}" for agent, warp in zip(self.agents, self.warps, strict=True))
+        return (
+            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: {mine} in "
+            f"`{shortened(self.instruction)}`{_at(self.line)} after {other} in "
+            f"`{shortened(self.other)}`{_at(self.other_line)}"
+        )
+
+
+def _at(line: str) -> str:
+    return f" ({line})" if line else ""
+
+
+class Checker:
+    """Race bookkeeping of one batch whose warps meet at barriers of their CTA; `clocks.ClusterChecker` knows more."""
+
+    bits = 6  # of a tag that name who accessed
+    low = 63  # all of them set: an atomic update
+    tag_type: Any = np.int32
+
+    def __init__(self, machine: Batch, granule: int) -> None:
+        self.m = machine
+        self.granule = granule
+        self.count: int = -(-machine.shared.stride // granule)
+        self.rows: int = 1
+        self.faults: dict[tuple[str, int, int], Fault] = {}
+        self.epochs: Array = np.zeros(machine.ctas, np.int64)  # barriers each CTA has passed
+        self.floor: int = 0
+        warps = machine.warps
+        self.seen: Array = np.zeros((1, warps, warps), np.int32)
+        self.writer: Array = np.zeros(self.count, self.tag_type)
+        self.reader: Array = np.zeros(self.count, self.tag_type)
+        self.reader_too: Array = np.zeros(self.count, self.tag_type)
+        self.flight: Array = np.zeros(self.count, self.tag_type)
+        self.flying: bool = False
+        self.operand: Array = np.zeros(self.count, self.tag_type)
+        self.operands: Array = np.zeros(self.count, np.int16)
+        self.fence: Array = np.zeros((1, warps), np.int32)
+
+    def part(self, machine: Batch) -> "Checker":
+        """The account of a part of the batch, while all CTAs share one row; findings go to the same list."""
+        other = copy.copy(self)
+        other.m, other.epochs = machine, self.epochs[: machine.ctas].copy()
+        for name in ("seen", "writer", "reader", "reader_too", "flight", "operand", "operands", "fence"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+    def _split(self) -> None:
+        """Give each CTA its own row."""
+        if self.rows != self.m.ctas:
+            self.rows = self.m.ctas
+            for name in ("writer", "reader", "reader_too", "flight", "operand", "operands"):
+                setattr(self, name, np.tile(getattr(self, name), self.rows))
+            self.seen = np.repeat(self.seen, self.rows, 0)
+            self.fence = np.repeat(self.fence, self.rows, 0)
+
+    def locate(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
+        """(granule index [R, n, k], row, warp): R rows (1 unless common and split), n lanes, k granules."""
+        first = (lanes.address // self.granule)[None, :, None]
+        if lanes.cta is not None:
+            self._split()
+            row = lanes.cta[None, :, None]
+        else:
+            row = np.arange(self.rows)[:, None, None]
+        index = first + row * self.count
+        if size > self.granule:
+            index = index + np.arange(size // self.granule)
+        return index, row, self.who(lanes)
+
+    def who(self, lanes: Lanes) -> Array:
+        """The warp that each lane is in, [1, n, 1]."""
+        return (lanes.thread >> 5).astype(np.int32)[None, :, None]
+
+    def leader(self, row: Array, group: int) -> Array:
+        """The first warp of a warpgroup, broadcasting with `row`."""
+        return np.array(4 * group, np.int32)
+
+    def _unseen(self, tag: Array, row: Array, warp: Array) -> Array:
+        """Where an access with `tag` is by another warp and not ordered before what `warp` does now."""
+        other = tag & self.low
+        unseen = (tag > self.floor) & (other != warp)
+        if unseen.any():
+            unseen &= (tag >> self.bits) > self.seen[
+                row, np.minimum(warp, self.m.warps - 1), np.minimum(other, self.m.warps - 1)
+            ]
+        return unseen
+
+    def report(self, kind: str, where: Array, tag: Array, index: Array, warp: Array) -> None:
+        """Record the first granule of `where` as a fault of the step under way, once per pair of instructions."""
+        where = np.broadcast_to(where, index.shape)
+        if not where.any():
+            return
+        tags = np.broadcast_to(tag, index.shape)[where]
+        here, places, warps = self.m.trace[-1], index[where], np.broadcast_to(warp, index.shape)[where]
+        for one in np.unique(tags >> self.bits):
+            first = int(np.flatnonzero((tags >> self.bits) == one)[0])
+            other = self.m.trace[int(one)]
+            key = (kind, here, other)
+            if key in self.faults:
+                continue
+            code = self.m.kernel.instructions
+            row, granule = divmod(int(places[first]), self.count)
+            pair = (int(tags[first]) & self.low, int(warps[first]))
+            self.faults[key] = Fault(
+                kind,
+                code[here].text,
+                code[other].text,
+                (granule * self.granule - SHARED_BASE) // 4,
+                self.warps_of(pair),
+                int(self.epochs[row]),
+                int(self.m.cta_numbers[row]),
+                self.m.kernel.where(here),
+                self.m.kernel.where(other),
+                self.names_of(pair, row),
+            )
+
+    def warps_of(self, agents: tuple[int, int]) -> tuple[int, int]:
+        """The warps of a pair of agents, each in its CTA."""
+        return agents
+
+    def names_of(self, agents: tuple[int, int], row: int) -> tuple[str, str]:
+        """What a report calls a pair of agents; "" for a warp of the CTA that the report is about."""
+        return "", ""
+
+    def read(self, lanes: Lanes, size: int) -> None:
+        """A read of `size` bytes a lane."""
+        index, row, warp = self.locate(lanes, size)
+        tag = self.writer[index]
+        race = self._unseen(tag, row, warp)
+        if race.any():
+            self.report("write-read", race, tag, index, warp)
+        if self.flying:
+            tag = self.flight[index]
+            if tag.any():
+                self.report("read of a copy in flight", tag > 0, tag, index, warp)
+        self.note_readers(index, warp)
+
+    def note_readers(self, index: Array, warp: Array) -> None:
+        """Remember the warps that read."""
+        now = np.broadcast_to(self.tag_type(self.m.step << self.bits) | warp, index.shape)
+        fresh = self.reader[index] <= self.floor
+        self.reader[index[fresh]] = now[fresh]
+        another = (self.reader[index] & self.low) != (now & self.low)
+        if another.any():
+            self.reader_too[index[another]] = now[another]
+
+    def write(self, lanes: Lanes, size: int, differs: Callable[[], Array]) -> Array:
+        """A write of `size` bytes a lane, about to happen; `differs` says which lanes change what memory holds.
+
+        Returns the tags' index, for `wrote`.
+        """
+        index, row, warp = self.locate(lanes, size)
+        self._against(index, row, warp, differs)
+        self.writer[index] = self.tag_type(self.m.step << self.bits) | warp
+        return index
+
+    def wrote(self, index: Array, lanes: Lanes, differs: Callable[[], Array]) -> None:
+        """After the write: two warps that wrote one granule in the same instruction, with different values."""
+        warp = self.who(lanes)
+        tag = self.writer[index]
+        lost = (tag & self.low) != warp
+        if lost.any():
+            self.report("write-write", lost & _per_granule(differs(), index), tag, index, warp)
+
+    def _against(self, index: Array, row: Array, warp: Array, differs: Callable[[], Array] | None) -> None:
+        """Report what a write at these granules races with."""
+        tag = self.writer[index]
+        race = self._unseen(tag, row, warp)
+        if race.any():
+            changed = True if differs is None else _per_granule(differs(), index)
+            self.report("write-write", race & changed, tag, index, warp)
+        for tags in (self.reader[index], self.reader_too[index]):
+            race = self._unseen(tags, row, warp)
+            if race.any():
+                self.report("read-write", race, tags, index, warp)
+        if self.flying:
+            tag = self.flight[index]
+            if tag.any():
+                self.report("write to a copy in flight", tag > 0, tag, index, warp)
+        if self.m.pending_registers:
+            busy = self.operands[index] > 0
+            if busy.any():
+                self.report("write to an operand of a pending wgmma", busy, self.operand[index], index, warp)
+
+    def copy_issued(self, lanes: Lanes, size: int) -> tuple[Array, Array, Array]:
+        """A cp.async: from now until it is waited for it may land at any time."""
+        index, row, warp = self.locate(lanes, size)
+        self._against(index, row, warp, None)
+        self.flight[index] = self.tag_type(self.m.step << self.bits) | warp
+        self.flying = True
+        return index, row, warp
+
+    def copy_landed(self, lanes: Lanes, size: int, agent: int | None) -> None:
+        """A write at this step, by the warp whose thread has waited, or by an agent of which an mbarrier tells."""
+        index, _, warp = self.locate(lanes, size)
+        self.writer[index] = self.tag_type(self.m.step << self.bits) | (warp if agent is None else agent)
+        self.flight[index] = 0
+
+    def atomic(self, lanes: Lanes, size: int) -> None:
+        """An atomic update: it races with plain accesses, not with other atomics (tagged as by warp 63)."""
+        index, row, warp = self.locate(lanes, size)
+        tag = self.writer[index]
+        race = self._unseen(tag, row, warp) & ((tag & self.low) != self.low)
+        if race.any():
+            self.report("write-write", race, tag, index, warp)
+        for tags in (self.reader[index], self.reader_too[index]):
+            race = self._unseen(tags, row, warp)
+            if race.any():
+                self.report("read-write", race, tags, index, warp)
+        self.writer[index] = self.m.step << self.bits | self.low
+
+    def proxy_fence(self, mask: Array | None) -> None:
+        """fence.proxy.async: what these warps have written before is visible to wgmma."""
+        if mask is None:
+            self.fence[:] = self.m.step
+            return
+        if self.m.ctas > 1:
+            self._split()
+        warps = np.any(np.broadcast_to(mask, self.m.shape).reshape(self.m.ctas, self.m.warps, 32), axis=2)
+        self.fence[warps[: self.rows]] = self.m.step
+
+    def note(self, kind: str, here: int, other: int, cta: int = 0) -> None:
+        """Record a fault about registers."""
+        if (kind, here, other) not in self.faults:
+            code = self.m.kernel.instructions
+            at = (int(self.epochs[cta]), int(self.m.cta_numbers[cta]))
+            lines = (self.m.kernel.where(here), self.m.kernel.where(other))
+            self.faults[kind, here, other] = Fault(kind, code[here].text, code[other].text, -1, (-1, -1), *at, *lines)
+
+    def operand_read(self, chunks: Array, groups: Array, common: bool, regions: list[Region]) -> None:
+        """A wgmma of the warpgroups `groups`, [CTAs, warpgroups], begins to read 16-byte chunks and is not waited for
+        yet.
+
+        Adds what it reads to `regions`, for `operands_done`.
+        """
+        base = (chunks[:, None] // self.granule + np.arange(16 // self.granule)).reshape(-1)
+        if not common:
+            self._split()
+        for group in np.flatnonzero(groups.any(0)):
+            ctas = None if common else np.flatnonzero(groups[:, group])
+            rows = self._rows(ctas)
+            self._operand(base + rows * self.count, rows, int(group))
+            regions.append((base, int(group), ctas))
+
+    def _rows(self, ctas: Array | None) -> Array:
+        """Row numbers, [R, 1], of some CTAs, or of all."""
+        return (np.arange(self.rows) if ctas is None else ctas)[:, None]
+
+    def _operand(self, index: Array, row: Array, group: int) -> None:
+        tag = self.writer[index]
+        first = self.leader(row, group)
+        for warp in range(4):
+            race = self._unseen(tag, row, first + warp)
+            if race.any():
+                self.report("write-read by wgmma", race, tag, index, first + warp)
+                break
+        if self.flying:
+            flight = self.flight[index]
+            if flight.any():
+                self.report("wgmma reads a copy in flight", flight > 0, flight, index, first)
+        stale = self.unfenced(tag, row, first, 4)
+        if stale.any():
+            self.report("wgmma reads a write without fence.proxy.async", stale, tag, index, first)
+        self.operand[index] = self.tag_type(self.m.step << self.bits) | first
+        self.operands[index] += 1
+
+    def unfenced(self, tag: Array, row: Array, first: Array, warps: int) -> Array:
+        """Where the write with `tag` has seen no fence.proxy.async: neither by its own warp since, nor by one of those
+        that read it through the async proxy."""
+        fences = self.fence[row, np.minimum(tag & self.low, self.fence.shape[1] - 1)]
+        for warp in range(warps):
+            fences = np.maximum(fences, self.fence[row, first + warp])
+        return (tag >> self.bits) > fences
+
+    def operands_done(self, regions: list[Region], done: Array) -> None:
+        """The warpgroups `done`, [CTAs, warpgroups], have waited for a product: its operands may be written after a
+        barrier."""
+        for base, group, ctas in regions:
+            finished = done[:, group] if ctas is None else done[ctas, group]
+            if not finished.any():
+                continue
+            if ctas is None and not finished.all():
+                self._split()
+            rows = self._rows(ctas)
+            if not finished.all():
+                rows = rows[finished]
+            index = base + rows * self.count
+            self.operands[index] -= 1
+            self.operands_were_read(index, rows, group)
+
+    def operands_were_read(self, index: Array, rows: Array, group: int) -> None:
+        """A warpgroup has read these granules."""
+        for warp in range(4):
+            self.note_readers(index, self.leader(rows, group) + warp)
+
+    def barrier_all(self) -> None:
+        """Every live thread of every CTA has passed a barrier."""
+        self.epochs += 1
+        self.seen[:] = self.m.step
+        self.floor = self.m.step << self.bits | self.low
+
+    def barrier(self, cta: int, came: Array, waited: Array) -> None:
+        """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
+        self.epochs[cta] += 1
+        if self.m.ctas > 1:
+            self._split()
+        row = cta if self.rows > 1 else 0
+        known = self.seen[row, came].max(0)
+        known[came] = self.m.step
+        self.seen[row, waited] = np.maximum(self.seen[row, waited], known)
+        self.floor = (
+            int(self.seen.min()) << self.bits | self.low if self.m.warps > 1 else self.m.step << self.bits | self.low
+        )
+
+
+def _per_granule(changed: Array, index: Array) -> Array:
+    """A flag per lane, [CTAs, n] or [n], as one that broadcasts with the granule index [R, n, k]."""
+    changed = changed.reshape(-1, index.shape[1])
+    if changed.shape[0] != index.shape[0]:
+        changed = np.any(changed, axis=0, keepdims=True)
+    return changed[:, :, None]

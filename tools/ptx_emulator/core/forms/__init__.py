@@ -1,0 +1,1 @@
+"""What each instruction does: modules that register instructions, named after them."""

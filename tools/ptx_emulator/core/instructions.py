@@ -1,0 +1,43 @@
+"""Every module that registers instructions, imported once."""
+
+from ptx_emulator.core.forms import (
+    atomics,
+    barriers,
+    bulk_forms,
+    clusters,
+    convert,
+    copies,
+    fences,
+    floating,
+    integer,
+    loads,
+    matrix,
+    mbarriers,
+    mma,
+    moves,
+    register_file,
+    tensor_maps,
+    warp,
+    wgmma,
+)
+
+__all__ = [
+    "atomics",
+    "barriers",
+    "bulk_forms",
+    "clusters",
+    "convert",
+    "copies",
+    "fences",
+    "floating",
+    "integer",
+    "loads",
+    "matrix",
+    "mbarriers",
+    "mma",
+    "moves",
+    "register_file",
+    "tensor_maps",
+    "warp",
+    "wgmma",
+]
