@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -26,13 +27,16 @@ from ptx_emulator.targets import EMULATED
 from ptx_emulator.triton import checking
 from report import processor
 
+#: Of the emulator's notes: which warp is last decides a value's last bits.
+ROUNDED = "differ by rounding"
+
 
 def check(name: str, target: str) -> dict[str, Any]:
     """One operation on one target, as a row."""
     op, begin = OPS[name], time.perf_counter()
     exact = differentiated(op.plain, op, torch.float64)
     row: dict[str, Any] = {"op": name, "target": target, "error": None, "refused": ""}
-    with checking(target) as checker:
+    with tempfile.TemporaryDirectory() as cache, checking(target, Path(cache)) as checker:
         try:
             row["error"] = error(differentiated(op.liger, op, torch.float32), exact)
         except Exception as refused:  # what ends one operation must not end the table
@@ -52,18 +56,22 @@ def page(made: dict[str, Any]) -> str:
         "# liger-kernel on the emulator",
         "",
         f"Operations of liger-kernel {made['liger_kernel']}, forward and backward in float32, compiled by Triton "
-        f"{made['triton']} and executed on a CPU ({made['machine']}, {made['date']}). Error: the largest relative "
-        "error of an output or a gradient, against plain PyTorch in float64. Seconds: with compiling, and of them in "
-        "the emulator. `python benchmarks/check_liger.py`",
+        f"{made['triton']} and executed on a CPU ({made['machine']}, {made['date']}), each on small tensors of one "
+        "shape. Error: the largest relative error of an output or a gradient, against plain PyTorch in float64; where "
+        "it is near 1e-3, products take tf32. Seconds: with compiling, which the first row pays the start of, and of "
+        "them in "
+        "the emulator. Note: several warps write one word, and who is last decides its last bits "
+        "(triton-lang/triton#7264). `python benchmarks/check_liger.py`",
         "",
         "| operation | target | kernels | launches | error | seconds | in the emulator | found |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in made["rows"]:
-        kinds = ", ".join(dict.fromkeys(f"{f['kind']} in `{f['kernel']}`" for f in row["findings"]))
+        kinds = ", ".join(dict.fromkeys(f"**{f['kind']}** in `{f['kernel']}`" for f in row["findings"]))
+        rounded = "note: rounding" if any(ROUNDED in note for note in row["notes"]) else ""
         amount = "-" if row["error"] is None else f"{row['error']:.1e}"
         name = row["op"] if OPS[row["op"]].backward else f"{row['op']}, forward"
-        found = "; ".join(filter(None, (kinds, row["refused"].splitlines()[0] if row["refused"] else ""))) or "nothing"
+        found = "; ".join(filter(None, (kinds, rounded, row["refused"].split("\n")[0]))) or "nothing"
         cells = (name, row["target"], len(row["kernels"]), row["launches"], amount, row["seconds"],
                  row["emulated_s"], found)  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -120,9 +120,9 @@ def eager(work: str) -> dict[str, float]:
 
 def driver_of_the_tree() -> tuple[Any, Any]:
     """The modules with the tree's own driver and targets: the older commit has them in another package."""
-    if find_spec("ptx_emulator") and find_spec("ptx_emulator.triton"):
-        return import_module("ptx_emulator.triton.driver"), import_module("ptx_emulator.targets")
-    return import_module("cast_kernels.evidence.driver"), import_module("cast_kernels.evidence.targets")
+    here = find_spec("ptx_emulator") and find_spec("ptx_emulator.triton")
+    driving, targets = ("ptx_emulator.triton", "ptx_emulator") if here else ("cast_kernels.evidence",) * 2
+    return import_module(f"{driving}.driver"), import_module(f"{targets}.targets")
 
 
 def serve(cache: Path) -> None:

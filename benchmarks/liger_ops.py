@@ -124,6 +124,15 @@ def _grpo_liger(logits: Tensor, ids: Tensor, old: Tensor, ref: Tensor, gain: Ten
                             inplace=False, loss_type="grpo")[0]  # fmt: skip
 
 
+def _coefficients(x: Tensor, phi: Tensor, b: Tensor, pre: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
+    scale = torch.cat((pre.expand(4), post.expand(4), res.expand(16)))
+    first, second, matrix = (_rms(x.flatten(-2)) @ (phi / 16) * scale + b).split((4, 4, 16), -1)
+    matrix = matrix.unflatten(-1, (4, 4)).softmax(-1) + 1e-6
+    for axis in (-2, *(-1, -2) * 19):
+        matrix = matrix / (matrix.sum(axis, keepdim=True) + 1e-6)
+    return first.sigmoid(), 2 * second.sigmoid(), matrix
+
+
 def _experts(x: Tensor, up: Tensor, down: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
     rows = []
     for t in range(len(x)):
@@ -252,6 +261,10 @@ OPS: dict[str, Op] = {
     ),
     "attn_res": Op(
         {"v": (4, 1, 5, 64), "query": (64,), "norm": (64,)}, lambda *v: _f().liger_attn_res(*v), _residuals
+    ),
+    "mhc_coeffs": Op(
+        {"x": (2, 5, 4, 64), "phi": (256, 24), "b": (24,), "pre": (), "post": (), "res": ()},
+        lambda x, phi, *v: _f().liger_mhc_coeffs(x, phi / 16, *v, allow_fp32=True), _coefficients,
     ),
     "mhc_pre": Op(
         {"x": (2, 5, 4, 64), "h": (2, 5, 4)}, lambda x, h: _f().liger_mhc_pre(x, h),

@@ -12,6 +12,7 @@ from typing import Any
 
 import triton
 
+from ptx_emulator import Fault
 from ptx_emulator.targets import EMULATED, Target, target
 from ptx_emulator.triton.driver import Launch, offline_driver
 from ptx_emulator.triton.launcher import EmulationFault, Emulator, kind_of
@@ -80,7 +81,9 @@ class Checker(Emulator):
             return
         if not self.tuning.trying and (asked := self.tuning.ended()):
             self._note_tuning(launch, asked)
-        faults = self.execute(launch)
+        faults, notes = self.execute(launch)
+        for note in notes:
+            self._note(f"{launch.kernel}: {note.kind} by several warps to a shared word{at(note)}")
         self._seen.clear()
         for fault in faults:
             self._add(launch, fault)
@@ -159,6 +162,12 @@ class Checker(Emulator):
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.begin
+
+
+def at(note: Fault) -> str:
+    """Where a note's instructions are: their lines, or the text of the later one."""
+    lines = " and ".join(dict.fromkeys(filter(None, (note.line, note.other_line))))
+    return f" ({lines})" if lines else f": {note.instruction}"
 
 
 def _headed(head: str, lines: list[str]) -> list[str]:

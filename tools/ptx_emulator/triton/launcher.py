@@ -123,14 +123,14 @@ class Emulator:
 
     def launch(self, launch: Launch) -> None:
         """Execute; raises EmulationFault where something is found."""
-        faults = self.execute(launch)
+        faults, _ = self.execute(launch)
         if faults:
             raise EmulationFault(launch, faults) from next((f for f in faults if isinstance(f, Exception)), None)
 
-    def execute(self, launch: Launch) -> list[Any]:
-        """Execute one launch, count it and write its results -> what was found.
+    def execute(self, launch: Launch) -> tuple[list[Any], list[ptx_emulator.Fault]]:
+        """Execute one launch, count it and write its results -> what was found, and notes.
 
-        That is the checks' :class:`ptx_emulator.Fault`, or the one error that ended the launch: then only what was
+        Found is the checks' :class:`ptx_emulator.Fault`, or the one error that ended the launch: then only what was
         written before it is written, as a GPU may leave it.
 
         Raises:
@@ -141,6 +141,7 @@ class Emulator:
         runs = self.runs.setdefault(launch.kernel, KernelRuns(launch.kernel))
         begin = time.perf_counter()
         found: list[Any] = []
+        notes: list[ptx_emulator.Fault] = []
         try:
             report = ptx_emulator.launch(
                 self._kernel(launch), grid=launch.ctas, threads=launch.threads, arguments=values, memory=memory,
@@ -151,13 +152,13 @@ class Emulator:
         except ptx_emulator.EmulationError as error:
             found = [error]
         else:
-            found = list(report.faults)
+            found, notes = list(report.faults), report.notes
             runs.ctas += report.ctas
             runs.counters.update(counts(report.counters))
         memory.write_back()
         runs.launches += 1
         runs.seconds += time.perf_counter() - begin
-        return found
+        return found, notes
 
     def _kernel(self, launch: Launch) -> ptx_emulator.Kernel:
         """The launch's code, parsed once."""
