@@ -1,9 +1,28 @@
 """What can be shown of the GPU kernels without a GPU: compiled for each architecture, executed in emulation.
 
-Nothing here is needed to run the library; `cast-kernels compile` and `cast-kernels emulate` are its commands. The
-modules import `ptx_emulator`, so this package finds it first, or says that it is missing.
+Nothing here is needed to run the library; `cast-kernels compile` and `cast-kernels emulate` are its commands. Modules
+here import `ptx_emulator`, which lies beside this package where it is installed, and in `tools/` of a checkout.
 """
 
-from cast_kernels.evidence.emulator import load_emulator
+import importlib.util
+import sys
+from pathlib import Path
 
-load_emulator()
+
+def find_emulator() -> None:
+    """Let `import ptx_emulator` find it.
+
+    Raises:
+        ModuleNotFoundError: it is in neither place.
+    """
+    tools = Path(__file__).parents[2] / "tools"
+    if importlib.util.find_spec("ptx_emulator") is None:
+        if not (tools / "ptx_emulator").is_dir():
+            raise ModuleNotFoundError(
+                f"no module ptx_emulator, neither installed nor in {tools}: the package brings it beside cast_kernels, "
+                "so this installation is not whole; install it again, by pip install . in a checkout"
+            )
+        sys.path.append(str(tools))
+
+
+find_emulator()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ptx_emulator.targets import EMULATED as EMULATED  # for the commands, as the names below
-from ptx_emulator.targets import TARGETS
-
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.experts import ExpertCase
 
-#: The architectures of a command: all, and what is compiled unless some are named.
-#: Those that are emulated are the emulator's own.
-COMPILED: tuple[str, ...] = tuple(TARGETS)
+#: The architectures that are compiled for: those of `ptx_emulator.targets`.
+COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+#: What `cast-kernels compile` checks unless some are named.
 GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: Those whose PTX the emulator executes, as it says itself.
+EMULATED = ("sm_80", "sm_90")
 #: GPUs whose times are predicted: those that `ptx_emulator.predict.devices` has constants of.
 PREDICTED = ("A100", "H100", "H200")
 
