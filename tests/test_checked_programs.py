@@ -77,7 +77,7 @@ def test_an_exception_stays_one_and_the_report_comes_too(tmp_path: Path) -> None
     ran = Ran(tmp_path, "move(300, 1)\nraise KeyError('mine')\n", "program.py")
     assert ran.status == 1
     trace = ran.err.partition("ptx_emulator:")[0]
-    assert trace.startswith("Traceback (most recent call last):\n  File ")
+    trace = trace[trace.index("Traceback (most recent call last):\n  File ") :]  # Triton 3.9 warns before it
     assert "ptx_emulator" not in trace
     assert trace.endswith("KeyError: 'mine'\n")
     assert len(ran.told["findings"]) == 1

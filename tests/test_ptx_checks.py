@@ -73,6 +73,19 @@ def test_values_that_agree_are_a_note() -> None:
         assert told(one, other)[0] == {"write-write"}, (one, other)
 
 
+def test_a_read_of_what_nobody_wrote_is_a_note() -> None:
+    def told(code: str) -> list[tuple[str, str, int]]:
+        report = run(entry(SETUP + code, 0, outside=SHARED), [], threads=64)
+        assert report.faults == []
+        return [(note.kind, note.instruction, note.word) for note in report.notes]
+
+    assert told(READ_MINE) == [("read of a word that nobody wrote", "ld.shared.b32 %r1, [%r8]", 0)]
+    assert told(f"@%p1 {MINE} {BARRIER} {READ_MINE}") == [
+        ("read of a word that nobody wrote", "ld.shared.b32 %r1, [%r8]", 32)
+    ]
+    assert told(MINE + READ_MINE) == []
+
+
 def test_a_nan_is_equal_whatever_the_order_of_its_summands() -> None:
     """Two warps add the same two NaNs, each its own first: on a GPU both write the same bits."""
     code = (

@@ -24,7 +24,8 @@ Region = tuple[Array, int, Array | None]
 
 #: Kinds that are notes and no faults: several warps write one word, and who is last changes nothing, or the last bits.
 SAME, NEAR = "write-write of the same value", "write-write of values that differ by rounding"
-ROUNDING = 64  #: units in the last place by which two sums of the same float32 numbers may differ
+UNWRITTEN = "read of a word that nobody wrote"  #: a note too, since the value may go unused
+NOTES = (SAME, NEAR, UNWRITTEN)
 
 
 def shortened(text: str, length: int = 100) -> str:
@@ -181,6 +182,9 @@ class Checker:
         race = self._unseen(tag, row, warp)
         if race.any():
             self.report("write-read", race, tag, index, warp)
+        if not tag.all():
+            now = np.full(1, self.m.step << self.bits, self.tag_type)
+            self.report(UNWRITTEN, (tag == 0) & (self.flight[index] == 0), now | warp, index, warp)
         if self.flying:
             tag = self.flight[index]
             if tag.any():
@@ -372,20 +376,6 @@ class Checker:
         self.floor = (
             int(self.seen.min()) << self.bits | self.low if self.m.warps > 1 else self.m.step << self.bits | self.low
         )
-
-
-def apart(held: Array, new: Array) -> Array:
-    """How far words are from others: 0 equal, 1 normal float32 numbers at most ROUNDING last places apart, 2 otherwise.
-
-    Warps that hold the same data add it in orders of their own (triton-lang/triton#7264).
-    """
-    far = 2 * (held != new).astype(np.uint8)
-    if held.dtype.itemsize == 4 and far.any():
-        one, other = held.view(np.uint32).astype(np.int64), np.asarray(new).view(np.uint32).astype(np.int64)
-        normal = np.isin((one >> 23) & 255, (0, 255), invert=True) & np.isin((other >> 23) & 255, (0, 255), invert=True)
-        near = normal & (one >> 31 == other >> 31) & (np.abs(one - other) <= ROUNDING)
-        far = np.where(near & (far > 0), 1, far)
-    return far
 
 
 def _per_granule(changed: Array, index: Array) -> Array:

@@ -83,7 +83,7 @@ class Checker(Emulator):
             self._note_tuning(launch, asked)
         faults, notes = self.execute(launch)
         for note in notes:
-            self._note(f"{launch.kernel}: {note.kind} by several warps to a shared word{at(note)}")
+            self._note(f"{launch.kernel}: {note.kind}, in shared memory{at(note)}")
         self._seen.clear()
         for fault in faults:
             self._add(launch, fault)

@@ -5,11 +5,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx_emulator.core.access import gather, lanes_of, pick, place
-from ptx_emulator.core.checks import apart
 from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.errors import MemoryFault, Misaligned, Unsupported
 from ptx_emulator.core.forms.clusters import put, remote_lanes
-from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.shared import Lanes, apart
 from ptx_emulator.core.spaces import HEAP_BASE, SIGNED, UNSIGNED, WINDOWS, Array
 from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
