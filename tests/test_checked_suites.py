@@ -123,4 +123,4 @@ def test_without_the_option_nothing_is_imported() -> None:
 
 def test_an_installation_registers_it() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["pytest11"] == {"ptx_emulator": "ptx_emulator_pytest"}
+    assert project["entry-points"]["pytest11"] == {"ptx_emulator_pytest": "ptx_emulator_pytest"}
