@@ -70,8 +70,8 @@ class Checker(Emulator):
         if self.target.name not in EMULATED:
             raise ValueError(f"target is {self.target.name!r}; the emulator executes {' and '.join(EMULATED)}")
         super().__init__(landing=self.landing, seed=self.seed, checks=self.checks)
-        self.tuning = Tuning(self.all_configs)
-        self.begin = time.perf_counter()
+        self.tuning: Tuning = Tuning(self.all_configs)
+        self.begin: float = time.perf_counter()
         self._known: dict[tuple[Any, ...], Finding] = {}
         self._seen: set[tuple[Any, ...]] = set()  # in the launch that is under way
 

@@ -114,6 +114,7 @@ class OfflineDriver(DriverBase):
 
     target: Target
     launcher: Launcher
+    benchmarker: Benchmarker | None
 
     #: Kernels may be given CPU tensors; host code asks for this with getattr(driver, "runs_on_cpu", False).
     runs_on_cpu = True

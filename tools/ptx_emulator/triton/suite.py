@@ -40,7 +40,8 @@ class Suite:
     """
 
     def __init__(self, checker: Checker) -> None:
-        self.checker, self.found = checker, 0
+        self.checker: Checker = checker
+        self.found: int = 0
         self._open = ExitStack()
         self._open.enter_context(checking(checker))
 

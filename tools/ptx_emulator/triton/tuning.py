@@ -15,8 +15,8 @@ class Tuning:
     """
 
     def __init__(self, every: bool) -> None:
-        self.every = every
-        self.trying = False  # a configuration is being tried, not launched by the program
+        self.every: bool = every
+        self.trying: bool = False  # a configuration is being tried, not launched by the program
         self._asked = self._fits = 0
 
     def benchmark(self, launch: Callable[[], Any], quantiles: Sequence[float] | None = None, **_: Any) -> list[float]:
