@@ -101,6 +101,8 @@ def label(title: str) -> str:
     """A group's title without what all groups share."""
     title = re.sub(r"forward\+backward", "forward + backward", title)
     title = re.sub(
-        r": CAST-B/16.*|: 768/384.*|768/3072, adapter 192, 1568 rows, |768, 12 heads, adapter 192, ", "", title
+        r": (CAST-B/16|768/384|768, adapter).*|768/3072, adapter 192, 1568 rows, |768, 12 heads, adapter 192, ",
+        "",
+        title,
     )
     return title.replace("model ", "CAST-B/16 ").replace("bcast", "B-CAST")

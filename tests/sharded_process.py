@@ -69,3 +69,5 @@ def run(mode: str, out: str, *overrides: str) -> None:
 
 if __name__ == "__main__":
     run(*sys.argv[1:])
+    # A process that leaves with its group open may abort: "terminate called without an active exception".
+    PartialState().destroy_process_group()
