@@ -13,6 +13,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,13 +118,18 @@ def eager(work: str) -> dict[str, float]:
     return {"operators": counted.all, "launches": counted.launching, "operator_us": operator}
 
 
+def driver_of_the_tree() -> tuple[Any, Any]:
+    """The modules with the tree's own driver and targets: the older commit has them in another package."""
+    here = find_spec("ptx_emulator") and find_spec("ptx_emulator.triton")
+    driving, targets = ("ptx_emulator.triton", "ptx_emulator") if here else ("cast_kernels.evidence",) * 2
+    return import_module(f"{driving}.driver"), import_module(f"{targets}.targets")
+
+
 def serve(cache: Path) -> None:
     """Answer until stdin ends."""
     import triton
 
-    from cast_kernels.evidence.driver import offline_driver
-    from cast_kernels.evidence.targets import target
-
+    driving, targets = driver_of_the_tree()
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it prepares each product anew: a millisecond
     count = [0]
@@ -131,7 +138,7 @@ def serve(cache: Path) -> None:
         count[0] += 1
 
     launcher = SimpleNamespace(enforces_limits=False, launch=None)
-    with offline_driver(target(TARGET), launcher, cache):  # type: ignore[type-var]
+    with driving.offline_driver(targets.target(TARGET), launcher, cache):
         driver = triton.runtime.driver.active
         driver.takes_tensors = False  # addresses, as a GPU's driver gets them
         driver.launcher_cls = lambda source, metadata: launch

@@ -142,7 +142,7 @@ class Report:
 def environment(command: str) -> dict[str, Any]:
     """What a reader must know to judge the figures."""
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cast_kernels": cast_kernels.__version__,
@@ -155,7 +155,7 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name; family and model too where /proc/cpuinfo has them, since a virtual machine's name may say no more
     than the brand."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -18,9 +18,10 @@ TIERS = ("first", "full")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 1 when a gate fails. Bad usage exits with 2."""
-    options = _parser().parse_args(arguments)
-    name = options.command
+    name = ""
     try:
+        options = _parser().parse_args(arguments)
+        name = options.command
         return COMMANDS[name][2](options)
     except ValueError as error:  # an environment variable that names no choice
         print(f"cast-kernels: {error}", file=sys.stderr)
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RuntimeError,
         OSError,
     ) as error:  # no Triton, no disassembler, no emulator, no place to write
-        print(f"cast-kernels {name}: error: {error}", file=sys.stderr)
+        print(f"{' '.join(('cast-kernels', *name.split()))}: error: {error}", file=sys.stderr)
         return 1
 
 
@@ -59,10 +60,9 @@ def _info(options: Namespace) -> int:
 
 def _compile_options(parser: ArgumentParser) -> None:
     from cast_kernels.evidence.cases import KINDS
-    from cast_kernels.evidence.problems import PROBLEMS
-    from cast_kernels.evidence.targets import TARGETS
+    from cast_kernels.evidence.problems import COMPILED, PROBLEMS
 
-    _add_choices(parser, "--target", TARGETS, None, "architectures")
+    _add_choices(parser, "--target", COMPILED, None, "architectures")
     _add_choices(parser, "--dtype", KINDS, None, "dtypes, amp for autocast")
     parser.add_argument(
         "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
@@ -77,7 +77,7 @@ def _compile_options(parser: ArgumentParser) -> None:
 
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence.cases import DTYPES
-    from cast_kernels.evidence.targets import GATED
+    from cast_kernels.evidence.problems import GATED
 
     if options.cache == "":
         from cast_kernels.evidence import warm
@@ -96,8 +96,7 @@ def _compile(options: Namespace) -> int:
 
 def _emulate_options(parser: ArgumentParser) -> None:
     from cast_kernels.evidence.cases import KINDS
-    from cast_kernels.evidence.problems import SIZES
-    from cast_kernels.evidence.targets import EMULATED
+    from cast_kernels.evidence.problems import EMULATED, SIZES
 
     _add_choices(parser, "--target", EMULATED, EMULATED, "architectures")
     _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")

@@ -1,8 +1,8 @@
 """Sphinx's settings of the documentation site; `python tools/build_site.py` builds it.
 
 The source folder is the repository's root, so that a link between two documents is the same here and in the
-repository's own rendering. Read are `docs/`, the documents of `benchmarks/` and `examples/`, and two pages beside
-them: how to contribute, and what changed.
+repository's own rendering. Read are `docs/`, the documents of `benchmarks/`, `examples/` and the emulator, and two
+pages beside them: how to contribute, and what changed.
 """
 
 import sys
@@ -18,8 +18,9 @@ repository = ""
 project, author = "CAST kernels", "the CAST kernels contributors"
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "benchmarks/**.md", "examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns += ["tools/ptx_emulator/README.md"]
 exclude_patterns = [
-    path.name for path in ROOT.iterdir() if not path.name.startswith(("docs", "benchmarks", "examples", "C"))
+    path.name for path in ROOT.iterdir() if not path.name.startswith(("docs", "benchmarks", "examples", "tools", "C"))
 ]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "website"]
 

@@ -54,17 +54,20 @@ def product(
     gl.store(y + row[:, None] * 128 + column[None, :], out.to(gl.bfloat16), mask=(row < rows)[:, None])
 
 
-def source(told: bool, freed: bool) -> GluonASTSource:
-    """What `triton.compile` takes."""
-    layouts = {
+def layouts() -> dict[str, object]:
+    """The kernel's layouts, by parameter."""
+    return {
         "x_layout": gl.NVMMASharedLayout(128, 16, 2, cga_layout=SPLIT),
         "w_layout": gl.NVMMASharedLayout(128, 16, 2, cga_layout=SHARED),
         "sums": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16], cga_layout=SPLIT),
         "out_layout": gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0], cga_layout=SPLIT),
-        "told": told,
-        "freed": freed,
     }
+
+
+def source(told: bool, freed: bool) -> GluonASTSource:
+    """What `triton.compile` takes."""
+    fixed = {**layouts(), "told": told, "freed": freed}
     kinds = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "depth": "i32", "rows": "i32"}
     divisible = {(i,): [["tt.divisibility", 16]] for i in range(4)}
-    constants = {(len(kinds) + i,): value for i, value in enumerate(layouts.values())}
-    return GluonASTSource(product, {**kinds, **dict.fromkeys(layouts, "constexpr")}, constants, divisible)
+    constants = {(len(kinds) + i,): value for i, value in enumerate(fixed.values())}
+    return GluonASTSource(product, {**kinds, **dict.fromkeys(fixed, "constexpr")}, constants, divisible)

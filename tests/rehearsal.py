@@ -25,15 +25,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, offline_driver
+from ptx_emulator.triton.launcher import Emulator
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cast_kernels import attention
-from cast_kernels.evidence.driver import Launch, offline_driver
-from cast_kernels.evidence.emulator import Emulator
-from cast_kernels.evidence.targets import target
 from cast_kernels.gpu import machine as machines
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)

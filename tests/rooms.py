@@ -22,6 +22,7 @@ FOLDERS = {
     "cast_kernels": "cast_kernels",
     "cast": "cast",
     "ptx_emulator": "tools/ptx_emulator",
+    "ptx_emulator_pytest": "tools/ptx_emulator_pytest",
     "first_contact": "tools/first_contact",
     "benchmarks": "benchmarks",
     "tests": "tests",
@@ -146,14 +147,17 @@ ROOMS = (
     Room("ptx_emulator.core", "executes compiled GPU code on a CPU; NumPy and nothing else", "core"),
     Room(
         "ptx_emulator.predict", "the least time of a kernel; Triton's disassemblers read its machine code",
-        "predict core cast_kernels.evidence.targets",
+        "predict core targets",
     ),
     Room("ptx_emulator.cuda", "launches of compiled CUDA modules as records, in files too", "cuda core"),
-    Room("ptx_emulator", "its public names", "core"),
+    Room("ptx_emulator.targets", "the architectures, and what of each decides how many kernels fit"),
+    Room("ptx_emulator.triton", "checks what Triton launches; torch and Triton", "triton targets ptx_emulator"),
+    Room("ptx_emulator", "its public names, and its command", "core ptx_emulator targets triton"),
+    Room("ptx_emulator_pytest", "the options of `pytest --ptx-target`; imports nothing else", "ptx_emulator.triton"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
         "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "
-        "cast_kernels.evidence cast_kernels.gpu cast_kernels.ops",
+        "cast_kernels.gpu cast_kernels.ops ptx_emulator.targets ptx_emulator.triton",
     ),
     Room(
         "first_contact", "the first minutes with a GPU",
@@ -166,7 +170,7 @@ ROOMS = (
     Room("tools", "developers' commands: the site, its pictures, the hub's package", "website cast_kernels"),
     Room(
         "examples", "programs to copy from; no part of a package",
-        "cast cast.evaluation cast.predict cast.training cast.video cast_kernels",
+        "cast cast.evaluation cast.predict cast.training cast.video cast_kernels ptx_emulator.triton",
     ),
 )  # fmt: skip
 _BY_NAME = {room.name: room for room in ROOMS}

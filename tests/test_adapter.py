@@ -13,16 +13,16 @@ import pytest
 import torch
 from adapter_cases import CASES, Case, run
 from bcast_cases import assert_at_most_twice_eager
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launcher, Recorder, offline_driver
+from ptx_emulator.triton.launcher import Emulator
 from triton_kernels import EMULATED
 
 import cast_kernels
 from cast_kernels import AdapterParameters, backends
 from cast_kernels.evidence.cases import poisoned_memory
 from cast_kernels.evidence.compile import read
-from cast_kernels.evidence.driver import Launcher, Recorder, offline_driver
-from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.gates import EXCEPTIONS, judge
-from cast_kernels.evidence.targets import target
 from cast_kernels.ops.adapter import pose
 
 TARGETS = ("sm_80", "sm_90")

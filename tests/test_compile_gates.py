@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from ptx_emulator.predict.resources import Resources
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, Recorder, offline_driver
 from rich.console import Console
 from triton_kernels import product, scale
 
 from cast_kernels.evidence import compile as compiling
 from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import dots_elsewhere, read, render, tensor_core_dots
-from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
-from cast_kernels.evidence.targets import target
 from cast_kernels.triton import tiles
 
 

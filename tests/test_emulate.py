@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx_emulator.targets import EMULATED, target
+from ptx_emulator.triton.driver import Launch
+from ptx_emulator.triton.launcher import Emulator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,11 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cast_kernels.evidence import emulate as emulating
 from cast_kernels.evidence import mutants as planting
 from cast_kernels.evidence.cases import KINDS, Case, compare, poisoned_memory, run
-from cast_kernels.evidence.driver import Launch
 from cast_kernels.evidence.emulate import Outcome, emulate
-from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.problems import SIZES
-from cast_kernels.evidence.targets import EMULATED, target
 from cast_kernels.evidence.useful import useful_flops
 from cast_kernels.triton import tiles
 

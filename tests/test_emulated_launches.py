@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Argument, Launch, offline_driver
+from ptx_emulator.triton.launcher import EmulationFault, Emulator, memory_of, place, spans
 from triton_kernels import EMULATED, product, scale, scale_kernel
 
-from cast_kernels.evidence import emulator as launching
+from cast_kernels import evidence
 from cast_kernels.evidence import mutants as planting
 from cast_kernels.evidence.cases import poisoned_memory
-from cast_kernels.evidence.driver import Argument, Launch, offline_driver
-from cast_kernels.evidence.emulator import EmulationFault, Emulator, load_emulator, memory_of, place, spans
-from cast_kernels.evidence.targets import target
 
 TARGETS = ("sm_80", "sm_90")
 
@@ -152,10 +152,10 @@ def test_what_the_emulator_lacks_is_no_fault_of_the_kernel() -> None:
 
 
 def test_a_missing_emulator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(launching, "__file__", "/a/b/c/d.py")
+    monkeypatch.setattr(evidence.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(evidence, "__file__", "/a/b/c/d.py")
     with pytest.raises(ModuleNotFoundError, match="not whole; install it again"):
-        load_emulator()
+        evidence.find_emulator()
 
 
 def test_mutants_take_one_thing_away_each() -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from cast_models import SMALL, randomise
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import offline_driver
+from ptx_emulator.triton.launcher import Emulator
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
@@ -20,9 +23,6 @@ from cast.cli import main
 from cast.export import ParityError, export
 from cast.optional import MissingExtraError
 from cast_kernels import BackendError
-from cast_kernels.evidence.driver import offline_driver
-from cast_kernels.evidence.emulator import Emulator
-from cast_kernels.evidence.targets import target
 
 NAMES = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}
 needs_onnx = pytest.mark.skipif(

@@ -14,14 +14,14 @@ from unittest import mock
 import pytest
 import torch
 from cast_models import small_video
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Recorder, offline_driver
 from test_not_finite import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cast
 from cast_kernels import _native
-from cast_kernels.evidence.driver import Recorder, offline_driver
-from cast_kernels.evidence.targets import target
 
 BF16 = torch.bfloat16
 _COPY_ALL = torch._foreach_copy_

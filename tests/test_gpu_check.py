@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from fake_machine import FakeMachine
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Recorder, offline_driver
+from ptx_emulator.triton.launcher import Emulator
 
 from cast_kernels.cli import main
 from cast_kernels.evidence.cases import Case, run
-from cast_kernels.evidence.driver import Recorder, offline_driver
-from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.experts import ExpertCase
-from cast_kernels.evidence.targets import target
 from cast_kernels.gpu import check as gpu_check
 from cast_kernels.gpu import report as gpu_report
 from cast_kernels.gpu.ceilings import ceilings

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ptx_emulator import targets
 
 from cast_kernels import cli
-from cast_kernels.evidence import compile, emulate, mutants, predict, targets, whole_model
+from cast_kernels.evidence import compile, emulate, mutants, predict, problems, whole_model
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_compile_gets_its_options(calls: list[Any]) -> None:
     more = ["--target", "sm_89", "--dtype", "fp16", "bf16", "--problems", "all", "--json", "x.json", "--cache", "c"]
     assert cli.main(["compile", *more]) == 0
     assert calls == [
-        ("compile", (targets.GATED, ("bf16", "fp16", "fp32", "amp"), "paper", None, None)),
+        ("compile", (problems.GATED, ("bf16", "fp16", "fp32", "amp"), "paper", None, None)),
         ("compile", (["sm_89"], ["fp16", "bf16"], "all", Path("x.json"), Path("c"))),
     ]
 
@@ -98,9 +99,15 @@ def test_only_pytorch_and_rich_are_needed_to_ask_for_information() -> None:
     assert '"torch"' in done.stdout
 
 
+def test_the_architectures_of_the_commands_are_the_emulators() -> None:
+    assert tuple(targets.TARGETS) == problems.COMPILED
+    assert targets.EMULATED == problems.EMULATED
+    assert set(problems.GATED) < set(problems.COMPILED)
+
+
 def test_help_does_not_load_the_tools() -> None:
     """Names of choices come from where they are used, which loads neither what compiles nor what runs or prints."""
-    tools = {f"cast_kernels.evidence.{name}" for name in ("compile", "driver", "emulate", "emulator", "predict")}
+    tools = {f"cast_kernels.evidence.{name}" for name in ("compile", "emulate", "predict")}
     tools |= {"cast_kernels.gpu", "cast_kernels.triton.tiles", "ptx_emulator", "rich"}
     program = (
         "import sys; from cast_kernels import cli"

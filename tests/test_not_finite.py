@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from cast_models import randomise, small_video
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import offline_driver
+from ptx_emulator.triton.launcher import Emulator
 from torch import Tensor
 
 import cast
-from cast_kernels.evidence.driver import offline_driver
-from cast_kernels.evidence.emulator import Emulator
-from cast_kernels.evidence.targets import target
 
 FP16, BF16 = torch.float16, torch.bfloat16
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from ptx_emulator.targets import TARGETS, target
+from ptx_emulator.triton.driver import Launch, Launcher, Recorder, offline_driver
 from triton.runtime.errors import OutOfResources
 from triton_kernels import product, scale, scale_kernel, tuple_kernel
 
 from cast_kernels.evidence.cases import poisoned_memory
-from cast_kernels.evidence.driver import Launch, Launcher, Recorder, offline_driver
-from cast_kernels.evidence.targets import TARGETS, target
 
 
 class Keeper:
@@ -157,10 +157,10 @@ def test_an_unknown_target_names_the_known_ones() -> None:
 
 def test_the_interpreter_is_refused() -> None:
     code = """
-from cast_kernels.evidence.driver import Recorder, offline_driver
-from cast_kernels.evidence.targets import target
+from ptx_emulator.triton.driver import Recorder, offline_driver
+from ptx_emulator.targets import target
 with offline_driver(target("sm_80"), Recorder()): pass
 """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "tools")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: TRITON_INTERPRET is set" in done.stderr

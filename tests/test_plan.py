@@ -13,11 +13,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, offline_driver
 from torch import Tensor
 
 from cast_kernels import plans
-from cast_kernels.evidence.driver import Launch, offline_driver
-from cast_kernels.evidence.targets import target
 from cast_kernels.triton import launch as launching
 from cast_kernels.triton import tiles
 from cast_kernels.triton.launch import Plan, Planner, planned

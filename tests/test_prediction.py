@@ -15,17 +15,17 @@ from ptx_emulator.predict.counters import Counters
 from ptx_emulator.predict.devices import DEVICES, device
 from ptx_emulator.predict.model import busiest
 from ptx_emulator.predict.resources import Resources
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Argument, Launch, Recorder, offline_driver
+from ptx_emulator.triton.launcher import EmulationFault, Emulator
 
 from cast_kernels.cli import main
 from cast_kernels.evidence import eager_model, model, trace
 from cast_kernels.evidence import predict as predicting
 from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case, run
-from cast_kernels.evidence.driver import Argument, Launch, Recorder, offline_driver
-from cast_kernels.evidence.emulator import EmulationFault, Emulator
 from cast_kernels.evidence.problems import PREDICTED
 from cast_kernels.evidence.sampling import Corrections
-from cast_kernels.evidence.targets import target
 
 PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions"
 H100 = device("H100")

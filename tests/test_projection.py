@@ -18,6 +18,9 @@ import ffn_cases
 import pytest
 import torch
 from bcast_cases import assert_at_most_twice_eager
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, Launcher, Recorder, offline_driver
+from ptx_emulator.triton.launcher import Emulator
 from self_attention_cases import Case, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,10 +32,7 @@ import cast_kernels
 from cast_kernels import SelfAttentionParameters, attention
 from cast_kernels.evidence.cases import poisoned_memory
 from cast_kernels.evidence.compile import read
-from cast_kernels.evidence.driver import Launch, Launcher, Recorder, offline_driver
-from cast_kernels.evidence.emulator import Emulator
 from cast_kernels.evidence.gates import EXCEPTIONS, judge
-from cast_kernels.evidence.targets import target
 from cast_kernels.ops import self_attention
 from cast_kernels.ops._signatures import Signatures
 from cast_kernels.problem import Verdict

@@ -58,6 +58,34 @@ def test_equal_values_are_no_race() -> None:
     assert {f.kind for f in faults(same.replace("[%r3], %r2", "[%r3], %tid0"))} == {"write-write"}, "in one instruction"
 
 
+def test_values_that_agree_are_a_note() -> None:
+    """Equal, or float32 that rounding parts, as Triton's reductions write them: (a warp's value, the other's)."""
+
+    def told(one: int, other: int) -> tuple[set[str], set[str]]:
+        code = f"mov.b32 %r1, {one}; selp.b32 %r2, {other}, %r1, %p1; st.shared.b32 [%r9], %r2;"
+        report = run(entry(SETUP + code, 0, outside=SHARED), [], threads=64)
+        return {f.kind for f in report.faults}, {f.kind for f in report.notes}
+
+    assert told(0x3F800000, 0x3F800000) == (set(), {"write-write of the same value"})
+    assert told(0x3F800000, 0x3F800002) == (set(), {"write-write of values that differ by rounding"})
+    assert told(0xBF800000, 0xBF80003F) == (set(), {"write-write of values that differ by rounding"})
+    for one, other in ((0x3F800000, 0x3F800041), (5, 6), (0x3F800000, 0xBF800000), (0x7F800000, 0x7F7FFFFF)):
+        assert told(one, other)[0] == {"write-write"}, (one, other)
+
+
+def test_a_read_of_what_nobody_wrote_is_a_note() -> None:
+    def told(code: str) -> list[tuple[str, str, int]]:
+        report = run(entry(SETUP + code, 0, outside=SHARED), [], threads=64)
+        assert report.faults == []
+        return [(note.kind, note.instruction, note.word) for note in report.notes]
+
+    assert told(READ_MINE) == [("read of a word that nobody wrote", "ld.shared.b32 %r1, [%r8]", 0)]
+    assert told(f"@%p1 {MINE} {BARRIER} {READ_MINE}") == [
+        ("read of a word that nobody wrote", "ld.shared.b32 %r1, [%r8]", 32)
+    ]
+    assert told(MINE + READ_MINE) == []
+
+
 def test_a_nan_is_equal_whatever_the_order_of_its_summands() -> None:
     """Two warps add the same two NaNs, each its own first: on a GPU both write the same bits."""
     code = (

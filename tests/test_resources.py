@@ -9,10 +9,9 @@ import pytest
 import torch
 from ptx_emulator.predict import resources as reading
 from ptx_emulator.predict.resources import Resources, in_loops, read_amdgcn, read_sass, resident_ctas, resources
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, Recorder, offline_driver
 from triton_kernels import product, scale
-
-from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
-from cast_kernels.evidence.targets import target
 
 SASS = """
 .text.k:

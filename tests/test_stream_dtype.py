@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from bcast_cases import assert_at_most_twice_eager
 from cast_models import randomise
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import offline_driver
+from ptx_emulator.triton.launcher import Emulator
 from torch import Tensor
 
 import cast
 from cast.training.settings import RunSettings
 from cast_kernels.evidence.autocast import cuda_rules
-from cast_kernels.evidence.driver import offline_driver
-from cast_kernels.evidence.emulator import Emulator
-from cast_kernels.evidence.targets import target
 
 BF16 = torch.bfloat16
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from ptx_emulator import Instruction, Kernel, parse
 from ptx_emulator.predict.scalar import evaluate
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Argument, Launch, Recorder, offline_driver
 from triton_kernels import product, scale
 
 from cast_kernels.evidence import trace
-from cast_kernels.evidence.driver import Argument, Launch, Recorder, offline_driver
-from cast_kernels.evidence.targets import target
 
 HEADER = ".version 8.0\n.target sm_80\n.visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u32 k_param_1\n)\n"
 REGISTERS = ".reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .b32 %d, %minus;"

@@ -18,13 +18,13 @@ import torch
 import triton
 from bcast_cases import Case, small
 from fake_gpu import fake_gpu, gpu_autocast, kept_mib, module_and_streams
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, Recorder, offline_driver
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.errors import TritonError
 
 import cast_kernels
-from cast_kernels.evidence.driver import Launch, Recorder, offline_driver
-from cast_kernels.evidence.targets import target
 from cast_kernels.triton import bcast as triton_bcast
 from cast_kernels.triton import common, tiles, weight_gradient
 

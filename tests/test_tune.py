@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from fake_machine import FakeMachine
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Recorder, offline_driver
 
-from cast_kernels.evidence.driver import Recorder, offline_driver
-from cast_kernels.evidence.targets import target
 from cast_kernels.gpu import tune
 from cast_kernels.gpu.machine import UnusableError
 from cast_kernels.gpu.tune import RefusedError, as_python, measured, neighbours, search

@@ -17,14 +17,14 @@ import pytest
 import torch
 import triton
 from log_messages import log_messages
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import OfflineDriver, Recorder, offline_driver
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 from cast_kernels import cli
 from cast_kernels.evidence import warm
-from cast_kernels.evidence.driver import OfflineDriver, Recorder, offline_driver
 from cast_kernels.evidence.parts import Model, parts
-from cast_kernels.evidence.targets import target
 from cast_kernels.evidence.unrun import Unrun
 from cast_kernels.triton import compiling
 from cast_kernels.triton.launch import Planner

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from ptx_emulator.triton.launcher import EmulationFault
 from torch import Tensor
 
-from cast_kernels.evidence.emulator import EmulationFault
 from cast_kernels.versions import FENCED_TRITON, release
 
 _UNFENCED = pytest.mark.xfail(

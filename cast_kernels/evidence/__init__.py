@@ -8,5 +8,21 @@ import importlib.util
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("ptx_emulator") is None:
-    sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+def find_emulator() -> None:
+    """Let `import ptx_emulator` find it.
+
+    Raises:
+        ModuleNotFoundError: it is in neither place.
+    """
+    tools = Path(__file__).parents[2] / "tools"
+    if importlib.util.find_spec("ptx_emulator") is None:
+        if not (tools / "ptx_emulator").is_dir():
+            raise ModuleNotFoundError(
+                f"no module ptx_emulator, neither installed nor in {tools}: the package brings it beside cast_kernels, "
+                "so this installation is not whole; install it again, by pip install . in a checkout"
+            )
+        sys.path.append(str(tools))
+
+
+find_emulator()

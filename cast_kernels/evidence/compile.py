@@ -16,16 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ptx_emulator.predict.resources import resources
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Launch, Record, Recorder, offline_driver
 from rich.console import Console
 from rich.table import Table
 
 from cast_kernels.evidence.cases import KINDS, run
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.driver import Launch, Record, Recorder, offline_driver
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
 from cast_kernels.evidence.problems import PROBLEMS, AnyCase
-from cast_kernels.evidence.targets import target
 
 
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ptx_emulator.targets import Target, target
+from ptx_emulator.triton.driver import offline_driver
+from ptx_emulator.triton.launcher import EmulationFault, Emulator, KernelRuns
 from rich.table import Table
 
 from cast_kernels.evidence.cases import KINDS, Case, Error, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.driver import offline_driver
-from cast_kernels.evidence.emulator import EmulationFault, Emulator, KernelRuns
 from cast_kernels.evidence.problems import SIZES
-from cast_kernels.evidence.targets import Target, target
 from cast_kernels.evidence.useful import useful_flops
 
 
@@ -125,7 +125,7 @@ def main(targets: Sequence[str], dtypes: Sequence[str], size: str, json_file: Pa
     """Run, print, and return the exit code: 1 after a fault or an error above the gate.
 
     Args:
-        targets: names out of :data:`~cast_kernels.evidence.targets.EMULATED`.
+        targets: names out of :data:`~cast_kernels.evidence.problems.EMULATED`.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         size: key of :data:`SIZES`.
         json_file: where errors and all counters go as JSON.

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ptx_emulator.predict.resources import Resources
+from ptx_emulator.targets import target
 
 from cast_kernels.evidence.cases import DTYPES, KINDS
-from cast_kernels.evidence.targets import target
 
 #: (architecture, kernel, bits of an operand, whether its bottleneck is above 384).
 Key = tuple[str, str, int, bool]

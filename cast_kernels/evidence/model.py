@@ -11,9 +11,8 @@ from ptx_emulator.predict.counters import Counters
 from ptx_emulator.predict.devices import Device
 from ptx_emulator.predict.model import Prediction
 from ptx_emulator.predict.resources import Resources
-
-from cast_kernels.evidence.driver import Launch
-from cast_kernels.evidence.emulator import spans
+from ptx_emulator.triton.driver import Launch
+from ptx_emulator.triton.launcher import spans
 
 UNCERTAINTY = 0.40
 LABEL = "predicted, unvalidated: no kernel of ours has been timed"

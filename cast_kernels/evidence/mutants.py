@@ -21,14 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from ptx_emulator.targets import Target, target
+from ptx_emulator.triton.driver import Argument, Launch, offline_driver
+from ptx_emulator.triton.launcher import EmulationFault, Emulator
 from rich.table import Table
 from torch import Tensor
 
 from cast_kernels.evidence.cases import KINDS, Case, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.driver import Argument, Launch, offline_driver
-from cast_kernels.evidence.emulator import EmulationFault, Emulator
-from cast_kernels.evidence.targets import Target, target
 
 #: Relative root mean square by which a mutant must change an output to be caught by its value: eager's own error in
 #: bfloat16 is 2e-3 of an output, and the gate is twice that.

@@ -15,6 +15,7 @@ import torch
 from ptx_emulator.predict.devices import Device, device
 from ptx_emulator.predict.model import Prediction
 from ptx_emulator.predict.resources import Resources, resources
+from ptx_emulator.triton.driver import Launch, offline_driver
 
 import cast_kernels
 from cast_kernels.evidence import eager_model, model, trace
@@ -22,7 +23,6 @@ from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS, Case, Kind
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.driver import Launch, offline_driver
 from cast_kernels.evidence.prediction_report import Run
 from cast_kernels.evidence.sampling import Corrections
 

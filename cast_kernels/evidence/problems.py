@@ -7,6 +7,12 @@ from dataclasses import replace
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.experts import ExpertCase
 
+#: The architectures that are compiled for: those of `ptx_emulator.targets`.
+COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+#: What `cast-kernels compile` checks unless some are named.
+GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: Those whose PTX the emulator executes, as it says itself.
+EMULATED = ("sm_80", "sm_90")
 #: GPUs whose times are predicted: those that `ptx_emulator.predict.devices` has constants of.
 PREDICTED = ("A100", "H100", "H200")
 

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import ptx_emulator
 from ptx_emulator.predict.counters import Counters, executed
 from ptx_emulator.predict.trace import sample
+from ptx_emulator.triton.driver import Launch
+from ptx_emulator.triton.launcher import place
 
 from cast_kernels.evidence import trace
-from cast_kernels.evidence.driver import Launch
-from cast_kernels.evidence.emulator import load_emulator, place
 
 #: CTAs of each kernel that are executed.
 SAMPLES = 4
 
 
 class Corrections:
-    """Ratios of executed to traced counters, by compiled kernel.
-
-    Raises:
-        ModuleNotFoundError: there is no emulator beside the package.
-    """
+    """Ratios of executed to traced counters, by compiled kernel."""
 
     def __init__(self) -> None:
-        self._emulator = load_emulator()
         self._ratios: dict[str, dict[str, float]] = {}
 
     def apply(self, launch: Launch, traced: Counters) -> Counters:
@@ -40,10 +36,10 @@ class Corrections:
     def _measure(self, launch: Launch) -> dict[str, float]:
         ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
         chosen = sample(ctas, SAMPLES)
-        memory = self._emulator.Memory()
+        memory = ptx_emulator.Memory()
         arguments = place(memory, launch.arguments)
-        report = self._emulator.launch(
-            self._emulator.parse(launch.asm["ptx"]).kernels[launch.kernel], grid=launch.grid, threads=launch.threads,
+        report = ptx_emulator.launch(
+            ptx_emulator.parse(launch.asm["ptx"]).kernels[launch.kernel], grid=launch.grid, threads=launch.threads,
             arguments=arguments, memory=memory, shared_bytes=launch.metadata.shared, target=launch.target.name,
             checks=False, ctas=chosen,
         )  # fmt: skip

@@ -8,8 +8,7 @@ import ptx_emulator
 from ptx_emulator.predict.counters import Counters
 from ptx_emulator.predict.trace import SAMPLES, whole
 from ptx_emulator.predict.trace import ctas as traced_ctas
-
-from cast_kernels.evidence.driver import Launch
+from ptx_emulator.triton.driver import Launch
 
 
 def trace(launch: Launch, samples: int = SAMPLES) -> Counters:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import triton
+from ptx_emulator.targets import target
+from ptx_emulator.triton.driver import Recorder, offline_driver
 
 from cast_kernels.evidence.cases import DTYPES
-from cast_kernels.evidence.driver import Recorder, offline_driver
 from cast_kernels.evidence.parts import Model, parts
-from cast_kernels.evidence.targets import target
 from cast_kernels.evidence.unrun import Unrun
 
 #: Training and inference: many rows and few, for which tables have other tiles, at the levels that "auto" takes.

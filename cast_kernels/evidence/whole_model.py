@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from ptx_emulator.predict.devices import Device, device
 from ptx_emulator.predict.model import Prediction
+from ptx_emulator.triton.driver import offline_driver
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cast_kernels.evidence import compiled_model, host, whole_report
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.driver import offline_driver
 from cast_kernels.evidence.eager_model import DRAM_SHARE, LEAST, TENSOR_SHARE, Ledger, Operation
 from cast_kernels.evidence.parts import Model, Part, parts
 from cast_kernels.evidence.predict import Keeper, predict_launches

@@ -22,6 +22,12 @@ from ptx_emulator.core.spaces import SHARED_BASE, Array
 Region = tuple[Array, int, Array | None]
 
 
+#: Kinds that are notes and no faults: several warps write one word, and who is last changes nothing, or the last bits.
+SAME, NEAR = "write-write of the same value", "write-write of values that differ by rounding"
+UNWRITTEN = "read of a word that nobody wrote"  #: a note too, since the value may go unused
+NOTES = (SAME, NEAR, UNWRITTEN)
+
+
 def shortened(text: str, length: int = 100) -> str:
     """An instruction's text for a message: a wgmma names up to 128 registers."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
@@ -176,6 +182,9 @@ class Checker:
         race = self._unseen(tag, row, warp)
         if race.any():
             self.report("write-read", race, tag, index, warp)
+        if not tag.all():
+            now = np.full(1, self.m.step << self.bits, self.tag_type)
+            self.report(UNWRITTEN, (tag == 0) & (self.flight[index] == 0), now | warp, index, warp)
         if self.flying:
             tag = self.flight[index]
             if tag.any():
@@ -192,7 +201,8 @@ class Checker:
             self.reader_too[index[another]] = now[another]
 
     def write(self, lanes: Lanes, size: int, differs: Callable[[], Array]) -> Array:
-        """A write of `size` bytes a lane, about to happen; `differs` says which lanes change what memory holds.
+        """A write of `size` bytes a lane, about to happen; `differs` says how far each lane's value is from what
+        memory holds: 0, 1 or 2, as :func:`apart`.
 
         Returns the tags' index, for `wrote`.
         """
@@ -202,20 +212,28 @@ class Checker:
         return index
 
     def wrote(self, index: Array, lanes: Lanes, differs: Callable[[], Array]) -> None:
-        """After the write: two warps that wrote one granule in the same instruction, with different values."""
+        """After the write: two warps that wrote one granule in the same instruction."""
         warp = self.who(lanes)
         tag = self.writer[index]
         lost = (tag & self.low) != warp
         if lost.any():
-            self.report("write-write", lost & _per_granule(differs(), index), tag, index, warp)
+            self._written_twice(lost, differs(), tag, index, warp)
+
+    def _written_twice(self, race: Array, differs: Array, tag: Array, index: Array, warp: Array) -> None:
+        """A fault where the values differ; where they agree, or but for rounding, a note."""
+        far = _per_granule(differs, index)
+        for level, kind in enumerate((SAME, NEAR, "write-write")):
+            self.report(kind, race & (far == level), tag, index, warp)
 
     def _against(self, index: Array, row: Array, warp: Array, differs: Callable[[], Array] | None) -> None:
         """Report what a write at these granules races with."""
         tag = self.writer[index]
         race = self._unseen(tag, row, warp)
         if race.any():
-            changed = True if differs is None else _per_granule(differs(), index)
-            self.report("write-write", race & changed, tag, index, warp)
+            if differs is None:
+                self.report("write-write", race, tag, index, warp)
+            else:
+                self._written_twice(race, differs(), tag, index, warp)
         for tags in (self.reader[index], self.reader_too[index]):
             race = self._unseen(tags, row, warp)
             if race.any():
@@ -361,8 +379,8 @@ class Checker:
 
 
 def _per_granule(changed: Array, index: Array) -> Array:
-    """A flag per lane, [CTAs, n] or [n], as one that broadcasts with the granule index [R, n, k]."""
+    """A number per lane, [CTAs, n] or [n], as one that broadcasts with the granule index [R, n, k]."""
     changed = changed.reshape(-1, index.shape[1])
     if changed.shape[0] != index.shape[0]:
-        changed = np.any(changed, axis=0, keepdims=True)
+        changed = np.max(changed, axis=0, keepdims=True)
     return changed[:, :, None]

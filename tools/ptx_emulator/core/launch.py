@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ptx_emulator.core import instructions  # noqa: F401  (registers them)
-from ptx_emulator.core.checks import Fault
+from ptx_emulator.core.checks import NOTES, Fault
 from ptx_emulator.core.counters import Counters
 from ptx_emulator.core.errors import SharedLimit, Unsupported
 from ptx_emulator.core.execute import Machine
@@ -31,6 +31,7 @@ class Report:
 
     counters: Counters = field(default_factory=Counters)  #: summed over all CTAs that ran
     faults: list[Fault] = field(default_factory=list)  #: findings of the checks
+    notes: list[Fault] = field(default_factory=list)  #: writes of values that agree; reads of nothing
     ctas: int = 0  #: how many ran
 
 
@@ -121,7 +122,8 @@ def launch(
             machine.run()
             if machine.checker is not None:
                 faults = {**machine.checker.faults, **faults}
-    report.faults = list(faults.values())
+    report.notes = [fault for fault in faults.values() if fault.kind in NOTES]
+    report.faults = [fault for fault in faults.values() if fault.kind not in NOTES]
     return report
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cast_kernels.evidence.targets import TARGETS, Target
+from ptx_emulator.targets import TARGETS, Target
 
 
 class Constant(float):

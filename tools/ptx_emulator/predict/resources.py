@@ -16,7 +16,7 @@ from typing import Any
 
 import triton
 
-from cast_kernels.evidence.targets import Target
+from ptx_emulator.targets import Target
 
 #: Instructions that move a spilled register, NVIDIA's and (scratch memory) AMD's.
 _SPILLS = re.compile(r"STL\b|LDL\b|scratch_(?:load|store)\w*")

@@ -8,7 +8,7 @@ from ptx_emulator.core.access import gather, lanes_of, pick, place
 from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, items
 from ptx_emulator.core.errors import MemoryFault, Misaligned, Unsupported
 from ptx_emulator.core.forms.clusters import put, remote_lanes
-from ptx_emulator.core.shared import Lanes
+from ptx_emulator.core.shared import Lanes, apart
 from ptx_emulator.core.spaces import HEAP_BASE, SIGNED, UNSIGNED, WINDOWS, Array
 from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction
@@ -219,10 +219,10 @@ def shared_store(m: State, lanes: Lanes, values: list[Array], number: int) -> No
     flat = m.shared.flat[unit]
 
     def differs() -> Array:
-        changed = flat[index] != values[0]
+        far = apart(flat[index], values[0])
         for k in range(1, len(values)):
-            changed = changed | (flat[index + k] != values[k])
-        return changed
+            far = np.maximum(far, apart(flat[index + k], values[k]))
+        return far
 
     m.tick(number)
     tags = None if m.checker is None else m.checker.write(lanes, unit * len(values), differs)

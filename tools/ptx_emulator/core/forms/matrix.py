@@ -113,13 +113,13 @@ def build_store_matrix(d: Decoder, ins: Instruction) -> Action | None:
                 writes.append((4, np.broadcast_to(index, m.shape), value))
 
         def differs() -> Array:
-            changed = np.zeros((m.ctas, m.warps, 4, 8), bool)
+            changed = np.zeros((m.ctas, m.warps, 4, 8), np.uint8)
             for k, (unit, index, value) in enumerate(writes):
-                new = (m.shared.flat[unit][index] != value).reshape(m.ctas, m.warps, 8, 4)
+                new = 2 * (m.shared.flat[unit][index] != value).reshape(m.ctas, m.warps, 8, 4).astype(np.uint8)
                 if transposed:  # lane l changes row 2(l%4) + half
-                    changed[:, :, k // 2, k % 2 :: 2] |= new.any(2)
+                    changed[:, :, k // 2, k % 2 :: 2] |= new.max(2)
                 else:
-                    changed[:, :, k] |= new.any(3)
+                    changed[:, :, k] |= new.max(3)
             per_lane = changed.reshape(m.ctas, m.threads)
             return per_lane[:, lanes.thread] if lanes.cta is None else per_lane[lanes.cta, lanes.thread]
 

@@ -66,7 +66,7 @@ def _bytes(m: State, cta: int, thread: int, address: int, in_global: bool, text:
         return m.memory.heap[address - HEAP_BASE :][:MAP_BYTES]
     m.shared.check(np.array([address]), MAP_BYTES, MAP_BYTES, text)
     if m.checker is not None:
-        m.checker.write(_lane(cta, thread, address), MAP_BYTES, lambda: np.ones(1, bool))
+        m.checker.write(_lane(cta, thread, address), MAP_BYTES, lambda: np.full(1, 2, np.uint8))
     start = int(m.shared.bases[1][cta, 0]) + address
     return m.shared.flat[1][start : start + MAP_BYTES]
 

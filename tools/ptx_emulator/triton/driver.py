@@ -1,16 +1,16 @@
-"""A Triton driver without a GPU: the product's own launches compile for a target and end in a function of ours.
+"""A Triton driver without a GPU: a program's own launches compile for a target and end in a function of ours.
 
 Triton asks its active driver for the target, loads the binary through it and calls its launcher. This one compiles
 for the target that it was given, takes CPU tensors, and hands each launch to a `launcher`: a :class:`Recorder`, which
-runs nothing, or :class:`cast_kernels.evidence.emulator.Emulator`, which runs the PTX on the CPU. So what is compiled
-or executed is what the product launches, with its grid, its strides and its arguments.
+runs nothing, or :class:`ptx_emulator.triton.launcher.Emulator`, which runs the PTX on the CPU. So what is compiled
+or executed is what the program launches, with its grid, its strides and its arguments.
 """
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from cast_kernels.evidence.targets import Target
+from ptx_emulator.targets import Target
 
 if TYPE_CHECKING:
     DriverBase = object  # Triton declares no types
@@ -63,6 +63,12 @@ class Launch:
         """Threads of a CTA."""
         return int(self.metadata.num_warps) * self.target.warp_size
 
+    @property
+    def ctas(self) -> tuple[int, int, int]:
+        """The grid in CTAs: Triton's counts programs, which are clusters where a kernel asks for some."""
+        x, y, z = self.grid
+        return x * int(getattr(self.metadata, "num_ctas", 1)), y, z
+
 
 class Launcher(Protocol):
     """What a driver hands launches to."""
@@ -98,6 +104,8 @@ class Recorder:
         record.grids.append(launch.grid)
 
 
+#: A launch of one configuration, and the quantiles to return -> so many times.
+Benchmarker = Callable[..., list[float]]
 AnyLauncher = TypeVar("AnyLauncher", bound=Launcher)
 
 
@@ -106,14 +114,15 @@ class OfflineDriver(DriverBase):
 
     target: Target
     launcher: Launcher
+    benchmarker: Benchmarker | None
 
     #: Kernels may be given CPU tensors; host code asks for this with getattr(driver, "runs_on_cpu", False).
     runs_on_cpu = True
     #: Plans hand it tensors where a GPU's driver gets addresses: who looks at a launch wants their shapes and bounds.
     takes_tensors = True
 
-    def __init__(self, target: Target, launcher: Launcher) -> None:
-        self.target, self.launcher = target, launcher
+    def __init__(self, target: Target, launcher: Launcher, benchmarker: Benchmarker | None = None) -> None:
+        self.target, self.launcher, self.benchmarker = target, launcher, benchmarker
         self.device: int = next(_DEVICE_NUMBERS)
         self.functions: set[Any] = set()  # that were launched: their caches hold kernels of this device
         self.utils: SimpleNamespace = SimpleNamespace(
@@ -132,18 +141,36 @@ class OfflineDriver(DriverBase):
 
         def run(x: int, y: int, z: int, stream: int, function: Any, packed: Any, launch: Any, enter: Any, leave: Any,
                 *values: Any) -> None:  # fmt: skip
-            self.functions.add(source.fn)
-            # Triton gives a launcher the binary only. The kernel, with its PTX, is in the cache that it came from.
-            kernels = source.fn.device_caches[self.device][0].values()
-            asm = next(kernel.asm for kernel in kernels if kernel.hash == metadata.hash)
+            if not x * y * z:  # which Triton's own launchers leave out
+                return
+            asm = self._code(source, metadata)
             arguments, constexprs = sort_arguments(source.signature, values)
             self.launcher.launch(Launch(metadata.name, self.target, (x, y, z), arguments, constexprs, asm, metadata))
 
         return run
 
+    def _code(self, source: Any, metadata: Any) -> Mapping[str, Any]:
+        """The kernel's code in every form. Triton gives a launcher none: it is in the cache that the kernel came from.
+
+        Raises:
+            LookupError: the kernel was compiled outside of this driver, and for another target perhaps.
+        """
+        self.functions.add(source.fn)
+        kernels = source.fn.device_caches[self.device][0].values()
+        asm = next((kernel.asm for kernel in kernels if kernel.hash == metadata.hash), None)
+        if asm is not None:
+            return dict(asm)
+        text = triton.runtime.cache.get_cache_manager(metadata.hash).get_file(f"{source.name[:150]}.ptx")
+        if text is None:
+            raise LookupError(
+                f"{metadata.name} was compiled before the offline driver for {self.target.name} was active, so its PTX "
+                "is not at hand: compile it inside"
+            )
+        return {"ptx": Path(text).read_text()}
+
     def _load_binary(self, name: str, binary: bytes, shared: int, device: int, *_: Any) -> tuple[Any, ...]:
         """Module (None: Triton has nothing to unload), function, registers, spills, most threads of a CTA."""
-        return None, name, 0, 0, 1024
+        return None, name, registers_in(binary), 0, 1024
 
     def _properties(self, device: int) -> dict[str, int]:
         limit = self.target.shared_limit if self.launcher.enforces_limits else 1 << 30
@@ -176,22 +203,38 @@ class OfflineDriver(DriverBase):
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError("this driver's launcher is not in C++")
 
-    def get_benchmarker(self) -> Any:
-        raise RuntimeError("nothing can be timed without a GPU: launch with a fixed configuration, not with autotune")
+    def get_benchmarker(self) -> Benchmarker:
+        if self.benchmarker is None:
+            raise RuntimeError(
+                "nothing can be timed without a GPU: launch with a fixed configuration, not with autotune"
+            )
+        return self.benchmarker
+
+    def get_empty_cache_for_benchmark(self) -> Any:
+        raise RuntimeError("nothing can be timed without a GPU: leave triton.testing.do_bench out")
+
+
+def registers_in(binary: bytes) -> int:
+    """Registers of a thread, as a cubin states them; 0 where it does not.
+
+    A kernel's attributes are in `.nv.info`: form 4 (a size and a value), attribute 0x2f (registers), 8 bytes: the
+    kernel's symbol and the number. Programs divide by it when they ask how many CTAs fit.
+    """
+    at = binary.find(b"\x04\x2f\x08\x00")
+    return int.from_bytes(binary[at + 8 : at + 12], "little") if at >= 0 else 0
 
 
 def refuse_unsupported(source: Any, metadata: Any) -> None:
     """Say so when a kernel needs what this driver does not give it.
 
     Raises:
-        NotImplementedError: tensor descriptors from the host, or scratch memory.
+        NotImplementedError: tensor descriptors from the host, or a profiler's scratch memory.
     """
     descriptors = [name for name, kind in source.signature.items() if str(kind).startswith("tensordesc")]
     if descriptors:
         raise NotImplementedError(f"{metadata.name} takes tensor descriptors ({', '.join(descriptors)}); use pointers")
-    for scratch in ("global_scratch_size", "profile_scratch_size"):
-        if getattr(metadata, scratch, 0):
-            raise NotImplementedError(f"{metadata.name} asks for scratch memory: {scratch} is not 0")
+    if getattr(metadata, "profile_scratch_size", 0):
+        raise NotImplementedError(f"{metadata.name} asks for a profiler's scratch memory; compile it without one")
 
 
 def sort_arguments(signature: Mapping[str, Any], values: Any) -> tuple[tuple[Argument, ...], dict[str, Any]]:
@@ -218,13 +261,16 @@ def _leaves(name: str, kind: Any, value: Any) -> Iterator[Argument]:
 
 
 @contextmanager
-def offline_driver(target: Target, launcher: AnyLauncher, cache: Path | None = None) -> Iterator[AnyLauncher]:
+def offline_driver(
+    target: Target, launcher: AnyLauncher, cache: Path | None = None, benchmarker: Benchmarker | None = None
+) -> Iterator[AnyLauncher]:
     """Make launches of Triton kernels compile for `target` and end in `launcher`, which is also what `as` gives.
 
     Args:
         target: the architecture.
         launcher: takes every launch.
         cache: folder of compiled kernels that may be used again; None means a temporary one.
+        benchmarker: what `triton.autotune` asks for a configuration's time; None: that is refused.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, under which nothing is compiled.
@@ -233,8 +279,8 @@ def offline_driver(target: Target, launcher: AnyLauncher, cache: Path | None = N
         raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     config = triton.runtime.driver
     previous = config._active  # not `active`: asking for that looks for a GPU, and raises where there is none
-    driver = OfflineDriver(target, launcher)
-    with tempfile.TemporaryDirectory(prefix="cast-kernels-") as temporary, triton.knobs.cache.scope():
+    driver = OfflineDriver(target, launcher, benchmarker)
+    with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as temporary, triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(cache or temporary)
         config.set_active(driver)
         try:

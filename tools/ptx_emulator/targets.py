@@ -43,8 +43,6 @@ TARGETS: dict[str, Target] = {
         Target("gfx942", "hip", "gfx942", 64, 65536, 65536, 0, 32, 32, 304, r"v_s?mfma\w*", "mfma"),
     )
 }
-#: What `cast-kernels compile` checks unless some are named.
-GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: Those whose PTX the emulator knows.
 EMULATED = ("sm_80", "sm_90")
 

@@ -1,4 +1,4 @@
-"""Launches that run: hands PTX, grid and the tensors' memory to the emulator in `tools/ptx_emulator`.
+"""Launches that run: hands PTX, grid and the tensors' memory to the emulator.
 
 A kernel may touch exactly the bytes that its tensor arguments span, and nothing between them: each span is a buffer
 of its own in the emulated memory, with unmapped addresses around it.
@@ -7,19 +7,18 @@ of its own in the emulated memory, with unmapped addresses around it.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import sys
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cast_kernels.evidence.driver import Argument, Launch
+import ptx_emulator
+from ptx_emulator.triton.driver import Argument, Launch
 
 
 class EmulationFault(RuntimeError):
@@ -30,14 +29,14 @@ class EmulationFault(RuntimeError):
 
     def __init__(self, launch: Launch, faults: Iterable[Any]) -> None:
         found = list(faults)
-        self.kinds: tuple[str, ...] = tuple(dict.fromkeys(_kind(fault) for fault in found))
+        self.kinds: tuple[str, ...] = tuple(dict.fromkeys(kind_of(fault) for fault in found))
         lines = [f"{launch.kernel} on {launch.target.name}, grid {launch.grid}: {', '.join(self.kinds)}"]
         lines += [f"  {fault}" for fault in found[:5]]
         lines += [f"  and {len(found) - 5} more"] if len(found) > 5 else []
         super().__init__("\n".join(lines))
 
 
-def _kind(fault: Any) -> str:
+def kind_of(fault: Any) -> str:
     """A race's kind, or the name of the error that ended the launch."""
     return str(getattr(fault, "kind", type(fault).__name__))
 
@@ -99,47 +98,88 @@ class Emulator:
 
     Args:
         ptx: gives the text to run for a launch, by default what Triton compiled.
+        landing: when copies land: "early", "late" or "random".
+        seed: of the warps' priorities and of landing="random"; None: warps run in program order.
+        checks: look for races and reads of data in flight. Bounds and alignment are checked always.
 
     Raises:
         EmulationFault: at a launch that faults.
-        ModuleNotFoundError: there is no emulator beside the package.
     """
 
     enforces_limits = True  # as a GPU would
 
-    def __init__(self, ptx: Callable[[Launch], str] = lambda launch: launch.asm["ptx"]) -> None:
-        self.emulator: Any = load_emulator()
+    def __init__(
+        self,
+        ptx: Callable[[Launch], str] = lambda launch: launch.asm["ptx"],
+        *,
+        landing: str = "late",
+        seed: int | None = None,
+        checks: bool = True,
+    ) -> None:
         self.runs: dict[str, KernelRuns] = {}
         self._ptx = ptx
-        self._parsed: dict[str, Any] = {}
+        self._parsed: dict[str, ptx_emulator.Kernel] = {}
+        self._options: dict[str, Any] = {"landing": landing, "seed": seed, "checks": checks}
 
     def launch(self, launch: Launch) -> None:
+        """Execute; raises EmulationFault where something is found."""
+        faults, _ = self.execute(launch)
+        if faults:
+            raise EmulationFault(launch, faults) from next((f for f in faults if isinstance(f, Exception)), None)
+
+    def execute(self, launch: Launch) -> tuple[list[Any], list[ptx_emulator.Fault]]:
+        """Execute one launch, count it and write its results -> what was found, and notes.
+
+        Found is the checks' :class:`ptx_emulator.Fault`, or the one error that ended the launch: then only what was
+        written before it is written, as a GPU may leave it.
+
+        Raises:
+            RuntimeError: the kernel has what the emulator does not execute.
+        """
+        memory = ptx_emulator.Memory()
+        values = [*place(memory, launch.arguments), *scratch(memory, launch)]
+        runs = self.runs.setdefault(launch.kernel, KernelRuns(launch.kernel))
+        begin = time.perf_counter()
+        found: list[Any] = []
+        notes: list[ptx_emulator.Fault] = []
+        try:
+            report = ptx_emulator.launch(
+                self._kernel(launch), grid=launch.ctas, threads=launch.threads, arguments=values, memory=memory,
+                shared_bytes=launch.metadata.shared, target=launch.target.name, **self._options,
+            )  # fmt: skip
+        except (ptx_emulator.Unsupported, ptx_emulator.ParseError) as error:
+            raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
+        except ptx_emulator.EmulationError as error:
+            found = [error]
+        else:
+            found, notes = list(report.faults), report.notes
+            runs.ctas += report.ctas
+            runs.counters.update(counts(report.counters))
+        memory.write_back()
+        runs.launches += 1
+        runs.seconds += time.perf_counter() - begin
+        return found, notes
+
+    def _kernel(self, launch: Launch) -> ptx_emulator.Kernel:
+        """The launch's code, parsed once."""
         text = self._ptx(launch)
         if text not in self._parsed:
-            self._parsed[text] = self.emulator.parse(text).kernels[launch.kernel]
-        memory = self.emulator.Memory()
-        values = place(memory, launch.arguments)
-        begin = time.perf_counter()
-        try:
-            report = self.emulator.launch(
-                self._parsed[text], grid=launch.grid, threads=launch.threads, arguments=values, memory=memory,
-                shared_bytes=launch.metadata.shared, target=launch.target.name,
-            )  # fmt: skip
-        except self.emulator.Unsupported as error:
-            raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
-        except self.emulator.EmulationError as error:
-            raise EmulationFault(launch, [error]) from error
-        memory.write_back()
-        runs = self.runs.setdefault(launch.kernel, KernelRuns(launch.kernel))
-        runs.launches += 1
-        runs.ctas += report.ctas
-        runs.seconds += time.perf_counter() - begin
-        runs.counters.update(counts(report.counters))
-        if report.faults:
-            raise EmulationFault(launch, report.faults)
+            self._parsed[text] = ptx_emulator.parse(text).kernels[launch.kernel]
+        return self._parsed[text]
 
 
-def place(memory: Any, arguments: tuple[Argument, ...]) -> list[int | float]:
+def scratch(memory: ptx_emulator.Memory, launch: Launch) -> list[int]:
+    """The address of the memory that a kernel asks for beside its arguments, where it does; of all its CTAs, zeroed.
+
+    On a GPU the program gives it, by `triton.set_allocator`. Behind it, the address of a profiler's: none.
+    """
+    size = getattr(launch.metadata, "global_scratch_size", 0)
+    if not size:
+        return []
+    return [memory.register(np.zeros(size * math.prod(launch.ctas), np.uint8), "scratch"), 0]
+
+
+def place(memory: ptx_emulator.Memory, arguments: tuple[Argument, ...]) -> list[int | float]:
     """Register the tensors' memory with the emulator -> the arguments' values, addresses for tensors.
 
     A span lies as far behind a multiple of 256 as its tensor does behind the start of its storage: the blocks that
@@ -168,16 +208,3 @@ def counts(counters: Any) -> Mapping[str, int]:
     for name, value in vars(counters).items():
         flat |= {f"{name} {kind}": n for kind, n in value.items()} if isinstance(value, dict) else {name: value}
     return flat
-
-
-def load_emulator() -> Any:
-    """The module `ptx_emulator`: as it is installed, or from `tools/` of the checkout that this package is in."""
-    tools = Path(__file__).parents[2] / "tools"
-    if importlib.util.find_spec("ptx_emulator") is None:
-        if not (tools / "ptx_emulator").is_dir():
-            raise ModuleNotFoundError(
-                f"no module ptx_emulator, neither installed nor in {tools}: the package brings it beside cast_kernels, "
-                "so this installation is not whole; install it again, by pip install . in a checkout"
-            )
-        sys.path.append(str(tools))
-    return importlib.import_module("ptx_emulator")
