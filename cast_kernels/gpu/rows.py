@@ -82,7 +82,7 @@ _NOTES = (
     "samples: of each column of ms, from left to right",
     "ms: the median, with the middle half of the samples around it, or all of them where there are fewer than eight",
     "speed-up over the first row: the median of the rounds' ratios, with their spread; a round times each row once",
-    "error / eager's: a tensor's root mean square error against fp64 over the first row's (or a floor), the largest of all",
+    "error / eager's: a tensor's root mean square error against fp64 over the first row's or a floor, the largest",
     "inexact: an error against fp64 is more than twice that of the first row, so no speed-up",
     "of ceiling, of copy: shares of the measured rates below, by the graph's time where there is one",
 )
