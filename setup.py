@@ -20,6 +20,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CHOICES = ("auto", "0", "1")
+#: What CMake builds: the native core, and the vector machine of the PTX emulator.
+MODULES = ("cast_kernels._C", "ptx_emulator.native._machine")
 
 
 def requested(part: str) -> str:
@@ -36,20 +38,22 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         wishes = {part: requested(part) for part in ("CPU", "CUDA")}
-        module = Path(self.get_ext_fullpath("cast_kernels._C")).resolve()
-        module.parent.mkdir(parents=True, exist_ok=True)
-        cpu = self._cpu(wishes["CPU"], module)
+        modules = [Path(self.get_ext_fullpath(name)).resolve() for name in MODULES]
+        for module in modules:
+            module.parent.mkdir(parents=True, exist_ok=True)
+        cpu = self._cpu(wishes["CPU"], modules)
         if not cpu["built"]:
-            module.unlink(missing_ok=True)  # of an earlier build
-            self.extensions = []  # or setuptools would look for the file
+            for module in modules:
+                module.unlink(missing_ok=True)  # of an earlier build
+            self.extensions = []  # or setuptools would look for the files
         record = {"cpu": cpu, "cuda": self._cuda(wishes["CUDA"])}
-        put(json.dumps(record, indent=2).encode() + b"\n", module.parent / "_build.json")
+        put(json.dumps(record, indent=2).encode() + b"\n", modules[0].parent / "_build.json")
 
-    def _cpu(self, wish: str, module: Path) -> dict[str, Any]:
+    def _cpu(self, wish: str, modules: list[Path]) -> dict[str, Any]:
         if wish == "0":
             return {"requested": wish, "built": False, "reason": "CAST_KERNELS_BUILD_CPU=0 left it out"}
         try:
-            parts = self._cmake(module)
+            parts = self._cmake(modules)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             reason = _cause(error)
             if wish == "1":
@@ -58,7 +62,7 @@ class BuildNative(build_ext):
             return {"requested": wish, "built": False, "reason": reason}
         return {"requested": wish, "built": True, "reason": "", **parts}
 
-    def _cmake(self, module: Path) -> dict[str, Any]:
+    def _cmake(self, modules: list[Path]) -> dict[str, Any]:
         import pybind11
 
         build = Path(self.build_temp).resolve() / "cast_kernels"
@@ -72,7 +76,8 @@ class BuildNative(build_ext):
         ]  # fmt: skip
         for command in (configure, [cmake, "--build", str(build)]):
             _run(command)
-        put((build / module.name).read_bytes(), module)
+        for module in modules:
+            put((build / module.name).read_bytes(), module)
         return json.loads((build / "parts.json").read_text())
 
     def _cuda(self, wish: str) -> dict[str, Any]:
@@ -140,6 +145,6 @@ def _cause(error: ImportError | OSError | subprocess.CalledProcessError) -> str:
 
 
 setup(
-    ext_modules=[Extension("cast_kernels._C", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in MODULES],
     cmdclass={"build_ext": BuildNative, "build_py": BuildWithRecipes},
 )

@@ -96,11 +96,15 @@ def _compile(options: Namespace) -> int:
 
 def _emulate_options(parser: ArgumentParser) -> None:
     from cast_kernels.evidence.cases import KINDS
-    from cast_kernels.evidence.problems import EMULATED, SIZES
+    from cast_kernels.evidence.problems import EMULATED, ENGINES, SIZES
 
     _add_choices(parser, "--target", EMULATED, EMULATED, "architectures")
     _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=ENGINES[0],
+        help="what executes the kernels: the interpreter is the definition, native is compiled code that equals it",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
 
@@ -110,7 +114,7 @@ def _emulate(options: Namespace) -> int:
 
     if options.mutants:
         return mutants.main(options.target, options.dtype, mutants.CASE, options.json)
-    return emulate.main(options.target, options.dtype, options.size, options.json)
+    return emulate.main(options.target, options.dtype, options.size, options.json, options.engine)
 
 
 def _predict_options(parser: ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import ptx_emulator
+from engines import launch
 
 HEADER = ".version 8.8\n.target sm_90a\n.address_size 64\n"
 SCRATCH = ".reg .pred %p<9>; .reg .b16 %h<33>; .reg .b32 %r<129>; .reg .b64 %d<33>; .reg .f32 %f<33>;"
@@ -31,9 +32,7 @@ def run(
     memory = ptx_emulator.Memory()
     addresses = [memory.register(array.view(np.uint8).reshape(-1), name=f"x{i}") for i, array in enumerate(arrays)]
     options.setdefault("target", "sm_90")
-    report = ptx_emulator.launch(
-        kernel, grid=(grid, 1, 1), threads=threads, arguments=addresses, memory=memory, **options
-    )  # type: ignore[arg-type]
+    report = launch(kernel, grid=(grid, 1, 1), threads=threads, arguments=addresses, memory=memory, **options)  # type: ignore[arg-type]
     memory.write_back()
     return report
 

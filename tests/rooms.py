@@ -145,6 +145,7 @@ ROOMS = (
     Room("cast.cli", "the command `cast`", "video training pretrain evaluation predict export demo study optional"),
     Room("csrc", "C++17 and OpenMP; no torch header, a Python header only in `bindings*`"),
     Room("ptx_emulator.core", "executes compiled GPU code on a CPU; NumPy and nothing else", "core"),
+    Room("ptx_emulator.native", "the same by compiled code, from csrc/ptx", "native core"),
     Room(
         "ptx_emulator.predict", "the least time of a kernel; Triton's disassemblers read its machine code",
         "predict core targets",
@@ -152,8 +153,9 @@ ROOMS = (
     Room("ptx_emulator.cuda", "launches of compiled CUDA modules as records, in files too", "cuda core"),
     Room("ptx_emulator.targets", "the architectures, and what of each decides how many kernels fit"),
     Room("ptx_emulator.triton", "checks what Triton launches; torch and Triton", "triton targets ptx_emulator"),
-    Room("ptx_emulator", "its public names, and its command", "core ptx_emulator targets triton"),
+    Room("ptx_emulator", "its public names, and its command", "core native ptx_emulator targets triton"),
     Room("ptx_emulator_pytest", "the options of `pytest --ptx-target`; imports nothing else", "ptx_emulator.triton"),
+    Room("ptx_emulator.mutants", "plants single faults in a recorded launch, one at a time", "mutants core cuda"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
         "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import engines
 import pytest
 import torch
 from ptx_emulator.targets import EMULATED, target
@@ -19,7 +20,7 @@ from cast_kernels.evidence import emulate as emulating
 from cast_kernels.evidence import mutants as planting
 from cast_kernels.evidence.cases import KINDS, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.emulate import Outcome, emulate
-from cast_kernels.evidence.problems import SIZES
+from cast_kernels.evidence.problems import ENGINES, SIZES
 from cast_kernels.evidence.useful import useful_flops
 from cast_kernels.triton import tiles
 
@@ -50,6 +51,18 @@ def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> 
         "weight_gradient",
     } <= outcome.kernels.keys()
     assert all(runs.counters["warp_instructions"] > 0 for runs in outcome.kernels.values())
+
+
+@pytest.mark.skipif(not engines.built(), reason="the vector machine is not built")
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_native_engine_runs_all_of_it_alike(name: str, cache: Path) -> None:
+    definition, native = (emulate(target(name), SMALL, "bf16", cache, engine=engine) for engine in ENGINES)
+    assert (definition.engine, native.engine) == ("interpreter", "native")
+    assert native.errors == definition.errors, table(native)
+    assert native.kernels.keys() == definition.kernels.keys()
+    for kernel, runs in native.kernels.items():
+        assert runs.counters == definition.kernels[kernel].counters, kernel
+        assert dict(runs.interpreted) == {}, kernel
 
 
 def test_a_block_without_any_key_of_a_row(cache: Path) -> None:
@@ -88,7 +101,7 @@ def test_a_wrong_value_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
             .replace("ex2.approx.f32", "lg2.approx.f32")
         )
 
-    monkeypatch.setattr(emulating, "Emulator", lambda: Emulator(wrong))
+    monkeypatch.setattr(emulating, "Emulator", lambda engine: Emulator(wrong, engine=engine))
     outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
     assert not outcome.fault
     assert not outcome.ok
@@ -102,7 +115,7 @@ def test_what_is_left_unwritten_fails(cache: Path, monkeypatch: pytest.MonkeyPat
         keep = launch.kernel != "exchange"
         return "\n".join(line for line in lines if keep or "st.global" not in line)
 
-    monkeypatch.setattr(emulating, "Emulator", lambda: Emulator(silent))
+    monkeypatch.setattr(emulating, "Emulator", lambda engine: Emulator(silent, engine=engine))
     outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
     assert [e.rms != e.rms for e in outcome.errors] == [True, True]
     assert not outcome.ok
@@ -112,7 +125,7 @@ def test_a_fault_fails(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def no_barriers(launch: Launch) -> str:
         return "\n".join(line for line in launch.asm["ptx"].splitlines() if "bar.sync" not in line)
 
-    monkeypatch.setattr(emulating, "Emulator", lambda: Emulator(no_barriers))
+    monkeypatch.setattr(emulating, "Emulator", lambda engine: Emulator(no_barriers, engine=engine))
     outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
     assert "write-read" in outcome.fault
     assert not outcome.ok
@@ -198,7 +211,7 @@ def test_the_command(
     outcomes = [emulate(target("sm_80"), replace(SMALL, backward=False), "fp32")]
     if bad:
         outcomes[0].fault = "a race"
-    monkeypatch.setattr(emulating, "emulate", lambda *_: outcomes[0])
+    monkeypatch.setattr(emulating, "emulate", lambda *_, engine: outcomes[0])
     monkeypatch.setattr(emulating, "SIZES", {"small": (SMALL,)})
     assert emulating.main(["sm_80"], ["fp32"], "small", tmp_path / "told.json") == code
     out = capsys.readouterr().out
@@ -211,13 +224,15 @@ def test_the_command(
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(3600)  # 20 minutes on sm_90
 @pytest.mark.parametrize("name", TARGETS)
 def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
+    """Of the barriers 11 to 12 % separate nothing: docs/evidence.md."""
     verdicts = planting.judge(target(name), planting.CASE, "bf16")
     missed = [v for v in verdicts if not v.caught_by and v.why not in planting.HARMLESS]
     assert missed == []
     barriers = [bool(v.caught_by) for v in verdicts if v.mutant.kind == "barrier"]
-    assert sum(barriers) > 0.9 * len(barriers)
+    assert sum(barriers) > 0.85 * len(barriers)
 
 
 def test_faults_planted_in_the_forward_are_caught() -> None:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for folder in ("csrc", "csrc/cpu", "tests/native") for path in sorted((ROOT / folder).glob("*.[ch]*"))]
+SOURCES = [
+    path
+    for folder in ("csrc", "csrc/cpu", "csrc/ptx", "tests/native")
+    for path in sorted((ROOT / folder).glob("*.[ch]*"))
+]
 
 
 def complaints(*sources: Path) -> str:

@@ -36,11 +36,11 @@ def test_compile_gets_its_options(calls: list[Any]) -> None:
 
 def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert cli.main(["emulate"]) == 0
-    assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32"]) == 0
+    assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32", "--engine", "native"]) == 0
     assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
     assert calls == [
-        ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None)),
-        ("emulate", (["sm_90"], ["fp32"], "paper", None)),
+        ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None, "interpreter")),
+        ("emulate", (["sm_90"], ["fp32"], "paper", None, "native")),
         ("mutants", (["sm_80"], ["amp", "bf16"], mutants.CASE, None)),
     ]
 

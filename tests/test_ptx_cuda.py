@@ -6,6 +6,7 @@ import struct
 import subprocess
 from pathlib import Path
 
+import engines
 import numpy as np
 import ptx_emulator
 import pytest
@@ -15,18 +16,24 @@ from ptx_emulator.cuda import Pointer, Record, Tiled
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm.cu"
 COMPILE = ("-ptx", "-arch=compute_90a", "-O3", "-std=c++17", "-lineinfo")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 SHARED = 3 * (128 + 64) * 128 + 128 * 128 + 48
 SIZES = (200, 112, 200)  # none a multiple of the tile: rows and columns outside of the tensors, and a part of a step
 
 
+@pytest.fixture(autouse=True)
+def both_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record runs by the native engine as well, which must agree."""
+    monkeypatch.setattr("ptx_emulator.cuda.record.launch", engines.launch)
+
+
 def compiled(source: str, folder: Path) -> str:
     """The PTX of a kernel. Skips where there is no nvcc."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
+    if NVCC is None:
         pytest.skip("no nvcc: a CUDA toolkit compiles this kernel")
     (folder / "gemm.cu").write_text(source)
     done = subprocess.run(
-        [nvcc, *COMPILE, "gemm.cu", "-o", "gemm.ptx"], cwd=folder, capture_output=True, text=True, check=False
+        [NVCC, *COMPILE, "gemm.cu", "-o", "gemm.ptx"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return (folder / "gemm.ptx").read_text()
@@ -37,8 +44,8 @@ def gemm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return compiled(SOURCE.read_text(), tmp_path_factory.mktemp("gemm"))
 
 
-def run(ptx: str, landing: str = "late", seed: int | None = None) -> tuple[set[str], float]:
-    """(kinds of faults, root mean square error to float64 over that of the exact values)."""
+def launch_of(ptx: str) -> tuple[Record, np.ndarray]:
+    """(a launch on random numbers, with an output of NaN; the exact values in float64)."""
     m, n, k = SIZES
     random = np.random.default_rng(0)
     a, b = (f32_to_bf16(random.standard_normal(s).astype(np.float32)) for s in ((m, k), (n, k)))
@@ -50,9 +57,14 @@ def run(ptx: str, landing: str = "late", seed: int | None = None) -> tuple[set[s
     arguments = (*maps, Pointer("bias"), struct.pack("<3i", m, n, k))
     buffers = {"a": a, "b": b, "c": c, "bias": bias}
     record = Record(ptx, "gemm", (2, 1, 1), (384, 1, 1), arguments, buffers, SHARED)
+    return record, bf16_to_f32(a).astype(np.float64) @ bf16_to_f32(b).astype(np.float64).T + bias
+
+
+def run(ptx: str, landing: str = "late", seed: int | None = None) -> tuple[set[str], float]:
+    """(kinds of faults, root mean square error to float64 over that of the exact values)."""
+    record, exact = launch_of(ptx)
     report = cuda.run(record, landing=landing, seed=seed)
-    exact = bf16_to_f32(a).astype(np.float64) @ bf16_to_f32(b).astype(np.float64).T + bias
-    error = bf16_to_f32(c) - exact
+    error = bf16_to_f32(record.buffers["c"]) - exact
     return {fault.kind for fault in report.faults}, float(np.sqrt((error**2).mean() / (exact**2).mean()))
 
 

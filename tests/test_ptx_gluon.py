@@ -1,11 +1,13 @@
 """A Gluon kernel as Triton compiles it for Hopper: clusters, multicast, tensor maps made on the device."""
 
 import re
+from typing import Any
 
 import numpy as np
-import ptx_emulator
 import pytest
+from ptx_emulator import cuda
 from ptx_emulator.core.formats import bf16_to_f32, f32_to_bf16
+from ptx_emulator.cuda import Pointer, Record
 
 triton = pytest.importorskip("triton", minversion="3.8", reason="Gluon has clusters since Triton 3.8")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -15,8 +17,8 @@ BARRIER = "barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.align
 DEPTH, ROWS = 200, 200  # no multiple of a tile
 
 
-def run(*, told: bool = True, freed: bool = True, without: str = "", **options: object) -> tuple[set[str], float]:
-    """(kinds of faults, root mean square error over that of the exact values). without: taken out of the PTX."""
+def launch_of(*, told: bool = True, freed: bool = True, without: str = "") -> tuple[Record, np.ndarray]:
+    """(a launch on random numbers, with an output of NaN; the exact values). without: taken out of the PTX."""
     import gluon_kernels
 
     made = triton.compile(
@@ -25,27 +27,22 @@ def run(*, told: bool = True, freed: bool = True, without: str = "", **options: 
     random = np.random.default_rng(0)
     x, w = (f32_to_bf16(random.standard_normal((n, DEPTH)).astype(np.float32)) for n in (ROWS, 128))
     y, scratch = np.full((ROWS, 128), 0x7FFF, np.uint16), np.zeros(2 * made.metadata.global_scratch_size, np.uint8)
-    memory = ptx_emulator.Memory()
-    at = [memory.register(a.view(np.uint8).reshape(-1)) for a in (x, w, y, scratch)]
     text = made.asm["ptx"]
     if without:
         text, count = re.subn(r"(@!?%p\d+ )?" + re.escape(without), "", text)
         assert count == 1
-    (kernel,) = ptx_emulator.parse(text).kernels.values()
-    report = ptx_emulator.launch(
-        kernel,
-        grid=(2, 1, 1),
-        threads=128,
-        arguments=[*at[:3], DEPTH, ROWS, at[3], 0],
-        memory=memory,
-        shared_bytes=made.metadata.shared,
-        target="sm_90",
-        **options,  # type: ignore[arg-type]
-    )
-    memory.write_back()
-    exact = bf16_to_f32(x).astype(np.float64) @ bf16_to_f32(w).astype(np.float64).T
-    error = float(np.sqrt(((bf16_to_f32(y) - exact) ** 2).mean() / (exact**2).mean()))
-    return {f.kind for f in report.faults}, error
+    arguments = (*map(Pointer, "xwy"), DEPTH, ROWS, Pointer("scratch"), 0)
+    buffers = {"x": x, "w": w, "y": y, "scratch": scratch}
+    record = Record(text, made.metadata.name, (2, 1, 1), (128, 1, 1), arguments, buffers, made.metadata.shared)
+    return record, bf16_to_f32(x).astype(np.float64) @ bf16_to_f32(w).astype(np.float64).T
+
+
+def run(landing: str = "late", seed: int | None = None, **options: Any) -> tuple[set[str], float]:
+    """(kinds of faults, root mean square error over that of the exact values). options: of `launch_of`."""
+    record, exact = launch_of(**options)
+    report = cuda.run(record, landing=landing, seed=seed)
+    error = bf16_to_f32(record.buffers["y"]) - exact
+    return {f.kind for f in report.faults}, float(np.sqrt((error**2).mean() / (exact**2).mean()))
 
 
 @pytest.mark.parametrize(("landing", "seed"), [("late", None), ("early", None), ("random", 2)])

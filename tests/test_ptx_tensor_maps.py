@@ -71,6 +71,50 @@ def test_maps_that_a_kernel_made_wrong() -> None:
         go(code=CODE.replace("\ntensormap.cp_", "\n@%p2 tensormap.cp_"))
 
 
+def test_a_change_needs_an_acquiring_fence_before_its_use() -> None:
+    """The map lies in global memory; the fence names it, and comes behind the change."""
+    fence = "fence.proxy.tensormap::generic.acquire.gpu [%ptr2], 128;\n"
+    assert fence in CODE
+    kind = {"tensor map used without fence.proxy.tensormap"}
+    assert {f.kind for f in go(code=CODE.replace(fence, ""))[1].faults} == kind
+    assert {f.kind for f in go(code=CODE.replace(fence, fence.replace("%ptr2", "%ptr1")))[1].faults} == kind
+    early = CODE.replace(fence, "").replace("bar.warp.sync -1;\n", f"bar.warp.sync -1;\n{fence}")
+    assert {f.kind for f in go(code=early)[1].faults} == kind
+    release = fence.replace("acquire.gpu [%ptr2], 128", "release.gpu")
+    assert {f.kind for f in go(code=CODE.replace(fence, release))[1].faults} == kind
+
+
+@pytest.mark.parametrize(
+    ("field", "more", "says"),
+    [
+        ("element_stride", ", 1, 1", r"strides \(1, 127\): 1 each"),
+        ("interleave_layout", ", 0", "layout 127: 0"),
+    ],
+)
+def test_a_field_that_the_kernel_left_out(field: str, more: str, says: str) -> None:
+    """It is what was in shared memory before."""
+    left = REPLACE.replace("{0}", field).replace("{1}", "b32").replace("{2}", more)
+    assert left in MAKE
+    with pytest.raises(ptx_emulator.MemoryFault, match=says):
+        go(MAKE.replace(left, ""))
+
+
+def test_a_map_that_other_lanes_of_the_warp_filled() -> None:
+    """32 lanes write a word each, one of them changes the whole; one lane that wrote it all need not meet others."""
+    fill = "mad.lo.u32 %r11, %tid0, 4, %r8; mov.u32 %r12, 0; {0}st.shared.b32 [%r11], %r12; {1}"
+    alone = "{0}" + "".join(f"@%p2 st.shared.b32 [%r11+{4 * i}], %r12; " for i in range(1, 32)) + "{1}"
+    kind = {"write by other lanes of the warp, which have not met"}
+    for first, met, kinds in (
+        ("", "", kind),
+        ("", "bar.warp.sync -1;", set()),
+        ("", "bar.sync 0;", set()),
+        ("@%p2 ", "", set()),
+    ):
+        more = alone.replace("{1}", "").replace("{0}", "") if first else ""
+        code = CODE.replace("{make}", fill.replace("{0}", first).replace("{1}", more + met) + "{make}")
+        assert {f.kind for f in go(code=code)[1].faults} == kinds, (first, met)
+
+
 def test_a_map_that_another_warp_makes() -> None:
     """Two warps: without a barrier the one that publishes reads what the other writes."""
     code = CODE.replace("setp.eq.u32 %p2, %tid0, 0;", "setp.eq.u32 %p2, %tid0, 32; setp.lt.u32 %p1, %tid0, 32;")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ptx_emulator
 import ptx_emulator.core.execute
 import pytest
 import torch
+from engines import built, launch
 
 TARGETS = ("sm_80", "sm_90")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,8 +56,10 @@ class Problem:
             want,
         )
 
-    def run(self, ptx: str | None = None) -> tuple[ptx_emulator.Report, float]:
-        """The last tensor is the output; it starts as NaN."""
+    def run(
+        self, ptx: str | None = None, run: Callable[..., ptx_emulator.Report] = launch
+    ) -> tuple[ptx_emulator.Report, float]:
+        """The last tensor is the output; it starts as NaN. run: the launch, by both engines or by one."""
         kernel = ptx_emulator.parse(ptx or self.built["ptx"]).kernels[self.built["name"]]
         memory = ptx_emulator.Memory()
         arrays = [t.contiguous().view(torch.uint8).numpy().reshape(-1) for t in self.tensors]
@@ -63,7 +67,7 @@ class Problem:
             torch.full(self.want.shape, math.nan, dtype=self.tensors[0].dtype).view(torch.uint8).numpy().reshape(-1)
         )
         addresses = [memory.register(array, name=str(i)) for i, array in enumerate(arrays)]
-        report = ptx_emulator.launch(
+        report = run(
             kernel,
             grid=(*self.grid, 1),
             threads=self.built["threads"],
@@ -120,6 +124,18 @@ def test_matmul(compiled: dict[str, Any], name: str, target: str) -> None:
         name.startswith("wgmma" if target == "sm_90" else "mma") or kind == "fp32"
         for name in report.counters.tensor_flops_by_kind
     )
+
+
+@pytest.mark.skipif(not built(), reason="the vector machine is not built")
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_of_a_kernel_is_compiled_code(compiled: dict[str, Any], target: str) -> None:
+    """Copies, ldmatrix, products, softmax: nothing is left to the interpreter."""
+    native = partial(ptx_emulator.launch, engine="native")
+    for problem in (matmul(compiled, "matmul bf16 00 tf32", target), attention(compiled, target)):
+        report, error = problem.run(run=native)
+        assert error < LIMITS["bf16"]
+        assert report.counters.warp_instructions > 0
+        assert dict(report.interpreted) == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)

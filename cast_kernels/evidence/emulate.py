@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cast_kernels.evidence.cases import KINDS, Case, Error, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.problems import SIZES
+from cast_kernels.evidence.problems import ENGINES, SIZES
 from cast_kernels.evidence.useful import useful_flops
 
 
@@ -33,13 +33,14 @@ class Outcome:
     kernels: dict[str, KernelRuns]
     seconds: float
     fault: str = ""
+    engine: str = ENGINES[0]
 
     @property
     def ok(self) -> bool:
         return not self.fault and all(error.ok for error in self.errors)
 
 
-def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None) -> Outcome:
+def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, engine: str = ENGINES[0]) -> Outcome:
     """Run one case from compiled code and measure it.
 
     Args:
@@ -47,17 +48,18 @@ def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None) -> 
         case: the problem.
         dtype: a key of :data:`~cast_kernels.evidence.cases.KINDS`.
         cache: folder of compiled kernels, None for a temporary one.
+        engine: of the emulator.
     """
     kind = KINDS[dtype]._asdict()
     exact, eager = run(case, None, exact=True, **kind), run(case, "eager", **kind)
-    emulator, begin = Emulator(), time.perf_counter()
+    emulator, begin = Emulator(engine=engine), time.perf_counter()
     errors, fault = [], ""
     try:
         with offline_driver(goal, emulator, cache), poisoned_memory():
             errors = compare(run(case, "triton", **kind), eager, exact)
     except EmulationFault as error:
         fault = str(error)
-    return Outcome(case, errors, emulator.runs, time.perf_counter() - begin, fault)
+    return Outcome(case, errors, emulator.runs, time.perf_counter() - begin, fault, engine)
 
 
 def render_errors(outcome: Outcome) -> Table:
@@ -84,17 +86,19 @@ _COLUMNS = {
 def render_counters(outcome: Outcome) -> Table:
     """What the emulator counted, by kernel, over all launches.
 
-    Behind wavefronts: how many times the ideal. Useful: the share of the tensor FLOPs that the algorithm needs.
+    Behind wavefronts: how many times the ideal. Native: the share of the instructions that compiled code executed.
+    Useful: the share of the tensor FLOPs that the algorithm needs.
     """
     table = Table("kernel", title="executed in emulation; instructions are a warp's", title_justify="left")
-    for heading in ("launches", "CTAs", *_COLUMNS, "useful", "seconds"):
+    for heading in ("launches", "CTAs", *_COLUMNS, "native", "useful", "seconds"):
         table.add_column(heading, justify="right")
     useful = useful_flops(outcome.case)
     for runs in outcome.kernels.values():
         cells = [_cell(runs, *counters) for counters in _COLUMNS.values()]
         issued = runs.counters["tensor_flops"]
         share = f"{useful[runs.kernel] / issued:.0%}" if issued else ""
-        table.add_row(runs.kernel, str(runs.launches), str(runs.ctas), *cells, share, f"{runs.seconds:.1f}")
+        cells += [f"{runs.native:.1%}" if outcome.engine == "native" else "", share, f"{runs.seconds:.1f}"]
+        table.add_row(runs.kernel, str(runs.launches), str(runs.ctas), *cells)
     return table
 
 
@@ -114,6 +118,7 @@ def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
         "dtype": dtype,
         "case": asdict(outcome.case),
         "ok": outcome.ok,
+        "engine": outcome.engine,
         "fault": outcome.fault,
         "seconds": round(outcome.seconds, 1),
         "errors": [error._asdict() | {"ratio": error.ratio, "ok": error.ok} for error in outcome.errors],
@@ -121,7 +126,13 @@ def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def main(targets: Sequence[str], dtypes: Sequence[str], size: str, json_file: Path | None = None) -> int:
+def main(
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    size: str,
+    json_file: Path | None = None,
+    engine: str = ENGINES[0],
+) -> int:
     """Run, print, and return the exit code: 1 after a fault or an error above the gate.
 
     Args:
@@ -129,12 +140,13 @@ def main(targets: Sequence[str], dtypes: Sequence[str], size: str, json_file: Pa
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         size: key of :data:`SIZES`.
         json_file: where errors and all counters go as JSON.
+        engine: of the emulator.
     """
     console, outcomes, told = wide_console(), [], []
     for goal in [target(name) for name in targets]:
         for dtype in dtypes:
             for case in SIZES[size]:
-                outcome = emulate(goal, case, dtype)
+                outcome = emulate(goal, case, dtype, engine=engine)
                 console.print(f"{goal.name} {dtype}: {case}, {outcome.seconds:.0f} s", markup=False, highlight=False)
                 if outcome.errors:
                     console.print(render_errors(outcome))

@@ -51,6 +51,9 @@ _SMALL = Case(2, 3, 7, 64, 32, 2, scaled=True)
 #: No tile of `attention_backward` holds a window.
 _LONG = replace(_SMALL, batch=1, frames=2, patches=70, windows=("space", "space-time"))
 
+#: What the emulator executes kernels by, the default first.
+ENGINES = ("interpreter", "native")
+
 #: Size -> what is run. Small: every window, each direction alone, awkward sizes. Paper: forward of one clip and of
 #: three at the published size; backward where it fits a test's patience.
 SIZES: dict[str, tuple[Case, ...]] = {

@@ -9,6 +9,7 @@
 Written from NVIDIA's PTX ISA document. It has no model of time; see `Counters` for what it counts.
 """
 
+from ptx_emulator import native  # noqa: F401  (registers its engine)
 from ptx_emulator.core.checks import Fault
 from ptx_emulator.core.counters import Counters
 from ptx_emulator.core.errors import (

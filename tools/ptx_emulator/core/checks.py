@@ -148,24 +148,26 @@ class Checker:
         for one in np.unique(tags >> self.bits):
             first = int(np.flatnonzero((tags >> self.bits) == one)[0])
             other = self.m.trace[int(one)]
-            key = (kind, here, other)
-            if key in self.faults:
-                continue
-            code = self.m.kernel.instructions
             row, granule = divmod(int(places[first]), self.count)
-            pair = (int(tags[first]) & self.low, int(warps[first]))
-            self.faults[key] = Fault(
-                kind,
-                code[here].text,
-                code[other].text,
-                (granule * self.granule - SHARED_BASE) // 4,
-                self.warps_of(pair),
-                int(self.epochs[row]),
-                int(self.m.cta_numbers[row]),
-                self.m.kernel.where(here),
-                self.m.kernel.where(other),
-                self.names_of(pair, row),
-            )
+            self.record(kind, here, other, row, granule, (int(tags[first]) & self.low, int(warps[first])))
+
+    def record(self, kind: str, here: int, other: int, row: int, granule: int, pair: tuple[int, int]) -> None:
+        """Add a finding about a granule of the CTA `row` between two instructions, unless they have one of its kind."""
+        if (kind, here, other) in self.faults:
+            return
+        code = self.m.kernel.instructions
+        self.faults[kind, here, other] = Fault(
+            kind,
+            code[here].text,
+            code[other].text,
+            (granule * self.granule - SHARED_BASE) // 4,
+            self.warps_of(pair),
+            int(self.epochs[row]),
+            int(self.m.cta_numbers[row]),
+            self.m.kernel.where(here),
+            self.m.kernel.where(other),
+            self.names_of(pair, row),
+        )
 
     def warps_of(self, agents: tuple[int, int]) -> tuple[int, int]:
         """The warps of a pair of agents, each in its CTA."""

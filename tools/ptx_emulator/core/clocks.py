@@ -166,6 +166,27 @@ class ClusterChecker(Checker):
         mine = self.seen[cluster, agent, : len(clock)]
         np.maximum(mine, clock, out=mine)
 
+    def lanes_met(self, warps: Array) -> None:
+        """The lanes of these warps, [CTAs, warps], have met: each knows what the others did."""
+        for cta, warp in np.argwhere(warps):
+            agent = cta % self.size * self.m.warps + warp
+            self.seen[cta // self.size, agent, agent] = self.m.step
+
+    def lane_changes(self, cta: int, cells: Array, agent: int) -> None:
+        """One lane changes granules: what several lanes of its warp wrote there, they must have met since.
+
+        More than 16 bytes by one instruction were several lanes' doing. A warp's own column of `seen` has its last
+        meeting.
+        """
+        tag, who = self.writer[cells], np.array([[agent]])
+        step = tag >> self.bits
+        unmet = ((tag & self.low) == agent) & (step > self.seen[cta // self.size, agent, agent])
+        for one in np.unique(step[unmet]):
+            where = unmet & (step == one)
+            alone = self.m.kernel.instructions[self.m.trace[int(one)]].root == "tensormap"
+            if where.sum() * self.granule > 16 and not alone:
+                self.report("write by other lanes of the warp, which have not met", where, tag, cells, who)
+
     def visible(self, cluster: int, agent: int, step: int, by: int) -> bool:
         """Whether the warp has seen what agent `by` did at `step`."""
         return agent == by or int(max(self.seen[cluster, agent, by], self.inits[cluster, agent, by])) >= step

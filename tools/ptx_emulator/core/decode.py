@@ -8,6 +8,7 @@ place, so an array's identity says that its value is unchanged.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from ptx_emulator.core.syntax import (
     Special,
     Symbol,
     Vector,
+    registers_in,
 )
 
 Action = Callable[[State, Array | None], None]
@@ -116,6 +118,22 @@ class Decoder:
         self.dynamic_offset: int = round_up(self.kernel.shared_bytes, 1024)
         self.widths: list[int] = [TYPE_BYTES[kind] for _, kind in self.kernel.registers]
         self.predicate: list[bool] = [kind == "pred" for _, kind in self.kernel.registers]
+
+    @cached_property
+    def watched(self) -> frozenset[int]:
+        """The registers of which wgmma asks whether they were written: those that it names, and what is moved there."""
+        code = self.kernel.instructions
+        found: set[int] = set()
+        for ins in code:
+            if ins.root == "wgmma":
+                found = found.union(*map(registers_in, ins.operands))
+        moves = [ins for ins in code if found and ins.root == "mov" and isinstance(ins.operands[1], Register)]
+        grown = True
+        while grown:
+            more = {r for ins in moves if registers_in(ins.operands[0]) & found for r in registers_in(ins.operands[1])}
+            grown = not more <= found
+            found |= more
+        return frozenset(found)
 
     def _number(self, key: object) -> int:
         if key not in self._numbers:

@@ -66,18 +66,21 @@ def _of_groups(m: State, register: Array, active: Array, text: str) -> tuple[Arr
     return np.broadcast_to(values, (m.ctas, groups)), register.shape[0] == 1
 
 
-def read_operand(
-    m: State, register: Array, layout: Layout, kind: str, active: Array, regions: list[Any], text: str
-) -> Array:
-    """The operand of every warpgroup as float32 [warpgroups, rows, K]; inactive ones hold zeros.
+@dataclass(frozen=True)
+class Operand:
+    """The descriptors of an operand: of each warpgroup, [CTAs, warpgroups]; whether all CTAs agree; and those of active
+    warpgroups, each with the addresses of its chunks."""
 
-    Tells the checker what is read, and adds to `regions` what stays pinned until the product is waited for.
-    """
+    values: Array
+    common: bool
+    found: tuple[tuple[int, Array], ...]
+
+
+def find_operand(m: State, register: Array, layout: Layout, active: Array, text: str) -> Operand:
+    """The descriptors in a register, checked. Raises MemoryFault, Unsupported or Divergence."""
     values, common = _of_groups(m, register, active, text)
-    out: Array | None = None
-    everyone = bool(active.all())
-    found = np.unique(values if everyone else values[active])
-    for one in found:
+    found = []
+    for one in np.unique(values if active.all() else values[active]):
         descriptor = int(one)
         if descriptor >> 49 & 7:
             raise Unsupported(f"unsupported: a descriptor with base offset {descriptor >> 49 & 7} in {text}")
@@ -87,9 +90,25 @@ def read_operand(
                 f"a matrix descriptor reaches byte {int(chunks.max()) + CHUNK - 1024} of the CTA's "
                 f"{m.shared.size - 1024}: {text}"
             )
-        where = (values == one) & active
+        found.append((descriptor, chunks))
+    return Operand(values, common, tuple(found))
+
+
+def read_operand(
+    m: State, register: Array, layout: Layout, kind: str, active: Array, regions: list[Any], text: str
+) -> Array:
+    """The operand of every warpgroup as float32 [warpgroups, rows, K]; inactive ones hold zeros.
+
+    Tells the checker what is read, and adds to `regions` what stays pinned until the product is waited for.
+    """
+    operand = find_operand(m, register, layout, active, text)
+    values, found = operand.values, operand.found
+    out: Array | None = None
+    everyone = bool(active.all())
+    for one, chunks in found:
+        where = (values == np.uint64(one)) & active
         if m.checker is not None:
-            m.checker.operand_read(chunks.reshape(-1), where, common and everyone, regions)
+            m.checker.operand_read(chunks.reshape(-1), where, operand.common and everyone, regions)
         ctas = np.flatnonzero(where.any(1))
         tile = _decode(m, chunks, ctas, layout, kind)
         if out is None and len(found) == 1 and everyone:

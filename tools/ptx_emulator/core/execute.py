@@ -3,6 +3,7 @@
 While all lanes agree the batch runs block by block; when they part, each lane keeps its own block and the lowest runs.
 """
 
+from collections import Counter
 from typing import Any, Self
 
 import numpy as np
@@ -30,6 +31,11 @@ MAX_SPLITS = 4  # a batch may part into 16
 
 class Machine(State):
     """Runs one batch of CTAs: the state, and where each lane is in the program."""
+
+    @classmethod
+    def lanes_of_batch(cls, program: Program, threads: int, cluster: int) -> int:
+        """Lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache."""
+        return 16384
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Machine(State):
         self.rounds: int = 0  # of tests that all failed
         self.rounds_since: int = 0  # the progress at the first of them
         self.has_ended: Array = np.zeros(self.ctas, bool)
+        self.interpreted: Counter[str] = Counter()  # warp instructions by opcode, for a machine with code of its own
         self.schedule: Priorities | None = None if seed is None else Priorities(self, seed)
 
     def part(self, ctas: Array) -> Self:

@@ -1,6 +1,7 @@
 """Running a kernel over its grid, a batch of CTAs at a time."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,9 +21,9 @@ from ptx_emulator.core.syntax import Kernel
 #: Target -> bytes of shared memory that a CTA may have: 163 KiB and 227 KiB.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}
 MOST_CTAS = 16  #: of a cluster, which a GPU may be asked for
-BATCH_LANES = (
-    16384  # lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache
-)
+
+#: Name -> the machine that runs a batch. `ptx_emulator.native` adds "native".
+ENGINES: dict[str, type[Machine]] = {"interpreter": Machine}
 
 
 @dataclass
@@ -33,6 +34,10 @@ class Report:
     faults: list[Fault] = field(default_factory=list)  #: findings of the checks
     notes: list[Fault] = field(default_factory=list)  #: writes of values that agree; reads of nothing
     ctas: int = 0  #: how many ran
+    engine: str = "interpreter"  #: by which they ran
+    interpreted: Counter[str] = field(
+        default_factory=Counter
+    )  #: opcode -> warp instructions that the engine has no code for
 
 
 def launch(
@@ -49,6 +54,7 @@ def launch(
     seed: int | None = None,
     checks: bool = True,
     ctas: Sequence[int] | None = None,
+    engine: str = "interpreter",
 ) -> Report:
     """Execute a kernel.
 
@@ -67,6 +73,8 @@ def launch(
         seed: run warps by priorities drawn from it, so that one may run far ahead. None: together, in program order.
         checks: look for shared-memory races and reads of data in flight. Bounds and alignment are checked always.
         ctas: numbers of the CTAs to run, x fastest; None: all. A few are enough to count.
+        engine: "interpreter", which is the definition, or "native": compiled code, and the interpreter for what it
+            lacks, which the report counts.
 
     Returns:
         Counters, and the findings of the checks, which are no errors.
@@ -96,16 +104,18 @@ def launch(
             f"{kernel.name} asks for {kernel.shared_bytes} static + {shared_bytes} dynamic bytes of shared memory; "
             f"{target} gives a CTA {SHARED_LIMIT[target]}"
         )
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r}: choose one of {', '.join(ENGINES)}")
     parameters = pack(kernel, arguments)
     program = _program(kernel, target)
     numbers = _by_cluster(grid, shape, ctas)
-    report = Report(ctas=len(numbers))
+    report = Report(ctas=len(numbers), engine=engine)
     size = math.prod(shape)
-    batch = max(1, BATCH_LANES // threads // size) * size
+    batch = max(1, ENGINES[engine].lanes_of_batch(program, threads, size) // threads // size) * size
     faults: dict[tuple[str, int, int], Fault] = {}  # by kind and pair of instructions, the first CTA's
     with np.errstate(all="ignore"):
         for first in range(0, report.ctas, batch):
-            machine = Machine(
+            machine = ENGINES[engine](
                 program,
                 numbers[first : first + batch],
                 grid,
@@ -120,6 +130,7 @@ def launch(
                 seed,
             )
             machine.run()
+            report.interpreted += machine.interpreted
             if machine.checker is not None:
                 faults = {**machine.checker.faults, **faults}
     report.notes = [fault for fault in faults.values() if fault.kind in NOTES]

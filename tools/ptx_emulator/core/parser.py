@@ -8,6 +8,7 @@ import re
 
 from ptx_emulator.core.constants import declare
 from ptx_emulator.core.errors import ParseError, Unsupported
+from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.syntax import (
     TYPE_BYTES,
     Address,
@@ -35,6 +36,7 @@ _LABEL = re.compile(r"\s*([A-Za-z_$%][\w$]*)\s*:(?!:)")
 _VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[\s*(\d*)\s*\])?\s*$")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\s*(?:0x[0-9a-fA-F]+|\d+))|(-\s*\d+))?\s*\]$")
 _TILE = re.compile(r"\[\s*([%\w$]+)\s*,\s*\{([^}]*)\}\s*\]$")
+_BRACKETS = set("{[()]}")
 _INSTRUCTION = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 
 
@@ -48,6 +50,11 @@ def parse(text: str) -> Module:
     """
     if not isinstance(text, str):
         raise TypeError(f"parse takes PTX text as str, not {type(text).__name__}")
+    with no_collection():
+        return _module(text)
+
+
+def _module(text: str) -> Module:
     text = _COMMENT.sub(" ", text)
     files = {int(number): path.rsplit("/", 1)[-1] for number, path in _SOURCE_FILE.findall(text)}
     text = _SOURCE_LINE.sub(r".loc \1 \2;", _DEBUG_LINE.sub("", text))
@@ -180,7 +187,7 @@ class _Body:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.scopes: list[dict[str, int]] = [{}]
+        self.scopes: list[dict[str, Register]] = [{}]
         self.label_scopes: list[dict[str, str]] = [{}]
         self.scope_count = 0
         self.source = (0, 0)
@@ -250,11 +257,14 @@ class _Body:
             ranged = re.match(r"([%\w$]+)<(\d+)>$", name)
             names = [f"{ranged.group(1)}{i}" for i in range(int(ranged.group(2)))] if ranged else [name]
             for one in names:
-                self.scopes[-1][one] = len(self.kernel.registers)
+                self.scopes[-1][one] = Register(len(self.kernel.registers))
                 self.kernel.registers.append((one, match.group(1)))
 
     def _register(self, name: str) -> Register | None:
-        return next((Register(scope[name]) for scope in reversed(self.scopes) if name in scope), None)
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+        return None
 
     def _instruction(self, statement: str) -> Instruction:
         match = _INSTRUCTION.match(statement)
@@ -303,6 +313,9 @@ class _Body:
 
 def _split(text: str) -> list[str]:
     """Split at the commas outside braces and brackets."""
+    if not _BRACKETS & set(text):
+        parts = [part.strip() for part in text.split(",")]
+        return parts if parts[-1] else parts[:-1]
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
         if char in "{[(":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ptx_emulator.core import decode
 from ptx_emulator.core.decode import Action, Decoder
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import State, Wait
 from ptx_emulator.core.syntax import (
@@ -12,11 +13,9 @@ from ptx_emulator.core.syntax import (
     Address,
     Instruction,
     Kernel,
-    Operand,
-    Register,
     Symbol,
     Tile,
-    parts_of,
+    registers_in,
 )
 
 
@@ -95,7 +94,8 @@ def compile_kernel(kernel: Kernel) -> Program:
     """Decode a kernel into blocks. Raises Unsupported for the first instruction that no builder knows."""
     decoder = Decoder(kernel)
     try:
-        return _compile(kernel, decoder)
+        with no_collection():
+            return _compile(kernel, decoder)
     except Unsupported as error:
         raise error.located(kernel.where(decoder.current)) from None
 
@@ -144,15 +144,10 @@ def _clocked(ins: Instruction) -> bool:
 def _use(number: int, ins: Instruction) -> Use:
     if ins.root == "wgmma":
         return Use(number, frozenset(), frozenset())
-    named = [_registers(operand) for operand in ins.operands]
+    named = [registers_in(operand) for operand in ins.operands]
     touched = frozenset().union(*named) | ({ins.guard.index} if ins.guard else set())
     writes = bool(named) and not isinstance(ins.operands[0], Address | Tile)
     return Use(number, touched, named[0] if writes else frozenset())
-
-
-def _registers(operand: Operand) -> frozenset[int]:
-    """The numbers of the registers in an operand."""
-    return frozenset(part.index for part in parts_of(operand) if isinstance(part, Register))
 
 
 def _granule(code: list[Instruction]) -> int:

@@ -103,6 +103,15 @@ def parts_of(operand: Operand) -> "tuple[Operand, ...]":
     return (operand,)
 
 
+def registers_in(operand: Operand) -> frozenset[int]:
+    """The numbers of the registers in an operand."""
+    if isinstance(operand, Register):
+        return frozenset((operand.index,))
+    if isinstance(operand, Literal):
+        return frozenset()
+    return frozenset(part.index for part in parts_of(operand) if isinstance(part, Register))
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from ptx_emulator.core.errors import MemoryFault, Misaligned, Unsupported
 from ptx_emulator.core.spaces import CONST_WINDOW, HEAP_BASE, PARAM_WINDOW, SHARED_BASE, Array
-from ptx_emulator.core.state import State
+from ptx_emulator.core.state import Part, State
 from ptx_emulator.core.syntax import TYPE_BYTES
 
 MAP_BYTES = 128
@@ -22,7 +22,7 @@ MAGIC = 0x50414D5F454C4954
 TYPES = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "", "f64", "bf16", "tf32")
 SWIZZLES = (0, 32, 64, 128)
 FILLS = ("zero", "nan")
-_FORMAT = "<Q4B5Q4Q5H"
+_FORMAT = "<Q4B5Q4Q5H5BB"
 MOST_DIMENSIONS = 5
 #: what tensormap.replace calls a field -> (first byte, bytes of one)
 FIELDS = {
@@ -33,6 +33,8 @@ FIELDS = {
     "global_dim": (12, 8),
     "global_stride": (52, 8),
     "box_dim": (84, 2),
+    "element_stride": (94, 1),
+    "interleave_layout": (99, 1),
     "global_address": (120, 8),
 }
 
@@ -87,7 +89,9 @@ class TensorMap:
         """The 128 bytes of a kernel's parameter."""
         codes = (TYPES.index(self.type), len(self.sizes), SWIZZLES.index(self.swizzle), FILLS.index(self.fill))
         pad = [0] * (MOST_DIMENSIONS - len(self.sizes))
-        packed = struct.pack(_FORMAT, MAGIC, *codes, *self.sizes, *pad, *self.strides, *pad[:4], *self.box, *pad)
+        layout = (*self.sizes, *pad, *self.strides, *pad[:4], *self.box, *pad)
+        steps = [1] * len(self.sizes) + pad
+        packed = struct.pack(_FORMAT, MAGIC, *codes, *layout, *steps, 0)
         # the address stands apart, so that it can be found and replaced
         return (packed.ljust(MAP_BYTES - 8, b"\0")) + struct.pack("<Q", self.address)
 
@@ -100,11 +104,34 @@ def unpacked(data: bytes) -> TensorMap | None:
         return None
     (address,) = struct.unpack_from("<Q", data, MAP_BYTES - 8)
     sizes, strides, box = numbers[:rank], numbers[5 : 4 + rank], numbers[9 : 9 + rank]
+    if any(step != 1 for step in numbers[14 : 14 + rank]):
+        raise ValueError(f"tensor map: element strides {tuple(numbers[14 : 14 + rank])}: 1 each")
+    if numbers[19]:
+        raise ValueError(f"tensor map: interleaved layout {numbers[19]}: 0")
     return TensorMap(address, TYPES[kind], tuple(sizes), tuple(strides), tuple(box), SWIZZLES[swizzle], FILLS[fill])
 
 
-def tensor_map(m: State, address: int, dimensions: int, text: str) -> TensorMap:
-    """The map at a generic address: in the parameters, the constants or global memory."""
+class ChangedMaps(Part):
+    """Maps in global memory that this batch has changed, and which CTAs have fenced their proxy since."""
+
+    def __init__(self, m: State) -> None:
+        self.changed: dict[int, int] = {}  # generic address -> the step of the last change
+        self.fenced: dict[tuple[int, int], int] = {}  # (CTA, address) -> the step of its last acquiring fence
+
+    def may_part(self) -> bool:
+        """Not where one CTA may use what another has changed."""
+        return not self.changed
+
+    def check(self, m: State, cta: int, address: int) -> None:
+        """A thread of the CTA uses the map. A fence by any thread of the CTA is taken for its own."""
+        step = self.changed.get(address, 0)
+        if m.checker is not None and step > self.fenced.get((cta, address), 0):
+            m.checker.note("tensor map used without fence.proxy.tensormap", m.trace[-1], m.trace[step], cta)
+
+
+def tensor_map(m: State, address: int, dimensions: int, text: str, cta: int) -> TensorMap:
+    """The map at a generic address, in the parameters, the constants or global memory, for a thread of the CTA."""
+    m.of(ChangedMaps).check(m, cta, address)
     if address % MAP_ALIGNMENT:
         raise Misaligned(f"a tensor map at {address:#x}, no multiple of {MAP_ALIGNMENT}: {text}")
     for window, bank in ((PARAM_WINDOW, m.parameters), (CONST_WINDOW, m.constants)):

@@ -77,12 +77,13 @@ def run(
     seed: int | None = None,
     checks: bool = True,
     ctas: list[int] | None = None,
+    engine: str = "interpreter",
 ) -> Report:
     """Execute a recorded launch, and write what the kernel wrote to those of the record's buffers that are writable.
 
     Args:
         record: the launch.
-        landing, seed, checks, ctas: as of `ptx_emulator.launch`.
+        landing, seed, checks, ctas, engine: as of `ptx_emulator.launch`.
 
     Raises:
         KeyError: the module has no such kernel, or the record no such buffer.
@@ -110,6 +111,7 @@ def run(
         seed=seed,
         checks=checks,
         ctas=ctas,
+        engine=engine,
     )
     memory.write_back()
     return report

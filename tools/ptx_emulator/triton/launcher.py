@@ -50,6 +50,12 @@ class KernelRuns:
     ctas: int = 0
     seconds: float = 0.0
     counters: Counter[str] = field(default_factory=Counter)
+    interpreted: Counter[str] = field(default_factory=Counter)  # opcode -> warp instructions without code
+
+    @property
+    def native(self) -> float:
+        """The share of the warp instructions that the engine had code for."""
+        return 1 - self.interpreted.total() / max(self.counters["warp_instructions"], 1)
 
 
 class Span(NamedTuple):
@@ -101,6 +107,7 @@ class Emulator:
         landing: when copies land: "early", "late" or "random".
         seed: of the warps' priorities and of landing="random"; None: warps run in program order.
         checks: look for races and reads of data in flight. Bounds and alignment are checked always.
+        engine: of the emulator: "interpreter" or "native".
 
     Raises:
         EmulationFault: at a launch that faults.
@@ -115,11 +122,12 @@ class Emulator:
         landing: str = "late",
         seed: int | None = None,
         checks: bool = True,
+        engine: str = "interpreter",
     ) -> None:
         self.runs: dict[str, KernelRuns] = {}
         self._ptx = ptx
         self._parsed: dict[str, ptx_emulator.Kernel] = {}
-        self._options: dict[str, Any] = {"landing": landing, "seed": seed, "checks": checks}
+        self._options: dict[str, Any] = {"landing": landing, "seed": seed, "checks": checks, "engine": engine}
 
     def launch(self, launch: Launch) -> None:
         """Execute; raises EmulationFault where something is found."""
@@ -155,6 +163,7 @@ class Emulator:
             found, notes = list(report.faults), report.notes
             runs.ctas += report.ctas
             runs.counters.update(counts(report.counters))
+            runs.interpreted.update(report.interpreted)
         memory.write_back()
         runs.launches += 1
         runs.seconds += time.perf_counter() - begin

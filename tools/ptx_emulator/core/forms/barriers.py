@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ptx_emulator.core.clocks import ClusterChecker
 from ptx_emulator.core.decode import Decoder, Modifiers, wait
 from ptx_emulator.core.errors import Divergence, Unsupported
 from ptx_emulator.core.spaces import Array
@@ -188,6 +189,7 @@ class WarpBarrier(Wait):
 
     def together(self, m: State, live: Array | None) -> bool:
         """All lanes of each warp are here."""
+        meet(m, np.broadcast_to(True, m.shape) if live is None else live)
         return True
 
     def enter(self, m: State, lanes: Array) -> Array:
@@ -204,6 +206,12 @@ class WarpBarrier(Wait):
             f"in `{self.text}` CTA {int(m.cta_numbers[cta])} has {int(lanes[cta].sum())} threads, "
             f"thread {thread} first, that wait for lanes {mask:#010x} of their warp"
         )
+
+
+def meet(m: State, lanes: Array) -> None:
+    """Tell the checker that these lanes have met those of their warps."""
+    if isinstance(m.checker, ClusterChecker):
+        m.checker.lanes_met(np.any(lanes.reshape(m.ctas, m.warps, 32), axis=2))
 
 
 class WarpBarriers(Part):
@@ -226,6 +234,7 @@ class WarpBarriers(Part):
                 if (here | ~wanted).all():
                     ready[row] |= here
         if ready.any():
+            meet(m, ready.reshape(m.shape))
             m.wake(ready.reshape(m.shape))
             self.mask[ready.reshape(m.shape)] = 0
 

@@ -81,7 +81,7 @@ class Place:
             size, address = lane.value(self.size), lane.address(self.base)
             _whole_chunks(shared, address, size, self.text)
             return straight(shared, address, size, unit), None, ""
-        found = tensor_map(lane.m, lane.address(self.base), self.rank, self.text)
+        found = tensor_map(lane.m, lane.address(self.base), self.rank, self.text, lane.cta)
         corner = tuple(lane.signed(register) for register in self.coordinates)
         places, inside, heap = box_places(found, corner, shared, self.text)
         fill = CANONICAL_NAN.get(found.element) if found.fill == "nan" else None

@@ -5,12 +5,16 @@ Memory is sequential here, so a fence changes no value: it changes what the chec
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ptx_emulator.core.clocks import ClusterChecker
 from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.forms.loads import effective
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import State
 from ptx_emulator.core.syntax import Instruction
+from ptx_emulator.core.tensor_maps import ChangedMaps
 
 SCOPES = {"cta": "cta", "cluster": "cluster", "gpu": "gpu", "sys": "sys", "gl": "gpu"}
 
@@ -46,7 +50,7 @@ def _told(d: Decoder, tell: Callable[[ClusterChecker, Array | None], None]) -> A
 def _proxy(d: Decoder, ins: Instruction) -> Action:
     """Between accesses by ordinary instructions and by the async proxy."""
     if "tensormap::generic" in ins.modifiers:
-        return lambda m, mask: None  # the emulator keeps no copy of a tensor map that could be old
+        return _map_fence(d, ins)
     if not any(modifier.startswith("async") for modifier in ins.modifiers):
         raise Unsupported(f"unsupported: {ins.text}")
     number = d.current
@@ -55,5 +59,22 @@ def _proxy(d: Decoder, ins: Instruction) -> Action:
         m.tick(number)
         if m.checker is not None:
             m.checker.proxy_fence(mask)
+
+    return fence
+
+
+def _map_fence(d: Decoder, ins: Instruction) -> Action:
+    """Behind a change of a tensor map: a release needs no more; an acquire names the map that the CTA may use then."""
+    if "acquire" not in ins.modifiers:
+        return lambda m, mask: None
+    base, offset, _ = d.address(ins.operands[0], ins)
+    number = d.current
+
+    def fence(m: State, mask: Array | None) -> None:
+        m.tick(number)
+        addresses = m.full(effective(m, base, offset))
+        for cta, lanes in enumerate(np.broadcast_to(True if mask is None else mask, m.shape)):
+            for address in np.unique(addresses[cta][lanes]).tolist():
+                m.of(ChangedMaps).fenced[cta, address] = m.step
 
     return fence

@@ -1,8 +1,8 @@
 """Floating-point arithmetic in f32, f64, f16 and bf16, packed pairs included, and comparisons of every type.
 
 Source: PTX ISA, "Floating-Point Instructions", "Half Precision Floating-Point Instructions", "Comparison and
-Selection". The approximate units (ex2, lg2, rcp, rsqrt, sqrt, tanh, sin, cos, div.full) are as exact here as NumPy, and
-`.ftz` flushes nothing.
+Selection". The approximate units (ex2, lg2, rcp, rsqrt, sqrt, tanh, sin, cos, div.full) are as exact here as NumPy, or
+as float64 rounded once (ex2, rsqrt), and `.ftz` flushes nothing.
 """
 
 from collections.abc import Callable
@@ -202,7 +202,7 @@ def build_transcendental(d: Decoder, ins: Instruction) -> Action | None:
         "sqrt": np.sqrt,
         "rsqrt": _unary(lambda a: 1.0 / np.sqrt(a)),
         "rcp": lambda a: a.dtype.type(1) / a,
-        "ex2": np.exp2,
+        "ex2": _unary(np.exp2),
         "lg2": np.log2,
         "tanh": np.tanh,
         "sin": np.sin,

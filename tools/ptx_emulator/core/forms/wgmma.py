@@ -45,7 +45,7 @@ class Products(Part):
         self.matrices: dict[tuple[int, ...], Array] = {}  # accumulators not yet in registers, [warpgroups, 64, N]
         self.held: dict[tuple[int, ...], Array] = {}  # for which warpgroups, [CTAs, warpgroups]
         self.settled: dict[tuple[int, ...], tuple[Array, list[Array]]] = {}  # and those whose registers hold them
-        self.fenced: list[Any] | None = None
+        self.fenced: dict[int, Any] | None = None  # the watched registers' values at the last fence
 
     def may_part(self) -> bool:
         """Not with products that wait in groups."""
@@ -96,14 +96,16 @@ def build_wgmma(d: Decoder, ins: Instruction) -> Action | None:
     mods.drop("sync", "aligned")
     what = mods.take("fence", "commit_group", "wait_group", "mma_async")
     if what == "mma_async":
-        return _product(d, ins, mods)
+        return _product(d, ins)
     mods.end()
     text, number = ins.text, d.current
     if what == "fence":
+        watched, own = d.watched, len(d.kernel.registers)
 
         def fence(m: State, mask: Array | None) -> None:
             active_groups(m, mask, text)
-            products(m, text).fenced = list(m.r)
+            immediates = range(own, len(m.r))  # and predefined registers
+            products(m, text).fenced = {register: m.r[register] for register in (*watched, *immediates)}
 
         return fence
     if what == "commit_group":
@@ -165,7 +167,34 @@ def _scale(operand: Any, ins: Instruction) -> int:
     return int(operand.text)
 
 
-def _product(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
+@dataclass(frozen=True)
+class Form:
+    """A `wgmma.mma_async` as it is written: numbers of registers, -1 for a descriptor that is none, and layouts."""
+
+    registers: tuple[int, ...]
+    a_registers: tuple[int, ...]
+    a: int
+    b: int
+    scale: int
+    negated: bool
+    sign: int
+    kind: str
+    a_layout: Layout
+    b_layout: Layout
+    number: int
+    text: str
+    name: str
+
+    @property
+    def flops(self) -> int:
+        """Of one warpgroup."""
+        return 2 * ROWS * self.b_layout.rows * self.b_layout.depth
+
+
+def read_form(d: Decoder, ins: Instruction) -> Form:
+    """The form of a `wgmma.mma_async`. Raises Unsupported."""
+    mods = Modifiers(ins)
+    mods.drop("sync", "aligned", "mma_async")
     types = mods.types()
     shape = mods.left.pop(0) if mods.left else ""
     mods.end()
@@ -193,36 +222,51 @@ def _product(d: Decoder, ins: Instruction, mods: Modifiers) -> Action:
         raise Unsupported(f"unsupported: {ins.text}")
     b_layout = Layout(columns, depth, size, bool(transposed and transposed[-1]))
     a_layout = Layout(ROWS, depth, size, bool(transposed and transposed[0]))
-    sign, flops = scale_a * scale_b, 2 * ROWS * columns * depth
-    number, text, name = d.current, ins.text, f"wgmma.{shape}.{kind}"
+    name = f"wgmma.{shape}.{kind}"
+    layouts, sign = (a_layout, b_layout), scale_a * scale_b
+    return Form(registers, a_registers, a, b, scale, negated, sign, kind, *layouts, d.current, ins.text, name)
+
+
+def _product(d: Decoder, ins: Instruction) -> Action:
+    form = read_form(d, ins)
+    kind, text, registers, a_registers = form.kind, form.text, form.registers, form.a_registers
 
     def multiply(m: State, mask: Array | None) -> None:
         active = active_groups(m, mask, text)
         state = products(m, text)
-        m.tick(number)
+        m.tick(form.number)
         regions: list[Any] = []
         if a_registers:
             left = fragment(m, a_registers, 2, kind)
-            if size == 2:  # a fragment's k runs over (register, half, t); the document's order is (register, t, half)
+            if (
+                form.a_layout.size == 2
+            ):  # a fragment's k runs over (register, half, t); the document's (register, t, half)
                 left = np.ascontiguousarray(left.reshape(-1, 16, 2, 2, 4).swapaxes(3, 4))
-            left = left.reshape(-1, ROWS, depth)
+            left = left.reshape(-1, ROWS, form.a_layout.depth)
         else:
-            left = read_operand(m, m.r[a], a_layout, kind, active, regions, text)
-        right = read_operand(m, m.r[b], b_layout, kind, active, regions, text)
+            left = read_operand(m, m.r[form.a], form.a_layout, kind, active, regions, text)
+        right = read_operand(m, m.r[form.b], form.b_layout, kind, active, regions, text)
         total = np.matmul(left, right.transpose(0, 2, 1))
-        if sign < 0:
+        if form.sign < 0:
             np.negative(total, out=total)
-        _check_fence(m, state, registers, a_registers, active)
-        _accumulate(m, state, registers, total, m.r[scale], negated, active, text)
-        state.flying.append(Product(registers, a_registers, active, state.group.copy(), number, regions))
-        m.pending_registers |= set(registers)
-        m.pending_inputs |= set(a_registers)
-        m.counters.tensor(name, flops * int(active.sum()))
+        check_fence(m, state, registers, a_registers, active)
+        _accumulate(m, state, registers, total, m.r[form.scale], form.negated, active, text)
+        launched(m, state, form, active, regions)
 
     return multiply
 
 
-def _check_fence(m: State, state: Products, registers: tuple[int, ...], inputs: tuple[int, ...], active: Array) -> None:
+def launched(m: State, state: Products, form: Form, active: Array, regions: list[Any]) -> None:
+    """The product is in flight."""
+    registers, inputs = form.registers, form.a_registers
+    state.held[registers] = state.held.get(registers, np.zeros(state.shape, bool)) | active
+    state.flying.append(Product(registers, inputs, active, state.group.copy(), form.number, regions))
+    m.pending_registers |= set(registers)
+    m.pending_inputs |= set(inputs)
+    m.counters.tensor(form.name, form.flops * int(active.sum()))
+
+
+def check_fence(m: State, state: Products, registers: tuple[int, ...], inputs: tuple[int, ...], active: Array) -> None:
     """Registers that wgmma reads must not have been written since the last wgmma.fence.
 
     A plain copy of a value that was in a register at the fence is no such write: LLVM puts the copies that an inline
@@ -232,7 +276,7 @@ def _check_fence(m: State, state: Products, registers: tuple[int, ...], inputs: 
         return
     chained = registers in state.held and bool(state.held[registers][active].all())
     watched = inputs if chained else registers + inputs
-    ordered = {id(value) for value in state.fenced or ()}
+    ordered = {id(value) for value in (state.fenced or {}).values()}
     written = [r for r in watched if id(_original(m, r)) not in ordered]
     if state.fenced is None or any(_changed(m, state.fenced[r], m.r[r], active) for r in written):
         m.checker.note("wgmma register written after the last wgmma.fence", m.trace[-1], m.trace[-1])
@@ -265,22 +309,26 @@ def _accumulate(
     text: str,
 ) -> None:
     """Add the accumulators where scale-d holds, and keep the sum for the registers."""
-    for other in state.matrices:
-        if other != registers and not set(other).isdisjoint(registers):
-            raise Unsupported(f"unsupported: accumulators that overlap with those of another product in flight: {text}")
-    keep = _per_group(m, scale, negated, active, text)
+    check_overlap(state, registers, text)
+    keep = per_group(m, scale, negated, active, text)
     everyone = bool(active.all())
     if keep.any() or not everyone:
-        old = _current(m, state, registers)
+        old = current(m, state, registers)
         if keep.any():
             total = total + old if keep.all() else np.where(keep, total + old, total)
         if not everyone:
             total = np.where(active.reshape(-1, 1, 1), total, old)
     state.matrices[registers] = canonical(total).view(np.float32)
-    state.held[registers] = state.held.get(registers, np.zeros(state.shape, bool)) | active
 
 
-def _per_group(m: State, scale: Array, negated: bool, active: Array, text: str) -> Array:
+def check_overlap(state: Products, registers: tuple[int, ...], text: str) -> None:
+    """Raise Unsupported where other accumulators in flight share some of the registers."""
+    for other in state.matrices:
+        if other != registers and not set(other).isdisjoint(registers):
+            raise Unsupported(f"unsupported: accumulators that overlap with those of another product in flight: {text}")
+
+
+def per_group(m: State, scale: Array, negated: bool, active: Array, text: str) -> Array:
     """The scale-d predicate of each warpgroup, broadcasting with [warpgroups, 64, N]."""
     keep = ~scale if negated else scale
     if keep.size == 1:
@@ -291,7 +339,7 @@ def _per_group(m: State, scale: Array, negated: bool, active: Array, text: str) 
     return lanes[:, :1, None]
 
 
-def _current(m: State, state: Products, registers: tuple[int, ...]) -> Array:
+def current(m: State, state: Products, registers: tuple[int, ...]) -> Array:
     """The accumulators of every warpgroup: from what is held back, else from the registers."""
     held = state.held.get(registers)
     if held is not None and held.all():

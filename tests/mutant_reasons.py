@@ -1,0 +1,194 @@
+"""Why a planted fault may change nothing: rules, each with a condition that is checked for the launch at hand.
+
+A rule names mutants by kernel, family, instruction and change. It holds for one only if its check does. The checks look
+at the PTX, or run it with a trap where the rule would be wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ptx_emulator import Trap, cuda
+from ptx_emulator.core.tensor_maps import FIELDS
+from ptx_emulator.mutants import Mutant, Subject
+from ptx_emulator.mutants.judge import as_numbers, difference
+from ptx_emulator.mutants.text import instructions, split
+from test_ptx_cuda import NVCC
+
+REGISTERS = 1 << 16  # of a multiprocessor, which a CTA may have
+Check = Callable[[Subject, Mutant], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reason for which mutants are equivalent to the launch they were made of."""
+
+    family: str
+    instruction: str  # a pattern that is found in it
+    change: str  # a pattern that is found in it
+    why: str
+    holds: Check
+    kernels: str = ""  # a pattern that is found in the subject's name
+
+
+def reason(subject: Subject, mutant: Mutant) -> str:
+    """The first rule that names the mutant and holds; "" where there is none."""
+    for rule in RULES:
+        named = rule.family == mutant.family and re.search(rule.kernels, subject.name)
+        named = named and re.search(rule.instruction, mutant.instruction) and re.search(rule.change, mutant.change)
+        if named and rule.holds(subject, mutant):
+            return rule.why
+    return ""
+
+
+def _bare(text: str) -> str:
+    """PTX without comments and debug lines."""
+    return re.sub(r"//[^\n]*|^\s*\.loc[^\n]*$", "", text, flags=re.M)
+
+
+def _rest(subject: Subject, mutant: Mutant) -> str:
+    """The PTX behind the instruction."""
+    return _bare(subject.record.ptx[mutant.at :]).partition(";")[2]
+
+
+def followed_by(pattern: str) -> Check:
+    """What comes next is such an instruction; braces and labels may lie between."""
+    return lambda subject, mutant: re.match(rf"(?:[\s{{}}]|[$\w]+:)*(?:{pattern})", _rest(subject, mutant)) is not None
+
+
+def beside_another(subject: Subject, mutant: Mutant) -> bool:
+    """Between this barrier of the CTA and the one before or behind it is neither memory nor a branch nor a label."""
+    before = _bare(subject.record.ptx[: mutant.at]).rpartition("bar.sync")
+    behind = _rest(subject, mutant).partition("bar.sync")
+    quiet = [part for part, sign in ((before[2], before[1]), (behind[0], behind[1])) if sign]
+    busy = r"\b(?:ld|st|atom|red|cp|mbarrier|wgmma|ldmatrix|stmatrix|tensormap|fence|barrier|bra|ret)\b|[\w$]+:\s"
+    return any(not re.search(busy, part) for part in quiet)
+
+
+def separates_nothing(subject: Subject, mutant: Mutant) -> bool:
+    """More drawn schedules: no finding, and every bit of the outputs as it was."""
+    right = subject.right()
+    for seed in range(2, 6):
+        buffers = {name: array.copy() for name, array in subject.record.buffers.items()}
+        report = cuda.run(replace(mutant.record, buffers=buffers), landing="random", seed=seed)
+        if report.faults or any(difference(right[n], as_numbers(buffers[n], k)) for n, k in subject.outputs.items()):
+            return False
+    return True
+
+
+def _runs_with(subject: Subject, at: int, code: str) -> bool:
+    """Whether the launch runs to its end with this code in front of an instruction."""
+    ptx = subject.record.ptx[:at] + code + subject.record.ptx[at:]
+    buffers = {name: array.copy() for name, array in subject.record.buffers.items()}
+    try:
+        cuda.run(replace(subject.record, ptx=ptx, buffers=buffers), checks=False)
+    except Trap:
+        return False
+    return True
+
+
+def unused_leading_offset(subject: Subject, mutant: Mutant) -> bool:
+    """The operand is swizzled whenever the product runs; if it is transposed, it is no wider than the swizzle."""
+    shape = re.search(r"\.m64n(\d+)k\d+\.", mutant.instruction)
+    assert shape is not None
+    operands = split(mutant.instruction.rstrip(";").partition(" ")[2])  # D, A, B, scale-d, signs, transposes
+    first = mutant.change.split(" of ")[1].startswith("A")
+    descriptor, transposes = operands[1 if first else 2], operands[6:]
+    transposed = bool(transposes) and transposes[0 if first else -1] == "1"
+    if transposed and (64 if first else int(shape[1])) > 64:
+        return False
+    wrong = "setp.ne.u64 differs, mode, 1;" if transposed else "setp.eq.u64 differs, mode, 0;"
+    code = f"{{ .reg .b64 mode; .reg .pred differs; shr.u64 mode, {descriptor}, 62; {wrong} @differs trap; }} "
+    return _runs_with(subject, mutant.at, code)
+
+
+def already_zero(subject: Subject, mutant: Mutant) -> bool:
+    """The field of the map that the kernel makes holds what the instruction would write there: zero."""
+    found = next(one for one in instructions(subject.record.ptx) if one.start == mutant.at)
+    place, _ = FIELDS[found.opcode.split(".")[3]]
+    start = found.operands[0].strip("[] ").partition("+")[0].strip()
+    guard = (
+        f"{'not' * found.negated or 'mov'}.pred under, {found.guard};" if found.guard else "setp.eq.u32 under, 0, 0;"
+    )
+    code = (
+        f"{{ .reg .b32 held; .reg .pred differs, under; {guard} ld.shared.u8 held, [{start}+{place}]; "
+        f"setp.ne.u32 differs, held, 0; and.pred differs, differs, under; @differs trap; }} "
+    )
+    return int(found.operands[-1], 0) == 0 and _runs_with(subject, mutant.at, code)
+
+
+def fits_without(subject: Subject, mutant: Mutant) -> bool:
+    """ptxas gives the kernel no more registers than the launch gives a thread, and spills none."""
+    assert NVCC is not None, "the kernels with setmaxnreg are compiled by nvcc"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(mutant.record.ptx)
+        ptxas = [str(Path(NVCC).with_name("ptxas")), "-arch=sm_90a", "-v", str(path), "-o", str(path) + ".o"]
+        said = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
+    used = re.search(r"Used (\d+) registers", said)
+    assert used is not None, said
+    return "0 bytes spill stores" in said and int(used[1]) * subject.record.block[0] <= REGISTERS
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "descriptor", "wgmma", "leading byte offset",
+        "the leading byte offset has no meaning for an operand under a swizzle that is no wider than the swizzle",
+        unused_leading_offset,
+    ),
+    Rule(
+        "tensor map", r"tensormap\.replace\.tile\.(?:fill_mode|interleave_layout)", "deleted",
+        "the kernel filled the map with zeros before, and zero is what is written",
+        already_zero,
+    ),
+    Rule(
+        "barrier", r"bar\.warp\.sync", "deleted",
+        "the warp's lanes wait for each other at the barrier of the cluster behind it",
+        followed_by(r"barrier\.cluster\.arrive"),
+    ),
+    Rule(
+        "fence", r"fence\.mbarrier_init", "deleted",
+        "the releasing barrier of the cluster behind it makes the inits visible",
+        lambda subject, mutant: ".release" in re.findall(r"cluster\.arrive[\w.]*", _rest(subject, mutant))[0],
+    ),
+    Rule(
+        "barrier", r"bar\.sync", "deleted",
+        "another barrier of the CTA stands beside it, with no access to memory between them",
+        beside_another,
+    ),
+    Rule(
+        "barrier", r"bar\.sync", "deleted",
+        "separates nothing: without it the race check, which goes by clocks, finds no two warps at one word of shared "
+        "memory, and eight schedules and landings keep every bit",
+        separates_nothing,
+    ),
+    *(
+        Rule(
+            family, r"cp\.async\.(?:commit|wait)_", "",
+            "nothing in flight: the check of asynchronous copies finds none that is read or overwritten before it is "
+            "waited for, and eight schedules and landings keep every bit",
+            separates_nothing,
+        )
+        for family in ("commit", "wait")
+    ),
+    Rule(
+        "registers", r"setmaxnreg\.inc", "deleted",
+        "ptxas gives the kernel without it as many registers as the launch gives a thread, and spills none",
+        fits_without,
+    ),
+    Rule(
+        "commit", r"cp\.async\.bulk\.commit_group", "deleted",
+        "the kernel has no bulk copy that a group counts",
+        lambda subject, mutant: ".bulk_group" not in subject.record.ptx,
+    ),
+    Rule(
+        "wait", r"cp\.async\.bulk\.wait_group", "",
+        "the kernel has no bulk copy that a group counts",
+        lambda subject, mutant: ".bulk_group" not in subject.record.ptx,
+    ),
+)  # fmt: skip

@@ -1,0 +1,177 @@
+"""The native engine against the interpreter, which is the definition. The tests of small PTX compare them as well."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import engines
+import numpy as np
+import ptx_emulator
+import pytest
+from ptx_emulator.core.program import compile_kernel
+from ptx_emulator.native.liveness import access_of, place
+from ptx_snippets import entry, run
+
+import cast_kernels._native
+
+
+def native(text: str, arrays: list[np.ndarray], **options: object) -> ptx_emulator.Report:
+    """Launch the only kernel of `text` by the native engine alone."""
+    (kernel,) = ptx_emulator.parse(text).kernels.values()
+    memory = ptx_emulator.Memory()
+    addresses = [memory.register(array.view(np.uint8).reshape(-1), name=f"x{i}") for i, array in enumerate(arrays)]
+    report = ptx_emulator.launch(
+        kernel, grid=(2, 1, 1), threads=64, arguments=addresses, memory=memory, engine="native", **options
+    )  # type: ignore[arg-type]
+    memory.write_back()
+    return report
+
+
+def test_the_machine_is_built_where_the_native_core_is() -> None:
+    if cast_kernels._native.RECORD.get("cpu", {}).get("built"):
+        assert engines.built()
+
+
+needs_machine = pytest.mark.skipif(not engines.built(), reason="the vector machine is not built")
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one of interpreter, native"):
+        run(entry("", 0), [], engine="fast")
+
+
+@needs_machine
+def test_a_report_tells_what_was_interpreted() -> None:
+    """lg2 has no code: two CTAs of two warps interpret it once each, and the value is the interpreter's."""
+    code = """
+    mad.wide.u32 %d1, %tid0, 4, %ptr0;
+    ld.global.b32 %r1, [%d1];
+    lg2.approx.f32 %f1, %r1;
+    add.f32 %f1, %f1, 0f3F800000;
+    st.global.b32 [%d1], %f1;
+    """.replace("lg2.approx.f32 %f1, %r1", "mov.b32 %f2, %r1; lg2.approx.f32 %f1, %f2")
+    values = np.arange(1, 65, dtype=np.float32)
+    report = native(entry(code, 1), [values])
+    assert report.engine == "native"
+    assert dict(report.interpreted) == {"lg2": 4}
+    assert values[7] == 4
+    first = np.arange(1, 65, dtype=np.float32)
+    again = run(entry(code, 1), [first], threads=64)
+    assert (again.engine, dict(again.interpreted)) == ("interpreter", {})
+
+
+@needs_machine
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
+def test_a_planted_race_is_found_alike(barrier: str) -> None:
+    """Thread t writes word t and reads word t + 32 (mod 64), another warp's; `run` compares the findings."""
+    code = f"""
+    shl.b32 %r1, %tid0, 2;
+    mov.b32 %r2, s;
+    add.u32 %r3, %r2, %r1;
+    st.shared.b32 [%r3], %tid0;
+    {barrier}
+    xor.b32 %r4, %r1, 128;
+    add.u32 %r4, %r4, %r2;
+    ld.shared.b32 %r5, [%r4];
+    mad.wide.u32 %d1, %tid0, 4, %ptr0;
+    st.global.b32 [%d1], %r5;
+    """
+    text = entry(code, 1, outside=".shared .align 16 .b8 s[256];")
+    out = np.zeros(64, np.uint32)
+    report = run(text, [out], threads=64)
+    assert {fault.kind for fault in report.faults} == (set() if barrier else {"write-read"})
+    assert engines.keys(native(text, [out])) == engines.keys(report)
+
+
+@needs_machine
+@pytest.mark.parametrize(
+    ("code", "error", "told"),
+    [
+        ("ld.global.b32 %r1, [%d1+4096];", ptx_emulator.MemoryFault, "outside every buffer"),
+        ("ld.global.b32 %r1, [%d1+2];", ptx_emulator.Misaligned, "no multiple of 4"),
+        ("st.shared.b32 [s+256], %tid0;", ptx_emulator.MemoryFault, "outside the CTA's"),
+    ],
+)
+def test_an_error_is_told_in_the_interpreters_words(code: str, error: type[Exception], told: str) -> None:
+    text = entry(f"mov.b64 %d1, %ptr0; {code}", 1, outside=".shared .align 16 .b8 s[256];")
+    with pytest.raises(error, match=re.escape(told)) as ours:
+        native(text, [np.zeros(64, np.uint32)])
+    with pytest.raises(error) as theirs:
+        run(text, [np.zeros(64, np.uint32)], grid=2, threads=64)
+    assert str(ours.value) == str(theirs.value)
+
+
+@needs_machine
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_levels_agree_too(level: str) -> None:
+    """What has vector code of its own, in a process that asks for another level."""
+    environment = os.environ | {"CAST_KERNELS_CPU_ISA": level}
+    code = "from ptx_emulator.native.library import library; print(library().level)"
+    folder = Path(__file__).parent
+    search = environment | {"PYTHONPATH": str(folder.parent / "tools")}
+    used = subprocess.run([sys.executable, "-c", code], env=search, capture_output=True, text=True, check=True)
+    assert used.stdout.strip() in (level, "baseline")
+    files = [str(folder / f"test_ptx_{name}.py") for name in ("matrix", "wgmma", "checks", "copies", "integer")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def units_apart(code: str, *inputs: np.ndarray) -> np.ndarray:
+    """By how many units of the last place the engines' results differ. The code makes %f1 of %f1 to %f3."""
+    loads = "".join(
+        f"mad.wide.u32 %d{i}, %r1, 4, %ptr{i}; ld.global.b32 %f{i + 1}, [%d{i}];" for i in range(len(inputs))
+    )
+    text = f"mov.u32 %r1, %ctaid.x; mad.lo.u32 %r1, %r1, 128, %tid0; {loads} {code} st.global.b32 [%d0], %f1;"
+    (kernel,) = ptx_emulator.parse(entry(text, len(inputs))).kernels.values()
+    found = []
+    for engine in ("native", "interpreter"):
+        values, memory = [array.copy() for array in inputs], ptx_emulator.Memory()
+        arguments = [memory.register(array.view(np.uint8)) for array in values]
+        grid = (len(values[0]) // 128, 1, 1)
+        ptx_emulator.launch(kernel, grid=grid, threads=128, arguments=arguments, memory=memory, engine=engine)
+        memory.write_back()
+        found.append(values[0].view(np.int32).astype(np.int64))
+    return np.abs(found[0] - found[1])
+
+
+@needs_machine
+def test_powers_of_two_differ_by_one_unit_at_most() -> None:
+    """ex2 is a series here and NumPy's exp2 there, both in float64: they may part where a value lies within their
+    rounding of the middle between two floats. None of these million does."""
+    rng = np.random.default_rng(0)
+    edges = [0, -0.0, np.inf, -np.inf, np.nan, 1e-40]
+    inputs = np.concatenate([rng.uniform(-160, 140, 1 << 20), edges]).astype(np.float32)
+    apart = units_apart("ex2.approx.f32 %f1, %f1;", np.resize(inputs, (len(inputs) + 127) // 128 * 128))
+    assert apart.max() <= 1
+    assert np.count_nonzero(apart) == 0
+
+
+@needs_machine
+def test_a_tiny_sum_differs_by_one_unit_at_most() -> None:
+    """The interpreter's fused multiply-add rounds to float64 first, which is seen in results without all their bits."""
+    rng = np.random.default_rng(1)
+    factors = [(rng.standard_normal(1 << 18) * 2.0**-67).astype(np.float32) for _ in range(2)]
+    tiny = (rng.standard_normal(1 << 18) * 2.0**-133).astype(np.float32)
+    apart = units_apart("fma.rn.f32 %f1, %f1, %f2, %f3;", *factors, tiny)
+    assert apart.max() <= 1
+    assert np.count_nonzero(apart) <= 1
+    assert not units_apart("fma.rn.f32 %f1, %f1, %f2, %f3;", factors[0], factors[1], tiny * np.float32(2.0**60)).any()
+
+
+def test_registers_share_a_place_only_when_they_are_not_needed_at_once() -> None:
+    """%r1 and %r2 are needed at once; %r3 begins when both are over. One that is read before it is written is told."""
+    code = "mov.u32 %r1, 1; mov.u32 %r2, 2; add.u32 %r3, %r1, %r2; add.u32 %r4, %r3, %r9; st.global.b32 [%ptr0], %r4;"
+    (kernel,) = ptx_emulator.parse(entry(code, 1)).kernels.values()
+    program = compile_kernel(kernel)
+    names = {name: number for number, (name, _) in enumerate(kernel.registers)}
+    widths = [*program.decoder.widths, *[8] * (program.decoder.count - len(program.decoder.widths))]
+    places, early = place(program, [access_of(ins) for ins in kernel.instructions], widths, frozenset())
+    offsets = {name: places.offset[names[name]] for name in ("%r1", "%r2", "%r3", "%r4", "%r9")}
+    assert offsets["%r1"] != offsets["%r2"]
+    assert len({offsets[name] for name in ("%r1", "%r2", "%r9")}) == 3
+    assert names["%r9"] in early
+    assert names["%r1"] not in early
