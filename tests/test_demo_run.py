@@ -92,12 +92,12 @@ def test_a_run_that_was_interrupted_says_so_and_expects_only_the_rest(runs: Runs
 
 
 def test_what_was_expected_is_near_what_it_took(runs: Runs) -> None:
-    """Within a factor of 2, all trainings together."""
+    """Within a factor of 4, all trainings together: alone on a machine 2, but a core's other thread takes as much again."""
     names = ("spatial expert", "temporal expert", "alone", "ensemble", "cast")
     trained = [stage for stage in runs.metrics["stages"] if stage["name"].split(",")[0] in names]
     expected, took = (sum(stage[key] for stage in trained) for key in ("expected", "took"))
     assert len(trained) == 10
-    assert took / 2 < expected < took * 2
+    assert took / 4 < expected < took * 4
 
 
 def test_progress_ends_at_a_hundred_percent_and_never_falls(runs: Runs) -> None:
