@@ -92,7 +92,7 @@ def test_a_run_that_was_interrupted_says_so_and_expects_only_the_rest(runs: Runs
 
 
 def test_what_was_expected_is_near_what_it_took(runs: Runs) -> None:
-    """Within a factor of 4, all trainings together: alone on a machine 2, but a core's other thread takes as much again."""
+    """Within a factor of 4, all trainings together: 2 at rest, but a core may be shared with other work."""
     names = ("spatial expert", "temporal expert", "alone", "ensemble", "cast")
     trained = [stage for stage in runs.metrics["stages"] if stage["name"].split(",")[0] in names]
     expected, took = (sum(stage[key] for stage in trained) for key in ("expected", "took"))
