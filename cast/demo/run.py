@@ -39,7 +39,7 @@ def run(out: Path, seeds: int, scale: Scale, console: Console) -> dict[str, Any]
     claim(out, scale)
     stages = estimate(out, seeds, scale)
     measured = time.perf_counter() - began
-    with Schedule(stages, console) as schedule:
+    with Schedule(stages, console, time.perf_counter) as schedule:
         expected = schedule.expected()
         say(console, f"Measured on this machine: about {duration(expected)} from here; {_where(schedule)}.")
         manifest = make_dataset(out / "data", scale.sizes, progress=_counter(schedule, "videos"), classes=scale.classes)
