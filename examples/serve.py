@@ -1,7 +1,7 @@
 """A small HTTP service: a video comes, its most probable classes go back as JSON.
 
     pip install -e '.[examples]'
-    python examples/serve.py runs/ek100/model --port 8000
+    python examples/serve.py runs/demo-quick/seed-0/cast --port 8000  # what `cast demo --quick` leaves
     curl --data-binary @clip.mp4 'http://127.0.0.1:8000/predict?top=5'
     curl http://127.0.0.1:8000/health
 
