@@ -1,7 +1,7 @@
-"""Builds the native core with CMake and Ninja, and records what was built, what was not, and why.
+"""Builds the native core and the PTX emulator's machine with CMake and Ninja, and records what was built, and why not.
 
-`CAST_KERNELS_BUILD_CPU` and `CAST_KERNELS_BUILD_CUDA` take `0` (leave it out), `1` (its failure fails the install) or
-`auto` (the default: try; a part that cannot be built is left out and recorded for `cast-kernels info`).
+`CAST_KERNELS_BUILD_CPU` (of both) and `CAST_KERNELS_BUILD_CUDA` take `0` (leave it out), `1` (its failure fails the
+install) or `auto` (the default: try; a part that cannot be built is left out and recorded for `cast-kernels info`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CHOICES = ("auto", "0", "1")
-#: What CMake builds: the native core, and the vector machine of the PTX emulator.
-MODULES = ("cast_kernels._C", "ptx_emulator.native._machine")
+#: What CMake builds: name in the record -> module, and what it is.
+MODULES = {
+    "cpu": ("cast_kernels._C", "the native core"),
+    "emulator": ("ptx_emulator.native._machine", "the PTX emulator's machine"),
+}
 
 
 def requested(part: str) -> str:
@@ -38,47 +41,65 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         wishes = {part: requested(part) for part in ("CPU", "CUDA")}
-        modules = [Path(self.get_ext_fullpath(name)).resolve() for name in MODULES]
-        for module in modules:
+        modules = {part: Path(self.get_ext_fullpath(name)).resolve() for part, (name, _) in MODULES.items()}
+        for module in modules.values():
             module.parent.mkdir(parents=True, exist_ok=True)
-        cpu = self._cpu(wishes["CPU"], modules)
-        if not cpu["built"]:
-            for module in modules:
+        native = self._native(wishes["CPU"], modules)
+        for part, module in modules.items():
+            if not native[part]["built"]:
                 module.unlink(missing_ok=True)  # of an earlier build
-            self.extensions = []  # or setuptools would look for the files
-        record = {"cpu": cpu, "cuda": self._cuda(wishes["CUDA"])}
-        put(json.dumps(record, indent=2).encode() + b"\n", modules[0].parent / "_build.json")
+        # setuptools would look for the files of the others
+        self.extensions = [one for one in self.extensions if native[_part(one.name)]["built"]]
+        record = {**native, "cuda": self._cuda(wishes["CUDA"])}
+        put(json.dumps(record, indent=2).encode() + b"\n", modules["cpu"].parent / "_build.json")
 
-    def _cpu(self, wish: str, modules: list[Path]) -> dict[str, Any]:
+    def _native(self, wish: str, modules: dict[str, Path]) -> dict[str, dict[str, Any]]:
+        """Build each module -> what to record of it. One that cannot be built keeps no other from being built."""
         if wish == "0":
-            return {"requested": wish, "built": False, "reason": "CAST_KERNELS_BUILD_CPU=0 left it out"}
-        try:
-            parts = self._cmake(modules)
-        except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            reason = _cause(error)
-            if wish == "1":
-                sys.exit(f"error: CAST_KERNELS_BUILD_CPU=1, but the native core cannot be built: {reason}")
-            print(f"warning: the native core was not built: {reason}", file=sys.stderr)
-            return {"requested": wish, "built": False, "reason": reason}
-        return {"requested": wish, "built": True, "reason": "", **parts}
+            reasons, facts = dict.fromkeys(modules, "CAST_KERNELS_BUILD_CPU=0 left it out"), {}
+        else:
+            reasons, facts = self._cmake(modules)
+            for part, reason in reasons.items():
+                what = MODULES[part][1]
+                if reason and wish == "1":
+                    sys.exit(f"error: CAST_KERNELS_BUILD_CPU=1, but {what} cannot be built: {reason}")
+                if reason:
+                    print(f"warning: {what} was not built: {reason}", file=sys.stderr)
+        return {
+            part: {"requested": wish, "built": not reason, "reason": reason} | ({} if reason else facts)
+            for part, reason in reasons.items()
+        }
 
-    def _cmake(self, modules: list[Path]) -> dict[str, Any]:
+    def _cmake(self, modules: dict[str, Path]) -> tuple[dict[str, str], dict[str, Any]]:
+        """(why a module cannot be built, "" for one that is; what CMake tells of the compiler)."""
+        build = Path(self.build_temp).resolve() / "cast_kernels"
+        try:
+            command = self._configure(build)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            return dict.fromkeys(modules, _cause(error)), {}
+        reasons = {}
+        for part, module in modules.items():
+            reasons[part] = ""
+            try:
+                _run([*command, "--target", module.name.partition(".")[0]])
+                put((build / module.name).read_bytes(), module)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reasons[part] = _cause(error)
+        return reasons, json.loads((build / "parts.json").read_text())
+
+    def _configure(self, build: Path) -> list[str]:
+        """Make an empty build folder -> the command that builds all of it."""
         import pybind11
 
-        build = Path(self.build_temp).resolve() / "cast_kernels"
         shutil.rmtree(build, ignore_errors=True)  # a cache of another environment's cmake or pybind11 is worthless
         build.mkdir(parents=True)
         cmake = _tool("cmake")
-        configure = [
+        _run([
             cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-S", str(ROOT), "-B", str(build),
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
-        ]  # fmt: skip
-        for command in (configure, [cmake, "--build", str(build)]):
-            _run(command)
-        for module in modules:
-            put((build / module.name).read_bytes(), module)
-        return json.loads((build / "parts.json").read_text())
+        ])  # fmt: skip
+        return [cmake, "--build", str(build)]
 
     def _cuda(self, wish: str) -> dict[str, Any]:
         if wish == "1":
@@ -101,6 +122,11 @@ class BuildWithRecipes(build_py):
         target = Path(self.build_lib) / "cast" / "recipes"
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(ROOT / "recipes", target)
+
+
+def _part(module: str) -> str:
+    """The name in the record of a module."""
+    return next(part for part, (name, _) in MODULES.items() if name == module)
 
 
 def put(content: bytes, target: Path) -> None:
@@ -145,6 +171,6 @@ def _cause(error: ImportError | OSError | subprocess.CalledProcessError) -> str:
 
 
 setup(
-    ext_modules=[Extension(name, sources=[]) for name in MODULES],
+    ext_modules=[Extension(name, sources=[]) for name, _ in MODULES.values()],
     cmdclass={"build_ext": BuildNative, "build_py": BuildWithRecipes},
 )

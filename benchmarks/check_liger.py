@@ -25,6 +25,7 @@ import torch
 from liger_ops import LEFT_OUT, OPS, differentiated, error
 from ptx_emulator.targets import EMULATED
 from ptx_emulator.triton import checking
+from ptx_emulator.triton.checker import counted
 from report import processor
 
 #: Of the emulator's notes: which warp is last decides a value's last bits.
@@ -56,11 +57,11 @@ def page(made: dict[str, Any]) -> str:
         "# liger-kernel on the emulator",
         "",
         f"Operations of liger-kernel {made['liger_kernel']}, forward and backward in float32, compiled by Triton "
-        f"{made['triton']} and executed on a CPU ({made['machine']}, {made['date']}), each on small tensors of one "
-        "shape. Error: the largest relative error of an output or a gradient, against plain PyTorch in float64; where "
-        "it is near 1e-3, products take tf32. Seconds: with compiling, which the first row pays the start of, and of "
-        "them in "
-        "the emulator. Note: several warps write one word, and who is last decides its last bits "
+        f"{made['triton']} and executed on a CPU ({made['machine']}, PyTorch on {made['threads']}, {made['date']}), "
+        "each on small tensors of one shape. Error: the largest relative error of an output or a gradient, against "
+        "plain PyTorch in float64; where it is near 1e-3, products take tf32. Seconds: of the whole operation, and of "
+        "these in the emulator. The first row's contain the start of the compiler, and other programs may have run "
+        "beside it. Note: several warps write one word, and the last of them decides its last bits "
         "(triton-lang/triton#7264). `python benchmarks/check_liger.py`",
         "",
         "| operation | target | kernels | launches | error | seconds | in the emulator | found |",
@@ -98,6 +99,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "triton": version("triton"),
         "torch": version("torch"),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {processor()}",
+        "threads": counted(torch.get_num_threads(), "thread"),
         "date": date.today().isoformat(),
         "rows": rows,
     }

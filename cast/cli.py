@@ -40,9 +40,10 @@ def predict(
 ) -> None:
     """Name the action in a video, in a folder of videos, or in a stream.
 
-    Of files it takes all views of the published test protocol, every frame decoded exactly, and averages the model's
-    probabilities over them. A folder gives a line of JSON for each video, a stream one for each guess. Files that
-    can't be read are named, and the exit code is then 1. Of a folder, what is not taken for a video is named.
+    A file is tested with all views of the published protocol; every frame is decoded exactly. The answer is the mean of
+    the model's probabilities over these views. A folder gives a line of JSON for each video, a stream a line for each
+    guess. Files that cannot be read are named, and then the exit code is 1. Files of a folder that are no videos are
+    named too.
 
     Args:
         video: any file that FFmpeg reads, or a folder of its frames; a folder of videos; a camera such as /dev/video0,
@@ -51,14 +52,15 @@ def predict(
             the Hub
         top: how many guesses to show
         json: for one video print JSON instead of a table
-        sampling: frames as for EPIC-Kitchens and Something-Something (uniform) or Kinetics (dense); without it as the
-            model was trained, or uniform where it does not say
-        every: frames between guesses about a stream; unless 0, a file is read as a stream too. 0 is 16 for cameras
+        sampling: of frames, uniform as for EPIC-Kitchens and Something-Something, or dense as for Kinetics. Without it
+            as the model was trained. A model that does not say gets uniform
+        every: frames between two guesses about a stream. With a number above 0 a file is read as a stream too; 0 stands
+            for 16 frames of a camera
         window: frames of a stream that a guess looks back on
         batch: clips in a forward pass
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
-        timeout: seconds until a stream must be open, and until each next picture must come; 0 waits without an end
-        graphs: replay CUDA graphs, which spares the host the launches of kernels; needs a GPU
+        timeout: seconds in which a stream must open, and in which each next picture must come; 0 waits without an end
+        graphs: replay CUDA graphs, so that the host launches no single kernels; needs a GPU
     """
     from cast.predict import main
 
@@ -75,14 +77,14 @@ def export(
 ) -> None:
     """Write a model as a program that runs without this package, or with its kernels on a GPU.
 
-    The program takes any number of clips at a time. Before its file appears, its answers are compared with the model's;
-    a file that answers otherwise is not written. One for a GPU is compared where there is one.
+    The program takes any number of clips at a time. Its answers are compared with the model's before its file appears.
+    A program that answers otherwise is not written. A program for a GPU is compared only where there is a GPU.
 
     Args:
         checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
             the Hub
-        format: for torch.export.load (torch), ONNX Runtime (onnx), or torch.export.load with the package
-            cast_kernels on a GPU (torch-cuda), which need not be there now
+        format: what loads the program. torch: torch.export.load; onnx: ONNX Runtime; torch-cuda: torch.export.load
+            beside the package cast_kernels, on a GPU. Writing it needs no GPU
         out: the file; without it the checkpoint's name with .pt2 or .onnx, in the working directory
         trust_pickle: let a checkpoint's file run code while it loads; only if you trust its author
         precision: of weights and products, for torch-cuda; the others have float32
@@ -121,8 +123,8 @@ def evaluate(
         dataset: directory, YAML file with a data section, or annotation file
         out: directory of the results
         split: train, val or test
-        sampling: of frames, uniform or dense; without it as the model was trained, or as the data set says where the
-            model does not
+        sampling: of frames, uniform or dense. Without it as the model was trained. Where the model does not say, as the
+            data set says
         views: temporal views; 0 takes the published number, 2 (uniform sampling) or 5 (dense)
         crops: spatial crops of each view
         batch_size: clips in a forward pass
@@ -145,7 +147,7 @@ def evaluate(
 def demo(out: Path | None = None, seeds: int = 1, quick: bool = False) -> None:
     """Make a small data set of videos, train CAST on it, compare it with its experts, write a report.
 
-    Downloads nothing and needs no GPU. A run that was killed goes on where it was when it is started again.
+    The demo downloads nothing and needs no GPU. A run that was killed goes on where it was when it is started again.
 
     Args:
         out: directory for videos, checkpoints, metrics.json and report.html; runs/demo, or runs/demo-quick with --quick
@@ -186,7 +188,7 @@ def pretrain(*arguments: str) -> None:
 def study(rows: list[str], /, out: Path = Path("runs/study"), seeds: int = 3, workers: int = 1) -> None:
     """Train the rows of the paper's ablation tables on the demo's videos, and print them beside the paper's figures.
 
-    Downloads nothing and needs no GPU. Finished rows are not trained again when the same command is given again.
+    The study downloads nothing and needs no GPU. The same command does not train finished rows again.
 
     Args:
         rows: table1a to table1h, table5, table7, table8, all, or YAML files like the package's study/rows.yaml
@@ -210,9 +212,9 @@ def data(
 ) -> None:
     """Check a data set before training on it.
 
-    Reads every annotation and probes every video in parallel. Prints those that are missing, empty, undecodable or too
-    short, with the lines that name them, and writes the skip list that training reads. Exits with 1 if there are any.
-    Lines that a person added to the list, with a fault of another name, stay.
+    The check reads every annotation and probes every video in parallel. It prints the videos that are missing, empty,
+    undecodable or too short, with the lines that name them; then the exit code is 1. It writes the skip list that
+    training reads. Lines that a person added to this list, with a fault of another name, stay.
 
     Args:
         action: what to do
@@ -220,7 +222,7 @@ def data(
         root: directory of the data set, where dataset is not it
         workers: processes that probe; 0 for one per core
         out: where to write the skip list, if not to skip.csv in the data set's directory
-        every_frame: decode every frame, as training may take any; slow. Else those that validation takes
+        every_frame: decode every frame, since training may take any; slow. Without it those that validation takes
     """
     from cast.video.check import main
 

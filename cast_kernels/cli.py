@@ -26,11 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # an environment variable that names no choice
         print(f"cast-kernels: {error}", file=sys.stderr)
         return 2
-    except (
-        ModuleNotFoundError,
-        RuntimeError,
-        OSError,
-    ) as error:  # no Triton, no disassembler, no emulator, no place to write
+    except (ImportError, RuntimeError, OSError) as error:  # no Triton, disassembler or emulator; no place to write
         print(f"{' '.join(('cast-kernels', *name.split()))}: error: {error}", file=sys.stderr)
         return 1
 
@@ -69,6 +65,10 @@ def _compile_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables as JSON")
     parser.add_argument(
+        "--ptxas", nargs="+", metavar="PATH",
+        help="assemble the same PTX with these too, and compare; nothing else is checked then",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache", nargs="?", const="", type=str, metavar="FOLDER",
         help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
         "with what a CAST-B launches on this machine's GPU, or on --target",
@@ -77,10 +77,15 @@ def _compile_options(parser: ArgumentParser) -> None:
 
 def _compile(options: Namespace) -> int:
     from cast_kernels.evidence.cases import DTYPES
-    from cast_kernels.evidence.problems import GATED
+    from cast_kernels.evidence.problems import ASSEMBLED, GATED
 
     if options.cache == "":
         from cast_kernels.evidence import warm
+
+        if options.ptxas:
+            raise ValueError(
+                "--cache without a folder compiles for this machine's GPU; give it one, or leave out --ptxas"
+            )
 
         if strange := [name for name in options.dtype or () if name not in DTYPES]:
             raise ValueError(
@@ -91,6 +96,11 @@ def _compile(options: Namespace) -> int:
 
     targets, dtypes = options.target or GATED, options.dtype or (*DTYPES, "amp")
     cache = Path(options.cache) if options.cache else None
+    if options.ptxas:
+        from cast_kernels.evidence import reassemble
+
+        targets = options.target or ASSEMBLED
+        return reassemble.main(targets, dtypes, options.problems, options.ptxas, options.json, cache)
     return compiling.main(targets, dtypes, options.problems, options.json, cache)
 
 
@@ -102,18 +112,24 @@ def _emulate_options(parser: ArgumentParser) -> None:
     _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
     parser.add_argument(
-        "--engine", choices=ENGINES, default=ENGINES[0],
-        help="what executes the kernels: the interpreter is the definition, native is compiled code that equals it",
+        "--engine", choices=ENGINES,
+        help="what executes the kernels: the interpreter is the definition, native is compiled code that equals it; "
+        "by default native where it is built",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
+    parser.add_argument(
+        "--every", type=_positive, default=1, metavar="N", help="with --mutants: each N-th fault of a kernel alone"
+    )
 
 
 def _emulate(options: Namespace) -> int:
-    from cast_kernels.evidence import emulate, mutants
+    if options.every > 1 and not options.mutants:
+        raise ValueError("emulate --every is of planted faults; add --mutants, or leave it out")
+    from cast_kernels.evidence import emulate, mutant_table
 
     if options.mutants:
-        return mutants.main(options.target, options.dtype, mutants.CASE, options.json)
+        return mutant_table.main(options.target, options.dtype, options.json, options.engine, options.every)
     return emulate.main(options.target, options.dtype, options.size, options.json, options.engine)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cast_kernels import __version__, _native, backends
+from cast_kernels import __version__, _native, assemblers, backends
 from cast_kernels.gpu.machine import driver_version
 from cast_kernels.ops import _signatures
 from cast_kernels.problem import Problem
@@ -52,6 +53,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu,
+        "emulator": emulator(),
         "cuda": cuda,
         "runs": {
             "instruction_set": _native.ISA or _native.ISA_ERROR or "none, the native core is not built",
@@ -61,9 +63,27 @@ def collect() -> dict[str, Any]:
         },
         "gpus": found,
         "gpu": {"cuda": torch.version.cuda, "driver": driver_version()} if found else {"why_none": _why_no_gpu()},
+        "ptxas": [assemblers.describe(number) for number in _architectures(found)],
         "problem": str(problem),
         "backends": {name: list(backends.can_run(name, problem)) for name in backends.BACKENDS},
     }
+
+
+def _architectures(found: list[dict[str, Any]]) -> list[int]:
+    """Of the GPUs that are here; without one, of those that most machines have."""
+    here = {int(gpu["capability"].replace(".", "")) for gpu in found}
+    return sorted(here) or [80, 90, 100]
+
+
+def emulator() -> dict[str, Any]:
+    """Whether the PTX emulator has its native engine, or why not; the interpreter is always there."""
+    try:
+        from ptx_emulator.native.library import library
+
+        return {"built": True, "level": library().level}
+    except ImportError as error:
+        reason = _native.RECORD.get("emulator", {}).get("reason") or str(error)
+        return {"built": False, "reason": reason, "change_with": _native.BUILD_COMMAND}
 
 
 def _why_no_gpu() -> str:
@@ -90,6 +110,13 @@ def render(info: dict[str, Any]) -> Table:
             table.add_row("  OpenMP", "yes" if rest.get("openmp") else "no: one thread only")
         if "change_with" in info[part]:
             table.add_row("  to change it", info[part]["change_with"])
+    engine = info["emulator"]
+    table.add_row(
+        "native emulator",
+        f"built, runs with {engine['level']}" if engine["built"] else f"not built: {engine['reason']}",
+    )
+    if "change_with" in engine:
+        table.add_row("  to change it", engine["change_with"])
     runs = info["runs"]
     table.add_row("runs with", f"{runs['instruction_set']}, {runs['threads']} threads, cap: {runs['cap']}")
     table.add_row("repeated calls", runs["repeated_calls"])
@@ -101,6 +128,11 @@ def render(info: dict[str, Any]) -> Table:
         table.add_row("CUDA, driver", f"{told['cuda']}, {told['driver']}")
     else:
         table.add_row("GPU", f"none: {told['why_none']}")
+    for ptxas in info["ptxas"]:
+        table.add_row("ptxas", escape(assemblers.line(ptxas)))
+        for defect in ptxas["defects"] if info["gpus"] else ():  # --json tells them without a GPU too
+            about = f"{defect['name']}: {defect['what']} ({defect['source']}). Our kernels: {defect['our_kernels']}"
+            table.add_row("  known bad", escape(about))
     table.add_row("asked about", info["problem"])
     for name, (ok, reason) in info["backends"].items():
         table.add_row(f"backend {name}", f"{'yes' if ok else 'no'}: {reason}")

@@ -12,8 +12,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from ptx_emulator import Trap, cuda
+from ptx_emulator.core.forms import bulk_forms
+from ptx_emulator.core.forms.mbarriers import MBarriers
 from ptx_emulator.core.tensor_maps import FIELDS
 from ptx_emulator.mutants import Mutant, Subject
 from ptx_emulator.mutants.judge import as_numbers, difference
@@ -57,8 +61,121 @@ def _rest(subject: Subject, mutant: Mutant) -> str:
 
 
 def followed_by(pattern: str) -> Check:
-    """What comes next is such an instruction; braces and labels may lie between."""
-    return lambda subject, mutant: re.match(rf"(?:[\s{{}}]|[$\w]+:)*(?:{pattern})", _rest(subject, mutant)) is not None
+    """What comes next is such an instruction; braces, labels and a jump may lie between."""
+
+    def holds(subject: Subject, mutant: Mutant) -> bool:
+        rest = _rest(subject, mutant)
+        jump = re.match(r"\s*bra\.uni\s+([$\w]+);", rest)
+        if jump:
+            rest = _bare(subject.record.ptx).partition(f"{jump[1]}:")[2]
+        return re.match(rf"(?:[\s{{}}]|[$\w]+:)*(?:{pattern})", rest) is not None
+
+    return holds
+
+
+#: what reads or writes memory, by the root of its name, but for parameters
+_ACCESS = r"(?<![\w.])(?:ld(?!\.param)|st|atom|red|cp|mbarrier|wgmma|ldmatrix|stmatrix|tensormap)\.[\w.:]+"
+_INIT_FENCE = "fence.mbarrier_init.release.cluster"
+UNSEEN = "mbarrier used before its init is visible"
+
+
+def _once(subject: Subject, before: str) -> bool:
+    """The code before a place is no part of a loop: what comes behind it never jumps back."""
+    behind = _bare(subject.record.ptx)[len(before) :]
+    return all(
+        not re.search(rf"bra\S*\s+{re.escape(label)}\s*;", behind) for label in re.findall(r"[$\w]+(?=:\s)", before)
+    )
+
+
+def _finds_init(subject: Subject, ptx: str) -> bool:
+    """The emulator reports that an init is not visible to those who use it."""
+    buffers = {name: array.copy() for name, array in subject.record.buffers.items()}
+    report = cuda.run(replace(subject.record, ptx=ptx, buffers=buffers))
+    return UNSEEN in {fault.kind for fault in report.faults}
+
+
+def releases_inits_alone(subject: Subject, mutant: Mutant) -> bool:
+    """Before the barrier, which comes once, threads make mbarriers, fence that, and use them; nothing else in memory.
+
+    The fence with the barrier, released or not, makes the inits visible, and without the fence the relaxed barrier is
+    reported. Later arrivals and copies are told by the mbarriers themselves.
+    """
+    before = _bare(subject.record.ptx[: mutant.at])
+    made, fence, used = before.rpartition(_INIT_FENCE)
+    touched = (re.findall(_ACCESS, part) for part in (made, used))
+    if not fence or not _once(subject, before) or any("mbarrier.init" not in access for access in next(touched)):
+        return False
+    told = r"mbarrier\.arrive|cp\.async\.bulk\.\S*mbarrier::complete_tx"
+    if not all(re.match(told, access) for access in next(touched)):
+        return False
+    without = re.sub(rf"(?:@!?[%\w$]+\s+)?{re.escape(_INIT_FENCE)}\s*;", "", mutant.record.ptx, count=1)
+    return _finds_init(subject, without)
+
+
+def inits_are_released(subject: Subject, mutant: Mutant) -> bool:
+    """All mbarriers are made before a releasing barrier of the cluster, through which all code comes once before this.
+
+    The emulator reports the mutant if that barrier is relaxed too.
+    """
+    found = re.search(
+        r"barrier\.cluster\.arrive(?!\.relaxed)[\w.]*;\s*barrier\.cluster\.wait[\w.]*;", subject.record.ptx
+    )
+    if not found or found.end() > mutant.at:
+        return False
+    before, last = _bare(subject.record.ptx[: found.start()]), subject.record.ptx.rindex("mbarrier.init")
+    since = _bare(subject.record.ptx[last : found.start()])
+    if last > found.start() or not _once(subject, before) or re.search(r"\b(?:bra|ret|exit)\b|[$\w]+:\s", since):
+        return False
+    relaxed = found[0].replace(".release", "").replace("cluster.arrive", "cluster.arrive.relaxed")
+    return _finds_init(subject, mutant.record.ptx[: found.start()] + relaxed + mutant.record.ptx[found.end() :])
+
+
+def _watched(subject: Subject, ptx: str, arguments: Any, where: Any, name: str, told: Callable[..., Any]) -> list[Any]:
+    """What `told` says of each call of a function of the emulator in a launch, in order."""
+    calls, real = [], getattr(where, name)
+
+    def watching(*given: Any) -> Any:
+        made = real(*given)
+        calls.append(told(made, *given))
+        return made
+
+    buffers = {name: array.copy() for name, array in subject.record.buffers.items()}
+    with patch.object(where, name, watching):
+        cuda.run(replace(subject.record, ptx=ptx, arguments=arguments, buffers=buffers))
+    return calls
+
+
+def same_boxes(subject: Subject, mutant: Mutant) -> bool:
+    """Each copy by a tensor map moves the same elements to the same places: no box reaches what the field changes."""
+
+    def told(box: Any, tile: Any, *_: Any) -> list[Any]:
+        return [*(part.tobytes() for part in box), tile.type, tile.fill]
+
+    right, wrong = (
+        _watched(subject, one.ptx, one.arguments, bulk_forms, "box_places", told)
+        for one in (subject.record, mutant.record)
+    )
+    return bool(right) and right == wrong
+
+
+def same_arrivals(subject: Subject, mutant: Mutant) -> bool:
+    """In each step each mbarrier gets the same arrivals, which release the same clocks: only lanes of a warp swap.
+
+    These lanes have done the same since they last met: no access to memory lies between, nor a label.
+    """
+    since = re.split(r"\.aligned\b[^;]*;", _bare(subject.record.ptx[: mutant.at]))[-1]
+    if re.search(_ACCESS, since) or re.search(r"[$\w]+:\s", since):
+        return False
+
+    def told(_: Any, state: MBarriers, b: Any, count: int, *__: Any) -> Any:
+        clocks = (b.arriving.cta, b.arriving.cluster, b.released.cta, b.released.cluster)
+        return state.m.step, b.cta, b.address, b.phase, count, *(None if c is None else c.tolist() for c in clocks)
+
+    right, wrong = (
+        sorted(_watched(subject, ptx, subject.record.arguments, MBarriers, "arrive", told), key=repr)
+        for ptx in (subject.record.ptx, mutant.record.ptx)
+    )
+    return bool(right) and right == wrong
 
 
 def beside_another(subject: Subject, mutant: Mutant) -> bool:
@@ -147,6 +264,21 @@ RULES: tuple[Rule, ...] = (
         already_zero,
     ),
     Rule(
+        "tensor map", "", "",
+        "no box reaches what the field says: each copy moves the same elements to the same places",
+        same_boxes,
+    ),
+    Rule(
+        "rank", "mapa", "flipped",
+        "lanes of one warp that have done the same swap their mbarriers: each gets the same arrivals and clocks",
+        same_arrivals,
+    ),
+    Rule(
+        "order", r"barrier\.cluster\.arrive", "relaxed",
+        "nothing but inits of mbarriers lies before it, which the fence behind them makes visible",
+        releases_inits_alone,
+    ),
+    Rule(
         "barrier", r"bar\.warp\.sync", "deleted",
         "the warp's lanes wait for each other at the barrier of the cluster behind it",
         followed_by(r"barrier\.cluster\.arrive"),
@@ -155,6 +287,11 @@ RULES: tuple[Rule, ...] = (
         "fence", r"fence\.mbarrier_init", "deleted",
         "the releasing barrier of the cluster behind it makes the inits visible",
         lambda subject, mutant: ".release" in re.findall(r"cluster\.arrive[\w.]*", _rest(subject, mutant))[0],
+    ),
+    Rule(
+        "fence", r"fence\.mbarrier_init", "deleted",
+        "a releasing barrier of the cluster before it has made the inits visible",
+        inits_are_released,
     ),
     Rule(
         "barrier", r"bar\.sync", "deleted",

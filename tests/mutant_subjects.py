@@ -119,7 +119,7 @@ def _record(launch: Launch) -> Record:
 
 
 @cache
-def _forward(goal: str) -> dict[str, Subject]:
+def forward(goal: str) -> dict[str, Subject]:
     """The kernels of B-CAST's forward as the library launches them, in bf16, by name."""
     emulator = Recording()
     with offline_driver(target(goal), emulator), poisoned_memory():
@@ -132,8 +132,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "gemm.cu": gemm,
     "split.cu": split,
     "gluon_kernels.py": gluon,
-    "project, sm_80": lambda: _forward("sm_80")["project"],
-    "project, sm_90": lambda: _forward("sm_90")["project"],
+    "project, sm_80": lambda: forward("sm_80")["project"],
+    "project, sm_90": lambda: forward("sm_90")["project"],
 }
 #: those that nvcc compiles
 NEED_NVCC = ("gemm.cu", "split.cu")

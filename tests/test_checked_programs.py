@@ -51,6 +51,7 @@ def test_a_program_without_a_fault_runs_as_it_is(tmp_path: Path) -> None:
     assert ran.out == f"__main__ ['program.py', 'a', '--target', 'b'] {tmp_path}\n"
     assert ran.status == ran.told["status"] == 7
     assert ran.told["findings"] == ran.told["notes"] == []
+    assert not ran.told["lane_order"]
     (kernel,) = ran.told["kernels"]
     assert (kernel["kernel"], kernel["launches"], kernel["ctas"]) == ("moved", 1, 3)
     assert ran.err.splitlines()[-1] == "ptx_emulator: nothing found"
@@ -58,8 +59,9 @@ def test_a_program_without_a_fault_runs_as_it_is(tmp_path: Path) -> None:
 
 def test_findings_are_collected_and_the_program_goes_on(tmp_path: Path) -> None:
     code = "for n in (300, 200):\n    move(n, 1)\nmove(100, -1)\nprint('end')\n"
-    ran = Ran(tmp_path, code, "--target", "sm_90", "program.py")
+    ran = Ran(tmp_path, code, "--target", "sm_90", "--lane-order", "program.py")
     assert (ran.status, ran.out) == (1, "end\n")
+    assert ran.told["lane_order"]
     first, second = ran.told["findings"]
     assert (first["kind"], first["kernel"], first["launches"], first["ended"]) == ("MemoryFault", "moved", 2, True)
     assert "byte 1200 of 'x', which has 1200" in first["message"]
@@ -113,6 +115,8 @@ def test_an_autotuned_kernel_has_its_first_configuration_or_all(tmp_path: Path, 
     (note,) = ran.told["notes"]
     assert "autotuned over 2 configurations" in note
     assert "BLOCK=64" in note
+    assert ran.told["noted"] == {"autotuned kernel": 1}
+    assert "\nnotes: 1 autotuned kernel\n" in ran.err
     assert ran.told["kernels"][0]["launches"] == (4 if every else 2)
 
 

@@ -78,6 +78,40 @@ def test_expected():
     ])  # fmt: skip
 
 
+def test_the_options_reach_the_checker_and_every_phase_is_watched(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+tuned = triton.autotune([triton.Config({"BLOCK": n}) for n in (64, 128)], key=["n"])(moved)
+
+@pytest.fixture
+def ended():
+    yield
+    move(300, 1)
+
+def test_options(request, ended):
+    checker = request.config.pluginmanager.get_plugin("ptx_emulator_suite").checker
+    assert (checker.target.name, checker.landing, checker.seed, checker.all_configs) == ("sm_80", "random", 5, True)
+    tuned[(1,)](torch.ones(64), torch.zeros(64), 64, OFF=0)
+"""
+    words = ("--ptx-target", "sm_80", "--ptx-landing", "random", "--ptx-seed", "5", "--ptx-all-configs")
+    ran = run(pytester, monkeypatch, code, *words)
+    ran.assert_outcomes(passed=1, errors=1)
+    ran.stdout.fnmatch_lines([
+        "*ERROR at teardown of test_options*",
+        "MemoryFault in moved",
+        "1 kernel, 4 launches on sm_80: 1 finding",
+        "note: moved is autotuned over 2 configurations: each was executed once*",
+    ])  # fmt: skip
+
+
+def test_the_interpreter_is_refused(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ran = run(pytester, monkeypatch, "def test_it(): ...\n", "--ptx-target", "sm_80")
+    assert ran.ret == pytest.ExitCode.USAGE_ERROR
+    assert "TRITON_INTERPRET is set" in ran.stderr.str()
+
+
 def test_a_launch_of_a_module_is_an_error_of_its_collection(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

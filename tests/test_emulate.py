@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cast_kernels.evidence import emulate as emulating
-from cast_kernels.evidence import mutants as planting
 from cast_kernels.evidence.cases import KINDS, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.emulate import Outcome, emulate
 from cast_kernels.evidence.problems import ENGINES, SIZES
@@ -219,24 +218,21 @@ def test_the_command(
     assert ("FAIL  a race" in out) == bad
     (told,) = json.loads((tmp_path / "told.json").read_text())
     assert told["ok"] != bad
+    assert told["date"]
     assert {k["kernel"] for k in told["kernels"]} == {"project", "exchange"}
     assert told["kernels"][0]["counters"]["tensor_flops"] > 0
 
 
-@pytest.mark.heavy
-@pytest.mark.timeout(3600)  # 20 minutes on sm_90
-@pytest.mark.parametrize("name", TARGETS)
-def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
-    """Of the barriers 11 to 12 % separate nothing: docs/evidence.md."""
-    verdicts = planting.judge(target(name), planting.CASE, "bf16")
-    missed = [v for v in verdicts if not v.caught_by and v.why not in planting.HARMLESS]
-    assert missed == []
-    barriers = [bool(v.caught_by) for v in verdicts if v.mutant.kind == "barrier"]
-    assert sum(barriers) > 0.85 * len(barriers)
-
-
-def test_faults_planted_in_the_forward_are_caught() -> None:
-    """Each seventh of them; all of them run behind the marker `heavy`."""
-    verdicts = planting.judge(target("sm_80"), replace(SMALL, backward=False), "bf16", every=7)
-    kinds = {v.mutant.kind for v in verdicts if v.caught_by}
-    assert {"barrier", "mask of a store"} <= kinds
+def test_a_file_of_runs_keeps_the_others(tmp_path: Path) -> None:
+    """A run takes the place of the same one: of its target, dtype, sizes and engine."""
+    runs = [
+        {"target": target, "dtype": "bf16", "case": {"windows": ("time", "space")}, "engine": engine, "seconds": 1}
+        for target in TARGETS
+        for engine in ENGINES
+    ]
+    for run_ in [*runs, runs[1] | {"seconds": 2}]:
+        emulating.keep(run_, tmp_path / "runs.json")
+    kept = json.loads((tmp_path / "runs.json").read_text())
+    assert [(run_["target"], run_["engine"], run_["seconds"]) for run_ in kept] == [
+        (one["target"], one["engine"], 2 if one is runs[1] else 1) for one in runs
+    ]

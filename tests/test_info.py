@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 
+import engines
 import pytest
 import torch
 from levels import LEVELS
+from ptx_emulator.native import library
 
 from cast_kernels import _native, info
 from cast_kernels.gpu.machine import driver_version
@@ -31,6 +34,8 @@ def test_json_tells_what_was_built_and_what_runs() -> None:
     told = json.loads(done.stdout)
     assert told["cpu"]["built"] == (_native.CORE is not None)
     assert told["runs"]["instruction_set"] == _native.ISA
+    if engines.built():
+        assert told["emulator"] == {"built": True, "level": library.library().level}
     assert not told["cuda"]["built"]
     assert "no CUDA sources" in told["cuda"]["reason"]
     assert told["backends"]["cpu"][0]
@@ -45,6 +50,24 @@ def test_a_missing_core_names_the_reason_and_the_command(monkeypatch: pytest.Mon
     assert told["cpu"]["reason"] == "the native core is not built: no compiler"
     assert "CAST_KERNELS_BUILD_CPU=1 pip install" in told["cpu"]["change_with"]
     assert told["backends"]["cpu"] == [False, "the native core is not built: no compiler"]
+
+
+def test_a_missing_machine_of_the_emulator_names_the_reason_and_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise library.NotBuilt("there is none in the folder")
+
+    monkeypatch.setattr(library, "library", missing)
+    monkeypatch.setattr(_native, "RECORD", {})
+    assert info.collect()["emulator"]["reason"] == "there is none in the folder"
+    monkeypatch.setattr(_native, "RECORD", {"emulator": {"built": False, "reason": "level.cpp:3: error: no such"}})
+    told = info.collect()
+    assert told["emulator"]["reason"] == "level.cpp:3: error: no such"
+    assert told["cpu"]["built"] == (_native.CORE is not None)
+    info.show()
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "native emulator not built: level.cpp:3: error: no such to change it CAST_KERNELS_BUILD_CPU=1 pip" in shown
 
 
 @pytest.mark.parametrize("level", ["baseline", *(_native.RECORD.get("cpu", {}).get("levels", []))])
@@ -101,7 +124,47 @@ def test_the_install_survives_without_the_core(variables: dict[str, str], reason
     record = json.loads((tmp_path / "lib/cast_kernels/_build.json").read_text())
     assert not record["cpu"]["built"]
     assert reason in record["cpu"]["reason"]
-    assert list(tmp_path.glob("lib/cast_kernels/_C*")) == []
+    assert record["emulator"] == record["cpu"]
+    assert list(tmp_path.glob("lib/*/**/_[Cm]*.so")) == []
+
+
+#: Stands for cmake: each target's module is a file with its name, but for the one that does not compile.
+CMAKE = """#!/bin/sh
+for word; do last=$word; done
+if [ "$1" = --build ]; then
+  cd "$2" || exit 9
+  [ "$last" = "$BROKEN" ] && echo "$last.cpp:3: error: no such type" && exit 1
+  echo "$last" > "$last$SUFFIX"
+else
+  while [ "$1" != -B ]; do shift; done
+  echo '{"levels": ["baseline"]}' > "$2/parts.json"
+fi
+"""
+
+
+@pytest.mark.parametrize("broken", ["_C", "_machine"])
+def test_one_module_that_does_not_compile_takes_no_other_with_it(broken: str, tmp_path: Path) -> None:
+    (tmp_path / "cmake").write_text(CMAKE)
+    (tmp_path / "cmake").chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "BROKEN": broken, "SUFFIX": EXTENSION_SUFFIXES[0],
+        "CAST_KERNELS_BUILD_CPU": "auto",
+    }  # fmt: skip
+    places = {"_C": ("cpu", "cast_kernels"), "_machine": ("emulator", "ptx_emulator/native")}
+    stale = tmp_path / "lib" / places[broken][1] / f"{broken}{EXTENSION_SUFFIXES[0]}"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier build")
+    done = build(tmp_path, variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "lib/cast_kernels/_build.json").read_text())
+    for name, (part, folder) in places.items():
+        found = [path.read_text() for path in (tmp_path / "lib" / folder).glob("_[Cm]*.so")]
+        assert found == ([] if name == broken else [f"{name}\n"])
+        assert record[part]["built"] == (name != broken)
+        assert record[part]["reason"] == (f"{name}.cpp:3: error: no such type" if name == broken else "")
+    done = build(tmp_path, variables | {"CAST_KERNELS_BUILD_CPU": "1"})
+    assert done.returncode != 0
+    assert "cannot be built: " + f"{broken}.cpp:3: error: no such type" in done.stdout + done.stderr
 
 
 def build(directory: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ptx_emulator import targets
+from ptx_emulator.native import library
 
 from cast_kernels import cli
-from cast_kernels.evidence import compile, emulate, mutants, predict, problems, whole_model
+from cast_kernels.evidence import compile, emulate, mutant_table, predict, problems, whole_model
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     """What the commands call, instead of running it."""
     made: list[tuple[str, tuple[Any, ...]]] = []
-    for module in (compile, emulate, mutants):
+    for module in (compile, emulate, mutant_table):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "main", lambda *a, name=name: made.append((name, a)) or 0)
     return made
@@ -38,10 +40,12 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert cli.main(["emulate"]) == 0
     assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32", "--engine", "native"]) == 0
     assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
+    assert cli.main(["emulate", "--mutants", "--dtype", "fp16", "--engine", "native", "--every", "4"]) == 0
     assert calls == [
-        ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None, "interpreter")),
+        ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None, None)),
         ("emulate", (["sm_90"], ["fp32"], "paper", None, "native")),
-        ("mutants", (["sm_80"], ["amp", "bf16"], mutants.CASE, None)),
+        ("mutant_table", (["sm_80"], ["amp", "bf16"], None, "interpreter", 1)),
+        ("mutant_table", (["sm_80", "sm_90"], ["fp16"], None, "native", 4)),
     ]
 
 
@@ -78,6 +82,25 @@ def test_something_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(emulate, "main", missing)
     assert cli.main(["emulate"]) == 1
     assert capsys.readouterr().err == "cast-kernels emulate: error: the PTX emulator is not there\n"
+
+
+def test_a_machine_that_is_not_built_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where there is none, and where what is there does not load."""
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    library.library.cache_clear()
+    try:
+        for words in ("there is none in", "which does not load"):
+            assert cli.main(["emulate", "--engine", "native", "--target", "sm_80", "--dtype", "bf16"]) == 1
+            said = capsys.readouterr().err
+            assert said.startswith("cast-kernels emulate: error: engine='native' needs the vector machine"), said
+            assert words in said
+            assert "CAST_KERNELS_BUILD_CPU=1 pip install" in said
+            assert said.count("\n") == 1
+            (tmp_path / f"_machine{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    finally:
+        library.library.cache_clear()
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -133,6 +156,14 @@ def test_an_option_that_predict_would_ignore_is_refused(
         monkeypatch.setattr(module, "main", lambda *_: pytest.fail("begun"))
     assert cli.main(["predict", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_emulate_refuses_an_option_of_planted_faults_alone(
+    calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["emulate", "--every", "4"]) == 2
+    assert "--every is of planted faults; add --mutants" in capsys.readouterr().err
+    assert calls == []
 
 
 def test_predict_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ FOREIGN = {
     *("--no-build-isolation", "--no-deps", "--force-reinstall", "--no-index"),  # pip
     *("--build", "--inplace"),  # CMake, setuptools
     *("--error-exitcode", "--tool"),  # compute-sanitizer
+    *("--fmad", "--regAllocOptLevel", "--gpu-name"),  # ptxas
     *("--keep-going", "--data-binary"),  # Sphinx, curl
     *("--print_config", "--key"),  # jsonargparse, and what it reads of a recipe's keys
 }

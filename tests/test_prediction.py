@@ -30,7 +30,11 @@ from cast_kernels.evidence.sampling import Corrections
 PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions"
 H100 = device("H100")
 SMALL = Case(2, 3, 7, 64, 32, 2)
-PTX = ".entry k(.param .u64 k_param_0, .param .u64 k_param_1)\n{\nld.param.b64 %rd1, [k_param_0];\n}\n"
+#: Triton puts strings before an entry, with braces of their own.
+PTX = (
+    ".global .align 1 .b8 words[2] = {97, 0};\n"
+    ".entry k(.param .u64 k_param_0, .param .u64 k_param_1)\n{\nld.param.b64 %rd1, [k_param_0];\n}\n"
+)
 
 
 def launched(ctas: int, arch: str = "sm_90") -> Launch:

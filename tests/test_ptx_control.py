@@ -132,6 +132,46 @@ def test_barrier_count_per_cta() -> None:
     assert report.counters.barriers == 3
 
 
+@pytest.mark.parametrize("code", ["bar.sync 1, {0}; bar.sync 1, {0};", "mov.b32 %r2, {0}; bar.sync 1, %r2;"])
+def test_more_threads_than_a_barrier_waits_for(code: str) -> None:
+    """Three warps of four may pass first, and the fourth waits for others: which one that is, nobody says."""
+    assert go(code.format(128), threads=128)[1].faults == []
+    told = r"128 threads of CTA 0 come to one phase of barrier 1, in which 96 take part: bar\.sync 1"
+    with pytest.raises(ptx_emulator.EmulationError, match=told):
+        go(code.format(96), threads=128)
+
+
+def test_each_warp_may_pass_a_barrier_of_its_own_under_one_name() -> None:
+    """A warp is all that takes part, so none waits for another, and none is ordered with another."""
+    for count, kinds in ((64, set()), (32, {"write-read"})):
+        code = NEIGHBOUR + f"st.shared.b32 [%r8], %tid0; bar.sync 1, {count}; ld.shared.b32 %r1, [%r7];" + STORE
+        assert {fault.kind for fault in go(code, outside=SHARED)[1].faults} == kinds
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("bar.sync 1, 64;", ""),
+        ("bar.arrive 1, 64;", ""),
+        ("bar.sync 1, 96;", "at barrier 1, where others wait for"),
+        ("bar.arrive 1, 128;", "at barrier 1, where others wait for"),
+        ("bar.sync 1;", ""),  # all threads of the CTA: 64
+        ("bar.red.popc.u32 %r1, 1, 64, %p1;", "a reduction and a plain arrival meet at barrier 1"),
+        ("bar.sync 1, 48;", r"barrier 1 takes one multiple of 32 threads, not \[48\]"),
+        ("bar.sync 1, 0;", r"barrier 1 takes one multiple of 32 threads, not \[0\]"),
+        ("mad.lo.u32 %r2, %tid0, 32, 32; bar.sync 1, %r2;", r"takes one multiple of 32 threads, not \[1056, 1088"),
+    ],
+)
+def test_all_who_take_part_agree_about_a_barrier(other: str, told: str) -> None:
+    """Warp 0 waits for 64 threads at barrier 1; what warp 1 does there."""
+    code = f"setp.lt.u32 %p1, %tid0, 32; @%p1 bra $A; {other} bra $J; $A: bar.sync 1, 64; $J: "
+    if not told:
+        assert go(code)[1].faults == []
+        return
+    with pytest.raises(ptx_emulator.EmulationError, match=told):
+        go(code)
+
+
 def test_a_barrier_number_above_15_is_refused() -> None:
     with pytest.raises(ptx_emulator.EmulationError, match="barrier 16"):
         go("mov.b32 %r1, 16; bar.sync %r1, 64;")

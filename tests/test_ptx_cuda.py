@@ -15,7 +15,7 @@ from ptx_emulator.core.formats import bf16_to_f32, f32_to_bf16
 from ptx_emulator.cuda import Pointer, Record, Tiled
 
 SOURCE = Path(__file__).parent / "cuda" / "gemm.cu"
-COMPILE = ("-ptx", "-arch=compute_90a", "-O3", "-std=c++17", "-lineinfo")
+COMPILE = ("-ptx", "-arch=compute_90a", "-O3", "-std=c++17", "-lineinfo", "-I", str(SOURCE.parent))
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 SHARED = 3 * (128 + 64) * 128 + 128 * 128 + 48
 SIZES = (200, 112, 200)  # none a multiple of the tile: rows and columns outside of the tensors, and a part of a step

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import engines
 import numpy as np
 import pytest
 from ptx_emulator import cuda
@@ -15,6 +16,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 FENCE = "fence.mbarrier_init.release.cluster ;"
 BARRIER = "barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;"
 DEPTH, ROWS = 200, 200  # no multiple of a tile
+
+
+@pytest.fixture(autouse=True)
+def both_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch runs by the native engine too, which must agree."""
+    monkeypatch.setattr("ptx_emulator.cuda.record.launch", engines.launch)
 
 
 def launch_of(*, told: bool = True, freed: bool = True, without: str = "") -> tuple[Record, np.ndarray]:

@@ -4,14 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import engines
 import numpy as np
 import ptx_emulator
 import pytest
+from ptx_emulator.core.findings import NEAR, SAME, UNWRITTEN
 from ptx_emulator.core.program import compile_kernel
-from ptx_emulator.native.liveness import access_of, place
+from ptx_emulator.native.liveness import Accesses, place
 from ptx_snippets import entry, run
 
 import cast_kernels._native
@@ -82,7 +84,40 @@ def test_a_planted_race_is_found_alike(barrier: str) -> None:
     out = np.zeros(64, np.uint32)
     report = run(text, [out], threads=64)
     assert {fault.kind for fault in report.faults} == (set() if barrier else {"write-read"})
-    assert engines.keys(native(text, [out])) == engines.keys(report)
+    engines.compare(native(text, [out]), report)
+
+
+#: Both warps write one word: the same value in CTA 0, others in CTA 1.
+CLASH = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 1; setp.lt.u32 %p2, %tid0, 32; and.pred %p1, %p1, %p2;
+selp.b32 %r2, {0}, 0x3F800000, %p1; st.shared.b32 [s], %r2;"""
+
+
+@needs_machine
+@pytest.mark.parametrize(("other", "worst"), [("5", "write-write"), ("0x3F800001", NEAR)])
+def test_what_the_native_engine_may_note_beyond_the_interpreter(other: str, worst: str) -> None:
+    """That values agree in a CTA, where those of another CTA do not; nothing else, nothing less, and not of one CTA."""
+    text = entry(CLASH.format(other), 0, outside=".shared .align 4 .b8 s[4];")
+    (kernel,) = ptx_emulator.parse(text).kernels.values()
+    ours, theirs = (
+        ptx_emulator.launch(
+            kernel, grid=(2, 1, 1), threads=64, arguments=[], memory=ptx_emulator.Memory(), engine=engine
+        )
+        for engine in ("native", "interpreter")
+    )
+    assert [fault.kind for fault in theirs.faults + theirs.notes] == [worst]
+    assert {fault.kind for fault in ours.faults + ours.notes} == {worst, SAME}
+    engines.compare(ours, theirs)
+    same = next(note for note in ours.notes if note.kind == SAME)
+    for wrong, right in (
+        (replace(ours, ctas=1), theirs),
+        (replace(ours, notes=[replace(same, kind=UNWRITTEN)]), theirs),
+        (replace(ours, notes=[replace(same, other="st.shared.b32 [s], 1")]), theirs),
+        (replace(ours, faults=[], notes=[same]), theirs),
+        (ours, replace(theirs, faults=[], notes=[same])),
+        (ours, replace(theirs, notes=[replace(same, kind=UNWRITTEN)])),
+    ):
+        with pytest.raises(AssertionError):
+            engines.compare(wrong, right)
 
 
 @needs_machine
@@ -169,7 +204,7 @@ def test_registers_share_a_place_only_when_they_are_not_needed_at_once() -> None
     program = compile_kernel(kernel)
     names = {name: number for number, (name, _) in enumerate(kernel.registers)}
     widths = [*program.decoder.widths, *[8] * (program.decoder.count - len(program.decoder.widths))]
-    places, early = place(program, [access_of(ins) for ins in kernel.instructions], widths, frozenset())
+    places, early = place(program, Accesses.of(kernel.instructions), widths, frozenset())
     offsets = {name: places.offset[names[name]] for name in ("%r1", "%r2", "%r3", "%r4", "%r9")}
     assert offsets["%r1"] != offsets["%r2"]
     assert len({offsets[name] for name in ("%r1", "%r2", "%r9")}) == 3

@@ -111,6 +111,7 @@ def multiply(
     scales: str = "1, 1, 1",
     start: float = 0.0,
     more: str = "",
+    seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, ptx_emulator.Report]:
     """(D, A @ B.T in float64, report) of one wgmma; `scales` are scale-d, scale-a and scale-b."""
     depth = 8 if kind == "tf32" else 16
@@ -128,7 +129,8 @@ def multiply(
     wgmma.commit_group.sync.aligned; {more} wgmma.wait_group.sync.aligned 0; {stores}"""
     )
     out = np.zeros((THREADS, columns // 2), np.float32)
-    report = run(entry(f".reg .f32 %acc<{columns // 2}>;" + code, 2, outside=TILE), [image, out], threads=THREADS)
+    text = entry(f".reg .f32 %acc<{columns // 2}>;" + code, 2, outside=TILE)
+    report = run(text, [image, out], threads=THREADS, seed=seed)
     return as_matrix(out, columns), x @ y.T, report
 
 
@@ -146,6 +148,13 @@ def test_widths(columns: int) -> None:
     got, want, report = multiply(columns, "bf16", 1, 3, (False, False))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert report.counters.tensor_flops_by_kind == {f"wgmma.m64n{columns}k16.bf16": 2 * 64 * columns * 16}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_product_of_warps_that_run_apart(seed: int) -> None:
+    got, want, report = multiply(64, "bf16", 1, 1, (False, False), start=2.5, seed=seed)
+    np.testing.assert_allclose(got, want + 2.5, rtol=1e-5, atol=1e-5)
+    assert not report.faults
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])

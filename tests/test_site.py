@@ -19,7 +19,7 @@ from website import windows
 import cast_kernels
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cast", "cast_kernels", "ptx_emulator")
+PACKAGES = ("cast", "cast_kernels", "ptx_emulator", "ptx_emulator.triton")
 _LOADS = re.compile(r"""<(?:script|img|iframe|source)[^>]+src="([^"]+)"|<link[^>]+href="([^"]+)"|url\(([^)]+)\)""")
 
 
@@ -74,6 +74,8 @@ def test_the_commands_are_what_help_prints(site: Path) -> None:
     for name in ("demo", "train", "evaluate", "predict", "export", "study", "pretrain", "data"):
         assert f'id="cast-{name}"' in page
     assert 'id="cast-kernels-gpu-check"' in page
+    assert 'id="python--m-ptx_emulator-run"' in page
+    assert "read &quot;cuda&quot; in calls of PyTorch as &quot;cpu&quot;" in page
     assert "directory for videos, checkpoints, metrics.json and report.html" in page
 
 

@@ -46,6 +46,15 @@ def tuple_kernel(x, sizes, y, BLOCK: tl.constexpr):
     tl.store(y + at, tl.load(x + at, mask=at < sizes[0]) + sizes[1], mask=at < sizes[0])
 
 
+@triton.jit
+def reverse_kernel(scratch, y, BLOCK: tl.constexpr):
+    """By way of global memory, with a barrier between the accesses to it."""
+    at = tl.arange(0, BLOCK)
+    tl.store(scratch + at, at * 1.0)
+    tl.debug_barrier()
+    tl.store(y + at, tl.load(scratch + BLOCK - 1 - at))
+
+
 def scale(x: Tensor, factor: float, block: int = 128) -> Tensor:
     """x * factor in float32, for x of one dimension."""
     y = torch.empty(x.shape, dtype=torch.float32)

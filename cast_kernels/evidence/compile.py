@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cast_kernels.evidence.cases import KINDS, run
 from cast_kernels.evidence.console import wide_console
+from cast_kernels.evidence.defects import shown
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
 from cast_kernels.evidence.problems import PROBLEMS, AnyCase
@@ -37,6 +38,11 @@ def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path)
         cases: run one after another; a kernel that several of them launch is one row.
         cache: folder of compiled kernels.
     """
+    return [read(record.first, dtype, among) for record, among in launched(name, dtype, cases, cache).values()]
+
+
+def launched(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> dict[str, tuple[Record, list[str]]]:
+    """Each compiled kernel that the cases launch on one target in one dtype, with the cases that launch it."""
     found: dict[str, tuple[Record, list[str]]] = {}
     for case in cases:
         with offline_driver(target(name), Recorder(), cache) as recorder:
@@ -46,16 +52,19 @@ def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path)
                 run(case, "triton", **KINDS[dtype]._asdict())
         for identity, record in recorder.records.items():
             found.setdefault(identity, (record, []))[1].append(str(case))
-    return [read(record.first, dtype, launching) for record, launching in found.values()]
+    return found
 
 
 def read(launch: Launch, dtype: str, cases: Iterable[str]) -> Row:
     """One compiled kernel as a row, not yet judged."""
-    found = resources(launch.asm, launch.metadata.shared, launch.metadata.num_warps, launch.target)
+    asm, goal = launch.asm, launch.target
+    found = resources(asm, launch.metadata.shared, launch.metadata.num_warps, goal)
+    failures = dots_elsewhere(asm["ttgir"])
+    if goal.backend == "cuda":
+        failures += shown(asm["ptx"], asm["cubin"], int(goal.arch))
     return Row(
-        launch.target.name, dtype, launch.kernel, describe_tile(launch), tuple(cases), found,
-        len(tensor_core_dots(launch.asm["ttir"])), launch.constexprs.get("D", 0) > 384,
-        tuple(dots_elsewhere(launch.asm["ttgir"])),
+        goal.name, dtype, launch.kernel, describe_tile(launch), tuple(cases), found,
+        len(tensor_core_dots(asm["ttir"])), launch.constexprs.get("D", 0) > 384, tuple(failures),
     )  # fmt: skip
 
 

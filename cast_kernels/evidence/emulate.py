@@ -6,7 +6,9 @@ the compiled code computes, and that it broke no rule on the way. Not known: wha
 
 from __future__ import annotations
 
+import datetime
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from cast_kernels.evidence.cases import KINDS, Case, Error, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.problems import ENGINES, SIZES
+from cast_kernels.evidence.problems import SIZES
 from cast_kernels.evidence.useful import useful_flops
 
 
@@ -33,14 +35,14 @@ class Outcome:
     kernels: dict[str, KernelRuns]
     seconds: float
     fault: str = ""
-    engine: str = ENGINES[0]
+    engine: str = "interpreter"
 
     @property
     def ok(self) -> bool:
         return not self.fault and all(error.ok for error in self.errors)
 
 
-def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, engine: str = ENGINES[0]) -> Outcome:
+def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, engine: str | None = None) -> Outcome:
     """Run one case from compiled code and measure it.
 
     Args:
@@ -48,7 +50,7 @@ def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, eng
         case: the problem.
         dtype: a key of :data:`~cast_kernels.evidence.cases.KINDS`.
         cache: folder of compiled kernels, None for a temporary one.
-        engine: of the emulator.
+        engine: of the emulator; None for the quickest that is built.
     """
     kind = KINDS[dtype]._asdict()
     exact, eager = run(case, None, exact=True, **kind), run(case, "eager", **kind)
@@ -59,7 +61,7 @@ def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, eng
             errors = compare(run(case, "triton", **kind), eager, exact)
     except EmulationFault as error:
         fault = str(error)
-    return Outcome(case, errors, emulator.runs, time.perf_counter() - begin, fault, engine)
+    return Outcome(case, errors, emulator.runs, time.perf_counter() - begin, fault, emulator.engine)
 
 
 def render_errors(outcome: Outcome) -> Table:
@@ -120,10 +122,24 @@ def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
         "ok": outcome.ok,
         "engine": outcome.engine,
         "fault": outcome.fault,
+        "date": str(datetime.date.today()),
         "seconds": round(outcome.seconds, 1),
         "errors": [error._asdict() | {"ratio": error.ratio, "ok": error.ok} for error in outcome.errors],
         "kernels": [vars(runs) | {"useful_flops": useful[runs.kernel]} for runs in outcome.kernels.values()],
     }
+
+
+#: What tells one run in a file of runs from another.
+_KEY = ("target", "dtype", "case", "engine")
+
+
+def keep(told: dict[str, Any], file: Path) -> None:
+    """Put a run into a file of runs, a line each: in the place of the same run if it is there, and the rest stays."""
+    runs = json.loads(file.read_text()) if file.exists() else []
+    told = json.loads(json.dumps(told))  # tuples as the file has them
+    at = next((n for n, run in enumerate(runs) if all(run.get(name) == told[name] for name in _KEY)), len(runs))
+    runs[at : at + 1] = [told]
+    file.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
 
 
 def main(
@@ -131,7 +147,7 @@ def main(
     dtypes: Sequence[str],
     size: str,
     json_file: Path | None = None,
-    engine: str = ENGINES[0],
+    engine: str | None = None,
 ) -> int:
     """Run, print, and return the exit code: 1 after a fault or an error above the gate.
 
@@ -139,24 +155,22 @@ def main(
         targets: names out of :data:`~cast_kernels.evidence.problems.EMULATED`.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         size: key of :data:`SIZES`.
-        json_file: where errors and all counters go as JSON.
-        engine: of the emulator.
+        json_file: where errors and all counters go as JSON, each run as it ends; see :func:`keep`.
+        engine: of the emulator; None for the quickest that is built.
     """
-    console, outcomes, told = wide_console(), [], []
-    for goal in [target(name) for name in targets]:
-        for dtype in dtypes:
-            for case in SIZES[size]:
-                outcome = emulate(goal, case, dtype, engine=engine)
-                console.print(f"{goal.name} {dtype}: {case}, {outcome.seconds:.0f} s", markup=False, highlight=False)
-                if outcome.errors:
-                    console.print(render_errors(outcome))
-                console.print(render_counters(outcome))
-                if outcome.fault:
-                    console.print(f"FAIL  {outcome.fault}", markup=False, soft_wrap=True)
-                outcomes.append(outcome)
-                told.append(as_json(goal, dtype, outcome))
-    if json_file:
-        json_file.write_text(json.dumps(told, indent=1) + "\n")
-    failed = sum(not outcome.ok for outcome in outcomes)
-    console.print(f"{len(outcomes)} runs in emulation, {failed} failed")
+    console, count, failed = wide_console(), 0, 0
+    runs = [(target(name), dtype, case) for name in targets for dtype in dtypes for case in SIZES[size]]
+    with tempfile.TemporaryDirectory() as cache:
+        for goal, dtype, case in runs:
+            outcome = emulate(goal, case, dtype, Path(cache), engine=engine)
+            console.print(f"{goal.name} {dtype}: {case}, {outcome.seconds:.0f} s", markup=False, highlight=False)
+            if outcome.errors:
+                console.print(render_errors(outcome))
+            console.print(render_counters(outcome))
+            if outcome.fault:
+                console.print(f"FAIL  {outcome.fault}", markup=False, soft_wrap=True)
+            count, failed = count + 1, failed + (not outcome.ok)
+            if json_file:
+                keep(as_json(goal, dtype, outcome), json_file)
+    console.print(f"{count} runs in emulation, {failed} failed")
     return 1 if failed else 0

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import lru_cache
 
 from ptx_emulator.predict import model
 from ptx_emulator.predict.counters import Counters
 from ptx_emulator.predict.devices import Device
 from ptx_emulator.predict.model import Prediction
 from ptx_emulator.predict.resources import Resources
+from ptx_emulator.predict.trace import used_parameters
 from ptx_emulator.triton.driver import Launch
 from ptx_emulator.triton.launcher import spans
+
+from cast_kernels.evidence import trace
 
 UNCERTAINTY = 0.40
 LABEL = "predicted, unvalidated: no kernel of ours has been timed"
@@ -46,15 +47,6 @@ def unique_bytes(launch: Launch) -> int:
     A tensor counts once whether it is read, written or both: what a kernel writes and reads back is in L2. Parameters
     that the compiler dropped do not count.
     """
-    used = _parameters(launch.asm["ptx"], launch.kernel)
+    used = used_parameters(trace.kernel_of(launch))
     taken = [argument for position, argument in enumerate(launch.arguments) if position in used]
     return sum(span.stop - span.start for span in spans(taken))
-
-
-@lru_cache(maxsize=512)
-def _parameters(ptx: str, kernel: str) -> set[int]:
-    """Positions of the parameters that occur behind the text's first brace, as the committed predictions count them.
-
-    Where a module has initialised strings before its entry, that brace is theirs, and every parameter counts.
-    """
-    return {int(found) for found in re.findall(rf"\b{kernel}_param_(\d+)\b", ptx.split("{", 1)[1])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cast_kernels.evidence.cases import Case
 from cast_kernels.evidence.experts import ExpertCase
@@ -11,6 +11,8 @@ from cast_kernels.evidence.experts import ExpertCase
 COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 #: What `cast-kernels compile` checks unless some are named.
 GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: What `cast-kernels compile --ptxas` compares unless some are named: those of them that a ptxas assembles.
+ASSEMBLED = ("sm_80", "sm_90", "sm_100")
 #: Those whose PTX the emulator executes, as it says itself.
 EMULATED = ("sm_80", "sm_90")
 #: GPUs whose times are predicted: those that `ptx_emulator.predict.devices` has constants of.
@@ -55,7 +57,7 @@ _LONG = replace(_SMALL, batch=1, frames=2, patches=70, windows=("space", "space-
 ENGINES = ("interpreter", "native")
 
 #: Size -> what is run. Small: every window, each direction alone, awkward sizes. Paper: forward of one clip and of
-#: three at the published size; backward where it fits a test's patience.
+#: three at the published size, backward of a smaller one. Full: both of both at the published size.
 SIZES: dict[str, tuple[Case, ...]] = {
     "small": (
         _SMALL,
@@ -70,4 +72,27 @@ SIZES: dict[str, tuple[Case, ...]] = {
         Case(batch=3, backward=False),  # too many rows for the tiles that sm_90 has for few
         Case(batch=1, frames=4, patches=36, dim=256, bottleneck=128, heads=4),
     ),
+    "full": (Case(batch=1), Case(batch=3)),
+}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A problem in whose kernels faults are planted: each runs a whole launch, so it is small."""
+
+    case: AnyCase
+    few_rows: bool = True  # whether its kernels have the tiles for few rows, where an architecture has such
+
+
+#: Sizes that fill no tile: rows, channels of the streams and of the bottleneck, three steps of each contraction.
+_RAGGED = Case(2, 3, 7, 96, 112, 7, scaled=True)
+_RAGGED_EXPERT = ExpertCase(rows=37, dim=96, hidden=176, adapter=48, heads=3, scaled=True)
+
+#: Name -> where faults are planted. A kernel is mutated in the first problem that launches it. Long windows: one whose
+#: length divides a tile, and one that no tile holds.
+PLANTED: dict[str, Planted] = {
+    "exchange": Planted(_RAGGED),
+    "many rows": Planted(replace(_RAGGED, backward=False), few_rows=False),
+    "long windows": Planted(Case(1, 4, 36, 64, 32, 2, windows=("time", "space-time"), scaled=True)),
+    **{op: Planted(replace(_RAGGED_EXPERT, op=op)) for op in ("ffn", "self_attention", "adapter")},
 }

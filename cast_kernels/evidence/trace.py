@@ -27,15 +27,15 @@ def ctas(launch: Launch, samples: int = SAMPLES) -> list[Counters]:
         NotImplementedError: how often a loop runs depends on data.
     """
     values = [argument.value if isinstance(argument.value, int) else None for argument in launch.arguments]
-    return traced_ctas(_kernel(launch), launch.grid, launch.threads, values, samples)
+    return traced_ctas(kernel_of(launch), launch.grid, launch.threads, values, samples)
 
 
 def length(launch: Launch) -> int:
     """Instructions in the launch's PTX, each once."""
-    return len(_kernel(launch).instructions)
+    return len(kernel_of(launch).instructions)
 
 
-def _kernel(launch: Launch) -> ptx_emulator.Kernel:
+def kernel_of(launch: Launch) -> ptx_emulator.Kernel:
     """The launch's kernel, parsed once."""
     return _parsed(launch.asm["ptx"], launch.kernel)
 

@@ -299,6 +299,8 @@ def main(
         return NO_GPU
     plan = QUICK if quick else FULL
     plan = replace(plan, tier=tier or plan.tier, minutes=plan.minutes if minutes is None else minutes)
+    if "KNOWN BAD" in (ptxas := str(machine.describe().get("ptxas", ""))):
+        print(f"cast-kernels gpu-check: warning: ptxas {ptxas}", file=sys.stderr)
     try:
         return check(machine, plan, json_file, report_file)
     except OSError as error:

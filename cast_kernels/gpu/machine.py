@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from cast_kernels import assemblers
+
 #: What runs, with no arguments and a result that nobody reads.
 Step = Callable[[], object]
 
@@ -112,6 +114,7 @@ class CudaMachine:
             "multiprocessors": found.multi_processor_count, "memory_bytes": found.total_memory,
             "driver": driver_version(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
             "torch": torch.__version__,
+            "ptxas": assemblers.line(assemblers.describe(10 * found.major + found.minor)),
         }  # fmt: skip
 
     def elapsed_ms(self, step: Step, repeats: int = 1) -> float:

@@ -156,8 +156,10 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ("sm_90", 16, False): TileSet(
         _BY_MODEL,
         row=Tile(rows=128, k=64, columns=64, warps=8, stages=3, queries=128),
-        # Three stages of 64 channels are more shared memory than a CTA has; two spill 20 times inside a loop.
-        project_wide=Tile(rows=128, k=32, columns=64, warps=8, stages=3),
+        # One stage: float32 rows are rounded in registers, from which wgmma takes them, and with two or three stages
+        # ptxas before 13.3 writes the next step's into registers that a wgmma may still read (docs/ptxas.md). Steps of
+        # 64 channels spill 20 times inside a loop.
+        project_wide=Tile(rows=128, k=32, columns=64, warps=8, stages=1),
         exchange_short=Tile(rows=128, k=64, columns=64, warps=8, stages=3),
         # One or two clips are at most 50 programs of 128 rows for 132 SMs; half as large, a program takes half as long.
         few_rows=132 * 64,
@@ -166,7 +168,7 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
                 ("project", "exchange", "exchange_short"), Tile(rows=64, k=64, columns=64, warps=4, stages=3)
             ),
             # Steps of 64 float32 channels spill 20 times inside loops.
-            "project_wide": Tile(rows=64, k=32, columns=64, warps=4, stages=3),
+            "project_wide": Tile(rows=64, k=32, columns=64, warps=4, stages=1),
         },
         # 128 rows are 74 programs at six clips, for 132 SMs; in backward they spill outside of loops too.
         adapter_forward=Tile(rows=64, k=64, columns=64, warps=8, stages=3),

@@ -57,13 +57,19 @@ class Checks {
     }
     for (int i = 0; i < access.count; ++i) {
       const i64 first = access.address[i] >> shift;
-      for (int k = 0; k < many; ++k) tags[first + k].writer = tag(access.thread[i] >> 5);
+      const i32 now = tag(access.thread[i] >> 5);
+      for (int k = 0; k < many; ++k) {
+        i32& writer = tags[first + k].writer;
+        twice |= (writer >> kWarpBits) == step && writer != now;
+        writer = now;
+      }
     }
   }
 
   // After the write: two warps that wrote one granule in the same instruction.
   template <class F>
   void wrote(const Access& access, F differs) {
+    if (!twice) return;
     const int many = granules(access.size);
     for (int i = 0; i < access.count; ++i) {
       const int warp = access.thread[i] >> 5;
@@ -115,7 +121,8 @@ class Checks {
 
   // Whether nothing that a write could race with has touched the granules since all warps last met.
   bool quiet(i64 first, int many) const {
-    if (operands) return false;
+    for (int k = 0; operands && k < many; ++k)
+      if (operands[first + k]) return false;
     if (many % 4 == 0) {
       i32x16 over = load_vector<i32x16>(tags + first) > limits(floor, floor, floor, 0);
       for (int k = 4; k < many; k += 4) over |= load_vector<i32x16>(tags + first + k) > limits(floor, floor, floor, 0);
@@ -206,6 +213,7 @@ class Checks {
   const i16* operands;
   const i32* operand;
   int shift;
+  bool twice = false;  // two warps have written a granule in this instruction
 };
 
 }  // namespace ptx::PTX_LEVEL

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "elementwise.h"
+#include "vector.h"
 
 namespace ptx::PTX_LEVEL {
 
@@ -154,7 +155,7 @@ struct Exp2 {
     x = x < -200.0 ? -200.0 : x > 200.0 ? 200.0 : x;  // beyond, a float is zero or infinite
     const double n = std::nearbyint(x), f = x - n;
     double p = c[14];
-    for (int k = 13; k >= 0; --k) p = std::fma(p, f, c[k]);
+    PTX_UNROLL for (int k = 13; k >= 0; --k) p = std::fma(p, f, c[k]);
     const i64 bits = (i64(n) + 1023) << 52;
     double scale;
     std::memcpy(&scale, &bits, 8);

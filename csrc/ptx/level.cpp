@@ -180,7 +180,7 @@ extern "C" void PTX_NAME(ptx_product_, PTX_LEVEL)(void* batch, const void* produ
     for (i64 group = 0; group < p.groups; ++group) {
       const i64 at = cta * p.groups + group, size = kRows * p.columns;
       if (p.active[at])
-        run_product(c, p, group, c.shared());
+        run_product<false>(c, p, group, c.shared());
       else if (p.old && p.old != p.out)
         std::memcpy(p.out + at * size, p.old + at * size, sizeof(float) * size_t(size));
     }

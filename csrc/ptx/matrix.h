@@ -77,13 +77,14 @@ inline bool store_matrix(Cta& c, const Op& op, const u8* mask) {
     content(access.thread[i], row);
     return std::memcmp(shared + access.address[i], row, size_t(kRowBytes)) ? 2 : 0;
   };
-  if (c.b.checks) Checks(c, op).write(access, differs);
+  Checks checks(c, op);
+  if (c.b.checks) checks.write(access, differs);
   for (int i = 0; i < access.count; ++i) {
     u16 row[8];
     content(access.thread[i], row);
     std::memcpy(shared + access.address[i], row, size_t(kRowBytes));
   }
-  if (c.b.checks) Checks(c, op).wrote(access, differs);
+  if (c.b.checks) checks.wrote(access, differs);
   return true;
 }
 

@@ -205,11 +205,12 @@ bool store_shared(Cta& c, const Op& op, const u8* mask) {
           std::max(far, apart(load_at<T>(shared + access.address[i] + k * sizeof(T)), T(values[k][access.thread[i]])));
     return far;
   };
-  if (c.b.checks) Checks(c, op).write(access, differs);
+  Checks checks(c, op);
+  if (c.b.checks) checks.write(access, differs);
   for (int k = 0; k < count; ++k)
     for (int i = 0; i < access.count; ++i)
       store_at(shared + access.address[i] + k * sizeof(T), T(values[k][access.thread[i]]));
-  if (c.b.checks) Checks(c, op).wrote(access, differs);
+  if (c.b.checks) checks.wrote(access, differs);
   return true;
 }
 

@@ -22,98 +22,132 @@ struct Product {
   float* out;
 };
 
-// A chunk's elements as floats, `stride` apart.
-inline void decode_chunk(const u8* chunk, i64 kind, float* out, i64 stride) {
-  if (kind == 2) {
-    for (int e = 0; e < 4; ++e) out[e * stride] = MmaTf32::half(load_at<u32>(chunk + 4 * e), 0);
-  } else if (kind == 1) {
-    for (int e = 0; e < 8; ++e) out[e * stride] = F16::up(load_at<u16>(chunk + 2 * e));
+typedef u16 u16x8 __attribute__((vector_size(16)));
+typedef u32 u32x8 __attribute__((vector_size(32)));
+
+// The elements of an operand's 16-byte chunk as floats, side by side.
+template <int Kind>
+inline void decode_chunk(const u8* chunk, float* out) {
+  if (Kind == 0) {
+    store_vector(out, __builtin_convertvector(load_vector<u16x8>(chunk), u32x8) << 16);
+  } else if (Kind == 1) {
+    for (int e = 0; e < 8; ++e) out[e] = F16::up(load_at<u16>(chunk + 2 * e));
   } else {
-    for (int e = 0; e < 8; ++e) out[e * stride] = Bf16::up(load_at<u16>(chunk + 2 * e));
+    for (int e = 0; e < 4; ++e) out[e] = MmaTf32::half(load_at<u32>(chunk + 4 * e), 0);
   }
 }
 
-// An operand of `rows` by `depth`, element (row, k) at row * row_stride + k * k_stride.
-inline void decode_operand(const u8* shared, const i32* chunks, i64 rows, i64 depth, i64 major, i64 kind, float* out,
-                           i64 row_stride, i64 k_stride) {
-  const i64 each = kind == 2 ? 4 : 8;
+// A of 64 rows by `depth`, as out[k][row]. In memory a chunk holds consecutive k of a row, or consecutive rows (major).
+template <int Kind>
+inline void decode_a(const u8* shared, const i32* chunks, i64 depth, i64 major, float (*out)[kRows]) {
+  constexpr int each = Kind == 2 ? 4 : 8;
   if (major) {
     for (i64 k = 0; k < depth; ++k)
-      for (i64 r = 0; r < rows; r += each)
-        decode_chunk(shared + *chunks++, kind, out + r * row_stride + k * k_stride, row_stride);
-  } else {
-    for (i64 r = 0; r < rows; ++r)
-      for (i64 k = 0; k < depth; k += each)
-        decode_chunk(shared + *chunks++, kind, out + r * row_stride + k * k_stride, k_stride);
+      for (int r = 0; r < kRows; r += each) decode_chunk<Kind>(shared + *chunks++, out[k] + r);
+    return;
   }
+  for (int r = 0; r < kRows; ++r)
+    for (i64 k = 0; k < depth; k += each) {
+      float values[8];
+      decode_chunk<Kind>(shared + *chunks++, values);
+      for (int e = 0; e < each; ++e) out[k + e][r] = values[e];
+    }
 }
 
-// A from registers: register r of lane l holds row l / 4 + 8 (r % 2) of its warp; k runs over (register, lane of four, half).
-inline void decode_registers(const Cta& c, const Product& p, i64 group, float (*a)[kMostDepth]) {
-  const int halves = p.kind == 2 ? 1 : 2;
-  for (int r = 0; r < 4; ++r) {
-    const u32* from = c.at<u32>(p.a_registers[r]) + 128 * group;
-    for (int t = 0; t < 128; ++t)
-      for (int h = 0; h < halves; ++h) {
-        const float value = p.kind == 2   ? MmaTf32::half(from[t], h)
-                            : p.kind == 1 ? MmaF16::half(from[t], h)
-                                          : MmaBf16::half(from[t], h);
-        a[16 * (t / kWarp) + t % kWarp / 4 + 8 * (r % 2)][(r / 2) * 4 * halves + (t % 4) * halves + h] = value;
-      }
-  }
+// B's chunks one after the other: [column][k], or [k][column] (major).
+template <int Kind>
+inline void decode_b(const u8* shared, const i32* chunks, i64 count, float* out) {
+  constexpr int each = Kind == 2 ? 4 : 8;
+  for (i64 i = 0; i < count; ++i) decode_chunk<Kind>(shared + chunks[i], out + each * i);
 }
 
-template <int Wide>
-inline void multiply_block(const float (*a)[kMostDepth], const float* b, i64 columns, i64 depth, float (*out)[Wide]) {
-  float s0[Wide] = {}, s1[Wide] = {}, s2[Wide] = {}, s3[Wide] = {};
+// A from registers: lane 4g + q of a warp holds, in register r, row g + 8 (r % 2) of its sixteen; k runs over (r / 2, q, half).
+template <class E>
+inline void decode_registers(const Cta& c, const Product& p, i64 group, float (*a)[kRows]) {
+  for (int r = 0; r < 4; ++r)
+    for (int w = 0; w < 4; ++w) {
+      const u32* from = c.at<u32>(p.a_registers[r]) + 128 * group + kWarp * w;
+      const u32x16 x = load_vector<u32x16>(from), y = load_vector<u32x16>(from + 16);
+      u32 lanes[4][8];  // [q][g]
+      store_vector(lanes[0], __builtin_shufflevector(x, y, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29));
+      store_vector(lanes[2], __builtin_shufflevector(x, y, 2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31));
+      for (int q = 0; q < 4; ++q)
+        for (int h = 0; h < E::halves; ++h) {
+          float* to = a[(r / 2 * 4 + q) * E::halves + h] + 16 * w + 8 * (r % 2);
+          for (int g = 0; g < 8; ++g) to[g] = E::half(lanes[q][g], h);
+        }
+    }
+}
+
+// What becomes of sixteen sums of a column: `before` is added after them, where something is to be kept.
+inline v16 finished(v16 sum, bool negative, bool keep, v16 before) {
+  if (negative) sum = -sum;
+  return v16(canonical(keep ? sum + before : sum));
+}
+
+// How many columns and sixteens of rows are summed at once: as many as there are registers for.
+#if defined(__AVX512F__)
+constexpr int kColumnsAtOnce = 4, kSixteensAtOnce = 4;
+#else
+constexpr int kColumnsAtOnce = 2, kSixteensAtOnce = 2;
+#endif
+
+// Sums over k of a[k][row] * b[column * column_stride + k * k_stride], in the order of k, for a block of columns and rows.
+inline void multiply_block(const float* a, const float* b, i64 column_stride, i64 k_stride, i64 depth,
+                           v16 (*sums)[kSixteensAtOnce]) {
+  v16 s[kColumnsAtOnce][kSixteensAtOnce] = {};
   for (i64 k = 0; k < depth; ++k) {
-    const float* row = b + k * columns;
-    const float a0 = a[0][k], a1 = a[1][k], a2 = a[2][k], a3 = a[3][k];
-    for (int j = 0; j < Wide; ++j) s0[j] = std::fma(a0, row[j], s0[j]);
-    for (int j = 0; j < Wide; ++j) s1[j] = std::fma(a1, row[j], s1[j]);
-    for (int j = 0; j < Wide; ++j) s2[j] = std::fma(a2, row[j], s2[j]);
-    for (int j = 0; j < Wide; ++j) s3[j] = std::fma(a3, row[j], s3[j]);
-  }
-  std::memcpy(out[0], s0, sizeof(s0));
-  std::memcpy(out[1], s1, sizeof(s1));
-  std::memcpy(out[2], s2, sizeof(s2));
-  std::memcpy(out[3], s3, sizeof(s3));
-}
-
-template <int Wide>
-inline void accumulate_block(const Product& p, const float (*a)[kMostDepth], const float* b, const float* old,
-                             bool keep, float* out) {
-  float sums[4][Wide];
-  multiply_block<Wide>(a, b, p.columns, p.depth, sums);
-  for (int r = 0; r < 4; ++r) {
-    const float* before = old + r * p.columns;
-    float* to = out + r * p.columns;
-    for (int j = 0; j < Wide; ++j) {
-      const float product = p.negative ? -sums[r][j] : sums[r][j];
-      to[j] = float_of(canonical(keep ? product + before[j] : product));
+    v16 rows[kSixteensAtOnce];
+    PTX_UNROLL for (int r = 0; r < kSixteensAtOnce; ++r) rows[r] = load_vector<v16>(a + k * kRows + 16 * r);
+    PTX_UNROLL for (int j = 0; j < kColumnsAtOnce; ++j) {
+      const v16 factor = broadcast(b[j * column_stride + k * k_stride]);
+      PTX_UNROLL for (int r = 0; r < kSixteensAtOnce; ++r) s[j][r] = multiply_add(rows[r], factor, s[j][r]);
     }
   }
+  PTX_UNROLL for (int j = 0; j < kColumnsAtOnce; ++j)
+    PTX_UNROLL for (int r = 0; r < kSixteensAtOnce; ++r) sums[j][r] = s[j][r];
 }
 
+// One group's product. Transposed: `old` and `out` are [column][row], else [row][column].
+template <bool Transposed>
 inline void run_product(const Cta& c, const Product& p, i64 group, const u8* shared) {
-  alignas(64) float a[kRows][kMostDepth], b[kMostDepth * kMostColumns];
+  alignas(64) float a[kMostDepth][kRows], b[kMostDepth * kMostColumns];
   const i64 at = c.cta * p.groups + group, size = kRows * p.columns;
-  if (p.a_registers)
-    decode_registers(c, p, group, a);
-  else
-    decode_operand(shared, p.a_chunks + p.a_row[at] * p.a_count, kRows, p.depth, p.a_major, p.kind, a[0], kMostDepth,
-                   1);
-  decode_operand(shared, p.b_chunks + p.b_row[at] * p.b_count, p.columns, p.depth, p.b_major, p.kind, b, 1, p.columns);
+  const i32* a_chunks = p.a_registers ? nullptr : p.a_chunks + p.a_row[at] * p.a_count;
+  const i32* b_chunks = p.b_chunks + p.b_row[at] * p.b_count;
+  const i64 count = p.columns * p.depth / (p.kind == 2 ? 4 : 8);
+  if (p.kind == 0) {
+    a_chunks ? decode_a<0>(shared, a_chunks, p.depth, p.a_major, a) : decode_registers<MmaBf16>(c, p, group, a);
+    decode_b<0>(shared, b_chunks, count, b);
+  } else if (p.kind == 1) {
+    a_chunks ? decode_a<1>(shared, a_chunks, p.depth, p.a_major, a) : decode_registers<MmaF16>(c, p, group, a);
+    decode_b<1>(shared, b_chunks, count, b);
+  } else {
+    a_chunks ? decode_a<2>(shared, a_chunks, p.depth, p.a_major, a) : decode_registers<MmaTf32>(c, p, group, a);
+    decode_b<2>(shared, b_chunks, count, b);
+  }
   const bool keep = p.keep[at] != 0;
   const float* old = p.old ? p.old + at * size : nullptr;
   float* out = p.out + at * size;
-  for (i64 row = 0; row < kRows; row += 4) {
-    i64 j = 0;
-    for (; j + 32 <= p.columns; j += 32)
-      accumulate_block<32>(p, a + row, b + j, old + row * p.columns + j, keep, out + row * p.columns + j);
-    for (; j < p.columns; j += 8)
-      accumulate_block<8>(p, a + row, b + j, old + row * p.columns + j, keep, out + row * p.columns + j);
-  }
+  const i64 column_stride = p.b_major ? 1 : p.depth, k_stride = p.b_major ? p.columns : 1;
+  for (i64 column = 0; column < p.columns; column += kColumnsAtOnce)
+    for (int row = 0; row < kRows; row += 16 * kSixteensAtOnce) {
+      v16 sums[kColumnsAtOnce][kSixteensAtOnce];
+      multiply_block(&a[0][row], b + column * column_stride, column_stride, k_stride, p.depth, sums);
+      for (int j = 0; j < kColumnsAtOnce; ++j)
+        for (int r = 0; r < kSixteensAtOnce; ++r) {
+          const i64 first = row + 16 * r;
+          if (Transposed) {
+            float* to = out + (column + j) * kRows + first;
+            store_vector(to, finished(sums[j][r], p.negative != 0, keep, load_vector<v16>(to)));
+            continue;
+          }
+          v16 before = {};
+          for (int i = 0; keep && i < 16; ++i) before[i] = old[(first + i) * p.columns + column + j];
+          const v16 value = finished(sums[j][r], p.negative != 0, keep, before);
+          for (int i = 0; i < 16; ++i) out[(first + i) * p.columns + column + j] = value[i];
+        }
+    }
 }
 
 // Granules of an operand's chunks, in Checker's words: `first` of each chunk, `many` a chunk.
@@ -146,11 +180,14 @@ class Operands {
                           known, INT32_MAX, INT32_MAX, 0, known, INT32_MAX, INT32_MAX, 0};
     for (i64 k = 0; k < o.count; ++k) {
       const i64 first = o.first[k];
-      i32x16 over = {};
-      for (i64 g = first; o.many % 4 == 0 && g < first + o.many; g += 4) over |= load_vector<i32x16>(tags + g) > limit;
-      const bool quiet = o.many % 4 == 0 && !any(over);
-      for (i64 g = first; !quiet && g < first + o.many; ++g) look(g, fenced);
-      for (i64 g = first; g < first + o.many; ++g) {
+      for (i64 g = first; o.many % 4 == 0 && g < first + o.many; g += 4) {
+        if (any(load_vector<i32x16>(tags + g) > limit))
+          for (i64 one = g; one < g + 4; ++one) look(one, fenced);
+        store_vector(operand + g, i32x4{now, now, now, now});
+        store_vector(operands + g, load_vector<i16x4>(operands + g) + i16(1));
+      }
+      for (i64 g = first; o.many % 4 && g < first + o.many; ++g) {
+        look(g, fenced);
         operand[g] = now;
         ++operands[g];
       }
@@ -158,16 +195,30 @@ class Operands {
   }
 
   // The warpgroup knows that they have been read.
+  // Each warp in turn: the first is the reader if there is none, the last other than the reader is the second.
   void were_read(i32 step) {
-    for (i64 k = 0; k < o.count; ++k)
-      for (i64 g = o.first[k]; g < o.first[k] + o.many; ++g) {
-        --operands[g];
-        // Each warp in turn: the first is the reader if there is none, the last other than the reader is the second.
-        const i32 now = i32(u32(step) << kWarpBits);
-        if (tags[g].reader <= floor) tags[g].reader = now | leader;
-        const bool last = (tags[g].reader & kWarpMask) == leader + 3;
-        tags[g].reader_too = now | (leader + (last ? 2 : 3));
+    const i32 now = i32(u32(step) << kWarpBits);
+    const i32 third = now | (leader + 2), fourth = now | (leader + 3);
+    const i32x16 reader = {0, -1, 0, 0, 0, -1, 0, 0, 0, -1, 0, 0, 0, -1, 0, 0};
+    const i32x16 reader_too = {0, 0, -1, 0, 0, 0, -1, 0, 0, 0, -1, 0, 0, 0, -1, 0};
+    for (i64 k = 0; k < o.count; ++k) {
+      const i64 first = o.first[k];
+      for (i64 g = first; o.many % 4 == 0 && g < first + o.many; g += 4) {
+        store_vector(operands + g, load_vector<i16x4>(operands + g) - i16(1));
+        i32x16 t = load_vector<i32x16>(tags + g);
+        const i32x16 fresh = (t <= floor) & reader;
+        t = (fresh & (now | leader)) | (~fresh & t);
+        const i32x16 readers = __builtin_shufflevector(t, t, 1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13);
+        const i32x16 last = (readers & kWarpMask) == leader + 3;
+        const i32x16 other = (last & third) | (~last & fourth);
+        store_vector(tags + g, (reader_too & other) | (~reader_too & t));
       }
+      for (i64 g = first; o.many % 4 && g < first + o.many; ++g) {
+        --operands[g];
+        if (tags[g].reader <= floor) tags[g].reader = now | leader;
+        tags[g].reader_too = (tags[g].reader & kWarpMask) == leader + 3 ? third : fourth;
+      }
+    }
   }
 
  private:

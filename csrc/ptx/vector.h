@@ -14,6 +14,14 @@ namespace ptx::PTX_LEVEL {
 typedef float v16 __attribute__((vector_size(64)));
 typedef i32 i32x16 __attribute__((vector_size(64)));
 typedef u32 u32x16 __attribute__((vector_size(64)));
+typedef i32 i32x4 __attribute__((vector_size(16)));
+typedef i16 i16x4 __attribute__((vector_size(8)));
+
+#if defined(__clang__)
+#define PTX_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define PTX_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 template <class V>
 V load_vector(const void* at) {
@@ -25,6 +33,8 @@ template <class V>
 void store_vector(void* at, V value) {
   std::memcpy(at, &value, sizeof(V));
 }
+
+inline v16 broadcast(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 inline v16 multiply_add(v16 a, v16 b, v16 c) {
 #if defined(__x86_64__) && defined(__AVX512F__)

@@ -6,6 +6,7 @@
 namespace ptx::PTX_LEVEL {
 
 constexpr int kMostGroups = kMostThreads / 128, kMostFlying = 64, kMostChunks = 2 * kMostColumns;
+constexpr int kMostShapes = 8;
 
 // A `wgmma.mma_async`, a list of numbers: native/wgmma.py writes it.
 struct Form {
@@ -28,9 +29,17 @@ struct Flying {
 };
 
 struct Accumulators {
-  float* matrix;  // [groups][64][columns]
+  float* matrix;  // [groups][columns][64]
   i32* tokens;    // of their registers, when they were last delivered
   bool held, settled;
+};
+
+// The chunks of operands whose descriptors differ in the start alone.
+struct Chunks {
+  u64 descriptor;  // without its start
+  i32 rows, depth, major;
+  i32 count;  // 0: not known yet
+  i32 offset[kMostChunks];
 };
 
 // A watched register has a token: a new one whenever it is written, that of its source when it is renamed. So a token is older
@@ -70,7 +79,19 @@ struct Products {
   int aloft = 0;
   i32 next = 0, mark = -1;
   i64 group = 0;
+  Chunks chunks[kMostShapes] = {};
+  int newest = 0;
 
+  // Those of a shape: kept, or to be filled in in place of the oldest.
+  Chunks& chunks_of(u64 descriptor, i32 rows, i32 depth, i32 major) {
+    for (Chunks& one : chunks)
+      if (one.count && one.descriptor == descriptor && one.rows == rows && one.depth == depth && one.major == major)
+        return one;
+    newest = (newest + 1) % kMostShapes;
+    Chunks& one = chunks[newest];
+    one.descriptor = descriptor, one.rows = rows, one.depth = depth, one.major = major, one.count = 0;
+    return one;
+  }
   void reset() {
     for (i64 i = 0; i < count; ++i) token[i] = i32(i);
     std::memset(pending, 0, size_t(count));
@@ -86,14 +107,14 @@ struct Products {
       if (keys[k].held) return false;
     return aloft == 0;
   }
-  void note_pending(const i32* extra) {
+  void note_pending(const i32* extra, const Form& form) {
+    for (i32 i = 0; i < form.columns / 2; ++i) pending[extra[form.watched + i]] = 1;
+    for (i32 i = 0; i < form.input_count; ++i) input[extra[form.inputs + i]] = 1;
+  }
+  void note_all_pending(const i32* extra) {
     std::memset(pending, 0, size_t(count));
     std::memset(input, 0, size_t(count));
-    for (int f = 0; f < aloft; ++f) {
-      const Form& form = *flying[f].form;
-      for (i32 i = 0; i < form.columns / 2; ++i) pending[extra[form.watched + i]] = 1;
-      for (i32 i = 0; i < form.input_count; ++i) input[extra[form.inputs + i]] = 1;
-    }
+    for (int f = 0; f < aloft; ++f) note_pending(extra, *flying[f].form);
   }
 };
 
@@ -151,33 +172,43 @@ inline bool product_commit(Cta& c, const Op&, const u8* mask) {
   return mask == nullptr && c.n % 128 == 0;
 }
 
-// The addresses of an operand's chunks, as chunk_addresses of descriptors.py; false where they are none.
-inline bool chunk_addresses(const Cta& c, u64 descriptor, i64 rows, i64 depth, i64 size, bool major, i32* out,
-                            i32* count) {
-  const i64 start = i64(descriptor & 0x3FFF) << 4, leading = i64(descriptor >> 16 & 0x3FFF) << 4;
-  const i64 stride = i64(descriptor >> 32 & 0x3FFF) << 4, mode = i64(descriptor >> 62), each = kChunk / size;
-  const i64 width = mode == 0 ? 0 : mode == 1 ? 128 : mode == 2 ? 64 : 32;
-  if (descriptor >> 49 & 7) return false;
-  const auto put = [&](i64 address) {
-    address += start;
-    if (width) address ^= ((address >> 7) & (width / kChunk - 1)) << 4;
-    out[(*count)++] = i32(address);
-    return address >= kSharedBase && address + kChunk <= c.b.shared_end;
-  };
-  *count = 0;
-  bool inside = true;
-  if (major) {
+// Where the chunks of an operand lie behind its start, before the swizzle: as chunk_addresses of descriptors.py.
+inline void chunk_offsets(u64 descriptor, i64 width, i64 size, Chunks& out) {
+  const i64 leading = i64(descriptor >> 16 & 0x3FFF) << 4, stride = i64(descriptor >> 32 & 0x3FFF) << 4;
+  const i64 each = kChunk / size;
+  const auto put = [&](i64 offset) { out.offset[out.count++] = i32(offset); };
+  out.count = 0;
+  if (out.major) {
     const i64 tile = width ? width / size : 1;
-    for (i64 k = 0; k < depth; ++k)
-      for (i64 r = 0; r < rows; r += each)
-        inside &= put(width ? r / tile * leading + k / 8 * stride + k % 8 * width + size * (r % tile)
-                            : r / each * stride + k / 8 * leading + k % 8 * kChunk);
+    for (i64 k = 0; k < out.depth; ++k)
+      for (i64 r = 0; r < out.rows; r += each)
+        put(width ? r / tile * leading + k / 8 * stride + k % 8 * width + size * (r % tile)
+                  : r / each * stride + k / 8 * leading + k % 8 * kChunk);
   } else {
-    for (i64 r = 0; r < rows; ++r)
-      for (i64 k = 0; k < depth; k += each)
-        inside &= put(r / 8 * stride + (width ? size * k : k / each * leading) + r % 8 * (width ? width : kChunk));
+    for (i64 r = 0; r < out.rows; ++r)
+      for (i64 k = 0; k < out.depth; k += each)
+        put(r / 8 * stride + (width ? size * k : k / each * leading) + r % 8 * (width ? width : kChunk));
   }
-  return inside;
+}
+
+// The addresses of an operand's chunks; false where they are none.
+inline bool chunk_addresses(const Cta& c, u64 descriptor, i32 rows, i32 depth, i64 size, i32 major, i32* out,
+                            i32* count) {
+  if (descriptor >> 49 & 7) return false;
+  const i64 mode = i64(descriptor >> 62), width = mode == 0 ? 0 : mode == 1 ? 128 : mode == 2 ? 64 : 32;
+  Chunks& chunks = c.b.products->chunks_of(descriptor & ~u64(0x3FFF), rows, depth, major);
+  if (chunks.count == 0) chunk_offsets(descriptor, width, size, chunks);
+  const i32 start = i32(descriptor & 0x3FFF) << 4, swizzle = width ? i32(width / kChunk - 1) : 0;
+  i32 low = INT32_MAX, high = 0;
+  for (i32 i = 0; i < chunks.count; ++i) {
+    i32 address = chunks.offset[i] + start;
+    address ^= ((address >> 7) & swizzle) << 4;
+    low = address < low ? address : low;
+    high = address > high ? address : high;
+    out[i] = address;
+  }
+  *count = chunks.count;
+  return low >= kSharedBase && high + kChunk <= c.b.shared_end;
 }
 
 template <class T>
@@ -187,21 +218,28 @@ bool alike(const T* values, i64 group) {
   return same;
 }
 
+// Lane 4g + q of a warp holds, in the i-th register, row g + 8 (i / 2 % 2) and column 8 (i / 4) + 2q + i % 2.
+inline i64 accumulator(i32 i, int warp, int q) {
+  return (8 * (i / 4) + 2 * q + i % 2) * kRows + 16 * warp + 8 * (i / 2 % 2);
+}
 inline void load_accumulators(const Cta& c, const Form& f, i64 group, float* matrix) {
-  for (i32 i = 0; i < f.columns / 2; ++i) {
-    const float* from = c.at<float>(c.list(f.registers)[i]) + 128 * group;
-    for (int t = 0; t < 128; ++t)
-      matrix[(16 * (t / kWarp) + t % kWarp / 4 + 8 * (i / 2 % 2)) * f.columns + 8 * (i / 4) + 2 * (t % 4) + i % 2] =
-          from[t];
-  }
+  for (i32 i = 0; i < f.columns / 2; ++i)
+    for (int w = 0; w < 4; ++w) {
+      const float* from = c.at<float>(c.list(f.registers)[i]) + 128 * group + kWarp * w;
+      for (int q = 0; q < 4; ++q)
+        for (int g = 0; g < 8; ++g) matrix[accumulator(i, w, q) + g] = from[4 * g + q];
+    }
 }
 inline void store_accumulators(const Cta& c, const Form& f, i64 group, const float* matrix) {
-  for (i32 i = 0; i < f.columns / 2; ++i) {
-    float* to = c.at<float>(c.list(f.registers)[i]) + 128 * group;
-    for (int t = 0; t < 128; ++t)
-      to[t] =
-          matrix[(16 * (t / kWarp) + t % kWarp / 4 + 8 * (i / 2 % 2)) * f.columns + 8 * (i / 4) + 2 * (t % 4) + i % 2];
-  }
+  for (i32 i = 0; i < f.columns / 2; ++i)
+    for (int w = 0; w < 4; ++w) {
+      float* to = c.at<float>(c.list(f.registers)[i]) + 128 * group + kWarp * w;
+      float column[4][8];
+      for (int q = 0; q < 4; ++q) std::memcpy(column[q], matrix + accumulator(i, w, q), sizeof(column[q]));
+      const v16 a = load_vector<v16>(column[0]), b = load_vector<v16>(column[2]);
+      store_vector(to, __builtin_shufflevector(a, b, 0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27));
+      store_vector(to + 16, __builtin_shufflevector(a, b, 4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31));
+    }
 }
 
 inline bool product(Cta& c, const Op& op, const u8* mask) {
@@ -251,10 +289,11 @@ inline bool product(Cta& c, const Op& op, const u8* mask) {
   call.b_chunks = one.b_first[0], call.b_row = rows, call.b_count = kMostChunks, call.b_major = f.b_major;
   call.active = everyone, call.keep = keep, call.old = call.out = sum.matrix;
   const Cta first{c.b, 0, c.registers, c.n, c.step, c.floor};
-  for (i64 g = 0; g < groups; ++g) run_product(first, call, g, c.shared());
+  for (i64 g = 0; g < groups; ++g) run_product<true>(first, call, g, c.shared());
   for (i64 g = 0; g < groups; ++g) {
-    for (i32 k = 0; k < one.a_count; ++k) one.a_first[g][k] /= i32(c.b.granule);
-    for (i32 k = 0; k < one.b_count; ++k) one.b_first[g][k] /= i32(c.b.granule);
+    const int shift = c.b.granule == 4 ? 2 : c.b.granule == 2 ? 1 : 0;
+    for (i32 k = 0; k < one.a_count; ++k) one.a_first[g][k] >>= shift;
+    for (i32 k = 0; k < one.b_count; ++k) one.b_first[g][k] >>= shift;
     if (!c.b.checks) continue;
     for (int which = 0; which < 2; ++which) {
       const Operand operand{which ? one.b_count : one.a_count,
@@ -270,7 +309,7 @@ inline bool product(Cta& c, const Op& op, const u8* mask) {
   sum.settled = false;
   one.form = &f, one.group = p.group, one.number = op.number;
   ++p.aloft;
-  p.note_pending(c.b.extra);
+  p.note_pending(c.b.extra, f);
   c.b.operands = c.b.all_operands;
   c.b.counters[f.counter] += 2 * kRows * f.columns * f.depth * groups;
   return true;
@@ -314,7 +353,7 @@ inline bool product_wait(Cta& c, const Op& op, const u8* mask) {
     sum.held = false;
     sum.settled = true;
   }
-  p.note_pending(c.b.extra);
+  if (over) p.note_all_pending(c.b.extra);
   if (p.aloft == 0) c.b.operands = nullptr;
   return true;
 }

@@ -3,26 +3,19 @@
 // Clusters of two CTAs along M share B: each loads half of a tile and multicasts it. Warpgroup 0 has one thread that
 // issues copies into a ring of STAGES; warpgroups 1 and 2 multiply 64 rows each and store through shared memory. A CTA
 // takes tile after tile, so that the ring and the output buffer are used again.
-#include <cstdint>
 #include <cuda_bf16.h>
+
+#include "instructions.cuh"
 
 constexpr int BM = 128, BN = 64, BK = 64, STAGES = 3, CLUSTER = 2;
 constexpr uint32_t A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, LINE = 128;
-struct alignas(64) Map { unsigned char bytes[128]; };
 struct Sizes { int m, n, k; };
 struct alignas(1024) Shared {
   unsigned char a[STAGES][A_BYTES], b[STAGES][B_BYTES], c[BM * BN * 2];
   uint64_t full[STAGES], empty[STAGES];
 };
 
-// ---- one instruction each ----
-__device__ uint32_t place(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ void make(uint64_t* b, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(place(b)), "r"(arrivals) : "memory");
-}
-__device__ void expect(uint64_t* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place(b)), "r"(bytes) : "memory");
-}
+// ---- one instruction each; more in instructions.cuh ----
 __device__ void arrive_at(uint64_t* b, uint32_t rank) {
   asm volatile("{ .reg .b32 peer; mapa.shared::cluster.u32 peer, %0, %1;\n"
                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer]; }" ::"r"(place(b)), "r"(rank) : "memory");
@@ -34,10 +27,6 @@ __device__ bool passed(uint64_t* b, uint32_t parity) {
   return yes;
 }
 __device__ void wait_for(uint64_t* b, uint32_t parity) { while (!passed(b, parity)) {} }
-__device__ void load(void* to, const Map* map, uint64_t* b, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-               ::"r"(place(to)), "l"(map), "r"(place(b)), "r"(x), "r"(y) : "memory");
-}
 __device__ void load_for_all(void* to, const Map* map, uint64_t* b, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(place(to)), "l"(map), "r"(place(b)), "r"(x), "r"(y),
@@ -51,17 +40,10 @@ __device__ void commit_store() { asm volatile("cp.async.bulk.commit_group;" ::: 
 __device__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ void wait_until_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 __device__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory"); }
-__device__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 __device__ uint32_t rank_in_cluster() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 template <int N> __device__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-__device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 __device__ void store_matrices(void* to, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                ::"r"(place(to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");

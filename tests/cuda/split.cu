@@ -4,10 +4,9 @@
 //
 // A cluster of two CTAs shares the rows, 64 at a time in turn. The CTA of rank 1 sends its products to the other by
 // st.async, which a barrier there counts in bytes; the sums of columns are read from its memory.
-#include <cstdint>
+#include "instructions.cuh"
 
 constexpr int STEP = 64, ROWS = 64, COLUMNS = 128, BOX = STEP * 128;  // a box: 64 rows of 128 bytes
-struct alignas(64) Map { unsigned char bytes[128]; };
 struct alignas(1024) Shared {
   unsigned char g[2][BOX], x[2][2 * BOX];
   float4 sent[16][128];
@@ -15,21 +14,10 @@ struct alignas(1024) Shared {
   uint64_t full[2], got;
 };
 
-// ---- one instruction each ----
-__device__ uint32_t place(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ void make(uint64_t* b, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(place(b)), "r"(arrivals) : "memory");
-}
-__device__ void expect(uint64_t* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place(b)), "r"(bytes) : "memory");
-}
+// ---- one instruction each; more in instructions.cuh ----
 __device__ void wait_for(uint64_t* b, uint32_t parity) {
   asm volatile("{ .reg .pred p;\nAGAIN%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
                "@!p bra AGAIN%=; }" ::"r"(place(b)), "r"(parity) : "memory");
-}
-__device__ void load(void* to, const Map* map, uint64_t* b, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-               ::"r"(place(to)), "l"(map), "r"(place(b)), "r"(x), "r"(y) : "memory");
 }
 __device__ uint32_t of_rank(const void* p, uint32_t rank) {
   uint32_t there;
@@ -45,13 +33,6 @@ __device__ float read_there(uint32_t from) {
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
   return v;
 }
-__device__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 // Rows along the contraction, 128 bytes each under the 128-byte swizzle, eight of them 1024 bytes; 16 rows a product.
 __device__ uint64_t operand(const void* tile, int k) {
   return (uint64_t(place(tile) & 0x3FFFF) >> 4) + 128 * k | uint64_t(BOX / 16) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;

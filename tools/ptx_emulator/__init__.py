@@ -10,7 +10,6 @@ Written from NVIDIA's PTX ISA document. It has no model of time; see `Counters` 
 """
 
 from ptx_emulator import native  # noqa: F401  (registers its engine)
-from ptx_emulator.core.checks import Fault
 from ptx_emulator.core.counters import Counters
 from ptx_emulator.core.errors import (
     Deadlock,
@@ -23,10 +22,12 @@ from ptx_emulator.core.errors import (
     Trap,
     Unsupported,
 )
-from ptx_emulator.core.launch import SHARED_LIMIT, Report, launch
+from ptx_emulator.core.findings import Fault
+from ptx_emulator.core.kernel import Kernel, Module
+from ptx_emulator.core.launch import SHARED_LIMIT, Report, default_engine, launch
 from ptx_emulator.core.memory import Memory
 from ptx_emulator.core.parser import parse
-from ptx_emulator.core.syntax import Instruction, Kernel, Module
+from ptx_emulator.core.syntax import Instruction
 from ptx_emulator.core.tensor_maps import TensorMap
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "TensorMap",
     "Trap",
     "Unsupported",
+    "default_engine",
     "launch",
     "parse",
 ]

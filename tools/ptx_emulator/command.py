@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ptx_emulator import SHARED_LIMIT
 
+COMMANDS = ("run",)
 LANDINGS = ("early", "late", "random")
 _EPILOG = """
-The command's own options stand before SCRIPT.py (or -m MODULE) or right behind it; the first word that is none of them
-begins the program's own arguments, and so does --.
+The command's own options stand before SCRIPT.py (or -m MODULE) or right behind it. The first word behind it that is no
+such option begins the program's own arguments. -- ends the command's options and is not handed on.
 
 Exit status: 1 after a finding, 2 after bad usage, otherwise the program's own.
 """
@@ -24,7 +25,7 @@ Exit status: 1 after a finding, 2 after bad usage, otherwise the program's own.
 def main(words: Sequence[str]) -> int:
     """Run one command and return the exit status."""
     parser, run = _parsers()
-    if not words or words[0] != "run":
+    if not words or words[0] not in COMMANDS:
         parser.parse_args(words)  # --help, or bad usage
         parser.error("which command? `run SCRIPT.py` is the one")
     own, program, theirs = split(words[1:], run)
@@ -53,7 +54,13 @@ def _run(options: Namespace, program: str, theirs: list[str]) -> int:
     from ptx_emulator.triton.program import run_program
 
     checker = Checker(
-        target(options.target), options.landing, options.seed, not options.no_checks, options.first, options.all_configs
+        target(options.target),
+        options.landing,
+        options.seed,
+        not options.no_checks,
+        options.first,
+        options.all_configs,
+        lane_order=options.lane_order,
     )
     status = run_program(checker, options.module, program, theirs, options.cache, options.device_as_cpu)
     print(checker.text(), file=sys.stderr)
@@ -83,6 +90,9 @@ def _parsers() -> tuple[ArgumentParser, ArgumentParser]:
     run.add_argument("--landing", choices=LANDINGS, default="late", help="when asynchronous copies land (late)")
     run.add_argument("--seed", type=_number, metavar="N", help="draw the order of warps; without: program order")
     run.add_argument("--no-checks", action="store_true", help="leave out races and data in flight: faster")
+    run.add_argument(
+        "--lane-order", action="store_true", help="also find lanes of a warp that exchange without meeting"
+    )
     run.add_argument("--device-as-cpu", action="store_true", help='read "cuda" in calls of PyTorch as "cpu"')
     run.add_argument("--cache", type=Path, metavar="FOLDER", help="compiled kernels are kept here (Triton's own cache)")
     return parser, run

@@ -14,6 +14,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+#: Command line -> its module, which has `main` and `COMMANDS`.
+PROGRAMS = {"cast": "cast.cli", "cast-kernels": "cast_kernels.cli", "python -m ptx_emulator": "ptx_emulator.command"}
 _WIDTH = "84"  # columns, which a page has room for
 
 
@@ -23,10 +25,9 @@ def help_of(program: str, *words: str) -> str:
     Raises:
         ValueError: there is no such command.
     """
-    module = {"cast": "cast.cli", "cast-kernels": "cast_kernels.cli"}.get(program)
-    if module is None:
-        raise ValueError(f"{program!r} is no command line of ours; there are cast and cast-kernels")
-    main: Callable[[Sequence[str]], int] = import_module(module).main
+    if program not in PROGRAMS:
+        raise ValueError(f"{program!r} is no command line of ours; there are {', '.join(PROGRAMS)}")
+    main: Callable[[Sequence[str]], int] = import_module(PROGRAMS[program]).main
     told = io.StringIO()
     with mock.patch.dict(os.environ, COLUMNS=_WIDTH, NO_COLOR="1"), contextlib.redirect_stdout(told):
         try:
@@ -40,7 +41,7 @@ def help_of(program: str, *words: str) -> str:
 
 def subcommands(program: str) -> list[str]:
     """Their names, in the order of the command's help."""
-    module = import_module("cast.cli" if program == "cast" else "cast_kernels.cli")
+    module = import_module(PROGRAMS[program])
     return [name if isinstance(name, str) else name.__name__ for name in module.COMMANDS]
 
 
@@ -48,6 +49,7 @@ class CommandHelp(SphinxDirective):
     """`command-help` with the program's name; a section for each subcommand."""
 
     required_arguments = 1
+    final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
         program = self.arguments[0]

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
+from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.shared import SharedMemory
 from ptx_emulator.core.spaces import Array
-from ptx_emulator.core.syntax import Kernel
 
 
 class Batch:

@@ -9,59 +9,18 @@ they share one row of tags; the first access that differs gives each CTA its own
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ptx_emulator.core.batch import Batch
+from ptx_emulator.core.findings import NEAR, SAME, UNWRITTEN, Fault
+from ptx_emulator.core.lanes import LaneOrder
 from ptx_emulator.core.shared import Lanes
 from ptx_emulator.core.spaces import SHARED_BASE, Array
 
 # granules of one row that a pending wgmma reads, its warpgroup, and its CTAs (None: all)
 Region = tuple[Array, int, Array | None]
-
-
-#: Kinds that are notes and no faults: several warps write one word, and who is last changes nothing, or the last bits.
-SAME, NEAR = "write-write of the same value", "write-write of values that differ by rounding"
-UNWRITTEN = "read of a word that nobody wrote"  #: a note too, since the value may go unused
-NOTES = (SAME, NEAR, UNWRITTEN)
-
-
-def shortened(text: str, length: int = 100) -> str:
-    """An instruction's text for a message: a wgmma names up to 128 registers."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A finding of the checks: two accesses of which the order is not settled, or data in flight that was read."""
-
-    kind: str  #: "write-read", "write-write", "read-write", or one about data in flight
-    instruction: str  #: that came later in the emulation
-    other: str  #: that came before it
-    word: int  #: number of the 4-byte word in the CTA's shared memory; below 0: none
-    warps: tuple[int, int]  #: (the other's, the instruction's)
-    epoch: int  #: barriers that the CTA had completed before
-    cta: int  #: number in the grid
-    line: str = ""  #: of the kernel's source, "file:line", where PTX names it
-    other_line: str = ""  #: the same of the other
-    agents: tuple[str, str] = ("", "")  #: in place of the warps: who of a cluster, or the async proxy
-
-    def __str__(self) -> str:
-        if self.word < 0:  # it is about instructions, not about who executed them
-            after = f" after `{shortened(self.other)}`{_at(self.other_line)}" if self.other != self.instruction else ""
-            return f"{self.kind}, CTA {self.cta}: `{shortened(self.instruction)}`{_at(self.line)}{after}"
-        other, mine = (agent or f"warp {warp}" for agent, warp in zip(self.agents, self.warps, strict=True))
-        return (
-            f"{self.kind} at shared word {self.word} of CTA {self.cta}, epoch {self.epoch}: {mine} in "
-            f"`{shortened(self.instruction)}`{_at(self.line)} after {other} in "
-            f"`{shortened(self.other)}`{_at(self.other_line)}"
-        )
-
-
-def _at(line: str) -> str:
-    return f" ({line})" if line else ""
 
 
 class Checker:
@@ -89,6 +48,22 @@ class Checker:
         self.operand: Array = np.zeros(self.count, self.tag_type)
         self.operands: Array = np.zeros(self.count, np.int16)
         self.fence: Array = np.zeros((1, warps), np.int32)
+        self.lane_order: LaneOrder | None = None
+
+    def watch_lanes(self) -> None:
+        """From now on look at the order between the lanes of a warp too; the batch is one CTA, or one cluster."""
+        self.lane_order = LaneOrder(self, len(self.writer))
+
+    def last_meeting(self, row: Array, warp: Array) -> Array:
+        """The step at which the lanes of a warp last met."""
+        met: Array = self.seen[row, warp, warp]
+        return met
+
+    def lanes_met(self, warps: Array) -> None:
+        """The lanes of these warps, [CTAs, warps], have met; kept where one CTA's warps are looked at."""
+        if self.lane_order is not None:
+            (met,) = np.nonzero(warps[0])
+            self.seen[0, met, met] = self.m.step
 
     def part(self, machine: Batch) -> "Checker":
         """The account of a part of the batch, while all CTAs share one row; findings go to the same list."""
@@ -192,6 +167,8 @@ class Checker:
             if tag.any():
                 self.report("read of a copy in flight", tag > 0, tag, index, warp)
         self.note_readers(index, warp)
+        if self.lane_order is not None:
+            self.lane_order.read(index, row, warp, lanes.thread)
 
     def note_readers(self, index: Array, warp: Array) -> None:
         """Remember the warps that read."""
@@ -211,6 +188,8 @@ class Checker:
         index, row, warp = self.locate(lanes, size)
         self._against(index, row, warp, differs)
         self.writer[index] = self.tag_type(self.m.step << self.bits) | warp
+        if self.lane_order is not None:
+            self.lane_order.write(index, row, warp, lanes.thread)
         return index
 
     def wrote(self, index: Array, lanes: Lanes, differs: Callable[[], Array]) -> None:

@@ -56,6 +56,11 @@ class ClusterChecker(Checker):
         self.owed: dict[tuple[int, int], Array] = {}  # what relaxed waits have seen: the next fence acquires it
         self.updated: Array = np.zeros(len(self.writer), bool)  # whose last write was an atomic update
 
+    def last_meeting(self, row: Array, warp: Array) -> Array:
+        """The step at which the lanes of an agent, a warp of the cluster, last met."""
+        met: Array = self.seen[row // self.size, warp, warp]
+        return met
+
     def agent(self, cta: int, thread: int) -> int:
         """The number of a thread's warp in its cluster."""
         return cta % self.size * self.m.warps + thread // 32

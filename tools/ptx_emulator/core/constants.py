@@ -7,8 +7,9 @@ import math
 import re
 
 from ptx_emulator.core.errors import ParseError, Unsupported
+from ptx_emulator.core.kernel import Constants
 from ptx_emulator.core.literals import literal_bits, round_up
-from ptx_emulator.core.syntax import TYPE_BYTES, Constants
+from ptx_emulator.core.syntax import TYPE_BYTES
 
 BANK_BYTES = 65536
 _DECLARATION = re.compile(

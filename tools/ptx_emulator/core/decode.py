@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.literals import literal_bits, round_up
 from ptx_emulator.core.spaces import SHARED_BASE, UNSIGNED, Array
 from ptx_emulator.core.state import State, Wait
@@ -20,7 +21,6 @@ from ptx_emulator.core.syntax import (
     TYPE_BYTES,
     Address,
     Instruction,
-    Kernel,
     Literal,
     Not,
     Operand,
@@ -124,13 +124,17 @@ class Decoder:
         """The registers of which wgmma asks whether they were written: those that it names, and what is moved there."""
         code = self.kernel.instructions
         found: set[int] = set()
-        for ins in code:
-            if ins.root == "wgmma":
-                found = found.union(*map(registers_in, ins.operands))
-        moves = [ins for ins in code if found and ins.root == "mov" and isinstance(ins.operands[1], Register)]
+        for number in code.of("wgmma"):
+            found.update(*map(registers_in, code[number].operands))
+        moves: list[tuple[set[int], int]] = []  # (targets, source)
+        for number in code.of("mov") if found else ():
+            targets, source = code.forms[number].example.operands
+            if isinstance(source, Register):
+                registers = code.registers(number)
+                moves.append(({registers[place] for place in registers_in(targets)}, registers[source.index]))
         grown = True
         while grown:
-            more = {r for ins in moves if registers_in(ins.operands[0]) & found for r in registers_in(ins.operands[1])}
+            more = {source for targets, source in moves if not targets.isdisjoint(found)}
             grown = not more <= found
             found |= more
         return frozenset(found)

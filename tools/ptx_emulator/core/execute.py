@@ -32,6 +32,13 @@ MAX_SPLITS = 4  # a batch may part into 16
 class Machine(State):
     """Runs one batch of CTAs: the state, and where each lane is in the program."""
 
+    sees_lanes = True  # whether it can look at the order between the lanes of a warp
+
+    @classmethod
+    def built(cls) -> bool:
+        """Whether it can run here."""
+        return True
+
     @classmethod
     def lanes_of_batch(cls, program: Program, threads: int, cluster: int) -> int:
         """Lanes of a batch: enough to hide NumPy's cost per call, few enough for a register to stay in cache."""
@@ -51,6 +58,7 @@ class Machine(State):
         cluster_shape: tuple[int, int, int] = (1, 1, 1),
         landing: str = "late",
         seed: int | None = None,
+        lane_order: bool = False,
     ) -> None:
         kernel, dynamic = program.kernel, program.decoder.dynamic_offset
         shared_end = SHARED_BASE + (dynamic + shared_bytes if shared_bytes else kernel.shared_bytes)
@@ -62,6 +70,8 @@ class Machine(State):
         if checks:
             kind = ClusterChecker if program.clocked or self.cluster > 1 else Checker
             self.checker: Checker | None = kind(self, program.granule)
+            if lane_order:
+                self.checker.watch_lanes()
         self.r: list[Any] = first_registers(self, program.decoder, grid)
         for barriers in (CtaBarriers, WarpBarriers, ClusterBarriers):  # in the order in which they settle
             self.of(barriers)

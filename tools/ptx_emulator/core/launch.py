@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ptx_emulator.core import instructions  # noqa: F401  (registers them)
-from ptx_emulator.core.checks import NOTES, Fault
 from ptx_emulator.core.counters import Counters
 from ptx_emulator.core.errors import SharedLimit, Unsupported
 from ptx_emulator.core.execute import Machine
+from ptx_emulator.core.findings import NOTES, Fault
 from ptx_emulator.core.forms.bulk import LANDINGS
+from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.memory import Memory
 from ptx_emulator.core.parameters import Argument, pack
 from ptx_emulator.core.program import Program, compile_kernel
-from ptx_emulator.core.syntax import Kernel
 
 #: Target -> bytes of shared memory that a CTA may have: 163 KiB and 227 KiB.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448}
@@ -54,7 +54,8 @@ def launch(
     seed: int | None = None,
     checks: bool = True,
     ctas: Sequence[int] | None = None,
-    engine: str = "interpreter",
+    engine: str | None = None,
+    lane_order: bool = False,
 ) -> Report:
     """Execute a kernel.
 
@@ -74,7 +75,9 @@ def launch(
         checks: look for shared-memory races and reads of data in flight. Bounds and alignment are checked always.
         ctas: numbers of the CTAs to run, x fastest; None: all. A few are enough to count.
         engine: "interpreter", which is the definition, or "native": compiled code, and the interpreter for what it
-            lacks, which the report counts.
+            lacks, which the report counts. None: `default_engine()`; the report says which it was.
+        lane_order: among the checks look for shared memory that lanes of one warp exchange without having met, at a
+            `bar.warp.sync` or another barrier. By the interpreter alone.
 
     Returns:
         Counters, and the findings of the checks, which are no errors.
@@ -104,14 +107,18 @@ def launch(
             f"{kernel.name} asks for {kernel.shared_bytes} static + {shared_bytes} dynamic bytes of shared memory; "
             f"{target} gives a CTA {SHARED_LIMIT[target]}"
         )
+    engine = engine or default_engine(lane_order)
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}: choose one of {', '.join(ENGINES)}")
+    if lane_order and not ENGINES[engine].sees_lanes:
+        raise ValueError(f"engine={engine!r} does not look at the order of lanes: use 'interpreter'")
     parameters = pack(kernel, arguments)
     program = _program(kernel, target)
     numbers = _by_cluster(grid, shape, ctas)
     report = Report(ctas=len(numbers), engine=engine)
     size = math.prod(shape)
-    batch = max(1, ENGINES[engine].lanes_of_batch(program, threads, size) // threads // size) * size
+    lanes = 0 if lane_order else ENGINES[engine].lanes_of_batch(program, threads, size)
+    batch = max(1, lanes // threads // size) * size
     faults: dict[tuple[str, int, int], Fault] = {}  # by kind and pair of instructions, the first CTA's
     with np.errstate(all="ignore"):
         for first in range(0, report.ctas, batch):
@@ -128,6 +135,7 @@ def launch(
                 shape,
                 landing,
                 seed,
+                lane_order,
             )
             machine.run()
             report.interpreted += machine.interpreted
@@ -136,6 +144,14 @@ def launch(
     report.notes = [fault for fault in faults.values() if fault.kind in NOTES]
     report.faults = [fault for fault in faults.values() if fault.kind not in NOTES]
     return report
+
+
+def default_engine(lane_order: bool = False) -> str:
+    """The engine of a launch that names none: "native" where it is built, else "interpreter".
+
+    lane_order: the launch is to look at the order of lanes, which the interpreter alone does.
+    """
+    return next(name for name in reversed(ENGINES) if ENGINES[name].built() and ENGINES[name].sees_lanes >= lane_order)
 
 
 def _cluster(kernel: Kernel, asked: int | tuple[int, int, int] | None, grid: tuple[int, ...]) -> tuple[int, int, int]:
@@ -166,9 +182,9 @@ def _by_cluster(grid: tuple[int, int, int], shape: tuple[int, int, int], ctas: S
 def _program(kernel: Kernel, target: str) -> Program:
     """The decoded kernel, kept with it."""
     if target == "sm_80":
-        for ins in kernel.instructions:
-            if ins.root in ("wgmma", "stmatrix", "elect", "setmaxnreg"):
-                raise Unsupported(f"unsupported: {target} has no {ins.root}: {ins.text}")
+        for number in kernel.instructions.of("wgmma", "stmatrix", "elect", "setmaxnreg"):
+            ins = kernel.instructions[number]
+            raise Unsupported(f"unsupported: {target} has no {ins.root}: {ins.text}")
     program = kernel.__dict__.get("program")
     if program is None:
         program = compile_kernel(kernel)

@@ -1,5 +1,6 @@
 """Emulated global memory: registered buffers with unmapped gaps between them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +29,14 @@ class Memory:
     `write_back` copies all buffers out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Iterable[int] = ()) -> None:
+        """sizes: bytes of the buffers to come, for which memory is taken at once; more is taken where it is needed."""
+        room = sum(size + GUARD + 2 * ALIGNMENT for size in sizes)
         self.buffers: list[Buffer] = []
         self._end = ALIGNMENT
         self._starts = np.zeros(0, np.int64)
         self._stops = np.zeros(0, np.int64)
-        self._resize(ALIGNMENT)
+        self._resize(max(room, ALIGNMENT))
 
     def _resize(self, size: int) -> None:
         heap = np.full(-(-size // ALIGNMENT) * ALIGNMENT, 0xFF, np.uint8)

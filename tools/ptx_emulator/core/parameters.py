@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ptx_emulator.core.kernel import Kernel, Parameter
 from ptx_emulator.core.spaces import Array
-from ptx_emulator.core.syntax import Kernel, Parameter
 
 SCRATCH_PARAMETERS = 2  # Triton ends every kernel with two pointers to scratch memory that these kernels do not use
 _FORMAT = {"f16": "<e", "f32": "<f", "f64": "<d"}

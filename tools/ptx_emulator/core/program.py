@@ -1,22 +1,18 @@
 """A decoded kernel: straight runs of instructions and what ends each of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ptx_emulator.core import decode
+from ptx_emulator.core.code import Form
 from ptx_emulator.core.decode import Action, Decoder
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import State, Wait
-from ptx_emulator.core.syntax import (
-    TYPE_BYTES,
-    Address,
-    Instruction,
-    Kernel,
-    Symbol,
-    Tile,
-    registers_in,
-)
+from ptx_emulator.core.syntax import TYPE_BYTES, Address, Instruction, Symbol, Tile, registers_in
 
 
 @dataclass
@@ -50,11 +46,34 @@ class Block:
     """A straight run of instructions and what ends it; `size` counts all of them."""
 
     first: int
+    code: Sequence[Instruction]  # of the kernel
     body: list[Action] = field(default_factory=list)
     end: Jump | Leave | Wait | None = None
     size: int = 0
-    uses: list["Use"] = field(default_factory=list)
     starts_products: bool = False
+
+    @cached_property
+    def uses(self) -> list[Use]:
+        """The registers that each instruction of the body names."""
+        stop = self.first + len(self.body)
+        return [_use(number, self.code[number]) for number in range(self.first, stop)]
+
+
+class Later:
+    """An action that is built when it first runs. One of the same form has been built, so that nothing is refused."""
+
+    __slots__ = ("body", "decoder", "number", "place")
+
+    def __init__(self, decoder: Decoder, number: int, body: list[Action], place: int) -> None:
+        self.decoder, self.number, self.body, self.place = decoder, number, body, place
+
+    def __call__(self, m: State, mask: Array | None) -> None:
+        """Build the action, put it here, and run it."""
+        self.decoder.current, count = self.number, self.decoder.count
+        action = self.body[self.place] = _action(self.decoder, self.decoder.kernel.instructions[self.number])
+        if self.decoder.count != count:
+            raise RuntimeError(f"an instruction has constants of its own, unlike others of its form: {self.number}")
+        action(m, mask)
 
 
 @dataclass
@@ -90,6 +109,11 @@ def guarded(action: Action, guard: int, negated: bool) -> Action:
     return run
 
 
+def _action(decoder: Decoder, ins: Instruction) -> Action:
+    action = decode.build(decoder, ins)
+    return action if ins.guard is None else guarded(action, ins.guard.index, ins.guard_negated)
+
+
 def compile_kernel(kernel: Kernel) -> Program:
     """Decode a kernel into blocks. Raises Unsupported for the first instruction that no builder knows."""
     decoder = Decoder(kernel)
@@ -102,39 +126,52 @@ def compile_kernel(kernel: Kernel) -> Program:
 
 def _compile(kernel: Kernel, decoder: Decoder) -> Program:
     code = kernel.instructions
+    roots = [form.root for form in code.forms]
     leaders = {0, *kernel.labels.values()}
     waits: dict[int, Wait] = {}
-    for number, ins in enumerate(code):
-        decoder.current = number
-        end = decode.build_wait(decoder, ins)
-        if end is not None:
-            waits[number] = end
-        if end is not None or ins.root in ("bra", "ret", "exit"):
+    for number, root in enumerate(roots):
+        if root in decode.WAITS:
+            decoder.current = number
+            end = decode.build_wait(decoder, code[number])
+            if end is not None:
+                waits[number] = end
+                leaders.add(number + 1)
+        elif root in ("bra", "ret", "exit"):
             leaders.add(number + 1)
     starts = sorted(leader for leader in leaders if leader < len(code))
     index = {start: i for i, start in enumerate(starts)}
     blocks = []
+    built: set[Form] = set()
     for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
-        block = Block(start, size=stop - start)
+        block = Block(start, code, size=stop - start)
         for number in range(start, stop):
-            ins, decoder.current = code[number], number
-            guard = ins.guard.index if ins.guard else None
+            root, form = roots[number], code.forms[number]
+            decoder.current = number
             if number in waits:
                 block.end = waits[number]
-            elif ins.root == "bra":
+            elif root == "bra":
+                ins = code[number]
                 target = ins.operands[0]
                 if not isinstance(target, Symbol) or target.name not in kernel.labels or set(ins.modifiers) - {"uni"}:
                     raise Unsupported(f"unsupported: {ins.text}")
-                block.end = Jump(index.get(kernel.labels[target.name], len(starts)), guard, ins.guard_negated)
-            elif ins.root in ("ret", "exit"):
-                block.end = Leave(guard, ins.guard_negated)
+                block.end = Jump(index.get(kernel.labels[target.name], len(starts)), _guard(ins), ins.guard_negated)
+            elif root in ("ret", "exit"):
+                ins = code[number]
+                block.end = Leave(_guard(ins), ins.guard_negated)
+            elif form in built:
+                block.starts_products |= root == "wgmma"
+                block.body.append(Later(decoder, number, block.body, len(block.body)))
             else:
-                action = decode.build(decoder, ins)
-                block.uses.append(_use(number, ins))
-                block.starts_products |= ins.root == "wgmma"
-                block.body.append(action if guard is None else guarded(action, guard, ins.guard_negated))
+                block.starts_products |= root == "wgmma"
+                block.body.append(_action(decoder, code[number]))
+                built.add(form)
         blocks.append(block)
-    return Program(kernel, decoder, blocks, _granule(code), any(_clocked(ins) for ins in code))
+    examples = [form.example for form in dict.fromkeys(code.forms)]
+    return Program(kernel, decoder, blocks, _granule(examples), any(_clocked(ins) for ins in examples))
+
+
+def _guard(ins: Instruction) -> int | None:
+    return None if ins.guard is None else ins.guard.index
 
 
 def _clocked(ins: Instruction) -> bool:

@@ -20,7 +20,7 @@ class Priorities:
 
     def __init__(self, m: Batch, seed: int) -> None:
         self.random: np.random.Generator = np.random.default_rng(seed)
-        collective = any(ins.root in ("wgmma", "setmaxnreg") for ins in m.kernel.instructions)
+        collective = bool(m.kernel.instructions.of("wgmma", "setmaxnreg"))
         self.size = 128 if collective and m.threads % 128 == 0 else 32
         self.priority: Array = self.random.permutation(m.lanes // self.size).astype(np.float64)
 

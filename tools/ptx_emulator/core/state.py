@@ -14,10 +14,10 @@ import numpy as np
 from ptx_emulator.core.batch import Batch
 from ptx_emulator.core.checks import Checker
 from ptx_emulator.core.counters import Counters
+from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.memory import Memory
 from ptx_emulator.core.schedule import Priorities
 from ptx_emulator.core.spaces import Array
-from ptx_emulator.core.syntax import Kernel
 
 
 class Part:

@@ -9,12 +9,12 @@ from functools import lru_cache
 import numpy as np
 
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.kernel import Module
 from ptx_emulator.core.launch import Report, launch
 from ptx_emulator.core.memory import Memory
 from ptx_emulator.core.parameters import Argument
 from ptx_emulator.core.parser import parse
 from ptx_emulator.core.spaces import Array
-from ptx_emulator.core.syntax import Module
 from ptx_emulator.core.tensor_maps import TensorMap
 
 
@@ -77,13 +77,14 @@ def run(
     seed: int | None = None,
     checks: bool = True,
     ctas: list[int] | None = None,
-    engine: str = "interpreter",
+    engine: str | None = None,
+    lane_order: bool = False,
 ) -> Report:
     """Execute a recorded launch, and write what the kernel wrote to those of the record's buffers that are writable.
 
     Args:
         record: the launch.
-        landing, seed, checks, ctas, engine: as of `ptx_emulator.launch`.
+        landing, seed, checks, ctas, engine, lane_order: as of `ptx_emulator.launch`.
 
     Raises:
         KeyError: the module has no such kernel, or the record no such buffer.
@@ -112,6 +113,7 @@ def run(
         checks=checks,
         ctas=ctas,
         engine=engine,
+        lane_order=lane_order,
     )
     memory.write_back()
     return report

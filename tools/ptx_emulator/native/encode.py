@@ -12,8 +12,10 @@ from ptx_emulator.core.decode import Decoder
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.syntax import Instruction, Not, Operand, Register, Sink
 from ptx_emulator.native.library import COUNTERS, NONE, OPERANDS, WORDS
-from ptx_emulator.native.liveness import access_of
 
+MARK = 1 << 40  #: an operand of an instruction's first register, in a pattern; one more for each of the others
+LIST = 1 << 41  #: the first list of operands made for a pattern; one more for each of the others
+WATCH = 1 << 42  #: the number of an instruction's first register among the watched, in a pattern; one more for each
 Encode = Callable[["Encoder", Instruction], "Operation | None"]
 ENCODERS: dict[str, list[Encode]] = {}
 
@@ -61,6 +63,8 @@ class Encoder:
     extra: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)  # of tensor-core instructions
     size: dict[int, int] = field(default_factory=dict)  # bytes of each number in the page
+    marks: dict[int, int] = field(default_factory=dict)  # what stands for registers while a pattern is made
+    marked: list[list[int]] = field(default_factory=list)  # lists made meanwhile
 
     def operation(self, ins: Instruction) -> Operation | None:
         """The operation of an instruction without its guard, or None where the interpreter is to execute it."""
@@ -70,16 +74,18 @@ class Encoder:
                 return found if self.shared or not found.steps else None
         return None
 
-    def words(self, found: Operation, ins: Instruction, number: int, step: int) -> list[int]:
-        """The operation as the machine reads it."""
+    def words(self, found: Operation, ins: Instruction) -> list[int]:
+        """The operation as the machine reads it, but for the number of the instruction and of its step."""
         guard = NONE if ins.guard is None or not found.guarded else self.number(ins.guard.index)
         padding = (0,) * (OPERANDS - len(found.operands))
-        words = [self.codes[found.name], number, guard, int(ins.guard_negated), step, *found.operands, *padding]
+        words = [self.codes[found.name], 0, guard, int(ins.guard_negated), 0, *found.operands, *padding]
         assert len(words) == WORDS
         return words
 
     def number(self, register: int) -> int:
         """The operand for a register, an immediate or a predefined register, by the core's number."""
+        if register in self.marks:
+            return self.marks[register]
         if register in self.place:
             return self.place[register] * self.threads
         if register not in self.page:
@@ -118,12 +124,15 @@ class Encoder:
         low, high = (signed(offset >> shift & 0xFFFFFFFF) for shift in (0, 32))
         return self.number(base), width, low, high
 
-    def writes(self, ins: Instruction) -> frozenset[int]:
-        """The registers that an instruction writes."""
-        return access_of(ins).writes
+    def watch(self, register: int) -> int:
+        """The number of a watched register among them."""
+        return self.marks[register] - MARK + WATCH if register in self.marks else self.watched[register]
 
     def list_of(self, operands: Sequence[int]) -> int:
         """Where a list of operands begins among the lists."""
+        if self.marks:
+            self.marked.append(list(operands))
+            return LIST + len(self.marked) - 1
         first = len(self.extra)
         self.extra += operands
         return first

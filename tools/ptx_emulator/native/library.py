@@ -7,7 +7,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from ptx_emulator.core.checks import NOTES
+from ptx_emulator.core.findings import NOTES
 
 NONE = -(1 << 31)  #: no operand
 WORDS = 16  #: 32-bit words of an operation, of which OPERANDS are for its handler
@@ -80,7 +80,13 @@ class Batch(ctypes.Structure):
 
 
 class NotBuilt(ImportError):
-    """The vector machine is not built; the message says how to build it."""
+    """There is no vector machine that loads; the message says how to build it."""
+
+
+BUILD = (
+    "it is built with the native core, by CAST_KERNELS_BUILD_CPU=1 pip install -v --no-deps --force-reinstall . "
+    "in a checkout, which says what fails"
+)
 
 
 class Library:
@@ -100,7 +106,12 @@ class Library:
     idle: Callable[..., int]
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NotBuilt(
+                f"engine='native' needs the vector machine, which does not load ({error}); {BUILD}"
+            ) from error
         library.ptx_level.restype = library.ptx_handler.restype = c_char_p
         library.ptx_handler.argtypes = [c_int64]
         library.ptx_run.argtypes = [POINTER(Batch), c_void_p, c_int64, c_void_p, c_int64]
@@ -125,7 +136,7 @@ class Library:
         self.product = library.ptx_product
         library.ptx_bytes.restype = c_int64
         if library.ptx_bytes() != ctypes.sizeof(Batch):
-            raise NotBuilt(f"{path} is of another version of these sources: build it again")
+            raise NotBuilt(f"{path} is of another version of these sources; {BUILD}")
         self.level = library.ptx_level().decode()
         self.codes: dict[str, int] = {}
         while (name := library.ptx_handler(len(self.codes))) is not None:
@@ -145,7 +156,4 @@ def library() -> Library:
         path = folder / f"_machine{suffix}"
         if path.is_file():
             return Library(path)
-    raise NotBuilt(
-        f"engine='native' needs the vector machine, but there is none in {folder}: it is built with the native core: "
-        "CAST_KERNELS_BUILD_CPU=1 pip install . in a checkout"
-    )
+    raise NotBuilt(f"engine='native' needs the vector machine, but there is none in {folder}; {BUILD}")

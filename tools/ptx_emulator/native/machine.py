@@ -23,6 +23,7 @@ from ptx_emulator.native.library import (
     FINISHED,
     WORDS,
     Batch,
+    NotBuilt,
     library,
 )
 from ptx_emulator.native.products import Compiled
@@ -36,6 +37,8 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 class NativeMachine(Machine):
     """`Machine` with the registers, and the checks of shared memory, where compiled code reaches them."""
 
+    sees_lanes = False
+
     native: NativeProgram
     checker: Checker | None
     step: int
@@ -43,6 +46,15 @@ class NativeMachine(Machine):
     desk: Desk
     page: Array  # immediates, and predefined registers that are equal in all CTAs
     buffers: Array  # where those of global memory begin, and where they end
+
+    @classmethod
+    def built(cls) -> bool:
+        """Whether its compiled code is there."""
+        try:
+            library()
+        except NotBuilt:
+            return False
+        return True
 
     @classmethod
     def lanes_of_batch(cls, program: Program, threads: int, cluster: int) -> int:
@@ -53,7 +65,8 @@ class NativeMachine(Machine):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         shared = not self.program.clocked and self.cluster == 1
-        self.native = native_program(self.program, self.threads, shared)
+        encoded = native_program if self.schedule is None else parted_program
+        self.native = encoded(self.program, self.threads, shared)
         if shared and self.checker is not None:
             self.checker = NativeChecker(self, self.program.granule)
         encoder, total = self.native.encoder, self.native.places.total * self.threads

@@ -10,40 +10,15 @@ from ptx_emulator.core.forms.wgmma import read_form
 from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.program import Block, Jump, Leave, Program
 from ptx_emulator.core.spaces import Array
-from ptx_emulator.core.syntax import Instruction, registers_in
 from ptx_emulator.native import floats, integers, memories  # noqa: F401  (register encoders)
 from ptx_emulator.native.encode import Encoder
-from ptx_emulator.native.integers import unpacked
 from ptx_emulator.native.library import BARRIER, BLOCK_WORDS, JUMP, LEAVE, NEXT, NONE, WORDS, library
-from ptx_emulator.native.liveness import Access, Places, access_of, place
+from ptx_emulator.native.liveness import Accesses, Places, place
 from ptx_emulator.native.products import native_product
-from ptx_emulator.native.wgmma import around
+from ptx_emulator.native.segments import Segment, cut
 
 #: Predefined registers that differ between the CTAs of a batch.
 OF_A_CTA = ("ctaid", "clusterid", "cluster_ctaid", "cluster_ctarank")
-
-
-@dataclass
-class Segment:
-    """Operations that the machine runs in one go. `first`, `stop`: places of their instructions in the block's body."""
-
-    first: int
-    stop: int
-    words: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)  # instructions that access shared memory, in order
-    accesses: list[Access] = field(default_factory=list)
-    writes: frozenset[int] = frozenset()
-    operations: Array = field(default_factory=lambda: np.zeros(0, np.int32))
-    address: int = 0
-    count: int = 0
-
-    def seal(self) -> None:
-        """No operation is to come."""
-        self.operations = np.array(self.words, np.int32)
-        self.address, self.count = self.operations.ctypes.data, len(self.words) // WORDS
-        self.words.clear()
-        self.writes = frozenset().union(*(access.writes for access in self.accesses))
-        self.accesses.clear()
 
 
 @dataclass
@@ -78,17 +53,18 @@ def native_program(program: Program, threads: int, shared: bool) -> NativeProgra
     return kept[threads, shared]
 
 
-def parted_program(program: Program, threads: int) -> NativeProgram:
-    """The program for a CTA that ran alone until its threads parted: wgmma is the interpreter's."""
+def parted_program(program: Program, threads: int, shared: bool = True) -> NativeProgram:
+    """The program for CTAs whose threads part, by themselves or by a schedule: wgmma is the interpreter's."""
     kept = program.__dict__.setdefault("parted", {})
-    if threads not in kept:
-        kept[threads] = _encode(program, threads, True)
-    return kept[threads]
+    if (threads, shared) not in kept:
+        with no_collection():
+            kept[threads, shared] = _encode(program, threads, shared)
+    return kept[threads, shared]
 
 
 def _encode(program: Program, threads: int, shared: bool, alone: bool = False) -> NativeProgram:
     code, decoder = program.kernel.instructions, program.decoder
-    accesses = [access_of(ins) for ins in code]
+    accesses = Accesses.of(code)
     watched = decoder.watched
     widths = [*decoder.widths, *[8] * (decoder.count - len(decoder.widths))]
     places, entry = place(program, accesses, widths, watched)
@@ -100,14 +76,14 @@ def _encode(program: Program, threads: int, shared: bool, alone: bool = False) -
     sink = places.offset[-1]
     encoder = Encoder(decoder, library().codes, places.offset, threads, shared, alone, numbered, sink)
     result = NativeProgram(encoder, places, entry)
-    for block in program.blocks:
-        result.blocks[block.first] = _cut(block, code, accesses, encoder, watched)
-    for number, ins in enumerate(code):
-        if shared and not alone and ins.root == "wgmma" and "mma_async" in ins.modifiers and ins.guard is None:
+    result.blocks = cut(program, accesses, encoder)
+    for number in code.of("wgmma") if shared and not alone else ():
+        ins = code[number]
+        if "mma_async" in ins.modifiers and ins.guard is None:
             decoder.current = number
             result.products[number] = native_product(read_form(decoder, ins), encoder.number)
     _tabulate(result, program)
-    result.written = frozenset().union(*(access.writes for access in accesses))
+    result.written = frozenset(accesses.writes.tolist())
     result.lists = np.array([*encoder.extra, 0], np.int32)
     return result
 
@@ -115,7 +91,7 @@ def _encode(program: Program, threads: int, shared: bool, alone: bool = False) -
 def _tabulate(result: NativeProgram, program: Program) -> None:
     """The table of blocks, and their operations one after the other."""
     code = program.kernel.instructions
-    rows, operations, count = [], [np.zeros(0, np.int32)], 0
+    rows, operations, count = [], [np.zeros((0, WORDS), np.int32)], 0
     for block in program.blocks:
         items, end = result.blocks[block.first], _end(result, program, block)
         segment = items[0] if items else Segment(0, 0)
@@ -125,12 +101,12 @@ def _tabulate(result: NativeProgram, program: Program) -> None:
             continue
         steps = result.encoder.list_of(segment.steps)
         together = isinstance(block.end, CtaBarrier | WarpBarrier)
-        together |= any(ins.root == "wgmma" for ins in code[block.first : block.first + block.size])
+        together |= any(form.root == "wgmma" for form in code.forms[block.first : block.first + block.size])
         rows.append([count, segment.count, block.size, *end, len(segment.steps), steps, int(together)])
         operations.append(segment.operations)
         count += segment.count
     result.table = np.array(rows, np.int32)
-    result.operations = np.concatenate(operations)
+    result.operations = np.concatenate(operations).reshape(-1)
 
 
 def _end(result: NativeProgram, program: Program, block: Block) -> tuple[int, int, int, int] | None:
@@ -149,37 +125,3 @@ def _end(result: NativeProgram, program: Program, block: Block) -> tuple[int, in
     if isinstance(end, CtaBarrier) and end.count is None and end.waits and end.reduction is None:
         return (BARRIER, 0, NONE, 0) if end.guard is None and end.number in program.decoder.constants else None
     return None
-
-
-def _cut(
-    block: Block, code: list[Instruction], accesses: list[Access], encoder: Encoder, watched: frozenset[int]
-) -> list[Segment | int]:
-    """The block's segments, and the places of the actions between them."""
-    found: list[Segment | int] = []
-    for index in range(len(block.body)):
-        number = block.first + index
-        ins, access = code[number], accesses[number]
-        encoder.decoder.current = number
-        copies = bool(watched) and ins.root == "mov" and not watched.isdisjoint(registers_in(ins.operands[0]))
-        copies &= not encoder.alone
-        one = None if copies else encoder.operation(ins)
-        operations = [one] if one is not None else [] if copies else unpacked(encoder, ins)
-        operations = around(encoder, ins, operations)
-        if not operations:
-            found.append(index)
-            continue
-        if not found or not isinstance(found[-1], Segment):
-            found.append(Segment(index, index))
-        segment = found[-1]
-        assert isinstance(segment, Segment)
-        for operation in operations:
-            if operation.steps:
-                segment.steps.append(number)
-            step = len(segment.steps) if operation.steps else 0
-            segment.words += encoder.words(operation, ins, number, step)
-        segment.stop = index + 1
-        segment.accesses.append(access)
-    for item in found:
-        if isinstance(item, Segment):
-            item.seal()
-    return found

@@ -11,6 +11,7 @@ from ptx_emulator.core.forms.wgmma import read_form
 from ptx_emulator.core.syntax import Instruction, Literal, Register, registers_in
 from ptx_emulator.native.encode import Encoder, Operation, encoder
 from ptx_emulator.native.library import NONE
+from ptx_emulator.native.liveness import writes_first
 from ptx_emulator.native.products import KINDS
 
 
@@ -62,14 +63,14 @@ def around(e: Encoder, ins: Instruction, operations: list[Operation]) -> list[Op
     touched = frozenset().union(*named, {ins.guard.index} if ins.guard else ()) & e.watched.keys()
     if not touched:
         return operations
-    written = e.writes(ins) & e.watched.keys()
-    lists = [e.list_of([e.watched[r] for r in sorted(some)]) for some in (touched, written)]
+    written = (named[0] if writes_first(ins) else frozenset()) & e.watched.keys()
+    lists = [e.list_of([e.watch(r) for r in sorted(some)]) for some in (touched, written)]
     before = Operation("wgmma.uses", (lists[0], len(touched), lists[1], len(written)), guarded=False)
     if not written:
         return [before, *operations]
     after = Operation("wgmma.touch", (lists[1], len(written)))
     if ins.root == "mov" and len(operations) == 1 and operations[0].name.startswith("mov."):
         source = ins.operands[1]
-        old = e.watched[source.index] if isinstance(source, Register) else -1
-        after = replace(after, name="wgmma.rename", operands=(e.watched[next(iter(written))], old))
+        old = e.watch(source.index) if isinstance(source, Register) else -1
+        after = replace(after, name="wgmma.rename", operands=(e.watch(next(iter(written))), old))
     return [before, *operations, after]

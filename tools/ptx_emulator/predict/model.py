@@ -3,8 +3,8 @@
     cycles           = max(tensor, shared memory and L1, issue), each summed over the busiest multiprocessor's CTAs
     time             = max(cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth)
 
-A lower bound, good for ranking: inside a kernel everything overlaps, nothing waits for latency, and launches have no
-gaps. Predicted, never measured.
+This is a lower bound, good for ranking. The model has everything inside of a kernel overlap, nothing wait for latency,
+and no gap between launches. Its times are predicted, never measured.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class Instruction:
 
     opcode: str  # with its modifiers: "HMMA.16816.F32.BF16"
     target: str  # label that a branch goes to, "" for the rest
+    operands: str = ""  # NVIDIA's, as nvdisasm writes them: "R24, R56, gdesc[UR32], R24, gsb0"
+    guarded: bool = False  # NVIDIA's: a predicate in front decides whether it is executed
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,13 @@ def resources(asm: Mapping[str, Any], shared_bytes: int, warps: int, target: Tar
         code, labels = read_amdgcn(text)
         registers, stack = _amd_field(text, "vgpr_count"), _amd_field(text, "private_segment_fixed_size")
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(asm["cubin"])
-            file.flush()
-            code, labels = read_sass(_disassemble("nvdisasm", "-c", file.name))
-            usage = _disassemble("cuobjdump", "-res-usage", file.name)
+        code, labels = read_sass(listing(asm["cubin"]))
+        usage = _disassemble("cuobjdump", asm["cubin"], "-res-usage")
         registers, stack = _usage_field(usage, "REG"), _usage_field(usage, "STACK")
     inside = in_loops(code, labels)
     spilling = [bool(_SPILLS.match(instruction.opcode)) for instruction in code]
-    opcodes = Counter(instruction.opcode.split(".")[0] for instruction in code)
-    kinds = {kind: n for kind, n in opcodes.items() if re.match(r"HMMA|HGMMA|UTC\w*MMA|v_s?mfma", kind)}
+    found = opcodes(code)
+    kinds = {kind: n for kind, n in found.items() if re.match(r"HMMA|HGMMA|UTC\w*MMA|v_s?mfma", kind)}
     ctas = resident_ctas(target, registers, shared_bytes, warps)
     return Resources(
         registers=registers,
@@ -86,24 +85,38 @@ def resources(asm: Mapping[str, Any], shared_bytes: int, warps: int, target: Tar
         occupancy=ctas * warps / target.max_warps,
         tensor_core="+".join(sorted(kinds)),
         tensor_core_count=sum(kinds.values()),
-        async_copies=opcodes["LDGSTS"],
-        tma_copies=sum(n for opcode, n in opcodes.items() if re.match(r"UTMA(LDG|STG|REDG)", opcode)),
-        instructions=len(code) - opcodes["NOP"],
+        async_copies=found["LDGSTS"],
+        tma_copies=sum(n for opcode, n in found.items() if re.match(r"UTMA(LDG|STG|REDG)", opcode)),
+        instructions=len(code) - found["NOP"],
     )
+
+
+def listing(cubin: bytes) -> str:
+    """A compiled kernel's machine code as text.
+
+    Raises:
+        RuntimeError: the disassembler is missing from the Triton package, or fails.
+    """
+    return _disassemble("nvdisasm", cubin, "-c")
+
+
+def opcodes(code: Iterable[Instruction]) -> Counter[str]:
+    """How often each instruction is in the code, by its name without modifiers."""
+    return Counter(instruction.opcode.split(".")[0] for instruction in code)
 
 
 def read_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
     """nvdisasm's listing -> instructions, and for each label the index of the instruction that follows it."""
-    instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+    instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
     branch = re.compile(r"`\((\.L\w+)\)")
 
     def parse(line: str) -> Instruction | None:
         found = instruction.match(line)
         if found is None:
             return None
-        opcode, operands = found.groups()
+        guard, opcode, operands = found.groups()
         goal = branch.search(operands) if opcode.split(".")[0] == "BRA" else None
-        return Instruction(opcode, goal[1] if goal else "")
+        return Instruction(opcode, goal[1] if goal else "", operands.strip(), bool(guard))
 
     return _read(text, re.compile(r"(\.L\w+):"), parse)
 
@@ -169,7 +182,7 @@ def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def _disassemble(tool: str, *arguments: str) -> str:
+def _disassemble(tool: str, cubin: bytes, *options: str) -> str:
     try:
         path = getattr(triton.knobs.nvidia, tool).path
     except (AttributeError, RuntimeError) as error:
@@ -178,9 +191,13 @@ def _disassemble(tool: str, *arguments: str) -> str:
             f"{tool} is missing from Triton {triton.__version__} ({folder}); install Triton from its wheel, "
             f"or name one with TRITON_{tool.upper()}_PATH"
         ) from error
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=300)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [path, *options, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        raise RuntimeError(f"{path} {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 

@@ -1,10 +1,10 @@
 """Counters without running a kernel: its PTX's control flow is followed, its data is not.
 
-How often a loop runs depends on block numbers and sizes, never on what a tensor holds. So the few instructions that
-branches depend on are interpreted, for one thread of a CTA, and all others are counted as often as their block is
-passed. A branch that does depend on data, as inside of erf, is passed on both sides, as a warp of mixed data does.
-Every lane of an access is taken as active and as near to its neighbours as can be: masks and bank conflicts are seen
-by the emulator only.
+How often a loop of these kernels runs depends on block numbers and sizes, never on what a tensor holds. The trace
+interprets the few instructions that branches depend on, for one thread of a CTA. It counts all others as often as
+their block is passed. A branch on data, as inside of erf, is passed on both sides, as a warp of mixed data does. Every
+lane of an access counts as active, and its address as next to its neighbour's: masks and bank conflicts are seen by
+the emulator only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from ptx_emulator.core.syntax import Address, Instruction, Kernel, Literal, Symbol
+from ptx_emulator.core.kernel import Kernel
+from ptx_emulator.core.syntax import Address, Instruction, Literal, Symbol, parts_of
 from ptx_emulator.predict.counters import SECTOR, Counters, total
 from ptx_emulator.predict.scalar import Name, Value, can_follow, evaluate, names
 
@@ -66,6 +67,13 @@ def sample(ctas: int, samples: int) -> list[int]:
     """Numbers of CTAs evenly over the grid, all if there are no more."""
     taken = min(samples, ctas)
     return [(2 * i + 1) * ctas // (2 * taken) for i in range(taken)]
+
+
+def used_parameters(kernel: Kernel) -> set[int]:
+    """Positions of the parameters that an instruction names. The compiler dropped the others: nothing can read them."""
+    operands = [operand for instruction in kernel.instructions for operand in instruction.operands]
+    named = {part.name for operand in operands for part in parts_of(operand) if isinstance(part, Symbol)}
+    return {position for position, parameter in enumerate(kernel.parameter_list) if parameter.name in named}
 
 
 class _Whole:

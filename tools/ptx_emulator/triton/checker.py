@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ class Finding:
     """What was found in one place of a kernel, over all launches."""
 
     kind: str  #: of a race, or the name of the error that ended a launch
-    kernel: str
+    kernel: str  #: name of the entry point
     message: str  #: with instructions and lines of the kernel's source
     ended: bool  #: whether the launch ended there, so that its results are not whole
     grid: tuple[int, int, int]  #: of the first launch that showed it, as what follows
@@ -52,24 +53,26 @@ class Finding:
 class Checker(Emulator):
     """Launcher that executes PTX and collects what is found; the launch's results go to its tensors all the same.
 
-    A launch that an error ended has written a part of its results, as a GPU may leave it, and the program goes on with
-    that. What the emulator does not execute is an exception in the program.
+    An error ends its launch. The program goes on with what the kernel wrote before, as it may on a GPU. A kernel that
+    the emulator does not execute raises an exception in the program.
     """
 
-    target: Target
+    target: Target  #: what kernels are compiled for and run as; `checking` takes its name as well
     landing: str = "late"  #: when copies land: "early", "late" or "random"
     seed: int | None = None  #: of the warps' priorities and of landing="random"; None: warps run in program order
     checks: bool = True  #: look for races and data in flight; bounds, alignment and deadlocks are checked always
     first: bool = False  #: raise EmulationFault at the first finding
     all_configs: bool = False  #: of autotuned kernels; False: the first that fits
     script: str = ""  #: file of which the lines are wanted; "": the program's main one
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    lane_order: bool = False  #: look at the order between the lanes of a warp as well
+    findings: list[Finding] = field(default_factory=list)  #: in the order of appearance
+    notes: list[str] = field(default_factory=list)  #: what is no finding: choices of configurations, values that agree
+    noted: Counter[str] = field(default_factory=Counter)  #: kind -> how many of the notes
 
     def __post_init__(self) -> None:
         if self.target.name not in EMULATED:
             raise ValueError(f"target is {self.target.name!r}; the emulator executes {' and '.join(EMULATED)}")
-        super().__init__(landing=self.landing, seed=self.seed, checks=self.checks)
+        super().__init__(landing=self.landing, seed=self.seed, checks=self.checks, lane_order=self.lane_order)
         self.tuning: Tuning = Tuning(self.all_configs)
         self.begin: float = time.perf_counter()
         self._known: dict[tuple[Any, ...], Finding] = {}
@@ -83,7 +86,7 @@ class Checker(Emulator):
             self._note_tuning(launch, asked)
         faults, notes = self.execute(launch)
         for note in notes:
-            self._note(f"{launch.kernel}: {note.kind}, in shared memory{at(note)}")
+            self._note(note.kind, f"{launch.kernel}: {note.kind}, in shared memory{at(note)}")
         self._seen.clear()
         for fault in faults:
             self._add(launch, fault)
@@ -94,12 +97,14 @@ class Checker(Emulator):
         ran = "each was executed once" if self.all_configs else "the first that fits was executed, the others were not"
         chosen = ", ".join(f"{name}={value}" for name, value in constants_of(launch).items())
         self._note(
-            f"{launch.kernel} is autotuned over {asked} configurations: {ran}; the program goes on with {chosen}"
+            "autotuned kernel",
+            f"{launch.kernel} is autotuned over {asked} configurations: {ran}; the program goes on with {chosen}",
         )
 
-    def _note(self, text: str) -> None:
+    def _note(self, kind: str, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+            self.noted[kind] += 1
 
     def _add(self, launch: Launch, fault: Any) -> None:
         ended = isinstance(fault, Exception)
@@ -139,9 +144,14 @@ class Checker(Emulator):
             lines.append(f"  {name:{width}}  {runs.launches:8}  {runs.ctas:7}  {runs.seconds:7.1f}  {found:8}")
         for number, finding in enumerate(self.findings, 1):
             lines += ["", *_headed(f"{number}. ", finding.lines())]
-        lines += [f"note: {text}" for text in self.notes]
+        lines += self.noted_lines()
         end = counted(len(self.findings), "finding") if self.findings else "nothing found"
         return "\n".join([*lines, *([""] if self.findings else []), f"ptx_emulator: {end}"])
+
+    def noted_lines(self) -> list[str]:
+        """The notes, a line each, and how many there are of each kind."""
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.noted.items())
+        return [*(f"note: {text}" for text in self.notes), *([f"notes: {kinds}"] if kinds else [])]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
@@ -150,6 +160,7 @@ class Checker(Emulator):
             "landing": self.landing,
             "seed": self.seed,
             "checks": self.checks,
+            "lane_order": self.lane_order,
             "all_configs": self.all_configs,
             "seconds": round(self._seconds(), 2),
             "kernels": [vars(runs) | {"counters": dict(runs.counters)} for runs in self.runs.values()],
@@ -158,6 +169,7 @@ class Checker(Emulator):
                 for finding in self.findings
             ],
             "notes": self.notes,
+            "noted": dict(self.noted),
         }
 
     def _seconds(self) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ptx_emulator.targets import Target
+from ptx_emulator.triton.descriptors import expand, is_descriptor, obstacle
 
 if TYPE_CHECKING:
     DriverBase = object  # Triton declares no types
@@ -36,22 +37,22 @@ _DEVICE_NUMBERS = itertools.count(1 << 16)
 class Argument(NamedTuple):
     """One argument that the compiled kernel takes."""
 
-    name: str
-    type: str  # Triton's: "*bf16" for a pointer, "i32", "fp32"
-    value: Any  # the tensor, or the number
+    name: str  #: as the kernel's source has it; of a tuple's item with its place, "sizes.0"
+    type: str  #: Triton's: `*bf16` for a pointer, `i32`, `fp32`, `nvTmaDesc` for a tensor map
+    value: Any  #: the tensor, or the number, or what the map is made of
 
 
 @dataclass(frozen=True)
 class Launch:
     """One launch as a GPU would get it."""
 
-    kernel: str  # name of the entry point
-    target: Target
-    grid: tuple[int, int, int]
-    arguments: tuple[Argument, ...]  # without the constexprs
-    constexprs: Mapping[str, Any]  # with the arguments that Triton made constant: 1, None
-    asm: Mapping[str, Any]  # "ttir", "ttgir", "ptx", "cubin"; for AMD "amdgcn", "hsaco"
-    metadata: Any  # Triton's, with shared, num_warps, num_stages, hash
+    kernel: str  #: name of the entry point
+    target: Target  #: what it was compiled for
+    grid: tuple[int, int, int]  #: programs along x, y and z
+    arguments: tuple[Argument, ...]  #: without the constexprs
+    constexprs: Mapping[str, Any]  #: with the arguments that Triton made constant: 1, None
+    asm: Mapping[str, Any]  #: "ttir", "ttgir", "ptx", "cubin"; for AMD "amdgcn", "hsaco"
+    metadata: Any  #: Triton's, with shared, num_warps, num_stages, hash
 
     @property
     def identity(self) -> str:
@@ -84,11 +85,12 @@ class Launcher(Protocol):
 class Record:
     """One compiled kernel that was launched."""
 
-    first: Launch
-    grids: list[tuple[int, int, int]]
+    first: Launch  #: its first launch
+    grids: list[tuple[int, int, int]]  #: of each launch, in order
 
     @property
     def launches(self) -> int:
+        """How many there were."""
         return len(self.grids)
 
 
@@ -97,9 +99,10 @@ class Recorder:
     """Runs nothing and keeps one record per distinct compiled kernel: what the kernels would write stays as it was."""
 
     enforces_limits = False  # a kernel over the limit is to appear in the table, not to end it
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)  #: by `Launch.identity`
 
     def launch(self, launch: Launch) -> None:
+        """Keep its grid, and the launch itself if it is its kernel's first."""
         record = self.records.setdefault(launch.identity, Record(launch, []))
         record.grids.append(launch.grid)
 
@@ -144,7 +147,7 @@ class OfflineDriver(DriverBase):
             if not x * y * z:  # which Triton's own launchers leave out
                 return
             asm = self._code(source, metadata)
-            arguments, constexprs = sort_arguments(source.signature, values)
+            arguments, constexprs = sort_arguments(source.signature, values, getattr(metadata, "tensordesc_meta", None))
             self.launcher.launch(Launch(metadata.name, self.target, (x, y, z), arguments, constexprs, asm, metadata))
 
         return run
@@ -228,23 +231,35 @@ def refuse_unsupported(source: Any, metadata: Any) -> None:
     """Say so when a kernel needs what this driver does not give it.
 
     Raises:
-        NotImplementedError: tensor descriptors from the host, or a profiler's scratch memory.
+        NotImplementedError: tensor descriptors of a kind that is not emulated.
     """
-    descriptors = [name for name, kind in source.signature.items() if str(kind).startswith("tensordesc")]
-    if descriptors:
-        raise NotImplementedError(f"{metadata.name} takes tensor descriptors ({', '.join(descriptors)}); use pointers")
-    if getattr(metadata, "profile_scratch_size", 0):
-        raise NotImplementedError(f"{metadata.name} asks for a profiler's scratch memory; compile it without one")
+    kinds = [leaf for name, kind in source.signature.items() for leaf in _leaves(name, kind, kind)]
+    for name, kind, _ in kinds:
+        if is_descriptor(kind) and (why := obstacle(kind, getattr(metadata, "tensordesc_meta", None))):
+            raise NotImplementedError(f"{metadata.name} takes a tensor descriptor ({name}): {why}; use pointers")
 
 
-def sort_arguments(signature: Mapping[str, Any], values: Any) -> tuple[tuple[Argument, ...], dict[str, Any]]:
-    """Arguments that the kernel takes, and the constants compiled into it. Tuples are flattened as `name.0`."""
+def sort_arguments(
+    signature: Mapping[str, Any], values: Any, descriptors: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[tuple[Argument, ...], dict[str, Any]]:
+    """Arguments that the kernel takes, and the constants compiled into it. Tuples are flattened as `name.0`, tensor
+    descriptors are expanded as `name.map` and what follows it.
+
+    Args:
+        signature: name -> Triton's type.
+        values: as many.
+        descriptors: what the compiled kernel says of each tensor descriptor, in their order; nothing below sm_90.
+    """
     arguments: list[Argument] = []
+    told = iter(descriptors or ())
     constexprs: dict[str, Any] = {}
     for (name, kind), value in zip(signature.items(), values, strict=True):
         for leaf in _leaves(name, kind, value):
             if leaf.type == "constexpr":
                 constexprs[leaf.name] = getattr(leaf.value, "value", leaf.value)
+            elif is_descriptor(leaf.type):
+                expanded = expand(leaf.type, leaf.value, next(told, None))
+                arguments += [Argument(f"{leaf.name}.{part}", kind, value) for part, kind, value in expanded]
             else:
                 arguments.append(leaf)
     return tuple(arguments), constexprs

@@ -1,7 +1,7 @@
 """Launches that run: hands PTX, grid and the tensors' memory to the emulator.
 
-A kernel may touch exactly the bytes that its tensor arguments span, and nothing between them: each span is a buffer
-of its own in the emulated memory, with unmapped addresses around it.
+A kernel may touch the bytes that its tensor arguments span, and no others. Each span is a buffer of its own in the
+emulated memory, with unmapped addresses around it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import ptx_emulator
+from ptx_emulator.triton.descriptors import MAP_TYPE, HostMap
 from ptx_emulator.triton.driver import Argument, Launch
 
 
@@ -74,8 +75,9 @@ def spans(arguments: Iterable[Argument]) -> list[Span]:
         TypeError: a pointer argument is no tensor on the CPU.
     """
     found = []
-    for name, kind, value in arguments:
-        if not kind.startswith("*"):
+    for name, kind, given in arguments:
+        value = given.base if isinstance(given, HostMap) else given
+        if not kind.startswith(("*", MAP_TYPE)):
             continue
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
             raise TypeError(
@@ -107,10 +109,12 @@ class Emulator:
         landing: when copies land: "early", "late" or "random".
         seed: of the warps' priorities and of landing="random"; None: warps run in program order.
         checks: look for races and reads of data in flight. Bounds and alignment are checked always.
-        engine: of the emulator: "interpreter" or "native".
+        engine: of the emulator: "interpreter", "native", or None for the quickest that is built.
+        lane_order: look at the order between the lanes of a warp as well, which the interpreter alone does.
 
     Raises:
-        EmulationFault: at a launch that faults.
+        EmulationFault: at a launch that faults, or in which several warps wrote values to one word that differ, even
+            if only as rounding parts float32 numbers: a kernel's bits would depend on which warp comes last.
     """
 
     enforces_limits = True  # as a GPU would
@@ -122,16 +126,21 @@ class Emulator:
         landing: str = "late",
         seed: int | None = None,
         checks: bool = True,
-        engine: str = "interpreter",
+        engine: str | None = None,
+        lane_order: bool = False,
     ) -> None:
         self.runs: dict[str, KernelRuns] = {}
         self._ptx = ptx
         self._parsed: dict[str, ptx_emulator.Kernel] = {}
-        self._options: dict[str, Any] = {"landing": landing, "seed": seed, "checks": checks, "engine": engine}
+        self.engine: str = engine or ptx_emulator.default_engine(lane_order)
+        self._options: dict[str, Any] = {
+            "landing": landing, "seed": seed, "checks": checks, "engine": self.engine, "lane_order": lane_order
+        }  # fmt: skip
 
     def launch(self, launch: Launch) -> None:
         """Execute; raises EmulationFault where something is found."""
-        faults, _ = self.execute(launch)
+        faults, notes = self.execute(launch)
+        faults += [note for note in notes if note.differs]
         if faults:
             raise EmulationFault(launch, faults) from next((f for f in faults if isinstance(f, Exception)), None)
 
@@ -144,7 +153,7 @@ class Emulator:
         Raises:
             RuntimeError: the kernel has what the emulator does not execute.
         """
-        memory = ptx_emulator.Memory()
+        memory = ptx_emulator.Memory(span.stop - span.start for span in spans(launch.arguments))
         values = [*place(memory, launch.arguments), *scratch(memory, launch)]
         runs = self.runs.setdefault(launch.kernel, KernelRuns(launch.kernel))
         begin = time.perf_counter()
@@ -178,31 +187,48 @@ class Emulator:
 
 
 def scratch(memory: ptx_emulator.Memory, launch: Launch) -> list[int]:
-    """The address of the memory that a kernel asks for beside its arguments, where it does; of all its CTAs, zeroed.
+    """Addresses of the memory that a kernel asks for beside its arguments, zeroed: of all its CTAs, then the one that
+    profilers and sanitizers in kernels use; 0 for the one that it does not ask for, nothing if it asks for neither.
 
-    On a GPU the program gives it, by `triton.set_allocator`. Behind it, the address of a profiler's: none.
+    On a GPU the program gives it, by `triton.set_allocator`, and Triton what sanitizers use.
     """
-    size = getattr(launch.metadata, "global_scratch_size", 0)
-    if not size:
+    kinds = ("global_scratch", "profile_scratch")
+    sizes = [getattr(launch.metadata, f"{kind}_size", 0) * math.prod(launch.ctas) for kind in kinds]
+    if not any(sizes):
         return []
-    return [memory.register(np.zeros(size * math.prod(launch.ctas), np.uint8), "scratch"), 0]
+    return [
+        memory.register(np.zeros(size, np.uint8), kind) if size else 0 for kind, size in zip(kinds, sizes, strict=True)
+    ]
 
 
-def place(memory: ptx_emulator.Memory, arguments: tuple[Argument, ...]) -> list[int | float]:
+def place(memory: ptx_emulator.Memory, arguments: tuple[Argument, ...]) -> list[int | float | ptx_emulator.TensorMap]:
     """Register the tensors' memory with the emulator -> the arguments' values, addresses for tensors.
 
-    A span lies as far behind a multiple of 256 as its tensor does behind the start of its storage: the blocks that
-    CUDA's allocators hand out begin there.
+    A tensor lies as far behind a multiple of 256 as behind the start of its storage, since CUDA's allocators hand out
+    blocks that begin at such multiples.
+
+    Raises:
+        ValueError: CUDA's driver would refuse the tensor map of a descriptor.
     """
     placed = []
     for span in spans(arguments):
         offset = (span.start - span.block) % 256
         address = memory.register(memory_of(span), "+".join(span.names), offset=offset)
         placed.append((span, address))
-    values: list[int | float] = []
-    for argument in arguments:
-        values.append(_address(placed, argument.value) if argument.type.startswith("*") else argument.value)
+    values: list[int | float | ptx_emulator.TensorMap] = []
+    for name, kind, value in arguments:
+        if isinstance(value, HostMap):
+            values.append(_map(name, value, _address(placed, value.base)))
+        else:
+            values.append(_address(placed, value) if kind.startswith("*") else value)
     return values
+
+
+def _map(name: str, given: HostMap, address: int) -> ptx_emulator.TensorMap:
+    try:
+        return given.at(address)
+    except ValueError as error:
+        raise ValueError(f"argument {name}: {error}; CUDA's driver refuses such a map") from None
 
 
 def _address(placed: list[tuple[Span, int]], tensor: torch.Tensor) -> int:

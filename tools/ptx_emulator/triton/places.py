@@ -15,7 +15,7 @@ import triton
 
 import ptx_emulator
 
-#: Files that are on the way from a program to its launch and are none of it.
+#: Where files lie that are between a program's line and the launch, and are no part of the program.
 _MACHINERY = (*(f"{Path(str(module.__file__)).parent}{os.sep}" for module in (triton, torch, ptx_emulator)), "<")
 _INSTALLED = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("stdlib") + os.sep)
 
@@ -23,9 +23,9 @@ _INSTALLED = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("stdlib
 class Place(NamedTuple):
     """A line of a program."""
 
-    file: str
-    line: int
-    function: str
+    file: str  #: its path, whole
+    line: int  #: from 1
+    function: str  #: that the line is in; "<module>" outside of all
 
     def __str__(self) -> str:
         return f"{shown(self.file)}:{self.line} in {self.function}"

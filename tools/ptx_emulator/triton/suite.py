@@ -108,8 +108,8 @@ class Suite:
             f"{counted(len(self.checker.runs), 'kernel')}, {counted(launches, 'launch', 'launches')} on "
             f"{self.checker.target.name}: {counted(self.found, 'finding')}"
         )
-        for note in self.checker.notes:
-            terminalreporter.line(f"note: {note}")
+        for line in self.checker.noted_lines():
+            terminalreporter.line(line)
 
 
 def _told(finding: Finding) -> str:

@@ -10,8 +10,8 @@ class Tuning:
     """Stands for Triton's benchmarker; a configuration's "time" is its place in the program's list.
 
     Args:
-        every: execute each configuration once, as a benchmark would. Otherwise only the first that fits is executed:
-            it is compiled and asked for its shared memory, and those behind it are left out.
+        every: execute each configuration once, as a benchmark would. Otherwise configurations are compiled until one
+            fits into shared memory. The program's own launch executes that one; those behind it are left out.
     """
 
     def __init__(self, every: bool) -> None:
@@ -20,7 +20,7 @@ class Tuning:
         self._asked = self._fits = 0
 
     def benchmark(self, launch: Callable[[], Any], quantiles: Sequence[float] | None = None, **_: Any) -> list[float]:
-        """Triton asks for each configuration in turn; a launch that raises does not fit, which Triton sees itself."""
+        """Triton asks for each configuration in turn. It skips one whose launch raises OutOfResources by itself."""
         self._asked += 1
         if self._fits and not self.every:
             return self._times(float("inf"), quantiles)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx_emulator.core.clocks import ClusterChecker
 from ptx_emulator.core.decode import Decoder, Modifiers, wait
-from ptx_emulator.core.errors import Divergence, Unsupported
+from ptx_emulator.core.errors import Divergence, EmulationError, Unsupported
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import Part, State, Wait
 from ptx_emulator.core.syntax import Instruction
@@ -94,6 +93,7 @@ class CtaBarriers(Part):
         self.arrived: Array = np.zeros((ctas, BARRIERS), np.int64)
         self.expected: Array = np.zeros((ctas, BARRIERS), np.int64)  # 0: every live thread
         self.votes: Array = np.zeros((ctas, BARRIERS), np.int64)
+        self.reduces: Array = np.zeros((ctas, BARRIERS), bool)  # who arrived did so by `bar.red`
         self.taking_part: Array = np.zeros((ctas, BARRIERS, threads // 32), bool)
         self.name: Array = np.full((ctas, threads), -1, np.int32)  # the barrier a lane sleeps at
 
@@ -108,15 +108,44 @@ class CtaBarriers(Part):
         """The lanes arrive at the barriers `names`."""
         for name in np.unique(names[lanes]):
             here = lanes & (names == name)
+            ctas = here.any(1)
+            self._agree(m, end, here, ctas, int(name), counts)
             self.arrived[:, name] += here.sum(1)
             self.taking_part[:, name] |= here.reshape(m.ctas, m.warps, 32).any(2)
-            ctas = here.any(1)
-            if counts is not None:
-                self.expected[ctas, name] = np.where(here, counts, 0).max(1)[ctas]
+            self._check_number(m, end, ctas, int(name))
             if end.reduction is not None:
                 self.votes[:, name] += (end.reduction.votes(m) & here).sum(1)
             if end.waits:
                 self.name[here] = name
+
+    def _agree(self, m: State, end: CtaBarrier, here: Array, ctas: Array, name: int, counts: Array | None) -> None:
+        """The lanes of some CTAs arrive: all who take part must name one number of threads, and reduce or not."""
+        wanted = np.zeros(m.ctas, np.int64)
+        if counts is not None:
+            wanted = np.where(here, counts, 0).max(1)
+            bad = ctas & (((counts != wanted[:, None]) & here).any(1) | (wanted % 32 > 0) | (wanted == 0))
+            if bad.any():
+                some = sorted({*counts[bad][here[bad]].tolist()})
+                raise EmulationError(f"barrier {name} takes one multiple of 32 threads, not {some}: {end.text}")
+        reduces = end.reduction is not None
+        for cta in np.flatnonzero(ctas & (self.arrived[:, name] > 0)).tolist():
+            before, now = (int(count[cta]) or m.threads for count in (self.expected[:, name], wanted))
+            if before != now:
+                raise EmulationError(f"{now} threads at barrier {name}, where others wait for {before}: {end.text}")
+            if self.reduces[cta, name] != reduces:
+                raise EmulationError(f"a reduction and a plain arrival meet at barrier {name}: {end.text}")
+        self.expected[ctas, name], self.reduces[ctas, name] = wanted[ctas], reduces
+
+    def _check_number(self, m: State, end: CtaBarrier, ctas: Array, name: int) -> None:
+        """Raise where more threads have come than take part: which of them met is open. Warps may come one by one."""
+        arrived, expected = self.arrived[:, name], self.expected[:, name]
+        more = ctas & (arrived > expected) & (expected > 32)
+        if more.any():
+            cta = int(np.flatnonzero(more)[0])
+            raise EmulationError(
+                f"{int(arrived[cta])} threads of CTA {int(m.cta_numbers[cta])} come to one phase of barrier {name}, in "
+                f"which {int(expected[cta])} take part: {end.text}"
+            )
 
     def settle(self, m: State) -> None:
         """Complete every barrier that all its threads have reached."""
@@ -131,13 +160,20 @@ class CtaBarriers(Part):
             self._check_aligned(m, here)
             m.counters.barriers += 1
             m.tick(-1)
-            if m.checker is not None:
-                m.checker.barrier(int(cta), self.taking_part[cta, name], here[cta].reshape(m.warps, 32).any(1))
+            self._tell(m, int(cta), self.taking_part[cta, name], here[cta].reshape(m.warps, 32).any(1), expected)
             self._reduce(m, here, self.votes[cta, name], self.arrived[cta, name])
             m.wake(here)
             self.name[here] = -1
             self.arrived[cta, name] = self.expected[cta, name] = self.votes[cta, name] = 0
             self.taking_part[cta, name] = False
+
+    def _tell(self, m: State, cta: int, came: Array, waited: Array, expected: int) -> None:
+        """Tell the checker which warps have met: each with itself alone, where the barrier is one of 32 threads."""
+        if m.checker is None:
+            return
+        each = np.diag(came)[came] if expected == 32 else came[None]
+        for warps in each:
+            m.checker.barrier(cta, warps, waited & warps if expected == 32 else waited)
 
     def _check_aligned(self, m: State, here: Array) -> None:
         """The lanes of a warp that wait must do so by one instruction if it is an aligned one."""
@@ -174,7 +210,7 @@ def cta_barrier(d: Decoder, ins: Instruction) -> CtaBarrier | None:
         out = d.destination(operands.pop(0), types[0], ins)
         reduction = Reduction(name, out, *d.predicate_source(operands.pop(), ins))
     mods.end()
-    if kind is None:
+    if kind is None or (kind == "arrive" and len(operands) != 2):
         raise Unsupported(f"unsupported: {ins.text}")
     numbers = [d.source(operand, "u32", ins) for operand in operands]
     count = numbers[1] if len(numbers) > 1 else None
@@ -210,7 +246,7 @@ class WarpBarrier(Wait):
 
 def meet(m: State, lanes: Array) -> None:
     """Tell the checker that these lanes have met those of their warps."""
-    if isinstance(m.checker, ClusterChecker):
+    if m.checker is not None:
         m.checker.lanes_met(np.any(lanes.reshape(m.ctas, m.warps, 32), axis=2))
 
 

@@ -1,5 +1,6 @@
 """The instructions that move data in bulk: cp.async.bulk, its tensor and reducing forms, st.async and red.async."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,13 +46,24 @@ class Lane:
         """The address [register + offset]."""
         return int(self.m.full(effective(self.m, *pair))[self.cta, self.thread])
 
-    def target(self, to: tuple[int, int], bar: tuple[int, int], text: str) -> tuple[int, int, int]:
-        """(CTA, address in its memory, address of its mbarrier) that data go to and that is told of them."""
-        owner, address = owner_of(self.m, self.cta, self.address(to), text, remote=True)
-        told, barrier = owner_of(self.m, self.cta, self.address(bar), text, remote=True)
-        if told != owner:
-            raise EmulationError(f"the data go to another CTA than their mbarrier is in: {text}")
-        return owner, address, barrier
+
+class Target:
+    """The two operands that name where data go in a cluster's shared memory, and the mbarrier there that is told."""
+
+    def __init__(self, d: Decoder, to: Operand, bar: Operand, ins: Instruction) -> None:
+        self.to, self.bar = d.address(to, ins)[:2], d.address(bar, ins)[:2]
+        self.number, self.text = d.current, ins.text
+
+    def lanes(self, m: State, mask: Array | None) -> Iterator[tuple[Lane, int, int, int]]:
+        """Each active lane, with (CTA, address in its memory, address of its mbarrier); a step passes before each."""
+        for cta, thread in active(m, mask):
+            m.tick(self.number)
+            lane = Lane(m, cta, thread)
+            owner, address = owner_of(m, cta, lane.address(self.to), self.text, remote=True)
+            told, barrier = owner_of(m, cta, lane.address(self.bar), self.text, remote=True)
+            if told != owner:
+                raise EmulationError(f"the data go to another CTA than their mbarrier is in: {self.text}")
+            yield lane, owner, address, barrier
 
 
 class Place:
@@ -181,21 +193,18 @@ def _load(d: Decoder, ins: Instruction, operands: list[Operand], dimensions: str
     size = None if dimensions else operands.pop(2)
     if len(operands) != 3 + multicast:
         raise Unsupported(f"unsupported: {ins.text}")
-    to, bar = d.address(operands[0], ins)[:2], d.address(operands[2], ins)[:2]
+    goal = Target(d, operands[0], operands[2], ins)
     place = Place(d, operands[1], size, dimensions, ins)
     ctas = d.source(operands[3], "b16", ins) if multicast else -1
     number, text = d.current, ins.text
 
     def act(m: State, mask: Array | None) -> None:
-        for cta, thread in active(m, mask):
-            m.tick(number)
-            lane = Lane(m, cta, thread)
-            owner, address, barrier = lane.target(to, bar, text)
+        for lane, owner, address, barrier in goal.lanes(m, mask):
             box, fill, _ = place.box(lane, address, 8)
             data = m.of(Bulk).load(box, fill, text)
-            for target in _targets(m, cta, owner, lane.value(ctas) if multicast else None, text):
+            for target in _targets(m, lane.cta, owner, lane.value(ctas) if multicast else None, text):
                 copy = Arriving(target, box, partial(_given, data), barrier, number, text)
-                m.of(Bulk).send(copy, m.agent(cta, thread), cta)
+                m.of(Bulk).send(copy, m.agent(lane.cta, lane.thread), lane.cta)
 
     return act
 
@@ -214,15 +223,13 @@ def _across(d: Decoder, ins: Instruction, operands: list[Operand], operation: st
     """From the own shared memory into a CTA's of the cluster."""
     if len(operands) != 4:
         raise Unsupported(f"unsupported: {ins.text}")
-    to, source, bar = (d.address(operands[i], ins)[:2] for i in (0, 1, 3))
+    goal, source = Target(d, operands[0], operands[3], ins), d.address(operands[1], ins)[:2]
     size, update = d.source(operands[2], "u32", ins), update_of(operation, kind) if operation else None
     unit, number, text = TYPE_BYTES[kind] if kind else 8, d.current, ins.text
 
     def act(m: State, mask: Array | None) -> None:
-        for cta, thread in active(m, mask):
-            m.tick(number)
-            lane = Lane(m, cta, thread)
-            owner, address, barrier = lane.target(to, bar, text)
+        for lane, owner, address, barrier in goal.lanes(m, mask):
+            cta = lane.cta
             start, count = own_address(m, cta, lane.address(source), text), lane.value(size)
             _whole_chunks(address, start, count, text)
             box = straight(address, HEAP_BASE, count, unit)
@@ -233,7 +240,7 @@ def _across(d: Decoder, ins: Instruction, operands: list[Operand], operation: st
                 pinned = (cta, checker.cells(cta, start + np.arange(0, count, CHUNK), CHUNK))
             read = partial(m.shared.flat[unit].take, index)
             copy = Arriving(owner, box, read, barrier, number, text, update, pinned)
-            m.of(Bulk).send(copy, m.agent(cta, thread), cta)
+            m.of(Bulk).send(copy, m.agent(cta, lane.thread), cta)
 
     return act
 
@@ -283,20 +290,17 @@ def build_async(d: Decoder, ins: Instruction) -> Action | None:
     unit = TYPE_BYTES[kind]
     if len(values) != int(vector[1:] if vector else 1) or unit < 4:
         raise Unsupported(f"unsupported: {ins.text}")
-    to, bar = d.address(ins.operands[0], ins)[:2], d.address(ins.operands[2], ins)[:2]
+    goal = Target(d, ins.operands[0], ins.operands[2], ins)
     sources = [d.source(o, kind, ins) for o in values]
     update, number, text = update_of(operation, kind) if operation else None, d.current, ins.text
 
     def act(m: State, mask: Array | None) -> None:
-        for cta, thread in active(m, mask):
-            m.tick(number)
-            lane = Lane(m, cta, thread)
-            owner, address, barrier = lane.target(to, bar, text)
+        for lane, owner, address, barrier in goal.lanes(m, mask):
             if address % (unit * len(sources)):
                 raise Misaligned(f"shared address {address:#x} is no multiple of {unit * len(sources)}: {text}")
             box = replace(straight(address, HEAP_BASE, unit * len(sources), unit), width=unit)
             data: Any = np.array([lane.value(s) for s in sources], m.shared.flat[unit].dtype)
             copy = Arriving(owner, box, partial(_given, data), barrier, number, text, update)
-            m.of(Bulk).send(copy, m.agent(cta, thread), cta, f"{ins.root}.async", fenced=False)
+            m.of(Bulk).send(copy, m.agent(lane.cta, lane.thread), lane.cta, f"{ins.root}.async", fenced=False)
 
     return act

@@ -129,24 +129,18 @@ def build_divide(d: Decoder, ins: Instruction) -> Action | None:
     return _plain(d, ins, kind, lambda a, b: np.where(b == 0, a, a - divide(a, b, kind) * b))
 
 
-@instruction("min", "max")
-def build_minimum(d: Decoder, ins: Instruction) -> Action | None:
+#: Functions of NumPy that mean what the type means: what is less, or below zero, depends on it.
+_TYPED = {"min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs}
+
+
+@instruction(*_TYPED)
+def build_typed(d: Decoder, ins: Instruction) -> Action | None:
     mods = Modifiers(ins)
     kind = _type_of(mods, ins)
     if kind is None:
         return None
     mods.end()
-    return _plain(d, ins, kind, as_type(np.minimum if ins.root == "min" else np.maximum, kind))
-
-
-@instruction("neg", "abs")
-def build_negate(d: Decoder, ins: Instruction) -> Action | None:
-    mods = Modifiers(ins)
-    kind = _type_of(mods, ins)
-    if kind is None:
-        return None
-    mods.end()
-    return _plain(d, ins, kind, as_type(np.negative if ins.root == "neg" else np.abs, kind))
+    return _plain(d, ins, kind, as_type(_TYPED[ins.root], kind))
 
 
 @instruction("and", "or", "xor", "not")

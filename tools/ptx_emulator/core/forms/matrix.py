@@ -14,7 +14,7 @@ from ptx_emulator.core.forms.loads import count_shared, effective
 from ptx_emulator.core.shared import Lanes
 from ptx_emulator.core.spaces import SHARED_BASE, Array
 from ptx_emulator.core.state import State
-from ptx_emulator.core.syntax import Instruction
+from ptx_emulator.core.syntax import Instruction, Operand
 
 LANE = np.arange(32)
 ROW, PLACE = LANE // 4, LANE % 4
@@ -53,7 +53,11 @@ def _flat(m: State, place: Array, unit: int) -> Array:
     return m.shared.bases[unit] + place.reshape(-1, m.threads)
 
 
-def _shape(ins: Instruction, vector: Array | tuple) -> tuple[int, bool]:
+def _matrices(
+    d: Decoder, ins: Instruction, registers: Operand, address: Operand
+) -> tuple[tuple[Operand, ...], bool, tuple[int, int]]:
+    """(a register for each matrix, whether they are transposed, register and offset of the rows' addresses)."""
+    vector = items(registers)
     mods = Modifiers(ins)
     mods.drop("sync", "aligned", "m8n8", "shared", "shared::cta")
     number = mods.take("x1", "x2", "x4")
@@ -61,19 +65,17 @@ def _shape(ins: Instruction, vector: Array | tuple) -> tuple[int, bool]:
     if mods.types() != ["b16"] or number is None or len(vector) != int(number[1:]) or "m8n8" not in ins.modifiers:
         raise Unsupported(f"unsupported: {ins.text}")
     mods.end()
-    return int(number[1:]), transposed
+    return vector, transposed, d.address(address, ins)[:2]
 
 
 @instruction("ldmatrix")
 def build_load_matrix(d: Decoder, ins: Instruction) -> Action | None:
-    targets = items(ins.operands[0])
-    count, transposed = _shape(ins, targets)
+    targets, transposed, (base, offset) = _matrices(d, ins, *ins.operands[:2])
     outs = [d.destination(o, "b32", ins) for o in targets]
-    base, offset, _ = d.address(ins.operands[1], ins)
     number, text = d.current, ins.text
 
     def load(m: State, mask: Array | None) -> None:
-        lanes, rows = _prepare(m, base, offset, mask, count, "load", text)
+        lanes, rows = _prepare(m, base, offset, mask, len(outs), "load", text)
         m.tick(number)
         if m.checker is not None:
             m.checker.read(lanes, ROW_BYTES)
@@ -92,14 +94,12 @@ def build_load_matrix(d: Decoder, ins: Instruction) -> Action | None:
 
 @instruction("stmatrix")
 def build_store_matrix(d: Decoder, ins: Instruction) -> Action | None:
-    sources = items(ins.operands[1])
-    count, transposed = _shape(ins, sources)
+    sources, transposed, (base, offset) = _matrices(d, ins, *ins.operands[1::-1])
     numbers = [d.source(o, "b32", ins) for o in sources]
-    base, offset, _ = d.address(ins.operands[0], ins)
     number, text = d.current, ins.text
 
     def store(m: State, mask: Array | None) -> None:
-        lanes, rows = _prepare(m, base, offset, mask, count, "store", text)
+        lanes, rows = _prepare(m, base, offset, mask, len(numbers), "store", text)
         active = None if mask is None else np.broadcast_to(mask, m.shape)
         writes = []
         for j, source in enumerate(numbers):

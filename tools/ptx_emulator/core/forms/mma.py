@@ -14,6 +14,7 @@ from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, it
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.formats import canonical, f16_to_f32
 from ptx_emulator.core.forms.matrix import whole_warps
+from ptx_emulator.core.ordered import products_in_order
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import Part, State
 from ptx_emulator.core.syntax import Instruction
@@ -114,9 +115,7 @@ def build_mma(d: Decoder, ins: Instruction) -> Action | None:
     def multiply(m: State, mask: Array | None) -> None:
         whole_warps(m, mask, text)
         warps = m.ctas * m.warps
-        product = np.matmul(fragment(m, a, 2, kind), fragment(m, b, 1, kind).transpose(0, 2, 1)).reshape(
-            warps, 2, 32, 2
-        )
+        sums = products_in_order(fragment(m, a, 2, kind), fragment(m, b, 1, kind)).reshape(warps, 2, 32, 2)
         active = warps if mask is None else int(np.broadcast_to(mask, m.shape).reshape(-1, 32).any(1).sum())
         m.counters.tensor(name, flops * active)
         r: list[Any] = m.r
@@ -124,7 +123,7 @@ def build_mma(d: Decoder, ins: Instruction) -> Action | None:
         for i in range(4):
             old = r[c[i]]
             wide = old if old.shape == m.shape else np.broadcast_to(old, m.shape)
-            total = np.add(product[:, i // 2, :, i % 2], wide.view(np.float32).reshape(warps, 32))
+            total = np.add(sums[:, i // 2, :, i % 2], wide.view(np.float32).reshape(warps, 32))
             results.append(canonical(total).reshape(m.shape))
         for out, value in zip(outs, results, strict=True):
             r[out] = value if mask is None else np.where(mask, value, r[out])

@@ -10,9 +10,10 @@ import numpy as np
 
 from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction, wait
 from ptx_emulator.core.errors import Divergence, EmulationError, Unsupported
+from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import Part, State, Wait
-from ptx_emulator.core.syntax import Instruction, Kernel, Literal
+from ptx_emulator.core.syntax import Instruction, Literal
 
 FILE = 65536  # 32-bit registers of an SM
 GROUP = 128  # threads of a warpgroup

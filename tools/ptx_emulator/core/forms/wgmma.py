@@ -15,6 +15,7 @@ from ptx_emulator.core.descriptors import Layout, read_operand
 from ptx_emulator.core.errors import Divergence, Unsupported
 from ptx_emulator.core.formats import canonical
 from ptx_emulator.core.forms.mma import fragment
+from ptx_emulator.core.ordered import products_in_order
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import Part, State
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Literal, Not, Register
@@ -246,7 +247,7 @@ def _product(d: Decoder, ins: Instruction) -> Action:
         else:
             left = read_operand(m, m.r[form.a], form.a_layout, kind, active, regions, text)
         right = read_operand(m, m.r[form.b], form.b_layout, kind, active, regions, text)
-        total = np.matmul(left, right.transpose(0, 2, 1))
+        total = products_in_order(left, right)
         if form.sign < 0:
             np.negative(total, out=total)
         check_fence(m, state, registers, a_registers, active)

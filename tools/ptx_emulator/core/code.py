@@ -1,0 +1,189 @@
+"""The instructions of a kernel, and what those have in common that differ in nothing but their registers: a form.
+
+Of 72,000 instructions in the kernels of B-CAST, 4,300 have a form that none before has. What depends on the form alone
+is found out once for it. An instruction is an object from when somebody asks for it.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import overload
+
+from ptx_emulator.core.grammar import Grammar
+from ptx_emulator.core.syntax import (
+    TYPE_BYTES,
+    Address,
+    Instruction,
+    Not,
+    Operand,
+    Pair,
+    Register,
+    Tile,
+    Vector,
+    parts_of,
+)
+
+_MARKS = {kind: chr(0xE000 + number) for number, kind in enumerate(TYPE_BYTES)}
+_KINDS = {mark: kind for kind, mark in _MARKS.items()}
+_MARK = re.compile(f"([{''.join(_KINDS)}])")
+_Maker = Callable[[Sequence[Register]], Operand]
+
+
+def mark(kind: str) -> str:
+    """The character that stands for a register of a type in the text of a form."""
+    return _MARKS[kind]
+
+
+def marks_in(text: str) -> int:
+    """How many registers a marked text has."""
+    return len(_MARK.findall(text))
+
+
+def with_names(text: str, names: Sequence[str]) -> str:
+    """A marked text with the names of its registers, in order; more names may follow."""
+    left = iter(names)
+    return _MARK.sub(lambda _: next(left), text)
+
+
+@dataclass(eq=False)
+class Form:
+    """What instructions have in common that differ in nothing but their registers. Each form is one object."""
+
+    example: Instruction  #: one of them; its registers are numbered from 0 in the order in which they are written
+    types: tuple[str, ...]  #: of the registers
+    parts: tuple[str, ...]  #: the text around the registers
+    makers: tuple[_Maker, ...]  #: of the operands, from the registers
+    access: tuple[tuple[int, ...], tuple[int, ...]] | None = None  #: which registers are read, and written
+
+    def __post_init__(self) -> None:
+        self.root: str = self.example.root  #: the opcode up to its first dot
+        self.count: int = len(self.types)  #: how many registers are written in it
+
+    def text(self, names: Sequence[str]) -> str:
+        """The text with the names of registers."""
+        return "".join(chain.from_iterable(zip_longest(self.parts, names, fillvalue="")))
+
+    def instruction(self, names: Sequence[str], numbers: tuple[int, ...], source: tuple[int, int]) -> Instruction:
+        """The instruction with these registers."""
+        registers = [Register(number) for number in numbers]
+        operands = tuple([make(registers) for make in self.makers])
+        guard = registers[0] if self.example.guard is not None else None
+        text = self.text(names)
+        _, root, modifiers, _, _, negated, _, _ = self.example
+        return Instruction(text, root, modifiers, operands, guard, negated, source, numbers)
+
+
+_FORMS: dict[str, Form] = {}
+_MOST = 100_000  # forms that are kept, about 200 MB; then all are dropped
+
+
+def form_of(text: str) -> Form:
+    """The form of a marked text, which must mean the same in every kernel: no name of a register, no inner label.
+
+    Raises ParseError or Unsupported.
+    """
+    form = _FORMS.get(text)
+    if form is None:
+        if len(_FORMS) >= _MOST:
+            _FORMS.clear()
+        parts = _MARK.split(text)
+        types = [_KINDS[mark] for mark in parts[1::2]]
+        form = _FORMS[text] = _form(tuple(parts[::2]), tuple(types))
+    return form
+
+
+def _form(parts: tuple[str, ...], types: tuple[str, ...]) -> Form:
+    names = {f"%{number}": Register(number) for number in range(len(types))}
+    text = "".join(chain.from_iterable(zip_longest(parts, names, fillvalue="")))
+    example = Grammar(names).read(text)
+    return Form(example, types, parts, tuple(_maker(operand) for operand in example.operands))
+
+
+def _maker(operand: Operand) -> _Maker:
+    """What makes an operand like that of an example, from the registers of an instruction."""
+    if not any(isinstance(part, Register) for part in parts_of(operand)):
+        return lambda registers: operand
+    match operand:
+        case Register(place):
+            return lambda registers: registers[place]
+        case Address(Register(place), offset):
+            return lambda registers: Address(registers[place], offset)
+        case Not(Register(place)):
+            return lambda registers: Not(registers[place])
+        case Vector(items):
+            makers = [_maker(item) for item in items]
+            return lambda registers: Vector(tuple([make(registers) for make in makers]))
+        case Pair(first, second):
+            one, other = _maker(first), _maker(second)
+            return lambda registers: Pair(one(registers), other(registers))
+        case Tile(start, coordinates):
+            map_, rest = _maker(start), [_maker(item) for item in coordinates]
+            return lambda registers: Tile(map_(registers), tuple([make(registers) for make in rest]))
+    raise AssertionError(f"an operand of no kind that is known: {operand}")
+
+
+class Places:
+    """Names to the places of their registers among those of an instruction, where it has them."""
+
+    def __init__(self, names: Mapping[str, Register], registers: Sequence[int]) -> None:
+        self.names = names
+        self.place = {register: place for place, register in reversed(list(enumerate(registers)))}
+
+    def get(self, name: str) -> Register | None:
+        """The place as the number of a register."""
+        found = self.names.get(name)
+        return None if found is None else Register(self.place[found.index])
+
+
+class Code(Sequence[Instruction]):
+    """Instructions in order. names: (name, type) of each register."""
+
+    def __init__(self, names: Sequence[tuple[str, str]]) -> None:
+        self.names = names
+        self.forms: list[Form] = []
+        self.numbers: list[int] = []  # of the registers, of one instruction after the other
+        self.starts: list[int] = [0]  # where those of each begin, and the end
+        self.sources: list[tuple[int, int]] = []
+        self._made: dict[int, Instruction] = {}
+
+    def add(self, form: Form, numbers: Sequence[int], source: tuple[int, int]) -> None:
+        """One more instruction."""
+        self.forms.append(form)
+        self.numbers.extend(numbers)
+        self.starts.append(len(self.numbers))
+        self.sources.append(source)
+
+    def keep(self, ins: Instruction, example: Instruction) -> None:
+        """One more instruction, of a form that no other shares; example: that of its form."""
+        self._made[len(self)] = ins
+        types = tuple(self.names[number][1] for number in ins.registers)
+        self.add(Form(example, types, (), ()), ins.registers, ins.source)
+
+    def registers(self, place: int) -> list[int]:
+        """The registers of an instruction, in the order in which they are written."""
+        return self.numbers[self.starts[place] : self.starts[place + 1]]
+
+    def of(self, *roots: str) -> list[int]:
+        """The places of the instructions with one of these opcodes."""
+        return [place for place, form in enumerate(self.forms) if form.root in roots]
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    @overload
+    def __getitem__(self, place: int) -> Instruction: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Instruction]: ...
+    def __getitem__(self, place: int | slice) -> Instruction | list[Instruction]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        place %= len(self)
+        found = self._made.get(place)
+        if found is None:
+            numbers = tuple(self.numbers[self.starts[place] : self.starts[place + 1]])
+            names = [self.names[number][0] for number in numbers]
+            found = self._made[place] = self.forms[place].instruction(names, numbers, self.sources[place])
+        return found
