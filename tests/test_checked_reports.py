@@ -106,11 +106,11 @@ def test_without_a_command_there_is_help(words: list[str], status: int, capsys: 
 
 
 def test_cuda_is_read_as_the_cpu_in_every_place() -> None:
-    x = torch.ones(2)
+    x, gpu = torch.ones(2), torch.device("cuda", 0)
     with DeviceAsCpu():
         for made in (
-            torch.zeros(3, device="cuda:1"), torch.zeros(3, device=torch.device("cuda", 0)), x.to("cuda"), x.cuda(),
-            x.to(torch.device("cuda")), torch.tensor([1.0], device="cuda"),
+            torch.zeros(3, device="cuda:1"), torch.zeros(3, device=gpu), x.to("cuda"), x.cuda(),
+            x.to(gpu), x.to(torch.device("cuda")), torch.tensor([1.0], device="cuda"),
         ):  # fmt: skip
             assert made.device == torch.device("cpu")
         assert torch.zeros(3, device="meta").device.type == "meta"
