@@ -44,7 +44,7 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert calls == [
         ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None, None)),
         ("emulate", (["sm_90"], ["fp32"], "paper", None, "native")),
-        ("mutant_table", (["sm_80"], ["amp", "bf16"], None, "interpreter", 1)),
+        ("mutant_table", (["sm_80"], ["amp", "bf16"], None, None, 1)),
         ("mutant_table", (["sm_80", "sm_90"], ["fp16"], None, "native", 4)),
     ]
 

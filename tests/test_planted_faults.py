@@ -18,7 +18,7 @@ from cast_kernels.triton import tiles
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/evidence/mutants.json"
 ENGINE = ENGINES[1] if engines.built() else ENGINES[0]
-DTYPES = ("bf16",)
+DTYPES = ("bf16", "fp32")
 #: Kind -> for which reasons nothing may see that it is gone.
 REASONS = {
     "barrier": {"separates nothing"},
@@ -48,6 +48,16 @@ def made_of(name: str, dtype: str, problem: str) -> dict[str, Any]:
     return made
 
 
+def settled(rows: list[Row]) -> list[Row]:
+    """The rows without what a process decides: whether a load or copy outside of its buffer meets another or nothing.
+
+    Buffers lie in the order of their addresses in the process. In either case the verdict is one of these two.
+    """
+    either = ("MemoryFault", "reads inside, uses nothing")
+    loose = ("mask of a load", "mask of a copy")
+    return [[*row[:7], either, None] if row[4] in loose and row[7] in either else row for row in rows]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EMULATED)
 def test_no_fault_of_the_file_is_missed(name: str, dtype: str) -> None:
@@ -56,22 +66,22 @@ def test_no_fault_of_the_file_is_missed(name: str, dtype: str) -> None:
     assert all(made_of(name, dtype, problem)["every"] >= 1 for problem in PLANTED)
     few = tiles.find_set(name, 32 if dtype == "fp32" else 16, 112).few_rows
     assert {row[2] for row in rows} >= PLANTED.keys() - (set() if few else {"many rows"})
-    assert {row[4] for row in rows} == REASONS.keys() - (set() if few else {"proxy fence"})
+    assert {row[4] for row in rows} == REASONS.keys() - ({"proxy fence"} if name == "sm_80" else set())
 
 
 @pytest.mark.parametrize(("name", "problem"), [("sm_80", "adapter"), ("sm_90", "many rows")])
 def test_a_sample_is_what_the_file_says(name: str, problem: str) -> None:
     """Of one problem alone; kernels that an earlier one launches too are mutated on that one's memory in the file."""
     goal, made = target(name), made_of(name, "bf16", problem)
-    every = 36 if 36 % made["every"] == 0 else made["every"]  # what the file has is among these
+    every = 12 if 12 % made["every"] == 0 else made["every"]  # so the file has all of these
     judged = planting.judge(goal, "bf16", every, ENGINE, {problem: PLANTED[problem]})
     rows = mutant_table.rows_of(goal, "bf16", judged)
     check(rows)
     told = kept(name, "bf16", problem)
     rows = [row for row in rows if row[3] in {row[3] for row in told}]
-    assert len(rows) > 5
+    assert len(rows) > 10
     if made["triton"] == version("triton"):
-        assert [row for row in rows if row not in told] == []
+        assert [row for row in settled(rows) if row not in settled(told)] == []
 
 
 @pytest.mark.heavy
@@ -84,8 +94,8 @@ def test_faults_planted_in_the_kernels_are_caught(name: str) -> None:
         check(rows)
         made = made_of(name, "bf16", problem)
         if made["triton"] == version("triton"):
-            assert [row for row in told if row not in rows] == []
-            assert made["every"] > 1 or rows == told
+            assert [row for row in settled(told) if row not in settled(rows)] == []
+            assert made["every"] > 1 or settled(rows) == settled(told)
 
 
 def test_a_kernel_is_mutated_in_the_first_problem_that_launches_it() -> None:

@@ -25,7 +25,7 @@ class Touching(Emulator):
     """Emulator that keeps, of each launch, (kernel, bytes touched, bytes counted)."""
 
     def __init__(self, accesses: Accesses) -> None:
-        super().__init__()
+        super().__init__(engine="interpreter")  # which asks `Memory.check` about each access
         self.accesses, self.seen = accesses, list[tuple[str, int, int]]()
 
     def launch(self, launch: Launch) -> None:

@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ptx_emulator import default_engine
 from ptx_emulator.targets import Target, target
 from rich.table import Table
 
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.mutants import HARMLESS, Verdict, judge
-from cast_kernels.evidence.problems import ENGINES
 
 #: Of a row in a file.
 COLUMNS = (
@@ -95,7 +95,7 @@ def keep(file: Path, goal: Target, dtype: str, problem: str, rows: Sequence[Row]
 
 
 def main(
-    targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None = None, engine: str = ENGINES[0],
+    targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None = None, engine: str | None = None,
     every: int = 1,
 ) -> int:  # fmt: skip
     """Plant all faults and print the tables; the exit code is 1 if one is not caught and no reason is known.
@@ -104,10 +104,11 @@ def main(
         targets: names of targets.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         json_file: where a row of each mutant goes, problem by problem; see :func:`keep`.
-        engine: of the emulator.
+        engine: of the emulator; None for the quickest that is built.
         every: take each n-th mutant of a kernel only.
     """
     console, open_questions = wide_console(), 0
+    engine = engine or default_engine()
     for goal, dtype in [(target(name), dtype) for name in targets for dtype in dtypes]:
         made = {"date": str(datetime.date.today()), "triton": version("triton"), "engine": engine, "every": every}
         rows, begin = [], time.perf_counter()

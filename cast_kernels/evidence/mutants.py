@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cast_kernels.evidence.cases import KINDS, Case, Kind, poisoned_memory, run
 from cast_kernels.evidence.experts import run_expert
-from cast_kernels.evidence.problems import ENGINES, PLANTED, AnyCase, Planted
+from cast_kernels.evidence.problems import PLANTED, AnyCase, Planted
 from cast_kernels.triton import tiles
 
 #: Relative root mean square by which a mutant must change an output to be caught by its value. Eager's own error in
@@ -104,7 +104,7 @@ class _Capture:
 class CapturingEmulator(Emulator):
     """Keeps each kernel's first launch with its memory before and after."""
 
-    def __init__(self, engine: str = ENGINES[0]) -> None:
+    def __init__(self, engine: str | None = None) -> None:
         super().__init__(engine=engine)
         self.captures: dict[str, _Capture] = {}
 
@@ -138,7 +138,7 @@ def mutants(kernel: str, ptx: str) -> Iterator[Mutant]:
 
 
 def try_mutant(
-    capture: _Capture, mutant: Mutant, engine: str = ENGINES[0], threshold: float = THRESHOLDS[torch.bfloat16]
+    capture: _Capture, mutant: Mutant, engine: str | None = None, threshold: float = THRESHOLDS[torch.bfloat16]
 ) -> Verdict:
     """Run the mutant on the memory that its kernel met.
 
@@ -150,8 +150,8 @@ def try_mutant(
     """
     kind, change = _run(capture, mutant, engine)
     if not kind and change <= threshold and mutant.kind in _ORDER:
-        for seed in SEEDS:  # by the interpreter, which schedules warps: the native engine runs no wgmma so
-            kind, other = _run(capture, mutant, ENGINES[0], seed)
+        for seed in SEEDS:  # by the interpreter, as the committed rows were made
+            kind, other = _run(capture, mutant, "interpreter", seed)
             change = max(change, other)
             if kind or change > threshold:
                 break
@@ -162,7 +162,7 @@ def try_mutant(
     return Verdict(mutant, "", change, _why(capture, mutant, change, engine))
 
 
-def _run(capture: _Capture, mutant: Mutant, engine: str, seed: int | None = None) -> tuple[str, float]:
+def _run(capture: _Capture, mutant: Mutant, engine: str | None, seed: int | None = None) -> tuple[str, float]:
     """What the emulator found, "" if nothing, and how far the output that changed most is from what it was."""
     memory = {address: storage.clone() for address, storage in capture.before.items()}
     arguments = tuple(_moved(argument, memory) for argument in capture.launch.arguments)
@@ -200,7 +200,7 @@ def probe(mutant: Mutant) -> Mutant | None:
     return Mutant(mutant.kernel, "probe", mutant.line, mutant.instruction, text)
 
 
-def _why(capture: _Capture, mutant: Mutant, change: float, engine: str) -> str:
+def _why(capture: _Capture, mutant: Mutant, change: float, engine: str | None) -> str:
     """Why nothing saw the mutant."""
     if change:
         return f"changes values by {change:.1e} only"
@@ -239,7 +239,7 @@ def _change(argument: Argument, moved: Argument, after: dict[int, Tensor]) -> fl
 
 
 def captured(
-    goal: Target, dtype: str, engine: str = ENGINES[0], problems: Mapping[str, Planted] = PLANTED
+    goal: Target, dtype: str, engine: str | None = None, problems: Mapping[str, Planted] = PLANTED
 ) -> dict[str, list[_Capture]]:
     """Name of a problem -> the kernels that it launches and no problem before it does, each with its memory."""
     kind = KINDS[dtype]
@@ -268,7 +268,7 @@ def as_for_many_rows(goal: Target, kind: Kind, case: AnyCase) -> AbstractContext
 
 
 def judge(
-    goal: Target, dtype: str, every: int = 1, engine: str = ENGINES[0], problems: Mapping[str, Planted] = PLANTED
+    goal: Target, dtype: str, every: int = 1, engine: str | None = None, problems: Mapping[str, Planted] = PLANTED
 ) -> Iterator[tuple[str, list[Verdict]]]:
     """Try the mutants of every kernel that the problems launch: a problem's name, and what became of those it adds.
 

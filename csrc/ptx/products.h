@@ -104,8 +104,8 @@ inline void multiply_block(const float* a, const float* b, i64 column_stride, i6
       PTX_UNROLL for (int r = 0; r < kSixteensAtOnce; ++r) s[j][r] = multiply_add(rows[r], factor, s[j][r]);
     }
   }
-  PTX_UNROLL for (int j = 0; j < kColumnsAtOnce; ++j)
-    PTX_UNROLL for (int r = 0; r < kSixteensAtOnce; ++r) sums[j][r] = s[j][r];
+  PTX_UNROLL for (int j = 0; j < kColumnsAtOnce; ++j) PTX_UNROLL for (int r = 0; r < kSixteensAtOnce; ++r) sums[j][r] =
+      s[j][r];
 }
 
 // One group's product. Transposed: `old` and `out` are [column][row], else [row][column].

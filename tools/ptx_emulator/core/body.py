@@ -8,7 +8,7 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping
 
-from ptx_emulator.core.code import Form, Places, form_of, mark, marks_in, with_names
+from ptx_emulator.core.code import Code, Form, Places, form_of, mark, marks_in, with_names
 from ptx_emulator.core.errors import ParseError, Unsupported
 from ptx_emulator.core.grammar import Grammar
 from ptx_emulator.core.kernel import Kernel
@@ -59,14 +59,14 @@ class Body:
     """Reads the statements of one entry, with the register names of nested scopes."""
 
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.code = kernel.instructions
+        self.kernel: Kernel = kernel
+        self.code: Code = kernel.instructions
         self.scopes: list[dict[str, Register]] = [{}]
         self.label_scopes: list[dict[str, str]] = [{}]
-        self.scope_count = 0
-        self.source = (0, 0)
-        self.bare = False  # a register was declared whose name could be a variable's
-        self.labelled = False  # a scope has labels of its own
+        self.scope_count: int = 0
+        self.source: tuple[int, int] = (0, 0)
+        self.bare: bool = False  # a register was declared whose name could be a variable's
+        self.labelled: bool = False  # a scope has labels of its own
         self.visible: Mapping[str, Register] = self.scopes[0]  # the names of registers
 
     def read(self, body: str) -> None:

@@ -127,8 +127,8 @@ class Places:
     """Names to the places of their registers among those of an instruction, where it has them."""
 
     def __init__(self, names: Mapping[str, Register], registers: Sequence[int]) -> None:
-        self.names = names
-        self.place = {register: place for place, register in reversed(list(enumerate(registers)))}
+        self.names: Mapping[str, Register] = names
+        self.place: dict[int, int] = {register: place for place, register in reversed(list(enumerate(registers)))}
 
     def get(self, name: str) -> Register | None:
         """The place as the number of a register."""
@@ -140,7 +140,7 @@ class Code(Sequence[Instruction]):
     """Instructions in order. names: (name, type) of each register."""
 
     def __init__(self, names: Sequence[tuple[str, str]]) -> None:
-        self.names = names
+        self.names: Sequence[tuple[str, str]] = names
         self.forms: list[Form] = []
         self.numbers: list[int] = []  # of the registers, of one instruction after the other
         self.starts: list[int] = [0]  # where those of each begin, and the end

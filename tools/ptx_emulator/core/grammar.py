@@ -38,7 +38,8 @@ class Grammar:
     """Reads instructions. label: the whole name of one."""
 
     def __init__(self, registers: Names, label: Callable[[str], str] = str) -> None:
-        self.registers, self.label = registers, label
+        self.registers: Names = registers
+        self.label: Callable[[str], str] = label
 
     def read(self, statement: str, source: tuple[int, int] = (0, 0)) -> Instruction:
         """One instruction. Raises ParseError or Unsupported."""

@@ -1,8 +1,9 @@
 """A decoded kernel: straight runs of instructions and what ends each of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 from ptx_emulator.core import decode
 from ptx_emulator.core.code import Form
@@ -41,13 +42,56 @@ class Use:
     written: frozenset[int]
 
 
+class Actions(Sequence[Action]):
+    """The actions of a block's instructions. One is built when it is asked for, unless it was built to see its form."""
+
+    def __init__(self, decoder: Decoder, first: int) -> None:
+        self.decoder: Decoder = decoder
+        self.first: int = first
+        self._built: list[Action | None] = []
+        self._whole = False  # whether all are built
+
+    def add(self, action: Action | None) -> None:
+        """One more; None for one of a form of which another has been built, so that nothing is refused later."""
+        self._built.append(action)
+
+    def __len__(self) -> int:
+        return len(self._built)
+
+    @overload
+    def __getitem__(self, place: int) -> Action: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Action]: ...
+    def __getitem__(self, place: int | slice) -> Action | list[Action]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        found = self._built[place]
+        return self._build(place) if found is None else found
+
+    def __iter__(self) -> Iterator[Action]:
+        if not self._whole:
+            for place, action in enumerate(self._built):
+                if action is None:
+                    self._build(place)
+            self._whole = True
+        return iter(self._built)  # type: ignore[arg-type]  # none is missing
+
+    def _build(self, place: int) -> Action:
+        number, count = self.first + place, self.decoder.count
+        self.decoder.current = number
+        action = self._built[place] = _action(self.decoder, self.decoder.kernel.instructions[number])
+        if self.decoder.count != count:
+            raise RuntimeError(f"an instruction has constants of its own, unlike others of its form: {number}")
+        return action
+
+
 @dataclass
 class Block:
     """A straight run of instructions and what ends it; `size` counts all of them."""
 
     first: int
     code: Sequence[Instruction]  # of the kernel
-    body: list[Action] = field(default_factory=list)
+    body: Actions
     end: Jump | Leave | Wait | None = None
     size: int = 0
     starts_products: bool = False
@@ -57,23 +101,6 @@ class Block:
         """The registers that each instruction of the body names."""
         stop = self.first + len(self.body)
         return [_use(number, self.code[number]) for number in range(self.first, stop)]
-
-
-class Later:
-    """An action that is built when it first runs. One of the same form has been built, so that nothing is refused."""
-
-    __slots__ = ("body", "decoder", "number", "place")
-
-    def __init__(self, decoder: Decoder, number: int, body: list[Action], place: int) -> None:
-        self.decoder, self.number, self.body, self.place = decoder, number, body, place
-
-    def __call__(self, m: State, mask: Array | None) -> None:
-        """Build the action, put it here, and run it."""
-        self.decoder.current, count = self.number, self.decoder.count
-        action = self.body[self.place] = _action(self.decoder, self.decoder.kernel.instructions[self.number])
-        if self.decoder.count != count:
-            raise RuntimeError(f"an instruction has constants of its own, unlike others of its form: {self.number}")
-        action(m, mask)
 
 
 @dataclass
@@ -143,7 +170,7 @@ def _compile(kernel: Kernel, decoder: Decoder) -> Program:
     blocks = []
     built: set[Form] = set()
     for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
-        block = Block(start, code, size=stop - start)
+        block = Block(start, code, Actions(decoder, start), size=stop - start)
         for number in range(start, stop):
             root, form = roots[number], code.forms[number]
             decoder.current = number
@@ -160,10 +187,10 @@ def _compile(kernel: Kernel, decoder: Decoder) -> Program:
                 block.end = Leave(_guard(ins), ins.guard_negated)
             elif form in built:
                 block.starts_products |= root == "wgmma"
-                block.body.append(Later(decoder, number, block.body, len(block.body)))
+                block.body.add(None)
             else:
                 block.starts_products |= root == "wgmma"
-                block.body.append(_action(decoder, code[number]))
+                block.body.add(_action(decoder, code[number]))
                 built.add(form)
         blocks.append(block)
     examples = [form.example for form in dict.fromkeys(code.forms)]

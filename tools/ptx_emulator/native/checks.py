@@ -44,7 +44,10 @@ class NativeChecker(Checker):
 
     def __init__(self, machine: Batch, granule: int) -> None:
         super().__init__(machine, granule)
-        self._split()
+        self.rows = machine.ctas
+        self.seen, self.fence = (np.repeat(array, self.rows, 0) for array in (self.seen, self.fence))
+        self.operand = np.zeros(self.rows * self.count, self.operand.dtype)  # pages that nothing touches cost nothing
+        self.operands = np.zeros(self.rows * self.count, self.operands.dtype)
         self.flying = True  # the machine knows of the copies in flight; the interpreter looks for their tags
         self._hold(np.zeros((machine.ctas, self.count, len(TAGS)), np.int32))
 

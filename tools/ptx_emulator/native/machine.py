@@ -283,7 +283,7 @@ class NativeMachine(Machine):
 
     def _fail(self, desk: Desk, block: Block, operations: Array, lanes: Array) -> None:
         """The machine has stopped at an instruction of one CTA: the interpreter says what is wrong with these lanes."""
-        number = int(operations[WORDS * desk.batch.op_failed + 1])
+        number = int(operations.reshape(-1)[WORDS * desk.batch.op_failed + 1])
         try:
             block.body[number - block.first](self, lanes)
         except EmulationError as error:

@@ -33,8 +33,9 @@ class Patterns:
     """The patterns of one kernel's instructions."""
 
     def __init__(self, encoder: Encoder, code: Code) -> None:
-        self.encoder, self.code = encoder, code
-        self.watched = frozenset(encoder.watched)
+        self.encoder: Encoder = encoder
+        self.code: Code = code
+        self.watched: frozenset[int] = frozenset(encoder.watched)
         self._known: dict[tuple[Form, tuple[bool, ...]], Pattern] = {}
 
     def of(self, number: int) -> Pattern:

@@ -28,7 +28,8 @@ class Segment:
     written: Callable[[], frozenset[int]] = frozenset
 
     def __post_init__(self) -> None:
-        self.address, self.count = self.operations.ctypes.data, len(self.operations)
+        self.address: int = self.operations.ctypes.data
+        self.count: int = len(self.operations)
 
     @cached_property
     def writes(self) -> frozenset[int]:
