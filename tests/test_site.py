@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zlib
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_the_commands_are_what_help_prints(site: Path) -> None:
         assert f'id="cast-{name}"' in page
     assert 'id="cast-kernels-gpu-check"' in page
     assert 'id="python--m-ptx_emulator-run"' in page
-    assert "read &quot;cuda&quot; in calls of PyTorch as &quot;cpu&quot;" in page
+    assert 'read "cuda" in calls of PyTorch as "cpu"' in unescape(page)
     assert "directory for videos, checkpoints, metrics.json and report.html" in page
 
 

@@ -51,8 +51,10 @@ class Target:
     """The two operands that name where data go in a cluster's shared memory, and the mbarrier there that is told."""
 
     def __init__(self, d: Decoder, to: Operand, bar: Operand, ins: Instruction) -> None:
-        self.to, self.bar = d.address(to, ins)[:2], d.address(bar, ins)[:2]
-        self.number, self.text = d.current, ins.text
+        self.to: tuple[int, int] = d.address(to, ins)[:2]
+        self.bar: tuple[int, int] = d.address(bar, ins)[:2]
+        self.number: int = d.current
+        self.text: str = ins.text
 
     def lanes(self, m: State, mask: Array | None) -> Iterator[tuple[Lane, int, int, int]]:
         """Each active lane, with (CTA, address in its memory, address of its mbarrier); a step passes before each."""
