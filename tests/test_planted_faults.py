@@ -18,7 +18,7 @@ from cast_kernels.triton import tiles
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/evidence/mutants.json"
 ENGINE = ENGINES[1] if engines.built() else ENGINES[0]
-DTYPES = ("bf16", "fp32")
+DTYPES = ("bf16", "fp16", "fp32")
 #: Kind -> for which reasons nothing may see that it is gone.
 REASONS = {
     "barrier": {"separates nothing"},
