@@ -7,7 +7,6 @@ is found out once for it. An instruction is an object from when somebody asks fo
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from typing import overload
 
 from ptx_emulator.core.grammar import Grammar
@@ -25,8 +24,7 @@ from ptx_emulator.core.syntax import (
 )
 
 _MARKS = {kind: chr(0xE000 + number) for number, kind in enumerate(TYPE_BYTES)}
-_KINDS = {mark: kind for kind, mark in _MARKS.items()}
-_MARK = re.compile(f"([{''.join(_KINDS)}])")
+_MARK = re.compile(f"[{''.join(_MARKS.values())}]")
 _Maker = Callable[[Sequence[Register]], Operand]
 
 
@@ -51,25 +49,20 @@ class Form:
     """What instructions have in common that differ in nothing but their registers. Each form is one object."""
 
     example: Instruction  #: one of them; its registers are numbered from 0 in the order in which they are written
-    types: tuple[str, ...]  #: of the registers
-    parts: tuple[str, ...]  #: the text around the registers
+    marked: str  #: the text, with a mark for each register
     makers: tuple[_Maker, ...]  #: of the operands, from the registers
     access: tuple[tuple[int, ...], tuple[int, ...]] | None = None  #: which registers are read, and written
 
     def __post_init__(self) -> None:
         self.root: str = self.example.root  #: the opcode up to its first dot
-        self.count: int = len(self.types)  #: how many registers are written in it
-
-    def text(self, names: Sequence[str]) -> str:
-        """The text with the names of registers."""
-        return "".join(chain.from_iterable(zip_longest(self.parts, names, fillvalue="")))
+        self.count: int = len(self.example.registers)  #: how many registers are written in it
 
     def instruction(self, names: Sequence[str], numbers: tuple[int, ...], source: tuple[int, int]) -> Instruction:
         """The instruction with these registers."""
         registers = [Register(number) for number in numbers]
         operands = tuple([make(registers) for make in self.makers])
         guard = registers[0] if self.example.guard is not None else None
-        text = self.text(names)
+        text = with_names(self.marked, names)
         _, root, modifiers, _, _, negated, _, _ = self.example
         return Instruction(text, root, modifiers, operands, guard, negated, source, numbers)
 
@@ -87,17 +80,10 @@ def form_of(text: str) -> Form:
     if form is None:
         if len(_FORMS) >= _MOST:
             _FORMS.clear()
-        parts = _MARK.split(text)
-        types = [_KINDS[mark] for mark in parts[1::2]]
-        form = _FORMS[text] = _form(tuple(parts[::2]), tuple(types))
+        names = {f"%{number}": Register(number) for number in range(marks_in(text))}
+        example = Grammar(names).read(with_names(text, list(names)))
+        form = _FORMS[text] = Form(example, text, tuple(_maker(operand) for operand in example.operands))
     return form
-
-
-def _form(parts: tuple[str, ...], types: tuple[str, ...]) -> Form:
-    names = {f"%{number}": Register(number) for number in range(len(types))}
-    text = "".join(chain.from_iterable(zip_longest(parts, names, fillvalue="")))
-    example = Grammar(names).read(text)
-    return Form(example, types, parts, tuple(_maker(operand) for operand in example.operands))
 
 
 def _maker(operand: Operand) -> _Maker:
@@ -157,8 +143,7 @@ class Code(Sequence[Instruction]):
     def keep(self, ins: Instruction, example: Instruction) -> None:
         """One more instruction, of a form that no other shares; example: that of its form."""
         self._made[len(self)] = ins
-        types = tuple(self.names[number][1] for number in ins.registers)
-        self.add(Form(example, types, (), ()), ins.registers, ins.source)
+        self.add(Form(example, "", ()), ins.registers, ins.source)
 
     def registers(self, place: int) -> list[int]:
         """The registers of an instruction, in the order in which they are written."""
