@@ -12,6 +12,7 @@ import numpy as np
 import ptx_emulator
 import pytest
 from ptx_emulator.core.findings import NEAR, SAME, UNWRITTEN
+from ptx_emulator.core.launch import ENGINES
 from ptx_emulator.core.program import compile_kernel
 from ptx_emulator.native.liveness import Accesses, place
 from ptx_snippets import entry, run
@@ -42,6 +43,20 @@ needs_machine = pytest.mark.skipif(not engines.built(), reason="the vector machi
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ValueError, match="choose one of interpreter, native"):
         run(entry("", 0), [], engine="fast")
+
+
+@needs_machine
+def test_a_launch_that_names_no_engine_takes_the_quickest_that_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel,) = ptx_emulator.parse(entry("", 0)).kernels.values()
+
+    def engine() -> str:
+        return ptx_emulator.launch(
+            kernel, grid=(1, 1, 1), threads=32, arguments=[], memory=ptx_emulator.Memory()
+        ).engine
+
+    assert (engine(), ptx_emulator.default_engine()) == ("native", "native")
+    monkeypatch.setattr(ENGINES["native"], "built", lambda: False)
+    assert (engine(), ptx_emulator.default_engine()) == ("interpreter", "interpreter")
 
 
 @needs_machine

@@ -287,7 +287,8 @@ def test_a_part_of_a_warpgroup_is_refused() -> None:
         broken("wgmma.fence", "cvt.u64.u32 %d12, %tid0; add.s64 %d10, %d10, %d12; wgmma.fence")
 
 
-def test_two_warpgroups_with_operands_of_their_own() -> None:
+@pytest.mark.parametrize("seed", [None, 0])
+def test_two_warpgroups_with_operands_of_their_own(seed: int | None) -> None:
     """Warpgroup 1 reads A 64 rows further down; both share B."""
     (a, x), (b, y) = patterns((128, 16), "bf16", 1), patterns((16, 16), "bf16", 2)
     image, code = setup(Operand(a, 1, False), Operand(b, 1, False))
@@ -299,7 +300,7 @@ def test_two_warpgroups_with_operands_of_their_own() -> None:
     wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulators}, %d10, %d11, 0, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {stores}"""
     out = np.zeros((2, THREADS, 8), np.float32)
-    report = run(entry(".reg .f32 %acc<8>;" + code, 2, outside=TILE), [image, out], threads=256)
+    report = run(entry(".reg .f32 %acc<8>;" + code, 2, outside=TILE), [image, out], threads=256, seed=seed)
     assert not report.faults
     for group in range(2):
         np.testing.assert_allclose(
