@@ -8,7 +8,7 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping
 
-from ptx_emulator.core.code import Code, Form, Places, form_of, mark, marks_in, with_names
+from ptx_emulator.core.code import Code, Form, Numbering, form_of, mark, marks_in, with_names
 from ptx_emulator.core.errors import ParseError, Unsupported
 from ptx_emulator.core.grammar import Grammar
 from ptx_emulator.core.kernel import Kernel
@@ -214,7 +214,7 @@ class Body:
         found = [self.visible.get(name) for name in parts[1::2]]
         if self.bare or self.labelled:
             ins = Grammar(self.visible, self._label).read(statement, self.source)
-            self.code.keep(ins, Grammar(Places(self.visible, ins.registers)).read(statement))
+            self.code.keep(ins, Grammar(Numbering(self.visible, ins.registers)).read(statement))
             return
         kinds = self.kernel.registers
         parts[1::2] = [

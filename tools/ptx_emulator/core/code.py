@@ -109,7 +109,7 @@ def _maker(operand: Operand) -> _Maker:
     raise AssertionError(f"an operand of no kind that is known: {operand}")
 
 
-class Places:
+class Numbering:
     """Names to the places of their registers among those of an instruction, where it has them."""
 
     def __init__(self, names: Mapping[str, Register], registers: Sequence[int]) -> None:
