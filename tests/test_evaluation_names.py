@@ -23,8 +23,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with the class names of `CLASSES`."""
     model = small_cast()
     model.labels = CLASSES
-    model.save_pretrained(tmp_path_factory.mktemp("model"))
-    return tmp_path_factory.getbasetemp() / "model0"
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
 
 
 def listed(tmp_path: Path, text: str, classes: str = "") -> VideoSet:

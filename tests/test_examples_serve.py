@@ -52,8 +52,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = randomise(cast.CAST("tiny", heads={"verb": 3, "noun": 4}, depth=1))
     model.labels = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}  # type: ignore[assignment]
-    model.save_pretrained(tmp_path_factory.mktemp("model") / "model")  # type: ignore[operator]
-    return tmp_path_factory.getbasetemp() / "model0" / "model"
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return folder
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,7 +138,10 @@ def test_ctrl_c_ends_the_command(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     randomise(cast.CAST("tiny", heads={"action": 3}, depth=1)).save_pretrained(tmp_path)
     called = threading.Event()
-    command = [sys.executable, "-m", "cast.cli", "predict", "--checkpoint", str(tmp_path), "--timeout", "0"]
+    # The program that a user calls. `python -m` ends by the signal instead, where Ctrl-C falls into code that `exec`
+    # runs from text, such as the making of a dataclass while a module is imported.
+    program = str(Path(sysconfig.get_path("scripts"), "cast"))
+    command = [program, "predict", "--checkpoint", str(tmp_path), "--timeout", "0"]
     with camera(accepted=called.set) as port:
         source = f"rtsp://127.0.0.1:{port}/live" if kind == "rtsp" else "-"
         with subprocess.Popen(
