@@ -1,0 +1,83 @@
+// The Python module cast_kernels._cuda: B-CAST's launches, and what was embedded. No torch header; the driver is opened
+// at the first launch.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/bcast.h"
+
+namespace py = pybind11;
+using namespace cast::cuda;
+
+namespace {
+
+Number number(const std::string& name) {
+  for (const Number type : {Number::bf16, Number::fp16, Number::fp32})
+    if (name == name_of(type)) return type;
+  throw py::value_error("a number is " + name + ", but must be bf16, fp16 or fp32");
+}
+
+Problem make_problem(int batch, int frames, int patches, int dim, int bottleneck, int heads, int t2s_window,
+                     int s2t_window, const std::string& compute, const std::string& streams,
+                     const std::string& parameters, float eps) {
+  return {batch,           frames,          patches,         dim,
+          bottleneck,      heads,           {Window(t2s_window), Window(s2t_window)},
+          number(compute), number(streams), number(parameters), eps};
+}
+
+void run_forward(const Problem& problem, const std::array<Address, 2>& x, const std::array<Address, 28>& parameters,
+                 const std::array<Address, 2>& scale, const std::array<Address, 2>& y, int recompute, Address saved,
+                 Address scratch, Address stream) {
+  ForwardCall call{problem, {}, x, y, scale, Recompute(recompute), saved, scratch, stream};
+  static_assert(sizeof(call.parameters) == sizeof(parameters), "one address a parameter");
+  std::memcpy(&call.parameters, parameters.data(), sizeof(parameters));
+  if (is_recorded()) return forward(call);  // the recorder is Python's
+  const py::gil_scoped_release release;
+  forward(call);
+}
+
+py::dict as_dict(const Launch& launch) {
+  py::list places;
+  for (const Place& place : launch.places) {
+    py::dict one(py::arg("at") = place.at, py::arg("address") = place.address, py::arg("bytes") = place.bytes);
+    if (place.is_map) {
+      one["type"] = name_of(place.map.type);
+      one["sizes"] = py::make_tuple(place.map.columns, place.map.rows);
+      one["box"] = py::make_tuple(place.map.box_columns, place.map.box_rows);
+    }
+    places.append(one);
+  }
+  const auto* bytes = reinterpret_cast<const char*>(launch.argument.data());
+  return py::dict(py::arg("kernel") = launch.kernel, py::arg("grid") = launch.grid, py::arg("threads") = launch.threads,
+                  py::arg("cluster") = launch.cluster, py::arg("shared_bytes") = launch.shared_bytes,
+                  py::arg("argument") = py::bytes(bytes, launch.argument.size()), py::arg("places") = places);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  py::class_<Problem>(m, "Problem")
+      .def(py::init(&make_problem), py::arg("batch"), py::arg("frames"), py::arg("patches"), py::arg("dim"),
+           py::arg("bottleneck"), py::arg("heads"), py::arg("t2s_window"), py::arg("s2t_window"), py::arg("compute"),
+           py::arg("streams"), py::arg("parameters"), py::arg("eps"));
+  m.def("saved_bytes", [](const Problem& p, int recompute) { return saved_bytes(p, Recompute(recompute)); });
+  m.def("forward_scratch_bytes",
+        [](const Problem& p, int recompute) { return forward_scratch_bytes(p, Recompute(recompute)); });
+  m.def("forward", &run_forward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"), py::arg("y"),
+        py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("stream"));
+  m.def("set_recorder", [](const py::object& recorder) {
+    if (recorder.is_none()) return set_recorder({});
+    set_recorder([recorder](const Launch& launch) { recorder(as_dict(launch)); });
+  });
+  m.def("is_recorded", &is_recorded);
+  m.def("packed_ptx", [] {
+    py::dict all;
+    for (const Embedded& one : embedded())
+      all[py::str(one.name.data(), one.name.size())] = py::bytes(one.ptx.data(), one.ptx.size());
+    return all;
+  });
+  m.def("driver", [] {
+    const DriverState state = driver_state();
+    return py::make_tuple(state.version, state.reason);
+  });
+}

@@ -1,0 +1,179 @@
+// Kernel `exchange`: output projection, GELU, up-projection and residual of the streams that ask.
+//
+//     h = O Wo' + b, for CLS LayerNorm's output;  y = x + f (gelu(h) Wu' + b), f the factor of drop-path.
+//
+// h is rounded before GELU, so that backward finds the same h whether it was kept or is computed again. The residual
+// goes through shared memory in place: a tile of x is copied in, the branch added, and the tile copied out as y.
+#include "bcast_arguments.h"
+#include "rows.cuh"
+
+namespace cast::cuda {
+namespace {
+
+CAST_DEVICE float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
+
+template <class T>
+CAST_DEVICE uint32_t gelu_pair(uint32_t packed) {
+  const float2 h = unpack<T>(packed);
+  return pack<T>(gelu(h.x), gelu(h.y));
+}
+
+// y = x + f (acc): x comes by tiles ahead of use, y leaves from the same place. One thread moves the tiles.
+template <class T, class X, int D>
+struct Residual {
+  static constexpr int COLUMNS = TILE_COLUMNS<X>;
+  static constexpr int AHEAD = TILES - 1;  // tiles of x under way; the last place is still on its way out
+
+  Consumer<T, T, D>& consumer;
+  const TensorMap *x, *y;
+  int row, columns;
+  int next = 0;  // tile to be added to
+
+  // After all threads are through with what lay in the tiles before.
+  CAST_DEVICE void begin() {
+    if (consumer.thread == 0)
+      for (int i = 0; i < AHEAD; ++i) load(i);
+  }
+
+  CAST_DEVICE void load(int i) {
+    if (i * COLUMNS >= columns) return;
+    uint64_t* barrier = &consumer.shared.residual[i % TILES];
+    mbarrier_expect(barrier, TILE_BYTES);
+    load_tile(consumer.shared.tiles[i % TILES], x, barrier, i * COLUMNS, row);
+  }
+
+  // `value(j, r)` is the branch's pair of eight columns j, row r of the next tile.
+  template <class Value>
+  CAST_DEVICE void add(Value value) {
+    const int at = next % TILES;
+    while (!mbarrier_try_wait(&consumer.shared.residual[at], next / TILES % 2)) {
+    }
+    const uint32_t tile = shared_address(consumer.shared.tiles[at]);
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 old = load_pair<X>(tile, consumer.place, j, r), branch = value(j, r);
+        store_pair(tile, consumer.place, j, r, as_pair<X>(old.x + branch.x, old.y + branch.y));
+      }
+    fence_proxy_async();
+    consumer.meet();
+    if (consumer.thread == 0) {
+      store_tile(y, consumer.shared.tiles[at], next * COLUMNS, row);
+      store_commit();
+      store_wait_read<1>();  // the tile before has left, and x may come there
+      load(next + AHEAD);
+    }
+    ++next;
+  }
+};
+
+template <class T, class X, int D>
+CAST_DEVICE void exchange(const ExchangeArguments& g) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  RowShared<T>& shared = *reinterpret_cast<RowShared<T>*>(raw);
+  const bool second = blockIdx.x >= g.streams[0].ctas;
+  const AskingStream& own = g.streams[second];
+  const int row = (blockIdx.x - (second ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) shared.init();
+  __syncwarp();
+  cluster_sync();
+  if (group == 0) {
+    lower_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) {
+      Producer<T> producer{shared};
+      producer.narrow(&own.o, &own.proj, row, D, D / PRODUCT_COLUMNS);
+      producer.widen(&own.up, g.dim, D);
+    }
+    __syncwarp();
+  } else {
+    raise_registers<CONSUMER_REGISTERS>();
+    Consumer<T, T, D> consumer{shared};
+    const Place& place = consumer.place;
+    typename Consumer<T, T, D>::Narrow gate;  // h, then gelu(h)
+    const int mine = row + place.row;         // and the eighth after it
+    {
+      typename Consumer<T, T, D>::Wide h;
+      consumer.begin_with(h, own.proj_bias);
+      consumer.narrow(h, D);
+#pragma unroll
+      for (int i = 0; i < D / 4; ++i) gate[i] = pack<T>(h[i / 48][2 * (i % 48)], h[i / 48][2 * (i % 48) + 1]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = mine + 8 * r;
+      if (own.tokens.cls == 0 || at >= own.rows || at % own.tokens.frame_rows != 0) continue;
+      const uint32_t* xhat = static_cast<const uint32_t*>(own.xhat) + int64_t(at) * (D / 2);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        const int column = 8 * j + place.column;
+        const float2 n = unpack<T>(xhat[column / 2]);
+        const float2 gamma = *reinterpret_cast<const float2*>(own.norm + column);
+        const float2 beta = *reinterpret_cast<const float2*>(own.norm_bias + column);
+        gate[2 * j + r] = pack<T>(fmaf(n.x, gamma.x, beta.x), fmaf(n.y, gamma.y, beta.y));
+      }
+    }
+    if (g.keep_h) {
+#pragma unroll
+      for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
+        consumer.template put<T>(&own.h, part * TILE_COLUMNS<T>, row,
+                                 [&](int j, int r) { return gate[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+      if (consumer.thread == 0) store_wait_read<0>();
+    }
+    consumer.meet();  // O and h have left the tiles
+    Residual<T, X, D> residual{consumer, &own.x, &own.y, row, g.dim};
+    residual.begin();
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) gate[i] = gelu_pair<T>(gate[i]);
+    float factor[2] = {1.f, 1.f};
+    if (own.scale != nullptr) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = min(mine + 8 * r, own.rows - 1), frame = at / own.tokens.frame_rows;
+        factor[r] = own.scale[frame / g.frames * own.scale_of_clip + at % own.tokens.frame_rows * own.scale_of_token];
+      }
+    }
+#pragma unroll 1
+    for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
+      float acc[PRODUCT_COLUMNS / 2];
+#pragma unroll
+      for (int j = 0; j < PRODUCT_COLUMNS / 8; ++j) {
+        const int at = min(column + 8 * j + place.column, g.dim - 2);  // columns behind the end are not stored
+        const float2 bias = *reinterpret_cast<const float2*>(own.up_bias + at);
+        acc[4 * j] = acc[4 * j + 2] = bias.x;
+        acc[4 * j + 1] = acc[4 * j + 3] = bias.y;
+      }
+      consumer.widen(acc, gate);
+#pragma unroll
+      for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<X>; ++part) {
+        if (column + part * TILE_COLUMNS<X> >= g.dim) break;
+        residual.add([&](int j, int r) {
+          const float* v = acc + part * TILE_COLUMNS<X> / 2 + 4 * j + 2 * r;
+          return make_float2(factor[r] * v[0], factor[r] * v[1]);
+        });
+      }
+    }
+    if (consumer.thread == 0) store_wait<0>();
+  }
+  cluster_sync();  // no CTA ends while another may still write into it or arrive at its barriers
+}
+
+}  // namespace
+
+#define CAST_EXCHANGE(NAME, T, X, D)                                                                 \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
+      NAME(const __grid_constant__ ExchangeArguments g) {                                            \
+    exchange<T, X, D>(g);                                                                            \
+  }
+
+CAST_EXCHANGE(bcast_exchange_bf16_bf16_384, bf16, bf16, 384)
+CAST_EXCHANGE(bcast_exchange_bf16_bf16_192, bf16, bf16, 192)
+CAST_EXCHANGE(bcast_exchange_bf16_fp32_384, bf16, float, 384)
+CAST_EXCHANGE(bcast_exchange_bf16_fp32_192, bf16, float, 192)
+CAST_EXCHANGE(bcast_exchange_fp16_fp16_384, fp16, fp16, 384)
+CAST_EXCHANGE(bcast_exchange_fp16_fp16_192, fp16, fp16, 192)
+CAST_EXCHANGE(bcast_exchange_fp16_fp32_384, fp16, float, 384)
+CAST_EXCHANGE(bcast_exchange_fp16_fp32_192, fp16, float, 192)
+
+}  // namespace cast::cuda

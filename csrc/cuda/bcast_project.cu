@@ -1,0 +1,146 @@
+// Kernel `project`: down-projection, LayerNorm, and the queries, keys and values of both ways.
+//
+//     z = x Wd' + b;  xhat = (z - mean) rstd;  Q = xhat (gamma o Wq)' + table[position], and so K and V,
+//     table[p] = (beta + position p) W' + b, which `prepare` has made.
+//
+// z stays in float32 accumulators and is never rounded; xhat is rounded once, for products, memory and backward alike.
+// LayerNorm's weight and bias, and the positions, cost nothing here: the tables are the accumulators' first values.
+#include "bcast_arguments.h"
+#include "rows.cuh"
+
+namespace cast::cuda {
+namespace {
+
+// xhat = (z - mean) rstd of this thread's two rows, as an operand; and rstd.
+template <class T, int CHUNKS>
+CAST_DEVICE void normalise(const float (&z)[CHUNKS][PRODUCT_COLUMNS / 2], float eps, uint32_t* xhat, float (&rstd)[2]) {
+  constexpr float SHARE = 1.f / (CHUNKS * PRODUCT_COLUMNS);
+  float mean[2] = {}, square[2] = {};
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int i = 0; i < PRODUCT_COLUMNS / 2; ++i) mean[i / 2 % 2] += z[c][i];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) mean[r] = sum_of_row(mean[r]) * SHARE;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int i = 0; i < PRODUCT_COLUMNS / 2; ++i) {
+      const float v = z[c][i] - mean[i / 2 % 2];
+      square[i / 2 % 2] = fmaf(v, v, square[i / 2 % 2]);
+    }
+  float shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rstd[r] = rsqrtf(fmaf(sum_of_row(square[r]), SHARE, eps));
+    shift[r] = -mean[r] * rstd[r];
+  }
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int i = 0; i < PRODUCT_COLUMNS / 4; ++i) {
+      const float first = fmaf(z[c][2 * i], rstd[i % 2], shift[i % 2]);
+      const float second = fmaf(z[c][2 * i + 1], rstd[i % 2], shift[i % 2]);
+      xhat[c * PRODUCT_COLUMNS / 4 + i] = pack<T>(first, second);
+    }
+}
+
+// Row of a position table for a row of the stream; CLS, which has no position, takes that of patch 0: nobody reads it.
+CAST_DEVICE int position(int row, int frames, Tokens tokens, Steps steps) {
+  const int frame = row / tokens.frame_rows, patch = row % tokens.frame_rows - tokens.cls;
+  return frame % frames * steps.by_frame + max(patch, 0) * steps.by_patch;
+}
+
+// out[:, column..] = xhat W' + table[position], `columns` of them.
+template <class T, class X, int D>
+CAST_DEVICE void project_columns(Consumer<T, X, D>& consumer, const typename Consumer<T, X, D>::Narrow& xhat,
+                                 const TensorMap* out, const float* table, int columns, int row, const int (&at)[2]) {
+#pragma unroll 1
+  for (int column = 0; column < columns; column += PRODUCT_COLUMNS) {
+    float acc[PRODUCT_COLUMNS / 2];
+#pragma unroll
+    for (int i = 0; i < PRODUCT_COLUMNS / 4; ++i) {
+      const int from = at[i % 2] * columns + column + 8 * (i / 2) + consumer.place.column;
+      const float2 first = *reinterpret_cast<const float2*>(table + from);
+      acc[2 * i] = first.x;
+      acc[2 * i + 1] = first.y;
+    }
+    consumer.widen(acc, xhat);
+#pragma unroll
+    for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<T>; ++part)
+      consumer.template put<T>(out, column + part * TILE_COLUMNS<T>, row, [&](int j, int r) {
+        const float* v = acc + part * TILE_COLUMNS<T> / 2 + 4 * j + 2 * r;
+        return as_pair<T>(v[0], v[1]);
+      });
+  }
+}
+
+template <class T, class X, int D>
+CAST_DEVICE void project(const ProjectArguments& g) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  RowShared<X>& shared = *reinterpret_cast<RowShared<X>*>(raw);
+  const bool temporal = blockIdx.x >= g.streams[0].ctas;
+  const ProjectedStream& own = g.streams[temporal];
+  const int row = (blockIdx.x - (temporal ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) shared.init();
+  __syncwarp();
+  cluster_sync();
+  if (group == 0) {
+    lower_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) {
+      Producer<X> producer{shared};
+      producer.narrow(&own.x, &own.down, row, g.dim, D / PRODUCT_COLUMNS);
+      producer.widen(&own.q_weight, own.q_columns, D);
+      producer.widen(&own.kv_weight, own.kv_columns, D);
+    }
+    __syncwarp();
+  } else {
+    raise_registers<CONSUMER_REGISTERS>();
+    Consumer<T, X, D> consumer{shared};
+    typename Consumer<T, X, D>::Narrow xhat;
+    const int mine = row + consumer.place.row;  // and the eighth after it
+    {
+      typename Consumer<T, X, D>::Wide z;
+      consumer.begin_with(z, own.down_bias);
+      consumer.narrow(z, g.dim);
+      float rstd[2];
+      normalise<T>(z, g.eps, xhat, rstd);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (consumer.place.lane % 4 == 0 && mine + 8 * r < own.rows) own.rstd[mine + 8 * r] = rstd[r];
+    }
+#pragma unroll
+    for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
+      consumer.template put<T>(&own.xhat, part * TILE_COLUMNS<T>, row,
+                               [&](int j, int r) { return xhat[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+    int at[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) at[r] = position(mine + 8 * r, g.frames, own.tokens, own.q_steps);
+    project_columns(consumer, xhat, &own.q, own.q_table, own.q_columns, row, at);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) at[r] = position(mine + 8 * r, g.frames, own.tokens, own.kv_steps);
+    project_columns(consumer, xhat, &own.kv, own.kv_table, own.kv_columns, row, at);
+    if (consumer.thread == 0) store_wait<0>();
+  }
+  cluster_sync();  // no CTA ends while another may still write into it or arrive at its barriers
+}
+
+}  // namespace
+
+#define CAST_PROJECT(NAME, T, X, D)                                                                  \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
+      NAME(const __grid_constant__ ProjectArguments g) {                                             \
+    project<T, X, D>(g);                                                                             \
+  }
+
+CAST_PROJECT(bcast_project_bf16_bf16_384, bf16, bf16, 384)
+CAST_PROJECT(bcast_project_bf16_bf16_192, bf16, bf16, 192)
+CAST_PROJECT(bcast_project_bf16_fp32_384, bf16, float, 384)
+CAST_PROJECT(bcast_project_bf16_fp32_192, bf16, float, 192)
+CAST_PROJECT(bcast_project_fp16_fp16_384, fp16, fp16, 384)
+CAST_PROJECT(bcast_project_fp16_fp16_192, fp16, fp16, 192)
+CAST_PROJECT(bcast_project_fp16_fp32_384, fp16, float, 384)
+CAST_PROJECT(bcast_project_fp16_fp32_192, fp16, float, 192)
+
+}  // namespace cast::cuda

@@ -1,0 +1,162 @@
+// The NVIDIA driver, opened at the first launch: the module that holds this is imported where there is none.
+#include <cuda.h>  // types and constants only
+#include <dlfcn.h>
+
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "launch.h"
+
+namespace cast::cuda {
+namespace {
+
+// cuGetProcAddress came with 11.3; clusters, libraries and tensor maps with 12.0.
+constexpr int OLDEST = 12000;
+
+struct Driver {
+  decltype(&cuDriverGetVersion) version;
+  decltype(&cuLaunchKernelEx) launch;
+  decltype(&cuLibraryLoadData) load;
+  decltype(&cuLibraryGetKernel) kernel;
+  decltype(&cuKernelSetAttribute) set_attribute;
+  decltype(&cuTensorMapEncodeTiled) encode;
+  decltype(&cuGetErrorString) words;
+  decltype(&cuCtxGetDevice) device;
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) throw std::runtime_error(std::string("no NVIDIA driver: ") + dlerror());
+    find_ = reinterpret_cast<decltype(find_)>(dlsym(library, "cuGetProcAddress_v2"));
+    if (find_ == nullptr) throw std::runtime_error("the NVIDIA driver is older than CUDA 12.0");
+    find("cuDriverGetVersion", version);
+    find("cuLaunchKernelEx", launch);
+    find("cuLibraryLoadData", load);
+    find("cuLibraryGetKernel", kernel);
+    find("cuKernelSetAttribute", set_attribute);
+    find("cuTensorMapEncodeTiled", encode);
+    find("cuGetErrorString", words);
+    find("cuCtxGetDevice", device);
+  }
+
+  void check(CUresult result, const std::string& what) const {
+    if (result == CUDA_SUCCESS) return;
+    const char* text = nullptr;
+    words(result, &text);
+    throw std::runtime_error(what + ": " + (text == nullptr ? "unknown error" : text));
+  }
+
+ private:
+  template <class Function>
+  void find(const char* name, Function& to) {
+    void* found = nullptr;
+    CUdriverProcAddressQueryResult why;
+    if (find_(name, &found, OLDEST, CU_GET_PROC_ADDRESS_DEFAULT, &why) != CUDA_SUCCESS || found == nullptr)
+      throw std::runtime_error(std::string("the NVIDIA driver has no ") + name + "; CUDA 12.0 or newer is needed");
+    to = reinterpret_cast<Function>(found);
+  }
+  CUresult (*find_)(const char*, void**, int, cuuint64_t, CUdriverProcAddressQueryResult*) = nullptr;
+};
+
+const Driver& driver() {
+  static const Driver one;
+  return one;
+}
+
+// Kernels by name. A library holds for every device of the process, so each is loaded once.
+CUkernel find_kernel(const std::string& name) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, CUkernel> known;
+  static std::vector<CUlibrary> libraries;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto at = known.find(name); at != known.end()) return at->second;
+  if (libraries.empty())
+    for (const Embedded& module : embedded()) {
+      CUlibrary library;
+      driver().check(driver().load(&library, module.fatbin.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+                     "loading the kernels of " + std::string(module.name));
+      libraries.push_back(library);
+    }
+  for (const CUlibrary library : libraries) {
+    CUkernel kernel;
+    if (driver().kernel(&kernel, library, name.c_str()) == CUDA_SUCCESS) return known[name] = kernel;
+  }
+  throw std::runtime_error("no kernel " + name + " for this GPU");
+}
+
+CUtensorMapDataType type_of(Number type) {
+  if (type == Number::bf16) return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return type == Number::fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+}
+
+void encode(const Tiled& tiled, void* to, const std::string& kernel) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {tiled.columns, tiled.rows}, strides[1] = {tiled.columns * bytes_of(tiled.type)};
+  const cuuint32_t box[2] = {tiled.box_columns, tiled.box_rows}, steps[2] = {1, 1};
+  driver().check(
+      driver().encode(&map, type_of(tiled.type), 2, reinterpret_cast<void*>(tiled.address), sizes, strides, box, steps,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+      "a tensor map of " + kernel);
+  static_assert(sizeof(map) == sizeof(TensorMap), "the driver's tensor map");
+  std::memcpy(to, &map, sizeof(map));
+}
+
+// Leaked: what it holds may belong to Python, which is gone when statics end.
+Recorder& recorder() {
+  static Recorder& one = *new Recorder;
+  return one;
+}
+
+}  // namespace
+
+const char* name_of(Number type) {
+  return type == Number::bf16 ? "bf16" : type == Number::fp16 ? "fp16" : "fp32";
+}
+
+void set_recorder(Recorder one) { recorder() = std::move(one); }
+bool is_recorded() { return static_cast<bool>(recorder()); }
+
+void run(const Launch& launch, Address stream) {
+  if (is_recorded()) return recorder()(launch);
+  const Driver& d = driver();
+  CUkernel kernel = find_kernel(launch.kernel);
+  CUdevice device;
+  d.check(d.device(&device), "the current device");
+  if (launch.shared_bytes > 48 * 1024)
+    d.check(d.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(launch.shared_bytes),
+                            kernel, device),
+            "shared memory of " + launch.kernel);
+  alignas(64) unsigned char argument[4096];
+  if (launch.argument.size() > sizeof(argument)) throw std::runtime_error("an argument of more than 4096 bytes");
+  std::memcpy(argument, launch.argument.data(), launch.argument.size());
+  for (const Place& place : launch.places)
+    if (place.is_map) encode(place.map, argument + place.at, launch.kernel);
+  void* arguments[] = {argument};
+  CUlaunchAttribute cluster{};
+  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  cluster.value.clusterDim = {launch.cluster, 1, 1};
+  CUlaunchConfig config{};
+  config.gridDimX = launch.grid;
+  config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = launch.threads;
+  config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = launch.shared_bytes;
+  config.hStream = reinterpret_cast<CUstream>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = launch.cluster > 1;
+  d.check(d.launch(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr), launch.kernel);
+}
+
+DriverState driver_state() {
+  try {
+    int version = 0;
+    driver().check(driver().version(&version), "the driver's version");
+    return {version, ""};
+  } catch (const std::runtime_error& error) {
+    return {0, error.what()};
+  }
+}
+
+}  // namespace cast::cuda
