@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "cuda/bcast.h"
 
 namespace py = pybind11;
@@ -36,6 +38,19 @@ void run_forward(const Problem& problem, const std::array<Address, 2>& x, const 
   forward(call);
 }
 
+void run_backward(const Problem& problem, const std::array<Address, 2>& x, const std::array<Address, 28>& parameters,
+                  const std::array<Address, 2>& scale, const std::array<Address, 2>& grad_y, int recompute,
+                  Address saved, Address scratch, const std::array<Address, 2>& grad_x,
+                  const std::array<Address, 28>& gradients, int multiprocessors, Address stream) {
+  BackwardCall call{problem, {}, x, scale, grad_y, Recompute(recompute), saved, scratch, grad_x, {}, multiprocessors,
+                    stream};
+  std::memcpy(&call.parameters, parameters.data(), sizeof(parameters));
+  std::memcpy(&call.gradients, gradients.data(), sizeof(gradients));
+  if (is_recorded()) return backward(call);
+  const py::gil_scoped_release release;
+  backward(call);
+}
+
 py::dict as_dict(const Launch& launch) {
   py::list places;
   for (const Place& place : launch.places) {
@@ -65,6 +80,12 @@ PYBIND11_MODULE(_cuda, m) {
         [](const Problem& p, int recompute) { return forward_scratch_bytes(p, Recompute(recompute)); });
   m.def("forward", &run_forward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"), py::arg("y"),
         py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("stream"));
+  m.def("backward_scratch_bytes", [](const Problem& p, int recompute, int multiprocessors) {
+    return backward_scratch_bytes(p, Recompute(recompute), multiprocessors);
+  });
+  m.def("backward", &run_backward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"),
+        py::arg("grad_y"), py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("grad_x"),
+        py::arg("gradients"), py::arg("multiprocessors"), py::arg("stream"));
   m.def("set_recorder", [](const py::object& recorder) {
     if (recorder.is_none()) return set_recorder({});
     set_recorder([recorder](const Launch& launch) { recorder(as_dict(launch)); });

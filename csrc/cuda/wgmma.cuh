@@ -20,6 +20,13 @@ CAST_DEVICE uint64_t rows_along_k(const void* tile) {
   return uint64_t(shared_address(tile) & 0x3FFFF) >> 4 | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
 }
 
+// Descriptor of tiles whose rows run along k: 64 columns each, the next 64 columns one tile on. Adding 128 moves on by 16
+// rows.
+CAST_DEVICE uint64_t columns_along_k(const void* tile, uint32_t tile_bytes) {
+  return uint64_t(shared_address(tile) & 0x3FFFF) >> 4 | uint64_t(tile_bytes >> 4) << 16 | uint64_t(64) << 32 |
+         uint64_t(1) << 62;
+}
+
 #define CAST_FOUR(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
 #define CAST_SIXTEEN(i) CAST_FOUR(i), CAST_FOUR(i + 4), CAST_FOUR(i + 8), CAST_FOUR(i + 12)
 #define CAST_PRODUCT(TYPE, A, ...)                                                                                             \
@@ -52,6 +59,16 @@ CAST_DEVICE void product(float (&acc)[PRODUCT_COLUMNS / 2], uint64_t a, uint64_t
     CAST_FROM_SHARED("bf16");
   } else {
     CAST_FROM_SHARED("f16");
+  }
+}
+
+// acc[64 x 192] += A[16 x 64]' B[16 x 192], both stored with their rows along k.
+template <class T>
+CAST_DEVICE void product_of_columns(float (&acc)[PRODUCT_COLUMNS / 2], uint64_t a, uint64_t b) {
+  if constexpr (IS_BF16<T>) {
+    CAST_PRODUCT("bf16", "%96, %97, 1, 1, 1, 1, 1", "l"(a), "l"(b));
+  } else {
+    CAST_PRODUCT("f16", "%96, %97, 1, 1, 1, 1, 1", "l"(a), "l"(b));
   }
 }
 
