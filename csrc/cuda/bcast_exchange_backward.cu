@@ -36,7 +36,8 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
     const Place& place = consumer.place;
     typename Rows::Narrow dh;
     {
-      typename Rows::Wide dg{};
+      typename Rows::Wide dg;
+      for (auto& chunk : dg) clear(chunk);
       consumer.narrow(dg, g.dim, sizeof(X) == 4 ? &own.rounded_grad_y : nullptr, row);
       if (consumer.thread == 0) store_wait_read<0>();
       consumer.meet();  // dY has left the tiles
@@ -85,7 +86,8 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
                                [&](int j, int r) { return dh[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
 #pragma unroll 1
     for (int column = 0; column < D; column += PRODUCT_COLUMNS) {
-      float acc[PRODUCT_COLUMNS / 2] = {};
+      float acc[PRODUCT_COLUMNS / 2];
+      clear(acc);
       consumer.widen(acc, dh);
 #pragma unroll
       for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<T>; ++part)

@@ -40,7 +40,8 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
     typename Rows::Narrow dz;
     Incoming<Rows, TILES> xhat{consumer};
     {
-      typename Rows::Wide a{};
+      typename Rows::Wide a;
+      for (auto& chunk : a) clear(chunk);
       consumer.narrow(a, own.q_channels);
       consumer.narrow(a, own.kv_channels);
       consumer.meet();  // the tiles are free
@@ -108,7 +109,8 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
       if (own.received) residual.begin();
 #pragma unroll 1
       for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
-        float acc[PRODUCT_COLUMNS / 2] = {};
+        float acc[PRODUCT_COLUMNS / 2];
+      clear(acc);
         consumer.widen(acc, dz);
 #pragma unroll
         for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<X>; ++part) {

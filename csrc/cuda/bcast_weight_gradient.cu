@@ -102,7 +102,8 @@ CAST_DEVICE void consume(const WeightGradientArguments& g, GradientShared<D>& sh
     const Stretch own(g, step, stop);
     const GradientJob& job = *own.job;
     const bool sums_wanted = job.factor != NO_SUMS && own.pair < job.m_pairs;
-    float acc[CHUNKS][PRODUCT_COLUMNS / 2] = {};
+    float acc[CHUNKS][PRODUCT_COLUMNS / 2];
+    for (auto& chunk : acc) clear(chunk);
     float sums[8] = {};
     int before = 0;
     for (int i = own.first; i < own.end; ++i) {

@@ -13,9 +13,11 @@ struct Residual {
   Incoming<Consumer, TILES> incoming;
   const TensorMap *in, *out;
   int row, columns;
+  int asked = 0, added = 0;  // columns
 
   CAST_DEVICE void ask() {
-    if (incoming.asked * COLUMNS < columns) incoming.ask(in, incoming.asked * COLUMNS, row);
+    if (asked < columns) incoming.ask(in, asked, row);
+    asked += COLUMNS;
   }
 
   // After all threads are through with what lay in the tiles before.
@@ -28,7 +30,7 @@ struct Residual {
   template <class Value>
   CAST_DEVICE void add(Value value) {
     Consumer& consumer = incoming.consumer;
-    const int number = incoming.used;
+    const int at = incoming.used % TILES;
     const uint32_t tile = incoming.wait();
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j)
@@ -40,11 +42,12 @@ struct Residual {
     fence_proxy_async();
     consumer.meet();
     if (consumer.thread == 0) {
-      store_tile(out, consumer.shared.tiles[number % TILES], number * COLUMNS, row);
+      store_tile(out, consumer.shared.tiles[at], added, row);
       store_commit();
       store_wait_read<1>();  // the tile before has left: another may come there
       ask();
     }
+    added += COLUMNS;
   }
 };
 

@@ -14,6 +14,13 @@ CAST_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// acc = 0, here and not later: a register may not be written between `products_begin` and its product.
+template <int COUNT>
+CAST_DEVICE void clear(float (&acc)[COUNT]) {
+#pragma unroll
+  for (float& v : acc) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(v));
+}
+
 // Descriptor of a tile of 16-bit rows along k, under the 128-byte swizzle: eight rows of 128 bytes are 1024 bytes.
 // Adding 2 moves on by 16 numbers along k.
 CAST_DEVICE uint64_t rows_along_k(const void* tile) {
