@@ -1,18 +1,24 @@
-"""Builds the native core and the PTX emulator's machine with CMake and Ninja, and records what was built, and why not.
+"""Builds the native core, the PTX emulator's machine and the CUDA kernels with CMake and Ninja, and records what was
+built, and why not.
 
-`CAST_KERNELS_BUILD_CPU` (of both) and `CAST_KERNELS_BUILD_CUDA` take `0` (leave it out), `1` (its failure fails the
-install) or `auto` (the default: try; a part that cannot be built is left out and recorded for `cast-kernels info`).
+`CAST_KERNELS_BUILD_CPU` (of the first two) and `CAST_KERNELS_BUILD_CUDA` take `0` (leave it out), `1` (its failure
+fails the install) or `auto` (the default: try; a part that cannot be built is left out and recorded for `cast-kernels
+info`). The CUDA kernels take the first toolkit of: CUDA_HOME, `nvcc` on PATH, `nvidia/cu13` of this environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -20,11 +26,35 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CHOICES = ("auto", "0", "1")
-#: What CMake builds: name in the record -> module, and what it is.
+
+
+class Module(NamedTuple):
+    """What CMake builds."""
+
+    name: str
+    what: str
+    switch: str  # of CAST_KERNELS_BUILD_...
+
+
+#: By the name in the record.
 MODULES = {
-    "cpu": ("cast_kernels._C", "the native core"),
-    "emulator": ("ptx_emulator.native._machine", "the PTX emulator's machine"),
+    "cpu": Module("cast_kernels._C", "the native core", "CPU"),
+    "emulator": Module("ptx_emulator.native._machine", "the PTX emulator's machine", "CPU"),
+    "cuda": Module("cast_kernels._cuda", "the CUDA kernels", "CUDA"),
 }
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit that can build the kernels."""
+
+    nvcc: Path
+    include: Path  # where cuda.h lies
+    release: str  # "13.0.88"
+    ptxas: str  # its release
+
+    def told(self) -> dict[str, str]:
+        """What to record of it."""
+        return {"toolkit": self.release, "ptxas": self.ptxas, "nvcc": str(self.nvcc)}
 
 
 def requested(part: str) -> str:
@@ -40,54 +70,70 @@ class BuildNative(build_ext):
     """Runs CMake where setuptools would run a compiler, and writes `cast_kernels/_build.json`."""
 
     def run(self) -> None:
-        wishes = {part: requested(part) for part in ("CPU", "CUDA")}
-        modules = {part: Path(self.get_ext_fullpath(name)).resolve() for part, (name, _) in MODULES.items()}
-        for module in modules.values():
-            module.parent.mkdir(parents=True, exist_ok=True)
-        native = self._native(wishes["CPU"], modules)
-        for part, module in modules.items():
-            if not native[part]["built"]:
-                module.unlink(missing_ok=True)  # of an earlier build
+        wishes = {part: requested(module.switch) for part, module in MODULES.items()}
+        paths = {part: Path(self.get_ext_fullpath(module.name)).resolve() for part, module in MODULES.items()}
+        for path in paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        record = self._build(wishes, paths)
+        for part, path in paths.items():
+            if not record[part]["built"]:
+                path.unlink(missing_ok=True)  # of an earlier build
         # setuptools would look for the files of the others
-        self.extensions = [one for one in self.extensions if native[_part(one.name)]["built"]]
-        record = {**native, "cuda": self._cuda(wishes["CUDA"])}
-        put(json.dumps(record, indent=2).encode() + b"\n", modules["cpu"].parent / "_build.json")
+        self.extensions = [one for one in self.extensions if record[_part(one.name)]["built"]]
+        put(json.dumps(record, indent=2).encode() + b"\n", paths["cpu"].parent / "_build.json")
 
-    def _native(self, wish: str, modules: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    def _build(self, wishes: dict[str, str], paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
         """Build each module -> what to record of it. One that cannot be built keeps no other from being built."""
-        if wish == "0":
-            reasons, facts = dict.fromkeys(modules, "CAST_KERNELS_BUILD_CPU=0 left it out"), {}
-        else:
-            reasons, facts = self._cmake(modules)
-            for part, reason in reasons.items():
-                what = MODULES[part][1]
-                if reason and wish == "1":
-                    sys.exit(f"error: CAST_KERNELS_BUILD_CPU=1, but {what} cannot be built: {reason}")
-                if reason:
-                    print(f"warning: {what} was not built: {reason}", file=sys.stderr)
+        reasons = {
+            part: f"CAST_KERNELS_BUILD_{MODULES[part].switch}=0 left it out" for part in paths if wishes[part] == "0"
+        }
+        toolkit = None
+        if "cuda" not in reasons:
+            toolkit, why = find_toolkit()
+            if toolkit is None:
+                reasons["cuda"] = why
+        wanted = {part: path for part, path in paths.items() if part not in reasons}
+        facts: dict[str, dict[str, Any]] = {}
+        if wanted:
+            failed, facts = self._cmake(wanted, toolkit)
+            reasons |= failed
+        for part, reason in reasons.items():
+            _, what, switch = MODULES[part]
+            if reason and wishes[part] == "1":
+                sys.exit(f"error: CAST_KERNELS_BUILD_{switch}=1, but {what} cannot be built: {reason}")
+            if reason and wishes[part] == "auto":
+                print(f"warning: not built: {what}: {reason}", file=sys.stderr)
         return {
-            part: {"requested": wish, "built": not reason, "reason": reason} | ({} if reason else facts)
-            for part, reason in reasons.items()
+            part: {"requested": wishes[part], "built": not reasons[part], "reason": reasons[part]}
+            | ({} if reasons[part] else facts[part])
+            for part in paths
         }
 
-    def _cmake(self, modules: dict[str, Path]) -> tuple[dict[str, str], dict[str, Any]]:
-        """(why a module cannot be built, "" for one that is; what CMake tells of the compiler)."""
+    def _cmake(
+        self, paths: dict[str, Path], toolkit: Toolkit | None
+    ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """(why a module cannot be built, "" for one that is; what is to be recorded of those that are)."""
         build = Path(self.build_temp).resolve() / "cast_kernels"
         try:
-            command = self._configure(build)
+            command = self._configure(build, toolkit)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            return dict.fromkeys(modules, _cause(error)), {}
-        reasons = {}
-        for part, module in modules.items():
-            reasons[part] = ""
+            return dict.fromkeys(paths, _cause(error)), {}
+        reasons, facts = {}, {}
+        for part, path in paths.items():
+            reasons[part], begin = "", time.monotonic()
             try:
-                _run([*command, "--target", module.name.partition(".")[0]])
-                put((build / module.name).read_bytes(), module)
+                _run([*command, "--target", path.name.partition(".")[0]])
+                put((build / path.name).read_bytes(), path)
             except (OSError, subprocess.CalledProcessError) as error:
                 reasons[part] = _cause(error)
-        return reasons, json.loads((build / "parts.json").read_text())
+            else:
+                facts[part] = json.loads((build / ("cuda_parts.json" if part == "cuda" else "parts.json")).read_text())
+                if toolkit and part == "cuda":
+                    facts[part] |= toolkit.told()
+                    facts[part] |= {"seconds": round(time.monotonic() - begin), "module_bytes": path.stat().st_size}
+        return reasons, facts
 
-    def _configure(self, build: Path) -> list[str]:
+    def _configure(self, build: Path, toolkit: Toolkit | None) -> list[str]:
         """Make an empty build folder -> the command that builds all of it."""
         import pybind11
 
@@ -97,15 +143,9 @@ class BuildNative(build_ext):
         _run([
             cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-S", str(ROOT), "-B", str(build),
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            "-DCMAKE_BUILD_TYPE=Release",
+            "-DCMAKE_BUILD_TYPE=Release", *_cuda_options(toolkit),
         ])  # fmt: skip
         return [cmake, "--build", str(build)]
-
-    def _cuda(self, wish: str) -> dict[str, Any]:
-        if wish == "1":
-            sys.exit("error: CAST_KERNELS_BUILD_CUDA=1, but this version has no CUDA sources to build; use auto or 0")
-        reason = "CAST_KERNELS_BUILD_CUDA=0 left it out" if wish == "0" else "this version has no CUDA sources"
-        return {"requested": wish, "built": False, "reason": reason}
 
 
 class BuildWithRecipes(build_py):
@@ -126,7 +166,69 @@ class BuildWithRecipes(build_py):
 
 def _part(module: str) -> str:
     """The name in the record of a module."""
-    return next(part for part, (name, _) in MODULES.items() if name == module)
+    return next(part for part, one in MODULES.items() if one.name == module)
+
+
+def find_toolkit() -> tuple[Toolkit | None, str]:
+    """The first CUDA toolkit that has all that a build needs; None and why each place has none."""
+    reasons = []
+    for nvcc, missing in _compilers():
+        reason = missing
+        for folder in _toolkits(nvcc) if nvcc else ():
+            toolkit, reason = _read_toolkit(folder)
+            if toolkit:
+                return toolkit, ""
+        reasons.append(reason)
+    return None, f"no CUDA compiler: {'; '.join(reasons)}"
+
+
+def _compilers() -> Iterator[tuple[Path | None, str]]:
+    """nvcc of each place, and what to say where it has none."""
+    home, found = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    yield Path(home, "bin/nvcc") if home else None, "CUDA_HOME is not set"
+    yield Path(found) if found else None, "no nvcc on PATH"
+    # A build in isolation runs this environment's interpreter, too.
+    own = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin/nvcc")
+    missing = "this environment has no nvidia/cu13/bin/nvcc: pip install 'cast-kernels[cuda-build]'"
+    yield own if own.is_file() else None, missing
+
+
+def _toolkits(nvcc: Path) -> Iterator[Path]:
+    """Folders in which the rest of its toolkit may lie: nvcc on PATH may be a link, or a script that calls another."""
+    yield nvcc.resolve().parent.parent
+    command = [str(nvcc), "-dryrun", "-E", "-x", "cu", os.devnull]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return  # _read_toolkit says of the first folder what is wrong
+    if top := re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE):
+        yield Path(top[1].strip()).resolve()
+
+
+def _read_toolkit(folder: Path) -> tuple[Toolkit | None, str]:
+    """The toolkit in a folder, or what it lacks."""
+    headers = (folder / "include", *sorted(folder.glob("targets/*/include")))
+    include = next((path for path in headers if (path / "cuda.h").is_file()), None)
+    lacks = [f"bin/{name}" for name in ("nvcc", "ptxas", "fatbinary") if not (folder / "bin" / name).is_file()]
+    lacks += [] if include else ["include/cuda.h"]
+    if include is None or lacks:
+        return None, f"{folder} has no {', '.join(lacks)}"
+    releases = []
+    for name in ("nvcc", "ptxas"):
+        command = [str(folder / "bin" / name), "--version"]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            return None, f"{command[0]} does not run: {error}"
+        release = re.search(r"\bV(\d[\d.]*)", told)
+        if release is None:
+            return None, f"{command[0]} --version tells no release"
+        releases.append(release[1])
+    return Toolkit(folder / "bin/nvcc", include, *releases), ""
+
+
+def _cuda_options(toolkit: Toolkit | None) -> list[str]:
+    return [f"-DCAST_NVCC={toolkit.nvcc}", f"-DCAST_CUDA_INCLUDE={toolkit.include}"] if toolkit else []
 
 
 def put(content: bytes, target: Path) -> None:
@@ -163,7 +265,7 @@ def _cause(error: ImportError | OSError | subprocess.CalledProcessError) -> str:
         return f"cannot run {error.filename or 'cmake'}: {error.strerror or error}"
     lines = [line.strip() for line in (error.output or "").splitlines()]
     for number, line in enumerate(lines):
-        if "error" in line.lower():
+        if "error" in line.lower() or line.startswith("nvcc fatal"):
             # CMake puts the text of an error on the lines after "CMake Error at ...".
             follow = next((x for x in lines[number + 1 :] if x), "") if line.startswith("CMake Error") else ""
             return f"{line} {follow}".strip()
@@ -171,6 +273,6 @@ def _cause(error: ImportError | OSError | subprocess.CalledProcessError) -> str:
 
 
 setup(
-    ext_modules=[Extension(name, sources=[]) for name, _ in MODULES.values()],
+    ext_modules=[Extension(module.name, sources=[]) for module in MODULES.values()],
     cmdclass={"build_ext": BuildNative, "build_py": BuildWithRecipes},
 )

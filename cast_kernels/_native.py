@@ -1,4 +1,5 @@
-"""The native core, or why there is none. Everything is settled at import, so that compilers see constants."""
+"""The native core and the CUDA kernels, or why there are none. Everything is settled at import, so that compilers see
+constants."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ from typing import Any
 import torch  # noqa: F401
 
 BUILD_COMMAND = "CAST_KERNELS_BUILD_CPU=1 pip install -v --no-deps --force-reinstall ."
+CUDA_BUILD_COMMAND = (
+    "pip install '.[cuda-build]' && CAST_KERNELS_BUILD_CUDA=1 pip install -v --no-deps --force-reinstall ."
+)
 
 
 def _read_record() -> dict[str, Any]:
@@ -24,15 +28,24 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         import cast_kernels._C as core
     except ImportError as error:
-        cause = RECORD.get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error}){_others()}"
+        cause = RECORD.get("cpu", {}).get("reason") or f"cast_kernels._C does not load ({error}){_others('_C')}"
         return None, f"the native core is not built: {cause}; to build it, run in a checkout: {BUILD_COMMAND}"
     return core, ""
 
 
-def _others() -> str:
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    try:
+        import cast_kernels._cuda as kernels
+    except ImportError as error:
+        cause = RECORD.get("cuda", {}).get("reason") or f"cast_kernels._cuda does not load ({error}){_others('_cuda')}"
+        return None, f"the CUDA kernels are not built: {cause}; to build them, run in a checkout: {CUDA_BUILD_COMMAND}"
+    return kernels, ""
+
+
+def _others(module: str) -> str:
     """What another Python's build left here."""
-    ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
-    found = sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours)
+    ours = {f"{module}{suffix}" for suffix in EXTENSION_SUFFIXES}
+    found = sorted({path.name for path in Path(__file__).parent.glob(f"{module}.*")} - ours)
     return f"; {', '.join(found)} is not for this Python, {sys.implementation.cache_tag}" if found else ""
 
 
@@ -48,6 +61,9 @@ RECORD: dict[str, Any] = _read_record()
 
 #: The compiled module `cast_kernels._C`, or None and why it cannot be used.
 CORE, REASON = _load()
+
+#: The compiled module `cast_kernels._cuda`, or None and why it cannot be used. It needs no driver to be imported.
+CUDA, CUDA_REASON = _load_cuda()
 
 #: The instruction-set level in use, or "" and why there is none (CAST_KERNELS_CPU_ISA names no level).
 ISA, ISA_ERROR = _isa()

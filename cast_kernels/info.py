@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,14 +48,13 @@ def collect() -> dict[str, Any]:
         cpu["change_with"] = f"install a newer GCC with OpenMP, then: {_native.BUILD_COMMAND}"
     found = gpus()
     problem = typical("cuda" if found else "cpu")
-    cuda = {"built": False, "reason": "setup.py has not run here"} | record.get("cuda", {})
     return {
         "cast_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu,
         "emulator": emulator(),
-        "cuda": cuda,
+        "cuda": cuda(),
         "runs": {
             "instruction_set": _native.ISA or _native.ISA_ERROR or "none, the native core is not built",
             "cap": os.environ.get("CAST_KERNELS_CPU_ISA", "none (CAST_KERNELS_CPU_ISA sets one)"),
@@ -86,6 +86,16 @@ def emulator() -> dict[str, Any]:
         return {"built": False, "reason": reason, "change_with": _native.BUILD_COMMAND}
 
 
+def cuda() -> dict[str, Any]:
+    """Whether the CUDA kernels were built, by what, and whether the driver that runs them is here."""
+    record = _native.RECORD.get("cuda", {})
+    if _native.CUDA is None:
+        return record | {"built": False, "reason": _native.CUDA_REASON, "change_with": _native.CUDA_BUILD_COMMAND}
+    version, why_none = _native.CUDA.driver()
+    driver = {"driver": f"{version // 1000}.{version % 1000 // 10}"} if version else {"why_no_driver": why_none}
+    return record | {"built": True, "modules": sorted(_native.CUDA.packed_ptx())} | driver
+
+
 def _why_no_gpu() -> str:
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return f"PyTorch {torch.__version__} is {built}, and sees none"
@@ -97,19 +107,19 @@ def render(info: dict[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("torch, python", f"{info['torch']}, {info['python']}")
-    for part in ("cpu", "cuda"):
-        built = info[part]["built"]
-        table.add_row(f"native {part}", "built" if built else f"not built: {info[part]['reason']}")
-        if built:
-            rest = info[part]
-            levels = ", ".join(rest.get("levels", [])) or "not recorded"
-            missing = f"; the compiler lacks {', '.join(rest['levels_missing'])}" if rest.get("levels_missing") else ""
-            table.add_row("  compiler", str(rest.get("compiler", "not recorded")))
-            table.add_row("  levels", levels + missing)
-            table.add_row("  flags", _flags(rest))
-            table.add_row("  OpenMP", "yes" if rest.get("openmp") else "no: one thread only")
-        if "change_with" in info[part]:
-            table.add_row("  to change it", info[part]["change_with"])
+    cpu = info["cpu"]
+    table.add_row("native cpu", "built" if cpu["built"] else f"not built: {cpu['reason']}")
+    if cpu["built"]:
+        levels = ", ".join(cpu.get("levels", [])) or "not recorded"
+        missing = f"; the compiler lacks {', '.join(cpu['levels_missing'])}" if cpu.get("levels_missing") else ""
+        table.add_row("  compiler", str(cpu.get("compiler", "not recorded")))
+        table.add_row("  levels", levels + missing)
+        table.add_row("  flags", _flags(cpu))
+        table.add_row("  OpenMP", "yes" if cpu.get("openmp") else "no: one thread only")
+    if "change_with" in cpu:
+        table.add_row("  to change it", escape(cpu["change_with"]))
+    for row in _cuda_rows(info["cuda"]):
+        table.add_row(*row)
     engine = info["emulator"]
     table.add_row(
         "native emulator",
@@ -137,6 +147,20 @@ def render(info: dict[str, Any]) -> Table:
     for name, (ok, reason) in info["backends"].items():
         table.add_row(f"backend {name}", f"{'yes' if ok else 'no'}: {reason}")
     return table
+
+
+def _cuda_rows(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is known of the CUDA kernels, a line each."""
+    if not cuda["built"]:
+        yield "native cuda", escape(f"not built: {cuda['reason']}")
+        yield "  to change it", escape(cuda["change_with"])
+        return
+    yield "native cuda", f"built: {', '.join(cuda['modules'])}"
+    told = {name: cuda.get(name, "not recorded") for name in ("toolkit", "ptxas", "nvcc", "architectures")}
+    yield "  toolkit", escape(f"{told['toolkit']} with ptxas {told['ptxas']} ({told['nvcc']})")
+    names = told["architectures"]
+    yield "  architectures", names if isinstance(names, str) else ", ".join(names)
+    yield "  driver", escape(f"of CUDA {cuda['driver']}" if "driver" in cuda else f"none: {cuda['why_no_driver']}")
 
 
 def _flags(cpu: dict[str, Any]) -> str:

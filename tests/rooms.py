@@ -63,7 +63,7 @@ ROOMS = (
     Room("cast_kernels.compiling", "a mark that torch.compile reads"),
     Room("cast_kernels.attention", "which attention runs, and why", "problem compiling"),
     Room("cast_kernels.plain", "may an op read a layer's weights, or must it call it", "problem compiling"),
-    Room("cast_kernels._native", "the native core, or why there is none", "_C"),
+    Room("cast_kernels._native", "the native core and the CUDA kernels, or why there are none", "_C _cuda"),
     Room("cast_kernels.eager", "backend: PyTorch's operators", "problem attention"),
     Room("cast_kernels.cpu", "backend: native C++", "cpu problem _native"),
     Room("cast_kernels.triton", "backend: GPU kernels", "triton problem attention compiling versions"),
@@ -218,7 +218,7 @@ def module_of(name: str) -> str:
     """The longest part of the name that is a module of ours, or nothing."""
     first, _, rest = name.partition(".")
     name = _bare()[first] + (f".{rest}" if rest else "") if first in _bare() else name
-    while name and name not in modules() and name != "cast_kernels._C":
+    while name and name not in modules() and name not in ("cast_kernels._C", "cast_kernels._cuda"):
         name = name.rpartition(".")[0]
     return name
 
