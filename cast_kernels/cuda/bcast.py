@@ -1,7 +1,7 @@
 """Backend `cuda`: B-CAST on a Hopper GPU. One call of the native module makes all launches of a forward or a backward.
 
-This side checks nothing twice: shapes are the op's business, grids and arguments the module's (csrc/cuda/bcast_draft.cpp).
-It makes tensors contiguous, allocates results and hands addresses over.
+This side checks nothing twice: shapes are the op's business, grids and arguments the module's
+(csrc/cuda/bcast_draft.cpp). It makes tensors contiguous, allocates results and hands addresses over.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def backward(
         grads_out = [None if window is None else common.as_read(g, call.streams) for g, window in received]
         written = _written(problem, wants)
         grads = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) if write else None
+            torch.empty_like(x, memory_format=torch.contiguous_format) if write and x is not None else None
             for x, write in zip((*call.x, *call.parameters), written, strict=True)
         ]
         code, multiprocessors = common.RECOMPUTE_CODES[recompute], common.multiprocessors(spatial)

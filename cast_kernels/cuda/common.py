@@ -96,7 +96,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 def stream(x: Tensor) -> int:
     """Handle of the current stream of the tensor's GPU."""
-    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0  # type: ignore[attr-defined, no-any-return]
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
 
 
 def multiprocessors(x: Tensor) -> int:
@@ -116,7 +116,7 @@ def memory(like: Tensor, size: int) -> Tensor:
 
 def address(x: Any) -> int:
     """Of a tensor, 0 of None."""
-    return 0 if x is None else x.data_ptr()  # type: ignore[no-any-return]
+    return 0 if x is None else x.data_ptr()
 
 
 def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,5 +126,5 @@ def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dtype_of(tensors: Sequence[Tensor | None], compute: torch.dtype) -> torch.dtype:
-    """In which kernels read these tensors: the compute dtype if all are of it, else float32, which holds their values."""
+    """In which kernels read these tensors: the compute dtype if all are of it, else float32, which holds them all."""
     return compute if all(x is None or x.dtype == compute for x in tensors) else torch.float32

@@ -15,8 +15,8 @@ enum class Recompute { nothing = 0, cheap = 1, all = 2, unkept = 3 };
 
 struct Problem {
   int batch, frames, patches, dim, bottleneck, heads;
-  Window windows[2];           // of t2s, which the spatial stream asks, and of s2t
-  Number compute;              // of products
+  Window windows[2];  // of t2s, which the spatial stream asks, and of s2t
+  Number compute;  // of products
   Number streams, parameters;  // of x and y, and of all parameters: the compute type or fp32
   float eps;
 
@@ -41,7 +41,7 @@ struct ForwardCall {
   std::array<Address, 2> x, y, scale;  // spatial, temporal; y of a stream that receives nothing is not written
   Recompute recompute;
   Address saved, scratch;  // of saved_bytes and forward_scratch_bytes
-  Address stream;          // of the GPU
+  Address stream;  // of the GPU
 };
 
 struct BackwardCall {
@@ -51,8 +51,8 @@ struct BackwardCall {
   Recompute recompute;
   Address saved, scratch;
   std::array<Address, 2> grad_x;  // 0 where it is not wanted
-  Parameters gradients;           // the same
-  int multiprocessors;            // of the GPU: into how many parts sums over rows are cut
+  Parameters gradients;  // the same
+  int multiprocessors;  // of the GPU: into how many parts sums over rows are cut
   Address stream;
 };
 

@@ -19,7 +19,7 @@ struct alignas(1024) AttentionShared {
 // Softmax of one head that has seen some of its keys.
 template <int HEAD>
 struct Running {
-  float o[HEAD / 8][4] = {};                     // sum of 2^(s - top) V, see Place
+  float o[HEAD / 8][4] = {};  // sum of 2^(s - top) V, see Place
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {};  // of the thread's two rows; its part of the total
 
   // Add KEYS keys, whose first is row `line` of the tiles.
@@ -28,7 +28,8 @@ struct Running {
                        int first_key, const int (&low)[2], int window, float scale, const Place& place) {
     float s[KEYS / 8][4] = {};
 #pragma unroll
-    for (int n = 0; n < KEYS / 16; ++n) multiply_rows<T, HEAD>(s + 2 * n, q, k_tile, line + 16 * n, channel, place.lane);
+    for (int n = 0; n < KEYS / 16; ++n)
+      multiply_rows<T, HEAD>(s + 2 * n, q, k_tile, line + 16 * n, channel, place.lane);
     float higher[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n)
@@ -160,10 +161,10 @@ CAST_DEVICE void attention(const AttentionArguments& g) {
 
 }  // namespace
 
-#define CAST_ATTENTION(NAME, T, HEAD)                                       \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4)        \
-      NAME(const __grid_constant__ AttentionArguments g) {                  \
-    attention<T, HEAD>(g);                                                  \
+#define CAST_ATTENTION(NAME, T, HEAD) \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) \
+      NAME(const __grid_constant__ AttentionArguments g) { \
+    attention<T, HEAD>(g); \
   }
 
 CAST_ATTENTION(bcast_attention_bf16_16, bf16, 16)

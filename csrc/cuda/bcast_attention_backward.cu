@@ -331,7 +331,7 @@ CAST_DEVICE void some_keys(const Work<T>& work, AttentionBackwardShared& shared)
   const AttendedWay& own = work.own;
   const Span& span = work.span;
   auto bring_queries = [&](int query, int buffer) {
-    unsigned char(*to)[TILE_BYTES] = shared.tiles + 2 + 3 * buffer;
+    unsigned char (*to)[TILE_BYTES] = shared.tiles + 2 + 3 * buffer;
     work.bring_asking(to[0], own.q, query, span.window_end);
     work.bring_asking(to[1], own.grad_o, query, span.window_end);
     work.bring_asking(to[2], own.o, query, span.window_end);
@@ -354,7 +354,7 @@ CAST_DEVICE void some_keys(const Work<T>& work, AttentionBackwardShared& shared)
       copy_wait<0>();
     }
     __syncthreads();
-    unsigned char(*tiles)[TILE_BYTES] = shared.tiles + 2 + 3 * buffer;
+    unsigned char (*tiles)[TILE_BYTES] = shared.tiles + 2 + 3 * buffer;
     Levels& levels = shared.levels[buffer];
     sum_deltas<T, HEAD>(levels, tiles[2], tiles[1]);
     if (query == span.window_begin)
@@ -407,10 +407,10 @@ CAST_DEVICE void attention_backward(const AttentionBackwardArguments& g) {
 
 }  // namespace
 
-#define CAST_ATTENTION_BACKWARD(NAME, T, HEAD)                              \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 3)        \
-      NAME(const __grid_constant__ AttentionBackwardArguments g) {          \
-    attention_backward<T, HEAD>(g);                                         \
+#define CAST_ATTENTION_BACKWARD(NAME, T, HEAD) \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 3) \
+      NAME(const __grid_constant__ AttentionBackwardArguments g) { \
+    attention_backward<T, HEAD>(g); \
   }
 
 CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_16, bf16, 16)

@@ -25,10 +25,14 @@ Draft::Draft(const Inputs& inputs, bool backward)
 
 int Draft::window_length(int way) const {
   switch (p_.windows[way]) {
-    case Window::time: return p_.frames;
-    case Window::space: return p_.patches;
-    case Window::space_time: return p_.frames * p_.patches;
-    default: throw std::logic_error("an absent direction has no window");
+    case Window::time:
+      return p_.frames;
+    case Window::space:
+      return p_.patches;
+    case Window::space_time:
+      return p_.frames * p_.patches;
+    default:
+      throw std::logic_error("an absent direction has no window");
   }
 }
 
@@ -36,9 +40,12 @@ int Draft::window_length(int way) const {
 Steps Draft::steps(int way, const Buffer& table) const {
   if (table.rows == 1) return {0, 0};
   switch (p_.windows[way]) {
-    case Window::time: return {1, 0};
-    case Window::space: return {0, 1};
-    default: return {p_.patches, 1};
+    case Window::time:
+      return {1, 0};
+    case Window::space:
+      return {0, 1};
+    default:
+      return {p_.patches, 1};
   }
 }
 

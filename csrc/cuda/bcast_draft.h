@@ -92,7 +92,8 @@ class Draft {
   Buffer part(bool kept, std::uint64_t rows, std::uint64_t columns, Number type);
   Buffer made(std::uint64_t rows, std::uint64_t columns, Number type);
   Buffer stream_buffer(Address address, int stream) const {
-    return {address, static_cast<std::uint64_t>(p_.stream_rows(stream)), static_cast<std::uint64_t>(p_.dim), p_.streams};
+    return {address, static_cast<std::uint64_t>(p_.stream_rows(stream)), static_cast<std::uint64_t>(p_.dim),
+            p_.streams};
   }
 
   // ---- jobs of `prepare`, and its launch ----

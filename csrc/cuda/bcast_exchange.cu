@@ -106,10 +106,10 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
 
 }  // namespace
 
-#define CAST_EXCHANGE(NAME, T, X, D)                                                                 \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
-      NAME(const __grid_constant__ ExchangeArguments g) {                                            \
-    exchange<T, X, D>(g);                                                                            \
+#define CAST_EXCHANGE(NAME, T, X, D) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ExchangeArguments g) { \
+    exchange<T, X, D>(g); \
   }
 
 CAST_EXCHANGE(bcast_exchange_bf16_bf16_384, bf16, bf16, 384)

@@ -103,10 +103,10 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
 
 }  // namespace
 
-#define CAST_EXCHANGE_BACKWARD(NAME, T, X, D)                                                        \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
-      NAME(const __grid_constant__ ExchangeBackwardArguments g) {                                    \
-    exchange_backward<T, X, D>(g);                                                                   \
+#define CAST_EXCHANGE_BACKWARD(NAME, T, X, D) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ExchangeBackwardArguments g) { \
+    exchange_backward<T, X, D>(g); \
   }
 
 CAST_EXCHANGE_BACKWARD(bcast_exchange_backward_bf16_bf16_384, bf16, bf16, 384)

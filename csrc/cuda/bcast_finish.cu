@@ -198,10 +198,9 @@ CAST_DEVICE void finish(const FinishArguments& g) {
 
 }  // namespace
 
-#define CAST_FINISH(NAME, T, P)                                                \
-  extern "C" __global__ void __launch_bounds__(FINISH_THREADS)                 \
-      NAME(const __grid_constant__ FinishArguments g) {                        \
-    finish<T, P>(g);                                                           \
+#define CAST_FINISH(NAME, T, P) \
+  extern "C" __global__ void __launch_bounds__(FINISH_THREADS) NAME(const __grid_constant__ FinishArguments g) { \
+    finish<T, P>(g); \
   }
 
 CAST_FINISH(bcast_finish_bf16_bf16, bf16, bf16)

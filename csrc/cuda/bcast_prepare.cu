@@ -123,10 +123,9 @@ CAST_DEVICE void prepare(const PrepareArguments& g) {
 
 }  // namespace
 
-#define CAST_PREPARE(NAME, T, P)                                                  \
-  extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)                   \
-      NAME(const __grid_constant__ PrepareArguments g) {                          \
-    prepare<T, P>(g);                                                             \
+#define CAST_PREPARE(NAME, T, P) \
+  extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) NAME(const __grid_constant__ PrepareArguments g) { \
+    prepare<T, P>(g); \
   }
 
 CAST_PREPARE(bcast_prepare_bf16_bf16, bf16, bf16)

@@ -143,10 +143,10 @@ CAST_DEVICE void project(const ProjectArguments& g) {
 
 }  // namespace
 
-#define CAST_PROJECT(NAME, T, X, D, AGAIN)                                                               \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
-      NAME(const __grid_constant__ ProjectArguments g) {                                             \
-    project<T, X, D, AGAIN>(g);                                                                             \
+#define CAST_PROJECT(NAME, T, X, D, AGAIN) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ProjectArguments g) { \
+    project<T, X, D, AGAIN>(g); \
   }
 
 CAST_PROJECT(bcast_project_bf16_bf16_384, bf16, bf16, 384, false)

@@ -110,7 +110,7 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
 #pragma unroll 1
       for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
         float acc[PRODUCT_COLUMNS / 2];
-      clear(acc);
+        clear(acc);
         consumer.widen(acc, dz);
 #pragma unroll
         for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<X>; ++part) {
@@ -138,10 +138,10 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
 
 }  // namespace
 
-#define CAST_PROJECT_BACKWARD(NAME, T, X, D)                                                         \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
-      NAME(const __grid_constant__ ProjectBackwardArguments g) {                                     \
-    project_backward<T, X, D>(g);                                                                    \
+#define CAST_PROJECT_BACKWARD(NAME, T, X, D) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ProjectBackwardArguments g) { \
+    project_backward<T, X, D>(g); \
   }
 
 CAST_PROJECT_BACKWARD(bcast_project_backward_bf16_bf16_384, bf16, bf16, 384)

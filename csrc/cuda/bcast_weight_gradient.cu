@@ -66,7 +66,8 @@ CAST_DEVICE void add_columns(float (&sums)[8], uint32_t tile, const GradientJob&
 }
 
 template <class T, int D>
-CAST_DEVICE void produce(const WeightGradientArguments& g, GradientShared<D>& shared, int step, int stop, uint32_t rank) {
+CAST_DEVICE void produce(const WeightGradientArguments& g, GradientShared<D>& shared, int step, int stop,
+                         uint32_t rank) {
   constexpr int HALF = (D / 64 + PAIR - 1) / PAIR;  // tiles of right that a CTA brings
   RingCursor<PLACES> at;
   while (step < stop) {
@@ -185,10 +186,10 @@ CAST_DEVICE void weight_gradient(const WeightGradientArguments& g) {
 
 }  // namespace
 
-#define CAST_WEIGHT_GRADIENT(NAME, T, D)                                                             \
-  extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(GRADIENT_THREADS, 1)     \
-      NAME(const __grid_constant__ WeightGradientArguments g) {                                      \
-    weight_gradient<T, D>(g);                                                                        \
+#define CAST_WEIGHT_GRADIENT(NAME, T, D) \
+  extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(GRADIENT_THREADS, 1) \
+      NAME(const __grid_constant__ WeightGradientArguments g) { \
+    weight_gradient<T, D>(g); \
   }
 
 CAST_WEIGHT_GRADIENT(bcast_weight_gradient_bf16_384, bf16, 384)

@@ -60,8 +60,7 @@ struct Producer {
       unsigned char* to = shared.tiles[rows.place * PLACE_TILES<In>];
       mbarrier_expect(&shared.row_ring.full[rows.place], PLACE_TILES<In> * TILE_BYTES);
       load_tile(to, in, &shared.row_ring.full[rows.place], k, row);
-      if (sizeof(In) == 4)
-        load_tile(to + TILE_BYTES, in, &shared.row_ring.full[rows.place], k + TILE_COLUMNS<In>, row);
+      if (sizeof(In) == 4) load_tile(to + TILE_BYTES, in, &shared.row_ring.full[rows.place], k + TILE_COLUMNS<In>, row);
       rows.next();
       for (int chunk = 0; chunk < chunks; ++chunk) unit(weight, k, chunk * PRODUCT_COLUMNS);
     }
