@@ -138,6 +138,6 @@ def test_each_kernel_is_a_module_of_its_own() -> None:
     assert list(found) == ["a", "b"]
     assert "g[4]" in found["a"]
     assert "c[4]" in found["b"]
-    assert ".file" not in found["b"]
+    assert '.file 1 "x"' in found["b"]
     with pytest.raises(ValueError, match="not balanced"):
         split(text[:-3])

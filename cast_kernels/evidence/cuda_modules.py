@@ -10,14 +10,14 @@ from typing import NamedTuple
 from cast_kernels import _native
 
 _ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.MULTILINE)
-_DEBUGGING = re.compile(r"^\s*\.(file|section)\b", re.MULTILINE)
+_DEBUGGING = re.compile(r"^\s*\.section\b", re.MULTILINE)
 
 
 class Entry(NamedTuple):
     """One kernel."""
 
     module: str  # name of its source
-    ptx: str  # a module of this kernel alone, without what debuggers read
+    ptx: str  # a module of this kernel alone, with the names of source files, but without debuggers' sections
 
 
 @cache
