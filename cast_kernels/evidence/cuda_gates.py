@@ -29,7 +29,7 @@ class Spilling(NamedTuple):
 
 
 _ATTENTION = (
-    "words that a step of 64 keys reads back and none writes; with three CTAs an SM, of 168 registers, ptxas 13.0.88 "
+    "words that the steps over keys read back and never write; with three CTAs an SM, of 168 registers, ptxas 13.0.88 "
     "still spills 12 to 56 bytes"
 )
 #: Kernel -> what the gates let pass, and print.
