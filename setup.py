@@ -120,7 +120,7 @@ class BuildNative(build_ext):
             return dict.fromkeys(paths, _cause(error)), {}
         reasons, facts = {}, {}
         for part, path in paths.items():
-            reasons[part], begin = "", time.monotonic()
+            reasons[part], begin, spent = "", time.monotonic(), _processor_seconds()
             try:
                 _run([*command, "--target", path.name.partition(".")[0]])
                 put((build / path.name).read_bytes(), path)
@@ -130,7 +130,11 @@ class BuildNative(build_ext):
                 facts[part] = json.loads((build / ("cuda_parts.json" if part == "cuda" else "parts.json")).read_text())
                 if toolkit and part == "cuda":
                     facts[part] |= toolkit.told()
-                    facts[part] |= {"seconds": round(time.monotonic() - begin), "module_bytes": path.stat().st_size}
+                    facts[part] |= {
+                        "seconds": round(time.monotonic() - begin),
+                        "processor_seconds": round(_processor_seconds() - spent),
+                        "module_bytes": path.stat().st_size,
+                    }
         return reasons, facts
 
     def _configure(self, build: Path, toolkit: Toolkit | None) -> list[str]:
@@ -247,6 +251,12 @@ def _tool(name: str) -> str:
     if found is None:
         raise FileNotFoundError(2, "there is no such program; pip install cmake ninja", name)
     return found
+
+
+def _processor_seconds() -> float:
+    """Of all programs that were run and have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _run(command: list[str]) -> None:

@@ -78,3 +78,14 @@ def core() -> ModuleType:
     if CORE is None:
         raise RuntimeError(REASON)
     return CORE
+
+
+def cuda() -> ModuleType:
+    """The CUDA kernels.
+
+    Raises:
+        RuntimeError: they are not built; the message says why and how to build them.
+    """
+    if CUDA is None:
+        raise RuntimeError(CUDA_REASON)
+    return CUDA

@@ -60,9 +60,7 @@ def _compile_options(parser: ArgumentParser) -> None:
 
     _add_choices(parser, "--target", COMPILED, None, "architectures")
     _add_choices(parser, "--dtype", KINDS, None, "dtypes, amp for autocast")
-    parser.add_argument(
-        "--problems", choices=PROBLEMS, default="paper", help="one step, the paper's size, or every kind"
-    )
+    parser.add_argument("--problems", choices=PROBLEMS, help="one step, the paper's size (by default), or every kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables as JSON")
     parser.add_argument(
         "--ptxas", nargs="+", metavar="PATH",
@@ -73,9 +71,15 @@ def _compile_options(parser: ArgumentParser) -> None:
         help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
         "with what a CAST-B launches on this machine's GPU, or on --target",
     )  # fmt: skip
+    parser.add_argument(
+        "--cuda", action="store_true",
+        help="check the kernels of csrc/cuda instead, as the build compiled them; --ptxas names one other assembler",
+    )  # fmt: skip
 
 
 def _compile(options: Namespace) -> int:
+    if options.cuda:
+        return _compile_cuda(options)
     from cast_kernels.evidence.cases import DTYPES
     from cast_kernels.evidence.problems import ASSEMBLED, GATED
 
@@ -95,13 +99,24 @@ def _compile(options: Namespace) -> int:
     from cast_kernels.evidence import compile as compiling
 
     targets, dtypes = options.target or GATED, options.dtype or (*DTYPES, "amp")
-    cache = Path(options.cache) if options.cache else None
+    cache, problems = Path(options.cache) if options.cache else None, options.problems or "paper"
     if options.ptxas:
         from cast_kernels.evidence import reassemble
 
         targets = options.target or ASSEMBLED
-        return reassemble.main(targets, dtypes, options.problems, options.ptxas, options.json, cache)
-    return compiling.main(targets, dtypes, options.problems, options.json, cache)
+        return reassemble.main(targets, dtypes, problems, options.ptxas, options.json, cache)
+    return compiling.main(targets, dtypes, problems, options.json, cache)
+
+
+def _compile_cuda(options: Namespace) -> int:
+    given = [name for name in ("target", "dtype", "problems", "cache") if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"compile --cuda checks what the build compiled; leave out --{given[0]}")
+    if options.ptxas and len(options.ptxas) > 1:
+        raise ValueError(f"compile --cuda takes one assembler, not {len(options.ptxas)}")
+    from cast_kernels.evidence import cuda_compile
+
+    return cuda_compile.main(options.ptxas[0] if options.ptxas else None, options.json)
 
 
 def _emulate_options(parser: ArgumentParser) -> None:

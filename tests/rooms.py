@@ -84,7 +84,7 @@ ROOMS = (
     ),
     Room(
         "cast_kernels.evidence", "what developers run without a GPU",
-        "evidence assemblers triton.tiles cast_kernels ptx_emulator",
+        "evidence assemblers _native triton.tiles cast_kernels ptx_emulator",
     ),
     Room(
         "cast_kernels.gpu", "what users run on one: `gpu-check`, `tune`",

@@ -126,7 +126,7 @@ def test_an_sdist_is_all_source_and_nothing_built(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc"))]
     assert {
         "CMakeLists.txt", "csrc/cpu/level.cpp", "csrc/cuda/bcast.cpp",
-        "csrc/cuda/embedded.cpp.in", "recipes/ek100.yaml", "docs/architecture.md",
+        "csrc/cuda/embedded.in", "recipes/ek100.yaml", "docs/architecture.md",
         "tools/ptx_emulator/core/forms/loads.py", "tests/native/CMakeLists.txt", "tests/bcast_cases.py",
         "tests/levels.py", "examples/serve.py", ".ci/run", ".github/workflows/tests.yml",
         ".github/ISSUE_TEMPLATE/bug.yml", *READ_BY_TESTS,

@@ -136,6 +136,7 @@ def test_what_was_built_is_recorded(tmp_path: Path) -> None:
     assert record["cuda"] == {
         "requested": "auto", "built": True, "reason": "", "architectures": ["sm_90a"], "toolkit": "13.0.88",
         "ptxas": "13.0.88", "nvcc": f"{tmp_path}/cuda/bin/nvcc", "seconds": record["cuda"]["seconds"],
+        "processor_seconds": record["cuda"]["processor_seconds"],
         "module_bytes": len("_cuda\n"),
     }  # fmt: skip
     assert record["cpu"]["levels"] == ["baseline"]

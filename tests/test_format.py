@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for folder in ("csrc", "csrc/cpu", "csrc/ptx", "tests/native")
+    for folder in ("csrc", "csrc/cpu", "csrc/cuda", "csrc/ptx", "tests/native")
     for path in sorted((ROOT / folder).glob("*.[ch]*"))
 ]
 

@@ -22,7 +22,11 @@ def shown(ptx: str, cubin: bytes, architecture: int) -> Iterator[str]:
         cubin: its machine code.
         architecture: 90 for sm_90.
     """
-    code = listing(cubin)
+    return shown_by(ptx, listing(cubin), architecture)
+
+
+def shown_by(ptx: str, code: str, architecture: int) -> Iterator[str]:
+    """The same from nvdisasm's listing of the kernel."""
     if architecture == 90:
         touched = touched_early(code)
         yield from map(str, touched[:_NAMED])

@@ -19,6 +19,7 @@ def save(record: Record, path: Path) -> None:
     """Write a record, with its buffers as they are now, to a file, which is replaced."""
     known = {name: getattr(record, name) for name in _PLAIN}
     known["arguments"] = [_plain(given) for given in record.arguments]
+    known["offsets"] = dict(record.offsets)
     known["buffers"] = list(record.buffers)  # their arrays are numbered in this order
     with path.open("wb") as file:
         np.savez(file, *record.buffers.values())
@@ -49,6 +50,7 @@ def load(path: Path) -> Record:
         shared_bytes=known["shared_bytes"],
         cluster=None if known["cluster"] is None else _three(known["cluster"]),
         target=known["target"],
+        offsets=known.get("offsets", {}),  # files of earlier versions have none
     )
 
 

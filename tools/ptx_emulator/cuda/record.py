@@ -63,9 +63,10 @@ class Record:
     shared_bytes: int = 0  #: dynamic shared memory
     cluster: tuple[int, int, int] | None = None  #: CTAs of a cluster; None: what the kernel requires, else 1
     target: str = "sm_90"  #: what it runs as
+    offsets: Mapping[str, int] = field(default_factory=dict)  #: bytes that a buffer begins behind a multiple of 256
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _module(ptx: str) -> Module:
     return parse(ptx)
 
@@ -98,7 +99,10 @@ def run(
     if record.block[1:] != (1, 1):
         raise Unsupported(f"unsupported: a block of {record.block} threads has more than one dimension")
     memory = Memory()
-    places = {name: memory.register(_bytes(name, array), name) for name, array in record.buffers.items()}
+    places = {
+        name: memory.register(_bytes(name, array), name, record.offsets.get(name, 0))
+        for name, array in record.buffers.items()
+    }
     report = launch(
         kernels[record.kernel],
         grid=record.grid,

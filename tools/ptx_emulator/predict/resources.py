@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def resources(asm: Mapping[str, Any], shared_bytes: int, warps: int, target: Tar
         usage = _disassemble("cuobjdump", asm["cubin"], "-res-usage")
         registers, stack = _usage_field(usage, "REG"), _usage_field(usage, "STACK")
     inside = in_loops(code, labels)
-    spilling = [bool(_SPILLS.match(instruction.opcode)) for instruction in code]
+    spilling = spills(code)
     found = opcodes(code)
     kinds = {kind: n for kind, n in found.items() if re.match(r"HMMA|HGMMA|UTC\w*MMA|v_s?mfma", kind)}
     ctas = resident_ctas(target, registers, shared_bytes, warps)
@@ -100,6 +100,11 @@ def listing(cubin: bytes) -> str:
     return _disassemble("nvdisasm", cubin, "-c")
 
 
+def spills(code: Iterable[Instruction]) -> list[bool]:
+    """Whether each instruction moves a spilled register."""
+    return [bool(_SPILLS.match(instruction.opcode)) for instruction in code]
+
+
 def opcodes(code: Iterable[Instruction]) -> Counter[str]:
     """How often each instruction is in the code, by its name without modifiers."""
     return Counter(instruction.opcode.split(".")[0] for instruction in code)
@@ -119,6 +124,28 @@ def read_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
         return Instruction(opcode, goal[1] if goal else "", operands.strip(), bool(guard))
 
     return _read(text, re.compile(r"(\.L\w+):"), parse)
+
+
+def functions(text: str) -> dict[str, str]:
+    """nvdisasm's listing -> the part of each kernel, by name."""
+    parts = re.split(r"^\.text\.(\w+):$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def following(at: int, instruction: Instruction, labels: Mapping[str, int]) -> Iterator[int]:
+    """Where NVIDIA's code can go on behind the instruction at an index. Calls come back, and are not followed.
+
+    Raises:
+        RuntimeError: a jump whose goal is not in the instruction.
+    """
+    opcode = instruction.opcode.split(".")[0]
+    if opcode in ("BRX", "BRXU", "JMP", "JMX", "JMXU"):
+        raise RuntimeError(f"the goal of {instruction.opcode} {instruction.operands} is not known")
+    ends = opcode in ("EXIT", "RET") or (opcode == "BRA" and not instruction.operands.split("`")[0].strip())
+    if instruction.guarded or not ends:
+        yield at + 1
+    if instruction.target:
+        yield labels[instruction.target]
 
 
 def read_amdgcn(text: str) -> tuple[list[Instruction], dict[str, int]]:

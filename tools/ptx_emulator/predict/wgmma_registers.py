@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ptx_emulator.predict.resources import Instruction, read_sass
+from ptx_emulator.predict.resources import Instruction, following, read_sass
 
 _WGMMA = re.compile(r"[HQIB]GMMA\.64x(?P<columns>\d+)x\d+\.(?P<sum>\w+)")
 #: Instructions whose first register is read: stores, branches, comparisons, and all of the uniform datapath.
@@ -80,16 +80,9 @@ def touched_early(listing: str) -> list[Touched]:
 
 def _following(at: int, instruction: Instruction, labels: Mapping[str, int], pending: _Pending) -> Iterator[int]:
     """Where execution can go on."""
-    opcode = instruction.opcode.split(".")[0]
-    if opcode in ("BRX", "BRXU", "JMP", "JMX", "JMXU"):
-        raise RuntimeError(f"the goal of {instruction.opcode} {instruction.operands} is not known")
-    if opcode.startswith("CALL") and any(any(group) for group in pending):
+    if instruction.opcode.startswith("CALL") and any(any(group) for group in pending):
         raise RuntimeError(f"{instruction.opcode} {instruction.operands} while a wgmma is under way")
-    ends = opcode in ("EXIT", "RET") or (opcode == "BRA" and not instruction.operands.split("`")[0].strip())
-    if instruction.guarded or not ends:
-        yield at + 1
-    if instruction.target:
-        yield labels[instruction.target]
+    return following(at, instruction, labels)
 
 
 def _after(instruction: Instruction, pending: _Pending) -> _Pending:

@@ -12,14 +12,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 import ptx_emulator
+from ptx_emulator.targets import Target
 from ptx_emulator.triton.descriptors import MAP_TYPE, HostMap
 from ptx_emulator.triton.driver import Argument, Launch
+
+
+class Named(Protocol):
+    """What a fault says of a launch."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def grid(self) -> tuple[Any, ...]: ...
 
 
 class EmulationFault(RuntimeError):
@@ -28,7 +40,7 @@ class EmulationFault(RuntimeError):
     `kinds` names what was found, each kind once, in the order of appearance.
     """
 
-    def __init__(self, launch: Launch, faults: Iterable[Any]) -> None:
+    def __init__(self, launch: Named, faults: Iterable[Any]) -> None:
         found = list(faults)
         self.kinds: tuple[str, ...] = tuple(dict.fromkeys(kind_of(fault) for fault in found))
         lines = [f"{launch.kernel} on {launch.target.name}, grid {launch.grid}: {', '.join(self.kinds)}"]

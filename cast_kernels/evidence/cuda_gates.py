@@ -1,0 +1,165 @@
+"""The gates that every kernel of csrc/cuda must pass, and the kernels that may fail one: how far, and why.
+
+What each asks is what a GPU would show late or not at all: wgmmas that ptxas serialised, spills in loops, warpgroups
+that wait for registers for ever, a second CTA that does not fit, what a release of ptxas is known to do wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from ptx_emulator.targets import target
+
+#: What the kernels are compiled for.
+TARGET = target("sm_90")
+#: Module -> CTAs that an SM must hold at once: two of a row kernel hide each other's epilogues.
+DESIGNED = {"bcast_prepare": 1, "bcast_project": 2, "bcast_attention": 4, "bcast_exchange": 2}
+#: Of a build on two cores at rest: not more than its processor time.
+MOST_SECONDS = 240
+MOST_BYTES = 8_000_000
+
+
+class Spilling(NamedTuple):
+    """How many spill instructions inside loops one kernel may have, and why it is kept all the same."""
+
+    instructions: int
+    reason: str
+
+
+_ATTENTION = (
+    "words that the steps over keys read back and never write; with three CTAs an SM, of 168 registers, ptxas 13.0.88 "
+    "still spills 12 to 56 bytes"
+)
+#: Kernel -> what the gates let pass, and print.
+EXCEPTIONS = {
+    f"bcast_attention_{kind}_{head}": Spilling(most, _ATTENTION)
+    for kind in ("bf16", "fp16")
+    for head, most in ((16, 38), (32, 32), (64, 23))
+}
+#: The assembler of which they are exact.
+EXACT = "13.0.88"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """How the product launches one kernel, over all its configurations."""
+
+    threads: tuple[int, ...]  # of a CTA; each number that occurs
+    clusters: tuple[int, ...]
+    shared_bytes: int  # dynamic, the most
+
+
+@dataclass(frozen=True)
+class CudaRow:
+    """One kernel, as it was assembled. Counts are of instructions in the code."""
+
+    module: str
+    kernel: str
+    launched: Launched | None  # None: no configuration launches it
+    threads: int  # of a CTA, as compiled; 0: the kernel has no launch bounds
+    cluster: int  # CTAs, as compiled
+    registers: int  # of a thread, when the kernel begins
+    roles: tuple[int, ...]  # what setmaxnreg changes them to
+    stack_bytes: int  # of a thread
+    spills: int
+    loop_spills: int  # inside natural loops
+    shared_bytes: int  # of a CTA, static and dynamic
+    ctas: int  # that fit on one SM; 0: none does
+    tensor_core: str  # kinds of tensor-core instructions
+    tensor_core_count: int
+    instructions: int
+    functions: int  # .func of the module's PTX
+    notes: tuple[str, ...] = ()  # of ptxas: C75xx
+    defects: tuple[str, ...] = ()  # what the code shows of ptxas's known mistakes
+    failures: tuple[str, ...] = field(default=())
+    allowed: str = ""  # the exception that was needed, with its reason
+
+
+def judge(row: CudaRow, exceptions: Mapping[str, Spilling] = EXCEPTIONS) -> CudaRow:
+    """The row with the gates that it fails, and with the exception that it needed."""
+    failures = [*_launch(row), *_registers(row), *_fitting(row), *row.notes, *row.defects]
+    if row.functions:
+        failures.append(f"{row.functions} .func in the PTX of {row.module}: a kernel must be all inline")
+    allowed, exception = "", exceptions.get(row.kernel)
+    spilled = f"{row.loop_spills} spill instructions inside loops"
+    if exception and 0 < row.loop_spills <= exception.instructions:
+        allowed = f"{spilled}, {exception.instructions} allowed: {exception.reason}"
+    elif row.loop_spills:
+        failures.append(spilled + (f"; the exception allows {exception.instructions}" if exception else ""))
+    return replace(row, failures=tuple(failures), allowed=allowed)
+
+
+def _launch(row: CudaRow) -> list[str]:
+    """What is compiled in must be what is launched."""
+    if row.launched is None:
+        return ["no configuration launches it: nothing is known of its shared memory"]
+    if not row.threads:
+        return ["no launch bounds: ptxas cannot know how many registers there are"]
+    found = []
+    for what, compiled, launched in (
+        ("threads", row.threads, row.launched.threads),
+        ("CTAs of a cluster", row.cluster, row.launched.clusters),
+    ):
+        if launched != (compiled,):
+            found.append(f"compiled for {compiled} {what}, launched with {', '.join(map(str, launched))}")
+    return found
+
+
+def _registers(row: CudaRow) -> list[str]:
+    """`setmaxnreg.inc` waits for ever for registers that nobody gives back, and ptxas says nothing."""
+    if not row.roles or not row.threads:
+        return []
+    warpgroups = row.threads // 128
+    # Each number is some warpgroup's; the rest have the largest, or what they began with.
+    most = max(row.roles[-1], row.registers)
+    taken = row.roles[-warpgroups:]
+    total = sum(taken) + (warpgroups - len(taken)) * most
+    if total <= warpgroups * row.registers:
+        return []
+    numbers = " + ".join(map(str, [*taken, *[most] * (warpgroups - len(taken))]))
+    return [f"setmaxnreg asks for {numbers} registers a thread; the kernel begins with {warpgroups} x {row.registers}"]
+
+
+def _fitting(row: CudaRow) -> list[str]:
+    found = []
+    if row.shared_bytes > TARGET.shared_limit:
+        found.append(f"{row.shared_bytes} bytes of shared memory; {TARGET.name} allows {TARGET.shared_limit}")
+    if row.module not in DESIGNED:
+        found.append(f"{row.module} has no line in DESIGNED: how many CTAs must an SM hold?")
+    elif row.ctas < DESIGNED[row.module]:
+        found.append(f"an SM holds {row.ctas} CTAs, designed for {DESIGNED[row.module]}")
+    return found
+
+
+def loose(rows: Sequence[CudaRow], exceptions: Mapping[str, Spilling] = EXCEPTIONS) -> list[str]:
+    """What is wrong with each exception that allows more than its kernel has: the rest hides the next spill.
+
+    Args:
+        rows: of all kernels, by the assembler of :data:`EXACT`.
+        exceptions: by kernel.
+    """
+    found, known = [], {row.kernel: row.loop_spills for row in rows}
+    for kernel, exception in exceptions.items():
+        if kernel not in known:
+            found.append(f"there is no kernel {kernel}, which has an exception")
+        elif known[kernel] < exception.instructions:
+            allowed = f"the exception allows {exception.instructions} spill instructions inside loops"
+            found.append(f"{kernel}: {allowed}, there are {known[kernel]}")
+    return found
+
+
+def judge_build(record: Mapping[str, Any], module_bytes: int) -> list[str]:
+    """The gates that the build itself fails.
+
+    Args:
+        record: what setup.py recorded of it; without "processor_seconds" where it did not make the module.
+        module_bytes: of the module.
+    """
+    found = []
+    if record.get("processor_seconds", 0) > MOST_SECONDS:
+        found.append(f"the build took {record['processor_seconds']} s of processor time; {MOST_SECONDS} are allowed")
+    if module_bytes > MOST_BYTES:
+        found.append(f"the module has {module_bytes} bytes; {MOST_BYTES} are allowed")
+    return found
