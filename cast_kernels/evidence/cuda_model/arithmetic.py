@@ -1,0 +1,193 @@
+"""The speed model of kernels that are written in CUDA C++, by arithmetic alone: nothing is compiled, run or timed.
+
+    main    = max(tensor cores, shared memory, intake, issue, special functions)      cycles of one CTA
+    wait    = start + epilogues                                    cycles in which a CTA's tensor cores wait
+    cycles  = of the busiest multiprocessor: max(sum of main + the last wait, longest row of CTAs one behind the other)
+    time    = max(cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth) + gap of a launch
+
+So whole CTAs go to whole multiprocessors, and a second CTA on a multiprocessor hides the waits of the first, all but
+the last. What passes through shared memory in an epilogue is a part of `main` where another CTA hides the epilogue, and
+a part of `wait` where none does. Devices and their rates are those of `ptx_emulator.predict.devices`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ptx_emulator.predict.devices import Constant, Device
+
+_SHARED = Constant(128, "B/clk/SM", "32 banks of 4 bytes: CUDA programming guide")
+_INTAKE = Constant(64, "B/clk/SM", "nominal width of an SM's port from L2, multicast included", assumed=True)
+_SCHEDULERS = Constant(4, "per SM", "CUDA programming guide: each issues one warp instruction a clock")
+_SPECIAL = Constant(16, "results/clk/SM", "CUDA programming guide, arithmetic throughput: ex2, rcp, rsqrt")
+_STALL = Constant(0.4, "of the clocks", "in which a warp alone on its scheduler waits in an epilogue", assumed=True)
+_START = Constant(1000, "clocks", "from a CTA's begin to its first operands from DRAM", assumed=True)
+_GAP = Constant(1e-6, "s", "between two launches of a CUDA graph", assumed=True)
+_LOCAL = Constant(262144, "B/SM", "shared memory and L1 together: CUDA programming guide, compute capability 9.0")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the model adds to a device's constants."""
+
+    shared: float = _SHARED
+    intake: float = _INTAKE
+    schedulers: float = _SCHEDULERS
+    special: float = _SPECIAL
+    stall: float = _STALL
+    start: float = _START
+    gap: float = _GAP
+    local: float = _LOCAL
+
+
+#: The same, each with its unit and its source.
+CONSTANTS: dict[str, Constant] = {
+    "shared memory": _SHARED, "intake": _INTAKE, "schedulers": _SCHEDULERS, "special functions": _SPECIAL,
+    "stall": _STALL, "start": _START, "gap": _GAP, "shared memory and L1": _LOCAL,
+}  # fmt: skip
+USUAL = Assumptions()
+#: Multiprocessors of each GPC on a card of 132, as is usual: a cluster lies inside of one. Assumed.
+GPCS = (16, 16, 16, 16, 16, 16, 18, 18)
+#: Resources of a multiprocessor, as keys of `Time.parts`; `l2` and `dram` are the chip's.
+MULTIPROCESSOR = ("tensor", "shared", "intake", "issue", "special")
+
+
+@dataclass(frozen=True)
+class Cta:
+    """What one CTA asks of its multiprocessor."""
+
+    tensor: Mapping[str, float]  # instruction -> FLOP
+    shared: float = 0.0  # bytes that shared memory hands over or takes beside products
+    staged: float = 0.0  # the same in epilogues
+    intake: float = 0.0  # bytes that come in from L2
+    issue: float = 0.0  # warp instructions beside products, which overlap them
+    special: float = 0.0  # results of special functions that overlap products
+    epilogue: float = 0.0  # warp instructions while the CTA's tensor cores wait
+    warps: int = 4  # that share an epilogue
+
+    @property
+    def flops(self) -> float:
+        return sum(self.tensor.values())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: how often which CTA, and the bytes of all of them."""
+
+    name: str
+    ctas: Sequence[tuple[int, Cta]]  # in the order of the grid
+    l2: float  # bytes that L2 hands over or takes; what is multicast, once a cluster
+    dram: float  # bytes of the tensors, each once
+    cluster: int = 1
+    per_sm: int = 1
+
+    @property
+    def count(self) -> int:
+        return sum(count for count, _ in self.ctas)
+
+    @property
+    def flops(self) -> float:
+        return sum(count * cta.flops for count, cta in self.ctas)
+
+
+@dataclass(frozen=True)
+class Time:
+    """One launch on one device. Microseconds that each resource alone would allow."""
+
+    name: str
+    ctas: int
+    rounds: int  # CTAs one behind the other on the busiest multiprocessor
+    parts: Mapping[str, float] = field(default_factory=dict)
+    sm: float = 0.0  # the busiest multiprocessor's, with what its tensor cores wait for
+    gap: float = 0.0
+    floor: float = 0.0  # the larger of FLOP / peak and DRAM bytes / bandwidth
+
+    @property
+    def us(self) -> float:
+        return max(self.sm, self.parts["l2"], self.parts["dram"]) + self.gap
+
+    @property
+    def waits(self) -> float:
+        """Of `sm`, what no resource explains: starts and epilogues that nothing hides."""
+        return self.sm - max(self.parts[name] for name in MULTIPROCESSOR)
+
+    @property
+    def bound_by(self) -> str:
+        """What takes the time: DRAM or L2 where they take longest, else the busiest part of a multiprocessor."""
+        chip = max(("l2", "dram"), key=lambda name: self.parts[name])
+        if self.parts[chip] >= self.sm:
+            return chip
+        most = max(MULTIPROCESSOR, key=lambda name: self.parts[name])
+        return most if self.parts[most] > self.waits else "waits"
+
+
+def needs(cta: Cta, device: Device, by: Assumptions = USUAL) -> dict[str, float]:
+    """Cycles that each resource of a multiprocessor works for a CTA."""
+    tensor = sum(flops / (device.tensor[kind] * device.efficiency) for kind, flops in cta.tensor.items())
+    return {
+        "tensor": tensor, "shared": (cta.shared + cta.staged) / by.shared, "intake": cta.intake / by.intake,
+        "issue": (cta.issue + cta.epilogue) / by.schedulers, "special": cta.special / by.special,
+    }  # fmt: skip
+
+
+def main_cycles(cta: Cta, device: Device, by: Assumptions = USUAL) -> float:
+    """Cycles of a CTA's products and of what overlaps them."""
+    of = needs(cta, device, by)
+    return max(of["tensor"], of["shared"], of["intake"], of["special"], cta.issue / by.schedulers)
+
+
+def wait_cycles(cta: Cta, by: Assumptions = USUAL) -> float:
+    """Cycles in which a CTA's own tensor cores have nothing to do."""
+    return by.start + max(epilogue_cycles(cta.epilogue, cta.warps / by.schedulers, by), cta.staged / by.shared)
+
+
+def epilogue_cycles(instructions: float, warps: float, by: Assumptions = USUAL) -> float:
+    """Cycles for so many warp instructions of a CTA, by so many warps on each scheduler."""
+    return instructions / (by.schedulers * (1 - by.stall ** max(warps, 1.0)))
+
+
+def usable(processors: int, cluster: int, per_sm: int) -> int:
+    """CTAs that are resident at once, when clusters lie inside of GPCs."""
+    gpcs = GPCS if processors == sum(GPCS) else (processors,)
+    return sum(size * per_sm // cluster * cluster for size in gpcs)
+
+
+def predict(launch: Launch, device: Device, by: Assumptions = USUAL) -> Time:
+    """How long a launch takes, by the model."""
+    slots = usable(device.target.processors, launch.cluster, launch.per_sm)
+    busy, sums, rounds = _busiest(launch, device, min(device.target.processors, -(-slots // launch.per_sm)), by)
+    us = 1e6 / device.clock
+    parts = {name: us * cycles for name, cycles in sums.items()}
+    parts |= {"l2": 1e6 * launch.l2 / device.l2, "dram": 1e6 * launch.dram / device.dram}
+    return Time(
+        launch.name, launch.count, rounds, parts, max(us * busy, *(parts[name] for name in MULTIPROCESSOR)),
+        1e6 * by.gap, 1e6 * max(launch.flops / device.peak, launch.dram / device.dram),
+    )  # fmt: skip
+
+
+def _busiest(launch: Launch, device: Device, processors: int, by: Assumptions) -> tuple[float, dict[str, float], int]:
+    """(cycles of the busiest multiprocessor, of each resource, the most CTAs of one).
+
+    CTAs go, in their order, to the multiprocessor that has the least to do until then.
+    """
+    loads = [(0.0, place) for place in range(max(min(processors, launch.count), 1))]
+    held: list[list[float]] = [[0.0] * launch.per_sm for _ in loads]  # by slot, one CTA behind the other
+    mains, lasts, counts = [0.0] * len(loads), [0.0] * len(loads), [0] * len(loads)
+    sums = [dict.fromkeys(MULTIPROCESSOR, 0.0) for _ in loads]
+    for count, cta in launch.ctas:
+        main, wait, of = main_cycles(cta, device, by), wait_cycles(cta, by), needs(cta, device, by)
+        alone = main_cycles(replace(cta, staged=0.0), device, by)  # a CTA that no other one overlaps
+        for _ in range(count):
+            load, place = loads[0]
+            heapq.heapreplace(loads, (load + max(main, (alone + wait) / launch.per_sm), place))
+            slot = min(range(launch.per_sm), key=lambda i: held[place][i])
+            held[place][slot] += alone + wait
+            mains[place] += main
+            lasts[place] = alone + wait - main
+            counts[place] += 1
+            for name in MULTIPROCESSOR:
+                sums[place][name] += of[name]
+    busy = max(max(*of, main + last) for of, main, last in zip(held, mains, lasts, strict=True))
+    return busy, {name: max(one[name] for one in sums) for name in MULTIPROCESSOR}, max(counts)
