@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from ptx_emulator.predict.devices import device
 
-from cast_kernels.evidence.cuda_model import design, launches, report, rows, triton
+from cast_kernels.evidence.cuda_model import design, launches, report, rows, tables, triton
 from cast_kernels.evidence.cuda_model.arithmetic import USUAL, Cta, Launch, predict, usable, wait_cycles
-from cast_kernels.evidence.cuda_model.attention import attention, long_tiles
+from cast_kernels.evidence.cuda_model.attention import attention, long_tiles, warp_keys
 from cast_kernels.evidence.cuda_model.problem import Choice, Sizes, useful
 from cast_kernels.triton import tiles
 
@@ -88,6 +88,14 @@ def test_what_nothing_hides_is_longer_than_products() -> None:
     assert late.bound_by == "waits"
 
 
+def test_ctas_that_wait_together_hide_nothing() -> None:
+    """Four CTAs, two at once: two waits behind each other instead of the last one."""
+    cta = Cta({"wgmma": 4096 * 0.92 * 10_000}, epilogue=4000)
+    wait = 1000 + 4000 / 4 / 0.6
+    time = predict(Launch("one", [(4 * 132, cta)], 0, 0, per_sm=2), H100, replace(USUAL, hides=0.0))
+    assert time.us == pytest.approx((4 * 10_000 + 2.5 * wait) / 1600 + 1)
+
+
 def test_clusters_lie_inside_of_gpcs() -> None:
     assert usable(132, 1, 1) == usable(132, 2, 1) == 132
     assert usable(132, 4, 1) == 128  # two of 18 multiprocessors leave two each
@@ -131,14 +139,47 @@ def test_bytes_of_row_kernels_are_tritons_but_for_what_the_design_changes() -> N
         assert halves.dram == pytest.approx(dram("weight_gradient", sizes, "backward") - 2 * sizes.unit, abs=small)
 
 
+def test_rows_that_fill_no_round_are_split_by_columns() -> None:
+    """148 + 147 tiles of 64 rows: two rounds of 132, and 31 tiles that become eight clusters of four.
+
+    `project` has 1152 columns last, three shares of 384; `exchange` 768, four of 192.
+    """
+    project = rows.project(SIX, Choice(split_tail=True))
+    assert [count for count, _ in project.ctas] == [148, 116, 3 * 32]
+    share = project.ctas[-1][1]
+    assert share.flops == 2 * 64 * (768 * 384 + 384 * 1152 / 3)
+    assert [count for count, _ in launches.forward(SIX, Choice(split_tail=True))[-1].ctas] == [148, 116, 4 * 32]
+    by_128 = rows.project(SIX, Choice(128, 2, staggered=True, split_tail=True))
+    assert [(count, cta.warps) for count, cta in by_128.ctas] == [(74, 8), (58, 8), (3 * 32, 4)]
+    many = Sizes(32)  # 1,576 and 1,568 tiles: a split tail would end no sooner
+    assert rows.project(many, Choice(split_tail=True)) == rows.project(many, Choice())
+
+
+def test_halves_that_are_staggered_hide_each_other() -> None:
+    """Of two CTAs of 10,000 cycles on one multiprocessor, the last wait of one half is left."""
+    cta = Cta({"wgmma": 4096 * 0.92 * 10_000}, epilogue=8000, warps=8, staggered=True)
+    time = predict(Launch("one", [(264, cta)], 0, 0), H100)
+    assert time.us == pytest.approx((2 * 10_000 + 1000 + 4000 / 4 / 0.6) / 1600 + 1)
+
+
+def test_attention_inside_of_exchange_moves_o_once() -> None:
+    """A kernel of its own writes O and `exchange` reads it; inside, O is written."""
+    apart = launches.forward(SIX, Choice())[2:]
+    (inside,) = launches.forward(SIX, Choice(inside=("t2s", "s2t")))[2:]
+    assert sum(one.dram for one in apart) - inside.dram == 2 * SIX.unit
+    assert sum(one.flops for one in apart) == pytest.approx(inside.flops, rel=0.01)  # CTAs that fill a cluster
+
+
 def test_a_tile_attends_whole_windows() -> None:
     """Rows 0 to 63 touch patches 0 to 195: 196 keys, four blocks. Rows 192 to 255 touch two frames: 392, seven."""
     found = long_tiles(Sizes(1))
     assert found[:4] == [256, 256, 256, 448]
     assert len(found) == -(-1568 // 64)
-    long, short = attention(Sizes(1)).ctas[0], attention(Sizes(1)).ctas[-1]
+    long, short = (attention(Sizes(1), Choice()).ctas[i] for i in (0, -1))
     assert long[0] == 6 * found.count(448)
-    assert long[1].flops == 2 * 2 * 2 * 64 * 448 * 32  # two products and two heads of 32 channels
+    by_warp = [256] * 12 + [448]  # rows 192 to 207 touch two frames
+    assert long_tiles(Sizes(1), 16)[:13] == by_warp
+    assert long[1].flops == 2 * 2 * 2 * 64 * warp_keys(Sizes(1)) * 32  # two products and two heads of 32 channels
     assert short[1].flops == 2 * 2 * 2 * 64 * 16 * 32
 
 
@@ -166,7 +207,7 @@ def test_more_of_anything_takes_no_less() -> None:
         assert us == sorted(us), phase
         narrow, wide = (make(Sizes(6, stream_bytes=size), Choice()) for size in (2, 4))
         assert sum(one.dram for one in narrow) < sum(one.dram for one in wide)
-        for name, worse in (("intake", 32.0), ("start", 3000.0), ("stall", 0.7), ("gap", 3e-6)):
+        for name, worse in (("intake", 32.0), ("start", 3000.0), ("stall", 0.7), ("gap", 3e-6), ("hides", 0.0)):
             less = replace(USUAL, **{name: worse})
             for one in narrow:
                 assert predict(one, H100, less).us >= predict(one, H100).us
@@ -199,4 +240,13 @@ def test_the_committed_tables_are_the_models() -> None:
         written = json.loads((FOLDER / f"{name.lower()}.json").read_text())
         again = json.loads(json.dumps({**now, "devices": {name: now["devices"][name]}}))
         assert written == again, "run cast-kernels predict --cuda --folder benchmarks/predictions/cuda"
-    assert (FOLDER / "README.md").read_text() == report.markdown(FOLDER)
+    assert (FOLDER / "README.md").read_text() == tables.markdown(FOLDER)
+
+
+def test_the_page_shows_what_the_tables_have() -> None:
+    page = (ROOT / "docs/cuda.md").read_text()
+    for run in json.loads((FOLDER / "h100.json").read_text())["devices"]["H100"]["runs"]:
+        if (run["kind"], run["recompute"]) == ("bf16", "cheap"):
+            triton_us = (run["triton"]["us"], run["triton"]["committed_us"])
+            shown = (*run["us"].values(), run["floor_us"], *triton_us)
+            assert f"| {run['phase']} | {run['batch']} | {' | '.join(f'{us:.0f}' for us in shown)} |" in page

@@ -5,9 +5,10 @@
     cycles  = of the busiest multiprocessor: max(sum of main + the last wait, longest row of CTAs one behind the other)
     time    = max(cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth) + gap of a launch
 
-So whole CTAs go to whole multiprocessors, and a second CTA on a multiprocessor hides the waits of the first, all but
-the last. What passes through shared memory in an epilogue is a part of `main` where another CTA hides the epilogue, and
-a part of `wait` where none does. Devices and their rates are those of `ptx_emulator.predict.devices`.
+So whole CTAs go to whole multiprocessors. A second CTA on a multiprocessor hides the waits of the first, all but the
+last; so do two halves of a CTA's warps that are set apart in time. What passes through shared memory in an epilogue is
+a part of `main` where the epilogue is hidden, and a part of `wait` where it is not. Devices and their rates are those
+of `ptx_emulator.predict.devices`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _SCHEDULERS = Constant(4, "per SM", "CUDA programming guide: each issues one war
 _SPECIAL = Constant(16, "results/clk/SM", "CUDA programming guide, arithmetic throughput: ex2, rcp, rsqrt")
 _STALL = Constant(0.4, "of the clocks", "in which a warp alone on its scheduler waits in an epilogue", assumed=True)
 _START = Constant(1000, "clocks", "from a CTA's begin to its first operands from DRAM", assumed=True)
+_HIDES = Constant(
+    1, "of the waits", "hidden by another CTA or half of the warps, all but the last: they never meet", assumed=True
+)  # fmt: skip
 _GAP = Constant(1e-6, "s", "between two launches of a CUDA graph", assumed=True)
 _LOCAL = Constant(262144, "B/SM", "shared memory and L1 together: CUDA programming guide, compute capability 9.0")
 
@@ -38,6 +42,7 @@ class Assumptions:
     special: float = _SPECIAL
     stall: float = _STALL
     start: float = _START
+    hides: float = _HIDES
     gap: float = _GAP
     local: float = _LOCAL
 
@@ -45,7 +50,7 @@ class Assumptions:
 #: The same, each with its unit and its source.
 CONSTANTS: dict[str, Constant] = {
     "shared memory": _SHARED, "intake": _INTAKE, "schedulers": _SCHEDULERS, "special functions": _SPECIAL,
-    "stall": _STALL, "start": _START, "gap": _GAP, "shared memory and L1": _LOCAL,
+    "stall": _STALL, "start": _START, "hides": _HIDES, "gap": _GAP, "shared memory and L1": _LOCAL,
 }  # fmt: skip
 USUAL = Assumptions()
 #: Multiprocessors of each GPC on a card of 132, as is usual: a cluster lies inside of one. Assumed.
@@ -66,6 +71,7 @@ class Cta:
     special: float = 0.0  # results of special functions that overlap products
     epilogue: float = 0.0  # warp instructions while the CTA's tensor cores wait
     warps: int = 4  # that share an epilogue
+    staggered: bool = False  # its warps are two halves that hide each other's waits, and the next CTA begins meanwhile
 
     @property
     def flops(self) -> float:
@@ -138,9 +144,21 @@ def main_cycles(cta: Cta, device: Device, by: Assumptions = USUAL) -> float:
     return max(of["tensor"], of["shared"], of["intake"], of["special"], cta.issue / by.schedulers)
 
 
+def halves(cta: Cta) -> int:
+    """Of a CTA's warps, which have rows of their own and do not wait for each other."""
+    return 2 if cta.staggered else 1
+
+
 def wait_cycles(cta: Cta, by: Assumptions = USUAL) -> float:
-    """Cycles in which a CTA's own tensor cores have nothing to do."""
-    return by.start + max(epilogue_cycles(cta.epilogue, cta.warps / by.schedulers, by), cta.staged / by.shared)
+    """Cycles in which nothing of a CTA, or of one half of it, gives tensor cores anything to do."""
+    share = halves(cta)
+    warps = cta.warps / share / by.schedulers
+    return by.start + max(epilogue_cycles(cta.epilogue / share, warps, by), cta.staged / share / by.shared)
+
+
+def alone_cycles(cta: Cta, device: Device, by: Assumptions = USUAL) -> float:
+    """Cycles of a CTA, or of one half of it, that has the multiprocessor to itself."""
+    return main_cycles(replace(cta, staged=0.0), device, by) / halves(cta) + wait_cycles(cta, by)
 
 
 def epilogue_cycles(instructions: float, warps: float, by: Assumptions = USUAL) -> float:
@@ -172,22 +190,29 @@ def _busiest(launch: Launch, device: Device, processors: int, by: Assumptions) -
 
     CTAs go, in their order, to the multiprocessor that has the least to do until then.
     """
-    loads = [(0.0, place) for place in range(max(min(processors, launch.count), 1))]
-    held: list[list[float]] = [[0.0] * launch.per_sm for _ in loads]  # by slot, one CTA behind the other
-    mains, lasts, counts = [0.0] * len(loads), [0.0] * len(loads), [0] * len(loads)
-    sums = [dict.fromkeys(MULTIPROCESSOR, 0.0) for _ in loads]
+    places = max(min(processors, launch.count), 1)
+    loads = [(0.0, place) for place in range(places)]
+    held = [[0.0] * launch.per_sm for _ in range(places)]  # by slot, one CTA behind the other
+    mains, exposed, counts = [0.0] * places, [0.0] * places, [0] * places
+    sums = [dict.fromkeys(MULTIPROCESSOR, 0.0) for _ in range(places)]
     for count, cta in launch.ctas:
-        main, wait, of = main_cycles(cta, device, by), wait_cycles(cta, by), needs(cta, device, by)
-        alone = main_cycles(replace(cta, staged=0.0), device, by)  # a CTA that no other one overlaps
+        main, alone, of = main_cycles(cta, device, by), alone_cycles(cta, device, by), needs(cta, device, by)
+        wait = wait_cycles(cta, by)
+        last = wait - (main - main_cycles(replace(cta, staged=0.0), device, by)) / halves(cta)
+        took, more = max(main, alone / launch.per_sm), [0] * places
         for _ in range(count):
             load, place = loads[0]
-            heapq.heapreplace(loads, (load + max(main, (alone + wait) / launch.per_sm), place))
-            slot = min(range(launch.per_sm), key=lambda i: held[place][i])
-            held[place][slot] += alone + wait
-            mains[place] += main
-            lasts[place] = alone + wait - main
-            counts[place] += 1
+            heapq.heapreplace(loads, (load + took, place))
+            slots = held[place]
+            slots[slots.index(min(slots))] += alone
+            more[place] += 1
+        for place, number in enumerate(more):
+            if number:
+                met = (1 - by.hides) * wait / (launch.per_sm * halves(cta))  # they wait side by side
+                exposed[place] = last - met
+                mains[place] += number * (main + met)
+            counts[place] += number
             for name in MULTIPROCESSOR:
-                sums[place][name] += of[name]
-    busy = max(max(*of, main + last) for of, main, last in zip(held, mains, lasts, strict=True))
+                sums[place][name] += number * of[name]
+    busy = max(max(*slots, main + last) for slots, main, last in zip(held, mains, exposed, strict=True))
     return busy, {name: max(one[name] for one in sums) for name in MULTIPROCESSOR}, max(counts)

@@ -1,11 +1,14 @@
-"""The attention kernels, forward and backward, and the variant whose attention is a part of `exchange`."""
+"""The attention kernels, forward and backward, and variants whose attention is a part of `exchange`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from cast_kernels.evidence.cuda_model import design
 from cast_kernels.evidence.cuda_model.arithmetic import Cta, Launch
 from cast_kernels.evidence.cuda_model.problem import Choice, Sizes
-from cast_kernels.evidence.cuda_model.rows import COLUMN, STORE, exchange_kernel, row_cta
+from cast_kernels.evidence.cuda_model.rows import COLUMN, STORE, exchange_kernel
 
 #: Instructions for a score: scale, maximum, exponential, sum, mask, pack; in backward also dP and dS. By hand.
 SCORE, SCORE_BACKWARD = 6.0, 8.0
@@ -15,6 +18,9 @@ SHORT = 1.5
 COPY = 3.0
 #: FLOP of one `mma.sync` m16n8k16, and bytes of one `ldmatrix` or of one warp's copy.
 _MMA, _WORD = 4096, 512
+#: Directions, and the stream that asks in each.
+WAYS = ("s2t", "t2s")
+_ASKING = {"t2s": "spatial", "s2t": "temporal"}
 #: Channels and heads of a CTA of the kernels on `mma.sync`.
 _CHANNELS, _HEADS = 64, 2
 
@@ -34,72 +40,82 @@ def long_tiles(sizes: Sizes, rows: int = 64) -> list[int]:
     return found
 
 
-def attention_cta(rows: int, keys: float, long: bool) -> Cta:
-    """Queries of two heads against so many keys a query: all of the tile's, or in short windows the own 16 rows'."""
-    scores = rows * keys * _HEADS
+def warp_keys(sizes: Sizes) -> float:
+    """Keys that a warp of 16 queries computes with in long windows: it skips blocks of which it asks nothing."""
+    found = long_tiles(sizes, 16)
+    return sum(found) / len(found)
+
+
+def attention_cta(rows: int, keys: float, mine: float, long: bool) -> Cta:
+    """Queries of two heads.
+
+    Args:
+        rows: queries.
+        keys: that the CTA loads.
+        mine: that a warp computes with, one block after the other.
+        long: whether the windows are.
+    """
+    scores = rows * mine * _HEADS
     flops = 2 * 2 * scores * _CHANNELS / _HEADS
-    warps = rows // 16
-    held = 2 * (keys if long else rows) * _CHANNELS * 2  # keys and values
-    came = held + rows * _CHANNELS * 2
-    read = held * (warps if long else 1) + rows * _CHANNELS * 2  # every warp reads all keys that it asks
+    warps, query = rows // 16, rows * _CHANNELS * 2
+    came = 2 * keys * _CHANNELS * 2 + query
+    read = warps * 2 * mine * _CHANNELS * 2 + query
     issue = scores / 32 * SCORE * (1 if long else SHORT) + flops / _MMA + read / _WORD + came / _WORD * COPY
-    return Cta(
-        {"mma": flops}, came + read, 2 * rows * _CHANNELS * 2, came, issue, scores,
-        rows * _CHANNELS * (STORE + 1) / 32, warps,
-    )  # fmt: skip
+    return Cta({"mma": flops}, came + read, 2 * query, came, issue, scores, rows * _CHANNELS * (STORE + 1) / 32, warps)
 
 
-def attention_bytes(sizes: Sizes, rows: int = 64) -> float:
-    """Bytes of queries, keys and values that CTAs take in from L2, both directions."""
-    return 2 * sum(long_tiles(sizes, rows)) * sizes.d * 2 + sizes.unit + 3 * sizes.unit
+def long_cta(sizes: Sizes, rows: int, keys: float) -> Cta:
+    """Windows of space, in a tile that so many keys belong to."""
+    return attention_cta(rows, keys, min(warp_keys(sizes), keys), long=True)
 
 
-def attention(sizes: Sizes) -> Launch:
-    """Both directions: 64 queries of two heads a CTA, by `mma.sync`. Writes O and log-sum-exp."""
-    tiles = long_tiles(sizes)
-    ctas = [
-        (groups(sizes) * tiles.count(keys), attention_cta(64, keys, long=True))
-        for keys in sorted(set(tiles), reverse=True)
-    ]
-    ctas.append((groups(sizes) * -(-sizes.patch_rows // 64), attention_cta(64, 16, long=False)))
-    left = 2 * sizes.unit + 2 * sizes.scores
+def short_cta(rows: int) -> Cta:
+    """Windows of time: the keys are those of the queries' own rows, and a warp's those of its own 16."""
+    return attention_cta(rows, rows, 16, long=False)
+
+
+def attention_bytes(sizes: Sizes, way: str, rows: int) -> float:
+    """Bytes of a direction's queries, keys and values that CTAs take in from L2."""
+    keys = 2 * sum(long_tiles(sizes, rows)) * sizes.d * 2 if way == "s2t" else 2 * sizes.unit
+    return keys + sizes.unit
+
+
+def attention(sizes: Sizes, choice: Choice, ways: Sequence[str] = WAYS) -> Launch:
+    """Some queries of two heads a CTA, by `mma.sync`; the long windows first. Writes O and log-sum-exp."""
+    rows, ctas = choice.queries, []
+    tiles = long_tiles(sizes, rows)
+    if "s2t" in ways:
+        for keys in sorted(set(tiles), reverse=True):
+            ctas.append((groups(sizes) * tiles.count(keys), long_cta(sizes, rows, keys)))
+    if "t2s" in ways:
+        ctas.append((groups(sizes) * -(-sizes.patch_rows // rows), short_cta(rows)))
+    left = len(ways) * (sizes.unit + sizes.scores)
     return Launch(
-        "attention", ctas, attention_bytes(sizes) + left, 6 * sizes.unit + left, per_sm=design.ATTENTION.per_sm
-    )  # fmt: skip
-
-
-def exchange_with_attention(sizes: Sizes, choice: Choice) -> Launch:
-    """`exchange` whose warps attend first, head by head. O is written all the same: backward reads it."""
-    kernel, ctas = exchange_kernel(sizes), []
-    tiles = long_tiles(sizes, choice.rows)
-    keys = {"temporal": sum(tiles) / len(tiles), "spatial": 16}  # the long direction first
-    for stream, of in keys.items():
-        base = row_cta(
-            choice.rows, kernel.products, kernel.instructions, kernel.leaving + 2 * sizes.d, kernel.coming[stream]
-        )
-        one, number = attention_cta(choice.rows, of, long=stream == "temporal"), groups(sizes)
-        ctas.append((
-            choice.ctas(sizes.rows[stream]),
-            Cta(
-                {"wgmma": base.flops, "mma": number * one.flops}, base.shared,
-                base.staged + number * (one.shared + one.staged), base.intake + number * one.intake, base.issue,
-                epilogue=base.epilogue + number * (one.issue + one.epilogue), warps=base.warps,
-            ),
-        ))  # fmt: skip
-    count = sum(number for number, _ in ctas)
-    written = kernel.tensors + 2 * sizes.scores  # O counts as written, where `exchange` counts it as read
-    return Launch(
-        "exchange with attention", ctas,
-        count * kernel.weights / choice.cluster + written + attention_bytes(sizes, choice.rows),
-        written + 6 * sizes.unit + 2 * kernel.weights, choice.cluster, design.row(choice.rows, 2).per_sm,
+        "attention", ctas, sum(attention_bytes(sizes, way, rows) for way in ways) + left,
+        3 * len(ways) * sizes.unit + left, per_sm=design.attention(rows).per_sm,
     )  # fmt: skip
 
 
 def exchange(sizes: Sizes, choice: Choice) -> list[Launch]:
-    """From queries, keys and values to the streams: one launch, or attention and the rest."""
-    if choice.fused:
-        return [exchange_with_attention(sizes, choice)]
-    return [attention(sizes), exchange_kernel(sizes).launch(sizes, choice)]
+    """From queries, keys and values to the streams: attention and the rest, or one launch.
+
+    Where attention is inside, the warps attend before their first product, head by head. O is written all the same, for
+    backward: it counts once in either case.
+    """
+    kernel, tiles = exchange_kernel(sizes), long_tiles(sizes)
+    keys = sum(tiles) / len(tiles)
+    before, again, tensors = {}, 0.0, 0.0
+    for way in choice.inside:
+        one, number = long_cta(sizes, 64, keys) if way == "s2t" else short_cta(64), groups(sizes)
+        before[_ASKING[way]] = Cta(
+            {"mma": number * one.flops}, number * one.shared, number * one.staged, number * one.intake,
+            issue=number * one.issue, epilogue=number * one.epilogue,
+        )  # fmt: skip
+        tensors += 3 * sizes.unit + sizes.scores
+        again += attention_bytes(sizes, way, 64) - 3 * sizes.unit
+    kernel = replace(kernel, before=before, again=again, tensors=kernel.tensors + tensors)
+    outside = [way for way in WAYS if way not in choice.inside]
+    return [*([attention(sizes, choice, outside)] if outside else []), kernel.launch(sizes, choice)]
 
 
 def attention_backward_long(sizes: Sizes) -> Launch:

@@ -45,12 +45,15 @@ def row(rows: int, stream_bytes: int) -> Design:
         stages = 4 if stream_bytes == 2 else 3
         shared = stages * STEP_BYTES + operand + _BARRIERS
         return Design(256, 128, 224, shared, "design; `project` for bf16 compiled in a trial: 221 registers")
-    stages = 6 if stream_bytes == 2 else 5
+    stages = 7 if stream_bytes == 2 else 6
     return Design(384, 168, 240, stages * STEP_BYTES + operand + _BARRIERS, "design")
 
 
-#: 4 warps; queries, two stages of keys and values: 64 rows by 64 channels each, in 16 bits.
-ATTENTION = Design(128, 128, 128, (1 + 2 * 2) * 64 * 64 * 2, "design")
+def attention(queries: int) -> Design:
+    """A warp for 16 queries; these, and two stages of 64 keys and values, by 64 channels in 16 bits."""
+    return Design(2 * queries, 128, 128, (queries + 2 * 2 * 64) * 64 * 2, "design")
+
+
 #: 4 warps; queries, keys, values and the output's gradient.
 ATTENTION_BACKWARD_SHORT = Design(128, 128, 128, 4 * 64 * 64 * 2, "design")
 #: 16 warps; seven tensors of a window and a head, P and dS of half the keys.
@@ -71,7 +74,8 @@ def table() -> dict[str, Design]:
         for number in (64, 128)
         for name, size in (("bf16", 2), ("fp32", 4))
     } | {
-        "attention": ATTENTION, "attention_backward s2t": ATTENTION_BACKWARD_LONG,
-        "attention_backward t2s": ATTENTION_BACKWARD_SHORT, "weight_gradient": WEIGHT_GRADIENT,
+        "attention": attention(64), "attention, 128 queries": attention(128),
+        "attention_backward s2t": ATTENTION_BACKWARD_LONG, "attention_backward t2s": ATTENTION_BACKWARD_SHORT,
+        "weight_gradient": WEIGHT_GRADIENT,
         "prepare, sums": PLAIN,
     }  # fmt: skip

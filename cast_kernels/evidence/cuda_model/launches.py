@@ -15,6 +15,7 @@ from cast_kernels.evidence.cuda_model.attention import (
 )  # fmt: skip
 from cast_kernels.evidence.cuda_model.problem import Choice, Sizes
 from cast_kernels.evidence.cuda_model.rows import (
+    SMS,
     STEP,
     column_sums,
     exchange_backward,
@@ -27,7 +28,6 @@ from cast_kernels.evidence.cuda_model.rows import (
 _TILE, _DEEP = (128, 384), 64
 #: Products that a float32 product of tables becomes on tensor cores, each of 16 bits.
 _SPLIT = 3
-_SMS = design.HOPPER.processors
 
 
 def prepare(sizes: Sizes, choice: Choice, tables: bool, matrices: int, rounded: int = 0) -> Launch:
@@ -43,15 +43,15 @@ def prepare(sizes: Sizes, choice: Choice, tables: bool, matrices: int, rounded: 
     products = 2.0 * sizes.positions * 3 * sizes.d * sizes.d if tables else 0.0
     made = sizes.positions * 3 * sizes.d * choice.table_bytes if tables else 0
     moved = matrices * (sizes.stream_bytes + 2) + made + rounded * 6
-    each = Cta({"mma": _SPLIT * products / _SMS}, issue=(moved / 512 * 3 + _SPLIT * products / 4096 * 2) / _SMS)
-    return Launch("prepare", [(_SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm)
+    each = Cta({"mma": _SPLIT * products / SMS}, issue=(moved / 512 * 3 + _SPLIT * products / 4096 * 2) / SMS)
+    return Launch("prepare", [(SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm)
 
 
 def weight_gradient(sizes: Sizes, choice: Choice, shared_by: int = 2) -> Launch:
     """The ten matrices in tiles of 128 x 384, both operands MN-major; pairs of CTAs share the side of 384."""
     count = tiles(sizes)
     steps = sum(count // 2 * -(-rows // _DEEP) for rows in sizes.rows.values())  # all with their stream's rows
-    ctas = _SMS if choice.parts == "shares" else 2 * count
+    ctas = SMS if choice.parts == "shares" else 2 * count
     share, left = -(-steps // ctas), parts(sizes, choice)
     sides = sum(_TILE) * _DEEP * 2
     read = 2 * (64 + _TILE[1]) * _DEEP * 2  # by the wgmmas of two warpgroups
@@ -77,7 +77,7 @@ def tiles(sizes: Sizes) -> int:
 def parts(sizes: Sizes, choice: Choice) -> int:
     """Parts of tiles that are added up afterwards: two of each, or one between two bounds of tiles and of shares."""
     count = tiles(sizes)
-    return 2 * count if choice.parts == "halves" else _SMS + count - gcd(_SMS, count)
+    return 2 * count if choice.parts == "halves" else SMS + count - gcd(SMS, count)
 
 
 def sums(sizes: Sizes, choice: Choice) -> Launch:
@@ -87,8 +87,8 @@ def sums(sizes: Sizes, choice: Choice) -> Launch:
     partial += sum(position_bytes(sizes).values())
     moved = partial + sizes.matrices * sizes.stream_bytes
     products = 2.0 * sizes.positions * 3 * sizes.d * sizes.d  # positions' gradients times W, and S' E
-    each = Cta({"mma": 2 * _SPLIT * products / _SMS}, issue=(moved / 512 * 3 + _SPLIT * products / 1024) / _SMS)
-    return Launch("sums", [(_SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm)
+    each = Cta({"mma": 2 * _SPLIT * products / SMS}, issue=(moved / 512 * 3 + _SPLIT * products / 1024) / SMS)
+    return Launch("sums", [(SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm)
 
 
 def forward(sizes: Sizes, choice: Choice) -> list[Launch]:

@@ -78,17 +78,20 @@ class Choice:
 
     rows: int = 64  # of a CTA of a row kernel
     cluster: int = 4
-    fused: bool = False  # attention inside of `exchange`
+    inside: tuple[str, ...] = ()  # directions whose attention is a part of `exchange`
+    staggered: bool = False  # 128 rows: persistent CTAs, whose second warpgroup runs some steps behind the first
+    split_tail: bool = False  # rows that fill no whole round: their last product's columns over several CTAs
+    queries: int = 64  # of a CTA of `attention`
     table_bytes: int = 4  # of an element of the position tables, which are accumulators' first values
     parts: str = "shares"  # of `weight_gradient`: equal shares of all multiprocessors, or two "halves" of each tile
 
-    def clusters(self, rows: int) -> int:
-        """Clusters that take so many rows."""
-        return -(-rows // (self.rows * self.cluster))
-
     def ctas(self, rows: int) -> int:
         """CTAs that take so many rows: whole clusters."""
-        return self.clusters(rows) * self.cluster
+        return self.whole_clusters(-(-rows // self.rows))
+
+    def whole_clusters(self, ctas: int) -> int:
+        """So many CTAs, and those that fill the last cluster."""
+        return -(-ctas // self.cluster) * self.cluster
 
 
 def useful(sizes: Sizes, phase: str) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cast_kernels.evidence.cuda_model import design
 from cast_kernels.evidence.cuda_model.arithmetic import Cta, Launch
 from cast_kernels.evidence.cuda_model.design import COLUMNS, DEPTH, STEP_BYTES
 from cast_kernels.evidence.cuda_model.problem import Choice, Sizes
 
+SMS = design.HOPPER.processors
 #: Instructions for one element in an epilogue. The first three were counted in the machine code of a trial of
 #: `project` for bf16 (64 rows, release 13.0.88), GELU's gradient in that of `erff` beside `__expf`; the others by hand.
 FIRST = 0.7  # an accumulator's first value: a bias or a table, in loads of 8 bytes
@@ -69,57 +70,89 @@ class Product:
         return rows * self.k * ROUND / 32 if self.left == 4 else 0.0
 
 
-def row_cta(rows: int, products: Sequence[Product], instructions: float, leaving: int, coming: int) -> Cta:
-    """A CTA of a row kernel.
-
-    Args:
-        rows: of it.
-        products: in their order.
-        instructions: in epilogues for one row, all its elements together.
-        leaving: bytes of a row that leave: written to shared memory, and read there by TMA.
-        coming: bytes of a row that come in beside the products' left sides: written there, and read by threads.
-    """
-    operands = sum(p.operand(rows) for p in products)
-    return Cta(
-        {"wgmma": sum(p.flops(rows) for p in products)},
-        sum(p.shared(rows) for p in products),
-        2 * rows * (leaving + coming),
-        sum(p.weights for p in products) + operands + rows * coming,
-        issue=sum(p.steps for p in products) * STEP * rows / 16,
-        epilogue=rows * instructions / 32 + sum(p.rounding(rows) for p in products),
-        warps=rows // 16,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class RowKernel:
     """One of them at one problem: all that its launch is made from."""
 
     name: str
     products: Sequence[Product]
-    instructions: float  # in epilogues for one row
-    leaving: int  # bytes of a row
-    coming: Mapping[str, int]  # bytes of a row of each stream beside the products' left sides
+    narrow: float  # instructions in epilogues for one row until the last product
+    widen: float  # instructions for one row after that
+    leaving: int  # bytes of a row that leave: written to shared memory, and read there by TMA
+    coming: Mapping[str, int]  # bytes of a row of each stream beside left sides: written there, and read by threads
     tensors: float  # bytes of all tensors but weights, each once
     again: float = 0.0  # bytes that L2 hands over beside these
+    before: Mapping[str, Cta] = field(default_factory=dict)  # what 64 rows of a stream take before the first product
 
     @property
     def weights(self) -> int:
         """Bytes of one stream's weights."""
         return sum(p.weights for p in self.products)
 
+    def cta(self, rows: int, stream: str, columns: int = 1, staggered: bool = False) -> Cta:
+        """One CTA: so many rows of a stream, and one of so many shares of the last product's columns."""
+        products = self._products(columns)
+        operands = sum(p.operand(rows) for p in products)
+        between = (self.leaving + self.coming[stream]) / columns
+        before, size = self.before.get(stream, Cta({})), rows / 64
+        instructions = size * (before.issue + before.epilogue) + rows * (self.narrow + self.widen / columns) / 32
+        return Cta(
+            {"wgmma": sum(p.flops(rows) for p in products), "mma": size * before.flops},
+            sum(p.shared(rows) for p in products),
+            2 * rows * between + size * (before.shared + before.staged),
+            sum(p.weights for p in products) + operands + rows * self.coming[stream] / columns + size * before.intake,
+            issue=sum(p.steps for p in products) * STEP * rows / 16,
+            epilogue=instructions + sum(p.rounding(rows) for p in products),
+            warps=rows // 16,
+            staggered=staggered,
+        )  # fmt: skip
+
     def launch(self, sizes: Sizes, choice: Choice) -> Launch:
         """Over both streams. A cluster's CTAs load each weight once together."""
-        ctas = [
-            (choice.ctas(rows), row_cta(choice.rows, self.products, self.instructions, self.leaving, self.coming[name]))
-            for name, rows in sizes.rows.items()
-        ]
-        count = sum(number for number, _ in ctas)
+        ctas, fetched = [], 0.0
+        for count, stream, rows, columns in self._items(sizes, choice):
+            products = self._products(columns)
+            ctas.append((count, self.cta(rows, stream, columns, choice.staggered and rows == 128)))
+            fetched += count * sum(p.weights for p in products) / choice.cluster
+            fetched += count * (1 - 1 / columns) * sum(p.operand(rows) for p in products)  # of all shares but one
+        ctas.sort(key=lambda item: -item[1].epilogue)  # the longest first, as far as streams or shares differ
         ring = max(max(p.left for p in self.products), 2)
         return Launch(
-            self.name, ctas, count * self.weights / choice.cluster + self.tensors + self.again,
-            self.tensors + 2 * self.weights, choice.cluster, design.row(choice.rows, ring).per_sm,
+            self.name, ctas, fetched + self.tensors + self.again, self.tensors + 2 * self.weights, choice.cluster,
+            design.row(choice.rows, ring).per_sm,
         )  # fmt: skip
+
+    def _products(self, columns: int) -> list[Product]:
+        last = self.products[-1]
+        return [*self.products[:-1], Product(last.k, last.n // columns, last.left)]
+
+    def _items(self, sizes: Sizes, choice: Choice) -> list[tuple[int, str, int, int]]:
+        """(CTAs, stream, rows of one, shares of the last product's columns)."""
+        whole = [(choice.ctas(rows), stream, choice.rows, 1) for stream, rows in sizes.rows.items()]
+        if not choice.split_tail:
+            return whole
+        of_64, size = {stream: -(-rows // 64) for stream, rows in sizes.rows.items()}, choice.rows // 64
+        full = sum(of_64.values()) // (SMS * size) * SMS  # CTAs that fill whole rounds
+        found, left = [], {}
+        for stream, tiles in of_64.items():
+            count = min(full, tiles // size)
+            full, left[stream] = full - count, choice.whole_clusters(tiles - count * size)
+            found.append((count, stream, choice.rows, 1))
+        columns = self._columns(sum(left.values()))
+        if self._end(sum(left.values()), columns) >= size * self._end(-(-sum(left.values()) // size), 1):
+            return whole
+        found += [(count * columns, stream, 64, columns) for stream, count in left.items()]
+        return [item for item in found if item[0]]
+
+    def _columns(self, left: int) -> int:
+        """Shares of the last product's columns that let so many CTAs of 64 rows end first."""
+        steps = self.products[-1].n // COLUMNS
+        return min((n for n in range(1, steps + 1) if steps % n == 0), key=lambda n: self._end(left, n))
+
+    def _end(self, left: int, columns: int) -> float:
+        """FLOP of one multiprocessor until all have so many rows of 64 behind them, each in shares of columns."""
+        before = sum(p.flops(64) for p in self.products[:-1])
+        return -(-left * columns // SMS) * (before + self.products[-1].flops(64) / columns)
 
 
 def tables(sizes: Sizes, choice: Choice) -> dict[str, int]:
@@ -135,7 +168,7 @@ def project(sizes: Sizes, choice: Choice) -> Launch:
     d, of = sizes.d, tables(sizes, choice)
     return RowKernel(
         "project", [Product(sizes.dim, d, sizes.stream_bytes), Product(d, 3 * d, 0)],
-        d * (FIRST + NORM + STORE) + 3 * d * (FIRST + STORE), leaving=4 * d * 2, coming=of,
+        d * (FIRST + NORM + STORE), 3 * d * (FIRST + STORE), leaving=4 * d * 2, coming=of,
         tensors=sizes.wide + sizes.narrow + 4 * sizes.all_rows + 6 * sizes.unit,
         again=sum(rows * of[name] for name, rows in sizes.rows.items()),
     ).launch(sizes, choice)  # fmt: skip
@@ -147,7 +180,7 @@ def exchange_kernel(sizes: Sizes) -> RowKernel:
     kept = 0 if sizes.again else 1  # h
     return RowKernel(
         "exchange", [Product(d, d, 2), Product(d, sizes.dim, 0)],
-        d * (FIRST + GELU + kept * STORE) + sizes.dim * (FIRST + RESIDUAL + STORE),
+        d * (FIRST + GELU + kept * STORE), sizes.dim * (FIRST + RESIDUAL + STORE),
         leaving=wide_row + kept * 2 * d, coming=dict.fromkeys(sizes.rows, wide_row),
         tensors=2 * sizes.unit + 2 * sizes.wide + kept * sizes.narrow,
     )  # fmt: skip
@@ -157,7 +190,7 @@ def project_again(sizes: Sizes, choice: Choice) -> Launch:
     """Queries, keys and values from xhat, which is kept."""
     d, of = sizes.d, tables(sizes, choice)
     return RowKernel(
-        "project again", [Product(d, 3 * d, 0)], d * READ + 3 * d * (FIRST + STORE), leaving=3 * d * 2,
+        "project again", [Product(d, 3 * d, 0)], d * READ, 3 * d * (FIRST + STORE), leaving=3 * d * 2,
         coming={name: size + 2 * d for name, size in of.items()}, tensors=sizes.narrow + 6 * sizes.unit,
         again=sum(rows * of[name] for name, rows in sizes.rows.items()),
     ).launch(sizes, choice)  # fmt: skip
@@ -174,8 +207,9 @@ def exchange_backward(sizes: Sizes, choice: Choice) -> Launch:
     items = sum(choice.ctas(rows) for rows in sizes.rows.values())
     return RowKernel(
         "exchange_backward", products,
-        again * d * (FIRST + STORE) + d * (READ + GELU_BACKWARD + 2 * STORE + COLUMN) + d * STORE
+        again * d * (FIRST + STORE) + d * (READ + GELU_BACKWARD + 2 * STORE + COLUMN)
         + sizes.dim * (COLUMN + cast * STORE),
+        d * STORE,
         leaving=(3 + again) * 2 * d + cast * 2 * sizes.dim, coming=dict.fromkeys(sizes.rows, 2 * d),
         tensors=sizes.wide + 3 * sizes.narrow + (2 + 2 * again) * sizes.unit + cast * sizes.wide / 2
         + items * column_sums(sizes)["exchange_backward"],
@@ -189,7 +223,7 @@ def project_backward(sizes: Sizes, choice: Choice) -> Launch:
     items = sum(choice.ctas(rows) for rows in sizes.rows.values())
     return RowKernel(
         "project_backward", [Product(3 * d, d, 2), Product(d, sizes.dim, 0)],
-        d * (2 * READ + NORM_BACKWARD + 3 * COLUMN + STORE) + sizes.dim * (FIRST + RESIDUAL + STORE),
+        d * (2 * READ + NORM_BACKWARD + 3 * COLUMN + STORE), sizes.dim * (FIRST + RESIDUAL + STORE),
         leaving=wide_row + 2 * d, coming=dict.fromkeys(sizes.rows, wide_row + 2 * d),
         tensors=6 * sizes.unit + 2 * sizes.narrow + 4 * sizes.all_rows + 2 * sizes.wide
         + items * column_sums(sizes)["project_backward"],
