@@ -7,8 +7,9 @@
 
 So whole CTAs go to whole multiprocessors. A second CTA on a multiprocessor hides the waits of the first, all but the
 last; so do two halves of a CTA's warps that are set apart in time. What passes through shared memory in an epilogue is
-a part of `main` where the epilogue is hidden, and a part of `wait` where it is not. Devices and their rates are those
-of `ptx_emulator.predict.devices`.
+a part of `main` where the epilogue is hidden, and a part of `wait` where it is not. CTAs or halves that wait at the
+same time hide less: by `hides`, and by how far a ring lets one half run ahead of the other. Devices and their rates are
+those of `ptx_emulator.predict.devices`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Cta:
     epilogue: float = 0.0  # warp instructions while the CTA's tensor cores wait
     warps: int = 4  # that share an epilogue
     staggered: bool = False  # its warps are two halves that hide each other's waits, and the next CTA begins meanwhile
+    longest: float = 0.0  # staggered: warp instructions of one half's longest epilogue
+    slack: float = 0.0  # staggered: FLOP by `wgmma` that one half may be ahead of the other, which the ring allows
 
     @property
     def flops(self) -> float:
@@ -88,6 +91,7 @@ class Launch:
     dram: float  # bytes of the tensors, each once
     cluster: int = 1
     per_sm: int = 1
+    spilled: int = 0  # bytes of a CTA that L2 takes and hands over beside `l2`
 
     @property
     def count(self) -> int:
@@ -156,6 +160,14 @@ def wait_cycles(cta: Cta, by: Assumptions = USUAL) -> float:
     return by.start + max(epilogue_cycles(cta.epilogue / share, warps, by), cta.staged / share / by.shared)
 
 
+def _longer(cta: Cta, device: Device, by: Assumptions) -> float:
+    """Cycles by which a half's longest epilogue outlasts what the other half can do meanwhile."""
+    if not cta.staggered:
+        return 0.0
+    epilogue = epilogue_cycles(cta.longest, cta.warps / 2 / by.schedulers, by)
+    return max(epilogue - cta.slack / (device.tensor["wgmma"] * device.efficiency), 0.0)
+
+
 def alone_cycles(cta: Cta, device: Device, by: Assumptions = USUAL) -> float:
     """Cycles of a CTA, or of one half of it, that has the multiprocessor to itself."""
     return main_cycles(replace(cta, staged=0.0), device, by) / halves(cta) + wait_cycles(cta, by)
@@ -178,7 +190,10 @@ def predict(launch: Launch, device: Device, by: Assumptions = USUAL) -> Time:
     busy, sums, rounds = _busiest(launch, device, min(device.target.processors, -(-slots // launch.per_sm)), by)
     us = 1e6 / device.clock
     parts = {name: us * cycles for name, cycles in sums.items()}
-    parts |= {"l2": 1e6 * launch.l2 / device.l2, "dram": 1e6 * launch.dram / device.dram}
+    parts |= {
+        "l2": 1e6 * (launch.l2 + launch.count * launch.spilled) / device.l2,
+        "dram": 1e6 * launch.dram / device.dram,
+    }
     return Time(
         launch.name, launch.count, rounds, parts, max(us * busy, *(parts[name] for name in MULTIPROCESSOR)),
         1e6 * by.gap, 1e6 * max(launch.flops / device.peak, launch.dram / device.dram),
@@ -208,7 +223,7 @@ def _busiest(launch: Launch, device: Device, processors: int, by: Assumptions) -
             more[place] += 1
         for place, number in enumerate(more):
             if number:
-                met = (1 - by.hides) * wait / (launch.per_sm * halves(cta))  # they wait side by side
+                met = max((1 - by.hides) * wait / (launch.per_sm * halves(cta)), _longer(cta, device, by))
                 exposed[place] = last - met
                 mains[place] += number * (main + met)
             counts[place] += number

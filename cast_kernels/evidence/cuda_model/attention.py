@@ -92,7 +92,7 @@ def attention(sizes: Sizes, choice: Choice, ways: Sequence[str] = WAYS) -> Launc
     left = len(ways) * (sizes.unit + sizes.scores)
     return Launch(
         "attention", ctas, sum(attention_bytes(sizes, way, rows) for way in ways) + left,
-        3 * len(ways) * sizes.unit + left, per_sm=design.attention(rows).per_sm,
+        3 * len(ways) * sizes.unit + left, per_sm=design.attention(rows).per_sm, spilled=design.attention(rows).spilled,
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def attention_backward_long(sizes: Sizes) -> Launch:
     moved = 8 * sizes.unit + sizes.scores + position_bytes(sizes)["s2t"]
     return Launch(
         "attention_backward s2t", [(sizes.batch * sizes.frames * sizes.heads, cta)], moved, moved,
-        per_sm=design.ATTENTION_BACKWARD_LONG.per_sm,
+        per_sm=design.ATTENTION_BACKWARD_LONG.per_sm, spilled=design.ATTENTION_BACKWARD_LONG.spilled,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def attention_backward_short(sizes: Sizes) -> Launch:
     moved = 7 * sizes.unit + sizes.scores + position_bytes(sizes)["t2s"]
     return Launch(
         "attention_backward t2s", [(_short_ctas(sizes), cta)], moved, moved,
-        per_sm=design.ATTENTION_BACKWARD_SHORT.per_sm,
+        per_sm=design.ATTENTION_BACKWARD_SHORT.per_sm, spilled=design.ATTENTION_BACKWARD_SHORT.spilled,
     )  # fmt: skip
 
 

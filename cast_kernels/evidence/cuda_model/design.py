@@ -14,6 +14,10 @@ STEP_BYTES = COLUMNS * DEPTH * 2
 _BARRIERS = 1024  # bytes of shared memory for mbarriers, rounded up to a swizzle atom
 
 
+#: (rows of a CTA, bytes of an element of the operand beside the weights) -> steps that a ring holds.
+STAGES = {(64, 2): 4, (64, 4): 3, (128, 2): 7, (128, 4): 6}
+
+
 @dataclass(frozen=True)
 class Design:
     """Resources of one kernel."""
@@ -23,6 +27,12 @@ class Design:
     most: int  # registers of a thread that has the most
     shared: int  # bytes
     known: str  # how the numbers are known
+    spills: int = 0  # instructions of a warp that store or load a spilled word
+
+    @property
+    def spilled(self) -> int:
+        """Bytes that a CTA spills: to L2, since shared memory leaves little of L1."""
+        return self.spills * self.threads * 4
 
     @property
     def per_sm(self) -> int:
@@ -41,12 +51,10 @@ def row(rows: int, stream_bytes: int) -> Design:
         stream_bytes: of an element of the operand that comes through the ring beside the weights.
     """
     operand = 2 * rows * DEPTH * stream_bytes  # two steps of it
+    shared = STAGES[rows, stream_bytes] * STEP_BYTES + operand + _BARRIERS
     if rows == 64:
-        stages = 4 if stream_bytes == 2 else 3
-        shared = stages * STEP_BYTES + operand + _BARRIERS
         return Design(256, 128, 224, shared, "design; `project` for bf16 compiled in a trial: 221 registers")
-    stages = 7 if stream_bytes == 2 else 6
-    return Design(384, 168, 240, stages * STEP_BYTES + operand + _BARRIERS, "design")
+    return Design(384, 168, 240, shared, "design")
 
 
 def attention(queries: int) -> Design:

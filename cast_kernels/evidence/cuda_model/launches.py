@@ -44,7 +44,7 @@ def prepare(sizes: Sizes, choice: Choice, tables: bool, matrices: int, rounded: 
     made = sizes.positions * 3 * sizes.d * choice.table_bytes if tables else 0
     moved = matrices * (sizes.stream_bytes + 2) + made + rounded * 6
     each = Cta({"mma": _SPLIT * products / SMS}, issue=(moved / 512 * 3 + _SPLIT * products / 4096 * 2) / SMS)
-    return Launch("prepare", [(SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm)
+    return Launch("prepare", [(SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm, spilled=design.PLAIN.spilled)
 
 
 def weight_gradient(sizes: Sizes, choice: Choice, shared_by: int = 2) -> Launch:
@@ -65,7 +65,7 @@ def weight_gradient(sizes: Sizes, choice: Choice, shared_by: int = 2) -> Launch:
     operands = 2 * wide + 2 * sizes.narrow + 2 * 6 * sizes.unit  # g, dz; dh, O, dQ, dK, dV, xhat
     return Launch(
         "weight_gradient", [(ctas, cta)], fetched + written, operands + written, shared_by,
-        design.WEIGHT_GRADIENT.per_sm,
+        design.WEIGHT_GRADIENT.per_sm, design.WEIGHT_GRADIENT.spilled,
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def sums(sizes: Sizes, choice: Choice) -> Launch:
     moved = partial + sizes.matrices * sizes.stream_bytes
     products = 2.0 * sizes.positions * 3 * sizes.d * sizes.d  # positions' gradients times W, and S' E
     each = Cta({"mma": 2 * _SPLIT * products / SMS}, issue=(moved / 512 * 3 + _SPLIT * products / 1024) / SMS)
-    return Launch("sums", [(SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm)
+    return Launch("sums", [(SMS, each)], moved, moved, per_sm=design.PLAIN.per_sm, spilled=design.PLAIN.spilled)
 
 
 def forward(sizes: Sizes, choice: Choice) -> list[Launch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cast_kernels.evidence.cuda_model import design
 from cast_kernels.evidence.cuda_model.arithmetic import Cta, Launch
@@ -81,6 +81,7 @@ class RowKernel:
     leaving: int  # bytes of a row that leave: written to shared memory, and read there by TMA
     coming: Mapping[str, int]  # bytes of a row of each stream beside left sides: written there, and read by threads
     tensors: float  # bytes of all tensors but weights, each once
+    longest: float = 0.0  # instructions for one row of the longest epilogue between two products
     again: float = 0.0  # bytes that L2 hands over beside these
     before: Mapping[str, Cta] = field(default_factory=dict)  # what 64 rows of a stream take before the first product
 
@@ -105,6 +106,8 @@ class RowKernel:
             epilogue=instructions + sum(p.rounding(rows) for p in products),
             warps=rows // 16,
             staggered=staggered,
+            longest=rows / 2 * self.longest / 32,
+            slack=(design.STAGES[128, self._ring] - 1) * 2.0 * 64 * COLUMNS * DEPTH,
         )  # fmt: skip
 
     def launch(self, sizes: Sizes, choice: Choice) -> Launch:
@@ -116,11 +119,16 @@ class RowKernel:
             fetched += count * sum(p.weights for p in products) / choice.cluster
             fetched += count * (1 - 1 / columns) * sum(p.operand(rows) for p in products)  # of all shares but one
         ctas.sort(key=lambda item: -item[1].epilogue)  # the longest first, as far as streams or shares differ
-        ring = max(max(p.left for p in self.products), 2)
+        takes = design.row(choice.rows, self._ring)
         return Launch(
             self.name, ctas, fetched + self.tensors + self.again, self.tensors + 2 * self.weights, choice.cluster,
-            design.row(choice.rows, ring).per_sm,
+            takes.per_sm, takes.spilled,
         )  # fmt: skip
+
+    @property
+    def _ring(self) -> int:
+        """Bytes of an element of the widest operand in the ring."""
+        return max(2, *(p.left for p in self.products))
 
     def _products(self, columns: int) -> list[Product]:
         last = self.products[-1]
@@ -169,7 +177,7 @@ def project(sizes: Sizes, choice: Choice) -> Launch:
     return RowKernel(
         "project", [Product(sizes.dim, d, sizes.stream_bytes), Product(d, 3 * d, 0)],
         d * (FIRST + NORM + STORE), 3 * d * (FIRST + STORE), leaving=4 * d * 2, coming=of,
-        tensors=sizes.wide + sizes.narrow + 4 * sizes.all_rows + 6 * sizes.unit,
+        tensors=sizes.wide + sizes.narrow + 4 * sizes.all_rows + 6 * sizes.unit, longest=d * NORM,
         again=sum(rows * of[name] for name, rows in sizes.rows.items()),
     ).launch(sizes, choice)  # fmt: skip
 
@@ -182,7 +190,7 @@ def exchange_kernel(sizes: Sizes) -> RowKernel:
         "exchange", [Product(d, d, 2), Product(d, sizes.dim, 0)],
         d * (FIRST + GELU + kept * STORE), sizes.dim * (FIRST + RESIDUAL + STORE),
         leaving=wide_row + kept * 2 * d, coming=dict.fromkeys(sizes.rows, wide_row),
-        tensors=2 * sizes.unit + 2 * sizes.wide + kept * sizes.narrow,
+        tensors=2 * sizes.unit + 2 * sizes.wide + kept * sizes.narrow, longest=d * GELU,
     )  # fmt: skip
 
 
@@ -200,8 +208,11 @@ def exchange_backward(sizes: Sizes, choice: Choice) -> Launch:
     """dy Wu -> dh by GELU's gradient at h -> dO; also g, which the weight gradient reads.
 
     h does not fit beside dy Wu in registers: where it is made again from O, it is laid down and read back from L2.
-    Under autocast dy leaves once more, rounded, for the weight gradient.
+    Under autocast dy leaves once more, rounded, for the weight gradient. GELU's gradient takes longer than a ring lets
+    halves of a CTA part: this kernel is never staggered.
     """
+    if choice.staggered:
+        choice = replace(choice, rows=64, cluster=4, staggered=False)
     d, again, cast = sizes.d, int(sizes.again), int(sizes.cast)
     products = [Product(d, d, 2)] * again + [Product(sizes.dim, d, sizes.stream_bytes), Product(d, d, 0)]
     items = sum(choice.ctas(rows) for rows in sizes.rows.values())
@@ -227,6 +238,7 @@ def project_backward(sizes: Sizes, choice: Choice) -> Launch:
         leaving=wide_row + 2 * d, coming=dict.fromkeys(sizes.rows, wide_row + 2 * d),
         tensors=6 * sizes.unit + 2 * sizes.narrow + 4 * sizes.all_rows + 2 * sizes.wide
         + items * column_sums(sizes)["project_backward"],
+        longest=d * (2 * READ + NORM_BACKWARD + 3 * COLUMN),
     ).launch(sizes, choice)  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_kernels.evidence.cuda_model.arithmetic import MULTIPROCESSOR
+from cast_kernels.evidence.cuda_model.triton import TERMS
 from cast_kernels.evidence.prediction_report import markdown_table
 
 Found = Mapping[str, Any]
@@ -27,8 +28,17 @@ _KERNELS = (
 )  # fmt: skip
 _CHOICES = ("GPU", "kind", "B", "rows", "cluster", "inside of exchange", "forward", "backward")
 _CHANGES = ("GPU", "kind", "B", "what", "forward", "to Triton", "backward", "to Triton")
-_TRITON = ("GPU", "kind", "recompute", "B", "phase", "as committed", "waits", "spills", "gaps", "together")
-_DESIGNS = ("kernel", "threads", "registers at launch", "most registers", "shared memory", "CTAs an SM", "known")
+_TRITON = ("GPU", "kind", "recompute", "B", "phase", "as committed", *TERMS, "together")
+_DESIGNS = (
+    "kernel",
+    "threads",
+    "registers at launch",
+    "most registers",
+    "shared memory",
+    "spills",
+    "CTAs an SM",
+    "known",
+)
 
 
 def text(found: Found) -> list[str]:
@@ -105,7 +115,7 @@ def terms(found: Found) -> Rows:
     for name, entry in found["devices"].items():
         for run in entry["runs"]:
             theirs = run["triton"]
-            less = (f"{theirs['us'] - theirs['without'][term]:.0f}" for term in ("waits", "spills", "gaps"))
+            less = (f"{theirs['us'] - theirs['without'][term]:.0f}" for term in TERMS)
             cells.append((*_run(name, run), f"{theirs['committed_us']:.0f}", *less, f"{theirs['us']:.0f}"))
     return cells
 
@@ -125,8 +135,8 @@ def markdown(folder: Path) -> str:
         "`designed`, `changed`, `staggered`: [three ways to cut it](../../../docs/cuda.md#what-would-make-it-faster), "
         "and the ratios are theirs in this order. `floor`: the larger of what DRAM needs for inputs and outputs, with "
         "what forward keeps for backward, and what tensor cores need for the products. `Triton, this model`: Triton's "
-        "launches with waits, spills and gaps. `Triton as committed`: [the predictions](../README.md), which have none "
-        "of these.",
+        "launches with intake, waits, spills and gaps. `Triton as committed`: [the predictions](../README.md), which "
+        "have none of these.",
     ]  # fmt: skip
     for name, entry in found["devices"].items():
         for run in entry["runs"]:
@@ -146,7 +156,7 @@ def markdown(folder: Path) -> str:
 
 
 def _designs(found: Found) -> Rows:
-    keys = ("threads", "registers", "most", "shared", "per_sm", "known")
+    keys = ("threads", "registers", "most", "shared", "spills", "per_sm", "known")
     return [(name, *(str(one[key]) for key in keys)) for name, one in found["designs"].items()]
 
 

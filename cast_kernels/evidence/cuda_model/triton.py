@@ -1,4 +1,4 @@
-"""Triton's launches by the terms that the model of the CUDA C++ kernels adds: waits, spills, and gaps of launches.
+"""Triton's launches by the terms that the model of the CUDA C++ kernels adds: intake, waits, spills, gaps of launches.
 
 What a program executes was counted by `cast-kernels predict` and stands in `benchmarks/predictions`; what the compiler
 spilled stands in `benchmarks/evidence/compile.json`. With the added terms left out, the times are those predictions'.
@@ -26,7 +26,7 @@ ROW_KERNELS = ("project", "exchange", "exchange_backward", "project_backward")
 #: Of `exchange`'s spill instructions a program of one direction meets about half (docs/triton.md).
 _MET = {"exchange": 0.5}
 #: What the model adds to a committed prediction.
-TERMS = ("waits", "spills", "gaps")
+TERMS = ("intake", "waits", "spills", "gaps")
 #: Streams' element -> the kind of the committed predictions.
 _KINDS = {2: "bf16", 4: "amp"}
 
@@ -51,7 +51,7 @@ class TritonTime:
         most = max(chip, key=lambda name: chip[name])
         if chip[most] >= self.sm:
             return most
-        inner = max(("tensor", "shared", "issue"), key=lambda name: self.parts[name])
+        inner = max((name for name in self.parts if name not in chip), key=lambda name: self.parts[name])
         return inner if self.parts[inner] > self.waits else "waits"
 
 
@@ -92,6 +92,9 @@ def _launch(
     parts = {name: found[name] for name in ("tensor", "shared", "issue", "l2", "dram")}
     rounds, per_sm = -(-programs // device.target.processors), max(found["ctas_per_sm"], 1)
     us = 1e6 / device.clock
+    if "intake" in terms:
+        moved = found["l2"] * 1e-6 * device.l2 / programs  # bytes of a program; stores are among them
+        parts["intake"] = us * rounds * moved / by.intake
     wait, spilled, gap = 0.0, 0.0, 0.0
     if "waits" in terms:
         wait = us * by.start
@@ -103,7 +106,7 @@ def _launch(
         spilled = 1e6 * programs * bytes_each / device.l2
     if "gaps" in terms:
         gap = 1e6 * by.gap
-    main = max(parts["tensor"], parts["shared"]) / rounds
+    main = max(parts["tensor"], parts["shared"], parts.get("intake", 0.0)) / rounds
     busy = max(rounds * main + wait, -(-rounds // per_sm) * (main + wait), parts["issue"])
     return TritonTime(
         kernel, programs, found["us"], parts, -(-rounds // per_sm) * wait, spilled, busy,
