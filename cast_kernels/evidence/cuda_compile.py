@@ -32,6 +32,8 @@ from cast_kernels.evidence.defects import shown_by
 
 #: An address that nothing reads, since launches are only kept.
 _SOMEWHERE = 1 << 20
+#: The level of a forward that no backward follows.
+_UNKEPT = 3
 
 
 class Told(NamedTuple):
@@ -50,24 +52,28 @@ def launched() -> dict[str, Launched]:
         RuntimeError: the CUDA kernels are not built.
     """
     with kept() as launches:
-        for arguments in _configurations():
-            _native.cuda().forward(**arguments)
+        for forward, backward in _configurations():
+            _native.cuda().forward(**forward)
+            if backward is not None:
+                _native.cuda().backward(**backward)
     found: dict[str, list[CudaLaunch]] = {}
     for launch in launches:
         found.setdefault(launch.kernel, []).append(launch)
     return {kernel: _together(own) for kernel, own in found.items()}
 
 
-def _configurations() -> Iterator[dict[str, Any]]:
-    """Arguments of a forward, one for each choice of types, bottleneck, heads and of what is kept."""
-    cuda, two = _native.cuda(), [_SOMEWHERE] * 2
+def _configurations() -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Arguments of a forward and of its backward, for each choice of types, bottleneck, heads and of what is kept."""
+    cuda, two, all_parameters = _native.cuda(), [_SOMEWHERE] * 2, [_SOMEWHERE] * 28
     for compute, wide, d, head, recompute in product(("bf16", "fp16"), range(3), (192, 384), (16, 32, 64), range(4)):
         streams, parameters = ("fp32" if wide == 2 else compute), ("fp32" if wide else compute)
         problem = cuda.Problem(6, 8, 196, 768, d, d // head, 0, 1, compute, streams, parameters, 1e-6)
-        yield {
-            "problem": problem, "x": two, "parameters": [_SOMEWHERE] * 28, "scale": two, "y": two,
-            "recompute": recompute, "saved": _SOMEWHERE, "scratch": _SOMEWHERE, "stream": 0,
+        both = {
+            "problem": problem, "x": two, "parameters": all_parameters, "scale": two, "recompute": recompute,
+            "saved": _SOMEWHERE, "scratch": _SOMEWHERE, "stream": 0,
         }  # fmt: skip
+        back = {"grad_y": two, "grad_x": two, "gradients": all_parameters, "multiprocessors": 132}
+        yield both | {"y": two}, None if recompute == _UNKEPT else both | back
 
 
 def _together(launches: Sequence[CudaLaunch]) -> Launched:
