@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cast_kernels import _native
+from cast_kernels.cuda.common import recorded
 from cast_kernels.problem import (
     AdapterProblem,
     BackendError,
@@ -67,6 +68,12 @@ def _triton() -> dict[str, Any]:
     return {"bcast": bcast, "ffn": ffn, "self_attention": self_attention, "adapter": adapter}
 
 
+def _cuda() -> dict[str, Any]:
+    from cast_kernels.cuda import bcast
+
+    return {"bcast": bcast}
+
+
 def _cpu() -> dict[str, Any]:
     from cast_kernels.cpu import adapter, bcast, ffn, self_attention
 
@@ -80,7 +87,12 @@ def _eager() -> dict[str, Any]:
 
 
 #: Backends in order of preference, and what imports their ops. "auto" takes the first that can run the problem.
-_LOADERS: dict[str, Callable[[], dict[str, Any]]] = {"triton": _triton, "cpu": _cpu, "eager": _eager}
+#: Triton comes before CUDA C++ until a GPU has said which is faster.
+_LOADERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "triton": _triton, "cuda": _cuda, "cpu": _cpu, "eager": _eager,
+}  # fmt: skip
+#: (backend, op that it has no kernels of) -> the backend whose kernels run in its place. `explain` says so.
+_LEFT_TO: dict[tuple[str, str], str] = {("cuda", op): "triton" for op in ("ffn", "self_attention", "adapter")}
 #: Their names, in order of preference.
 BACKENDS: tuple[str, ...] = tuple(_LOADERS)
 
@@ -91,7 +103,7 @@ def load(backend: str, op: str) -> Backend:
     Raises:
         ImportError: it does not import; a backend that lacks a package says so in `can_run` instead.
     """
-    return _LOADERS[backend]()[op]
+    return _LOADERS[_LEFT_TO.get((backend, op), backend)]()[op]
 
 
 def circumstances() -> tuple[Any, ...]:
@@ -99,7 +111,7 @@ def circumstances() -> tuple[Any, ...]:
 
     Whether Triton interprets is none of it: that is settled when its kernels are defined.
     """
-    return _native.CORE, _native.ISA_ERROR, emulating()
+    return _native.CORE, _native.ISA_ERROR, emulating(), recorded()
 
 
 def check_name(backend: str) -> str:
@@ -117,13 +129,16 @@ def can_run(backend: str, problem: AnyProblem) -> Verdict:
     """
     if check_name(backend) == "auto":
         raise ValueError(f"'auto' is a choice among backends, not one; ask for one of {', '.join(map(repr, BACKENDS))}")
-    return load(backend, _OPS[type(problem)]).can_run(problem)
+    op = _OPS[type(problem)]
+    verdict, other = load(backend, op).can_run(problem), _LEFT_TO.get((backend, op))
+    return verdict if other is None else Verdict(verdict.ok, f"left to {other}: {verdict.reason}")
 
 
 def select(backend: str, problem: AnyProblem) -> str:
     """The name of the backend that runs `problem`.
 
-    "auto" means the first of :data:`BACKENDS` that can. A named backend is taken or refused, never replaced.
+    "auto" means the first of :data:`BACKENDS` that can. A named backend is taken or refused, never replaced; an op that
+    it leaves to another has that one's name.
 
     Raises:
         ValueError: no such backend.
@@ -142,7 +157,7 @@ def select(backend: str, problem: AnyProblem) -> str:
             f"backend={backend!r} cannot run this problem: {verdict.reason}. "
             "Use backend='auto' to take the fastest one that can, or cast_kernels.explain(...) to see all of them."
         )
-    return backend
+    return _LEFT_TO.get((backend, _OPS[type(problem)]), backend)
 
 
 def explain(backend: str, problem: AnyProblem) -> str:

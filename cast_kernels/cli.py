@@ -153,26 +153,32 @@ def _predict_options(parser: ArgumentParser) -> None:
     from cast_kernels.evidence.cases import KINDS, STREAMS
     from cast_kernels.evidence.problems import PREDICTED
 
-    _add_choices(parser, "--device", PREDICTED, PREDICTED, "GPUs")
+    _add_choices(parser, "--device", PREDICTED, None, "GPUs (all)")
     parser.add_argument("--batch", nargs="+", type=_positive, default=[1, 6, 32], metavar="B", help="clips")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all of it as JSON")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also write a JSON a GPU and README.md here")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here for the next time")
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
     parser.add_argument(
-        "--recompute", choices=[level.value for level in Recompute], default="nothing",
-        help="what backward computes again; these GPUs take nothing",
+        "--recompute", choices=[level.value for level in Recompute],
+        help="what backward computes again (nothing, which these GPUs take)",
     )  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, help="dtypes (amp, which is what `cast train` runs)")
     parser.add_argument(
         "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"
     )
+    parser.add_argument(
+        "--cuda", action="store_true",
+        help="the CUDA C++ kernels by arithmetic instead, beside Triton's: compiles nothing, needs a checkout",
+    )  # fmt: skip
     _add_choices(
         parser, "--streams", STREAMS, None, "with --model: dtypes of the residual streams under autocast (all)"
     )
 
 
 def _predict(options: Namespace) -> int:
+    if options.cuda:
+        return _predict_cuda(options)
     if options.model and options.kind not in (None, "amp"):
         raise ValueError(f"predict --model is of autocast to bf16 alone; leave out --kind {options.kind}, or --model")
     if options.model and options.emulate:
@@ -181,15 +187,35 @@ def _predict(options: Namespace) -> int:
         raise ValueError("predict --streams is of the whole model's residual streams; add --model, or leave it out")
     from cast_kernels.evidence import predict, whole_model
     from cast_kernels.evidence.cases import STREAMS
+    from cast_kernels.evidence.problems import PREDICTED
 
+    devices = options.device or list(PREDICTED)
     if options.model:
         return whole_model.main(
-            options.device, options.batch, options.json, options.folder, options.cache, options.recompute,
-            options.streams or tuple(STREAMS),
+            devices, options.batch, options.json, options.folder, options.cache,
+            options.recompute or "nothing", options.streams or tuple(STREAMS),
         )  # fmt: skip
     return predict.main(
-        options.device, options.batch, options.json, options.folder, options.cache, options.emulate,
-        options.recompute, options.kind or "amp",
+        devices, options.batch, options.json, options.folder, options.cache, options.emulate,
+        options.recompute or "nothing", options.kind or "amp",
+    )  # fmt: skip
+
+
+def _predict_cuda(options: Namespace) -> int:
+    from cast_kernels.evidence.cuda_model import report
+
+    if options.model or options.emulate or options.streams or options.cache:
+        raise ValueError("predict --cuda compiles and counts nothing; leave out --model, --emulate, --streams, --cache")
+    if options.kind not in (None, *report.KINDS):
+        raise ValueError(f"predict --cuda is of {' and '.join(report.KINDS)}; --kind is {options.kind}")
+    if options.recompute == "all":
+        raise ValueError("predict --cuda is of cheap and nothing; --recompute is all")
+    if strange := [name for name in options.device or () if name not in report.DEVICES]:
+        raise ValueError(f"predict --cuda is of {' and '.join(report.DEVICES)}; --device has {strange[0]}")
+    return report.main(
+        options.device or report.DEVICES, options.batch, options.json, options.folder,
+        [options.recompute] if options.recompute else ["cheap", "nothing"],
+        [options.kind] if options.kind else list(report.KINDS),
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "cuda/bcast.h"
 
 namespace py = pybind11;
@@ -20,9 +22,17 @@ Number number(const std::string& name) {
 Problem make_problem(int batch, int frames, int patches, int dim, int bottleneck, int heads, int t2s_window,
                      int s2t_window, const std::string& compute, const std::string& streams,
                      const std::string& parameters, float eps) {
-  return {batch,           frames,          patches,         dim,
-          bottleneck,      heads,           {Window(t2s_window), Window(s2t_window)},
-          number(compute), number(streams), number(parameters), eps};
+  return {batch,
+          frames,
+          patches,
+          dim,
+          bottleneck,
+          heads,
+          {Window(t2s_window), Window(s2t_window)},
+          number(compute),
+          number(streams),
+          number(parameters),
+          eps};
 }
 
 void run_forward(const Problem& problem, const std::array<Address, 2>& x, const std::array<Address, 28>& parameters,
@@ -34,6 +44,19 @@ void run_forward(const Problem& problem, const std::array<Address, 2>& x, const 
   if (is_recorded()) return forward(call);  // the recorder is Python's
   const py::gil_scoped_release release;
   forward(call);
+}
+
+void run_backward(const Problem& problem, const std::array<Address, 2>& x, const std::array<Address, 28>& parameters,
+                  const std::array<Address, 2>& scale, const std::array<Address, 2>& grad_y, int recompute,
+                  Address saved, Address scratch, const std::array<Address, 2>& grad_x,
+                  const std::array<Address, 28>& gradients, int multiprocessors, Address stream) {
+  BackwardCall call{problem, {},      x,      scale, grad_y,          Recompute(recompute),
+                    saved,   scratch, grad_x, {},    multiprocessors, stream};
+  std::memcpy(&call.parameters, parameters.data(), sizeof(parameters));
+  std::memcpy(&call.gradients, gradients.data(), sizeof(gradients));
+  if (is_recorded()) return backward(call);
+  const py::gil_scoped_release release;
+  backward(call);
 }
 
 py::dict as_dict(const Launch& launch) {
@@ -63,8 +86,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("saved_bytes", [](const Problem& p, int recompute) { return saved_bytes(p, Recompute(recompute)); });
   m.def("forward_scratch_bytes",
         [](const Problem& p, int recompute) { return forward_scratch_bytes(p, Recompute(recompute)); });
-  m.def("forward", &run_forward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"), py::arg("y"),
-        py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("stream"));
+  m.def("forward", &run_forward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"),
+        py::arg("y"), py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("stream"));
+  m.def("backward_scratch_bytes", [](const Problem& p, int recompute, int multiprocessors) {
+    return backward_scratch_bytes(p, Recompute(recompute), multiprocessors);
+  });
+  m.def("backward", &run_backward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"),
+        py::arg("grad_y"), py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("grad_x"),
+        py::arg("gradients"), py::arg("multiprocessors"), py::arg("stream"));
   m.def("set_recorder", [](const py::object& recorder) {
     if (recorder.is_none()) return set_recorder({});
     set_recorder([recorder](const Launch& launch) { recorder(as_dict(launch)); });

@@ -162,7 +162,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] 
     "nothing": (lambda: spoiled(x=None), TypeError, "x is None; it must be a torch.Tensor$"),
     "devices": (lambda: spoiled(residual=torch.ones(3, 15, 48, device="meta")), ValueError, "cpu and meta"),
     "recompute": (lambda: spoiled(recompute="some"), ValueError, "'some'; allowed: 'auto', 'nothing', 'cheap', 'all'"),
-    "backend": (lambda: spoiled(backend="gpu"), ValueError, "allowed: 'auto', 'triton', 'cpu', 'eager'"),
+    "backend": (lambda: spoiled(backend="gpu"), ValueError, "allowed: 'auto', 'triton', 'cuda', 'cpu', 'eager'"),
     "scale": (lambda: spoiled(row_scale=torch.ones(4)), ValueError, r"row_scale has shape \(4,\).*\(3, 15\)"),
     "native": (lambda: spoiled(backend="cpu"), cast_kernels.BackendError, "no kernel of the adapter alone"),
     "device": (lambda: spoiled(backend="triton"), cast_kernels.BackendError, "on cpu; Triton kernels run on cuda"),

@@ -79,7 +79,7 @@ def test_parameters_of_another_kind_are_refused(spoil: object, message: str) -> 
         ({"directions": ("t2s", "t2s")}, "each once"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"bottleneck_dim": 1.5}, "must be an integer"),
-        ({"backend": "gpu"}, "allowed: 'auto', 'triton', 'cpu', 'eager'"),
+        ({"backend": "gpu"}, "allowed: 'auto', 'triton', 'cuda', 'cpu', 'eager'"),
     ],
 )
 def test_bad_constructions_say_what_is_allowed(arguments: dict[str, object], message: str) -> None:

@@ -296,7 +296,7 @@ BAD_CALLS = {
         lambda: (Case().x(), changed()),
         {"backend": "gpu"},
         ValueError,
-        "allowed: 'auto', 'triton', 'cpu', 'eager'",
+        "allowed: 'auto', 'triton', 'cuda', 'cpu', 'eager'",
     ),
     "qkv shape": (
         lambda: (Case().x(), changed(qkv_weight=torch.ones(40, 40))),

@@ -10,13 +10,13 @@ namespace cast::cuda {
 
 enum class Window { none = -1, time = 0, space = 1, space_time = 2 };
 
-// What backward computes again, as cast_kernels.problem.Recompute; `nothing_kept` where no backward follows.
-enum class Recompute { nothing = 0, cheap = 1, all = 2, nothing_kept = 3 };
+// What backward computes again, as cast_kernels.problem.Recompute; `unkept` where no backward follows.
+enum class Recompute { nothing = 0, cheap = 1, all = 2, unkept = 3 };
 
 struct Problem {
   int batch, frames, patches, dim, bottleneck, heads;
-  Window windows[2];           // of t2s, which the spatial stream asks, and of s2t
-  Number compute;              // of products
+  Window windows[2];  // of t2s, which the spatial stream asks, and of s2t
+  Number compute;  // of products
   Number streams, parameters;  // of x and y, and of all parameters: the compute type or fp32
   float eps;
 
@@ -41,14 +41,28 @@ struct ForwardCall {
   std::array<Address, 2> x, y, scale;  // spatial, temporal; y of a stream that receives nothing is not written
   Recompute recompute;
   Address saved, scratch;  // of saved_bytes and forward_scratch_bytes
-  Address stream;          // of the GPU
+  Address stream;  // of the GPU
+};
+
+struct BackwardCall {
+  Problem problem;
+  Parameters parameters;
+  std::array<Address, 2> x, scale, grad_y;  // grad_y of a stream that receives nothing is not read
+  Recompute recompute;
+  Address saved, scratch;
+  std::array<Address, 2> grad_x;  // 0 where it is not wanted
+  Parameters gradients;  // the same
+  int multiprocessors;  // of the GPU: into how many parts sums over rows are cut
+  Address stream;
 };
 
 // Bytes that forward keeps for backward.
 std::uint64_t saved_bytes(const Problem& problem, Recompute recompute);
-// Bytes that live as long as a forward.
+// Bytes that live as long as a call.
 std::uint64_t forward_scratch_bytes(const Problem& problem, Recompute recompute);
-// Make all launches of a forward.
+std::uint64_t backward_scratch_bytes(const Problem& problem, Recompute recompute, int multiprocessors);
+// Make all launches of a forward, or those of a backward that lead to a wanted gradient.
 void forward(const ForwardCall& call);
+void backward(const BackwardCall& call);
 
 }  // namespace cast::cuda

@@ -2,71 +2,16 @@
 //
 //     h = O Wo' + b, for CLS LayerNorm's output;  y = x + f (gelu(h) Wu' + b), f the factor of drop-path.
 //
+// For a backward that has not kept h it makes h alone.
+//
 // h is rounded before GELU, so that backward finds the same h whether it was kept or is computed again. The residual
 // goes through shared memory in place: a tile of x is copied in, the branch added, and the tile copied out as y.
 #include "bcast_arguments.h"
-#include "rows.cuh"
+#include "activation.cuh"
+#include "residual.cuh"
 
 namespace cast::cuda {
 namespace {
-
-CAST_DEVICE float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
-
-template <class T>
-CAST_DEVICE uint32_t gelu_pair(uint32_t packed) {
-  const float2 h = unpack<T>(packed);
-  return pack<T>(gelu(h.x), gelu(h.y));
-}
-
-// y = x + f (acc): x comes by tiles ahead of use, y leaves from the same place. One thread moves the tiles.
-template <class T, class X, int D>
-struct Residual {
-  static constexpr int COLUMNS = TILE_COLUMNS<X>;
-  static constexpr int AHEAD = TILES - 1;  // tiles of x under way; the last place is still on its way out
-
-  Consumer<T, T, D>& consumer;
-  const TensorMap *x, *y;
-  int row, columns;
-  int next = 0;  // tile to be added to
-
-  // After all threads are through with what lay in the tiles before.
-  CAST_DEVICE void begin() {
-    if (consumer.thread == 0)
-      for (int i = 0; i < AHEAD; ++i) load(i);
-  }
-
-  CAST_DEVICE void load(int i) {
-    if (i * COLUMNS >= columns) return;
-    uint64_t* barrier = &consumer.shared.residual[i % TILES];
-    mbarrier_expect(barrier, TILE_BYTES);
-    load_tile(consumer.shared.tiles[i % TILES], x, barrier, i * COLUMNS, row);
-  }
-
-  // `value(j, r)` is the branch's pair of eight columns j, row r of the next tile.
-  template <class Value>
-  CAST_DEVICE void add(Value value) {
-    const int at = next % TILES;
-    while (!mbarrier_try_wait(&consumer.shared.residual[at], next / TILES % 2)) {
-    }
-    const uint32_t tile = shared_address(consumer.shared.tiles[at]);
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float2 old = load_pair<X>(tile, consumer.place, j, r), branch = value(j, r);
-        store_pair(tile, consumer.place, j, r, as_pair<X>(old.x + branch.x, old.y + branch.y));
-      }
-    fence_proxy_async();
-    consumer.meet();
-    if (consumer.thread == 0) {
-      store_tile(y, consumer.shared.tiles[at], next * COLUMNS, row);
-      store_commit();
-      store_wait_read<1>();  // the tile before has left, and x may come there
-      load(next + AHEAD);
-    }
-    ++next;
-  }
-};
 
 template <class T, class X, int D>
 CAST_DEVICE void exchange(const ExchangeArguments& g) {
@@ -84,7 +29,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
     if (threadIdx.x == 0) {
       Producer<T> producer{shared};
       producer.narrow(&own.o, &own.proj, row, D, D / PRODUCT_COLUMNS);
-      producer.widen(&own.up, g.dim, D);
+      if (!g.only_h) producer.widen(&own.up, g.dim, D);
     }
     __syncwarp();
   } else {
@@ -122,8 +67,8 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
       if (consumer.thread == 0) store_wait_read<0>();
     }
     consumer.meet();  // O and h have left the tiles
-    Residual<T, X, D> residual{consumer, &own.x, &own.y, row, g.dim};
-    residual.begin();
+    Residual<Consumer<T, T, D>, X> residual{{consumer}, &own.x, &own.y, row, g.dim};
+    if (!g.only_h) residual.begin();
 #pragma unroll
     for (int i = 0; i < D / 4; ++i) gate[i] = gelu_pair<T>(gate[i]);
     float factor[2] = {1.f, 1.f};
@@ -135,7 +80,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
       }
     }
 #pragma unroll 1
-    for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
+    for (int column = 0; column < (g.only_h ? 0 : g.dim); column += PRODUCT_COLUMNS) {
       float acc[PRODUCT_COLUMNS / 2];
 #pragma unroll
       for (int j = 0; j < PRODUCT_COLUMNS / 8; ++j) {
@@ -161,10 +106,10 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
 
 }  // namespace
 
-#define CAST_EXCHANGE(NAME, T, X, D)                                                                 \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
-      NAME(const __grid_constant__ ExchangeArguments g) {                                            \
-    exchange<T, X, D>(g);                                                                            \
+#define CAST_EXCHANGE(NAME, T, X, D) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ExchangeArguments g) { \
+    exchange<T, X, D>(g); \
   }
 
 CAST_EXCHANGE(bcast_exchange_bf16_bf16_384, bf16, bf16, 384)

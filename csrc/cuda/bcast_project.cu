@@ -75,7 +75,21 @@ CAST_DEVICE void project_columns(Consumer<T, X, D>& consumer, const typename Con
   }
 }
 
+// Queries, keys and values from xhat.
 template <class T, class X, int D>
+CAST_DEVICE void project_roles(Consumer<T, X, D>& consumer, const typename Consumer<T, X, D>::Narrow& xhat,
+                               const ProjectedStream& own, int frames, int row) {
+  int at[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) at[r] = position(row + consumer.place.row + 8 * r, frames, own.tokens, own.q_steps);
+  project_columns(consumer, xhat, &own.q, own.q_table, own.q_columns, row, at);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) at[r] = position(row + consumer.place.row + 8 * r, frames, own.tokens, own.kv_steps);
+  project_columns(consumer, xhat, &own.kv, own.kv_table, own.kv_columns, row, at);
+}
+
+// AGAIN: xhat was kept.
+template <class T, class X, int D, bool AGAIN>
 CAST_DEVICE void project(const ProjectArguments& g) {
   extern __shared__ __align__(1024) unsigned char raw[];
   RowShared<X>& shared = *reinterpret_cast<RowShared<X>*>(raw);
@@ -90,7 +104,11 @@ CAST_DEVICE void project(const ProjectArguments& g) {
     lower_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       Producer<X> producer{shared};
-      producer.narrow(&own.x, &own.down, row, g.dim, D / PRODUCT_COLUMNS);
+      if constexpr (AGAIN) {
+        producer.give(&own.xhat, row, D);
+      } else {
+        producer.narrow(&own.x, &own.down, row, g.dim, D / PRODUCT_COLUMNS);
+      }
       producer.widen(&own.q_weight, own.q_columns, D);
       producer.widen(&own.kv_weight, own.kv_columns, D);
     }
@@ -99,28 +117,25 @@ CAST_DEVICE void project(const ProjectArguments& g) {
     raise_registers<CONSUMER_REGISTERS>();
     Consumer<T, X, D> consumer{shared};
     typename Consumer<T, X, D>::Narrow xhat;
-    const int mine = row + consumer.place.row;  // and the eighth after it
-    {
+    if constexpr (AGAIN) {
+      consumer.take(xhat);
+    } else {
       typename Consumer<T, X, D>::Wide z;
       consumer.begin_with(z, own.down_bias);
       consumer.narrow(z, g.dim);
       float rstd[2];
       normalise<T>(z, g.eps, xhat, rstd);
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (consumer.place.lane % 4 == 0 && mine + 8 * r < own.rows) own.rstd[mine + 8 * r] = rstd[r];
+      for (int r = 0; r < 2; ++r) {
+        const int at = row + consumer.place.row + 8 * r;
+        if (consumer.place.lane % 4 == 0 && at < own.rows) own.rstd[at] = rstd[r];
+      }
+#pragma unroll
+      for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
+        consumer.template put<T>(&own.xhat, part * TILE_COLUMNS<T>, row,
+                                 [&](int j, int r) { return xhat[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
     }
-#pragma unroll
-    for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
-      consumer.template put<T>(&own.xhat, part * TILE_COLUMNS<T>, row,
-                               [&](int j, int r) { return xhat[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
-    int at[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) at[r] = position(mine + 8 * r, g.frames, own.tokens, own.q_steps);
-    project_columns(consumer, xhat, &own.q, own.q_table, own.q_columns, row, at);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) at[r] = position(mine + 8 * r, g.frames, own.tokens, own.kv_steps);
-    project_columns(consumer, xhat, &own.kv, own.kv_table, own.kv_columns, row, at);
+    project_roles(consumer, xhat, own, g.frames, row);
     if (consumer.thread == 0) store_wait<0>();
   }
   cluster_sync();  // no CTA ends while another may still write into it or arrive at its barriers
@@ -128,19 +143,23 @@ CAST_DEVICE void project(const ProjectArguments& g) {
 
 }  // namespace
 
-#define CAST_PROJECT(NAME, T, X, D)                                                                  \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)           \
-      NAME(const __grid_constant__ ProjectArguments g) {                                             \
-    project<T, X, D>(g);                                                                             \
+#define CAST_PROJECT(NAME, T, X, D, AGAIN) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ProjectArguments g) { \
+    project<T, X, D, AGAIN>(g); \
   }
 
-CAST_PROJECT(bcast_project_bf16_bf16_384, bf16, bf16, 384)
-CAST_PROJECT(bcast_project_bf16_bf16_192, bf16, bf16, 192)
-CAST_PROJECT(bcast_project_bf16_fp32_384, bf16, float, 384)
-CAST_PROJECT(bcast_project_bf16_fp32_192, bf16, float, 192)
-CAST_PROJECT(bcast_project_fp16_fp16_384, fp16, fp16, 384)
-CAST_PROJECT(bcast_project_fp16_fp16_192, fp16, fp16, 192)
-CAST_PROJECT(bcast_project_fp16_fp32_384, fp16, float, 384)
-CAST_PROJECT(bcast_project_fp16_fp32_192, fp16, float, 192)
+CAST_PROJECT(bcast_project_bf16_bf16_384, bf16, bf16, 384, false)
+CAST_PROJECT(bcast_project_bf16_bf16_192, bf16, bf16, 192, false)
+CAST_PROJECT(bcast_project_bf16_fp32_384, bf16, float, 384, false)
+CAST_PROJECT(bcast_project_bf16_fp32_192, bf16, float, 192, false)
+CAST_PROJECT(bcast_project_fp16_fp16_384, fp16, fp16, 384, false)
+CAST_PROJECT(bcast_project_fp16_fp16_192, fp16, fp16, 192, false)
+CAST_PROJECT(bcast_project_fp16_fp32_384, fp16, float, 384, false)
+CAST_PROJECT(bcast_project_fp16_fp32_192, fp16, float, 192, false)
+CAST_PROJECT(bcast_project_again_bf16_384, bf16, bf16, 384, true)
+CAST_PROJECT(bcast_project_again_bf16_192, bf16, bf16, 192, true)
+CAST_PROJECT(bcast_project_again_fp16_384, fp16, fp16, 384, true)
+CAST_PROJECT(bcast_project_again_fp16_192, fp16, fp16, 192, true)
 
 }  // namespace cast::cuda

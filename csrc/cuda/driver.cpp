@@ -94,11 +94,10 @@ void encode(const Tiled& tiled, void* to, const std::string& kernel) {
   CUtensorMap map;
   const cuuint64_t sizes[2] = {tiled.columns, tiled.rows}, strides[1] = {tiled.columns * bytes_of(tiled.type)};
   const cuuint32_t box[2] = {tiled.box_columns, tiled.box_rows}, steps[2] = {1, 1};
-  driver().check(
-      driver().encode(&map, type_of(tiled.type), 2, reinterpret_cast<void*>(tiled.address), sizes, strides, box, steps,
-                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-      "a tensor map of " + kernel);
+  driver().check(driver().encode(&map, type_of(tiled.type), 2, reinterpret_cast<void*>(tiled.address), sizes, strides,
+                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                 "a tensor map of " + kernel);
   static_assert(sizeof(map) == sizeof(TensorMap), "the driver's tensor map");
   std::memcpy(to, &map, sizeof(map));
 }
@@ -111,9 +110,7 @@ Recorder& recorder() {
 
 }  // namespace
 
-const char* name_of(Number type) {
-  return type == Number::bf16 ? "bf16" : type == Number::fp16 ? "fp16" : "fp32";
-}
+const char* name_of(Number type) { return type == Number::bf16 ? "bf16" : type == Number::fp16 ? "fp16" : "fp32"; }
 
 void set_recorder(Recorder one) { recorder() = std::move(one); }
 bool is_recorded() { return static_cast<bool>(recorder()); }

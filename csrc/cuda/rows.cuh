@@ -34,13 +34,13 @@ struct alignas(1024) RowShared {
   unsigned char tiles[TILES][TILE_BYTES];  // rows that come in; afterwards results on their way out
   RingBarriers<WEIGHT_PLACES> weight_ring;
   RingBarriers<ROW_PLACES<In>> row_ring;
-  uint64_t residual[TILES];
+  uint64_t incoming[TILES];
 
   // By one thread, before the cluster meets.
   CAST_DEVICE void init() {
     weight_ring.init(CLUSTER);
     row_ring.init(CONSUMERS / 32);
-    for (uint64_t& barrier : residual) mbarrier_init(&barrier, 1);
+    for (uint64_t& barrier : incoming) mbarrier_init(&barrier, 1);
     fence_mbarrier_init();
   }
 };
@@ -60,10 +60,19 @@ struct Producer {
       unsigned char* to = shared.tiles[rows.place * PLACE_TILES<In>];
       mbarrier_expect(&shared.row_ring.full[rows.place], PLACE_TILES<In> * TILE_BYTES);
       load_tile(to, in, &shared.row_ring.full[rows.place], k, row);
-      if (sizeof(In) == 4)
-        load_tile(to + TILE_BYTES, in, &shared.row_ring.full[rows.place], k + TILE_COLUMNS<In>, row);
+      if (sizeof(In) == 4) load_tile(to + TILE_BYTES, in, &shared.row_ring.full[rows.place], k + TILE_COLUMNS<In>, row);
       rows.next();
       for (int chunk = 0; chunk < chunks; ++chunk) unit(weight, k, chunk * PRODUCT_COLUMNS);
+    }
+  }
+
+  // in [rows, channels], for `take`
+  CAST_DEVICE void give(const TensorMap* in, int row, int channels) {
+    for (int k = 0; k < channels; k += STEP) {
+      rows.wait_empty(shared.row_ring);
+      mbarrier_expect(&shared.row_ring.full[rows.place], TILE_BYTES);
+      load_tile(shared.tiles[rows.place], in, &shared.row_ring.full[rows.place], k, row);
+      rows.next();
     }
   }
 
@@ -127,8 +136,8 @@ struct Consumer {
     weights.next();
   }
 
-  // z += in W', K columns.
-  CAST_DEVICE void narrow(Wide& z, int columns) {
+  // z += in W', K columns. Rows of float32 are rounded, and go to `copy` as well where it is given.
+  CAST_DEVICE void narrow(Wide& z, int columns, const TensorMap* copy = nullptr, int row = 0) {
     for (int k = 0; k < columns; k += STEP) {
       rows.wait_full(shared.row_ring);
       const unsigned char* from = shared.tiles[rows.place * PLACE_TILES<In>];
@@ -137,7 +146,12 @@ struct Consumer {
         round_tile<T>(shared_address(rounded), shared_address(from), place);
         free_rows();
         fence_proxy_async();
-        meet();  // and every warp is through with the products of the step before the last, which read this tile
+        if (thread == 0) store_wait_read<0>();  // of the other tile, which is written next
+        meet();  // and every warp is through with the products of the step before, which read the other tile
+        if (copy != nullptr && thread == 0) {
+          store_tile(copy, rounded, k, row);
+          store_commit();
+        }
         from = rounded;
       }
       wait_units();
@@ -174,6 +188,16 @@ struct Consumer {
     for (int k = 0; k < D / STEP; ++k) unit(acc, a + 16 * k);
   }
 
+  // a = d channels of rows that come in.
+  CAST_DEVICE void take(Narrow& a) {
+#pragma unroll
+    for (int k = 0; k < D / STEP; ++k) {
+      rows.wait_full(shared.row_ring);
+      load_fragments(a + 16 * k, shared_address(shared.tiles[rows.place]), thread / 32, place);
+      free_rows();
+    }
+  }
+
   CAST_DEVICE void meet() { named_barrier(1, CONSUMERS); }
 
   // Store TILE_COLUMNS of accumulators as R, from `column` on. `value(j, r)` is the pair of
@@ -199,6 +223,30 @@ struct Consumer {
       store_commit();
     }
     tile = (tile + 1) % TILES;
+  }
+};
+
+// Tiles that come in after `narrow`, each asked for by thread 0 some steps ahead of its use, to the first SPAN places.
+template <class Consumer, int SPAN>
+struct Incoming {
+  Consumer& consumer;
+  int asked = 0, used = 0;
+
+  // By thread 0, once nothing else is read from or written to the place.
+  CAST_DEVICE void ask(const TensorMap* in, int column, int row) {
+    uint64_t* barrier = &consumer.shared.incoming[asked % SPAN];
+    mbarrier_expect(barrier, TILE_BYTES);
+    load_tile(consumer.shared.tiles[asked % SPAN], in, barrier, column, row);
+    ++asked;
+  }
+
+  // The next tile, as an address of shared memory.
+  CAST_DEVICE uint32_t wait() {
+    const int at = used % SPAN;
+    while (!mbarrier_try_wait(&consumer.shared.incoming[at], used / SPAN % 2)) {
+    }
+    ++used;
+    return shared_address(consumer.shared.tiles[at]);
   }
 };
 

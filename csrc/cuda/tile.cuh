@@ -63,6 +63,13 @@ CAST_DEVICE float sum_of_row(float part) {
   return part + __shfl_xor_sync(~0u, part, 2);
 }
 
+// The operand of wgmma, 64 columns of this thread's rows: four fragments.
+CAST_DEVICE void load_fragments(uint32_t* a, uint32_t tile, int warp, const Place& place) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    load_matrices(a + 4 * k, tile + swizzled(16 * warp + place.lane % 16, 2 * k + place.lane / 16));
+}
+
 // One tile of T from two of float32, rounded; each thread takes its own rows and columns.
 template <class T>
 CAST_DEVICE void round_tile(uint32_t to, uint32_t from, const Place& place) {

@@ -1,0 +1,130 @@
+"""What every op of backend `cuda` shares: whether its kernels run here, memory, and addresses of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_kernels import _native
+from cast_kernels.compiling import constant
+from cast_kernels.problem import Recompute, Verdict
+
+#: What products read; streams and parameters are of the same dtype or float32.
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
+#: Names of dtypes in csrc/cuda/launch.h.
+NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+#: Recompute in csrc/cuda/bcast.h; "" is where no backward will follow.
+RECOMPUTE_CODES: dict[str, int] = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Recompute.ALL: 2, "": 3}
+#: What the copies of the kernels take: addresses are multiples of it.
+ALIGNMENT = 16
+#: The GPU that the kernels are written for. Code of sm_90a runs on no other.
+CAPABILITY = (9, 0)
+#: Multiprocessors of an H100, where launches are recorded and no GPU is there.
+RECORDED_MULTIPROCESSORS = 132
+
+_HERE: AbstractContextManager[object] = nullcontext()
+
+
+def kernels() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is not built; the message says why and how to build it.
+    """
+    if _native.CUDA is None:
+        raise RuntimeError(_native.CUDA_REASON)
+    return _native.CUDA
+
+
+def recorded() -> bool:
+    """Whether launches go to a recorder in place of the driver: then the kernels take tensors on the CPU."""
+    return _native.CUDA is not None and bool(_native.CUDA.is_recorded())
+
+
+def verdict(device: str, gpu: int | None, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
+    """Whether the kernels run on tensors of this device and these dtypes, and the reason in words either way.
+
+    Args:
+        device: type of the tensors' device.
+        gpu: the number of their GPU, None for the current one.
+        dtype: of the streams.
+        compute: of dense products.
+    """
+    if _native.CUDA is None:
+        return Verdict(False, _native.CUDA_REASON)
+    if compute not in COMPUTE_DTYPES:
+        return Verdict(False, f"the compute dtype is {compute}; the kernels take {_listed(COMPUTE_DTYPES)}")
+    if dtype not in (compute, torch.float32):
+        return Verdict(
+            False, f"the streams are {dtype} and products {compute}; streams must be of that or {torch.float32}"
+        )
+    if device == "cuda":
+        return _on_gpu(gpu)
+    if device == "cpu" and recorded():
+        return Verdict(True, "launches are recorded; no GPU runs them")
+    return Verdict(False, f"the streams are on {device}; the CUDA kernels run on cuda")
+
+
+def _listed(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(map(str, dtypes))
+
+
+@constant
+def _on_gpu(gpu: int | None) -> Verdict:
+    version, reason = kernels().driver()
+    if reason:
+        return Verdict(False, reason)
+    if torch.version.hip is not None:
+        return Verdict(False, "PyTorch is built for AMD's GPUs; the kernels are for NVIDIA's sm_90")
+    found = torch.cuda.get_device_capability(gpu)
+    if found != CAPABILITY:
+        which = "the GPU" if gpu is None else f"cuda:{gpu}"
+        return Verdict(False, f"{which} is sm_{found[0]}{found[1]}; the kernels are for sm_90 alone")
+    return Verdict(True, f"CUDA C++ for sm_90, driver of CUDA {version // 1000}.{version % 1000 // 10}")
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU current: launches go there."""
+    return torch.cuda.device(x.device) if x.is_cuda else _HERE
+
+
+def stream(x: Tensor) -> int:
+    """Handle of the current stream of the tensor's GPU."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the tensor's GPU."""
+    return _multiprocessors(x.device.index) if x.is_cuda else RECORDED_MULTIPROCESSORS
+
+
+@lru_cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def memory(like: Tensor, size: int) -> Tensor:
+    """So many uninitialised bytes on the tensor's device."""
+    return like.new_empty(size, dtype=torch.uint8)
+
+
+def address(x: Any) -> int:
+    """Of a tensor, 0 of None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as kernels read it: contiguous, of the dtype, at an address that copies take; mostly it is."""
+    x = x.to(dtype).contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def dtype_of(tensors: Sequence[Tensor | None], compute: torch.dtype) -> torch.dtype:
+    """In which kernels read these tensors: the compute dtype if all are of it, else float32, which holds them all."""
+    return compute if all(x is None or x.dtype == compute for x in tensors) else torch.float32

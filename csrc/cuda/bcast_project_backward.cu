@@ -1,0 +1,156 @@
+// Kernel `project_backward`: back through the projections, LayerNorm and the down-projection.
+//
+//     a = (dn) gamma = dQ (Wq diag(gamma)) + dKV (Wkv diag(gamma)), for CLS dh gamma
+//     dz = rstd (a - mean(a) - xhat mean(a xhat));  dX = dz Wd + dY
+//
+// gamma lies in the weights already, as in `project`. The gradients of gamma, beta and the positions need no dn: they
+// follow from dQ' xhat and dKV' xhat, see `finish`. xhat passes twice: beside a there is no room for a row of it.
+#include "bcast_arguments.h"
+#include "residual.cuh"
+
+namespace cast::cuda {
+namespace {
+
+template <class T, class X, int D>
+CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  RowShared<T>& shared = *reinterpret_cast<RowShared<T>*>(raw);
+  const bool temporal = blockIdx.x >= g.streams[0].ctas;
+  const ProjectedBackStream& own = g.streams[temporal];
+  const int row = (blockIdx.x - (temporal ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) shared.init();
+  __syncwarp();
+  cluster_sync();
+  if (group == 0) {
+    lower_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) {
+      Producer<T> producer{shared};
+      producer.narrow(&own.grad_q, &own.q_weight, row, own.q_channels, D / PRODUCT_COLUMNS);
+      producer.narrow(&own.grad_kv, &own.kv_weight, row, own.kv_channels, D / PRODUCT_COLUMNS);
+      if (g.want_x) producer.widen(&own.down, g.dim, D);
+    }
+    __syncwarp();
+  } else {
+    raise_registers<CONSUMER_REGISTERS>();
+    using Rows = Consumer<T, T, D>;
+    constexpr int PARTS = D / TILE_COLUMNS<T>, PASSES = 2;
+    Rows consumer{shared};
+    const Place& place = consumer.place;
+    typename Rows::Narrow dz;
+    Incoming<Rows, TILES> xhat{consumer};
+    {
+      typename Rows::Wide a;
+      for (auto& chunk : a) clear(chunk);
+      consumer.narrow(a, own.q_channels);
+      consumer.narrow(a, own.kv_channels);
+      consumer.meet();  // the tiles are free
+      if (consumer.thread == 0)
+        for (int i = 0; i < TILES; ++i) xhat.ask(&own.xhat, i % PARTS * TILE_COLUMNS<T>, row);
+      float rstd[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = row + place.row + 8 * r;
+        rstd[r] = own.rstd[min(at, own.rows - 1)];
+        if (own.tokens.cls == 0 || own.dh == nullptr || at >= own.rows || at % own.tokens.frame_rows != 0) continue;
+        const uint32_t* dh = static_cast<const uint32_t*>(own.dh) + int64_t(at) * (D / 2);
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+          const int column = 8 * j + place.column;
+          const float2 v = unpack<T>(dh[column / 2]), gamma = *reinterpret_cast<const float2*>(own.norm + column);
+          float* to = a[j / (PRODUCT_COLUMNS / 8)] + j % (PRODUCT_COLUMNS / 8) * 4 + 2 * r;
+          to[0] = v.x * gamma.x;
+          to[1] = v.y * gamma.y;
+        }
+      }
+      float mean[2] = {}, along[2] = {};  // of a, and of a xhat
+#pragma unroll
+      for (int pass = 0; pass < PASSES; ++pass) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+          const uint32_t tile = xhat.wait();
+#pragma unroll
+          for (int j = 0; j < TILE_COLUMNS<T> / 8; ++j)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const int i = part * TILE_COLUMNS<T> / 4 + 2 * j + r;
+              float* v = a[i / 48] + 2 * (i % 48);
+              const float2 x = load_pair<T>(tile, place, j, r);
+              if (pass == 0) {
+                mean[r] += v[0] + v[1];
+                along[r] = fmaf(v[0], x.x, fmaf(v[1], x.y, along[r]));
+              } else {
+                v[0] = rstd[r] * fmaf(-x.x, along[r], v[0] - mean[r]);
+                v[1] = rstd[r] * fmaf(-x.y, along[r], v[1] - mean[r]);
+              }
+            }
+          consumer.meet();  // all have read the tile
+          if (consumer.thread == 0 && xhat.asked < PASSES * PARTS)
+            xhat.ask(&own.xhat, xhat.asked % PARTS * TILE_COLUMNS<T>, row);
+        }
+        if (pass == 0)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            mean[r] = sum_of_row(mean[r]) * (1.f / D);
+            along[r] = sum_of_row(along[r]) * (1.f / D);
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < D / 4; ++i) dz[i] = pack<T>(a[i / 48][2 * (i % 48)], a[i / 48][2 * (i % 48) + 1]);
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+      consumer.template put<T>(&own.dz, part * TILE_COLUMNS<T>, row,
+                               [&](int j, int r) { return dz[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+    if (g.want_x) {
+      if (consumer.thread == 0) store_wait_read<0>();
+      consumer.meet();
+      Residual<Rows, X> residual{xhat, &own.grad_y, &own.grad_x, row, g.dim};
+      if (own.received) residual.begin();
+#pragma unroll 1
+      for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
+        float acc[PRODUCT_COLUMNS / 2];
+        clear(acc);
+        consumer.widen(acc, dz);
+#pragma unroll
+        for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<X>; ++part) {
+          const int at = column + part * TILE_COLUMNS<X>;
+          if (at >= g.dim) break;
+          const float* values = acc + part * TILE_COLUMNS<X> / 2;
+          if (own.received) {
+            residual.add([&](int j, int r) {
+              const float* v = values + 4 * j + 2 * r;
+              return make_float2(v[0], v[1]);
+            });
+          } else {
+            consumer.template put<X>(&own.grad_x, at, row, [&](int j, int r) {
+              const float* v = values + 4 * j + 2 * r;
+              return as_pair<X>(v[0], v[1]);
+            });
+          }
+        }
+      }
+    }
+    if (consumer.thread == 0) store_wait<0>();
+  }
+  cluster_sync();  // no CTA ends while another may still write into it or arrive at its barriers
+}
+
+}  // namespace
+
+#define CAST_PROJECT_BACKWARD(NAME, T, X, D) \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) \
+      NAME(const __grid_constant__ ProjectBackwardArguments g) { \
+    project_backward<T, X, D>(g); \
+  }
+
+CAST_PROJECT_BACKWARD(bcast_project_backward_bf16_bf16_384, bf16, bf16, 384)
+CAST_PROJECT_BACKWARD(bcast_project_backward_bf16_bf16_192, bf16, bf16, 192)
+CAST_PROJECT_BACKWARD(bcast_project_backward_bf16_fp32_384, bf16, float, 384)
+CAST_PROJECT_BACKWARD(bcast_project_backward_bf16_fp32_192, bf16, float, 192)
+CAST_PROJECT_BACKWARD(bcast_project_backward_fp16_fp16_384, fp16, fp16, 384)
+CAST_PROJECT_BACKWARD(bcast_project_backward_fp16_fp16_192, fp16, fp16, 192)
+CAST_PROJECT_BACKWARD(bcast_project_backward_fp16_fp32_384, fp16, float, 384)
+CAST_PROJECT_BACKWARD(bcast_project_backward_fp16_fp32_192, fp16, float, 192)
+
+}  // namespace cast::cuda
