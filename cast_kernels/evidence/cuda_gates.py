@@ -15,7 +15,18 @@ from ptx_emulator.targets import target
 #: What the kernels are compiled for.
 TARGET = target("sm_90")
 #: Module -> CTAs that an SM must hold at once: two of a row kernel hide each other's epilogues.
-DESIGNED = {"bcast_prepare": 1, "bcast_project": 2, "bcast_attention": 4, "bcast_exchange": 2}
+DESIGNED = {
+    "bcast_prepare": 1,
+    "bcast_project": 2,
+    "bcast_attention": 4,
+    "bcast_exchange": 2,
+    "bcast_exchange_backward": 2,
+    "bcast_attention_backward": 3,
+    "bcast_project_backward": 2,
+    "bcast_position_sums": 1,
+    "bcast_weight_gradient": 1,
+    "bcast_finish": 1,
+}
 #: Of a build on two cores at rest: not more than its processor time.
 MOST_SECONDS = 240
 MOST_BYTES = 8_000_000
