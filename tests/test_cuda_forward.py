@@ -19,8 +19,8 @@ PROBLEMS: dict[str, tuple[Case, str, str | None, str]] = {
     "bf16": (replace(ODD, scaled=True), "bf16", None, "late"),
     "fp16": (ODD, "fp16", "nothing", "early"),
     "autocast": (replace(TINY, scaled=True, dim=72), "amp", "cheap", "early"),
-    "autocast, bf16 streams": (replace(TINY, patches=11), "amp16", "all", "late"),
-    "autocast to fp16": (replace(TINY, frames=2), "amp_fp16", None, "late"),
+    "autocast, bf16 streams": (replace(TINY, patches=11, directions=("s2t",)), "amp16", "all", "late"),
+    "autocast to fp16": (replace(TINY, directions=("t2s",)), "amp_fp16", None, "late"),
     "space, time": (replace(TINY, windows=("space", "time"), batch=2), "bf16", None, "early"),
     "space-time": (replace(TINY, windows=("space-time", "space-time")), "bf16", None, "late"),
     "space-time, space": (replace(TINY, windows=("space-time", "space"), positions=False), "fp16", None, "early"),
@@ -29,7 +29,7 @@ PROBLEMS: dict[str, tuple[Case, str, str | None, str]] = {
     "heads of 16": (replace(TINY, heads=12), "bf16", None, "late"),
     "heads of 64": (replace(TINY, heads=3), "fp16", None, "early"),
     "d 384": (replace(TINY, bottleneck=384, heads=12), "bf16", None, "early"),
-    "d 384, autocast": (replace(TINY, bottleneck=384, heads=6, dim=72), "amp", "nothing", "late"),
+    "d 384, autocast": (replace(TINY, bottleneck=384, heads=6, directions=("t2s",)), "amp", "nothing", "late"),
     "long windows": (replace(TINY, patches=70, frames=2), "bf16", None, "late"),
 }
 #: Every kernel runs more than once round each of its rings.
@@ -70,10 +70,11 @@ def words(made: Call) -> list[torch.Tensor]:
     return [made.y[0].view(torch.uint8), made.y[1].view(torch.uint8), made.saved]
 
 
-def test_bits_are_the_same_in_every_run_and_under_every_schedule() -> None:
+def test_bits_are_the_same_under_every_schedule() -> None:
+    """Within one schedule the emulator repeats itself, so that a second run of it would show nothing."""
     case = replace(TINY, scaled=True, frames=2)
     runs = []
-    for options in ({}, {}, {"landing": "early"}, {"landing": "random", "seed": 1}):
+    for options in ({}, {"landing": "early"}, {"landing": "random", "seed": 1}):
         made = call(case, "amp", "nothing")
         with emulated(**options):  # type: ignore[arg-type]
             made.forward()
@@ -83,26 +84,16 @@ def test_bits_are_the_same_in_every_run_and_under_every_schedule() -> None:
     assert not any(y.isnan().any() for y in made.y)
 
 
-def test_a_clip_of_nan_does_not_spoil_its_neighbours() -> None:
-    """Its rows share tiles with theirs."""
-    case = replace(TINY, batch=3, frames=2)
-    good, bad = call(case), call(case)
-    for stream in bad.x:
+def test_a_clips_bits_depend_on_no_other_clip() -> None:
+    """Neither on their number nor on one of NaN, whose rows share tiles with theirs."""
+    alone, bad = (call(replace(TINY, batch=batch, frames=2)) for batch in (1, 3))
+    for one, stream in zip(alone.x, bad.x, strict=True):
         stream[1] = float("nan")
-    for made in (good, bad):
+        one.copy_(stream[2:])
+    for made in (alone, bad):
         with emulated():
             made.forward()
-    for ours, spoilt in zip(good.y, bad.y, strict=True):
-        assert torch.equal(ours[[0, 2]], spoilt[[0, 2]])
+    for one, spoilt in zip(alone.y, bad.y, strict=True):
+        assert torch.equal(one, spoilt[2:])
         assert spoilt[1].isnan().all()
-
-
-def test_a_clips_bits_do_not_depend_on_the_batch() -> None:
-    both, alone = (call(replace(TINY, batch=batch, frames=2)) for batch in (2, 1))
-    for stream, one in zip(both.x, alone.x, strict=True):
-        one.copy_(stream[1:])
-    for made in (both, alone):
-        with emulated():
-            made.forward()
-    for many, one in zip(both.y, alone.y, strict=True):
-        assert torch.equal(many[1:], one)
+        assert not spoilt[0].isnan().any()

@@ -78,13 +78,22 @@ def test_a_file_has_what_a_record_seldom_says(tmp_path: Path) -> None:
     tile = Tiled(Pointer("x", 16), "bf16", (8, 4, 2), (32, 128), (4, 2, 1), 64, "nan")
     given = (tile, Struct(bytes(range(200)), {8: tile, 0: Pointer("x", 4)}), b"\x00\xff", -3, 1.5, Pointer("x"))
     buffers = {"x": np.arange(64, dtype=np.float32).reshape(8, 8), "empty": np.zeros(0, np.uint16)}
-    record = Record("text\n\u03b1", "k", (2, 3, 4), (64, 1, 1), given, buffers, 4096, (2, 1, 1), "sm_80")
+    record = Record("text\n\u03b1", "k", (2, 3, 4), (64, 1, 1), given, buffers, 4096, (2, 1, 1), "sm_80", {"x": 8})
     save(record, tmp_path / "launch.npz")
     loaded = load(tmp_path / "launch.npz")
     assert {**vars(loaded), "buffers": 0} == {**vars(record), "buffers": 0}
     for name, array in buffers.items():
         assert (loaded.buffers[name].shape, loaded.buffers[name].dtype) == (array.shape, array.dtype)
         assert (loaded.buffers[name] == array).all()
+
+
+def test_a_buffer_lies_where_its_memory_lay() -> None:
+    """Words of four bytes need no multiple of 16, but one of four."""
+    record = replace(adding(), offsets={"x": 12})
+    assert not run(record).faults
+    assert (record.buffers["y"] == np.arange(2, 34) + 7).all()
+    with pytest.raises(ptx_emulator.Misaligned, match="no multiple of 4"):
+        run(replace(record, offsets={"x": 14}))
 
 
 def test_what_is_no_record(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from cast_kernels.evidence.defects import shown_by
 
 #: An address that nothing reads, since launches are only kept.
 _SOMEWHERE = 1 << 20
-#: The level of a forward that no backward follows.
-_UNKEPT = 3
+#: Of `Recompute` in csrc/cuda/bcast.h.
+_NO_BACKWARD = 3
 
 
 class Told(NamedTuple):
@@ -52,28 +52,31 @@ def launched() -> dict[str, Launched]:
         RuntimeError: the CUDA kernels are not built.
     """
     with kept() as launches:
-        for forward, backward in _configurations():
-            _native.cuda().forward(**forward)
-            if backward is not None:
-                _native.cuda().backward(**backward)
+        for problem, recompute in _configurations():
+            _call(problem, recompute)
     found: dict[str, list[CudaLaunch]] = {}
     for launch in launches:
         found.setdefault(launch.kernel, []).append(launch)
     return {kernel: _together(own) for kernel, own in found.items()}
 
 
-def _configurations() -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Arguments of a forward and of its backward, for each choice of types, bottleneck, heads and of what is kept."""
-    cuda, two, all_parameters = _native.cuda(), [_SOMEWHERE] * 2, [_SOMEWHERE] * 28
-    for compute, wide, d, head, recompute in product(("bf16", "fp16"), range(3), (192, 384), (16, 32, 64), range(4)):
+def _configurations() -> Iterator[tuple[Any, int]]:
+    """A problem for each choice of types, bottleneck and heads, with each number of `Recompute`."""
+    for compute, wide, d, head in product(("bf16", "fp16"), range(3), (192, 384), (16, 32, 64)):
         streams, parameters = ("fp32" if wide == 2 else compute), ("fp32" if wide else compute)
-        problem = cuda.Problem(6, 8, 196, 768, d, d // head, 0, 1, compute, streams, parameters, 1e-6)
-        both = {
-            "problem": problem, "x": two, "parameters": all_parameters, "scale": two, "recompute": recompute,
-            "saved": _SOMEWHERE, "scratch": _SOMEWHERE, "stream": 0,
-        }  # fmt: skip
-        back = {"grad_y": two, "grad_x": two, "gradients": all_parameters, "multiprocessors": 132}
-        yield both | {"y": two}, None if recompute == _UNKEPT else both | back
+        sizes = (6, 8, 196, 768, d, d // head, 0, 1)
+        for recompute in range(4):
+            yield _native.cuda().Problem(*sizes, compute, streams, parameters, 1e-6), recompute
+
+
+def _call(problem: Any, recompute: int) -> None:
+    """A forward, and the backward that may follow."""
+    cuda, two, all_parameters = _native.cuda(), [_SOMEWHERE] * 2, [_SOMEWHERE] * 28
+    memory = {"recompute": recompute, "saved": _SOMEWHERE, "scratch": _SOMEWHERE, "stream": 0}
+    given = {"problem": problem, "x": two, "parameters": all_parameters, "scale": two, **memory}
+    cuda.forward(**given, y=two)
+    if recompute < _NO_BACKWARD:
+        cuda.backward(**given, grad_y=two, grad_x=two, gradients=all_parameters, multiprocessors=TARGET.processors)
 
 
 def _together(launches: Sequence[CudaLaunch]) -> Launched:
