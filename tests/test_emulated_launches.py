@@ -13,7 +13,7 @@ from ptx_emulator.targets import target
 from ptx_emulator.triton.checker import Checker
 from ptx_emulator.triton.driver import Argument, Launch, offline_driver
 from ptx_emulator.triton.launcher import EmulationFault, Emulator, memory_of, place, spans
-from triton_kernels import EMULATED, product, reverse_kernel, scale, scale_kernel
+from triton_kernels import EMULATED, product, reverse_kernel, scale, scale_kernel, strayed_kernel
 
 from cast_kernels import evidence
 from cast_kernels.evidence import mutants as planting
@@ -104,6 +104,19 @@ def test_views_with_gaps_are_read_and_written_in_place() -> None:
     assert torch.equal(out[60:160], whole[50:150] * 2)
     assert (out[:60] == -1).all()
     assert (out[160:] == -1).all()
+
+
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_an_access_that_strays_meets_the_same_wherever_the_tensors_lie(rows: tuple[int, ...]) -> None:
+    """Nothing between the first and the second argument, the third 9216 bytes behind the first."""
+    block = torch.zeros(3, 128)
+    x, y, z = (block[row] for row in rows)
+    z.copy_(torch.arange(128.0))
+    with offline_driver(target("sm_80"), Emulator()):
+        strayed_kernel[(1,)](x, y, z, 2304, BLOCK=128)
+        assert torch.equal(y, z)
+        with pytest.raises(EmulationFault, match=r"at 0x1000010a0 .*\(byte -608 of 'y', which has 512\)"):
+            strayed_kernel[(1,)](x, y, z, 1000, BLOCK=128)
 
 
 @pytest.mark.parametrize(("n", "grid"), [(301, 3), (300, 4)])
