@@ -105,7 +105,7 @@ def test_options(request, ended):
         "--ptx-all-configs",
         "--ptx-lane-order",
     )
-    ran = run(pytester, monkeypatch, code, *words)
+    ran = run(pytester, monkeypatch, code, *words, "--ptx-all-configs", "--ptx-lane-order")
     ran.assert_outcomes(passed=1, errors=1)
     ran.stdout.fnmatch_lines([
         "*ERROR at teardown of test_options*",

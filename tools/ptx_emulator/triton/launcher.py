@@ -206,8 +206,8 @@ def place(memory: ptx_emulator.Memory, arguments: tuple[Argument, ...]) -> list[
     """Register the tensors' memory with the emulator -> the arguments' values, addresses for tensors.
 
     Tensors lie one behind the other in the order of the arguments, so that an access that strays meets the same one in
-    every process, wherever the process has its memory. A tensor lies as far behind a multiple of 256 as behind the start of its storage, since CUDA's allocators hand out
-    blocks that begin at such multiples.
+    every process, wherever the process has its memory. A tensor lies as far behind a multiple of 256 as behind the
+    start of its storage, since CUDA's allocators hand out blocks that begin at such multiples.
 
     Raises:
         ValueError: CUDA's driver would refuse the tensor map of a descriptor.
