@@ -95,16 +95,7 @@ def test_options(request, ended):
     assert (checker.lane_order, checker.engine) == (True, "interpreter")
     tuned[(1,)](torch.ones(64), torch.zeros(64), 64, OFF=0)
 """
-    words = (
-        "--ptx-target",
-        "sm_80",
-        "--ptx-landing",
-        "random",
-        "--ptx-seed",
-        "5",
-        "--ptx-all-configs",
-        "--ptx-lane-order",
-    )
+    words = ("--ptx-target", "sm_80", "--ptx-landing", "random", "--ptx-seed", "5")
     ran = run(pytester, monkeypatch, code, *words, "--ptx-all-configs", "--ptx-lane-order")
     ran.assert_outcomes(passed=1, errors=1)
     ran.stdout.fnmatch_lines([
