@@ -9,14 +9,13 @@ import os
 import subprocess
 
 import pytest
-from interpreter_process import FOLDER, start_compiling, start_interpreted
+from interpreter_process import FOLDER, start_interpreted
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A process a core: threads of its own would only wait for each other's.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _PROCESS = pytest.StashKey[subprocess.Popen[str]]()
-_COMPILING = pytest.StashKey[subprocess.Popen[str]]()
 
 #: Files of a minute or more, longest first: begun last, one of them would run alone at the end.
 LONGEST = ("test_triton_interpreter", "test_emulated_training", "test_emulated_launches", "test_demo_run")
@@ -39,14 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the interpreter's tests if the one that waits for them is to run in this very process, and the compiler for
-    those that launch every kernel."""
-    if session.config.option.collectonly or "PYTEST_XDIST_WORKER" in os.environ:
-        return
-    if any(item.name == "test_kernels_in_the_interpreter" for item in session.items):
+    """Start the interpreter's tests if the one that waits for them is to run in this very process."""
+    wanted = any(item.name == "test_kernels_in_the_interpreter" for item in session.items)
+    if wanted and not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
         session.config.stash[_PROCESS] = start_interpreted(str(FOLDER))
-    if {"test_emulate", "test_emulated_training"} <= {item.path.stem for item in session.items}:
-        session.config.stash[_COMPILING] = start_compiling()
 
 
 @pytest.fixture
@@ -60,7 +55,6 @@ def interpreted(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """An interrupted run leaves no process behind."""
-    for key in (_PROCESS, _COMPILING):
-        process = session.config.stash.get(key, None)
-        if process is not None and process.poll() is None:
-            process.kill()
+    process = session.config.stash.get(_PROCESS, None)
+    if process is not None and process.poll() is None:
+        process.kill()

@@ -1,5 +1,4 @@
-"""Processes beside the tests: one in which Triton interprets its kernels, since that is chosen once, when triton is
-imported; and one that compiles for later tests."""
+"""The process in which Triton interprets its kernels: the choice is made when triton is imported, once a process."""
 
 from __future__ import annotations
 
@@ -20,12 +19,3 @@ def start_interpreted(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environment, cwd=FOLDER.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def start_compiling() -> subprocess.Popen[str]:
-    """`compiled_ahead.py` in the background, on one thread; what it says is said by the tests too."""
-    root = FOLDER.parent.parent
-    paths = os.pathsep.join([str(root), str(root / "tools"), str(FOLDER.parent)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER.parent / "compiled_ahead.py")]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
