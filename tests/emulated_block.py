@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 from cast_models import randomise
 from heavy import circumstances
+from kernel_cache import offline
 from ptx_emulator.targets import EMULATED, target
-from ptx_emulator.triton.driver import offline_driver
 from ptx_emulator.triton.launcher import EmulationFault, Emulator, KernelRuns
 from torch import Tensor
 
@@ -121,7 +121,7 @@ def emulated_step(
         theirs = train_step(eager, config, batch, kind.autocast)
         begin = time.perf_counter()
         try:
-            with offline_driver(target(name), emulator), poisoned_memory():
+            with offline(target(name), emulator), poisoned_memory():
                 errors = compare(train_step(block, config, batch, kind.autocast), theirs, truth)
         except EmulationFault as error:
             fault = str(error)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import test_ptx_cuda
 import torch
+from kernel_cache import offline
 from ptx_emulator.core.formats import bf16_to_f32, f32_to_bf16
 from ptx_emulator.cuda import Given, Pointer, Record, Tiled
 from ptx_emulator.mutants import Subject
 from ptx_emulator.targets import target
-from ptx_emulator.triton.driver import Argument, Launch, offline_driver
+from ptx_emulator.triton.driver import Argument, Launch
 from ptx_emulator.triton.launcher import Emulator, Span, memory_of, spans
 
 from cast_kernels.evidence.cases import Case, poisoned_memory, run
@@ -122,7 +123,7 @@ def _record(launch: Launch) -> Record:
 def forward(goal: str) -> dict[str, Subject]:
     """The kernels of B-CAST's forward as the library launches them, in bf16, by name."""
     emulator = Recording()
-    with offline_driver(target(goal), emulator), poisoned_memory():
+    with offline(target(goal), emulator), poisoned_memory():
         run(Case(1, 2, 5, 96, 32, 2, backward=False), "triton", torch.bfloat16)
     return emulator.subjects
 

@@ -92,10 +92,11 @@ def ended():
 def test_options(request, ended):
     checker = request.config.pluginmanager.get_plugin("ptx_emulator_suite").checker
     assert (checker.target.name, checker.landing, checker.seed, checker.all_configs) == ("sm_80", "random", 5, True)
+    assert (checker.lane_order, checker.engine) == (True, "interpreter")
     tuned[(1,)](torch.ones(64), torch.zeros(64), 64, OFF=0)
 """
-    words = ("--ptx-target", "sm_80", "--ptx-landing", "random", "--ptx-seed", "5", "--ptx-all-configs")
-    ran = run(pytester, monkeypatch, code, *words)
+    words = ("--ptx-target", "sm_80", "--ptx-landing", "random", "--ptx-seed", "5")
+    ran = run(pytester, monkeypatch, code, *words, "--ptx-all-configs", "--ptx-lane-order")
     ran.assert_outcomes(passed=1, errors=1)
     ran.stdout.fnmatch_lines([
         "*ERROR at teardown of test_options*",

@@ -9,6 +9,7 @@ from pathlib import Path
 import engines
 import pytest
 import torch
+from kernel_cache import KERNELS
 from ptx_emulator.targets import EMULATED, target
 from ptx_emulator.triton.driver import Launch
 from ptx_emulator.triton.launcher import Emulator
@@ -27,19 +28,14 @@ TARGETS = EMULATED
 SMALL = SIZES["small"][0]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton")
-
-
 def table(outcome: Outcome) -> str:
     lines = [f"{'ok  ' if e.ok else 'FAIL'} {e.name} {e.rms:.2e} (eager {e.eager_rms:.2e})" for e in outcome.errors]
     return "\n".join([outcome.fault, *lines])
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> None:
-    outcome = emulate(target(name), SMALL, "bf16", cache)
+def test_forward_and_backward_run_from_compiled_code(name: str) -> None:
+    outcome = emulate(target(name), SMALL, "bf16", KERNELS)
     assert outcome.ok, table(outcome)
     assert len(outcome.errors) > 30
     assert {
@@ -54,8 +50,8 @@ def test_forward_and_backward_run_from_compiled_code(name: str, cache: Path) -> 
 
 @pytest.mark.skipif(not engines.built(), reason="the vector machine is not built")
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_native_engine_runs_all_of_it_alike(name: str, cache: Path) -> None:
-    definition, native = (emulate(target(name), SMALL, "bf16", cache, engine=engine) for engine in ENGINES)
+def test_the_native_engine_runs_all_of_it_alike(name: str) -> None:
+    definition, native = (emulate(target(name), SMALL, "bf16", KERNELS, engine=engine) for engine in ENGINES)
     assert (definition.engine, native.engine) == ("interpreter", "native")
     assert native.errors == definition.errors, table(native)
     assert native.kernels.keys() == definition.kernels.keys()
@@ -64,20 +60,20 @@ def test_the_native_engine_runs_all_of_it_alike(name: str, cache: Path) -> None:
         assert dict(runs.interpreted) == {}, kernel
 
 
-def test_a_block_without_any_key_of_a_row(cache: Path) -> None:
+def test_a_block_without_any_key_of_a_row() -> None:
     """Its scores are the mask; a fused multiply-add must leave nothing of its product's rounding to exp2."""
-    outcome = emulate(target("sm_80"), replace(SIZES["small"][4], backward=False), "bf16", cache)
+    outcome = emulate(target("sm_80"), replace(SIZES["small"][4], backward=False), "bf16", KERNELS)
     assert outcome.case.bottleneck // outcome.case.heads == 16  # its factor rounds up, that of 32 channels down
     assert outcome.ok, table(outcome)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "amp"])
-def test_tiles_for_many_rows_run_from_compiled_code_too(kind: str, cache: Path) -> None:
+def test_tiles_for_many_rows_run_from_compiled_code_too(kind: str) -> None:
     """The other tests' few rows take sm_90's tiles for few; float32 streams have one of their own for many."""
     known = tiles.find_set("sm_90", 16, SMALL.bottleneck)
     assert known.few_rows > 0
     with tiles.trying("sm_90", 16, SMALL.bottleneck, replace(known, few={})):
-        outcome = emulate(target("sm_90"), replace(SMALL, backward=False), kind, cache)
+        outcome = emulate(target("sm_90"), replace(SMALL, backward=False), kind, KERNELS)
     assert outcome.ok, table(outcome)
 
 
@@ -85,12 +81,12 @@ def test_tiles_for_many_rows_run_from_compiled_code_too(kind: str, cache: Path) 
 @pytest.mark.parametrize("dtype", [kind for kind in KINDS if kind != "amp16"])
 @pytest.mark.parametrize("case", [*SIZES["small"], *SIZES["paper"]], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_problem(name: str, case: Case, dtype: str, cache: Path) -> None:
-    outcome = emulate(target(name), case, dtype, cache)
+def test_every_problem(name: str, case: Case, dtype: str) -> None:
+    outcome = emulate(target(name), case, dtype, KERNELS)
     assert outcome.ok, table(outcome)
 
 
-def test_a_wrong_value_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_value_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward's PTX with a logarithm where the softmax has its exponential."""
 
     def wrong(launch: Launch) -> str:
@@ -101,12 +97,12 @@ def test_a_wrong_value_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
         )
 
     monkeypatch.setattr(emulating, "Emulator", lambda engine: Emulator(wrong, engine=engine))
-    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
+    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", KERNELS)
     assert not outcome.fault
     assert not outcome.ok
 
 
-def test_what_is_left_unwritten_fails(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_unwritten_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the exchange's stores, outputs hold what new memory is filled with."""
 
     def silent(launch: Launch) -> str:
@@ -115,17 +111,17 @@ def test_what_is_left_unwritten_fails(cache: Path, monkeypatch: pytest.MonkeyPat
         return "\n".join(line for line in lines if keep or "st.global" not in line)
 
     monkeypatch.setattr(emulating, "Emulator", lambda engine: Emulator(silent, engine=engine))
-    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
+    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", KERNELS)
     assert [e.rms != e.rms for e in outcome.errors] == [True, True]
     assert not outcome.ok
 
 
-def test_a_fault_fails(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_a_fault_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_barriers(launch: Launch) -> str:
         return "\n".join(line for line in launch.asm["ptx"].splitlines() if "bar.sync" not in line)
 
     monkeypatch.setattr(emulating, "Emulator", lambda engine: Emulator(no_barriers, engine=engine))
-    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", cache)
+    outcome = emulate(target("sm_80"), replace(SMALL, backward=False), "bf16", KERNELS)
     assert "write-read" in outcome.fault
     assert not outcome.ok
 
@@ -207,7 +203,7 @@ def test_new_memory_is_poisoned_and_only_inside() -> None:
 def test_the_command(
     bad: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = [emulate(target("sm_80"), replace(SMALL, backward=False), "fp32")]
+    outcomes = [emulate(target("sm_80"), replace(SMALL, backward=False), "fp32", KERNELS)]
     if bad:
         outcomes[0].fault = "a race"
     monkeypatch.setattr(emulating, "emulate", lambda *_, engine: outcomes[0])

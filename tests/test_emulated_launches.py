@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_cache import offline
 from ptx_emulator.targets import target
 from ptx_emulator.triton.checker import Checker
-from ptx_emulator.triton.driver import Argument, Launch, offline_driver
+from ptx_emulator.triton.driver import Argument, Launch
 from ptx_emulator.triton.launcher import EmulationFault, Emulator, memory_of, place, spans
-from triton_kernels import EMULATED, product, reverse_kernel, scale, scale_kernel
+from triton_kernels import EMULATED, product, reverse_kernel, scale, scale_kernel, strayed_kernel
 
 from cast_kernels import evidence
 from cast_kernels.evidence import mutants as planting
@@ -86,7 +87,7 @@ def test_a_pointer_must_be_a_tensor_on_the_cpu() -> None:
 @pytest.mark.parametrize("name", EMULATED)
 def test_results_are_right(name: str) -> None:
     x, a, b = random(300), random(100, 96), random(96, 64)
-    with offline_driver(target(name), Emulator()) as emulator, poisoned_memory():
+    with offline(target(name), Emulator()) as emulator, poisoned_memory():
         scaled, multiplied = scale(x, 1.5), product(a, b)
     assert torch.equal(scaled, x.float() * 1.5)
     exact = a.double() @ b.double()
@@ -99,18 +100,31 @@ def test_results_are_right(name: str) -> None:
 
 def test_views_with_gaps_are_read_and_written_in_place() -> None:
     whole, out = random(400, dtype=torch.float32), torch.full((400,), -1.0)
-    with offline_driver(target("sm_80"), Emulator()):
+    with offline(target("sm_80"), Emulator()):
         scale_kernel[(1,)](whole[50:150], out[60:160], 2.0, 100, BLOCK=128)
     assert torch.equal(out[60:160], whole[50:150] * 2)
     assert (out[:60] == -1).all()
     assert (out[160:] == -1).all()
 
 
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_an_access_that_strays_meets_the_same_wherever_the_tensors_lie(rows: tuple[int, ...]) -> None:
+    """Nothing between the first and the second argument, the third 9216 bytes behind the first."""
+    block = torch.zeros(3, 128)
+    x, y, z = (block[row] for row in rows)
+    z.copy_(torch.arange(128.0))
+    with offline(target("sm_80"), Emulator()):
+        strayed_kernel[(1,)](x, y, z, 2304, BLOCK=128)
+        assert torch.equal(y, z)
+        with pytest.raises(EmulationFault, match=r"at 0x1000010a0 .*\(byte -608 of 'y', which has 512\)"):
+            strayed_kernel[(1,)](x, y, z, 1000, BLOCK=128)
+
+
 @pytest.mark.parametrize(("n", "grid"), [(301, 3), (300, 4)])
 def test_touching_more_than_the_view_is_a_fault(n: int, grid: int) -> None:
     """The tensor's storage goes on behind the view; the kernel may not."""
     x, y = random(1024), torch.empty(1024)
-    with offline_driver(target("sm_80"), Emulator()):
+    with offline(target("sm_80"), Emulator()):
         if n == 300:
             scale_kernel[(grid,)](x[:300], y[:300], 2.0, n, BLOCK=128)  # a CTA too many, all masked: no fault
         else:
@@ -123,7 +137,7 @@ def test_a_misaligned_access_is_a_fault() -> None:
     """16-byte vectors, compiled for aligned pointers, on one that is not: launched past Triton's own check."""
     captured: list[Launch] = []
     x, y = random(256, dtype=torch.float32), torch.empty(257)
-    with offline_driver(target("sm_80"), SimpleNamespace(enforces_limits=True, launch=captured.append)):
+    with offline(target("sm_80"), SimpleNamespace(enforces_limits=True, launch=captured.append)):
         scale_kernel[(1,)](x, y[:256], 2.0, 256, BLOCK=256)
     (launch,) = captured
     moved = tuple(a._replace(value=y[1:]) if a.name == "y" else a for a in launch.arguments)
@@ -139,7 +153,7 @@ def without(instruction: str) -> Any:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_race_is_a_fault(name: str) -> None:
-    with offline_driver(target(name), Emulator(without("bar.sync"))), pytest.raises(EmulationFault, match="write-read"):
+    with offline(target(name), Emulator(without("bar.sync"))), pytest.raises(EmulationFault, match="write-read"):
         product(random(100, 96), random(96, 64))
 
 
@@ -147,7 +161,7 @@ def test_what_the_emulator_lacks_is_no_fault_of_the_kernel() -> None:
     def edit(launch: Launch) -> str:
         return launch.asm["ptx"].replace("ret;", "frobnicate.u32 %r1, %r1;\n\tret;")
 
-    with offline_driver(target("sm_80"), Emulator(edit)), pytest.raises(RuntimeError, match="frobnicate") as caught:
+    with offline(target("sm_80"), Emulator(edit)), pytest.raises(RuntimeError, match="frobnicate") as caught:
         scale(random(300), 2.0)
     assert not isinstance(caught.value, EmulationFault)
 
@@ -188,7 +202,7 @@ def test_mutants_take_one_thing_away_each() -> None:
 @pytest.mark.parametrize("name", EMULATED)
 def test_planted_faults_are_caught(name: str) -> None:
     emulator = planting.CapturingEmulator()
-    with offline_driver(target(name), emulator), poisoned_memory():
+    with offline(target(name), emulator), poisoned_memory():
         product(random(100, 96), random(96, 64))
         (capture,) = emulator.captures.values()
         planted = list(planting.mutants("product_kernel", capture.launch.asm["ptx"]))
@@ -209,7 +223,7 @@ def test_every_reason_that_is_given_for_a_kind_counts_as_harmless() -> None:
 def test_a_guard_is_probed(n: int, why: str) -> None:
     """Of two CTAs of 128 elements no lane is masked; of three, 84 lanes are, and without the mask they fault."""
     emulator = planting.CapturingEmulator()
-    with offline_driver(target("sm_80"), emulator):
+    with offline(target("sm_80"), emulator):
         scale(random(n), 2.0)
         (capture,) = emulator.captures.values()
         planted = list(planting.mutants("scale_kernel", capture.launch.asm["ptx"]))
@@ -225,7 +239,7 @@ def test_a_guard_is_probed(n: int, why: str) -> None:
 def test_a_masked_load_that_stays_inside_is_told_from_one_that_masks_nothing() -> None:
     whole = random(384)
     emulator = planting.CapturingEmulator()
-    with offline_driver(target("sm_80"), emulator):
+    with offline(target("sm_80"), emulator):
         scale_kernel[(3,)](whole, torch.zeros(300), 2.0, 300, BLOCK=128)
         (capture,) = emulator.captures.values()
         planted = list(planting.mutants("scale_kernel", capture.launch.asm["ptx"]))
@@ -263,12 +277,12 @@ def test_the_order_of_lanes_is_looked_at_where_it_is_asked_for() -> None:
     for asked in (False, True):
         checker = Checker(target("sm_80"), lane_order=asked)
         checker._ptx = edit
-        with offline_driver(target("sm_80"), checker):
+        with offline(target("sm_80"), checker):
             scale(random(300), 2.0)
         assert [finding.kind for finding in checker.findings] == ([kind] if asked else [])
-    with offline_driver(target("sm_80"), Emulator(edit)):
+    with offline(target("sm_80"), Emulator(edit)):
         scale(random(300), 2.0)
-    with offline_driver(target("sm_80"), Emulator(edit, lane_order=True)), pytest.raises(EmulationFault, match=kind):
+    with offline(target("sm_80"), Emulator(edit, lane_order=True)), pytest.raises(EmulationFault, match=kind):
         scale(random(300), 2.0)
 
 
@@ -283,7 +297,7 @@ def test_the_order_of_lanes_is_looked_at_where_it_is_asked_for() -> None:
 )
 def test_values_that_differ_fail_our_kernels_launches(one: int, other: int, kind: str, fails: bool) -> None:
     """By rounding too, which for other people's kernels is a note, counted by its kind."""
-    with offline_driver(target("sm_80"), Emulator(clashing(one, other))):
+    with offline(target("sm_80"), Emulator(clashing(one, other))):
         if fails:
             with pytest.raises(EmulationFault) as caught:
                 scale(random(300), 2.0)
@@ -292,7 +306,7 @@ def test_values_that_differ_fail_our_kernels_launches(one: int, other: int, kind
             torch.testing.assert_close(scale(random(300), 2.0), 2 * random(300).float())
     checker = Checker(target("sm_80"))
     checker._ptx = clashing(one, other)
-    with offline_driver(target("sm_80"), checker):
+    with offline(target("sm_80"), checker):
         scale(random(300), 2.0)
     noted = kind != "write-write"
     assert checker.noted == ({kind: 1} if noted else {})
@@ -304,7 +318,7 @@ def test_values_that_differ_fail_our_kernels_launches(one: int, other: int, kind
 def test_a_barrier_that_no_check_knows_of_is_missed_where_warps_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """It separates accesses to global memory, which no check orders; in program order each warp finds all written."""
     emulator = planting.CapturingEmulator()
-    with offline_driver(target("sm_80"), emulator):
+    with offline(target("sm_80"), emulator):
         reverse_kernel[(1,)](torch.zeros(128), torch.zeros(128), BLOCK=128)
         (capture,) = emulator.captures.values()
         (barrier,) = [m for m in planting.mutants("reverse_kernel", capture.launch.asm["ptx"]) if m.kind == "barrier"]

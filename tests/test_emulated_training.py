@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from bcast_cases import assert_at_most_twice_eager
 from cast_models import randomise
+from kernel_cache import offline
 from ptx_emulator.targets import target
-from ptx_emulator.triton.driver import offline_driver
 from ptx_emulator.triton.launcher import Emulator
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def check(name: str, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
     model, eps = tiny_model(dtype), 1e-3 if dtype == FP16 else 1e-8
     exact = train_step(copy.deepcopy(model).double().fuse("eager"), None, eps)
     eager = train_step(copy.deepcopy(model).fuse("eager"), autocast, eps)
-    with offline_driver(target(name), Emulator()) as emulator, poisoned_memory():
+    with offline(target(name), Emulator()) as emulator, poisoned_memory():
         ours = train_step(model, autocast, eps)
     trained = {f"grad.{name}" for name, p in model.named_parameters() if p.requires_grad}
     assert trained <= ours.keys()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,24 @@ def test_nothing_leaks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (config._active, dict(scale_kernel.device_caches)) == before
         assert os.environ["TRITON_CACHE_DIR"] == "/as/it/was"
     assert not getattr(config._active, "runs_on_cpu", False)
+
+
+def test_what_was_there_is_no_work_for_the_collector(cache: Path) -> None:
+    """Of a cycle that is made inside it makes an end, one from before stays until the context ends."""
+
+    class Knot:
+        def __init__(self) -> None:
+            self.end = self
+
+    before, inside = weakref.ref(Knot()), None
+    with offline_driver(target("sm_80"), Recorder(), cache):
+        inside = weakref.ref(Knot())
+        gc.collect()
+        assert before() is not None
+        assert inside() is None
+    gc.collect()
+    assert before() is None
+    assert gc.get_freeze_count() == 0
 
 
 def test_an_error_inside_restores_too(cache: Path) -> None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import ptx_emulator
 import pytest
 import torch
+from kernel_cache import offline
 from mutant_subjects import forward
 from ptx_emulator import cuda
 from ptx_emulator.targets import target
-from ptx_emulator.triton.driver import offline_driver
 from ptx_emulator.triton.launcher import Emulator
 from ptx_snippets import entry
 
@@ -96,7 +96,7 @@ def test_the_interpreter_alone_looks_at_lanes() -> None:
 def test_the_lanes_of_our_kernels_meet(goal: str, dtype: torch.dtype) -> None:
     """Forward and backward of B-CAST; a finding raises."""
     emulator = Emulator(lane_order=True)
-    with offline_driver(target(goal), emulator), poisoned_memory():
+    with offline(target(goal), emulator), poisoned_memory():
         run(Case(1, 2, 5, 96, 32, 2, backward=True), "triton", dtype)
     assert len(emulator.runs) == 10
 

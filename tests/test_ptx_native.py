@@ -1,11 +1,14 @@
 """The native engine against the interpreter, which is the definition. The tests of small PTX compare them as well."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import engines
 import numpy as np
@@ -43,6 +46,30 @@ needs_machine = pytest.mark.skipif(not engines.built(), reason="the vector machi
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ValueError, match="choose one of interpreter, native"):
         run(entry("", 0), [], engine="fast")
+
+
+@pytest.mark.parametrize("engine", [name for name, kind in ENGINES.items() if kind.built()])
+def test_a_batch_leaves_no_memory_to_the_collector_of_cycles(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch of a launch finds the memory of the one before free."""
+    kind, left = ENGINES[engine], []
+    run_batch = kind.run
+
+    def run_and_look(machine: Any, first: int = 0) -> None:
+        assert [one() for one in left] == [None] * len(left)
+        left.extend([weakref.ref(machine), weakref.ref(machine.checker), weakref.ref(machine.shared)])
+        run_batch(machine, first)
+
+    monkeypatch.setattr(kind, "run", run_and_look)
+    monkeypatch.setattr(kind, "lanes_of_batch", lambda *_: 64)
+    (kernel,) = ptx_emulator.parse(entry("bar.sync 0;", 0)).kernels.values()
+    memory = ptx_emulator.Memory()
+    gc.disable()
+    try:
+        ptx_emulator.launch(kernel, grid=(3, 1, 1), threads=64, arguments=[], memory=memory, engine=engine)
+    finally:
+        gc.enable()
+    assert len(left) == 9
+    assert [one() for one in left] == [None] * 9
 
 
 @needs_machine

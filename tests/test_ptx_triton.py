@@ -27,9 +27,7 @@ LIMITS = {"bf16": 3e-3, "fp16": 4e-4, "tf32": 1e-3, "tf32x3": 1e-6}
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(folder / "cache")
-    }
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("ptx_triton_kernels.py")
     subprocess.run([sys.executable, str(script), str(folder / "kernels.json")], check=True, env=environment)
     return json.loads((folder / "kernels.json").read_text())

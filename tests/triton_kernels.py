@@ -28,6 +28,13 @@ def scale_kernel(x, y, factor, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def strayed_kernel(x, y, z, off, BLOCK: tl.constexpr):
+    """y = x, from a wrong place; z is not meant."""
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + off + at))
+
+
+@triton.jit
 def product_kernel(a, b, c, m, k, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """c [m, N] = a [m, k] @ b [k, N], k a multiple of BK."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)

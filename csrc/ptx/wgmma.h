@@ -9,7 +9,7 @@ constexpr int kMostGroups = kMostThreads / 128, kMostFlying = 64, kMostChunks = 
 constexpr int kMostShapes = 8;
 
 // A `wgmma.mma_async`, a list of numbers: native/wgmma.py writes it.
-struct Form {
+struct MmaAsync {
   i32 key;  // which accumulators
   i32 columns, depth, kind, negative, a_major, b_major;
   i32 a, b;            // operands that hold descriptors; a: kNone where A comes from registers
@@ -21,7 +21,7 @@ struct Form {
 };
 
 struct Flying {
-  const Form* form;
+  const MmaAsync* mma;
   i64 group;
   i32 number;
   i32 a_count, b_count;
@@ -107,14 +107,14 @@ struct Products {
       if (keys[k].held) return false;
     return aloft == 0;
   }
-  void note_pending(const i32* extra, const Form& form) {
-    for (i32 i = 0; i < form.columns / 2; ++i) pending[extra[form.watched + i]] = 1;
-    for (i32 i = 0; i < form.input_count; ++i) input[extra[form.inputs + i]] = 1;
+  void note_pending(const i32* extra, const MmaAsync& mma) {
+    for (i32 i = 0; i < mma.columns / 2; ++i) pending[extra[mma.watched + i]] = 1;
+    for (i32 i = 0; i < mma.input_count; ++i) input[extra[mma.inputs + i]] = 1;
   }
   void note_all_pending(const i32* extra) {
     std::memset(pending, 0, size_t(count));
     std::memset(input, 0, size_t(count));
-    for (int f = 0; f < aloft; ++f) note_pending(extra, *flying[f].form);
+    for (int f = 0; f < aloft; ++f) note_pending(extra, *flying[f].mma);
   }
 };
 
@@ -150,9 +150,9 @@ inline bool uses(Cta& c, const Op& op, const u8*) {
   };
   const auto tell = [&](Kind kind, i32 list, i32 count, bool inputs) {
     for (int f = 0; f < p.aloft; ++f) {
-      const Form& form = *p.flying[f].form;
-      const i32* theirs = c.list(inputs ? form.inputs : form.watched);
-      const i32 many = inputs ? form.input_count : form.columns / 2;
+      const MmaAsync& mma = *p.flying[f].mma;
+      const i32* theirs = c.list(inputs ? mma.inputs : mma.watched);
+      const i32 many = inputs ? mma.input_count : mma.columns / 2;
       for (i32 i = 0; i < count; ++i)
         for (i32 k = 0; k < many; ++k)
           if (c.list(list)[i] == theirs[k]) return note(c, kind, op.number, p.flying[f].number);
@@ -222,7 +222,7 @@ bool alike(const T* values, i64 group) {
 inline i64 accumulator(i32 i, int warp, int q) {
   return (8 * (i / 4) + 2 * q + i % 2) * kRows + 16 * warp + 8 * (i / 2 % 2);
 }
-inline void load_accumulators(const Cta& c, const Form& f, i64 group, float* matrix) {
+inline void load_accumulators(const Cta& c, const MmaAsync& f, i64 group, float* matrix) {
   for (i32 i = 0; i < f.columns / 2; ++i)
     for (int w = 0; w < 4; ++w) {
       const float* from = c.at<float>(c.list(f.registers)[i]) + 128 * group + kWarp * w;
@@ -230,7 +230,7 @@ inline void load_accumulators(const Cta& c, const Form& f, i64 group, float* mat
         for (int g = 0; g < 8; ++g) matrix[accumulator(i, w, q) + g] = from[4 * g + q];
     }
 }
-inline void store_accumulators(const Cta& c, const Form& f, i64 group, const float* matrix) {
+inline void store_accumulators(const Cta& c, const MmaAsync& f, i64 group, const float* matrix) {
   for (i32 i = 0; i < f.columns / 2; ++i)
     for (int w = 0; w < 4; ++w) {
       float* to = c.at<float>(c.list(f.registers)[i]) + 128 * group + kWarp * w;
@@ -245,7 +245,7 @@ inline void store_accumulators(const Cta& c, const Form& f, i64 group, const flo
 inline bool product(Cta& c, const Op& op, const u8* mask) {
   Products& p = *c.b.products;
   if (mask != nullptr || c.n % 128 || p.aloft == kMostFlying) return false;
-  const Form& f = *reinterpret_cast<const Form*>(c.list(op.a[0]));
+  const MmaAsync& f = *reinterpret_cast<const MmaAsync*>(c.list(op.a[0]));
   const i64 groups = c.n / 128, size = f.kind == 2 ? 4 : 2;
   Flying& one = p.flying[p.aloft];
   u8 keep[kMostGroups], everyone[kMostGroups];
@@ -307,7 +307,7 @@ inline bool product(Cta& c, const Op& op, const u8* mask) {
   }
   sum.held = true;
   sum.settled = false;
-  one.form = &f, one.group = p.group, one.number = op.number;
+  one.mma = &f, one.group = p.group, one.number = op.number;
   ++p.aloft;
   p.note_pending(c.b.extra, f);
   c.b.operands = c.b.all_operands;
@@ -320,7 +320,7 @@ inline bool product_wait(Cta& c, const Op& op, const u8* mask) {
   Products& p = *c.b.products;
   if (mask != nullptr || c.n % 128) return false;
   const i64 groups = c.n / 128;
-  const Form* forms[kMostFlying];  // of products that are over
+  const MmaAsync* done[kMostFlying];  // of products that are over
   int over = 0, left = 0;
   for (int f = 0; f < p.aloft; ++f) {
     Flying& one = p.flying[f];
@@ -329,7 +329,7 @@ inline bool product_wait(Cta& c, const Op& op, const u8* mask) {
       ++left;
       continue;
     }
-    forms[over++] = one.form;
+    done[over++] = one.mma;
     for (i64 g = 0; c.b.checks && g < groups; ++g)
       for (int which = 0; which < 2; ++which) {
         const Operand operand{which ? one.b_count : one.a_count,
@@ -343,10 +343,10 @@ inline bool product_wait(Cta& c, const Op& op, const u8* mask) {
   }
   p.aloft = left;
   for (int k = 0; k < over; ++k) {
-    const Form& f = *forms[k];
+    const MmaAsync& f = *done[k];
     Accumulators& sum = p.keys[f.key];
     bool busy = !sum.held;
-    for (int o = 0; o < p.aloft; ++o) busy |= p.flying[o].form->key == f.key;
+    for (int o = 0; o < p.aloft; ++o) busy |= p.flying[o].mma->key == f.key;
     if (busy) continue;
     for (i64 g = 0; g < groups; ++g) store_accumulators(c, f, g, sum.matrix + g * kRows * f.columns);
     for (i32 i = 0; i < f.columns / 2; ++i) sum.tokens[i] = p.token[c.list(f.watched)[i]] = p.next++;

@@ -23,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--ptx-landing", choices=("early", "late", "random"), default="late", help="when copies land (late)"
     )
     group.addoption("--ptx-seed", type=int, metavar="N", help="draw the order of warps; without: program order")
+    group.addoption(
+        "--ptx-lane-order", action="store_true", help="also find lanes of a warp that exchange without meeting"
+    )
     group.addoption("--ptx-all-configs", action="store_true", help="execute each configuration of an autotuned kernel")
 
 

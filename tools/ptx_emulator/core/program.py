@@ -1,12 +1,13 @@
 """A decoded kernel: straight runs of instructions and what ends each of them."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
 from ptx_emulator.core import decode
-from ptx_emulator.core.code import Form
+from ptx_emulator.core.code import Code
 from ptx_emulator.core.decode import Action, Decoder
 from ptx_emulator.core.errors import Unsupported
 from ptx_emulator.core.kernel import Kernel
@@ -43,20 +44,19 @@ class Use:
 
 
 class Actions(Sequence[Action]):
-    """The actions of a block's instructions. One is built when it is asked for, unless it was built to see its form."""
+    """The actions of a block's instructions. One is built when it is asked for, unless it was built to see its form.
 
-    def __init__(self, decoder: Decoder, first: int) -> None:
+    built: of the kernel's instructions, by their numbers.
+    """
+
+    def __init__(self, decoder: Decoder, first: int, count: int, built: dict[int, Action]) -> None:
         self.decoder: Decoder = decoder
-        self.first: int = first
-        self._built: list[Action | None] = []
-        self._whole = False  # whether all are built
-
-    def add(self, action: Action | None) -> None:
-        """One more; None for one of a form of which another has been built, so that nothing is refused later."""
-        self._built.append(action)
+        self.numbers: range = range(first, first + count)
+        self.built: dict[int, Action] = built
+        self._whole: list[Action] | None = None  # all of them
 
     def __len__(self) -> int:
-        return len(self._built)
+        return len(self.numbers)
 
     @overload
     def __getitem__(self, place: int) -> Action: ...
@@ -64,24 +64,22 @@ class Actions(Sequence[Action]):
     def __getitem__(self, place: slice) -> list[Action]: ...
     def __getitem__(self, place: int | slice) -> Action | list[Action]:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        found = self._built[place]
-        return self._build(place) if found is None else found
+            return [self._of(number) for number in self.numbers[place]]
+        return self._of(self.numbers[place])
 
     def __iter__(self) -> Iterator[Action]:
-        if not self._whole:
-            for place, action in enumerate(self._built):
-                if action is None:
-                    self._build(place)
-            self._whole = True
-        return iter(self._built)  # type: ignore[arg-type]  # none is missing
+        if self._whole is None:
+            self._whole = [self._of(number) for number in self.numbers]
+        return iter(self._whole)
 
-    def _build(self, place: int) -> Action:
-        number, count = self.first + place, self.decoder.count
-        self.decoder.current = number
-        action = self._built[place] = _action(self.decoder, self.decoder.kernel.instructions[number])
-        if self.decoder.count != count:
-            raise RuntimeError(f"an instruction has constants of its own, unlike others of its form: {number}")
+    def _of(self, number: int) -> Action:
+        action = self.built.get(number)
+        if action is None:
+            count = self.decoder.count
+            self.decoder.current = number
+            action = self.built[number] = _action(self.decoder, self.decoder.kernel.instructions[number])
+            if self.decoder.count != count:
+                raise RuntimeError(f"an instruction has constants of its own, unlike others of its form: {number}")
         return action
 
 
@@ -153,48 +151,50 @@ def compile_kernel(kernel: Kernel) -> Program:
 
 def _compile(kernel: Kernel, decoder: Decoder) -> Program:
     code = kernel.instructions
-    roots = [form.root for form in code.forms]
-    leaders = {0, *kernel.labels.values()}
-    waits: dict[int, Wait] = {}
-    for number, root in enumerate(roots):
-        if root in decode.WAITS:
-            decoder.current = number
-            end = decode.build_wait(decoder, code[number])
-            if end is not None:
-                waits[number] = end
-                leaders.add(number + 1)
-        elif root in ("bra", "ret", "exit"):
-            leaders.add(number + 1)
+    waits = _waits(code, decoder)
+    ends = {*waits, *code.of("bra", "ret", "exit")}
+    leaders = {0, *kernel.labels.values(), *(number + 1 for number in ends)}
     starts = sorted(leader for leader in leaders if leader < len(code))
     index = {start: i for i, start in enumerate(starts)}
+    firsts = {form: number for number, form in reversed(list(enumerate(code.forms)))}
+    actions: dict[int, Action] = {}
+    found: dict[int, Jump | Leave | Wait] = {}
+    for number in sorted({*ends, *firsts.values()}):  # all other instructions are of a form that one of these has
+        decoder.current = number
+        if number in ends:
+            found[number] = waits.get(number) or _end(code[number], kernel.labels, index)
+        else:
+            actions[number] = _action(decoder, code[number])
+    products = code.of("wgmma")
     blocks = []
-    built: set[Form] = set()
     for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
-        block = Block(start, code, Actions(decoder, start), size=stop - start)
-        for number in range(start, stop):
-            root, form = roots[number], code.forms[number]
-            decoder.current = number
-            if number in waits:
-                block.end = waits[number]
-            elif root == "bra":
-                ins = code[number]
-                target = ins.operands[0]
-                if not isinstance(target, Symbol) or target.name not in kernel.labels or set(ins.modifiers) - {"uni"}:
-                    raise Unsupported(f"unsupported: {ins.text}")
-                block.end = Jump(index.get(kernel.labels[target.name], len(starts)), _guard(ins), ins.guard_negated)
-            elif root in ("ret", "exit"):
-                ins = code[number]
-                block.end = Leave(_guard(ins), ins.guard_negated)
-            elif form in built:
-                block.starts_products |= root == "wgmma"
-                block.body.add(None)
-            else:
-                block.starts_products |= root == "wgmma"
-                block.body.add(_action(decoder, code[number]))
-                built.add(form)
-        blocks.append(block)
-    examples = [form.example for form in dict.fromkeys(code.forms)]
+        end = found.get(stop - 1)
+        body = Actions(decoder, start, stop - start - (end is not None), actions)
+        starts_products = bisect_left(products, start) < bisect_left(products, stop)
+        blocks.append(Block(start, code, body, end, stop - start, starts_products))
+    examples = [form.example for form in firsts]
     return Program(kernel, decoder, blocks, _granule(examples), any(_clocked(ins) for ins in examples))
+
+
+def _waits(code: Code, decoder: Decoder) -> dict[int, Wait]:
+    """The instructions at which lanes sleep."""
+    found = {}
+    for number in code.of(*decode.WAITS):
+        decoder.current = number
+        end = decode.build_wait(decoder, code[number])
+        if end is not None:
+            found[number] = end
+    return found
+
+
+def _end(ins: Instruction, labels: Mapping[str, int], index: Mapping[int, int]) -> Jump | Leave:
+    """What a branch or a return is to its block. index: instruction -> the block that begins with it."""
+    if ins.root != "bra":
+        return Leave(_guard(ins), ins.guard_negated)
+    target = ins.operands[0]
+    if not isinstance(target, Symbol) or target.name not in labels or set(ins.modifiers) - {"uni"}:
+        raise Unsupported(f"unsupported: {ins.text}")
+    return Jump(index.get(labels[target.name], len(index)), _guard(ins), ins.guard_negated)
 
 
 def _guard(ins: Instruction) -> int | None:

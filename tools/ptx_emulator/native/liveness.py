@@ -4,8 +4,6 @@ A place holds one register of every thread of the CTA. A register keeps its plac
 order of the program, extended to the ends of every block at which it is live; so nothing depends on which lanes run.
 """
 
-import heapq
-import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,79 +93,65 @@ def place(
         The places, and the registers that may be read before they are written.
     """
     live = _live(program, accesses, len(widths))
+    firsts, lasts = _intervals(program, accesses, live, len(widths))
+    named = np.flatnonzero(lasts >= 0)
+    ending = named[np.argsort(lasts[named], kind="stable")].tolist()
+    begin, end, ended = firsts.tolist(), lasts.tolist(), 0
     found = Places()
+    offset = found.offset
     free: dict[int, list[int]] = {1: [], 2: [], 4: [], 8: []}
-    ending: list[tuple[int, int]] = []  # a heap
-    for register, first, last in zip(*_intervals(program, accesses, live, len(widths)), strict=True):
-        while ending and ending[0][0] < first:
-            _, other = heapq.heappop(ending)
-            free[widths[other]].append(found.offset[other])
+    for register in named[np.argsort(firsts[named], kind="stable")].tolist():
+        while end[ending[ended]] < begin[register]:
+            other = ending[ended]
+            ended += 1
+            if other not in alone:
+                free[widths[other]].append(offset[other])
         width = widths[register]
-        if register in alone:
-            found.add(register, width)
-            continue
-        if free[width]:
-            found.offset[register] = free[width].pop()
+        if free[width] and register not in alone:
+            offset[register] = free[width].pop()
         else:
             found.add(register, width)
-        heapq.heappush(ending, (last, register))
-    return found, live[0][0] if live else frozenset()
+    return found, frozenset(live.registers[live.begin[0]].tolist()) if len(live.begin) else frozenset()
 
 
-def _intervals(
-    program: Program, accesses: Accesses, live: list[tuple[frozenset[int], frozenset[int]]], count: int
-) -> tuple[list[int], list[int], list[int]]:
-    """The registers that are named, and the first and the last instruction between which each is needed, by these."""
+@dataclass
+class Live:
+    """Which registers are live where each block begins and where it ends, of those that any block takes over."""
+
+    registers: Array
+    begin: Array  # [blocks, registers]
+    end: Array
+
+
+def _intervals(program: Program, accesses: Accesses, live: Live, count: int) -> tuple[Array, Array]:
+    """The first and the last instruction between which each register is needed; the last is -1 where it has no name."""
     firsts, lasts = np.full(count, len(program.kernel.instructions)), np.full(count, -1)
     for register, at in ((accesses.reads, accesses.read_at), (accesses.writes, accesses.write_at)):
         np.minimum.at(firsts, register, at)
         np.maximum.at(lasts, register, at)
-    for block, edges in zip(program.blocks, live, strict=True):
-        for registers, edge in zip(edges, (block.first, block.first + max(block.size, 1) - 1), strict=True):
-            some = np.fromiter(registers, np.int64, len(registers))
-            firsts[some], lasts[some] = np.minimum(firsts[some], edge), np.maximum(lasts[some], edge)
-    named = np.flatnonzero(lasts >= 0)
-    order = named[np.lexsort((lasts[named], firsts[named]))]
-    return order.tolist(), firsts[order].tolist(), lasts[order].tolist()
+    first = np.array([block.first for block in program.blocks], np.int64)
+    last = first + np.array([max(block.size, 1) - 1 for block in program.blocks], np.int64)
+    for edge, there in ((first, live.begin), (last, live.end)):
+        block, which = np.nonzero(there)
+        np.minimum.at(firsts, live.registers[which], edge[block])
+        np.maximum.at(lasts, live.registers[which], edge[block])
+    return firsts, lasts
 
 
-def _live(program: Program, accesses: Accesses, registers: int) -> list[tuple[frozenset[int], frozenset[int]]]:
+def _live(program: Program, accesses: Accesses, registers: int) -> Live:
     """The registers that are live where each block begins and where it ends."""
-    uses, kills = _uses_and_kills(program.blocks, accesses, registers)
-    follow, count = [], len(program.blocks)
-    for number, block in enumerate(program.blocks):
-        end = block.end
-        after = [number + 1] if not isinstance(end, Jump | Leave) or end.guard is not None else []
-        if isinstance(end, Jump):
-            after.append(end.target)
-        follow.append([n for n in after if n < count])
-    live_in: list[frozenset[int]] = [frozenset()] * count
-    live_out = list(live_in)
-    changed = True
-    while changed:
-        changed = False
-        for number in reversed(range(count)):
-            out = frozenset().union(*(live_in[n] for n in follow[number]))
-            if out != live_out[number] or not live_in[number]:
-                new = frozenset(uses[number] | (out - kills[number]))
-                changed |= new != live_in[number]
-                live_in[number], live_out[number] = new, out
-    return list(zip(live_in, live_out, strict=True))
-
-
-def _uses_and_kills(
-    blocks: list[Block], accesses: Accesses, registers: int
-) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
-    """The registers that each block reads before it writes them, and those that it writes."""
-    firsts = np.array([block.first for block in blocks], np.int64)
+    blocks = program.blocks
+    first = np.array([block.first for block in blocks], np.int64)
     # Numbers of (block, register), and the first instruction with each.
-    reads, read_at = _first(accesses.reads, accesses.read_at, firsts, registers)
-    writes, write_at = _first(accesses.writes, accesses.write_at, firsts, registers)
+    reads, read_at = _first(accesses.reads, accesses.read_at, first, registers)
+    writes, write_at = _first(accesses.writes, accesses.write_at, first, registers)
     place = np.searchsorted(writes, reads)
-    place[place == len(writes)] = 0
-    later = writes[place] != reads if len(writes) else np.ones(len(reads), bool)
-    used = reads[later | (write_at[place] >= read_at)] if len(writes) else reads
-    return _by_block(used, len(blocks), registers), _by_block(writes, len(blocks), registers)
+    unwritten = ~np.isin(reads, writes, assume_unique=True)
+    used = reads[unwritten | (np.append(write_at, 0)[place] >= read_at)]  # before the block writes them
+    columns = np.unique(used % max(registers, 1))
+    uses, kills = (_sets(keys, len(blocks), registers, columns) for keys in (used, writes))
+    begin, end = _flow(uses, kills, _followers(blocks))
+    return Live(columns, _matrix(begin, len(columns)), _matrix(end, len(columns)))
 
 
 def _first(register: Array, at: Array, firsts: Array, registers: int) -> tuple[Array, Array]:
@@ -176,7 +160,45 @@ def _first(register: Array, at: Array, firsts: Array, registers: int) -> tuple[A
     return keys, at[places]
 
 
-def _by_block(keys: Array, blocks: int, registers: int) -> list[frozenset[int]]:
-    edges = np.searchsorted(keys, np.arange(blocks + 1) * registers).tolist()
-    found = (keys % registers).tolist() if len(keys) else []
-    return [frozenset(found[low:high]) for low, high in itertools.pairwise(edges)]
+def _sets(keys: Array, blocks: int, registers: int, columns: Array) -> list[int]:
+    """For each block a number, of which bit i says whether the i-th of the registers `columns` is among its keys."""
+    block, register = np.divmod(keys, max(registers, 1))
+    here = np.isin(register, columns)
+    bits = np.zeros((blocks, len(columns)), bool)
+    bits[block[here], np.searchsorted(columns, register[here])] = True
+    return [int.from_bytes(row.tobytes(), "little") for row in np.packbits(bits, axis=1, bitorder="little")]
+
+
+def _matrix(sets: list[int], columns: int) -> Array:
+    """The bits of each number, [numbers, columns]."""
+    size = -(-columns // 8)
+    raw = np.frombuffer(b"".join(one.to_bytes(size, "little") for one in sets), np.uint8)
+    return np.unpackbits(raw.reshape(len(sets), size), axis=1, count=columns, bitorder="little").astype(bool)
+
+
+def _followers(blocks: list[Block]) -> list[list[int]]:
+    """The blocks that may run after each."""
+    found = []
+    for number, block in enumerate(blocks):
+        end = block.end
+        after = [number + 1] if not isinstance(end, Jump | Leave) or end.guard is not None else []
+        if isinstance(end, Jump):
+            after.append(end.target)
+        found.append([n for n in after if n < len(blocks)])
+    return found
+
+
+def _flow(uses: list[int], kills: list[int], follow: list[list[int]]) -> tuple[list[int], list[int]]:
+    """The sets of registers that are live where each block begins, and where it ends."""
+    begin, end = list(uses), [0] * len(uses)
+    changed = True
+    while changed:
+        changed = False
+        for number in reversed(range(len(uses))):
+            after = 0
+            for n in follow[number]:
+                after |= begin[n]
+            if after != end[number]:
+                changed = True
+                end[number], begin[number] = after, uses[number] | (after & ~kills[number])
+    return begin, end

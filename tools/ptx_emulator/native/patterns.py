@@ -7,6 +7,8 @@ operands on as they are.
 
 from typing import NamedTuple
 
+import numpy as np
+
 from ptx_emulator.core.code import Code, Form
 from ptx_emulator.core.syntax import Instruction, registers_in
 from ptx_emulator.native.encode import LIST, MARK, WATCH, Encoder
@@ -36,13 +38,16 @@ class Patterns:
         self.encoder: Encoder = encoder
         self.code: Code = code
         self.watched: frozenset[int] = frozenset(encoder.watched)
+        watched = np.isin(np.array(code.numbers, np.int64), sorted(self.watched))
+        before = np.append(0, np.cumsum(watched))[np.array(code.starts)]  # the instructions in front of each
+        self._watches: list[int] = np.diff(before).tolist()  # how many watched registers each instruction has
         self._known: dict[tuple[Form, tuple[bool, ...]], Pattern] = {}
 
     def of(self, number: int) -> Pattern:
         """The pattern of an instruction, the same object for all of its form where they share it."""
         form = self.code.forms[number]
-        watches: tuple[bool, ...] = ()
-        if self.watched:
+        watches: tuple[bool, ...] = ()  # which of its registers are watched, where any is
+        if self._watches[number]:
             watches = tuple([register in self.watched for register in self.code.registers(number)])
         pattern = self._known.get((form, watches))
         return self._new(form, self.code[number], watches) if pattern is None else pattern

@@ -10,7 +10,7 @@ import numpy as np
 from ptx_emulator.core.descriptors import Layout, find_operand
 from ptx_emulator.core.forms.wgmma import (
     ROWS,
-    Form,
+    MmaAsync,
     active_groups,
     check_fence,
     check_overlap,
@@ -46,44 +46,44 @@ class Product(ctypes.Structure):
     ]
 
 
-def native_product(form: Form, number: Callable[[int], int]) -> Callable[[State, Array | None], None]:
+def native_product(mma: MmaAsync, number: Callable[[int], int]) -> Callable[[State, Array | None], None]:
     """The action of a `wgmma.mma_async`. number: the machine's operand of a register."""
-    inputs = frozenset(form.a_registers)
-    a_operands = np.array([number(r) for r in form.a_registers], np.int32)
+    inputs = frozenset(mma.a_registers)
+    a_operands = np.array([number(r) for r in mma.a_registers], np.int32)
 
     def multiply(m: State, mask: Array | None) -> None:
-        active = active_groups(m, mask, form.text)
-        state = products(m, form.text)
-        m.tick(form.number)
+        active = active_groups(m, mask, mma.text)
+        state = products(m, mma.text)
+        m.tick(mma.number)
         regions: list[Any] = []
-        call = Product(groups=active.shape[1], columns=form.b_layout.rows, depth=form.b_layout.depth)
-        call.kind, call.negative = KINDS[form.kind], form.sign < 0
+        call = Product(groups=active.shape[1], columns=mma.b_layout.rows, depth=mma.b_layout.depth)
+        call.kind, call.negative = KINDS[mma.kind], mma.sign < 0
         if inputs:
             call.a_registers = a_operands.ctypes.data
         else:
-            a_chunks, a_row = _operand(m, form.a, form.a_layout, active, regions, form.text)
+            a_chunks, a_row = _operand(m, mma.a, mma.a_layout, active, regions, mma.text)
             call.a_chunks, call.a_row = a_chunks.ctypes.data, a_row.ctypes.data
-            call.a_count, call.a_major = a_chunks.shape[1], form.a_layout.mn_major
-        b_chunks, b_row = _operand(m, form.b, form.b_layout, active, regions, form.text)
+            call.a_count, call.a_major = a_chunks.shape[1], mma.a_layout.mn_major
+        b_chunks, b_row = _operand(m, mma.b, mma.b_layout, active, regions, mma.text)
         call.b_chunks, call.b_row = b_chunks.ctypes.data, b_row.ctypes.data
-        call.b_count, call.b_major = b_chunks.shape[1], form.b_layout.mn_major
-        check_fence(m, state, form.registers, form.a_registers, active)
-        check_overlap(state, form.registers, form.text)
-        kept = per_group(m, m.r[form.scale], form.negated, active, form.text)
+        call.b_count, call.b_major = b_chunks.shape[1], mma.b_layout.mn_major
+        check_fence(m, state, mma.registers, mma.a_registers, active)
+        check_overlap(state, mma.registers, mma.text)
+        kept = per_group(m, m.r[mma.scale], mma.negated, active, mma.text)
         keep = np.ascontiguousarray(np.broadcast_to(kept.reshape(-1), active.size))
         everyone = np.ascontiguousarray(active)
         call.keep, call.active = keep.ctypes.data, everyone.ctypes.data
-        old = current(m, state, form.registers) if keep.any() or not active.all() else None
-        out = state.matrices.get(form.registers)
+        old = current(m, state, mma.registers) if keep.any() or not active.all() else None
+        out = state.matrices.get(mma.registers)
         if old is None or out is not old:  # what registers hold as well is not written over
-            out = np.empty((active.size, ROWS, form.b_layout.rows), np.float32)
+            out = np.empty((active.size, ROWS, mma.b_layout.rows), np.float32)
         if old is not None:
             old = np.ascontiguousarray(old)
             call.old = old.ctypes.data
         call.out = out.ctypes.data
         library().product(m.of(Compiled).batch, ctypes.byref(call))
-        state.matrices[form.registers] = out
-        launched(m, state, form, active, regions)
+        state.matrices[mma.registers] = out
+        launched(m, state, mma, active, regions)
 
     return multiply
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ptx_emulator.core.forms.barriers import CtaBarrier, WarpBarrier
-from ptx_emulator.core.forms.wgmma import read_form
+from ptx_emulator.core.forms.wgmma import read_mma_async
 from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.program import Block, Jump, Leave, Program
 from ptx_emulator.core.spaces import Array
@@ -81,7 +81,7 @@ def _encode(program: Program, threads: int, shared: bool, alone: bool = False) -
         ins = code[number]
         if "mma_async" in ins.modifiers and ins.guard is None:
             decoder.current = number
-            result.products[number] = native_product(read_form(decoder, ins), encoder.number)
+            result.products[number] = native_product(read_mma_async(decoder, ins), encoder.number)
     _tabulate(result, program)
     result.written = frozenset(accesses.writes.tolist())
     result.lists = np.array([*encoder.extra, 0], np.int32)

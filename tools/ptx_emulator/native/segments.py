@@ -1,5 +1,6 @@
 """The operations of a kernel: those of each block, cut where the interpreter must execute an instruction."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -62,15 +63,22 @@ class _Operations:
         rows = [row for pattern in every.values() for row in pattern]
         counts = np.array([0, *map(len, every.values())], np.int64)
         which, owner = Ragged(np.arange(len(rows)), np.cumsum(counts)).gather(kind)
-        self.numbers = numbers[owner]  # the instruction of each operation
-        self.ends = np.cumsum(np.append(0, np.diff(np.cumsum(counts))[kind]))  # the operations of each instruction
-        self.steps = np.array([row.steps for row in rows], bool)[which]
+        self.numbers: list[int] = numbers.tolist()
+        operations = counts[1:][kind]  # of each instruction
+        self.ends: list[int] = np.append(0, np.cumsum(operations)).tolist()
+        self.gaps: list[int] = np.flatnonzero(operations == 0).tolist()  # what the interpreter is to execute
+        owners = numbers[owner]  # the instruction of each operation
+        steps = np.array([row.steps for row in rows], bool)[which]
+        self.stepped: list[int] = np.append(0, np.cumsum(steps)).tolist()  # how many steps are before each operation
+        self.stepping: list[int] = owners[steps].tolist()  # the instruction of each step
         self.words = np.array([row.words for row in rows], np.int32).reshape(-1, WORDS)[which]
-        self.words[:, 1] = self.numbers
-        self.first = numbers[0] if len(numbers) else 0
-        self._fill(rows, which, encoder, np.array(code.starts, np.int64), np.array(code.numbers, np.int64))
+        self.words[:, 1] = owners
+        self.words[:, 4] = np.where(steps, self.stepped[1:], 0)  # `_segment` counts from its first one
+        self._fill(rows, which, encoder, owners, np.array(code.starts, np.int64), np.array(code.numbers, np.int64))
 
-    def _fill(self, rows: list[Row], which: Array, encoder: Encoder, starts: Array, registers: Array) -> None:
+    def _fill(
+        self, rows: list[Row], which: Array, encoder: Encoder, owners: Array, starts: Array, registers: Array
+    ) -> None:
         """Write the operands of the registers into the gaps."""
         count = max(encoder.place, default=0) + 1
         values = np.zeros(2 * count, np.int64)  # the operand of each register, its number among the watched
@@ -83,7 +91,7 @@ class _Operations:
             [(2 * place + kind) << _SHIFT | register for place, register, kind in row.gaps] for row in rows
         )
         packed, owner = gaps.gather(which)
-        begin = starts[self.numbers]
+        begin = starts[owners]
         named = registers[begin[owner] + (packed & (1 << _SHIFT) - 1)]
         self.words[owner, packed >> _SHIFT + 1] = values[named + count * (packed >> _SHIFT & 1)]
         listed = np.array([bool(row.lists) for row in rows], bool)[which]
@@ -96,20 +104,24 @@ class _Operations:
 
     def segments(self, first: int, count: int, accesses: Accesses) -> list[Segment | int]:
         """Those of `count` instructions from the how-manyth on, which are a block's body."""
-        ends = self.ends[first : first + count + 1]
         found: list[Segment | int] = []
-        begin = 0
-        for index in [*np.flatnonzero(ends[1:] == ends[:-1]).tolist(), count]:
+        begin, stop = first, first + count
+        low, high = bisect_left(self.gaps, first), bisect_left(self.gaps, stop)
+        for index in [*self.gaps[low:high], stop]:
             if begin < index:
-                found.append(self._segment(begin, index, int(ends[begin]), int(ends[index]), accesses))
-            if index < count:
-                found.append(index)
+                found.append(self._segment(first, begin, index, accesses))
+            if index < stop:
+                found.append(index - first)
             begin = index + 1
         return found
 
-    def _segment(self, first: int, stop: int, low: int, high: int, accesses: Accesses) -> Segment:
-        steps = self.steps[low:high]
-        self.words[low:high, 4] = np.where(steps, np.cumsum(steps), 0)
-        numbers = self.numbers[low:high]
-        written = partial(accesses.written, int(numbers[0]), int(numbers[-1]) + 1)
-        return Segment(first, stop, self.words[low:high], numbers[steps].tolist(), written)
+    def _segment(self, first: int, begin: int, stop: int, accesses: Accesses) -> Segment:
+        """Of the instructions from the how-manyth on; `first` is that of the block."""
+        low, high = self.ends[begin], self.ends[stop]
+        before, after = self.stepped[low], self.stepped[high]
+        words = self.words[low:high]
+        if before < after:
+            words[:, 4] -= np.where(words[:, 4] > 0, before, 0)
+        steps = self.stepping[before:after]
+        written = partial(accesses.written, self.numbers[begin], self.numbers[stop - 1] + 1)
+        return Segment(begin - first, stop - first, words, steps, written)

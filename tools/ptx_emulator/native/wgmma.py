@@ -7,7 +7,7 @@ it, and a move hands the source's on.
 
 from dataclasses import replace
 
-from ptx_emulator.core.forms.wgmma import read_form
+from ptx_emulator.core.forms.wgmma import read_mma_async
 from ptx_emulator.core.syntax import Instruction, Literal, Register, registers_in
 from ptx_emulator.native.encode import Encoder, Operation, encoder
 from ptx_emulator.native.library import NONE
@@ -30,20 +30,20 @@ def encode_wgmma(e: Encoder, ins: Instruction) -> Operation | None:
 
 
 def _product(e: Encoder, ins: Instruction) -> Operation | None:
-    """The form in the order of `Form` in csrc/ptx/wgmma.h."""
-    form = read_form(e.decoder, ins)
-    key = e.keys.setdefault(form.registers, len(e.keys))
-    if any(other != form.registers and not set(other).isdisjoint(form.registers) for other in e.keys):
+    """The numbers of a product in the order of `MmaAsync` in csrc/ptx/wgmma.h."""
+    mma = read_mma_async(e.decoder, ins)
+    key = e.keys.setdefault(mma.registers, len(e.keys))
+    if any(other != mma.registers and not set(other).isdisjoint(mma.registers) for other in e.keys):
         return None
-    a_registers = e.list_of([e.number(r) for r in form.a_registers])
-    registers = e.list_of([e.number(r) for r in form.registers])
-    watched = e.list_of([e.watched[r] for r in form.registers])
-    inputs = e.list_of([e.watched[r] for r in form.a_registers])
-    layouts = (int(form.a_layout.mn_major), int(form.b_layout.mn_major))
-    a = NONE if form.a_registers else e.number(form.a)
-    numbers = [key, form.b_layout.rows, form.b_layout.depth, KINDS[form.kind], int(form.sign < 0), *layouts, a]
-    numbers += [e.number(form.b), a_registers, e.number(form.scale), int(form.negated), registers, watched]
-    numbers += [inputs, len(form.a_registers), e.counter(form.name)]
+    a_registers = e.list_of([e.number(r) for r in mma.a_registers])
+    registers = e.list_of([e.number(r) for r in mma.registers])
+    watched = e.list_of([e.watched[r] for r in mma.registers])
+    inputs = e.list_of([e.watched[r] for r in mma.a_registers])
+    layouts = (int(mma.a_layout.mn_major), int(mma.b_layout.mn_major))
+    a = NONE if mma.a_registers else e.number(mma.a)
+    numbers = [key, mma.b_layout.rows, mma.b_layout.depth, KINDS[mma.kind], int(mma.sign < 0), *layouts, a]
+    numbers += [e.number(mma.b), a_registers, e.number(mma.scale), int(mma.negated), registers, watched]
+    numbers += [inputs, len(mma.a_registers), e.counter(mma.name)]
     return Operation("wgmma.product", (e.list_of(numbers),), steps=True)
 
 

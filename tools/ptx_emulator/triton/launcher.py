@@ -81,14 +81,14 @@ class Span(NamedTuple):
 
 
 def spans(arguments: Iterable[Argument]) -> list[Span]:
-    """Exactly the bytes that the tensors view, those that overlap as one.
+    """Exactly the bytes that the tensors view, those that overlap as one, in the order of the arguments.
 
     Raises:
         TypeError: a pointer argument is no tensor on the CPU.
     """
-    found = []
-    for name, kind, given in arguments:
-        value = given.base if isinstance(given, HostMap) else given
+    found, given = [], list(arguments)
+    for name, kind, value in given:
+        value = value.base if isinstance(value, HostMap) else value
         if not kind.startswith(("*", MAP_TYPE)):
             continue
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
@@ -105,7 +105,8 @@ def spans(arguments: Iterable[Argument]) -> list[Span]:
             before = merged.pop()
             span = Span(before.start, max(before.stop, span.stop), before.block, before.names + span.names)
         merged.append(span)
-    return merged
+    order = {name: place for place, (name, _, _) in enumerate(given)}
+    return sorted(merged, key=lambda span: min(order[name] for name in span.names))
 
 
 def memory_of(span: Span) -> np.ndarray:
@@ -216,8 +217,9 @@ def scratch(memory: ptx_emulator.Memory, launch: Launch) -> list[int]:
 def place(memory: ptx_emulator.Memory, arguments: tuple[Argument, ...]) -> list[int | float | ptx_emulator.TensorMap]:
     """Register the tensors' memory with the emulator -> the arguments' values, addresses for tensors.
 
-    A tensor lies as far behind a multiple of 256 as behind the start of its storage, since CUDA's allocators hand out
-    blocks that begin at such multiples.
+    Tensors lie one behind the other in the order of the arguments, so that an access that strays meets the same one in
+    every process, wherever the process has its memory. A tensor lies as far behind a multiple of 256 as behind the
+    start of its storage, since CUDA's allocators hand out blocks that begin at such multiples.
 
     Raises:
         ValueError: CUDA's driver would refuse the tensor map of a descriptor.

@@ -27,7 +27,11 @@ def begin(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         return  # the processes of pytest-xdist run the tests, each with this plugin
     checker = Checker(
-        target(config.getoption("ptx_target")), landing, seed, all_configs=config.getoption("ptx_all_configs")
+        target(config.getoption("ptx_target")),
+        landing,
+        seed,
+        all_configs=config.getoption("ptx_all_configs"),
+        lane_order=config.getoption("ptx_lane_order"),
     )
     config.pluginmanager.register(Suite(checker), "ptx_emulator_suite")
 

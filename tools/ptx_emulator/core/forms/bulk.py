@@ -54,7 +54,8 @@ class Arriving:
     """What is on its way into the shared memory of one CTA.
 
     read: gives the elements, at the latest when they land. barrier: address of the mbarrier there that is told.
-    source: (CTA, granules) of shared memory that is read until then. update: of a reduction.
+    source: (CTA, granules) of shared memory that is read until then. update: of a reduction. cells: the granules that
+    the copy writes, for the checks.
     """
 
     cta: int
@@ -65,6 +66,7 @@ class Arriving:
     text: str
     update: Update | None = None
     source: tuple[int, Array] | None = None
+    cells: Array | None = None
 
 
 @dataclass
@@ -126,8 +128,8 @@ class Bulk(Part):
         m.of(MBarriers).find(copy.cta, copy.barrier, who, copy.text)
         touch(m, copy.cta, issuer, who, copy.text)
         if self.checker is not None:
-            cells = self.checker.cells(copy.cta, copy.box.shared, copy.box.width)
-            self.checker.bulk_write(copy.cta, cells, who, kind, fenced)
+            copy.cells = self.checker.cells(copy.cta, copy.box.shared, copy.box.width)
+            self.checker.bulk_write(copy.cta, copy.cells, who, kind, fenced)
             if copy.source is not None:
                 self.checker.bulk_read(copy.source[0], copy.source[1], who)
         self.arriving.append(copy)
@@ -145,8 +147,8 @@ class Bulk(Part):
         data = copy.read()
         flat[index] = data if copy.update is None else copy.update(flat[index], data, data)
         b = m.of(MBarriers).find(copy.cta, copy.barrier, m.agent(copy.cta, 0), copy.text, check=False)
-        if self.checker is not None:
-            self.checker.bulk_landed(self.checker.cells(copy.cta, copy.box.shared, copy.box.width), b.agent)
+        if self.checker is not None and copy.cells is not None:
+            self.checker.bulk_landed(copy.cells, b.agent)
             if copy.source is not None:
                 self.checker.bulk_was_read(copy.source[1], b.agent)
             self.checker.flying = m.in_flight()

@@ -169,7 +169,7 @@ def _scale(operand: Any, ins: Instruction) -> int:
 
 
 @dataclass(frozen=True)
-class Form:
+class MmaAsync:
     """A `wgmma.mma_async` as it is written: numbers of registers, -1 for a descriptor that is none, and layouts."""
 
     registers: tuple[int, ...]
@@ -192,8 +192,8 @@ class Form:
         return 2 * ROWS * self.b_layout.rows * self.b_layout.depth
 
 
-def read_form(d: Decoder, ins: Instruction) -> Form:
-    """The form of a `wgmma.mma_async`. Raises Unsupported."""
+def read_mma_async(d: Decoder, ins: Instruction) -> MmaAsync:
+    """A `wgmma.mma_async`. Raises Unsupported."""
     mods = Modifiers(ins)
     mods.drop("sync", "aligned", "mma_async")
     types = mods.types()
@@ -225,46 +225,46 @@ def read_form(d: Decoder, ins: Instruction) -> Form:
     a_layout = Layout(ROWS, depth, size, bool(transposed and transposed[0]))
     name = f"wgmma.{shape}.{kind}"
     layouts, sign = (a_layout, b_layout), scale_a * scale_b
-    return Form(registers, a_registers, a, b, scale, negated, sign, kind, *layouts, d.current, ins.text, name)
+    return MmaAsync(registers, a_registers, a, b, scale, negated, sign, kind, *layouts, d.current, ins.text, name)
 
 
 def _product(d: Decoder, ins: Instruction) -> Action:
-    form = read_form(d, ins)
-    kind, text, registers, a_registers = form.kind, form.text, form.registers, form.a_registers
+    mma = read_mma_async(d, ins)
+    kind, text, registers, a_registers = mma.kind, mma.text, mma.registers, mma.a_registers
 
     def multiply(m: State, mask: Array | None) -> None:
         active = active_groups(m, mask, text)
         state = products(m, text)
-        m.tick(form.number)
+        m.tick(mma.number)
         regions: list[Any] = []
         if a_registers:
             left = fragment(m, a_registers, 2, kind)
             if (
-                form.a_layout.size == 2
+                mma.a_layout.size == 2
             ):  # a fragment's k runs over (register, half, t); the document's (register, t, half)
                 left = np.ascontiguousarray(left.reshape(-1, 16, 2, 2, 4).swapaxes(3, 4))
-            left = left.reshape(-1, ROWS, form.a_layout.depth)
+            left = left.reshape(-1, ROWS, mma.a_layout.depth)
         else:
-            left = read_operand(m, m.r[form.a], form.a_layout, kind, active, regions, text)
-        right = read_operand(m, m.r[form.b], form.b_layout, kind, active, regions, text)
+            left = read_operand(m, m.r[mma.a], mma.a_layout, kind, active, regions, text)
+        right = read_operand(m, m.r[mma.b], mma.b_layout, kind, active, regions, text)
         total = products_in_order(left, right)
-        if form.sign < 0:
+        if mma.sign < 0:
             np.negative(total, out=total)
         check_fence(m, state, registers, a_registers, active)
-        _accumulate(m, state, registers, total, m.r[form.scale], form.negated, active, text)
-        launched(m, state, form, active, regions)
+        _accumulate(m, state, registers, total, m.r[mma.scale], mma.negated, active, text)
+        launched(m, state, mma, active, regions)
 
     return multiply
 
 
-def launched(m: State, state: Products, form: Form, active: Array, regions: list[Any]) -> None:
+def launched(m: State, state: Products, mma: MmaAsync, active: Array, regions: list[Any]) -> None:
     """The product is in flight."""
-    registers, inputs = form.registers, form.a_registers
+    registers, inputs = mma.registers, mma.a_registers
     state.held[registers] = state.held.get(registers, np.zeros(state.shape, bool)) | active
-    state.flying.append(Product(registers, inputs, active, state.group.copy(), form.number, regions))
+    state.flying.append(Product(registers, inputs, active, state.group.copy(), mma.number, regions))
     m.pending_registers |= set(registers)
     m.pending_inputs |= set(inputs)
-    m.counters.tensor(form.name, form.flops * int(active.sum()))
+    m.counters.tensor(mma.name, mma.flops * int(active.sum()))
 
 
 def check_fence(m: State, state: Products, registers: tuple[int, ...], inputs: tuple[int, ...], active: Array) -> None:
