@@ -95,7 +95,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
 #pragma unroll
       for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<X>; ++part) {
         if (column + part * TILE_COLUMNS<X> >= g.dim) break;
-        residual.add([&](int j, int r) {
+        residual.add(column + part * TILE_COLUMNS<X>, [&](int j, int r) {
           const float* v = acc + part * TILE_COLUMNS<X> / 2 + 4 * j + 2 * r;
           return make_float2(factor[r] * v[0], factor[r] * v[1]);
         });

@@ -11,6 +11,20 @@
 namespace cast::cuda {
 namespace {
 
+// CLS begins with dh gamma, and the products add its rows of dQ and dKV, which are zero.
+template <class T, int CHUNKS>
+CAST_DEVICE void begin_with_cls(float (&a)[CHUNKS][PRODUCT_COLUMNS / 2], const uint32_t* dh, const float* gamma, int r,
+                                const Place& place) {
+#pragma unroll
+  for (int j = 0; j < CHUNKS * PRODUCT_COLUMNS / 8; ++j) {
+    const int column = 8 * j + place.column;
+    const float2 v = unpack<T>(dh[column / 2]), factor = *reinterpret_cast<const float2*>(gamma + column);
+    float* to = a[j / (PRODUCT_COLUMNS / 8)] + j % (PRODUCT_COLUMNS / 8) * 4 + 2 * r;
+    to[0] = v.x * factor.x;
+    to[1] = v.y * factor.y;
+  }
+}
+
 template <class T, class X, int D>
 CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -38,6 +52,8 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
     raise_registers<CONSUMER_REGISTERS>();
     using Rows = Consumer<T, T, D>;
     constexpr int PARTS = D / TILE_COLUMNS<T>, PASSES = 2;
+    // As a loop the passes leave float32 streams no spill; of 16 bits ptxas 13.0.88 then serialises the products (C7512).
+    constexpr int UNROLLED = sizeof(X) == 4 ? 1 : PASSES;
     Rows consumer{shared};
     const Place& place = consumer.place;
     typename Rows::Narrow dz;
@@ -45,28 +61,21 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
     {
       typename Rows::Wide a;
       for (auto& chunk : a) clear(chunk);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = row + place.row + 8 * r;
+        if (own.dh != nullptr && at < own.rows && at % own.tokens.frame_rows == 0)
+          begin_with_cls<T>(a, static_cast<const uint32_t*>(own.dh) + int64_t(at) * (D / 2), own.norm, r, place);
+      }
       consumer.narrow(a, own.q_channels + own.kv_channels);  // both products, one after the other
       consumer.meet();  // the tiles are free
       if (consumer.thread == 0)
         for (int i = 0; i < TILES; ++i) xhat.ask(&own.xhat, i % PARTS * TILE_COLUMNS<T>, row);
       float rstd[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int at = row + place.row + 8 * r;
-        rstd[r] = own.rstd[min(at, own.rows - 1)];
-        if (own.tokens.cls == 0 || own.dh == nullptr || at >= own.rows || at % own.tokens.frame_rows != 0) continue;
-        const uint32_t* dh = static_cast<const uint32_t*>(own.dh) + int64_t(at) * (D / 2);
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-          const int column = 8 * j + place.column;
-          const float2 v = unpack<T>(dh[column / 2]), gamma = *reinterpret_cast<const float2*>(own.norm + column);
-          float* to = a[j / (PRODUCT_COLUMNS / 8)] + j % (PRODUCT_COLUMNS / 8) * 4 + 2 * r;
-          to[0] = v.x * gamma.x;
-          to[1] = v.y * gamma.y;
-        }
-      }
+      for (int r = 0; r < 2; ++r) rstd[r] = own.rstd[min(row + place.row + 8 * r, own.rows - 1)];
       float mean[2] = {}, along[2] = {};  // of a, and of a xhat
-#pragma unroll
+#pragma unroll UNROLLED
       for (int pass = 0; pass < PASSES; ++pass) {
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
@@ -107,8 +116,8 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
     if (g.want_x) {
       if (consumer.thread == 0) store_wait_read<0>();
       consumer.meet();
-      Residual<Rows, X> residual{xhat, &own.grad_y, &own.grad_x, row, g.dim};
-      if (own.received) residual.begin();
+      Residual<Rows, X> residual{xhat, &own.grad_y, &own.grad_x, row, g.dim, own.received != 0};
+      residual.begin();
 #pragma unroll 1
       for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
         float acc[PRODUCT_COLUMNS / 2];
@@ -116,20 +125,11 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
         consumer.widen(acc, dz);
 #pragma unroll
         for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<X>; ++part) {
-          const int at = column + part * TILE_COLUMNS<X>;
-          if (at >= g.dim) break;
-          const float* values = acc + part * TILE_COLUMNS<X> / 2;
-          if (own.received) {
-            residual.add([&](int j, int r) {
-              const float* v = values + 4 * j + 2 * r;
-              return make_float2(v[0], v[1]);
-            });
-          } else {
-            consumer.template put<X>(&own.grad_x, at, row, [&](int j, int r) {
-              const float* v = values + 4 * j + 2 * r;
-              return as_pair<X>(v[0], v[1]);
-            });
-          }
+          if (column + part * TILE_COLUMNS<X> >= g.dim) break;
+          residual.add(column + part * TILE_COLUMNS<X>, [&](int j, int r) {
+            const float* v = acc + part * TILE_COLUMNS<X> / 2 + 4 * j + 2 * r;
+            return make_float2(v[0], v[1]);
+          });
         }
       }
     }
