@@ -94,9 +94,9 @@ def test_notes_of_ptxas_fail(was: str, becomes: str, note: str) -> None:
 def test_spills_inside_loops_fail_and_an_exception_allows_its_number() -> None:
     """Twelve CTAs of 128 threads leave 40 registers."""
     kernel = "bcast_attention_bf16_64"
-    row = row_of(kernel, lambda ptx: ptx.replace(".minnctapersm 4", ".minnctapersm 12"))
+    row = row_of(kernel, lambda ptx: re.sub(r"\.minnctapersm \d+", ".minnctapersm 12", ptx))
     count = row.loop_spills
-    assert count > 100
+    assert count > 50
     (failure,) = judge(row, {}).failures
     assert failure == f"{count} spill instructions inside loops"
     passed = judge(row, {kernel: Spilling(count, "measured nowhere yet")})

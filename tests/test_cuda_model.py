@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ptx_emulator.predict.devices import device
 
+from cast_kernels.cli import main
 from cast_kernels.evidence.cuda_model import design, launches, report, rows, tables, triton
 from cast_kernels.evidence.cuda_model.arithmetic import USUAL, Cta, Launch, predict, usable, wait_cycles
 from cast_kernels.evidence.cuda_model.attention import attention, long_tiles, warp_keys
@@ -254,6 +255,33 @@ def test_the_committed_tables_are_the_models() -> None:
         again = json.loads(json.dumps({**now, "devices": {name: now["devices"][name]}}))
         assert written == again, "run cast-kernels predict --cuda --folder benchmarks/predictions/cuda"
     assert (FOLDER / "README.md").read_text() == tables.markdown(FOLDER)
+
+
+def test_the_command_prints_it_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--device", "H200", "--batch", "6", "--kind", "bf16", "--recompute", "cheap", "--folder", str(tmp_path))
+    assert main(["predict", "--cuda", *asked]) == 0
+    printed = capsys.readouterr().out
+    assert report.LABEL in printed
+    (run, _) = json.loads((tmp_path / "h200.json").read_text())["devices"]["H200"]["runs"]
+    assert f"H200, bf16, cheap, B=6, forward, designed: {run['us']['designed']:.0f} us" in printed
+    assert (tmp_path / "README.md").read_text() == tables.markdown(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--device", "A100"), "is of H100 and H200; --device has A100"),
+        (("--kind", "fp16"), "is of bf16 and amp; --kind is fp16"),
+        (("--recompute", "all"), "is of cheap and nothing; --recompute is all"),
+        (("--model",), "compiles and counts nothing; leave out --model"),
+        (("--batch", "5"), "no prediction of Triton's kernels for 5 clips on H100; there are 1, 6, 32"),
+    ],
+)
+def test_the_command_says_what_it_has_no_model_of(
+    options: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--cuda", *options]) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_the_page_shows_what_the_tables_have() -> None:

@@ -155,23 +155,24 @@ CAST_DEVICE void attention(const AttentionArguments& g) {
   } else if (own.window <= 16) {
     attend<T, HEAD, 16>(g, own, shared, tile, channel);
   } else {
-    attend<T, HEAD, 64>(g, own, shared, tile, channel);
+    attend<T, HEAD, 32>(g, own, shared, tile, channel);
   }
 }
 
 }  // namespace
 
-#define CAST_ATTENTION(NAME, T, HEAD) \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) \
+// CTAS: that an SM holds at once, as many as leave the kernel enough registers.
+#define CAST_ATTENTION(NAME, T, HEAD, CTAS) \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, CTAS) \
       NAME(const __grid_constant__ AttentionArguments g) { \
     attention<T, HEAD>(g); \
   }
 
-CAST_ATTENTION(bcast_attention_bf16_16, bf16, 16)
-CAST_ATTENTION(bcast_attention_bf16_32, bf16, 32)
-CAST_ATTENTION(bcast_attention_bf16_64, bf16, 64)
-CAST_ATTENTION(bcast_attention_fp16_16, fp16, 16)
-CAST_ATTENTION(bcast_attention_fp16_32, fp16, 32)
-CAST_ATTENTION(bcast_attention_fp16_64, fp16, 64)
+CAST_ATTENTION(bcast_attention_bf16_16, bf16, 16, 2)
+CAST_ATTENTION(bcast_attention_bf16_32, bf16, 32, 3)
+CAST_ATTENTION(bcast_attention_bf16_64, bf16, 64, 3)
+CAST_ATTENTION(bcast_attention_fp16_16, fp16, 16, 2)
+CAST_ATTENTION(bcast_attention_fp16_32, fp16, 32, 3)
+CAST_ATTENTION(bcast_attention_fp16_64, fp16, 64, 3)
 
 }  // namespace cast::cuda

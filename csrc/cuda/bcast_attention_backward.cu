@@ -407,17 +407,18 @@ CAST_DEVICE void attention_backward(const AttentionBackwardArguments& g) {
 
 }  // namespace
 
-#define CAST_ATTENTION_BACKWARD(NAME, T, HEAD) \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 3) \
+// CTAS: that an SM holds at once, as many as leave the kernel enough registers.
+#define CAST_ATTENTION_BACKWARD(NAME, T, HEAD, CTAS) \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, CTAS) \
       NAME(const __grid_constant__ AttentionBackwardArguments g) { \
     attention_backward<T, HEAD>(g); \
   }
 
-CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_16, bf16, 16)
-CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_32, bf16, 32)
-CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_64, bf16, 64)
-CAST_ATTENTION_BACKWARD(bcast_attention_backward_fp16_16, fp16, 16)
-CAST_ATTENTION_BACKWARD(bcast_attention_backward_fp16_32, fp16, 32)
-CAST_ATTENTION_BACKWARD(bcast_attention_backward_fp16_64, fp16, 64)
+CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_16, bf16, 16, 2)
+CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_32, bf16, 32, 3)
+CAST_ATTENTION_BACKWARD(bcast_attention_backward_bf16_64, bf16, 64, 3)
+CAST_ATTENTION_BACKWARD(bcast_attention_backward_fp16_16, fp16, 16, 2)
+CAST_ATTENTION_BACKWARD(bcast_attention_backward_fp16_32, fp16, 32, 3)
+CAST_ATTENTION_BACKWARD(bcast_attention_backward_fp16_64, fp16, 64, 3)
 
 }  // namespace cast::cuda

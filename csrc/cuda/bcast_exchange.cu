@@ -32,6 +32,8 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
       if (!g.only_h) producer.widen(&own.up, g.dim, D);
     }
     __syncwarp();
+    if (threadIdx.x / 32 == 1)
+      forward_reads(shared.weight_ring, narrow_units(D, D / PRODUCT_COLUMNS) + (g.only_h ? 0 : widen_units(g.dim, D)));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     Consumer<T, T, D> consumer{shared};

@@ -29,6 +29,8 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
       producer.widen(&own.proj, D, D);
     }
     __syncwarp();
+    if (threadIdx.x / 32 == 1)
+      forward_reads(shared.weight_ring, narrow_units(g.dim, D / PRODUCT_COLUMNS) + widen_units(D, D));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     using Rows = Consumer<T, X, D>;

@@ -18,7 +18,7 @@ constexpr unsigned whole_kilobytes(unsigned bytes) { return (bytes + 1023) / 102
 // Shared memory of `weight_gradient`: tiles of both sides, barriers, sums of eight warps.
 unsigned gradient_shared(int d) {
   const unsigned tiles = GRADIENT_PLACES * (GRADIENT_LEFT_TILES + d / 64) * TILE_BYTES;
-  return whole_kilobytes(tiles + 2 * GRADIENT_PLACES * 8 + 8 * 64 * 4);
+  return whole_kilobytes(tiles + 3 * GRADIENT_PLACES * 8 + 8 * 64 * 4);
 }
 
 }  // namespace

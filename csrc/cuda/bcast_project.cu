@@ -113,6 +113,9 @@ CAST_DEVICE void project(const ProjectArguments& g) {
       producer.widen(&own.kv_weight, own.kv_columns, D);
     }
     __syncwarp();
+    if (threadIdx.x / 32 == 1)
+      forward_reads(shared.weight_ring, (AGAIN ? 0 : narrow_units(g.dim, D / PRODUCT_COLUMNS)) +
+                                            widen_units(own.q_columns, D) + widen_units(own.kv_columns, D));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     Consumer<T, X, D> consumer{shared};

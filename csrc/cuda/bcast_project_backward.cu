@@ -31,6 +31,9 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
       if (g.want_x) producer.widen(&own.down, g.dim, D);
     }
     __syncwarp();
+    if (threadIdx.x / 32 == 1)
+      forward_reads(shared.weight_ring, narrow_units(own.q_channels + own.kv_channels, D / PRODUCT_COLUMNS) +
+                                            (g.want_x ? widen_units(g.dim, D) : 0));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     using Rows = Consumer<T, T, D>;
@@ -42,8 +45,7 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
     {
       typename Rows::Wide a;
       for (auto& chunk : a) clear(chunk);
-      consumer.narrow(a, own.q_channels);
-      consumer.narrow(a, own.kv_channels);
+      consumer.narrow(a, own.q_channels + own.kv_channels);  // both products, one after the other
       consumer.meet();  // the tiles are free
       if (consumer.thread == 0)
         for (int i = 0; i < TILES; ++i) xhat.ask(&own.xhat, i % PARTS * TILE_COLUMNS<T>, row);

@@ -20,7 +20,7 @@ template <int D>
 struct alignas(1024) GradientShared {
   unsigned char left[PLACES][LEFT_TILES][TILE_BYTES];
   unsigned char right[PLACES][D / 64][TILE_BYTES];
-  RingBarriers<PLACES> ring;
+  ClusterRingBarriers<PLACES, PAIR> ring;
   float sums[WARPS][64];
 };
 
@@ -97,7 +97,7 @@ CAST_DEVICE void consume(const WeightGradientArguments& g, GradientShared<D>& sh
   RingCursor<PLACES> at;
   auto free_place = [&](int number) {
     __syncwarp();
-    if (place.lane < PAIR) mbarrier_arrive_cluster(&shared.ring.empty[number], place.lane);
+    if (place.lane == 0) mbarrier_arrive(&shared.ring.read[number]);
   };
   while (step < stop) {
     const Stretch own(g, step, stop);
@@ -168,17 +168,18 @@ CAST_DEVICE void weight_gradient(const WeightGradientArguments& g) {
   const int64_t cluster = blockIdx.x / PAIR, clusters = gridDim.x / PAIR;
   const int step = g.steps * cluster / clusters, stop = g.steps * (cluster + 1) / clusters;
   if (threadIdx.x == 0) {
-    shared.ring.init(PAIR * WARPS);
+    shared.ring.init(WARPS);
     fence_mbarrier_init();
   }
   __syncwarp();
   cluster_sync();
   if (group == 0) {
-    lower_registers<24>();
+    lower_registers<40>();
     if (threadIdx.x == 0) produce<T, D>(g, shared, step, stop, rank);
     __syncwarp();
+    if (threadIdx.x / 32 == 1) forward_reads(shared.ring, stop - step);
   } else {
-    raise_registers<240>();
+    raise_registers<232>();
     consume<T, D>(g, shared, step, stop, rank, group - 1);
   }
   cluster_sync();  // no CTA ends while the other may still write into it or arrive at its barriers

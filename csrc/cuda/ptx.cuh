@@ -25,7 +25,8 @@ CAST_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
 CAST_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the same barrier of CTA `rank` of the cluster.
+// At the same barrier of CTA `rank` of the cluster. ptxas 13.0.88 makes a fence of the whole GPU's memory of the release:
+// a thread that products wait for must not call this, see Forwarder.
 CAST_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 peer;\nmapa.shared::cluster.u32 peer, %0, %1;\n"
@@ -33,9 +34,20 @@ CAST_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
-// Whether the phase of this parity is over; the hardware lets the thread wait for a while before it says no. What other
-// CTAs of the cluster did before they arrived is then seen.
+// Whether the phase of this parity is over; the hardware lets the thread wait for a while before it says no. What the
+// threads of the CTA did before they arrived is then seen, and what copies have brought.
 CAST_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over;
+}
+// The same for what threads of all CTAs of the cluster did. It empties the multiprocessor's cache of global memory.
+CAST_DEVICE bool mbarrier_try_wait_cluster(uint64_t* barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
       "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"

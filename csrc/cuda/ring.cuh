@@ -17,6 +17,18 @@ struct RingBarriers {
   }
 };
 
+// A ring whose places are filled by copies to all CTAs of a cluster: a place is empty when each of them has read it.
+// Readers say so to a warp of their own CTA, which tells the others.
+template <int PLACES, int CTAS>
+struct ClusterRingBarriers : RingBarriers<PLACES> {
+  uint64_t read[PLACES];
+
+  CAST_DEVICE void init(int readers) {
+    RingBarriers<PLACES>::init(CTAS);
+    for (uint64_t& barrier : read) mbarrier_init(&barrier, readers);
+  }
+};
+
 // Where one side stands: which place comes next, and how often the ring has gone round.
 template <int PLACES>
 struct RingCursor {
@@ -35,6 +47,11 @@ struct RingCursor {
     while (!mbarrier_try_wait(&barriers.empty[place], round ^ 1)) {
     }
   }
+  template <int CTAS>
+  CAST_DEVICE void wait_empty(ClusterRingBarriers<PLACES, CTAS>& barriers) const {
+    while (!mbarrier_try_wait_cluster(&barriers.empty[place], round ^ 1)) {
+    }
+  }
 
   // The reading side: the place is full.
   CAST_DEVICE void wait_full(RingBarriers<PLACES>& barriers) const {
@@ -42,5 +59,22 @@ struct RingCursor {
     }
   }
 };
+
+// The warp that tells the cluster which places were read, `count` of them. It stands between the readers and the other
+// CTAs because an arrival that the whole cluster may rely on waits for the memory of the whole GPU: here nobody waits
+// for it but the ring.
+template <int PLACES, int CTAS>
+CAST_DEVICE void forward_reads(ClusterRingBarriers<PLACES, CTAS>& barriers, int count) {
+  RingCursor<PLACES> at;
+  const int lane = threadIdx.x % 32;
+  if (lane < CTAS)
+    for (int i = 0; i < count; ++i) {
+      while (!mbarrier_try_wait(&barriers.read[at.place], at.round)) {
+      }
+      mbarrier_arrive_cluster(&barriers.empty[at.place], lane);
+      at.next();
+    }
+  __syncwarp();
+}
 
 }  // namespace cast::cuda

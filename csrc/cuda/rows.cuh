@@ -4,7 +4,8 @@
 //     z[64, d] = in[64, K] W'      K in steps of 64, all d columns at once: `narrow`
 //     out[64, N] = a[64, d] V'     N in chunks of 192 columns, a in registers:  `widen`
 //
-// Warpgroup 0 has one thread that fills rings by copies; warpgroup 1 multiplies. Four CTAs of a cluster read the same
+// Warpgroup 0 has a thread that fills rings by copies and a warp that tells the cluster what was read; warpgroup 1
+// multiplies. Four CTAs of a cluster read the same
 // weights: each loads a quarter of every unit of 192 x 64 and multicasts it. Two CTAs share a multiprocessor, so one
 // multiplies while the other is in its epilogue: 2 x (107,520 + 1,024 reserved) of 233,472 bytes.
 #pragma once
@@ -32,18 +33,24 @@ template <class In>
 struct alignas(1024) RowShared {
   unsigned char weights[WEIGHT_PLACES][UNIT_BYTES];
   unsigned char tiles[TILES][TILE_BYTES];  // rows that come in; afterwards results on their way out
-  RingBarriers<WEIGHT_PLACES> weight_ring;
+  ClusterRingBarriers<WEIGHT_PLACES, CLUSTER> weight_ring;
   RingBarriers<ROW_PLACES<In>> row_ring;
   uint64_t incoming[TILES];
 
   // By one thread, before the cluster meets.
   CAST_DEVICE void init() {
-    weight_ring.init(CLUSTER);
+    weight_ring.init(1);
     row_ring.init(CONSUMERS / 32);
     for (uint64_t& barrier : incoming) mbarrier_init(&barrier, 1);
     fence_mbarrier_init();
   }
 };
+
+// Units of `narrow` and `widen`.
+CAST_DEVICE int narrow_units(int columns, int chunks) { return (columns + STEP - 1) / STEP * chunks; }
+CAST_DEVICE int widen_units(int columns, int channels) {
+  return (columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * (channels / STEP);
+}
 
 // The thread that fills the rings. It must ask for the same units, in the same order, as the consumers.
 template <class In>
@@ -132,7 +139,7 @@ struct Consumer {
   }
 
   CAST_DEVICE void free_unit() {
-    if (thread < CLUSTER) mbarrier_arrive_cluster(&shared.weight_ring.empty[weights.place], thread);
+    if (thread == 0) mbarrier_arrive(&shared.weight_ring.read[weights.place]);
     weights.next();
   }
 
