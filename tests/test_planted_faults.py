@@ -103,6 +103,8 @@ def test_a_kernel_is_mutated_in_the_first_problem_that_launches_it() -> None:
     found = planting.captured(target("sm_80"), "bf16", problems=twice)
     assert {capture.launch.kernel for capture in found["one"]} >= {"adapter_forward", "adapter_backward"}
     assert found["again"] == []
+    (again,) = planting.judge(target("sm_80"), "bf16", problems=twice, only=["again"])
+    assert again == ("again", []), "the other problem is launched too"
 
 
 def row(caught: bool, why: str, problem: str = "exchange", goal: str = "sm_80", kind: str = "barrier") -> Row:
@@ -132,7 +134,7 @@ def test_the_command_fails_for_a_missed_one(
 ) -> None:
     mutant = planting.Mutant("project", "barrier", 7, "bar.sync 0;", "")
     verdicts = [planting.Verdict(mutant, "write-read", 0.0), planting.Verdict(mutant, "", 0.0, why)]
-    monkeypatch.setattr(mutant_table, "judge", lambda *_: iter([("exchange", verdicts), ("adapter", [])]))
+    monkeypatch.setattr(mutant_table, "judge", lambda *_, **__: iter([("exchange", verdicts), ("adapter", [])]))
     file = tmp_path / "rows.json"
     missed = why == "unknown"
     assert mutant_table.main(["sm_80"], ["bf16"], file, ENGINES[0], 3) == missed
