@@ -20,6 +20,7 @@ from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import dots_elsewhere, read, render, tensor_core_dots
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
+from cast_kernels.evidence.rows import keep
 from cast_kernels.triton import tiles
 
 
@@ -230,6 +231,16 @@ def test_the_exit_code_and_the_json(
     out = capsys.readouterr().out
     assert f"{len(rows)} compiled kernels, {int(fails)} fail a gate" in out
     assert ("FAIL  sm_80 product_kernel" in out) == fails
+
+
+def test_a_file_keeps_the_rows_of_other_targets_and_dtypes(tmp_path: Path) -> None:
+    file = tmp_path / "kernels.json"
+    for name, dtype, kernel in (
+        ("sm_90", "bf16", "old"), ("sm_80", "amp", "other"), ("gfx942", "bf16", "last"), ("sm_90", "bf16", "new"),
+    ):  # fmt: skip
+        keep([{"target": name, "dtype": dtype, "kernel": kernel}], file)
+    assert [row["kernel"] for row in json.loads(file.read_text())] == ["other", "new", "last"]
+    assert len(file.read_text().splitlines()) == 3 + 2, "a row a line"
 
 
 def test_only_the_run_of_everything_knows_the_largest_number(
