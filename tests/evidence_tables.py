@@ -159,6 +159,25 @@ def other_problems() -> str:
 _EMULATED = ("bf16", "fp16", "amp", "fp32")
 
 
+def block() -> str:
+    """A training step of a block of CAST-B, executed: errors beside eager's, work and time."""
+    cells = []
+    for run in read("block.json"):
+        ratios = {name: ours / eager for name, (ours, eager, *_) in run["errors"].items()}
+        worst = max(ratios, key=lambda name: ratios[name])
+        kernels = run["kernels"].values()
+        cells.append([
+            run["target"], run["dtype"], f"{ratios[worst]:.2f} `{worst}`{'' if run['ok'] else ' FAIL'}",
+            f"{ratios['spatial']:.2f}, {ratios['temporal']:.2f}", f"{ratios['update']:.2f}",
+            str(sum(one["ctas"] for one in kernels)), f"{sum(one['seconds'] for one in kernels):.0f}",
+            f"{run['seconds']:.0f}",
+        ])  # fmt: skip
+    headings = (
+        "target", "dtype", "worst ratio", "outputs' ratios", "update's", "CTAs", "s in the emulator", "s"
+    )  # fmt: skip
+    return table(headings, cells)
+
+
 def compiled() -> str:
     """What each kernel takes in bf16: the largest of its variants, and the fewest CTAs."""
     rows = [row for row in read("compile.json") if row["dtype"] == "bf16"]
@@ -205,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "planted faults by kind": by_kind,
     "the paper size": full_size,
     "other problems": other_problems,
+    "a block": block,
     "compiled kernels": compiled,
     "assemblers": assembled,
 }
