@@ -49,13 +49,13 @@ def made_of(name: str, dtype: str, problem: str) -> dict[str, Any]:
 
 
 def settled(rows: list[Row]) -> list[Row]:
-    """The rows without what a process decides: whether a load or copy outside of its buffer meets another or nothing.
+    """The rows without what a process decides: whether an access outside of its buffer meets another or nothing.
 
-    Buffers lie in the order of their addresses in the process. In either case the verdict is one of these two.
+    Buffers lie in the order of their addresses in the process. In either case the verdict is one of two.
     """
-    either = ("MemoryFault", "reads inside, uses nothing")
-    loose = ("mask of a load", "mask of a copy")
-    return [[*row[:7], either, None] if row[4] in loose and row[7] in either else row for row in rows]
+    either = {kind: ("MemoryFault", "reads inside, uses nothing") for kind in ("mask of a load", "mask of a copy")}
+    either["mask of a store"] = ("MemoryFault", "values")
+    return [[*row[:7], either[row[4]], None] if row[7] in either.get(row[4], ()) else row for row in rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
