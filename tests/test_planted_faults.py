@@ -53,7 +53,7 @@ def settled(rows: list[Row]) -> list[Row]:
 
     Buffers lie in the order of their addresses in the process. In either case the verdict is one of two.
     """
-    either = {kind: ("MemoryFault", "reads inside, uses nothing") for kind in ("mask of a load", "mask of a copy")}
+    either = dict.fromkeys(("mask of a load", "mask of a copy"), ("MemoryFault", "reads inside, uses nothing"))
     either["mask of a store"] = ("MemoryFault", "values")
     return [[*row[:7], either[row[4]], None] if row[7] in either.get(row[4], ()) else row for row in rows]
 
