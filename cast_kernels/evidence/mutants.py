@@ -190,6 +190,7 @@ def _kept_out(mutant: Mutant) -> Mutant:
 
     On memory as the kernel left it these change nothing if they store what another lane stores. In the mutant itself
     a store to a wrong place may be made good by a later one, where warps and CTAs happen to run in that order.
+    It holds for kernels that do not change what they read; ours do not.
     """
     instruction = re.sub(r"^@(!?)", lambda m: "@" if m[1] else "@!", mutant.instruction)
     lines = [_STORE.sub("", line) for line in mutant.text.splitlines()]
