@@ -312,3 +312,10 @@ def test_what_training_launches_under_autocast_passes_the_gates(
     judged = [judge(row, EXCEPTIONS) for row in rows]
     assert {row.kernel for row in judged} >= {"project", "exchange"}
     assert [row.failures for row in judged if row.failures] == []
+
+
+@pytest.mark.parametrize("width", [384, 768])
+@pytest.mark.parametrize("rows", [1, 100_000])
+def test_float32_rows_are_rounded_without_stages_on_sm_90(width: int, rows: int) -> None:
+    """With more, ptxas before 13.3 reuses registers of a wgmma that is under way: docs/ptxas.md."""
+    assert tiles.find("sm_90", "project_wide", 16, width, rows).stages == 1
