@@ -121,7 +121,7 @@ def _compile_cuda(options: Namespace) -> int:
 
 def _emulate_options(parser: ArgumentParser) -> None:
     from cast_kernels.evidence.cases import KINDS
-    from cast_kernels.evidence.problems import EMULATED, ENGINES, SIZES
+    from cast_kernels.evidence.problems import EMULATED, ENGINES, PLANTED, SIZES
 
     _add_choices(parser, "--target", EMULATED, EMULATED, "architectures")
     _add_choices(parser, "--dtype", KINDS, ("amp", "bf16"), "dtypes, amp for autocast")
@@ -136,15 +136,22 @@ def _emulate_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--every", type=_positive, default=1, metavar="N", help="with --mutants: each N-th fault of a kernel alone"
     )
+    parser.add_argument(
+        "--planted", nargs="+", choices=PLANTED, metavar="NAME",
+        help=f"with --mutants: problems whose kernels get faults, out of {', '.join(PLANTED)}",
+    )  # fmt: skip
 
 
 def _emulate(options: Namespace) -> int:
-    if options.every > 1 and not options.mutants:
-        raise ValueError("emulate --every is of planted faults; add --mutants, or leave it out")
+    given = {"every": options.every > 1, "planted": options.planted}
+    if not options.mutants and (named := [name for name, is_given in given.items() if is_given]):
+        raise ValueError(f"emulate --{named[0]} is of planted faults; add --mutants, or leave it out")
     from cast_kernels.evidence import emulate, mutant_table
 
     if options.mutants:
-        return mutant_table.main(options.target, options.dtype, options.json, options.engine, options.every)
+        return mutant_table.main(
+            options.target, options.dtype, options.json, options.engine, options.every, options.planted
+        )
     return emulate.main(options.target, options.dtype, options.size, options.json, options.engine)
 
 

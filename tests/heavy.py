@@ -50,10 +50,15 @@ class Recorder:
 
 
 class Names:
-    """A pytest plugin that keeps the names of what was collected."""
+    """A pytest plugin that keeps the names of what was collected, and of files with heavy tests that were skipped."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.skipped: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped and "mark.heavy" in (ROOT / report.nodeid).read_text():
+            self.skipped.append(report.nodeid)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.names = [item.nodeid for item in session.items]
@@ -106,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
         return status  # interrupted, bad usage, --help, --collect-only: pytest has spoken
     names = Names()
     command = ["-m", "heavy", "--collect-only", "-qq", "-n", "0", "tests"]
-    incomplete = int(pytest.main(command, plugins=[names]))
+    incomplete = int(pytest.main(command, plugins=[names])) or int(bool(names.skipped))
     if incomplete:
         print(f"not all heavy tests could be collected, so {RESULTS.name} keeps its rows: mend what pytest names above")
         return incomplete

@@ -20,6 +20,7 @@ from cast_kernels.evidence.cases import DTYPES, Case
 from cast_kernels.evidence.compile import dots_elsewhere, read, render, tensor_core_dots
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.evidence.gates import EXCEPTIONS, Allowance, Row, judge, loose, unused
+from cast_kernels.evidence.rows import keep
 from cast_kernels.triton import tiles
 
 
@@ -232,6 +233,16 @@ def test_the_exit_code_and_the_json(
     assert ("FAIL  sm_80 product_kernel" in out) == fails
 
 
+def test_a_file_keeps_the_rows_of_other_targets_and_dtypes(tmp_path: Path) -> None:
+    file = tmp_path / "kernels.json"
+    for name, dtype, kernel in (
+        ("sm_90", "bf16", "old"), ("sm_80", "amp", "other"), ("gfx942", "bf16", "last"), ("sm_90", "bf16", "new"),
+    ):  # fmt: skip
+        keep([{"target": name, "dtype": dtype, "kernel": kernel}], file)
+    assert [row["kernel"] for row in json.loads(file.read_text())] == ["other", "new", "last"]
+    assert len(file.read_text().splitlines()) == 3 + 2, "a row a line"
+
+
 def test_only_the_run_of_everything_knows_the_largest_number(
     good: Row, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,3 +312,10 @@ def test_what_training_launches_under_autocast_passes_the_gates(
     judged = [judge(row, EXCEPTIONS) for row in rows]
     assert {row.kernel for row in judged} >= {"project", "exchange"}
     assert [row.failures for row in judged if row.failures] == []
+
+
+@pytest.mark.parametrize("width", [384, 768])
+@pytest.mark.parametrize("rows", [1, 100_000])
+def test_float32_rows_are_rounded_without_stages_on_sm_90(width: int, rows: int) -> None:
+    """With more, ptxas before 13.3 reuses registers of a wgmma that is under way: docs/ptxas.md."""
+    assert tiles.find("sm_90", "project_wide", 16, width, rows).stages == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import emulated_block
 import engines
@@ -57,3 +58,19 @@ def test_a_step_with_a_wrong_tensor_is_not_right() -> None:
     steps = [Step([right], {}, 1.0), Step([right, wrong], {}, 1.0), Step([right], {}, 1.0, "a race")]
     rows = [emulated_block.row_of("sm_80", "bf16", ENGINE, step) for step in steps]
     assert [(row["ok"], row["worst ratio"]) for row in rows] == [(True, 1.0), (False, 3.0), (False, 1.0)]
+
+
+def test_the_rows_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads(RESULTS.read_text())
+    file = tmp_path / "block.json"
+    file.write_text(RESULTS.read_text())
+    monkeypatch.setattr(emulated_block, "RESULTS", file)
+    monkeypatch.setattr(
+        emulated_block, "emulated_step", lambda *_: Step([Error("x", 3.0, 1.0, 3.0, 1.0, 0.0)], {}, 1.0)
+    )
+    assert emulated_block.main(["sm_90", "amp"]) == 1
+    after = json.loads(file.read_text())
+    assert [row for row in after if (row["target"], row["dtype"]) != ("sm_90", "amp")] == [*before[:2], before[3]]
+    assert [row["ok"] for row in after] == [True, True, False, True]
+    with pytest.raises(SystemExit, match="sm_70 is none of"):
+        emulated_block.main(["sm_70"])

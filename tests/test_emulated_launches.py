@@ -14,7 +14,7 @@ from ptx_emulator.targets import target
 from ptx_emulator.triton.checker import Checker
 from ptx_emulator.triton.driver import Argument, Launch
 from ptx_emulator.triton.launcher import EmulationFault, Emulator, memory_of, place, spans
-from triton_kernels import EMULATED, product, reverse_kernel, scale, scale_kernel, strayed_kernel
+from triton_kernels import EMULATED, pieces_kernel, product, reverse_kernel, scale, scale_kernel, strayed_kernel
 
 from cast_kernels import evidence
 from cast_kernels.evidence import mutants as planting
@@ -234,6 +234,29 @@ def test_a_guard_is_probed(n: int, why: str) -> None:
     assert {(v.why, v.caught_by) for v in verdicts} == {(why, "" if why else "MemoryFault")}
     assert len(faults) == len(planted)
     assert all((fault == "") == bool(why) for fault in faults)
+
+
+def test_a_store_to_a_wrong_place_is_seen_where_a_later_one_makes_it_good() -> None:
+    """Without their mask, lanes of a piece of 100 store into the next piece, whose own CTA happens to run later."""
+    emulator = planting.CapturingEmulator()
+    with offline_driver(target("sm_80"), emulator):
+        pieces_kernel[(4,)](random(428), torch.zeros(428), 100, BLOCK=128)
+        (capture,) = emulator.captures.values()
+        planted = list(planting.mutants("pieces_kernel", capture.launch.asm["ptx"]))
+        (store,) = [mutant for mutant in planted if mutant.kind == "mask of a store"]
+        assert planting._run(capture, store, None) == ("", 0.0)
+        assert planting.try_mutant(capture, store).caught_by == "values"
+
+
+def test_lanes_that_store_what_another_lane_stores_are_harmless() -> None:
+    emulator = planting.CapturingEmulator()
+    with offline_driver(target("sm_80"), emulator):
+        scale(random(64), 2.0, block=64)  # in 128 lanes
+        (capture,) = emulator.captures.values()
+        planted = planting.mutants("scale_kernel", capture.launch.asm["ptx"])
+        (store,) = [mutant for mutant in planted if mutant.kind == "mask of a store"]
+        verdict = planting.try_mutant(capture, store)
+    assert (verdict.caught_by, verdict.why) == ("", "stores what another lane stores")
 
 
 def test_a_masked_load_that_stays_inside_is_told_from_one_that_masks_nothing() -> None:

@@ -93,6 +93,16 @@ def test_a_file_that_does_not_import_keeps_its_rows_and_fails_the_command(tree: 
     assert kept(tree) == ["here"], "a test that is gone takes its row along"
 
 
+def test_a_file_that_is_skipped_as_a_whole_keeps_its_rows_and_fails_the_command(tree: Path) -> None:
+    """Which tests it has is not known, so neither is whether all have passed."""
+    skipped = "import pytest\npytest.importorskip('no_such_module')\npytestmark = pytest.mark.heavy\n"
+    (tree / "tests/test_there.py").write_text(skipped)
+    done = command(tree, "tests/test_here.py")
+    assert done.returncode == 1, done.stdout
+    assert "could be collected" in done.stdout
+    assert kept(tree) == ["here", "there"]
+
+
 @pytest.mark.parametrize("word", ["--help", "--collect-only"])
 def test_what_runs_no_test_judges_none(tree: Path, word: str) -> None:
     before = (tree / "heavy.json").read_bytes()

@@ -41,11 +41,13 @@ def test_emulate_gets_its_options(calls: list[Any]) -> None:
     assert cli.main(["emulate", "--target", "sm_90", "--size", "paper", "--dtype", "fp32", "--engine", "native"]) == 0
     assert cli.main(["emulate", "--mutants", "--target", "sm_80"]) == 0
     assert cli.main(["emulate", "--mutants", "--dtype", "fp16", "--engine", "native", "--every", "4"]) == 0
+    assert cli.main(["emulate", "--mutants", "--dtype", "fp32", "--planted", "exchange", "long windows"]) == 0
     assert calls == [
         ("emulate", (["sm_80", "sm_90"], ["amp", "bf16"], "small", None, None)),
         ("emulate", (["sm_90"], ["fp32"], "paper", None, "native")),
-        ("mutant_table", (["sm_80"], ["amp", "bf16"], None, None, 1)),
-        ("mutant_table", (["sm_80", "sm_90"], ["fp16"], None, "native", 4)),
+        ("mutant_table", (["sm_80"], ["amp", "bf16"], None, None, 1, None)),
+        ("mutant_table", (["sm_80", "sm_90"], ["fp16"], None, "native", 4, None)),
+        ("mutant_table", (["sm_80", "sm_90"], ["fp32"], None, None, 1, ["exchange", "long windows"])),
     ]
 
 
@@ -163,6 +165,8 @@ def test_emulate_refuses_an_option_of_planted_faults_alone(
 ) -> None:
     assert cli.main(["emulate", "--every", "4"]) == 2
     assert "--every is of planted faults; add --mutants" in capsys.readouterr().err
+    assert cli.main(["emulate", "--planted", "ffn"]) == 2
+    assert "--planted is of planted faults; add --mutants" in capsys.readouterr().err
     assert calls == []
 
 

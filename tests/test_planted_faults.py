@@ -49,13 +49,13 @@ def made_of(name: str, dtype: str, problem: str) -> dict[str, Any]:
 
 
 def settled(rows: list[Row]) -> list[Row]:
-    """The rows without what a process decides: whether a load or copy outside of its buffer meets another or nothing.
+    """The rows without what a process decides: whether an access outside of its buffer meets another or nothing.
 
-    Buffers lie in the order of their addresses in the process. In either case the verdict is one of these two.
+    Buffers lie in the order of their addresses in the process. In either case the verdict is one of two.
     """
-    either = ("MemoryFault", "reads inside, uses nothing")
-    loose = ("mask of a load", "mask of a copy")
-    return [[*row[:7], either, None] if row[4] in loose and row[7] in either else row for row in rows]
+    either = dict.fromkeys(("mask of a load", "mask of a copy"), ("MemoryFault", "reads inside, uses nothing"))
+    either["mask of a store"] = ("MemoryFault", "values")
+    return [[*row[:7], either[row[4]], None] if row[7] in either.get(row[4], ()) else row for row in rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,6 +103,8 @@ def test_a_kernel_is_mutated_in_the_first_problem_that_launches_it() -> None:
     found = planting.captured(target("sm_80"), "bf16", problems=twice)
     assert {capture.launch.kernel for capture in found["one"]} >= {"adapter_forward", "adapter_backward"}
     assert found["again"] == []
+    (again,) = planting.judge(target("sm_80"), "bf16", problems=twice, only=["again"])
+    assert again == ("again", []), "the other problem is launched too"
 
 
 def row(caught: bool, why: str, problem: str = "exchange", goal: str = "sm_80", kind: str = "barrier") -> Row:
@@ -132,7 +134,7 @@ def test_the_command_fails_for_a_missed_one(
 ) -> None:
     mutant = planting.Mutant("project", "barrier", 7, "bar.sync 0;", "")
     verdicts = [planting.Verdict(mutant, "write-read", 0.0), planting.Verdict(mutant, "", 0.0, why)]
-    monkeypatch.setattr(mutant_table, "judge", lambda *_: iter([("exchange", verdicts), ("adapter", [])]))
+    monkeypatch.setattr(mutant_table, "judge", lambda *_, **__: iter([("exchange", verdicts), ("adapter", [])]))
     file = tmp_path / "rows.json"
     missed = why == "unknown"
     assert mutant_table.main(["sm_80"], ["bf16"], file, ENGINES[0], 3) == missed

@@ -6,7 +6,6 @@ they compute the right thing (`cast-kernels emulate`) and how fast they are (a G
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import re
 import tempfile
@@ -27,6 +26,7 @@ from cast_kernels.evidence.defects import shown
 from cast_kernels.evidence.experts import ExpertCase, run_expert
 from cast_kernels.evidence.gates import EXCEPTIONS, Exceptions, Key, Row, judge, loose, unused
 from cast_kernels.evidence.problems import PROBLEMS, AnyCase
+from cast_kernels.evidence.rows import keep
 
 
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:
@@ -128,7 +128,8 @@ def main(
         targets: names of targets.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
-        json_file: where the rows go as JSON.
+        json_file: where the rows go as JSON, of each target and dtype as it ends; see
+            :func:`~cast_kernels.evidence.rows.keep`.
         cache: folder of compiled kernels that may be used again; None for a temporary one.
         exceptions: from the tile table.
     """
@@ -141,15 +142,14 @@ def main(
                 judged = [judge(row, exceptions) for row in found]
                 rows += judged
                 console.print(render(judged))
+                if json_file:
+                    keep([asdict(row) for row in judged], json_file)
     # One step does not launch everything that an exception may be for, and only "all" everything that may spill most.
     _report(console, rows, {} if problems == "step" else exceptions)
     if problems == "all":
         for key, largest in loose(rows, exceptions):
             line = f"{_name(key)} allows {exceptions[key].loop_spills}, the largest found is {largest}"
             console.print(f"loose: the exception for {line}", markup=False, soft_wrap=True)
-    if json_file:
-        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # one row a line: short, and differences show
-        json_file.write_text(f"[\n{lines}\n]\n")
     return 1 if any(row.failures for row in rows) else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def keep(file: Path, goal: Target, dtype: str, problem: str, rows: Sequence[Row]
 
 def main(
     targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None = None, engine: str | None = None,
-    every: int = 1,
+    every: int = 1, only: Collection[str] | None = None,
 ) -> int:  # fmt: skip
     """Plant all faults and print the tables; the exit code is 1 if one is not caught and no reason is known.
 
@@ -106,13 +106,14 @@ def main(
         json_file: where a row of each mutant goes, problem by problem; see :func:`keep`.
         engine: of the emulator; None for the quickest that is built.
         every: take each n-th mutant of a kernel only.
+        only: names of the problems whose kernels are mutated; None for all.
     """
     console, open_questions = wide_console(), 0
     engine = engine or default_engine()
     for goal, dtype in [(target(name), dtype) for name in targets for dtype in dtypes]:
         made = {"date": str(datetime.date.today()), "triton": version("triton"), "engine": engine, "every": every}
         rows, begin = [], time.perf_counter()
-        for problem, verdicts in judge(goal, dtype, every, engine):
+        for problem, verdicts in judge(goal, dtype, every, engine, only=only):
             new = rows_of(goal, dtype, [(problem, verdicts)])
             if json_file:
                 keep(json_file, goal, dtype, problem, new, made)

@@ -6,7 +6,6 @@ had to serialise, and whether its code shows a known defect. Not known: that the
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from cast_kernels.evidence.compile import describe_tile, launched
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.defects import shown
 from cast_kernels.evidence.problems import PROBLEMS
+from cast_kernels.evidence.rows import keep
 
 #: Instructions that are compared: products, asynchronous and matrix copies, barriers, and places where a warp whose
 #: threads parted comes together.
@@ -217,7 +217,8 @@ def main(
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
         paths: of assemblers beside Triton's own.
-        json_file: where the rows go as JSON, written anew after each target and dtype.
+        json_file: where the rows go as JSON, of each target and dtype as it ends; see
+            :func:`~cast_kernels.evidence.rows.keep`.
         cache: folder of compiled kernels that may be used again; None for a temporary one.
     """
     console, rows = wide_console(), list[Assembled]()
@@ -229,7 +230,7 @@ def main(
             for line in differences(found):
                 console.print(line, markup=False, soft_wrap=True)
             if json_file:
-                json_file.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
+                keep([asdict(row) for row in found], json_file)
     for row in rows:
         for failure in (*([row.refused] if row.refused else []), *row.failures):
             about = f"{row.target} {row.kernel} [{row.tile}] {row.dtype} by {row.ptxas}"

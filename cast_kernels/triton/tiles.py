@@ -182,6 +182,8 @@ _TABLE: dict[tuple[str, int, bool], TileSet] = {
     ("sm_90", 16, True): TileSet(
         _FITS,
         row=Tile(rows=64, k=32, columns=64, warps=8, stages=3),
+        # One stage, as above: with three ptxas 12.9.86 writes registers that a wgmma may still read, under autocast.
+        project_wide=Tile(rows=64, k=32, columns=64, warps=8, stages=1),
         weight_gradient=Tile(rows=128, k=64, columns=128, warps=8, stages=4, programs=132),
         attention_backward=Tile(rows=64, k=64, columns=64, warps=4, stages=2),
         attention_backward_wide=replace(_WIDE_HEADS, key_stages=2),
