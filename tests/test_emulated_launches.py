@@ -239,7 +239,7 @@ def test_a_guard_is_probed(n: int, why: str) -> None:
 def test_a_store_to_a_wrong_place_is_seen_where_a_later_one_makes_it_good() -> None:
     """Without their mask, lanes of a piece of 100 store into the next piece, whose own CTA happens to run later."""
     emulator = planting.CapturingEmulator()
-    with offline_driver(target("sm_80"), emulator):
+    with offline(target("sm_80"), emulator):
         pieces_kernel[(4,)](random(428), torch.zeros(428), 100, BLOCK=128)
         (capture,) = emulator.captures.values()
         planted = list(planting.mutants("pieces_kernel", capture.launch.asm["ptx"]))
@@ -250,7 +250,7 @@ def test_a_store_to_a_wrong_place_is_seen_where_a_later_one_makes_it_good() -> N
 
 def test_lanes_that_store_what_another_lane_stores_are_harmless() -> None:
     emulator = planting.CapturingEmulator()
-    with offline_driver(target("sm_80"), emulator):
+    with offline(target("sm_80"), emulator):
         scale(random(64), 2.0, block=64)  # in 128 lanes
         (capture,) = emulator.captures.values()
         planted = planting.mutants("scale_kernel", capture.launch.asm["ptx"])
