@@ -103,7 +103,7 @@ class Draft {
   Buffer copied(Address from, Number type, Address gamma, std::uint64_t rows, std::uint64_t columns, bool transposed);
   Buffer widened(Address from, std::uint64_t size);
   Buffer table(Address weight, Address bias, Address beta, Address positions, int length, int width);
-  // What project and exchange read of a stream and of a way; `exchanging`: their outputs' weights as well.
+  // What `project` reads, and what `exchange` does; `up`: the up-projection as well.
   void prepare_projection();
   void prepare_exchange(bool up);
   void prepare();
