@@ -6,8 +6,9 @@ This side checks nothing twice: shapes are the op's business, grids and argument
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,24 +89,21 @@ def forward(
     Raises:
         RuntimeError: the driver refuses a launch; in its words.
     """
-    words = saved_words(problem, recompute)
-    if problem.batch == 0 or (problem.t2s_window, problem.s2t_window) == (None, None):
+    if problem.batch == 0 or _exchanges_nothing(problem):
         outputs = _outputs(problem, (spatial, temporal), spatial.dtype)
+        words = saved_words(problem, recompute)
         return outputs[0], outputs[1], spatial.new_empty((problem.batch, words), dtype=torch.float32)
     with common.on_device(spatial):
-        call = _Operands(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale), eps)
-        outputs = _outputs(problem, call.x, call.streams)
-        saved = spatial.new_empty((problem.batch, words), dtype=torch.float32)
-        code = common.RECOMPUTE_CODES[recompute]
-        kernels, native = common.kernels(), call.native
-        if kernels.saved_bytes(native, code) != problem.batch * words * _WORD:
-            raise RuntimeError("csrc/cuda and cast_kernels.cuda.bcast disagree about what forward keeps")
-        scratch = common.memory(spatial, kernels.forward_scratch_bytes(native, code))
-        kernels.forward(
-            native, *call.addresses(), [y.data_ptr() for y in outputs], code, saved.data_ptr(), scratch.data_ptr(),
-            common.stream(spatial),
+        given = _Given(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale))
+        plan = _plan(problem, given.streams, given.dtype, eps, recompute, common.multiprocessors(spatial))
+        outputs = _outputs(problem, given.x, given.streams)
+        saved = spatial.new_empty((problem.batch, plan.saved_words), dtype=torch.float32)
+        scratch = common.memory(spatial, plan.forward_scratch)
+        common.kernels().forward(
+            plan.native, *given.addresses, [y.data_ptr() for y in outputs], plan.recompute, saved.data_ptr(),
+            scratch.data_ptr(), common.stream(spatial),
         )  # fmt: skip
-    return outputs[0].to(spatial.dtype), outputs[1].to(temporal.dtype), saved
+    return _as(outputs[0], spatial), _as(outputs[1], temporal), saved
 
 
 def backward(
@@ -137,33 +135,43 @@ def backward(
     """
     primals = [spatial, temporal, *parameters.flat()]
     wants = [want and x is not None for want, x in zip(wanted, primals, strict=True)]
-    if problem.batch == 0 or not any(wants) or (problem.t2s_window, problem.s2t_window) == (None, None):
+    if problem.batch == 0 or not any(wants) or _exchanges_nothing(problem):
         return [torch.zeros_like(x) if want else None for x, want in zip(primals, wants, strict=True)]  # type: ignore[arg-type]
     with common.on_device(spatial):
-        call = _Operands(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale), eps)
+        given = _Given(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale))
+        multiprocessors = common.multiprocessors(spatial)
+        plan = _plan(problem, given.streams, given.dtype, eps, recompute, multiprocessors)
         received = ((grad_spatial_out, problem.t2s_window), (grad_temporal_out, problem.s2t_window))
-        grads_out = [None if window is None else common.as_read(g, call.streams) for g, window in received]
-        written = _written(problem, wants)
-        grads = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) if write and x is not None else None
-            for x, write in zip((*call.x, *call.parameters), written, strict=True)
+        alive, grads_out = common.as_read([g for g, window in received if window is not None], given.streams)
+        if len(alive) == 1:
+            grads_out.insert(0 if problem.t2s_window is None else 1, 0)
+        grads: list[Tensor | None] = [
+            torch.empty_like(x) if write and x is not None else None
+            for x, write in zip((*given.x, *given.parameters), _written(problem, wants), strict=True)
         ]
-        code, multiprocessors = common.RECOMPUTE_CODES[recompute], common.multiprocessors(spatial)
-        kernels, native = common.kernels(), call.native
-        scratch = common.memory(spatial, kernels.backward_scratch_bytes(native, code, multiprocessors))
-        kept = common.as_read(saved, torch.float32)
         addresses = list(map(common.address, grads))
-        kernels.backward(
-            native, *call.addresses(), list(map(common.address, grads_out)), code, kept.data_ptr(), scratch.data_ptr(),
-            addresses[:2], addresses[2:], multiprocessors, common.stream(spatial),
+        (kept,), (saved_address,) = common.as_read([saved], torch.float32)
+        scratch = common.memory(spatial, plan.backward_scratch)
+        common.kernels().backward(
+            plan.native, *given.addresses, grads_out, plan.recompute, saved_address, scratch.data_ptr(), addresses[:2],
+            addresses[2:], multiprocessors, common.stream(spatial),
         )  # fmt: skip
+        del kept  # alive until here
     return [
-        None if not want else torch.zeros_like(x) if grad is None else grad.to(x.dtype)  # type: ignore[arg-type, union-attr]
+        None if x is None or not want else torch.zeros_like(x) if grad is None else _as(grad, x)
         for grad, x, want in zip(grads, primals, wants, strict=True)
     ]
 
 
-def _outputs(problem: Problem, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _exchanges_nothing(problem: Problem) -> bool:
+    return problem.t2s_window is None and problem.s2t_window is None
+
+
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def _outputs(problem: Problem, x: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Uninitialised outputs, empty for a stream that receives nothing."""
     windows = (problem.t2s_window, problem.s2t_window)
     return [
@@ -183,37 +191,60 @@ def _written(problem: Problem, wants: list[bool]) -> list[bool]:
     return written
 
 
-class _Operands:
-    """A call's tensors as kernels read them, and the native problem."""
+class _Given:
+    """A call's tensors as kernels read them, kept alive as long as this object, and their addresses.
+
+    Attributes:
+        streams: dtype of both streams.
+        dtype: of all parameters.
+        addresses: of the streams, the parameters and the factors, 0 where one is absent.
+    """
 
     def __init__(
         self, problem: Problem, x: tuple[Tensor, Tensor], parameters: Parameters,
-        scale: tuple[Tensor | None, Tensor | None], eps: float,
+        scale: tuple[Tensor | None, Tensor | None],
     ) -> None:  # fmt: skip
         flat = parameters.flat()
-        self.streams = common.dtype_of(x, problem.compute)
-        dtype = common.dtype_of(flat, problem.compute)
-        self.x = (common.as_read(x[0], self.streams), common.as_read(x[1], self.streams))
-        self.parameters = [None if one is None else common.as_read(one, dtype) for one in flat]
-        self.scale = [None if one is None else common.as_read(one, torch.float32) for one in scale]
-        self.native = _native_problem(problem, self.streams, dtype, eps)
-
-    def addresses(self) -> tuple[list[int], list[int], list[int]]:
-        """Of the streams, the parameters and the factors."""
-        return (
-            [x.data_ptr() for x in self.x],
-            list(map(common.address, self.parameters)),
-            list(map(common.address, self.scale)),
+        there = [one for one in flat if one is not None]
+        self.streams: torch.dtype = common.dtype_of(x, problem.compute)
+        self.dtype: torch.dtype = common.dtype_of(there, problem.compute)
+        self.x, of_x = common.as_read(x, self.streams)
+        read, of_parameters = common.as_read(there, self.dtype)
+        tensors, places = iter(read), iter(of_parameters)
+        self.parameters: list[Tensor | None] = [None if one is None else next(tensors) for one in flat]
+        self.factors = [None if one is None else common.as_read([one], torch.float32) for one in scale]
+        self.addresses: tuple[list[int], list[int], list[int]] = (
+            of_x,
+            [0 if one is None else next(places) for one in flat],
+            [0 if one is None else one[1][0] for one in self.factors],
         )
 
 
+class _Plan(NamedTuple):
+    """What is known of a call but its addresses."""
+
+    native: Any  # the module's Problem
+    recompute: int  # as the module numbers it
+    saved_words: int  # of a clip
+    forward_scratch: int  # bytes
+    backward_scratch: int
+
+
 @lru_cache(maxsize=256)
-def _native_problem(problem: Problem, streams: torch.dtype, parameters: torch.dtype, eps: float) -> Any:
-    return common.kernels().Problem(
+def _plan(
+    problem: Problem, streams: torch.dtype, parameters: torch.dtype, eps: float, recompute: str, multiprocessors: int
+) -> _Plan:  # fmt: skip
+    kernels = common.kernels()
+    native = kernels.Problem(
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
         _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], common.NUMBERS[problem.compute],
         common.NUMBERS[streams], common.NUMBERS[parameters], eps,
     )  # fmt: skip
+    code, words = common.RECOMPUTE_CODES[recompute], saved_words(problem, recompute)
+    if kernels.saved_bytes(native, code) != problem.batch * words * _WORD:
+        raise RuntimeError("csrc/cuda and cast_kernels.cuda.bcast disagree about what forward keeps")
+    back = kernels.backward_scratch_bytes(native, code, multiprocessors) if recompute else 0
+    return _Plan(native, code, words, kernels.forward_scratch_bytes(native, code), back)
 
 
 assert set(WINDOWS) == set(_WINDOW_CODES) - {None}

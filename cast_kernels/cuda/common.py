@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import attrgetter, or_
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ CAPABILITY = (9, 0)
 RECORDED_MULTIPROCESSORS = 132
 
 _HERE: AbstractContextManager[object] = nullcontext()
+_DTYPE = attrgetter("dtype")
 
 
 def kernels() -> ModuleType:
@@ -114,17 +115,25 @@ def memory(like: Tensor, size: int) -> Tensor:
     return like.new_empty(size, dtype=torch.uint8)
 
 
-def address(x: Any) -> int:
+def address(x: Tensor | None) -> int:
     """Of a tensor, 0 of None."""
     return 0 if x is None else x.data_ptr()
 
 
-def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor as kernels read it: contiguous, of the dtype, at an address that copies take; mostly it is."""
-    x = x.to(dtype).contiguous()
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
-
-
-def dtype_of(tensors: Sequence[Tensor | None], compute: torch.dtype) -> torch.dtype:
+def dtype_of(tensors: Sequence[Tensor], compute: torch.dtype) -> torch.dtype:
     """In which kernels read these tensors: the compute dtype if all are of it, else float32, which holds them all."""
-    return compute if all(x is None or x.dtype == compute for x in tensors) else torch.float32
+    return compute if set(map(_DTYPE, tensors)) <= {compute} else torch.float32
+
+
+def as_read(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Sequence[Tensor], list[int]]:
+    """The tensors as kernels read them, and their addresses: contiguous, of the dtype, at addresses that copies take.
+
+    Mostly they are so already; this is on the way of every call, and looks at all of them at once.
+    """
+    if set(map(_DTYPE, tensors)) != {dtype} or not all(map(Tensor.is_contiguous, tensors)):
+        tensors = [x.to(dtype).contiguous() for x in tensors]
+    addresses = list(map(Tensor.data_ptr, tensors))
+    if reduce(or_, addresses, 0) % ALIGNMENT:
+        tensors = [x.clone() if x.data_ptr() % ALIGNMENT else x for x in tensors]
+        addresses = list(map(Tensor.data_ptr, tensors))
+    return tensors, addresses

@@ -90,6 +90,20 @@ def kept(name: str = "sm_90") -> Iterator[list[CudaLaunch]]:
 
 
 @contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+    """Launches inside are counted in C++ and reach neither a driver nor Python; calling the result tells how many.
+
+    Raises:
+        RuntimeError: the CUDA kernels are not built, or launches are taken already.
+    """
+    kernels = _free()
+    try:
+        yield kernels.count_launches()
+    finally:
+        kernels.set_recorder(None)
+
+
+@contextmanager
 def emulated(
     name: str = "sm_90", *, landing: str = "late", seed: int | None = None, checks: bool = True,
     engine: str | None = None, lane_order: bool = False, folder: Path | None = None,
@@ -131,9 +145,7 @@ def emulated(
 
 @contextmanager
 def _taken(take: Callable[[CudaLaunch], None], goal: Target) -> Iterator[None]:
-    kernels = _native.cuda()
-    if kernels.is_recorded():
-        raise RuntimeError("launches of the CUDA kernels are taken already: leave the other `with` first")
+    kernels = _free()
 
     def told(given: dict[str, Any]) -> None:
         places = tuple(given.pop("places"))
@@ -144,6 +156,14 @@ def _taken(take: Callable[[CudaLaunch], None], goal: Target) -> Iterator[None]:
         yield
     finally:
         kernels.set_recorder(None)
+
+
+def _free() -> Any:
+    """The native module, whose launches nobody takes."""
+    kernels = _native.cuda()
+    if kernels.is_recorded():
+        raise RuntimeError("launches of the CUDA kernels are taken already: leave the other `with` first")
+    return kernels
 
 
 def _spans(places: tuple[Mapping[str, Any], ...]) -> list[tuple[int, int]]:
