@@ -106,6 +106,8 @@ PYBIND11_MODULE(_cuda, m) {
     return py::cpp_function([] { return count; });
   });
   m.def("is_recorded", &is_recorded);
+  m.def("make_current", &make_current);
+  m.def("toolkit", &toolkit);
   m.def("packed_ptx", [] {
     py::dict all;
     for (const Embedded& one : embedded())

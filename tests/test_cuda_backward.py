@@ -62,10 +62,10 @@ def step(case: Case, **options: object) -> dict[str, torch.Tensor]:
         return run(case, "cuda", **KINDS["bf16"]._asdict())
 
 
-def test_bits_are_the_same_in_every_run_and_under_every_schedule() -> None:
+def test_bits_are_the_same_under_every_schedule() -> None:
     case = replace(TINY, frames=2, patches=5, directions=("t2s",), scaled=True)
     first = step(case)
-    for options in ({}, {"landing": "random", "seed": 2}):
+    for options in ({"landing": "early"}, {"landing": "random", "seed": 2}):
         again = step(case, **options)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -78,7 +78,9 @@ def test_only_what_is_wanted_is_launched() -> None:
         torch.autograd.backward(module(spatial, temporal), TINY.output_grads(torch.bfloat16))
     assert spatial.grad is not None
     assert temporal.grad is not None
-    assert not any("gradient" in one.launch.kernel or "sums" in one.launch.kernel for one in ran)
+    assert [one.launch.kernel.split("_bf16")[0] for one in ran[-4:]] == [
+        "bcast_exchange", "bcast_exchange_backward", "bcast_attention_backward", "bcast_project_backward"
+    ]  # fmt: skip
 
 
 def test_what_it_cannot_run_is_said() -> None:
@@ -95,3 +97,43 @@ def test_what_it_cannot_run_is_said() -> None:
             TINY.module(torch.float32, "cuda")(*TINY.inputs(torch.float32))
     with pytest.raises(cast_kernels.BackendError, match="the streams are on cpu; the CUDA kernels run on cuda"):
         TINY.module(torch.bfloat16, "cuda")(*TINY.inputs(torch.bfloat16))
+
+
+SMALL = replace(TINY, frames=2, patches=5, directions=("t2s",))
+
+
+def gradients(spatial: torch.Tensor, temporal: torch.Tensor) -> list[torch.Tensor]:
+    """Of a sum, so that the gradient that comes in is one number expanded."""
+    module = SMALL.module(torch.bfloat16, "cuda")
+    with emulated():
+        outputs = module(spatial, temporal)
+        return list(torch.autograd.grad(sum(y.sum() for y in outputs), (spatial, temporal, *module.parameters())))
+
+
+def test_strides_and_addresses_change_no_bit() -> None:
+    spatial, temporal = SMALL.inputs(torch.bfloat16)
+    wanted = gradients(spatial.clone().requires_grad_(), temporal.clone().requires_grad_())
+    odd = torch.empty(temporal.numel() + 1, dtype=torch.bfloat16)[1:].view_as(temporal).copy_(temporal)
+    assert odd.data_ptr() % 16
+    turned = spatial.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    for got, want in zip(gradients(turned.requires_grad_(), odd.requires_grad_()), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_no_clip_makes_no_launch() -> None:
+    none = replace(SMALL, batch=0)
+    module, (spatial, temporal) = none.module(torch.bfloat16, "cuda"), none.inputs(torch.bfloat16, grad=True)
+    with emulated() as ran:
+        torch.autograd.backward(module(spatial, temporal), none.output_grads(torch.bfloat16))
+    assert ran == []
+    assert not any(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+def test_a_compiler_asks_whether_the_kernels_can_run() -> None:
+    """On a CPU, with sizes and a dtype that they take."""
+    torch._dynamo.reset()
+    module, inputs = TINY.module(torch.bfloat16), TINY.inputs(torch.bfloat16)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")(*inputs)
+    for got, want in zip(compiled, module(*inputs), strict=True):
+        torch.testing.assert_close(got, want)

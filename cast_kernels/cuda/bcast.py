@@ -35,6 +35,8 @@ def can_run(problem: Problem) -> Verdict:
         return Verdict(False, f"the bottleneck has {problem.bottleneck_dim} channels; {fit} are possible")
     if problem.head_dim not in HEAD_DIMS:
         return Verdict(False, f"heads have {problem.head_dim} channels; {', '.join(map(str, HEAD_DIMS))} are possible")
+    if problem.frames < 1 or problem.patches < 1:
+        return Verdict(False, f"a clip has {problem.frames} frames of {problem.patches} patches; one each is needed")
     if problem.dim % DIM_MULTIPLE:
         return Verdict(False, f"the streams have {problem.dim} channels; a multiple of {DIM_MULTIPLE} is needed")
     return common.verdict(problem.device, problem.gpu, problem.dtype, problem.compute)
@@ -92,7 +94,7 @@ def forward(
     if problem.batch == 0 or _exchanges_nothing(problem):
         outputs = _outputs(problem, (spatial, temporal), spatial.dtype)
         words = saved_words(problem, recompute)
-        return outputs[0], outputs[1], spatial.new_empty((problem.batch, words), dtype=torch.float32)
+        return outputs[0], outputs[1].to(temporal.dtype), spatial.new_empty((problem.batch, words), dtype=torch.float32)
     with common.on_device(spatial):
         given = _Given(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale))
         plan = _plan(problem, given.streams, given.dtype, eps, recompute, common.multiprocessors(spatial))

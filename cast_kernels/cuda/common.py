@@ -43,6 +43,7 @@ def kernels() -> ModuleType:
     return _native.CUDA
 
 
+@constant
 def recorded() -> bool:
     """Whether launches go to a recorder in place of the driver: then the kernels take tensors on the CPU."""
     return _native.CUDA is not None and bool(_native.CUDA.is_recorded())
@@ -65,6 +66,8 @@ def verdict(device: str, gpu: int | None, dtype: torch.dtype, compute: torch.dty
         return Verdict(
             False, f"the streams are {dtype} and products {compute}; streams must be of that or {torch.float32}"
         )
+    if device == "cuda" and recorded():
+        return Verdict(False, "launches are recorded, and a recorder reads the memory of tensors on the CPU alone")
     if device == "cuda":
         return _on_gpu(gpu)
     if device == "cpu" and recorded():
@@ -81,13 +84,24 @@ def _on_gpu(gpu: int | None) -> Verdict:
     version, reason = kernels().driver()
     if reason:
         return Verdict(False, reason)
+    toolkit = kernels().toolkit()
+    if version // 1000 < toolkit // 1000:
+        return Verdict(
+            False, f"the driver is of CUDA {_release(version)}, the kernels were built by {_release(toolkit)}: install "
+            f"a driver of CUDA {toolkit // 1000}, or build them with an older toolkit"
+        )  # fmt: skip
     if torch.version.hip is not None:
         return Verdict(False, "PyTorch is built for AMD's GPUs; the kernels are for NVIDIA's sm_90")
     found = torch.cuda.get_device_capability(gpu)
     if found != CAPABILITY:
         which = "the GPU" if gpu is None else f"cuda:{gpu}"
         return Verdict(False, f"{which} is sm_{found[0]}{found[1]}; the kernels are for sm_90 alone")
-    return Verdict(True, f"CUDA C++ for sm_90, driver of CUDA {version // 1000}.{version % 1000 // 10}")
+    return Verdict(True, f"CUDA C++ for sm_90, driver of CUDA {_release(version)}")
+
+
+def _release(version: int) -> str:
+    """As the driver numbers it: 12040 is 12.4."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -96,8 +110,11 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 def stream(x: Tensor) -> int:
-    """Handle of the current stream of the tensor's GPU."""
-    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    """Handle of the current stream of the tensor's GPU, whose context this thread then has."""
+    if not x.is_cuda:
+        return 0
+    kernels().make_current(x.device.index)
+    return torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
 def multiprocessors(x: Tensor) -> int:

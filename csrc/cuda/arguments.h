@@ -4,9 +4,12 @@
 
 namespace cast::cuda {
 
-// What cuTensorMapEncodeTiled makes.
-struct alignas(64) TensorMap {
+// What cuTensorMapEncodeTiled makes, aligned as CUDA 13 has it.
+struct alignas(128) TensorMap {
   unsigned char bytes[128];
 };
+
+// Dynamic shared memory of a CTA; the kernels check that it is what they lay out.
+constexpr int ROW_SHARED = 107'520, ATTENTION_SHARED = 40'960, ATTENTION_BACKWARD_SHARED = 69'632;
 
 }  // namespace cast::cuda

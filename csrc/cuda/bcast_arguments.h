@@ -53,7 +53,7 @@ struct AttentionWay {
   void* o;         // [asking rows, d], written; zero for CLS
   float* lse;      // [asking rows, heads] in base 2, written; may be null
   Tokens asking, answering;
-  int by_patch;         // whether windows hold the frames of a patch, not the patches of frames
+  int in_time;          // 1 where windows hold the frames of a patch, not the patches of frames
   int window;           // tokens of a window
   int tile_queries;     // of a CTA: whole windows, or 64 of one
   int tiles_of_window;  // 1 where a tile holds whole windows
@@ -129,7 +129,7 @@ struct AttendedWay {
   void* grad_q;         // [asking rows, d], written; zero for CLS
   void* grad_kv;        // [answering rows, 2d], written; zero for CLS
   Tokens asking, answering;
-  int by_patch, window, tile_queries, tiles_of_window, clip_tiles, tiles;  // as in AttentionWay
+  int in_time, window, tile_queries, tiles_of_window, clip_tiles, tiles;  // as in AttentionWay
 };
 
 struct AttentionBackwardArguments {
@@ -170,7 +170,7 @@ struct ProjectBackwardArguments {
 // ---- weight_gradient: products over rows, in parts ----
 
 // What a row counts in the sums of a left operand's columns.
-enum RowFactor { NO_SUMS, ONES, NOT_CLS, SCALE };
+enum RowFactor { ONES, NOT_CLS, SCALE };
 
 // left' right [m, n], and sums over the rows of left [m]. A pair is 256 x d of it, for a cluster of two CTAs.
 struct GradientJob {
@@ -201,7 +201,7 @@ struct PositionSum {
   const void* from;  // [rows, width]
   float* to;         // [splits, length, width]
   Tokens tokens;
-  int by_patch;  // whether positions count frames, else patches, or both
+  int in_time;  // 1 where a position is a frame; else it is a patch, or both
   int width, length, splits;
   int first_cta;
 };

@@ -16,6 +16,8 @@ struct alignas(1024) AttentionShared {
   unsigned char q[TILE_BYTES], k[2][TILE_BYTES], v[2][TILE_BYTES];
 };
 
+static_assert(sizeof(AttentionShared) == ATTENTION_SHARED, "what the host asks for");
+
 // Softmax of one head that has seen some of its keys.
 template <int HEAD>
 struct Running {
@@ -72,7 +74,7 @@ CAST_DEVICE void attend(const AttentionArguments& g, const AttentionWay& own, At
                         int channel) {
   constexpr int HEADS = CHANNELS / HEAD;
   const int d = g.heads * HEAD;
-  const WindowOrder order{tile / own.clip_tiles, g.frames, g.patches, own.by_patch};
+  const WindowOrder order{tile / own.clip_tiles, g.frames, g.patches, own.in_time};
   const Span span(own, tile % own.clip_tiles, g.frames * g.patches);
   const T* q_from = static_cast<const T*>(own.q) + channel;
   const T* k_from = static_cast<const T*>(own.kv) + channel;

@@ -4,12 +4,6 @@
 #include <cstring>
 
 namespace cast::cuda {
-namespace {
-
-// What the kernel's own constants are: eight tiles, and levels and deltas of 64 queries, four heads, twice.
-constexpr unsigned ATTENTION_BACKWARD_SHARED = 8 * 8192 + 2 * 2 * 4 * 64 * 4;
-
-}  // namespace
 
 Backward::Backward(const BackwardCall& call)
     : Draft({call.problem, call.parameters, call.x, call.scale, call.recompute, call.saved, call.scratch, call.stream},

@@ -10,9 +10,9 @@
 
 namespace cast::cuda {
 
-// What the kernels' own constants are.
-constexpr unsigned ROWS = 64, ROW_CLUSTER = 4, ROW_THREADS = 256, ROW_SHARED = 107'520, WEIGHT_ROWS_OF_UNIT = 192;
-constexpr unsigned ATTENTION_THREADS = 128, ATTENTION_SHARED = 40'960, ATTENTION_CHANNELS = 64, QUERIES = 64;
+// Equal to the constants in the kernels' files.
+constexpr unsigned ROWS = 64, ROW_CLUSTER = 4, ROW_THREADS = 256, WEIGHT_ROWS_OF_UNIT = 192;
+constexpr unsigned ATTENTION_THREADS = 128, ATTENTION_CHANNELS = 64, QUERIES = 64;
 constexpr unsigned PREPARE_THREADS = 512, PREPARE_SQUARE = 64, PREPARE_POSITIONS = 8, PREPARE_COLUMNS = 128;
 constexpr std::uint64_t LINE = 128;
 constexpr float LOG2_E = 1.44269504f;
@@ -146,7 +146,7 @@ class Draft {
   void cut_windows(Way& to, int way, bool queries_and_keys) const {
     to.asking = tokens(way);
     to.answering = tokens(other(way));
-    to.by_patch = p_.windows[way] == Window::time;
+    to.in_time = p_.windows[way] == Window::time;
     const int window = to.window = window_length(way), most = static_cast<int>(QUERIES);
     const int tokens_of_a_clip = p_.frames * p_.patches;
     to.tile_queries = window <= most ? most / window * window : most;

@@ -6,7 +6,7 @@
 namespace cast::cuda {
 namespace {
 
-// What the kernels' own constants are.
+// Equal to the constants in the kernels' files.
 constexpr unsigned GRADIENT_THREADS = 384, GRADIENT_PLACES = 3, GRADIENT_LEFT_TILES = 2;
 constexpr unsigned SUM_THREADS = 192, SUM_COLUMNS = 384;
 constexpr unsigned FINISH_THREADS = 256, FINISH_ROWS = 16, FINISH_COLUMNS = 128, FINISH_POSITIONS = 8,
@@ -41,7 +41,7 @@ void Backward::position_sums() {
       point(a, t.from, from);
       point(a, t.to, to);
       t.tokens = tokens(answers ? other(w) : w);
-      t.by_patch = p_.windows[w] == Window::time;
+      t.in_time = p_.windows[w] == Window::time;
       t.width = static_cast<int>(from.columns);
       t.length = window_length(w);
       t.splits = splits(w);

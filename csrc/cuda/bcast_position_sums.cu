@@ -14,7 +14,7 @@ constexpr int SUM_THREADS = 192, SUM_COLUMNS = 2 * SUM_THREADS;
 // The row of a position's member: its windows are all other coordinates.
 CAST_DEVICE int member_row(const PositionSum& t, int member, int position, int frames, int patches) {
   int frame, patch;  // frame of all clips
-  if (t.by_patch) {
+  if (t.in_time) {
     frame = member / patches * frames + position;
     patch = member % patches;
   } else if (t.length == patches) {

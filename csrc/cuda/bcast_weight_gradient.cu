@@ -102,7 +102,7 @@ CAST_DEVICE void consume(const WeightGradientArguments& g, GradientShared<D>& sh
   while (step < stop) {
     const Stretch own(g, step, stop);
     const GradientJob& job = *own.job;
-    const bool sums_wanted = job.factor != NO_SUMS && own.pair < job.m_pairs;
+    const bool sums_wanted = own.pair < job.m_pairs;
     float acc[CHUNKS][PRODUCT_COLUMNS / 2];
     for (auto& chunk : acc) clear(chunk);
     float sums[8] = {};

@@ -30,10 +30,10 @@ CAST_DEVICE void multiply(float* acc, const uint32_t* a, const uint32_t* b) {
 
 // The rows of a stream in window order: token i of a clip -> row of the stream.
 struct WindowOrder {
-  int clip, frames, patches, by_patch;
+  int clip, frames, patches, in_time;
 
   CAST_DEVICE int row(int i, Tokens tokens) const {
-    const int frame = by_patch ? i % frames : i / patches, patch = by_patch ? i / frames : i % patches;
+    const int frame = in_time ? i % frames : i / patches, patch = in_time ? i / frames : i % patches;
     return (clip * frames + frame) * tokens.frame_rows + tokens.cls + patch;
   }
 };

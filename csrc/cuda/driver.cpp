@@ -12,7 +12,7 @@
 namespace cast::cuda {
 namespace {
 
-// cuGetProcAddress came with 11.3; clusters, libraries and tensor maps with 12.0.
+// `cuGetProcAddress_v2`, libraries and tensor maps came with 12.0.
 constexpr int OLDEST = 12000;
 
 struct Driver {
@@ -24,6 +24,10 @@ struct Driver {
   decltype(&cuTensorMapEncodeTiled) encode;
   decltype(&cuGetErrorString) words;
   decltype(&cuCtxGetDevice) device;
+  decltype(&cuCtxGetCurrent) context;
+  decltype(&cuCtxSetCurrent) set_context;
+  decltype(&cuDeviceGet) device_of;
+  decltype(&cuDevicePrimaryCtxRetain) primary;
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -38,6 +42,10 @@ struct Driver {
     find("cuTensorMapEncodeTiled", encode);
     find("cuGetErrorString", words);
     find("cuCtxGetDevice", device);
+    find("cuCtxGetCurrent", context);
+    find("cuCtxSetCurrent", set_context);
+    find("cuDeviceGet", device_of);
+    find("cuDevicePrimaryCtxRetain", primary);
   }
 
   void check(CUresult result, const std::string& what) const {
@@ -71,18 +79,24 @@ CUkernel find_kernel(const std::string& name) {
   static std::vector<CUlibrary> libraries;
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto at = known.find(name); at != known.end()) return at->second;
-  if (libraries.empty())
+  if (libraries.empty()) {
+    std::vector<CUlibrary> loaded;
     for (const Embedded& module : embedded()) {
-      CUlibrary library;
-      driver().check(driver().load(&library, module.fatbin.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+      loaded.emplace_back();
+      driver().check(driver().load(&loaded.back(), module.fatbin.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
                      "loading the kernels of " + std::string(module.name));
-      libraries.push_back(library);
     }
+    libraries = std::move(loaded);
+  }
+  CUresult result = CUDA_ERROR_NOT_FOUND;
   for (const CUlibrary library : libraries) {
     CUkernel kernel;
-    if (driver().kernel(&kernel, library, name.c_str()) == CUDA_SUCCESS) return known[name] = kernel;
+    result = driver().kernel(&kernel, library, name.c_str());
+    if (result == CUDA_SUCCESS) return known[name] = kernel;
+    if (result != CUDA_ERROR_NOT_FOUND) break;
   }
-  throw std::runtime_error("no kernel " + name + " for this GPU");
+  driver().check(result, "the kernel " + name);
+  return nullptr;
 }
 
 CUtensorMapDataType type_of(Number type) {
@@ -125,15 +139,12 @@ void run(const Launch& launch, Address stream) {
     d.check(d.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(launch.shared_bytes),
                             kernel, device),
             "shared memory of " + launch.kernel);
-  alignas(64) unsigned char argument[4096];
+  alignas(128) unsigned char argument[4096];
   if (launch.argument.size() > sizeof(argument)) throw std::runtime_error("an argument of more than 4096 bytes");
   std::memcpy(argument, launch.argument.data(), launch.argument.size());
   for (const Place& place : launch.places)
     if (place.is_map) encode(place.map, argument + place.at, launch.kernel);
   void* arguments[] = {argument};
-  CUlaunchAttribute cluster{};
-  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-  cluster.value.clusterDim = {launch.cluster, 1, 1};
   CUlaunchConfig config{};
   config.gridDimX = launch.grid;
   config.gridDimY = config.gridDimZ = 1;
@@ -141,10 +152,22 @@ void run(const Launch& launch, Address stream) {
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = launch.shared_bytes;
   config.hStream = reinterpret_cast<CUstream>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = launch.cluster > 1;
+  // Kernels carry the size of their clusters.
   d.check(d.launch(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr), launch.kernel);
 }
+
+void make_current(int device) {
+  const Driver& d = driver();
+  CUcontext context = nullptr;
+  d.check(d.context(&context), "the current context");
+  if (context != nullptr) return;
+  CUdevice found;
+  d.check(d.device_of(&found, device), "the GPU");
+  d.check(d.primary(&context, found), "the GPU's context");  // held until the process ends, as PyTorch holds it
+  d.check(d.set_context(context), "the GPU's context");
+}
+
+int toolkit() { return CUDA_VERSION; }
 
 DriverState driver_state() {
   try {

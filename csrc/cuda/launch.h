@@ -85,6 +85,12 @@ struct Embedded {
 };
 const std::vector<Embedded>& embedded();
 
+// Give this thread the context of a GPU if it has none: a thread that has only launched, such as autograd's, may not.
+void make_current(int device);
+
+// Release of the toolkit that built this, as 13000 for 13.0. A driver runs its machine code if it is of the same series.
+int toolkit();
+
 // The driver's version as 12040 for 12.4, or why there is none.
 struct DriverState {
   int version;

@@ -26,7 +26,7 @@ CAST_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // At the same barrier of CTA `rank` of the cluster. ptxas 13.0.88 makes a fence of the whole GPU's memory of the release:
-// a thread that products wait for must not call this, see Forwarder.
+// a thread that products wait for must not call this, see `forward_reads`.
 CAST_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 peer;\nmapa.shared::cluster.u32 peer, %0, %1;\n"

@@ -5,9 +5,9 @@
 //     out[64, N] = a[64, d] V'     N in chunks of 192 columns, a in registers:  `widen`
 //
 // Warpgroup 0 has a thread that fills rings by copies and a warp that tells the cluster what was read; warpgroup 1
-// multiplies. Four CTAs of a cluster read the same
-// weights: each loads a quarter of every unit of 192 x 64 and multicasts it. Two CTAs share a multiprocessor, so one
-// multiplies while the other is in its epilogue: 2 x (107,520 + 1,024 reserved) of 233,472 bytes.
+// multiplies. Four CTAs of a cluster read the same weights: each loads a quarter of every unit of 192 x 64 and multicasts
+// it. Two CTAs share a multiprocessor, so one multiplies while the other is in its epilogue: 2 x (107,520 + 1,024
+// reserved) of 233,472 bytes.
 #pragma once
 #include "ring.cuh"
 #include "tile.cuh"
@@ -45,6 +45,9 @@ struct alignas(1024) RowShared {
     fence_mbarrier_init();
   }
 };
+
+static_assert(sizeof(RowShared<float>) == ROW_SHARED && sizeof(RowShared<bf16>) == ROW_SHARED,
+              "what the host asks for");
 
 // Units of `narrow` and `widen`.
 CAST_DEVICE int narrow_units(int columns, int chunks) { return (columns + STEP - 1) / STEP * chunks; }
@@ -106,7 +109,7 @@ struct Consumer {
   static_assert(D % PRODUCT_COLUMNS == 0 && D % STEP == 0, "whole chunks and whole steps");
   static constexpr int CHUNKS = D / PRODUCT_COLUMNS;
   using Wide = float[CHUNKS][PRODUCT_COLUMNS / 2];  // a row's d channels as accumulators, see `product`
-  using Narrow = uint32_t[D / 4];                   // the same as operand, two in a register
+  using Narrow = uint32_t[D / 4];  // the same as operand, two in a register
 
   RowShared<In>& shared;
   int thread = threadIdx.x % CONSUMERS;
