@@ -17,6 +17,7 @@ namespace {
 constexpr int FINISH_THREADS = 256;
 constexpr int WEIGHT_ROWS = 16, WEIGHT_COLUMNS = 128;  // of a CTA: a thread has eight rows of a column
 constexpr int TABLE_ROWS = 8, TABLE_COLUMNS = 128;     // a thread has four rows of a column
+constexpr int POSITIONS = FINISH_THREADS / WEIGHT_ROWS;  // whose sums are brought at a time
 constexpr int NORM_COLUMNS = 32, NORM_ROWS = FINISH_THREADS / NORM_COLUMNS;
 
 template <class P>
@@ -34,42 +35,35 @@ CAST_DEVICE fp16 rounded<fp16>(float x) {
   return __float2half_rn(x);
 }
 
-// The clusters that have parts of a pair, from which place `first + pair` on.
-struct Clusters {
-  int first, last;
+// Where the parts of one pair of tiles lie: of clusters `first` to `last`, from place `slot + first` on.
+struct PairParts {
+  int first, last, slot;
 
-  CAST_DEVICE Clusters(const FinishArguments& g, const Parts& parts, int pair) {
-    const int64_t begin = parts.first_step + int64_t(pair) * parts.steps, end = begin + parts.steps - 1;
+  CAST_DEVICE PairParts(const FinishArguments& g, const Parts& parts, int pair) : slot(parts.first_pair + pair) {
+    const int64_t begin = parts.first_step + int64_t(pair) * parts.steps;
     first = owner(g, begin);
-    last = owner(g, end);
+    last = owner(g, begin + parts.steps - 1);
   }
+
+  // Element [row, column] of the pair's d columns, its parts added in their order.
+  CAST_DEVICE float product(const FinishArguments& g, int row, int column) const {
+    float sum = 0.f;
+    for (int c = first; c <= last; ++c) sum += g.parts[(int64_t(slot + c) * PAIR_ROWS + row) * g.channels + column];
+    return sum;
+  }
+  // The sum of left's column `row` of the pair.
+  CAST_DEVICE float sum(const FinishArguments& g, int row) const {
+    float sum = 0.f;
+    for (int c = first; c <= last; ++c) sum += g.sums[int64_t(slot + c) * PAIR_ROWS + row];
+    return sum;
+  }
+
+ private:
   // The cluster c with all * c / clusters <= step < all * (c + 1) / clusters, divisions rounded down.
   CAST_DEVICE static int owner(const FinishArguments& g, int64_t step) {
     return static_cast<int>(((step + 1) * g.clusters - 1) / g.steps);
   }
 };
-
-// Element [row, column] of a product, its parts added in their order.
-CAST_DEVICE float product_at(const FinishArguments& g, const Parts& parts, int row, int column) {
-  const int pair = column / g.channels * parts.m_pairs + row / PAIR_ROWS;
-  const Clusters of(g, parts, pair);
-  float sum = 0.f;
-  for (int c = of.first; c <= of.last; ++c) {
-    const int64_t slot = parts.first_pair + pair + c;
-    sum += g.parts[(slot * PAIR_ROWS + row % PAIR_ROWS) * g.channels + column % g.channels];
-  }
-  return sum;
-}
-
-// The sum of left's column `row`.
-CAST_DEVICE float sum_at(const FinishArguments& g, const Parts& parts, int row) {
-  const int pair = row / PAIR_ROWS;
-  const Clusters of(g, parts, pair);
-  float sum = 0.f;
-  for (int c = of.first; c <= of.last; ++c)
-    sum += g.sums[int64_t(parts.first_pair + pair + c) * PAIR_ROWS + row % PAIR_ROWS];
-  return sum;
-}
 
 // S[p, column], its splits added.
 CAST_DEVICE float position_sum(const float* sums, int splits, int length, int width, int p, int column) {
@@ -80,19 +74,20 @@ CAST_DEVICE float position_sum(const float* sums, int splits, int length, int wi
 
 template <class P>
 CAST_DEVICE void finish_weight(const FinishArguments& g, const WeightOut& w, int cta) {
-  __shared__ float sums[WEIGHT_ROWS];
-  __shared__ float positions[WEIGHT_ROWS];
+  __shared__ float sums[WEIGHT_ROWS], positions[POSITIONS][WEIGHT_ROWS];
   const int across = (w.n + WEIGHT_COLUMNS - 1) / WEIGHT_COLUMNS;
   const int row = cta / across * WEIGHT_ROWS, column = cta % across * WEIGHT_COLUMNS + threadIdx.x % WEIGHT_COLUMNS;
   const int half = threadIdx.x / WEIGHT_COLUMNS;
   if (threadIdx.x < WEIGHT_ROWS && row + threadIdx.x < w.m && (w.bias != nullptr || w.norm != nullptr)) {
-    sums[threadIdx.x] = sum_at(g, w.parts, row + threadIdx.x);
+    sums[threadIdx.x] = PairParts(g, w.parts, row / PAIR_ROWS).sum(g, row % PAIR_ROWS + threadIdx.x);
     if (w.bias != nullptr && cta % across == 0)
       static_cast<P*>(w.bias)[row + threadIdx.x] = rounded<P>(sums[threadIdx.x]);
   }
   __syncthreads();
   if (w.weight == nullptr) return;
   constexpr int OWN = WEIGHT_ROWS / 2;
+  // A CTA's rows and a thread's column lie in one pair.
+  const PairParts parts(g, w.parts, column / g.channels * w.parts.m_pairs + row / PAIR_ROWS);
   float v[OWN];
   const bool inside = column < w.n;
   const float gamma = inside && w.norm != nullptr ? w.norm[column] : 1.f;
@@ -100,17 +95,20 @@ CAST_DEVICE void finish_weight(const FinishArguments& g, const WeightOut& w, int
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
     const int at = row + 2 * i + half;
-    v[i] = inside && at < w.m ? product_at(g, w.parts, at, column) * gamma : 0.f;
+    v[i] = inside && at < w.m ? parts.product(g, at % PAIR_ROWS, column % g.channels) * gamma : 0.f;
     if (w.norm != nullptr && at < w.m) v[i] = fmaf(sums[2 * i + half], beta, v[i]);
   }
-  for (int p = 0; w.positions != nullptr && p < w.length; ++p) {
-    if (threadIdx.x < WEIGHT_ROWS && row + threadIdx.x < w.m)
-      positions[threadIdx.x] = position_sum(w.position_sums, w.splits, w.length, w.m, p, row + threadIdx.x);
+  for (int first = 0; w.positions != nullptr && first < w.length; first += POSITIONS) {
+    const int brought = threadIdx.x / WEIGHT_ROWS, line = threadIdx.x % WEIGHT_ROWS;
+    const bool there = first + brought < w.length && row + line < w.m;
+    positions[brought][line] =
+        there ? position_sum(w.position_sums, w.splits, w.length, w.m, first + brought, row + line) : 0.f;
     __syncthreads();
-    const float e = inside ? to_float(static_cast<const P*>(w.positions)[int64_t(p) * w.n + column]) : 0.f;
+    for (int p = 0; p < min(POSITIONS, w.length - first); ++p) {
+      const float e = inside ? to_float(static_cast<const P*>(w.positions)[int64_t(first + p) * w.n + column]) : 0.f;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i)
-      if (row + 2 * i + half < w.m) v[i] = fmaf(positions[2 * i + half], e, v[i]);
+      for (int i = 0; i < OWN; ++i) v[i] = fmaf(positions[p][2 * i + half], e, v[i]);
+    }
     __syncthreads();
   }
 #pragma unroll
@@ -153,10 +151,14 @@ CAST_DEVICE void finish_norm(const FinishArguments& g, const NormOut& o, int cta
   float gamma = 0.f, beta = 0.f;
   for (int role = 0; role < 2; ++role) {
     if (o.weights[role] == nullptr) continue;
-    for (int m = line; m < o.m[role]; m += NORM_ROWS) {
-      const float weight = to_float(static_cast<const P*>(o.weights[role])[int64_t(m) * o.n + column]);
-      gamma = fmaf(weight, product_at(g, o.parts[role], m, column), gamma);
-      beta = fmaf(weight, sum_at(g, o.parts[role], m), beta);
+    for (int pair = 0; pair * PAIR_ROWS < o.m[role]; ++pair) {
+      const PairParts parts(g, o.parts[role], pair);
+      for (int row = line; row < min(PAIR_ROWS, o.m[role] - pair * PAIR_ROWS); row += NORM_ROWS) {
+        const int64_t at = int64_t(pair * PAIR_ROWS + row) * o.n + column;
+        const float weight = to_float(static_cast<const P*>(o.weights[role])[at]);
+        gamma = fmaf(weight, parts.product(g, row, column), gamma);
+        beta = fmaf(weight, parts.sum(g, row), beta);
+      }
     }
   }
   for (int frame = line; o.dh != nullptr && frame < o.all_frames; frame += NORM_ROWS) {
