@@ -44,8 +44,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
       typename Consumer<T, T, D>::Wide h;
       consumer.begin_with(h, own.proj_bias);
       consumer.narrow(h, D);
-#pragma unroll
-      for (int i = 0; i < D / 4; ++i) gate[i] = pack<T>(h[i / 48][2 * (i % 48)], h[i / 48][2 * (i % 48) + 1]);
+      consumer.pack_row(gate, h);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -62,10 +61,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
       }
     }
     if (g.keep_h) {
-#pragma unroll
-      for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
-        consumer.template put<T>(&own.h, part * TILE_COLUMNS<T>, row,
-                                 [&](int j, int r) { return gate[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+      consumer.put_row(&own.h, row, gate);
       if (consumer.thread == 0) store_wait_read<0>();
     }
     consumer.meet();  // O and h have left the tiles
@@ -73,14 +69,8 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
     if (!g.only_h) residual.begin();
 #pragma unroll
     for (int i = 0; i < D / 4; ++i) gate[i] = gelu_pair<T>(gate[i]);
-    float factor[2] = {1.f, 1.f};
-    if (own.scale != nullptr) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int at = min(mine + 8 * r, own.rows - 1), frame = at / own.tokens.frame_rows;
-        factor[r] = own.scale[frame / g.frames * own.scale_of_clip + at % own.tokens.frame_rows * own.scale_of_token];
-      }
-    }
+    float factor[2];
+    drop_path(factor, own, g.frames, mine);
 #pragma unroll 1
     for (int column = 0; column < (g.only_h ? 0 : g.dim); column += PRODUCT_COLUMNS) {
       float acc[PRODUCT_COLUMNS / 2];

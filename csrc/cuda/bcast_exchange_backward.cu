@@ -43,17 +43,11 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
       consumer.narrow(dg, g.dim, sizeof(X) == 4 ? &own.rounded_grad_y : nullptr, row);
       if (consumer.thread == 0) store_wait_read<0>();
       consumer.meet();  // dY has left the tiles
-      Incoming<Rows, TILES> h{consumer};
+      Incoming<Rows> h{consumer};
       if (consumer.thread == 0)
         for (int i = 0; i < min(TILES - 1, D / TILE_COLUMNS<T>); ++i) h.ask(&own.h, i * TILE_COLUMNS<T>, row);
-      float factor[2] = {1.f, 1.f};
-      if (own.scale != nullptr) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int at = min(row + place.row + 8 * r, own.rows - 1), frame = at / own.tokens.frame_rows;
-          factor[r] = own.scale[frame / g.frames * own.scale_of_clip + at % own.tokens.frame_rows * own.scale_of_token];
-        }
-      }
+      float factor[2];
+      drop_path(factor, own, g.frames, row + place.row);
 #pragma unroll
       for (int part = 0; part < D / TILE_COLUMNS<T>; ++part) {
         const uint32_t tile = h.wait();  // of h, in whose place g goes out
@@ -77,26 +71,17 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
           if (h.asked * TILE_COLUMNS<T> < D) h.ask(&own.h, h.asked * TILE_COLUMNS<T>, row);
         }
       }
-#pragma unroll
-      for (int i = 0; i < D / 4; ++i) dh[i] = pack<T>(dg[i / 48][2 * (i % 48)], dg[i / 48][2 * (i % 48) + 1]);
+      consumer.pack_row(dh, dg);
     }
     if (consumer.thread == 0) store_wait_read<0>();
     consumer.meet();
-#pragma unroll
-    for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
-      consumer.template put<T>(&own.dh, part * TILE_COLUMNS<T>, row,
-                               [&](int j, int r) { return dh[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+    consumer.put_row(&own.dh, row, dh);
 #pragma unroll 1
     for (int column = 0; column < D; column += PRODUCT_COLUMNS) {
       float acc[PRODUCT_COLUMNS / 2];
       clear(acc);
       consumer.widen(acc, dh);
-#pragma unroll
-      for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<T>; ++part)
-        consumer.template put<T>(&own.grad_o, column + part * TILE_COLUMNS<T>, row, [&](int j, int r) {
-          const float* v = acc + part * TILE_COLUMNS<T> / 2 + 4 * j + 2 * r;
-          return as_pair<T>(v[0], v[1]);
-        });
+      consumer.put_chunk(&own.grad_o, column, row, acc);
     }
     if (consumer.thread == 0) store_wait<0>();
   }

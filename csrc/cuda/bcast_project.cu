@@ -66,12 +66,7 @@ CAST_DEVICE void project_columns(Consumer<T, X, D>& consumer, const typename Con
       acc[2 * i + 1] = first.y;
     }
     consumer.widen(acc, xhat);
-#pragma unroll
-    for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<T>; ++part)
-      consumer.template put<T>(out, column + part * TILE_COLUMNS<T>, row, [&](int j, int r) {
-        const float* v = acc + part * TILE_COLUMNS<T> / 2 + 4 * j + 2 * r;
-        return as_pair<T>(v[0], v[1]);
-      });
+    consumer.put_chunk(out, column, row, acc);
   }
 }
 
@@ -133,10 +128,7 @@ CAST_DEVICE void project(const ProjectArguments& g) {
         const int at = row + consumer.place.row + 8 * r;
         if (consumer.place.lane % 4 == 0 && at < own.rows) own.rstd[at] = rstd[r];
       }
-#pragma unroll
-      for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
-        consumer.template put<T>(&own.xhat, part * TILE_COLUMNS<T>, row,
-                                 [&](int j, int r) { return xhat[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+      consumer.put_row(&own.xhat, row, xhat);
     }
     project_roles(consumer, xhat, own, g.frames, row);
     if (consumer.thread == 0) store_wait<0>();

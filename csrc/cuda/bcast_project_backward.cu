@@ -57,7 +57,7 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
     Rows consumer{shared};
     const Place& place = consumer.place;
     typename Rows::Narrow dz;
-    Incoming<Rows, TILES> xhat{consumer};
+    Incoming<Rows> xhat{consumer};
     {
       typename Rows::Wide a;
       for (auto& chunk : a) clear(chunk);
@@ -106,13 +106,9 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
             along[r] = sum_of_row(along[r]) * (1.f / D);
           }
       }
-#pragma unroll
-      for (int i = 0; i < D / 4; ++i) dz[i] = pack<T>(a[i / 48][2 * (i % 48)], a[i / 48][2 * (i % 48) + 1]);
+      consumer.pack_row(dz, a);
     }
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-      consumer.template put<T>(&own.dz, part * TILE_COLUMNS<T>, row,
-                               [&](int j, int r) { return dz[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+    consumer.put_row(&own.dz, row, dz);
     if (g.want_x) {
       if (consumer.thread == 0) store_wait_read<0>();
       consumer.meet();

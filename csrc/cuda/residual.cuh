@@ -10,7 +10,7 @@ struct Residual {
   static constexpr int COLUMNS = TILE_COLUMNS<X>;
   static constexpr int AHEAD = TILES - 1;  // tiles under way; the last place is still on its way out
 
-  Incoming<Consumer, TILES> incoming;
+  Incoming<Consumer> incoming;
   const TensorMap *in, *out;
   int row, columns;
   bool there = true;  // whether there is an `in`

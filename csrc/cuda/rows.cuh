@@ -224,6 +224,32 @@ struct Consumer {
     send(out, column, row);
   }
 
+  // Store a chunk of accumulators as T, from `column` on.
+  CAST_DEVICE void put_chunk(const TensorMap* out, int column, int row, const float (&acc)[PRODUCT_COLUMNS / 2]) {
+#pragma unroll
+    for (int part = 0; part < PRODUCT_COLUMNS / TILE_COLUMNS<T>; ++part)
+      put<T>(out, column + part * TILE_COLUMNS<T>, row, [&](int j, int r) {
+        const float* v = acc + part * TILE_COLUMNS<T> / 2 + 4 * j + 2 * r;
+        return as_pair<T>(v[0], v[1]);
+      });
+  }
+
+  // Store a row's d channels.
+  CAST_DEVICE void put_row(const TensorMap* out, int row, const Narrow& a) {
+#pragma unroll
+    for (int part = 0; part < D / TILE_COLUMNS<T>; ++part)
+      put<T>(out, part * TILE_COLUMNS<T>, row, [&](int j, int r) { return a[part * TILE_COLUMNS<T> / 4 + 2 * j + r]; });
+  }
+
+  // a = z, rounded.
+  CAST_DEVICE static void pack_row(Narrow& a, const Wide& z) {
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) {
+      const float* v = z[i / (PRODUCT_COLUMNS / 4)] + 2 * (i % (PRODUCT_COLUMNS / 4));
+      a[i] = pack<T>(v[0], v[1]);
+    }
+  }
+
   // Let the tile that all threads have written go to global memory.
   CAST_DEVICE void send(const TensorMap* out, int column, int row) {
     fence_proxy_async();
@@ -236,24 +262,36 @@ struct Consumer {
   }
 };
 
-// Tiles that come in after `narrow`, each asked for by thread 0 some steps ahead of its use, to the first SPAN places.
-template <class Consumer, int SPAN>
+// The factors of a thread's two rows, `row` and the eighth after it, in a stream with `scale`; frames: of a clip.
+template <class Stream>
+CAST_DEVICE void drop_path(float (&factor)[2], const Stream& own, int frames, int row) {
+  factor[0] = factor[1] = 1.f;
+  if (own.scale == nullptr) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int at = min(row + 8 * r, own.rows - 1), frame = at / own.tokens.frame_rows;
+    factor[r] = own.scale[frame / frames * own.scale_of_clip + at % own.tokens.frame_rows * own.scale_of_token];
+  }
+}
+
+// Tiles that come in after `narrow`, each asked for by thread 0 some steps ahead of its use, to the tiles in turn.
+template <class Consumer>
 struct Incoming {
   Consumer& consumer;
   int asked = 0, used = 0;
 
   // By thread 0, once nothing else is read from or written to the place.
   CAST_DEVICE void ask(const TensorMap* in, int column, int row) {
-    uint64_t* barrier = &consumer.shared.incoming[asked % SPAN];
+    uint64_t* barrier = &consumer.shared.incoming[asked % TILES];
     mbarrier_expect(barrier, TILE_BYTES);
-    load_tile(consumer.shared.tiles[asked % SPAN], in, barrier, column, row);
+    load_tile(consumer.shared.tiles[asked % TILES], in, barrier, column, row);
     ++asked;
   }
 
   // The next tile, as an address of shared memory.
   CAST_DEVICE uint32_t wait() {
-    const int at = used % SPAN;
-    while (!mbarrier_try_wait(&consumer.shared.incoming[at], used / SPAN % 2)) {
+    const int at = used % TILES;
+    while (!mbarrier_try_wait(&consumer.shared.incoming[at], used / TILES % 2)) {
     }
     ++used;
     return shared_address(consumer.shared.tiles[at]);
