@@ -158,6 +158,20 @@ def version_of(path: str) -> str:
     return found[1] if found and not done.returncode else f"unknown: {path} --version names none"
 
 
+def checked(path: str) -> str:
+    """The release of a ptxas that the user named.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = version_of(path)
+    if not release(found):
+        raise ValueError(
+            f"{path} is no ptxas: its version is {found}; name the program ptxas of a CUDA toolkit, from its folder bin"
+        )
+    return found
+
+
 def assembler(architecture: int) -> Assembler:
     """The ptxas that Triton takes for an architecture, chosen as Triton chooses it.
 

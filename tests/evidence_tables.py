@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md and docs/ptxas.md that are made from the files in benchmarks/evidence.
+"""The tables of docs/evidence.md, docs/ptxas.md and docs/cuda.md that are made from the files in benchmarks/evidence.
 
 python tests/evidence_tables.py        # writes them anew, each between two marks
 """
@@ -22,7 +22,7 @@ from cast_kernels.evidence.reassemble import Assembled, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE = ROOT / "benchmarks/evidence"
-PAGES = (ROOT / "docs/evidence.md", ROOT / "docs/ptxas.md")
+PAGES = (ROOT / "docs/evidence.md", ROOT / "docs/ptxas.md", ROOT / "docs/cuda.md")
 DTYPES = ("bf16", "fp16", "amp", "amp16", "fp32")
 _MARKED = re.compile(
     r"(<!-- (?P<name>[\w ]+), made by tests/evidence_tables\.py -->\n).*?(<!-- end of it -->\n)", re.DOTALL
@@ -216,6 +216,22 @@ def assembled() -> str:
     return table(headings, cells)
 
 
+#: Of kernels that are one of many: bf16 throughout, and what a page can hold.
+_INSTANCE = re.compile(r"bcast_(?P<stem>\w+?)_bf16(_bf16)?(_384|_32)?")
+
+
+def cuda_kernels() -> str:
+    """What the CUDA kernels take of a multiprocessor: an instance of each at the paper's size."""
+    cells = []
+    for row in read("cuda_compile.json")["kernels"]:
+        if found := _INSTANCE.fullmatch(row["kernel"]):
+            registers = " + ".join(map(str, row["roles"] or [row["registers"]]))
+            cells.append([
+                f"`{found['stem']}`", registers, str(row["spills"]), f"{row['shared_bytes']:,}", str(row["ctas"])
+            ])  # fmt: skip
+    return table(("kernel", "registers", "spill instructions", "shared memory", "CTAs an SM"), cells)
+
+
 _ASSEMBLED = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "LDGSTS", "LDSM", "STSM", "BAR", "BSSY")
 
 #: Name in a mark -> what makes the table.
@@ -227,12 +243,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "a block": block,
     "compiled kernels": compiled,
     "assemblers": assembled,
+    "CUDA kernels": cuda_kernels,
 }
 
 
 def main() -> None:
     """Write the pages' tables anew."""
-    ArgumentParser(description="Write the tables of docs/evidence.md and docs/ptxas.md anew.").parse_args()
+    ArgumentParser(description="Write the tables of the pages of evidence anew.").parse_args()
     for path in PAGES:
         path.write_text(page(path.read_text()))
 

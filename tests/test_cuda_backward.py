@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from cuda_cases import ODD, needs_kernels
 
 import cast_kernels
+from cast_kernels import backends
 from cast_kernels.evidence.cases import KINDS, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.cuda_launches import emulated
+from cast_kernels.problem import FFNProblem, Recompute
 
 pytestmark = needs_kernels
 
@@ -128,6 +131,15 @@ def test_no_clip_makes_no_launch() -> None:
         torch.autograd.backward(module(spatial, temporal), none.output_grads(torch.bfloat16))
     assert ran == []
     assert not any(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+def test_the_experts_ops_are_left_to_triton() -> None:
+    sizes = {"rows": 10, "dim": 64, "hidden": 128, "adapter": 16, "activation": "gelu", "recompute": Recompute.CHEAP}
+    problem = FFNProblem(**sizes, dtype=torch.bfloat16, device="cuda")  # type: ignore[arg-type]
+    assert backends.select("cuda", problem) == "triton"
+    assert re.search(r"cuda +yes +left to triton: ", backends.explain("cuda", problem))
+    with pytest.raises(cast_kernels.BackendError, match=r"'cuda' cannot run this problem: left to triton: .* on meta"):
+        backends.select("cuda", replace(problem, device="meta"))
 
 
 def test_a_compiler_asks_whether_the_kernels_can_run() -> None:

@@ -1,4 +1,4 @@
-"""The tables in docs/evidence.md and docs/ptxas.md are those of the files of evidence as they are."""
+"""The tables in docs/evidence.md, docs/ptxas.md and docs/cuda.md are those of the files of evidence as they are."""
 
 from __future__ import annotations
 

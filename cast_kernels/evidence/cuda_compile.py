@@ -23,7 +23,7 @@ from ptx_emulator.predict.resources import functions, listing, opcodes, read_sas
 from rich.table import Table
 
 from cast_kernels import _native
-from cast_kernels.assemblers import version_of
+from cast_kernels.assemblers import checked
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.cuda_gates import EXACT, TARGET, CudaRow, Launched, judge, judge_build, loose
 from cast_kernels.evidence.cuda_launches import CudaLaunch, kept
@@ -228,11 +228,12 @@ def main(ptxas: str | None = None, json_file: Path | None = None) -> int:
         json_file: where the rows go as JSON.
 
     Raises:
-        RuntimeError: the CUDA kernels are not built, ptxas is missing, or does not assemble them.
+        RuntimeError: the CUDA kernels are not built, their own ptxas is missing, or one does not assemble them.
+        ValueError: the path is no ptxas's.
     """
     module = _native.cuda()
     path = ptxas or assembler()
-    known, release = launched(), version_of(path)
+    release, known = checked(path), launched()
     rows = [judge(row) for name, ptx in modules().items() for row in read(name, ptx, path, known)]
     record, size = _native.RECORD.get("cuda", {}), Path(str(module.__file__)).stat().st_size
     failures = [f"{row.kernel}: {failure}" for row in rows for failure in row.failures]

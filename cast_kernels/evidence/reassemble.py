@@ -19,7 +19,7 @@ from ptx_emulator.targets import target
 from ptx_emulator.triton.driver import Launch
 from rich.table import Table
 
-from cast_kernels.assemblers import assembler, release, version_of
+from cast_kernels.assemblers import assembler, checked, release, version_of
 from cast_kernels.evidence.compile import describe_tile, launched
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.defects import shown
@@ -150,9 +150,7 @@ def compare(
     own = assembler(int(goal.arch))
     chosen = {own.version: own.path}
     for path in paths:
-        if not release(version_of(path)):
-            raise ValueError(f"{path} is no ptxas: its version is {version_of(path)}")
-        chosen.setdefault(version_of(path), path)
+        chosen.setdefault(checked(path), path)
     with tempfile.TemporaryDirectory(prefix="cast-kernels-") as temporary:
         records = launched(name, dtype, PROBLEMS[problems], cache or Path(temporary))
     for record, _ in records.values():
