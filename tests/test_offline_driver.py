@@ -184,3 +184,14 @@ with offline_driver(target("sm_80"), Recorder()): pass
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "tools")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: TRITON_INTERPRET is set" in done.stderr
+
+
+def test_what_the_caller_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with offline_driver(target("sm_80"), Recorder()), offline_driver(target("sm_90"), Recorder()):
+            assert gc.get_freeze_count() >= before
+        assert gc.get_freeze_count() >= before > 0
+    finally:
+        gc.unfreeze()

@@ -312,6 +312,9 @@ def offline_driver(
 def _settled() -> Iterator[None]:
     """Let Python's collector of cycles look at new objects alone. Those that there are belong to modules, mostly; to
     look through all of torch's and Triton's takes 0.2 s each time."""
+    if gc.get_freeze_count():  # the caller, or a driver around this one, has settled already
+        yield
+        return
     gc.freeze()
     try:
         yield
