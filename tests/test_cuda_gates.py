@@ -268,7 +268,8 @@ def test_the_command_fails_where_a_kernel_does_and_writes_all_rows(
     known.clear()
     assert cli.main(["compile", "--cuda", "--ptxas", path]) == 1
     assert "FAIL  bcast_prepare_bf16_bf16: no configuration launches it" in capsys.readouterr().out
-    assert cli.main(["compile", "--cuda", "--ptxas", str(tmp_path / "none")]) == 1
+    assert cli.main(["compile", "--cuda", "--ptxas", str(tmp_path / "none")]) == 2  # a wrong argument
+    assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
