@@ -1,6 +1,6 @@
 """The command `cast-kernels`. Imports stay inside the functions: --help loads the names of choices, and no tool.
 
-The standard library reads the options: a bare machine with a GPU and PyTorch has no other parser.
+The standard library parses the options: a bare machine with a GPU and PyTorch has no other parser.
 """
 
 from __future__ import annotations
