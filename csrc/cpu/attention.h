@@ -2,8 +2,8 @@
 //
 // Lanes run over queries: scores are transposed, S^T[key][query]. Maximum, exponential and sum are vertical vector
 // arithmetic, keys need no mask, and P^T already is the unit-stride left operand of P V. A long window is cut into
-// blocks of keys with a running maximum, so memory does not grow with the window. A block of keys serves several blocks
-// of queries before the next is read.
+// blocks of keys with a running maximum, so memory does not grow with the window. A block of keys serves several
+// blocks of queries before the next is read.
 #pragma once
 
 #include "gemm.h"
