@@ -30,7 +30,7 @@ class Defect(NamedTuple):
     fixed: Release | None  # said to be without it, this one and all later ones
     what: str
     source: str
-    ours: str  # what is known of the kernels of this package
+    ours: str  # whether this package's kernels have it
 
     def judge(self, release: Release) -> str:
         """ "bad", "right" or "unknown"."""
@@ -53,7 +53,7 @@ DEFECTS = (
         fixed=(13, 3),
         what="writes into a fragment of A that an asynchronous wgmma may still read: products come out wrong",
         source=f"{_TRITON}/issues/9433 and {_TRITON}/pull/11781, which refers to NVIDIA's release notes of CUDA 13.3; "
-        "these releases by what they make of the kernel in tests/test_wgmma_registers.py",
+        "these releases by their code for the kernel in tests/test_wgmma_registers.py",
         ours=_LOOKED_FOR,
     ),
     Defect(

@@ -182,7 +182,7 @@ class FFNProblem(_Arithmetic):
     hidden: int  #: F, width inside the FFN
     adapter: int  #: A, width inside the adapter; 0: no adapter
     activation: str  #: a word of `ACTIVATIONS`
-    recompute: Recompute  #: what backward computes again
+    recompute: Recompute  #: how much backward computes again
     dtype: torch.dtype  #: of the streams
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on
@@ -235,7 +235,7 @@ class SelfAttentionProblem(_Arithmetic):
     dim: int  #: D, width of the streams
     num_heads: int  #: heads of D / heads channels
     adapter: int  #: A, width inside the adapter; 0: no adapter
-    recompute: Recompute  #: what backward computes again
+    recompute: Recompute  #: how much backward computes again
     dtype: torch.dtype  #: of the streams
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on
@@ -265,7 +265,7 @@ class AdapterProblem(_Arithmetic):
     dim: int  #: D, width of the streams
     adapter: int  #: A, width inside the adapter
     skip: bool  #: whether the adapter's input is added too
-    recompute: Recompute  #: what backward computes again
+    recompute: Recompute  #: how much backward computes again
     dtype: torch.dtype  #: of the residual stream
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on

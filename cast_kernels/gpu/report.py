@@ -53,9 +53,7 @@ def verdict(found: Mapping[str, Any], passed: bool) -> str:
         return "FAIL: see above; please send the report all the same"
     lacking = dict.fromkeys(group for group, *_ in not_measured(found))
     if lacking:
-        return (
-            f"what was measured is right; of ours something was not, in: {'; '.join(lacking)}; please send the report"
-        )
+        return f"all measured rows are right; rows of ours were not measured in: {'; '.join(lacking)}; please send the report"
     return "all is right; please send the report"
 
 
@@ -74,7 +72,7 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     if times.get("status", 0) not in ENDS:
         lines.append(("FAIL", "times", f"the benchmarks ended with exit status {times['status']}"))
     if lines:
-        broken = [("what an error ended; entries before it are below", ("", "section", "error"), lines)]
+        broken = [("ended by an error; earlier entries are below", ("", "section", "error"), lines)]
     correct: list[tuple[str, ...]] = [
         ("FAIL", c["backend"], c["dtype"], c["case"], "-", "-", "-", c["why_not"]) if "why_not" in c else
         (

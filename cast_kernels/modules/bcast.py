@@ -233,7 +233,7 @@ class BCAST(nn.Module):
             Both streams, residual added.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or devices that do not fit; the message says what came.
+            ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names them.
             BackendError: the named backend cannot run this problem.
         """
         return self.exchange(spatial, temporal, spatial_scale, temporal_scale)

@@ -155,7 +155,7 @@ def _check_types(parameters: Parameters) -> None:
 def check_streams(spatial: Tensor, temporal: Tensor) -> None:
     """Raise ValueError unless the streams have the same B, T, N and D, and the spatial one CLS tokens besides.
 
-    Whatever is no tensor is a TypeError.
+    An argument that is no tensor is a TypeError.
     """
     check_tensors({"spatial": spatial, "temporal": temporal})
     for name, x in (("spatial", spatial), ("temporal", temporal)):
@@ -293,7 +293,7 @@ class _BCast(Operator):
     def backward_flops(
         self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
     ) -> int:
-        """Two products for each of the forward's, by input and by weight, whatever is wanted."""
+        """Two products for each of the forward's, by input and by weight, wanted or not."""
         return 2 * self.flops(streams, flat, options)
 
 

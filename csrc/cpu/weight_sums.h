@@ -17,7 +17,7 @@ struct SumJob {
 
 using SumTasks = JobList<SumJob, 16>;
 
-constexpr i64 kPositionBlock = 8;  // positions whose sums one task owns
+constexpr i64 kPositionBlock = 8;  // one task owns the sums of so many positions
 
 inline void add_sum(SumTasks& list, SumKind kind, int index, i64 outs, i64 ins, float* weight, float* bias) {
   if (!weight && !bias) return;
