@@ -1,4 +1,4 @@
-"""The native core and the CUDA kernels, or why there are none. Everything is settled at import, so that compilers see
+"""The native core and the CUDA kernels, or why there are none. All is decided at import, so that compilers see
 constants."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
 
 
 def _others(module: str) -> str:
-    """What another Python's build left here."""
+    """A clause about modules here that another Python's build made."""
     ours = {f"{module}{suffix}" for suffix in EXTENSION_SUFFIXES}
     found = sorted({path.name for path in Path(__file__).parent.glob(f"{module}.*")} - ours)
     return f"; {', '.join(found)} is not for this Python, {sys.implementation.cache_tag}" if found else ""
@@ -56,7 +56,7 @@ def _isa() -> tuple[str, str]:
         return "", str(error)
 
 
-#: What setup.py recorded of the build; empty if it never ran.
+#: setup.py's record of the build; empty if it never ran.
 RECORD: dict[str, Any] = _read_record()
 
 #: The compiled module `cast_kernels._C`, or None and why it cannot be used.

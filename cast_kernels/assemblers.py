@@ -1,8 +1,8 @@
-"""The ptxas that turns Triton's PTX into machine code, and which releases are known to do it wrongly.
+"""The ptxas that turns Triton's PTX into machine code, and the releases with known defects.
 
-Triton ships one for GPUs before Blackwell and another for those from sm_100 on, and takes others from
-TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH. What is known is in :data:`DEFECTS`, the one list; a release that it
-does not judge is unknown, not good.
+Triton ships one for GPUs before Blackwell and another for those from sm_100 on, and takes others from TRITON_PTXAS_PATH
+and TRITON_PTXAS_BLACKWELL_PATH. :data:`DEFECTS` lists all known defects; a release that it does not judge is unknown,
+not good.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Release = tuple[int, ...]
 class Defect(NamedTuple):
     """One way in which some releases of ptxas assemble wrongly.
 
-    Releases between a bad one and the first that is right are not judged where nobody looked at them.
+    A release between a bad one and the first right one is not judged, unless somebody examined it.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Defect(NamedTuple):
     fixed: Release | None  # said to be without it, this one and all later ones
     what: str
     source: str
-    ours: str  # what is known of the kernels of this package
+    ours: str  # whether this package's kernels have it
 
     def judge(self, release: Release) -> str:
         """ "bad", "right" or "unknown"."""
@@ -53,7 +53,7 @@ DEFECTS = (
         fixed=(13, 3),
         what="writes into a fragment of A that an asynchronous wgmma may still read: products come out wrong",
         source=f"{_TRITON}/issues/9433 and {_TRITON}/pull/11781, which refers to NVIDIA's release notes of CUDA 13.3; "
-        "these releases by what they make of the kernel in tests/test_wgmma_registers.py",
+        "these releases by their code for the kernel in tests/test_wgmma_registers.py",
         ours=_LOOKED_FOR,
     ),
     Defect(
@@ -112,31 +112,31 @@ DEFECTS = (
 
 
 class Verdict(NamedTuple):
-    """What :data:`DEFECTS` says of a release on an architecture."""
+    """The judgement of :data:`DEFECTS` on a release for an architecture."""
 
     word: str  # "known bad", "unknown", "no known defect"
-    defects: tuple[Defect, ...]  # that it has
-    unjudged: tuple[Defect, ...]  # of which nothing is known for it
+    defects: tuple[Defect, ...]  # of this release
+    unjudged: tuple[Defect, ...]  # unknown for this release
 
 
 class Assembler(NamedTuple):
     """The ptxas for one architecture."""
 
     path: str  # "" if there is none
-    version: str  # its release, "12.9.86", or why that is not known
-    variable: str  # of the environment, that names another one
+    version: str  # its release, "12.9.86", or why it is unknown
+    variable: str  # environment variable that names another one
 
 
 def release(version: str) -> Release:
-    """ "12.9.86" -> (12, 9, 86); () for what is no release."""
+    """ "12.9.86" -> (12, 9, 86); () for another text."""
     return tuple(map(int, version.split("."))) if re.fullmatch(r"\d+\.\d+(\.\d+)*", version) else ()
 
 
 def judge(version: str, architecture: int) -> Verdict:
-    """What is known of a release of ptxas on an architecture.
+    """The verdict on a release of ptxas for an architecture.
 
     Args:
-        version: "12.9.86"; whatever is no release is unknown.
+        version: "12.9.86"; a text that is no release is unknown.
         architecture: 90 for sm_90.
     """
     concerned = [d for d in DEFECTS if d.architectures[0] <= architecture <= d.architectures[1]]
@@ -149,7 +149,7 @@ def judge(version: str, architecture: int) -> Verdict:
 
 @cache
 def version_of(path: str) -> str:
-    """The release that a ptxas says it is, or why that is not known."""
+    """The release that a ptxas reports, or why it is unknown."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -190,7 +190,7 @@ def assembler(architecture: int) -> Assembler:
 
 
 def describe(architecture: int) -> dict[str, Any]:
-    """The assembler for an architecture and what is known of it, ready for JSON."""
+    """The assembler for an architecture and the verdict on it, ready for JSON."""
     try:
         found = assembler(architecture)
     except ImportError as error:
@@ -209,7 +209,7 @@ def describe(architecture: int) -> dict[str, Any]:
 
 
 def line(told: Mapping[str, Any]) -> str:
-    """What :func:`describe` says, in one line: the defects by name."""
+    """The result of :func:`describe` in one line, with the defects by name."""
     about = f"{told['version']} for {told['architecture']}"
     if told["path"]:
         about += f", {told['path']}"
@@ -221,7 +221,7 @@ def line(told: Mapping[str, Any]) -> str:
 
 
 def _remedy(found: Assembler, architecture: int) -> str:
-    """Another assembler that is at hand, or how to get one."""
+    """How to use another installed assembler, or how to get one."""
     for path in _tools().values():
         if judge(version_of(path), architecture).word != "known bad":
             return f"To use another one, {version_of(path)}: export {found.variable}={path}"

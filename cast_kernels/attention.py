@@ -1,12 +1,12 @@
-"""Which attention the experts' self-attention and the exchange run, and why: the one place that decides.
+"""Chooses the attention of the experts' self-attention and of the exchange, and says why. No other module decides this.
 
-"auto" is PyTorch's `scaled_dot_product_attention` on every device. It is a dispatcher itself. On a GPU, for 16-bit
+"auto" is PyTorch's `scaled_dot_product_attention` on every device, which is a dispatcher itself. On a GPU, for 16-bit
 operands without a mask, PyTorch 2.14 runs cuDNN's kernel on compute capability 9.0, 10.0 and 10.3 (H100, H200, B200)
-with a cuDNN newer than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1 is set; on other GPUs the flash-attention
-kernel that it ships, the same algorithm as the package flash-attn 2 (its source: `priority_order` in
-aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). The packages are for those who have measured that theirs is
-faster; nothing here takes one unasked.
-"math" is for derivatives of another kind: matrix products and a softmax, with scores in memory.
+with a cuDNN newer than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1 is set. On other GPUs it runs the
+flash-attention kernel that it ships, the same algorithm as the package flash-attn 2 (its source: `priority_order` in
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). A package runs only if the caller names it, because its speed
+depends on release and GPU. "math" is two matrix products and a softmax, with scores in memory: it has second and
+forward-mode derivatives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend
 from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError, SelfAttentionProblem, Verdict
 
-#: What may be asked for besides "auto", and what it needs to be installed.
+#: Names besides "auto" -> the package that each needs, or None.
 ATTENTIONS: dict[str, str | None] = {
     "sdpa": None,
     "math": None,
@@ -31,13 +31,13 @@ ATTENTIONS: dict[str, str | None] = {
     "xformers": "xformers.ops",
 }
 
-#: Those that read queries, keys and values from one tensor, and give back one gradient.
+#: Kernels that read queries, keys and values from one tensor and return one gradient.
 PACKED = ("flash-attn",)
 #: Layouts of queries, keys and values: one tensor [batch, tokens, 3, heads, head_dim]; three [batch, heads, tokens,
 #: head_dim]; three [batch, tokens, heads, head_dim].
 PACKED_HEADS, HEADS_FIRST, TOKENS_FIRST = "packed", "heads first", "tokens first"
 
-#: What may be asked for in the exchange; its kernels attend themselves.
+#: Names that the exchange takes; its kernels contain their attention.
 EXCHANGE_ATTENTIONS = ("auto", "math")
 
 #: Widest head that both packages take.
@@ -60,12 +60,12 @@ def check_exchange_name(attention: str) -> str:
 
 
 def of_exchange(attention: str) -> str:
-    """What the exchange is asked for beside experts that attend by `attention`: the packages attend in experts only."""
+    """The exchange's attention beside experts with `attention`: packages attend only in experts."""
     return "math" if check_name(attention) == "math" else "auto"
 
 
 def can_run(attention: str, problem: SelfAttentionProblem) -> Verdict:
-    """Whether one attention kernel can run the problem, and the reason in words either way.
+    """Whether one attention kernel can run the problem, and why or why not.
 
     Raises:
         ValueError: no such kernel; "auto" is a choice among them.
@@ -103,17 +103,17 @@ def _import_error(package: str) -> str:
 
 
 def requested(problem: SelfAttentionProblem) -> Verdict:
-    """The verdict on what the problem asks for: what backends that attend with these kernels answer."""
+    """The verdict on the attention that the problem names. Backends that use these kernels return it."""
     verdict = can_run("sdpa" if problem.attention == "auto" else problem.attention, problem)
     return verdict if verdict.ok else Verdict(False, f"attention={problem.attention!r}: {verdict.reason}")
 
 
 def select(problem: SelfAttentionProblem) -> str:
-    """The attention kernel that runs the problem: what it asks for, never another in its place.
+    """The attention kernel that runs the problem: the named one, never another in its place.
 
     Raises:
-        ValueError: the problem asks for a kernel that does not exist.
-        BackendError: what it asks for cannot run; the message says why and what to do.
+        ValueError: the problem names a kernel that does not exist.
+        BackendError: the named kernel cannot run; the message says why and what to do.
     """
     if check_name(problem.attention) == "auto":
         return "sdpa"
@@ -142,9 +142,9 @@ def explain(problem: SelfAttentionProblem) -> str:
 
 
 def dispatched(problem: SelfAttentionProblem) -> str:
-    """Which of PyTorch's kernels its `scaled_dot_product_attention` takes, in words, and how that is known.
+    """The kernel that PyTorch's `scaled_dot_product_attention` takes, in words, and how that is known.
 
-    PyTorch itself is asked where the problem's device is; elsewhere it is what the source of PyTorch 2.14 says.
+    Where the problem's device exists, PyTorch answers; elsewhere the answer is from the source of PyTorch 2.14.
     """
     here = problem.device == "cpu" or (problem.device == "cuda" and torch.cuda.is_available())
     ask = getattr(torch, "_fused_sdp_choice", None)  # no public function tells
@@ -195,7 +195,7 @@ def layout(name: str) -> str:
 
 
 def attend_as(name: str, layout: str, heads: Sequence[Tensor]) -> Tensor:
-    """The same from what lies in a layout, the kernel's own."""
+    """The same for heads in the kernel's own layout."""
     if layout == PACKED_HEADS:
         return attend(name, heads[0])
     return mix(name, *heads) if layout == HEADS_FIRST else attend_apart(name, *heads)

@@ -1,10 +1,9 @@
-"""Which backend runs a problem, and why not the others: the one place that decides, for every op.
+"""Chooses the backend that runs a problem, and says why not the others. No other module decides this, for any op.
 
-Selection never looks at anything but the problem, so what :func:`explain` prints is what happens. The problem's type
-says which op is asked about.
+Selection reads only the problem, so a call runs as :func:`explain` prints it. The problem's type determines the op.
 
 A backend is a folder with a module for each op, `cast_kernels/<backend>/<op>.py`, which is :class:`Backend`. It is
-imported when it is first asked.
+imported at its first use.
 """
 
 from __future__ import annotations
@@ -41,16 +40,17 @@ _OPS: dict[type, str] = {
 
 
 class Backend(Protocol):
-    """What a backend has for an op. One that composes PyTorch's operators has `can_run` and the op itself instead.
+    """A backend's functions for an op. A backend that composes PyTorch's operators has `can_run` and the op itself
+    instead.
 
     `problem` is the op's.
     """
 
     def can_run(self, problem: Any) -> Verdict:
-        """Whether it can run the problem here, and the reason in words either way."""
+        """Whether it can run the problem here, and why or why not."""
 
     def saved_words(self, problem: Any, *recompute: str) -> int:
-        """4-byte words that forward keeps of a unit: of a clip (`bcast`), a row (`ffn`, `adapter`), or of the call."""
+        """4-byte words that forward keeps of a unit: a clip (`bcast`), a row (`ffn`, `adapter`), or the call."""
 
     def forward(self, problem: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """The outputs, and one opaque tensor of 4-byte words that its own backward reads."""
@@ -59,7 +59,7 @@ class Backend(Protocol):
         """Gradients of the streams and each parameter in their dtypes, None where not wanted."""
 
 
-# Import statements, as torch.compile traces no other way to import.
+# Import statements, because torch.compile can trace no other import.
 
 
 def _triton() -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _eager() -> dict[str, Any]:
     return {"bcast": bcast, "ffn": ffn, "self_attention": self_attention, "adapter": adapter}
 
 
-#: Backends in order of preference, and what imports their ops. "auto" takes the first that can run the problem.
-#: Triton comes before CUDA C++ until a GPU has said which is faster.
+#: Backends in order of preference, with functions that import their ops. "auto" takes the first that can run the
+#: problem. Triton comes before CUDA C++ until both have been timed on a GPU.
 _LOADERS: dict[str, Callable[[], dict[str, Any]]] = {
     "triton": _triton, "cuda": _cuda, "cpu": _cpu, "eager": _eager,
 }  # fmt: skip
@@ -107,9 +107,9 @@ def load(backend: str, op: str) -> Backend:
 
 
 def circumstances() -> tuple[Any, ...]:
-    """What verdicts depend on besides the problem: the state of this process, which tests and the emulator change.
+    """The state of this process on which verdicts depend besides the problem; tests and the emulator change it.
 
-    Whether Triton interprets is none of it: that is settled when its kernels are defined.
+    Triton's interpreter is not part of it: it is chosen when the kernels are defined.
     """
     return _native.CORE, _native.ISA_ERROR, emulating(), recorded()
 
@@ -122,7 +122,7 @@ def check_name(backend: str) -> str:
 
 
 def can_run(backend: str, problem: AnyProblem) -> Verdict:
-    """Whether `backend` can run `problem`, and the reason in words.
+    """Whether `backend` can run `problem`, and why or why not.
 
     Raises:
         ValueError: no such backend.
@@ -137,8 +137,8 @@ def can_run(backend: str, problem: AnyProblem) -> Verdict:
 def select(backend: str, problem: AnyProblem) -> str:
     """The name of the backend that runs `problem`.
 
-    "auto" means the first of :data:`BACKENDS` that can. A named backend is taken or refused, never replaced; an op that
-    it leaves to another has that one's name.
+    "auto" means the first of :data:`BACKENDS` that can. A named backend is taken or refused, never replaced. For an op
+    that it leaves to another backend, the result is the other's name.
 
     Raises:
         ValueError: no such backend.

@@ -1,6 +1,6 @@
 """The command `cast-kernels`. Imports stay inside the functions: --help loads the names of choices, and no tool.
 
-The standard library reads the options: a bare machine with a GPU and PyTorch has no other parser.
+The standard library parses the options: a bare machine with a GPU and PyTorch has no other parser.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _compile_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--cache", nargs="?", const="", type=str, metavar="FOLDER",
         help="keep compiled kernels here for next time; without a folder, check nothing and fill Triton's own cache "
-        "with what a CAST-B launches on this machine's GPU, or on --target",
+        "with the kernels that a CAST-B launches on this machine's GPU, or on --target",
     )  # fmt: skip
     parser.add_argument(
         "--cuda", action="store_true",
@@ -111,7 +111,7 @@ def _compile(options: Namespace) -> int:
 def _compile_cuda(options: Namespace) -> int:
     given = [name for name in ("target", "dtype", "problems", "cache") if getattr(options, name) is not None]
     if given:
-        raise ValueError(f"compile --cuda checks what the build compiled; leave out --{given[0]}")
+        raise ValueError(f"compile --cuda checks the build's own kernels; leave out --{given[0]}")
     if options.ptxas and len(options.ptxas) > 1:
         raise ValueError(f"compile --cuda takes one assembler, not {len(options.ptxas)}")
     from cast_kernels.evidence import cuda_compile
@@ -128,8 +128,8 @@ def _emulate_options(parser: ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="problems to run")
     parser.add_argument(
         "--engine", choices=ENGINES,
-        help="what executes the kernels: the interpreter is the definition, native is compiled code that equals it; "
-        "by default native where it is built",
+        help="executes the kernels: the interpreter is the definition, native is compiled code with equal results; "
+        "by default native if it is built",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write errors and counters as JSON")
     parser.add_argument("--mutants", action="store_true", help="plant faults in the PTX instead, and see them caught")
@@ -168,9 +168,9 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("--emulate", action="store_true", help="count some programs of each kernel in the emulator")
     parser.add_argument(
         "--recompute", choices=[level.value for level in Recompute],
-        help="what backward computes again (nothing, which these GPUs take)",
+        help="how much backward computes again (nothing, as auto chooses on these GPUs)",
     )  # fmt: skip
-    parser.add_argument("--kind", choices=KINDS, help="dtypes (amp, which is what `cast train` runs)")
+    parser.add_argument("--kind", choices=KINDS, help="dtypes (amp, as `cast train` runs)")
     parser.add_argument(
         "--model", action="store_true", help="a whole CAST-B instead, beside eager and torch.compile: takes minutes"
     )
@@ -285,13 +285,13 @@ def _add_choices(
 COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Any], int]]] = {
     "info": ("what was built, what was not and why, and what runs here", _info_options, _info),
     "compile": (
-        "compile every kernel for GPUs that need not be here, and check what it takes",
+        "compile every kernel without a GPU, and check its registers, memory and instructions",
         _compile_options,
         _compile,
     ),
     "emulate": ("run the compiled kernels on the CPU and check their results", _emulate_options, _emulate),
     "predict": (
-        "predict how long the kernels take at least, on GPUs that need not be here",
+        "predict the least time of the kernels on a GPU, without one",
         _predict_options,
         _predict,
     ),

@@ -12,6 +12,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`: a compiler calls the function once, and keeps what it returned."""
+    """`torch.compiler.assume_constant_result`: a compiler calls the function once, and keeps its result."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

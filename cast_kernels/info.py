@@ -1,4 +1,4 @@
-"""What was built, what was not and why, what runs here, and the commands that would change it."""
+"""What was built and what runs here; for the rest, why not, and the command that would change it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from cast_kernels.problem import Problem
 
 
 def typical(device: str) -> Problem:
-    """The problem that backends are asked about, of the paper's size: float32 on a CPU, as `cast train` on a GPU."""
+    """The problem for which backends give their verdicts, of the paper's size: float32 on a CPU, as `cast train` on a
+    GPU."""
     autocast = torch.bfloat16 if device == "cuda" else None
     return Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.float32, device, autocast)
 
@@ -39,7 +40,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `cast-kernels info` shows, ready for JSON."""
+    """All output of `cast-kernels info`, ready for JSON."""
     record = _native.RECORD
     cpu = {"built": _native.CORE is not None} | {k: v for k, v in record.get("cpu", {}).items() if k != "built"}
     if not cpu["built"]:
@@ -70,7 +71,7 @@ def collect() -> dict[str, Any]:
 
 
 def _architectures(found: list[dict[str, Any]]) -> list[int]:
-    """Of the GPUs that are here; without one, of those that most machines have."""
+    """Architectures of the GPUs here; without a GPU, the most common ones."""
     here = {int(gpu["capability"].replace(".", "")) for gpu in found}
     return sorted(here) or [80, 90, 100]
 
@@ -87,7 +88,7 @@ def emulator() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """Whether the CUDA kernels were built, by what, and whether the driver that runs them is here."""
+    """Whether the CUDA kernels were built, by which tools, and whether their driver is here."""
     record = _native.RECORD.get("cuda", {})
     if _native.CUDA is None:
         return record | {"built": False, "reason": _native.CUDA_REASON, "change_with": _native.CUDA_BUILD_COMMAND}
@@ -150,7 +151,7 @@ def render(info: dict[str, Any]) -> Table:
 
 
 def _cuda_rows(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is known of the CUDA kernels, a line each."""
+    """Facts about the CUDA kernels, a line each."""
     if not cuda["built"]:
         yield "native cuda", escape(f"not built: {cuda['reason']}")
         yield "  to change it", escape(cuda["change_with"])
@@ -164,7 +165,7 @@ def _cuda_rows(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _flags(cpu: dict[str, Any]) -> str:
-    """What the compiler and the linker were told from outside, and what the build appended to take it back."""
+    """Flags that the compiler and the linker got from outside, and the flags that the build appended to undo them."""
     if "compiler_flags" not in cpu:
         return "not recorded"
     given = f"compiler {cpu['compiler_flags'] or 'none'}; linker {cpu['linker_flags'] or 'none'}"

@@ -1,13 +1,11 @@
-"""Whether an op may read a layer's weights instead of calling the layer: the one place that decides.
+"""Decides whether an op may read a layer's weights instead of calling the layer. No other module decides this.
 
-An op computes what several layers would compute one after the other, from their weights. That is right only as long as
-calling each of them would do no more than its class does with plain weights. A layer that was replaced (LoRA, a
-quantised one, a compiled one), that has a hook or a `forward` of its own on the instance (offloading), or whose weight
-is a tensor subclass or sparse, must be called. What reads its weights as attributes, as parametrizations do, may be
-read.
+An op computes the result of several layers from their weights. This is right only if a call of each layer would do no
+more than its class does with plain weights. An op must not read a layer that was replaced (LoRA, quantised, compiled),
+a layer with a hook or its own `forward` on the instance (offloading), or a weight that is sparse or a tensor subclass.
+Such a layer must be called. A parametrization computes its weights as attributes, so an op may read them.
 
-A call of the modules asks :func:`obstacle` first, and where there is one says so with :func:`announce` and calls its
-layers.
+A module asks :func:`obstacle` at each call. If there is one, it says so with :func:`announce` and calls its layers.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from torch.utils.module_tracker import ModuleTracker
 from cast_kernels.compiling import constant
 from cast_kernels.problem import BackendError
 
-#: Types of weights that hold their values plainly. Compilers put the last two in the place of the others.
+#: Types of plain weights. Compilers replace the first two by the last two.
 _TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 
 #: Hooks on every module of the process; torch changes these mappings in place.
@@ -41,29 +39,29 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 
 
 def _calls(kind: type[nn.Module]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What calls the `forward` of a class's modules."""
+    """The methods that call `forward` of a class's modules."""
     return kind.__call__, kind._call_impl
 
 
-#: As PyTorch has it: what replaces one of them wants to see every layer.
+#: PyTorch's own. A tool that replaces one of them wants to see every layer.
 _CALLS = _calls(nn.Module)
 
 
 class Reading(NamedTuple):
-    """What an op reads of a module, and what calling the module must come down to.
+    """The attributes that an op reads of a module, and the `forward` that the module must have.
 
-    A module that has a :class:`Reading` keeps it as its attribute `reading`; linear layers and norms have theirs here.
+    A module keeps it as its attribute `reading`; those of linear layers and norms are in this file.
     """
 
     forward: Callable[..., Any]
     tensors: tuple[str, ...] = ()  # attributes that the op reads
-    absent: tuple[str, ...] = ()  # attributes that must be None, for the op does not read them
-    settings: tuple[str, ...] = ()  # attributes that say which tensors are read, and in which order
-    layers: Mapping[str, Reading | None] = {}  # submodules; None: as their own `reading` says
+    absent: tuple[str, ...] = ()  # attributes that must be None, because the op does not read them
+    settings: tuple[str, ...] = ()  # attributes that determine the tensors and their order
+    layers: Mapping[str, Reading | None] = {}  # submodules; None: their own `reading`
 
 
 LINEAR = Reading(nn.Linear.forward, ("weight", "bias"))
-#: A linear layer whose bias lies elsewhere, or that has none.
+#: A linear layer without a bias of its own.
 BARE_LINEAR = Reading(nn.Linear.forward, ("weight",), absent=("bias",))
 NORM = Reading(nn.LayerNorm.forward, ("weight", "bias"))
 
@@ -72,9 +70,9 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
     """Why an op may not read a module's weights, "" if it may.
 
     Args:
-        name: what the answer calls the module.
-        module: it and the submodules that `reading` names are looked at; global hooks are not.
-        reading: what the op reads of it; its own if None.
+        name: the module's name in the answer.
+        module: checked with the submodules that `reading` names; global hooks are not checked.
+        reading: the op's reading of it; None: the module's own.
 
     Returns:
         A clause that begins with the name of the layer that must be called: "attention.qkv has a forward hook".
@@ -83,7 +81,7 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
         return f"{name} is None"
     kind = type(module)
     reading = reading or getattr(module, "reading", None)
-    # Attributes rather than `__dict__`: torch.compile guards on what it reads so, and sees a hook that comes later.
+    # Attributes, not `__dict__`: torch.compile guards on attributes, so it notices a later hook.
     if reading is None or kind.forward is not reading.forward or _calls(kind) != _calls(nn.Module):
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, which computes in a way of its own"
     if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
@@ -111,7 +109,7 @@ def obstacle(name: str, module: nn.Module | None, reading: Reading | None = None
 
 
 def obstacle_among(module: nn.Module, layers: Mapping[str, Reading | None]) -> str:
-    """The same for submodules of a module that itself is called, by their names in it."""
+    """The same for submodules, by name, of a module that is itself called."""
     children = module._modules
     for name, reading in layers.items():
         found = obstacle(name, children.get(name), reading)
@@ -121,11 +119,11 @@ def obstacle_among(module: nn.Module, layers: Mapping[str, Reading | None]) -> s
 
 
 class Glance:
-    """All tensors that an op reads of some layers, in one quick pass over layers that were found plain before.
+    """Reads all tensors of some layers for an op, in one quick pass over layers that :func:`obstacle` found plain.
 
-    It knows the layers' classes and looks at each call for all that :func:`obstacle` looks for. Whatever it cannot
-    vouch for, it leaves to :func:`obstacle`: 14 us for B-CAST's fourteen layers, where that takes 21 and reading the
-    attributes 34 (Zen 4).
+    It knows the layers' classes and repeats each check of :func:`obstacle` at each call. If one fails, :func:`obstacle`
+    must decide. It takes 14 us for B-CAST's fourteen layers; :func:`obstacle` takes 21 and reading the attributes 34
+    (Zen 4).
     """
 
     def __init__(
@@ -136,8 +134,9 @@ class Glance:
 
         Args:
             children: modules by name.
-            layers: what is read of which of them, as in :func:`obstacle_among`.
-            order: dotted names of the tensors as :meth:`read` is to return them, None for None; as they lie if None.
+            layers: their readings, as in :func:`obstacle_among`.
+            order: dotted names of the tensors in the order of :meth:`read`'s result, None for None. If it is None: the
+                readings' order.
         """
         self._steps: list[_Step] = []
         self._kinds: dict[type[nn.Module], Callable[..., Any]] = {}
@@ -158,7 +157,7 @@ class Glance:
         self._arranged = itemgetter(*indices)
 
     def read(self, children: Mapping[str, nn.Module | None]) -> tuple[Any, ...] | None:
-        """The tensors, or None: ask :func:`obstacle`."""
+        """The tensors, or None: then :func:`obstacle` must decide."""
         if nn.Module.__call__ is not _CALLS[0] or nn.Module._call_impl is not _CALLS[1] or any(_GLOBAL_HOOKS):
             return None
         for kind, forward in self._kinds.items():
@@ -188,7 +187,7 @@ class Glance:
                     if own[key] != value:
                         return None
                 modules.append(own["_modules"])
-        except KeyError:  # a layer or a parameter has gone, or lies elsewhere
+        except KeyError:  # a layer or a parameter was removed or moved
             return None
         found.append(None)
         return self._arranged(found)
@@ -206,12 +205,12 @@ class _Step(NamedTuple):
     settings: list[tuple[str, Any]]
 
 
-#: Owner -> how its layers are read.
+#: Owner -> the glance at its layers.
 _GLANCES: WeakKeyDictionary[nn.Module, Glance] = WeakKeyDictionary()
 
 
 def at_a_glance(owner: nn.Module | None, children: Mapping[str, nn.Module | None]) -> tuple[Any, ...] | None:
-    """The tensors of layers that :func:`found_plain` told of, or None: ask :func:`obstacle`. Compilers get None."""
+    """The tensors of layers that :func:`found_plain` remembers, or None: ask :func:`obstacle`. Compilers get None."""
     if owner is None or torch.compiler.is_compiling():
         return None
     known = _GLANCES.get(owner)
@@ -222,15 +221,15 @@ def found_plain(
     owner: nn.Module, children: Mapping[str, nn.Module | None], layers: Mapping[str, Reading | None],
     order: Sequence[str | None] | None = None,
 ) -> None:  # fmt: skip
-    """Layers have no obstacle now: let :func:`at_a_glance` read them. Arguments as for :class:`Glance`.
+    """Remember layers without an obstacle, so that :func:`at_a_glance` can read them. Arguments as for :class:`Glance`.
 
-    What an op reads as a computed attribute, as parametrizations have it, is no glance's; nothing is remembered then.
+    A glance cannot read a computed attribute, such as a parametrization's; then nothing is remembered.
     """
     if torch.compiler.is_compiling():
         return
     try:
         known: Glance | None = Glance(children, layers, order)
-    except (KeyError, ValueError):  # a setting that is computed, or a table made of two
+    except (KeyError, ValueError):  # a computed setting, or a table that is the sum of two
         known = None
     if known is None or known.read(children) is None:
         _GLANCES.pop(owner, None)
@@ -239,9 +238,10 @@ def found_plain(
 
 
 def global_obstacle() -> str:
-    """A clause that says what looks at every module of the process, a global hook or a patch, "" if nothing does.
+    """A clause that names a global hook or a patch on every module of the process, "" if there is none.
 
-    Hooks of PyTorch's own ModuleTracker, by which FlopCounterMode knows where it is, only look on and do not count.
+    Hooks of PyTorch's ModuleTracker do not count: FlopCounterMode uses them to know the current module, and they change
+    nothing.
     """
     calls = _calls(nn.Module)
     if calls != _CALLS and not all(map(_is_of_torch, calls)):
@@ -255,23 +255,23 @@ def global_obstacle() -> str:
 
 
 def _is_of_torch(call: Callable[..., Any]) -> bool:
-    """Whether PyTorch defines it. While `torch.export` traces, its own wrapper stands there, and ops are operators."""
+    """Whether PyTorch defines it. While `torch.export` traces, its wrapper is there, and it sees ops as operators."""
     return getattr(call, "__globals__", {}).get("__name__", "").startswith("torch.")
 
 
 def announce(what: str, backend: str, found: str, owner: nn.Module) -> None:
-    """Say that `what` runs by its modules in PyTorch: under "auto" with one warning for each owner and reason.
+    """Say that `what` runs by its modules in PyTorch. Under "auto" this is one warning for each owner and reason.
 
     Backend "eager" is PyTorch either way and says nothing.
 
     Args:
         what: the op, in words.
-        backend: what was asked for.
-        found: what :func:`obstacle` found.
+        backend: the name that the caller gave.
+        found: the answer of :func:`obstacle`.
         owner: the module whose warnings are counted.
 
     Raises:
-        BackendError: a kernel was asked for by name.
+        BackendError: the caller named a kernel backend.
     """
     if backend == "eager":
         return
@@ -286,7 +286,7 @@ def announce(what: str, backend: str, found: str, owner: nn.Module) -> None:
 
 
 def verdict(what: str, backend: str, found: str) -> str:
-    """What becomes of an op of which a layer must be called, as a sentence."""
+    """A sentence for an op with a layer that must be called."""
     if backend in ("auto", "eager"):
         return f"{what} runs by its modules in PyTorch, not fused, with the same mathematics: {found}"
     return (
@@ -295,12 +295,12 @@ def verdict(what: str, backend: str, found: str) -> str:
     )
 
 
-#: Owner -> the last reason that was warned about.
+#: Owner -> the reason of the last warning.
 _WARNED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @constant
 def _warn(text: str) -> bool:
-    """A warning; under torch.compile one when it traces. It returns something because a constant has to."""
+    """Warn; under torch.compile once, at tracing. A function that is marked constant must return a value."""
     warnings.warn(text, stacklevel=3)
     return True

@@ -1,4 +1,4 @@
-"""What a kernel backend knows of a problem before it runs: the interface that backends' plans share."""
+"""The interface that kernel backends' plans share: their knowledge of a call before it runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Plan(Protocol):
-    """Everything about a call but its addresses, computed once for a problem, its dtypes and its device.
+    """All of a call except its addresses, computed once for a problem, its dtypes and its device.
 
-    Triton's plans (`triton/launch.py`) make their launches in Python; a backend whose launches live in C++ tells the
-    same of them.
+    Triton's plans (`triton/launch.py`) make their launches in Python. A backend with launches in C++ reports the same
+    facts.
     """
 
     #: 4-byte words of the one allocation that is kept for backward; its layout is the backend's.
@@ -22,5 +22,5 @@ class Plan(Protocol):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of the kernels in their order, one for each launch: what the host pays for."""
+        """Names of the kernels in their order, one for each launch of the host."""
         ...

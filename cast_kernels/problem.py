@@ -1,8 +1,8 @@
-"""What a problem is, op by op: its sizes, and the order in which its parameters travel.
+"""Each op's problem and parameters: sizes and circumstances, and the order of the parameter tensors.
 
-Everything that decides whether and how a backend runs is in the op's problem (:class:`Problem` for B-CAST,
-:class:`FFNProblem`, :class:`SelfAttentionProblem`, :class:`AdapterProblem`); everything that a kernel reads besides the
-streams is in its parameters. All backends share both.
+Whether and how a backend runs depends only on the op's problem (:class:`Problem` for B-CAST, :class:`FFNProblem`,
+:class:`SelfAttentionProblem`, :class:`AdapterProblem`). Besides the streams, kernels read only the op's parameters. All
+backends share both.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ DIRECTIONS = ("t2s", "s2t")
 
 
 class Recompute(StrEnum):
-    """What backward computes again instead of finding it kept by forward: memory against time.
+    """How much backward computes again instead of reading it from memory: memory against time.
 
-    The same values are computed by the same formulas; each op's documentation says what the three mean for it, and
-    whether its gradients keep every bit. Backends that leave this to PyTorch's autograd ignore it.
+    Backward computes the same values by the same formulas. Each op's documentation defines its three levels, and says
+    whether gradients have the same bits with all. Backends that leave this to PyTorch's autograd ignore it.
     """
 
     NOTHING = "nothing"  #: keep every intermediate that backward reads: fastest
-    CHEAP = "cheap"  #: keep what is dear to compute for its size: the default
+    CHEAP = "cheap"  #: keep the values that take long to compute for their size: the default
     ALL = "all"  #: keep the inputs and no more than a few numbers a row: smallest
 
 
@@ -43,7 +43,7 @@ EPS = 1e-6
 
 
 class Stream(NamedTuple):
-    """Parameters of one stream. `up_*` are absent where the stream receives nothing."""
+    """Parameters of one stream. `up_*` are absent if the stream receives nothing."""
 
     down_weight: Tensor  #: [d, D]
     down_bias: Tensor  #: [d]
@@ -57,7 +57,7 @@ class Direction(NamedTuple):
     """Parameters of one direction's cross-attention; W is the window's length."""
 
     q_pos: Tensor | None  #: [W, d], added to the asking stream
-    kv_pos: Tensor | None  #: [W, d], added to the answering stream, so to keys and values
+    kv_pos: Tensor | None  #: [W, d], added to the answering stream: to keys and values
     q_weight: Tensor  #: [d, d]
     q_bias: Tensor  #: [d]
     kv_weight: Tensor  #: [2d, d], keys first
@@ -102,14 +102,14 @@ PARAMETER_NAMES: tuple[str, ...] = tuple(
 
 
 class _Arithmetic:
-    """What a problem's dtypes mean for its arithmetic."""
+    """The arithmetic that follows from a problem's dtypes."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None
 
     @property
     def compute(self) -> torch.dtype:
-        """What dense products read, as PyTorch's would: autocast's dtype, or the streams'."""
+        """The dtype of dense products' operands, as in PyTorch: autocast's, or the streams'."""
         return self.autocast or self.dtype
 
     @property
@@ -120,9 +120,9 @@ class _Arithmetic:
 
 @dataclass(frozen=True)
 class Problem(_Arithmetic):
-    """One call's sizes and circumstances: all that backend selection may look at.
+    """One call's sizes and circumstances. Backend selection reads nothing else.
 
-    Sizes may be symbolic under torch.compile. A window is None where its direction is absent.
+    Sizes may be symbolic under torch.compile. A window is None if its direction is absent.
     """
 
     batch: int  #: B, clips
@@ -136,7 +136,7 @@ class Problem(_Arithmetic):
     dtype: torch.dtype  #: of the streams
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on
-    #: "math" where derivatives are wanted that no kernel has, see :mod:`cast_kernels.attention`
+    #: "math" for derivatives that no kernel has, see :mod:`cast_kernels.attention`
     attention: str = "auto"
     gpu: int | None = None  #: number of the GPU, as two of a machine may differ; None: the current one, or none
 
@@ -182,7 +182,7 @@ class FFNProblem(_Arithmetic):
     hidden: int  #: F, width inside the FFN
     adapter: int  #: A, width inside the adapter; 0: no adapter
     activation: str  #: a word of `ACTIVATIONS`
-    recompute: Recompute  #: what backward computes again
+    recompute: Recompute  #: how much backward computes again
     dtype: torch.dtype  #: of the streams
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on
@@ -208,7 +208,7 @@ class SelfAttentionParameters(NamedTuple):
 
     @property
     def before(self) -> ProjectionParameters:
-        """What stands before attention."""
+        """Parameters of the layers before attention."""
         return ProjectionParameters(self.norm_weight, self.norm_bias, self.qkv_weight, self.qkv_bias)
 
     @property
@@ -218,7 +218,7 @@ class SelfAttentionParameters(NamedTuple):
 
 
 class ProjectionParameters(NamedTuple):
-    """What stands before attention: the first four of :class:`SelfAttentionParameters`."""
+    """Parameters of the layers before attention: the first four of :class:`SelfAttentionParameters`."""
 
     norm_weight: Tensor  #: [D]
     norm_bias: Tensor  #: [D]
@@ -235,7 +235,7 @@ class SelfAttentionProblem(_Arithmetic):
     dim: int  #: D, width of the streams
     num_heads: int  #: heads of D / heads channels
     adapter: int  #: A, width inside the adapter; 0: no adapter
-    recompute: Recompute  #: what backward computes again
+    recompute: Recompute  #: how much backward computes again
     dtype: torch.dtype  #: of the streams
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on
@@ -265,7 +265,7 @@ class AdapterProblem(_Arithmetic):
     dim: int  #: D, width of the streams
     adapter: int  #: A, width inside the adapter
     skip: bool  #: whether the adapter's input is added too
-    recompute: Recompute  #: what backward computes again
+    recompute: Recompute  #: how much backward computes again
     dtype: torch.dtype  #: of the residual stream
     device: str  #: device type: "cpu", "cuda", "meta"
     autocast: torch.dtype | None = None  #: autocast's dtype where it is on
@@ -273,11 +273,11 @@ class AdapterProblem(_Arithmetic):
 
 
 class Verdict(NamedTuple):
-    """Whether a backend can run a problem, and the reason in words either way."""
+    """Whether a backend can run a problem, and why or why not."""
 
     ok: bool  #: whether it can
-    reason: str  #: in words, either way
+    reason: str  #: why, or why not
 
 
 class BackendError(RuntimeError):
-    """What was asked for cannot run this problem."""
+    """The named backend or attention cannot run this problem."""

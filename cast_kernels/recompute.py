@@ -1,8 +1,8 @@
-"""What `recompute="auto"` means: how much a call's forward keeps for backward, where nobody says it.
+"""The rule of `recompute="auto"`: how much a call's forward keeps for backward.
 
-On a GPU, keeping is faster than computing again, until memory is short. The rule sees what is fixed: the call's shapes
-and the device's whole memory, never what is free at the moment. So a model keeps the same in every step, on every
-machine with this GPU, and a compiler may take the answer for a constant. Elsewhere it is "cheap".
+On a GPU, keeping values is faster than computing them again, until memory is short. The rule reads only the call's
+shapes and the device's whole memory, never the memory that is free. So a model keeps the same values in every step, on
+every machine with this GPU, and a compiler may treat the answer as a constant. On other devices the level is "cheap".
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cast_kernels.problem import AdapterProblem, FFNProblem, Problem, Recompute,
 Posed = TypeVar("Posed", FFNProblem, SelfAttentionProblem, AdapterProblem)
 
 AUTO = "auto"
-#: A call keeps everything if that takes at most this part of the device's memory: a model of twelve blocks makes 36
-#: calls that keep much, two FFNs and an exchange a block, and these then take a sixth of it; one of 24 a third.
-#: So CAST-B keeps everything up to 32 clips on a GPU of 80 GB.
+#: A call keeps everything if that takes at most 1/PART of the device's memory. A model of twelve blocks makes 36 calls
+#: that keep much (two FFNs and an exchange a block): at most a fifth of the memory. A model of 24 blocks takes two
+#: fifths. CAST-B keeps everything up to 32 clips on a GPU of 80 GB.
 PART = 180
 #: Listed here, at import: torch.compile of torch 2.11 cannot iterate over an enumeration.
 LEVELS = (AUTO, *(level.value for level in Recompute))
 
-_WORD = 4  # bytes of an element of what a forward keeps
+_WORD = 4  # bytes of a kept element
 
 
 def check(recompute: Recompute | str) -> str:
@@ -38,7 +38,7 @@ def check(recompute: Recompute | str) -> str:
 
 
 def resolve(recompute: Recompute | str, problem: Any, device: torch.device) -> Recompute:
-    """The level that a call runs at: the one that was asked for, or what the rule says.
+    """The level of a call: the named one, or the rule's.
 
     Args:
         recompute: a level, or "auto".
@@ -56,13 +56,13 @@ def resolve(recompute: Recompute | str, problem: Any, device: torch.device) -> R
 
 
 def settle(problem: Posed, recompute: Recompute | str, device: torch.device) -> Posed:
-    """The problem at the level that :func:`resolve` says."""
+    """The problem at the level that :func:`resolve` returns."""
     level = resolve(recompute, problem, device)
     return problem if problem.recompute is level else replace(problem, recompute=level)
 
 
 def kept(problem: Any) -> int:
-    """Bytes that one call's forward keeps with "nothing" on a GPU, besides what PyTorch's own operators keep."""
+    """Bytes that one call's forward keeps with "nothing" on a GPU, without those of PyTorch's own operators."""
     return _KEPT[type(problem)](problem)
 
 
@@ -72,7 +72,7 @@ def allowed(device: torch.device) -> int:
 
 
 def explain(problem: Any, device: torch.device) -> str:
-    """What "auto" is for the problem, with the rule's numbers, as text."""
+    """The level of "auto" for the problem, with the rule's numbers, as text."""
     if device.type != "cuda":
         return f"recompute='auto' is 'cheap' on {device.type}"
     mine, limit = kept(problem), allowed(device)

@@ -1,8 +1,8 @@
 """The mathematics of every op in plain PyTorch: the definition of correct for every backend.
 
-Written for reading, not for speed: each line is one term of the paper's section 3.3, scores are
-materialised, and any floating dtype works (fp64 for judging, gradcheck-clean). Imports nothing of ours,
-so that no backend can share a mistake with it.
+Written for reading, not for speed: each line is one term of the paper's section 3.3, scores are materialised, and any
+floating dtype works (fp64 for comparisons; passes gradcheck). It imports nothing of ours, so that no backend can share
+a mistake with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def bcast(
     Returns:
         Both streams with the exchange added; a stream that receives nothing is returned as it came.
     """
-    # Both directions read these pre-exchange features: T2S and S2T run in parallel, not in sequence.
+    # Both directions read the features before the exchange: T2S and S2T run in parallel, not in sequence.
     u_s = _down(spatial, parameters.spatial, eps)
     u_t = _down(temporal, parameters.temporal, eps)
     cls, patches = u_s[:, :, :1], u_s[:, :, 1:]

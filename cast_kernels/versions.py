@@ -1,6 +1,6 @@
-"""The oldest torch and Triton that the package runs with. docs/versions.md says which were run, and how.
+"""The oldest torch and Triton that the package runs with. docs/versions.md lists the tested releases.
 
-Importing this module refuses an older torch, which would otherwise fail somewhere else with another message.
+Importing this module refuses an older torch, which would otherwise fail later with a confusing message.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ import re
 
 import torch
 
-#: The oldest release of each package that the tests were run with. pyproject.toml asks for torch in the same words.
+#: The oldest release of each package that the tests ran with. pyproject.toml requires the same torch.
 OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 
-#: The first Triton that fences asynchronous copies off from wgmma and tcgen05, as PTX's memory model asks. With older
-#: ones the emulator reports every such kernel of sm_90; GPUs have run such code for years, which proves nothing.
+#: The first Triton with a fence between asynchronous copies and wgmma or tcgen05, which PTX's memory model requires.
+#: With older ones the emulator reports every such kernel of sm_90. GPUs have run such code for years; this does not
+#: prove it right.
 FENCED_TRITON = (3, 7, 1)
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers in front: of "2.11.0+cu130", or of "2.10.0a0+git1234", which counts as 2.10.0; none of "git"."""
+    """The leading numbers: "2.11.0+cu130" -> (2, 11, 0), "2.10.0a0+git1234" -> (2, 10, 0), "git" -> ()."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 

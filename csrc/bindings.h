@@ -1,4 +1,4 @@
-// What the bindings of every op share. Python sees pointers as integers: no torch header, so one build serves every
+// Shared by the bindings of every op. Python sees pointers as integers: no torch header, so one build serves every
 // torch version.
 #pragma once
 
@@ -20,7 +20,7 @@ using Address = std::uintptr_t;
 inline const float* input(Address a) { return reinterpret_cast<const float*>(a); }
 inline float* output(Address a) { return reinterpret_cast<float*>(a); }
 
-// A structure of pointers, from as many addresses in its fields' order.
+// A structure of pointers, from one address a field, in the fields' order.
 template <class T>
 T tensors(const std::array<Address, sizeof(T) / sizeof(void*)>& addresses) {
   T result;

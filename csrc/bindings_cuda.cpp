@@ -1,5 +1,5 @@
-// The Python module cast_kernels._cuda: B-CAST's launches, and what was embedded. No torch header; the driver is opened
-// at the first launch.
+// The Python module cast_kernels._cuda: B-CAST's launches and the embedded kernels. No torch header; the first launch
+// opens the driver.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -41,7 +41,7 @@ void run_forward(const Problem& problem, const std::array<Address, 2>& x, const 
   ForwardCall call{problem, {}, x, y, scale, Recompute(recompute), saved, scratch, stream};
   static_assert(sizeof(call.parameters) == sizeof(parameters), "one address a parameter");
   std::memcpy(&call.parameters, parameters.data(), sizeof(parameters));
-  if (is_recorded()) return forward(call);  // the recorder is Python's
+  if (is_recorded()) return forward(call);  // the recorder is a Python function and needs the GIL
   const py::gil_scoped_release release;
   forward(call);
 }
@@ -98,7 +98,7 @@ PYBIND11_MODULE(_cuda, m) {
     if (recorder.is_none()) return set_recorder({});
     set_recorder([recorder](const Launch& launch) { recorder(as_dict(launch)); });
   });
-  // Launches are only counted, in C++: what is left is what the host needs for them, but for the driver's own part.
+  // Counts launches in C++ instead of making them: the time left is the host's, without the driver's part.
   m.def("count_launches", [] {
     static int count;
     count = 0;

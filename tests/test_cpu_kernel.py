@@ -311,9 +311,9 @@ def test_missing_pointers_and_threads_are_refused() -> None:
         core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="recompute is 3"):
         core.bcast_forward(native, x.data_ptr(), x.data_ptr(), 0, 0, [0] * 28, 0, 0, 0, 3, 1)
-    with pytest.raises(ValueError, match="place for what backward needs"):
+    with pytest.raises(ValueError, match="buffer `saved` for backward is missing"):
         core.bcast_forward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, *[x.data_ptr()] * 2, 0, 1, 1)
-    with pytest.raises(ValueError, match="what forward saved is missing"):
+    with pytest.raises(ValueError, match="`saved` of forward is missing"):
         core.bcast_backward(native, *[x.data_ptr()] * 2, 0, 0, [x.data_ptr()] * 28, 0, 0, 0, 0, 0, 0, [0] * 28, 1)
 
 

@@ -54,7 +54,7 @@ def test_missing_pointers_and_threads_are_refused() -> None:
         core.ffn_forward(native, 0, [at] * 10, 0, at, 0, 1)
     with pytest.raises(ValueError, match="threads is 0"):
         core.ffn_forward(native, at, [at] * 10, 0, at, 0, 0)
-    with pytest.raises(ValueError, match="what forward saved is missing"):
+    with pytest.raises(ValueError, match="`saved` of forward is missing"):
         core.ffn_backward(native, at, [at] * 10, 0, 0, at, at, [0] * 10, 1)
 
 

@@ -98,8 +98,8 @@ def test_what_fails_the_check(correct: list[dict[str, Any]], sanitizer: list[dic
     [
         ("eager by flash-attn", {"missing": "pip install flash-attn"}, 0, "all is right"),
         ("cast_kernels, triton", {"median_ms": 1.0}, 0, "all is right"),
-        ("cast_kernels, triton", {"missing": "out of memory"}, 3, "of ours something was not, in: a group; please"),
-        ("cast_kernels, triton", {"missing": "not begun: 5 minutes"}, 3, "of ours something was not, in: a group"),
+        ("cast_kernels, triton", {"missing": "out of memory"}, 3, "rows of ours were not measured in: a group; please"),
+        ("cast_kernels, triton", {"missing": "not begun: 5 minutes"}, 3, "rows of ours were not measured in: a group"),
         ("cast_kernels, triton", {"failed": "KeyError: 'x'"}, 1, "FAIL"),
         ("cast_kernels, triton", {"correct": False}, 1, "FAIL"),
     ],
@@ -123,7 +123,7 @@ def test_rows_of_ours_that_were_not_measured_are_in_the_report(tmp_path: Path, c
     assert code == 3
     text = files[1].read_text()
     assert "| a late group | cast_kernels, triton | not begun: the 5 minutes were over |" in text
-    assert text.rstrip().endswith("of ours something was not, in: a late group; please send the report")
+    assert text.rstrip().endswith("rows of ours were not measured in: a late group; please send the report")
 
 
 @pytest.mark.parametrize(("status", "good"), [(0, True), (1, True), (2, False), (-9, False)])

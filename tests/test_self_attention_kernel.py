@@ -99,7 +99,7 @@ def test_the_core_refuses_what_makes_no_problem() -> None:
         core.self_attention_forward(made, x.data_ptr(), [0] * 10, x.data_ptr(), 0, 1)
     with pytest.raises(ValueError, match="adapter is missing"):
         core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 6 + [0] * 4, x.data_ptr(), 0, 1)
-    with pytest.raises(ValueError, match="what forward saved is missing"):
+    with pytest.raises(ValueError, match="`saved` of forward is missing"):
         core.self_attention_backward(made, x.data_ptr(), [x.data_ptr()] * 10, 0, x.data_ptr(), 0, [0] * 10, 1)
     with pytest.raises(ValueError, match="threads is 0"):
         core.self_attention_forward(made, x.data_ptr(), [x.data_ptr()] * 10, x.data_ptr(), 0, 0)

@@ -1,7 +1,7 @@
 """Backend `cpu`: B-CAST in native C++, forward and backward, computing in float32.
 
-This side checks nothing twice: shapes are the op's business, pointers and scratch memory the core's. It only makes
-tensors contiguous and float32, allocates results and hands addresses over.
+The op checks shapes, the core checks pointers and allocates scratch memory. This file makes tensors contiguous and
+float32, allocates results and passes addresses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
 
 
 def can_run(problem: Problem) -> Verdict:
-    """Whether the native core can run the problem, and the reason in words either way.
+    """Whether the native core can run the problem, and why or why not.
 
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
@@ -55,7 +55,7 @@ def forward(
     eps: float,
     recompute: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both streams with their branch added, and what backward needs.
+    """Both streams with their branch added, and `saved` for backward.
 
     Args:
         problem: the sizes, on the CPU.
@@ -65,7 +65,7 @@ def forward(
         spatial_scale: [B, 1+N], multiplies the spatial branch, or None.
         temporal_scale: [B, 1], multiplies the temporal branch, or None.
         eps: LayerNorm epsilon.
-        recompute: a value of :class:`~cast_kernels.problem.Recompute`, or "" where no backward will follow.
+        recompute: a value of :class:`~cast_kernels.problem.Recompute`, or "" if no backward will follow.
 
     Returns:
         The streams' outputs in their dtypes (empty for a stream that receives nothing) and `saved`
@@ -102,7 +102,7 @@ def backward(
     """Gradients of the two inputs and the 28 parameters in their dtypes, None where not wanted.
 
     Args:
-        saved: what :func:`forward` returned with the same `recompute`.
+        saved: from :func:`forward` with the same `recompute`.
         grad_spatial_out: [B, T, 1+N, D]; not read if the spatial stream received nothing.
         grad_temporal_out: [B, T, N, D]; not read if the temporal stream received nothing.
         wanted: for the inputs and each of :data:`~cast_kernels.problem.PARAMETER_NAMES`, whether to compute it.
@@ -113,7 +113,7 @@ def backward(
     alive = Addresses()
     directions = (problem.t2s_window is not None, problem.s2t_window is not None)
     primals = [spatial, temporal, *parameters.flat()]
-    # An empty batch, or an up-projection that nothing passed through: no kernel writes these, their gradient is zero.
+    # No kernel writes gradients of an empty batch or of an unused up-projection: they are zero.
     unwritten = {6, 7} if not directions[0] else set()
     unwritten |= {12, 13} if not directions[1] else set()
     grads = [

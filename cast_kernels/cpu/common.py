@@ -1,4 +1,4 @@
-"""What every op of backend `cpu` shares: whether the native core can run, memory, and addresses of tensors."""
+"""Shared by every op of backend `cpu`: whether the native core can run, memory, and addresses of tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from cast_kernels import _native
 from cast_kernels.problem import Recompute, Verdict
 
-#: What streams and parameters may be; bfloat16 is widened on the way in and rounded once on the way out.
+#: Dtypes of streams and parameters; bfloat16 inputs are widened, bfloat16 results are rounded once.
 DTYPES = (torch.float32, torch.bfloat16)
 
 #: Recompute in csrc/cpu/base.h.
@@ -18,7 +18,7 @@ RECOMPUTE_CODES: dict[str, int] = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Rec
 
 
 def verdict(device: str, dtype: torch.dtype, autocast: torch.dtype | None) -> Verdict:
-    """Whether the native core runs streams of this device and dtype, and the reason in words either way.
+    """Whether the native core runs streams of this device and dtype, and why or why not.
 
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.

@@ -17,7 +17,7 @@ from cast_kernels.problem import ACTIVATIONS, FFNParameters, FFNProblem, Recompu
 
 
 def can_run(problem: FFNProblem) -> Verdict:
-    """Whether the native core can run the problem, and the reason in words either way.
+    """Whether the native core can run the problem, and why or why not.
 
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
@@ -39,7 +39,7 @@ def forward(
     adapter_scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The stream with both branches added, and what backward needs.
+    """The stream with both branches added, and `saved` for backward.
 
     Args:
         problem: the sizes.
@@ -78,7 +78,7 @@ def backward(
     """Gradients of x and the ten parameters, None where not wanted, each in its tensor's dtype.
 
     Args:
-        saved: what :func:`forward` returned with `save`.
+        saved: from :func:`forward` with `save`.
         grad_y: [..., D].
         wanted: for x and each field of the parameters, whether to compute it.
 

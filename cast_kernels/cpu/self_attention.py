@@ -17,7 +17,7 @@ from cast_kernels.problem import Recompute, SelfAttentionParameters, SelfAttenti
 
 
 def can_run(problem: SelfAttentionProblem) -> Verdict:
-    """Whether the native core can run the problem, and the reason in words either way.
+    """Whether the native core can run the problem, and why or why not.
 
     Raises:
         ValueError: CAST_KERNELS_CPU_ISA names no instruction-set level.
@@ -45,7 +45,7 @@ def forward(
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The stream with attention and adapter added, and what backward needs.
+    """The stream with attention and adapter added, and `saved` for backward.
 
     Args:
         problem: the sizes.
@@ -60,7 +60,7 @@ def forward(
     core, inputs = _native.core(), Addresses()
     native = _native_problem(core, problem, eps)
     y = float32(x.shape)
-    # An empty batch runs no kernel that would write the little that is kept whatever the batch.
+    # An empty batch runs no kernel, so nothing would write the slack that every `saved` has.
     saved = (zeros if problem.batch == 0 else float32)((saved_words(problem) if save else 0,))
     core.self_attention_forward(
         native, inputs(x), [inputs(p) for p in parameters], y.data_ptr(), saved.data_ptr() if save else 0,
@@ -81,7 +81,7 @@ def backward(
     """Gradients of x and the ten parameters, None where not wanted, each in its tensor's dtype.
 
     Args:
-        saved: what :func:`forward` returned with `save`.
+        saved: from :func:`forward` with `save`.
         grad_y: [batch, tokens, D].
         wanted: for x and each field of the parameters, whether to compute it.
 

@@ -1,1 +1,1 @@
-"""What users run on a GPU: `cast-kernels gpu-check` and `tune`, and the one timer, which benchmarks/ uses too."""
+"""Users' commands on a GPU, `cast-kernels gpu-check` and `tune`, and their timer, which benchmarks/ uses too."""

@@ -1,4 +1,4 @@
-"""What the GPU can do at most, as measured: what shares of it are told against."""
+"""The GPU's measured ceilings. Reports give shares of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def ceilings(
     """Copy bandwidth in B/s (read and written bytes) and the rates of a square GEMM in FLOP/s, one after the other.
 
     Args:
-        machine: that is measured.
-        samples: whose median counts.
+        machine: to measure.
+        samples: their median counts.
         copy_bytes: read, and as many written.
         gemm: rows and columns of the matrices, bf16 and fp32 (in fp32 without tf32, as PyTorch's default).
     """

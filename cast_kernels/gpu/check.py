@@ -1,7 +1,7 @@
-"""`cast-kernels gpu-check`: everything that only a GPU can show, in one command and one report to send back.
+"""`cast-kernels gpu-check`: all checks that need a GPU, in one command and one report to send back.
 
-Correctness against fp64 on fresh inputs, compute-sanitizer, and the groups of `benchmarks/`: times against what people
-run without us, beside the GPU's own ceilings and the predictions.
+Correctness against fp64 on fresh inputs, compute-sanitizer, and the groups of `benchmarks/`: times of ours and of the
+alternatives, beside the GPU's own ceilings and the predictions.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from cast_kernels.gpu.report import ENDS, is_right, not_measured
 
 #: B-CAST, or an expert's half block.
 AnyCase = Case | ExpertCase
-#: What is found, by section.
+#: The results, by section.
 Found = dict[str, Any]
 
-#: Exit code where there is no GPU.
+#: Exit code without a GPU.
 NO_GPU = 2
-#: Exit code where what was measured is right, and something of ours was not measured.
+#: Exit code if all measured rows are right, but a row of ours was not measured.
 INCOMPLETE = 3
 #: Compute-sanitizer's tools: out-of-bounds and misaligned accesses, races in shared memory.
 SANITIZERS = ("memcheck", "racecheck")
 SECTIONS = ("correctness", "sanitizer", "times")
-#: That the group of benchmarks that was begun last may take beyond the minutes allowed.
+#: The last group of benchmarks may take so long beyond the allowed minutes.
 _LAST_GROUP_SECONDS = 600
 #: In a checkout, beside the package.
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -53,9 +53,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done."""
+    """The amount of checks and measurements."""
 
-    cases: tuple[Case, ...]  # checked against fp64
+    cases: tuple[Case, ...]  # compared with fp64
     dtypes: tuple[str, ...]  # of the first case; the others are checked in the first of these
     experts: tuple[ExpertCase, ...] = ()  # an expert's half blocks, checked in every dtype
     tier: str = "first"  # of the benchmarks
@@ -72,7 +72,7 @@ FULL = Plan(
         replace(_PAPER, directions=("t2s",), positions=False),
         replace(_PAPER, directions=("s2t",), heads=24),
         replace(_PAPER, bottleneck=768, heads=12),
-        Case(3, 5, 13, 256, 128, 4, scaled=True),  # smaller tensors' errors are too few to compare
+        Case(3, 5, 13, 256, 128, 4, scaled=True),  # smaller tensors have too few elements to compare errors
     ),
     dtypes=("bf16", "fp16", "fp32"),
     experts=(
@@ -85,7 +85,7 @@ FULL = Plan(
 )
 QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), experts=FULL.experts[::2], minutes=5, sanitize=False)
 
-#: What compute-sanitizer runs: one forward and backward of awkward sizes, of B-CAST and of an expert's half blocks.
+#: compute-sanitizer's program: one forward and backward of awkward sizes, of B-CAST and of an expert's half blocks.
 SANITIZED = """
 import torch
 from cast_kernels.evidence.cases import Case, run
@@ -101,9 +101,9 @@ def _reason(error: Exception) -> str:
 
 
 def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
-    """Every backend that runs here, on inputs from this seed, new memory poisoned: the worst tensor's errors.
+    """The worst tensor's errors of every backend that runs here, on inputs from this seed, with new memory poisoned.
 
-    What raises is an entry that failed, and so is what triton refuses: there is no other reason for this command.
+    A call that raises is a failed entry. So is a refusal by triton: this command exists to check it.
     """
     every: tuple[AnyCase, ...] = (*plan.cases, *plan.experts)
     for number, unseeded in enumerate(every):
@@ -123,13 +123,13 @@ def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, A
                 require_usable(machine)
                 try:
                     yield about | _checked(call, name, ours_alone=not _attends_by_pytorch(case, name))
-                except Exception as error:  # the other problems' results are as good as before
+                except Exception as error:  # the other problems' results stay valid
                     traceback.print_exc()
                     yield about | _failed(_reason(error))
 
 
 def _caller(case: AnyCase, dtype: torch.dtype, device: torch.device) -> Callable[..., dict[str, torch.Tensor]]:
-    """What runs the case; `backend` and `exact` are missing."""
+    """The call of the case, without `backend` and `exact`."""
     if isinstance(case, ExpertCase):
         return partial(run_expert, case, dtype=dtype, device=device)
     return partial(run, case, dtype=dtype, device=device)
@@ -144,9 +144,9 @@ def _failed(why: str) -> dict[str, Any]:
 
 
 def _checked(call: Callable[..., dict[str, torch.Tensor]], backend: str, ours_alone: bool) -> dict[str, Any]:
-    """What is reported of one backend's call: its worst tensor, and whether a second one has the same bits.
+    """The entry of one backend's call: its worst tensor, and whether a second call has the same bits.
 
-    Equal bits are demanded of what is ours alone. PyTorch's attention on a GPU adds its gradients up in any order.
+    Only our own kernels must have equal bits: PyTorch's attention on a GPU adds its gradients up in any order.
     """
     with poisoned_memory():
         ours, again = call(backend=backend), call(backend=backend)
@@ -171,9 +171,9 @@ def _problem(case: AnyCase, dtype: torch.dtype, device: torch.device) -> backend
 
 
 def run_benchmarks(plan: Plan, rows: Path) -> int:
-    """Run the checkout's benchmarks in a process of their own, which leaves every row in `rows` -> exit status.
+    """Run the checkout's benchmarks in a separate process, which writes every row to `rows` -> exit status.
 
-    A fault ends that process alone. It is begun again, with what `rows` holds left out, as long as it had brought more.
+    A fault ends only that process. It is started again without the rows in `rows`, as long as the last run added rows.
 
     Raises:
         FileNotFoundError: the package does not lie in a checkout.
@@ -199,10 +199,10 @@ def run_benchmarks(plan: Plan, rows: Path) -> int:
 
 
 def _status(command: list[str], seconds: float) -> int:
-    """Exit status of a process in the checkout; a kernel that hangs is ended with it."""
+    """Exit status of a process in the checkout. A timeout ends the process, and a hanging kernel with it."""
     try:
         limit = seconds if seconds < math.inf else None
-        # A worker of pytest-xdist, in which this may run, would have the benchmarks disabled.
+        # pytest-benchmark is disabled in a worker of pytest-xdist, and this may run in one.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         return subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, timeout=limit).returncode
     except subprocess.TimeoutExpired:
@@ -210,18 +210,18 @@ def _status(command: list[str], seconds: float) -> int:
 
 
 def read_rows(path: Path) -> Found:
-    """What the benchmarks have written so far."""
+    """The rows that the benchmarks have written so far."""
     found: Found = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def measured(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(group, name, row) of everything in the benchmarks' file."""
+    """(group, name, row) of all rows in the benchmarks' file."""
     return [(g, name, row) for g, rows in found.get("groups", {}).items() for name, row in rows.items()]
 
 
 def sanitize(machine: Machine) -> Iterator[dict[str, Any]]:
-    """What compute-sanitizer's tools find; nothing where it is not installed."""
+    """Findings of compute-sanitizer's tools; nothing if it is not installed."""
     for tool in SANITIZERS:
         result = machine.sanitize(tool, SANITIZED)
         if result is not None:
@@ -232,11 +232,11 @@ def collect(
     machine: Machine, plan: Plan, seed: int, rows: Path, save: Callable[[Found], None],
     benchmark: Callable[[Plan, Path], int] = run_benchmarks,
 ) -> Found:  # fmt: skip
-    """Everything, as it is written to JSON.
+    """All results, in the form of the JSON file.
 
-    A section that an exception ends keeps what it had found, and the others follow. What can be diagnosed comes before
-    what is timed, and times are taken in a process of their own. `save` is called after each entry: a kernel that
-    hangs is ended from outside.
+    A section that an exception ends keeps its results, and the others follow. Checks come before times, and times are
+    measured in a separate process. `save` is called after each entry, because a hanging kernel can only be ended from
+    outside.
     """
     found: Found = {
         "device": machine.describe(), "cast_kernels": cast_kernels.__version__, "seed": seed, "plan": asdict(plan),
@@ -260,7 +260,7 @@ def collect(
             for entry in step():
                 found[name].append(entry)
                 save(found)
-        except Exception as error:  # whatever it is, it goes into the report instead of ending it
+        except Exception as error:  # any exception goes into the report instead of ending it
             traceback.print_exc()
             found["broken"].append({"section": name, "error": _reason(error)})
         found["unfinished"].remove(name)
@@ -269,14 +269,14 @@ def collect(
 
 
 def status(found: Found) -> int:
-    """The exit code: 1 where something is wrong, 3 where a row of ours was not measured, else 0."""
+    """The exit code: 1 if something is wrong, 3 if a row of ours was not measured, else 0."""
     if not passed(found):
         return 1
     return INCOMPLETE if not_measured(found) else 0
 
 
 def passed(found: Found) -> bool:
-    """Whether some backend was checked, all of them are right, the sanitizer is content, and no row failed."""
+    """Whether triton was checked, all backends are right, the sanitizer found nothing, and no row failed."""
     checked = [entry for entry in found["correctness"] if entry["backend"] == "triton"]
     right = all(is_right(entry) for entry in found["correctness"])
     clean = all(entry["ok"] for entry in found["sanitizer"])
@@ -312,11 +312,11 @@ def check(
     machine: Machine, plan: Plan, json_file: Path | None, report_file: Path | None, seed: int | None = None,
     benchmark: Callable[[Plan, Path], int] = run_benchmarks,
 ) -> int:  # fmt: skip
-    """Do what the plan says, print and write it -> exit code.
+    """Execute the plan, print and write the results -> exit code.
 
     Args:
         machine: where it runs.
-        plan: how much is done.
+        plan: the amount of work.
         json_file, report_file: None for `gpu-check-<name>.json` and `.md` in the working directory. The benchmarks'
             rows with all samples are in `<json_file's name>.rows.json` beside it.
         seed: of the inputs, None for another one every time.
@@ -333,10 +333,10 @@ def check(
         try:
             _write(json_file, json.dumps(_without_samples(found), indent=1) + "\n")
             _write(report_file, gpu_report.markdown(found, passed(found)))
-        except OSError as error:  # a full disk must not end an hour's measurement: its tables are printed
+        except OSError as error:  # a full disk must not end an hour's measurement: the tables are printed at the end
             print(f"cast-kernels gpu-check: the report is not up to date: {error}", file=sys.stderr)
 
-    for path in (json_file, report_file):  # a place that cannot be written to is told before the work
+    for path in (json_file, report_file):  # a path that cannot be written fails before the work
         _part(path).write_text("")
         _part(path).unlink()
     rows.unlink(missing_ok=True)
@@ -350,7 +350,7 @@ def check(
 
 
 def _without_samples(found: Found) -> Found:
-    """The benchmarks' file holds them."""
+    """The results without all samples; the benchmarks' file holds these."""
     groups = {
         title: {name: {k: v for k, v in row.items() if not k.endswith("all_ms")} for name, row in rows.items()}
         for title, rows in found["times"].get("groups", {}).items()
@@ -359,7 +359,7 @@ def _without_samples(found: Found) -> Found:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the whole file or nothing."""
     _part(path).write_text(text)
     os.replace(_part(path), path)
 

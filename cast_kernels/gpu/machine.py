@@ -1,4 +1,4 @@
-"""The GPU as the measuring code sees it: events, memory, graphs, the sanitizer. Tests bring a machine of their own."""
+"""The measuring code's interface to the GPU: events, memory, graphs, the sanitizer. Tests have their own machine."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import torch
 
 from cast_kernels import assemblers
 
-#: What runs, with no arguments and a result that nobody reads.
+#: A call without arguments; nobody reads its result.
 Step = Callable[[], object]
 
 
-#: compute-sanitizer slows kernels down a hundredfold and more; what takes longer than this hangs.
+#: compute-sanitizer slows kernels down a hundredfold and more; a run longer than this hangs.
 _SANITIZER_SECONDS = 1800
 
 
@@ -46,10 +46,10 @@ def require_usable(machine: Machine) -> None:
 
 
 class Machine(Protocol):
-    """What is asked of a GPU."""
+    """The functions of a GPU."""
 
     device: torch.device
-    #: What stands in for the GPU, "" where figures are measurements. Reports mark every row with it.
+    #: The name of the stand-in for the GPU, "" if figures are measurements. Reports mark every row with it.
     stand_in: str
 
     def describe(self) -> dict[str, Any]:
@@ -62,25 +62,26 @@ class Machine(Protocol):
         """Wait for everything that was launched."""
 
     def computed(self) -> bool:
-        """Whether all launches since the last time that this was asked were carried out, not only recorded."""
+        """Whether all launches since the last call of this function were executed, not only recorded."""
 
     def flush_cache(self) -> None:
         """Push everything out of L2."""
 
     def free(self) -> None:
-        """Give back the memory of everything that nobody holds any more."""
+        """Free the memory of all unreachable objects."""
 
     def peak_bytes(self, step: Step) -> int:
-        """Most memory allocated during one call, above what was there before."""
+        """Most memory allocated during one call, above that before the call."""
 
     def graph_pool(self) -> Any:
-        """Memory that several graphs share, which then need as much as the largest of them."""
+        """Memory that several graphs share: together they need only as much as the largest."""
 
     def capture(self, step: Step, pool: Any = None) -> Step:
-        """A call that replays a graph of the step. RuntimeError if it cannot be captured; then the pool is spent."""
+        """A call that replays a graph of the step. RuntimeError if it cannot be captured; then the pool must not be
+        used again."""
 
     def sanitize(self, tool: str, code: str, seconds: float = math.inf) -> tuple[bool, str] | None:
-        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not here.
+        """Run Python code under compute-sanitizer -> whether it found nothing, and its last lines; None: not installed.
 
         It is ended after `seconds`, or after half an hour.
         """
@@ -153,7 +154,7 @@ class CudaMachine:
     def capture(self, step: Step, pool: Any = None) -> Step:
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # what is allocated or compiled at first use must not be in the graph
+        with torch.cuda.stream(side):  # the graph must not contain the first use's allocation and compilation
             for _ in range(3):
                 step()
         torch.cuda.current_stream(self.device).wait_stream(side)
@@ -167,13 +168,13 @@ class CudaMachine:
         if path is None:
             return None
         command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code]
-        # PyTorch's allocator cuts tensors out of large blocks, within which an access out of bounds is none to CUDA.
+        # PyTorch's allocator cuts tensors out of large blocks; inside a block CUDA sees no access out of bounds.
         seconds = min(seconds, _SANITIZER_SECONDS)
         return _within(seconds, command, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def driver_version() -> str:
-    """NVIDIA's driver, as the kernel module says it."""
+    """The version of NVIDIA's driver, from the kernel module."""
     path = Path("/proc/driver/nvidia/version")
     try:
         found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", path.read_text())
@@ -193,7 +194,7 @@ def _within(seconds: float, command: Sequence[str], environment: Mapping[str, st
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            if process.returncode is None:  # with its children: compute-sanitizer's holds the GPU that is timed next
+            if process.returncode is None:  # with its children: compute-sanitizer's would still hold the GPU
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)

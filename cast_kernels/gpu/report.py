@@ -1,4 +1,4 @@
-"""What `cast-kernels gpu-check` found, as tables and as Markdown."""
+"""The results of `cast-kernels gpu-check` as tables and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cast_kernels.evidence.model import UNCERTAINTY
 from cast_kernels.evidence.prediction_report import markdown_table
 from cast_kernels.gpu.rows import Row, cells, notes, reason
 
-#: Exit statuses of pytest where it did all that it was asked: every test passed, or some failed, whose rows say it.
+#: Exit statuses of a complete run of pytest: every test passed, or some failed and their rows say so.
 ENDS = (0, 1)
 _TIMES = ("median_ms", "cold_median_ms", "graph_median_ms", "graph_cold_median_ms")
 
 
 def is_right(entry: Mapping[str, Any]) -> bool:
-    """Whether what was checked is within the bound, twice with the same bits where that is demanded."""
+    """Whether the entry is within the bound, and two runs have the same bits if they must."""
     return bool(entry["ok"]) and (bool(entry.get("same_bits_twice")) or not entry.get("bits_demanded", True))
 
 
 def beside(groups: Mapping[str, Mapping[str, Row]]) -> list[dict[str, Any]]:
-    """Each predicted row's best time beside its prediction, and whether it is as near as predictions claim to be."""
+    """Each predicted row's best time beside its prediction, and whether it lies within the predictions' uncertainty."""
     found = []
     for group, rows in groups.items():
         for name, row in rows.items():
@@ -38,7 +38,7 @@ def beside(groups: Mapping[str, Mapping[str, Row]]) -> list[dict[str, Any]]:
 
 
 def not_measured(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(group, row, why) of ours that have no figure, and of groups for which the time was over."""
+    """(group, row, why) of our rows without a figure, and of groups that were not begun in time."""
     return [
         (group, name, row["missing"])
         for group, rows in found["times"].get("groups", {}).items()
@@ -53,9 +53,7 @@ def verdict(found: Mapping[str, Any], passed: bool) -> str:
         return "FAIL: see above; please send the report all the same"
     lacking = dict.fromkeys(group for group, *_ in not_measured(found))
     if lacking:
-        return (
-            f"what was measured is right; of ours something was not, in: {'; '.join(lacking)}; please send the report"
-        )
+        return f"all measured rows are right; rows of ours were not measured in: {'; '.join(lacking)}; please send the report"
     return "all is right; please send the report"
 
 
@@ -63,7 +61,7 @@ Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, headings,
 
 
 def sections(found: Mapping[str, Any]) -> list[Section]:
-    """Everything as titled tables of text."""
+    """All results as titled tables of text."""
     times = found["times"]
     summary: list[tuple[str, ...]] = [(key, str(value)) for key, value in found["device"].items()]
     summary += [(name.removesuffix("_per_s"), f"{x / 1e12:.2f} T/s") for name, x in times.get("ceilings", {}).items()]
@@ -74,7 +72,7 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     if times.get("status", 0) not in ENDS:
         lines.append(("FAIL", "times", f"the benchmarks ended with exit status {times['status']}"))
     if lines:
-        broken = [("what an error ended; entries before it are below", ("", "section", "error"), lines)]
+        broken = [("ended by an error; earlier entries are below", ("", "section", "error"), lines)]
     correct: list[tuple[str, ...]] = [
         ("FAIL", c["backend"], c["dtype"], c["case"], "-", "-", "-", c["why_not"]) if "why_not" in c else
         (
@@ -115,7 +113,7 @@ def _bits(entry: Mapping[str, Any]) -> str:
 
 
 def _group(title: str, rows: Mapping[str, Row]) -> Section:
-    """One group of the benchmarks, and why figures are missing."""
+    """One group of the benchmarks, with the reasons of missing figures."""
     headings, lines = cells(rows)
     return title, (*headings, ""), [(*line, reason(row)) for line, row in zip(lines, rows.values(), strict=True)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: The figures of one way to do something, by name; `benchmarks/compare.py` fills it in.
+#: The figures of one variant, by name; `benchmarks/compare.py` fills it in.
 Row = dict[str, Any]
 
 
@@ -14,13 +14,13 @@ def _number(key: str, form: str) -> Callable[[Row], str]:
 
 
 def _around(text: Callable[[float], str], row: Row, key: str, spread: str) -> str:
-    """A median with what lies around it: there is no figure without it."""
+    """A median with its spread: no figure is shown without one."""
     low, high = map(text, row[spread])
     return f"{text(row[key])} ({low}..{high})"
 
 
 def _time(mode: str) -> Callable[[Row], str]:
-    """Milliseconds of a way in which rows are timed."""
+    """Milliseconds in one of the :data:`MODES`."""
 
     def text(ms: float) -> str:
         return f"{ms:.4g}" if ms < 9999.5 else f"{ms:.0f}"
@@ -31,12 +31,12 @@ def _time(mode: str) -> Callable[[Row], str]:
 
 
 def speedup(row: Row, mode: str = "") -> str:
-    """Over the first row, with its spread; the row has one."""
+    """The speed-up over the first row, with its spread; the row must have one."""
     return _around("{:.2f}".format, row, f"{mode}speedup", f"{mode}speedup_spread")
 
 
 def _speedup(mode: str) -> Callable[[Row], str]:
-    """Over the first row; a row that was timed and is not exact enough has none."""
+    """The speed-up over the first row; a timed row that is not exact enough has none."""
 
     def cell(row: Row) -> str:
         if row.get(f"{mode}speedup") is None:
@@ -46,16 +46,16 @@ def _speedup(mode: str) -> Callable[[Row], str]:
     return cell
 
 
-#: Ways in which a row is timed, as the keys of their figures begin, in the order of the columns.
+#: Prefixes of the figures' keys for each way to time a row, in the order of the columns.
 MODES = ("", "cold_", "graph_", "graph_cold_")
 
 
 def _samples(row: Row) -> str:
-    """Of each way, in the order of the columns."""
+    """The number of samples of each way, in the order of the columns."""
     return ", ".join(str(len(row[f"{mode}all_ms"])) for mode in MODES if f"{mode}all_ms" in row)
 
 
-#: Header -> the cell of a row, or "" where the row has no such figure. A column without cells is left out.
+#: Header -> the cell of a row, or "" if the row has no such figure. A column without cells is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms (spread)": _time(""),
     "speed-up (spread)": _speedup(""),
@@ -90,17 +90,17 @@ _STAND_IN = "stand-in: an emulated device or library took the row's place; nothi
 
 
 def notes(groups: Mapping[str, Mapping[str, Row]]) -> tuple[str, ...]:
-    """What a reader of the tables must know."""
+    """Notes for readers of the tables."""
     stand_in = any("stand_in" in row for rows in groups.values() for row in rows.values())
     return (*_NOTES, _STAND_IN) if stand_in else _NOTES
 
 
-#: How the reason begins for which a row is missing whose group had no time.
+#: The reason of a missing row begins so if its group was not begun in time.
 NOT_BEGUN = "not begun"
 
 
 def not_begun(row: Row) -> bool:
-    """Whether there was no time for the row's group."""
+    """Whether the row's group was not begun in time."""
     return str(row.get("missing", "")).startswith(NOT_BEGUN)
 
 
@@ -111,7 +111,7 @@ def reason(row: Row) -> str:
 
 
 def cells(rows: Mapping[str, Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line of cells for each row. A row that was stood in for shows no figure."""
+    """Headings, and a line of cells for each row. A stand-in's row shows no figure."""
     shown = {header: cell for header, cell in COLUMNS.items() if any(cell(row) for row in rows.values())}
     lines = []
     for name, row in rows.items():

@@ -1,8 +1,7 @@
 """The one timer: interleaved samples, their spread, and speed-ups as ratios within a round.
 
-Machines are shared: another program may take the cores or the GPU's clock at any moment, seen or unseen. Steps are
-therefore timed in turn, A B C A B C ..., a speed-up is the median of the rounds' ratios, and none is given without
-the spread.
+Machines are shared: another program may take the cores or the GPU's clock at any moment, unnoticed. So steps are timed
+in turn, A B C A B C ..., and a speed-up is the median of the rounds' ratios, always with its spread.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from dataclasses import dataclass
 
 from cast_kernels.gpu.machine import Machine, Step
 
-#: Samples of every step, however little time there is: fewer have no spread.
+#: Least samples of every step, however short the time: fewer have no spread.
 FEWEST = 3
-#: From this number of samples on their spread is the middle half, which leaves out a stray one; below, it is all of
-#: them.
+#: From this number of samples on, the spread is their middle half, which leaves out a stray sample; below, it is their
+#: range.
 _QUARTILES_FROM = 8
 
-#: Milliseconds of one call, from so many calls.
+#: (step, calls) -> milliseconds of one call, averaged over so many.
 Elapsed = Callable[[Step, int], float]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and what lies around it: the quartiles, or the extremes of fewer than eight values."""
+    """A median with the quartiles, or with the extremes of fewer than eight values."""
 
     median: float
     low: float
@@ -45,7 +44,7 @@ def interleave(
     elapsed: Elapsed, steps: Mapping[str, Step], samples: int, seconds: float, sample_seconds: float,
     lose: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Time every step in turn, so that a change of the machine's clock or load meets all alike.
+    """Time every step in turn, so that a change of the machine's clock or load affects all alike.
 
     Args:
         elapsed: times so many calls of a step.
@@ -53,8 +52,8 @@ def interleave(
         samples: of each step, at most.
         seconds: that all samples together should take; never fewer than :data:`FEWEST` rounds.
         sample_seconds: a sample repeats its call until so much time has passed.
-        lose: is told of a step that raises, which nothing here holds any more; the others go on without it. None: what
-            it raises is raised.
+        lose: called for a step that raises, after the last reference to it here is gone; the others go on. None: the
+            exception is raised.
 
     Returns:
         name -> milliseconds of one call, one for each round: the n-th of two steps were measured side by side.
@@ -84,12 +83,12 @@ def interleave(
 
 
 def speedups(baseline: Sequence[float], others: Sequence[float]) -> Spread:
-    """How many times faster the others are: the ratio of each round."""
+    """How many times faster the others are, by the ratio of each round."""
     return Spread.of([base / other for base, other in zip(baseline, others, strict=True)])
 
 
 def cold(machine: Machine) -> Elapsed:
-    """Times single calls, each with an L2 that holds nothing of the step's."""
+    """Times single calls, each with an L2 that holds none of the step's data."""
 
     def elapsed(step: Step, repeats: int) -> float:
         machine.flush_cache()
@@ -99,7 +98,7 @@ def cold(machine: Machine) -> Elapsed:
 
 
 def host(machine: Machine) -> Elapsed:
-    """Times until the host has launched a single call and goes on, beginning with an idle GPU."""
+    """Times the host's part of a single call, until it has launched all, beginning with an idle GPU."""
 
     def elapsed(step: Step, repeats: int) -> float:
         machine.synchronise()

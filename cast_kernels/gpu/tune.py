@@ -1,6 +1,6 @@
 """`cast-kernels tune`: tiles measured on the GPU of this machine, as entries for `cast_kernels/triton/tiles.py`.
 
-Nothing is tuned while the library runs: what this writes is read, reviewed and committed.
+The library never tunes while it runs: a person reviews and commits this command's output.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cast_kernels.triton.tiles import SAME_K, Tile, TileSet
 PROBLEMS = ((torch.bfloat16, 384), (torch.bfloat16, 768), (torch.float32, 384))
 _CONTRACTION = ("rows", "k", "columns", "warps", "stages")
 _ATTENTION = ("queries", "keys", "key_stages")
-#: Parts of a set -> the fields that their kernels read, in the order in which they are tuned: forward's first, on which
-#: backward's time depends. The step `k` of `exchange` is its backward's too: a set refuses unequal ones.
+#: Parts of a set -> the fields that their kernels read, in the order of tuning. Forward's come first, because
+#: backward's time depends on them. `exchange` and `exchange_backward` share `k`: a set refuses unequal ones.
 PARTS: dict[str, tuple[str, ...]] = {
     "row": (*_CONTRACTION, "widen_stages", *_ATTENTION),
     "project": (*_CONTRACTION, "widen_stages"),
@@ -40,9 +40,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention_backward": ("warps", *_ATTENTION),
     "attention_backward_short": ("warps", "queries"),
 }
-#: What no trial changes or runs: parts of a set, and a field of `weight_gradient`. An entry's source says so.
+#: Parts of a set, and a field of `weight_gradient`, that no trial changes or runs. An entry's source says so.
 NOT_TUNED = ("adapter_forward", "adapter_backward", "attention_backward_wide", "project_wide", "few", "programs")
-#: Values that a field may take: powers of two, as Triton needs, from what a tensor core contracts.
+#: Values of each field: powers of two, because Triton needs them, from the tensor cores' smallest size on.
 _VALUES: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64, 128, 256), "k": (16, 32, 64, 128), "columns": (32, 64, 128, 256), "warps": (4, 8, 16),
     "stages": (1, 2, 3, 4, 5), "widen_stages": (1, 2, 3), "queries": (16, 32, 64, 128), "keys": (16, 32, 64, 128),
@@ -50,7 +50,7 @@ _VALUES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 #: `weight_gradient` takes several products side by side, so its columns may be three times a power of two.
 _WIDE_COLUMNS = (32, 64, 128, 256, 384)
-#: A tile must be this much faster to be taken: less is noise.
+#: The search takes a tile only if it is this much faster: less is noise.
 _GAIN = 0.01
 _BATCH = 6
 _REPEATS = 20
@@ -60,12 +60,12 @@ Time = Callable[[TileSet], float]
 
 
 class RefusedError(RuntimeError):
-    """Tiles that do not compile, do not fit, or compute something else; the message says which."""
+    """Tiles that do not compile, do not fit, or compute wrong results; the message says which."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One set that was tried."""
+    """One tried tile."""
 
     part: str
     tile: Tile
@@ -110,7 +110,7 @@ def search(start: TileSet, time: Time) -> tuple[TileSet, float, list[Trial]]:
 
 
 def _with(tile_set: TileSet, part: str, tile: Tile) -> TileSet:
-    """The set with this tile for the part, and its `k` for all kernels that must have the same."""
+    """The set with this tile for the part, and with its `k` for all kernels that must share it."""
     changes: dict[str, Any] = {part: tile}
     shared = [name for name in SAME_K if getattr(tile_set, name) is None]
     if tile.k != tile_set.of(part).k and (part in SAME_K or (part == "row" and shared)):
@@ -135,12 +135,12 @@ def neighbours(part: str, tile: Tile) -> Iterator[Tile]:
 
 
 def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Time:
-    """What times a training step on the machine, if its numbers are right.
+    """A function that times a training step on the machine, if its results are right.
 
     A fault in a kernel ends the search by UnusableError: CUDA repeats its error at every later call.
 
     Args:
-        machine: that it runs on.
+        machine: where it runs.
         dtype: of streams and parameters.
         case: checked as it is, timed with :data:`_BATCH` clips.
         arch: as the tile table names it.
@@ -149,13 +149,13 @@ def measured(machine: Machine, dtype: torch.dtype, case: Case, arch: str) -> Tim
     eager = run(case, "eager", dtype, device=machine.device)
 
     def time(candidate: TileSet) -> float:
-        # Tiles for few rows would stand in for the candidate where it is checked.
+        # Without `few={}`, tiles for few rows would replace the candidate in the check.
         with tiles.trying(arch, dtype.itemsize * 8, case.bottleneck, replace(candidate, few={})):
             try:
                 with poisoned_memory():
                     ours = run(case, "triton", dtype, device=machine.device)
-            except (TritonError, RuntimeError) as error:  # over a limit, or the compiler gave up
-                require_usable(machine)  # or a fault: after it every call raises, whatever its tiles
+            except (TritonError, RuntimeError) as error:  # over a limit, or the compiler failed
+                require_usable(machine)  # raises after a fault: then every call fails, whatever its tiles
                 raise RefusedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
             wrong = [error.name for error in compare(ours, eager, exact) if not error.ok]
             if wrong:

@@ -40,8 +40,8 @@ class BCAST(nn.Module):
         directions: any of `t2s` and `s2t`; with neither, the module is the identity and has no parameters.
         positions: whether positional embeddings are added (paper table 8).
         backend: `auto`, or the name of the one that must run. May be set at any time.
-        recompute: what backward computes again, see :class:`cast_kernels.Recompute`,
-            or "auto" (:mod:`cast_kernels.recompute`). May be set at any time.
+        recompute: how much backward computes again, see :class:`cast_kernels.Recompute`, or "auto"
+            (:mod:`cast_kernels.recompute`). May be set at any time.
         attention: `auto`, or `math`: second and forward-mode derivatives, in backend `eager` only. May be set at any
             time.
 
@@ -91,7 +91,7 @@ class BCAST(nn.Module):
                 cross = CrossAttention(direction, window, bottleneck_dim, num_heads, num_frames, num_patches, positions)
                 self.add_module(f"{direction}_cross", cross)
                 self.add_module(f"cross_{direction[-1]}_up", nn.Linear(bottleneck_dim, dim))
-        #: What the op reads of the module's layers; a subclass may have others that are not the exchange's.
+        #: The op's readings of the exchange's layers; a subclass may have other layers.
         self._layers = {name: _readings(name) for name in self._modules}
         self.reset_bcast_parameters()
 
@@ -120,7 +120,7 @@ class BCAST(nn.Module):
         return Parameters(stream("s"), stream("t"), t2s, s2t)
 
     def _names(self) -> list[str | None]:
-        """Of the tensors that :meth:`gathered` returns, in this order."""
+        """Names of the tensors that :meth:`gathered` returns, in its order."""
         found: list[str | None] = []
         for letter in ("s", "t"):
             layers = [f"cross_{letter}_down", f"ln_{letter}_cross", f"cross_{letter}_up"]
@@ -135,14 +135,15 @@ class BCAST(nn.Module):
         return found
 
     def _at_a_glance(self) -> Parameters | None:
-        """What :meth:`gathered` returns, or None: ask :meth:`obstacle`."""
+        """The result of :meth:`gathered`, or None: ask :meth:`obstacle`."""
         tensors = plain.at_a_glance(self, self._modules)
         if tensors is None or self._modules["ln_s_cross"].eps != self._modules["ln_t_cross"].eps:  # type: ignore[union-attr]
             return None
         return Parameters.from_flat(tensors)
 
     def obstacle(self) -> str:
-        """Which layer of the exchange must be called, so that no kernel can run it, and why; "" if none must.
+        """Names a layer of the exchange that must be called, and why; then no kernel can run the exchange. "" if none
+        must.
 
         See :mod:`cast_kernels.plain`.
         """
@@ -158,7 +159,7 @@ class BCAST(nn.Module):
         spatial_scale: Tensor | None = None,
         temporal_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` under a name that a subclass with a forward of its own can call."""
+        """:meth:`forward` under another name, for a subclass with its own `forward`."""
         if not self.directions:
             return spatial, temporal
         parameters = self._at_a_glance()
@@ -186,7 +187,7 @@ class BCAST(nn.Module):
     def _by_modules(
         self, spatial: Tensor, temporal: Tensor, spatial_scale: Tensor | None, temporal_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What :func:`cast_kernels.bcast` computes, each layer called."""
+        """The result of :func:`cast_kernels.bcast`, by a call of each layer."""
         check_streams(spatial, temporal)
         check_scale("spatial_scale", spatial_scale, spatial.shape[2], spatial)
         check_scale("temporal_scale", temporal_scale, 1, temporal)
@@ -232,13 +233,13 @@ class BCAST(nn.Module):
             Both streams, residual added.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or devices that do not fit; the message says what came.
-            BackendError: the backend asked for cannot run this problem.
+            ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names them.
+            BackendError: the named backend cannot run this problem.
         """
         return self.exchange(spatial, temporal, spatial_scale, temporal_scale)
 
     def problem(self, batch: int = 1) -> Problem:
-        """The problem that this module poses for a batch in its parameters' own dtype and device."""
+        """This module's problem for a batch in its parameters' dtype and on their device."""
         weight = self.cross_s_down.weight
         windows = [w if d in self.directions else None for d, w in zip(DIRECTIONS, self.windows, strict=True)]
         return Problem(
@@ -266,7 +267,8 @@ class BCAST(nn.Module):
 
 
 def explain(module: BCAST, spatial: Tensor, temporal: Tensor) -> str:
-    """Print, and return, which backends can run `module(spatial, temporal)`, why not the others, and which one will.
+    """Print, and return, the backends that can run `module(spatial, temporal)`, why the others cannot, and the selected
+    one.
 
     Raises:
         ValueError, TypeError: as the call itself.
@@ -286,7 +288,7 @@ def explain(module: BCAST, spatial: Tensor, temporal: Tensor) -> str:
 
 
 def _readings(layer: str) -> plain.Reading | None:
-    """What the op reads of the exchange's layer with this name; None: as the layer itself says."""
+    """The op's reading of the exchange's layer with this name; None: the layer's own."""
     if layer.startswith("ln_"):
         return plain.NORM
     return None if layer.endswith("_cross") else plain.LINEAR

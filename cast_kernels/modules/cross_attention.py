@@ -10,17 +10,17 @@ from cast_kernels.ops.bcast import check_table
 from cast_kernels.plain import BARE_LINEAR, LINEAR, Reading
 from cast_kernels.problem import Direction
 
-#: direction -> (expert whose tokens ask, expert whose tokens answer); the published tables carry these names.
+#: direction -> (asking expert, answering expert); the published tables carry these names.
 _ROLES = {"t2s": ("clip", "vmae"), "s2t": ("vmae", "clip")}
 _AXES = {"time": ("time",), "space": ("space",), "space-time": ("time", "space")}
 
 
 class CrossAttention(nn.Module):
-    """One direction of the exchange. The op reads its parameters and fuses it with what surrounds it.
+    """One direction of the exchange. The op reads its parameters and fuses it with the layers around it.
 
-    It is called only where one of its layers must be, see `cast_kernels.plain`. A `space-time` window has a time and a
-    space table, whose sum over the axes gives each position its vector: the same capacity for every window shape, as
-    the paper's table 1(e) demands.
+    It is called only if one of its layers must be, see `cast_kernels.plain`. A `space-time` window has a time and a
+    space table; the vector of a position is the sum of its rows in both. So every window shape has the same capacity,
+    as the paper's table 1(e) demands.
     """
 
     direction: str
@@ -61,9 +61,9 @@ class CrossAttention(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, asking: Tensor, answering: Tensor, kernel: str = "auto") -> Tensor:
-        """Tokens that ask and tokens that answer, [B, T, N, d] each -> what those that asked were told, the same.
+        """Asking and answering tokens, [B, T, N, d] each -> the attention's result for the asking tokens, [B, T, N, d].
 
-        `kernel` is what attends: "auto" or "math".
+        `kernel` names the attention: "auto" or "math".
         """
         return self.t2s_proj(attend(*self.projected(asking, answering), self.num_heads, self.window, kernel))
 
@@ -88,14 +88,15 @@ class CrossAttention(nn.Module):
         return (tables[0][:, None] + tables[1][None]).flatten(0, 1)
 
     def names(self) -> list[str | None]:
-        """Of the tensors that :meth:`gathered` returns; "" for a table that is the sum of two."""
+        """Names of the tensors that :meth:`gathered` returns; "" for a table that is the sum of two."""
         axes, own = _AXES[self.window], self.direction
         tables = [f"{expert}_{axes[0]}_pos" if len(axes) == 1 else "" for expert in _ROLES[own]]
         layers = [f"{own}_q.weight", f"{own}_q_bias", f"{own}_kv.weight", f"{own}_kv_bias"]
         return [*(tables if self.positions else (None, None)), *layers, "t2s_proj.weight", "t2s_proj.bias"]
 
     def gathered(self) -> Direction:
-        """The tensors in the op's terms, as attributes: a parametrization computes them, FSDP and others put views."""
+        """The tensors in the op's terms. They are read as attributes: a parametrization computes them, FSDP makes them
+        views."""
         asking, answering = _ROLES[self.direction]
         own, proj = self.direction, self.t2s_proj
         return Direction(

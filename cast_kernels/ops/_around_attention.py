@@ -1,12 +1,12 @@
-"""What backend `triton` has around PyTorch's attention: a node of eager autograd before it and one behind it.
+"""Backend `triton`'s code around PyTorch's attention: a node of eager autograd before it and one behind it.
 
     x -> _Before: LayerNorm, queries, keys, values -> attention -> _Behind: output projection, adapter, residual -> y
 
-Compilers and `torch.func` see operators instead: `cast_kernels::projection`, one tensor with one gradient, a linear
-layer, and `cast_kernels::adapter`. `_Before` hands out queries, keys and values as views: PyTorch's attention gives
-back three gradients, and none is copied beside the others. It hands on x too: what reaches x past attention, the
-residual's gradient, is then added in LayerNorm's backward and not in a pass of its own. `_Behind` is for calls that
-nothing looks at: one node in place of the seven of the views, the casts, the linear layer and the adapter.
+Compilers and `torch.func` see operators instead: `cast_kernels::projection` (one tensor with one gradient), a linear
+layer, and `cast_kernels::adapter`. `_Before` returns queries, keys and values as views, so the three gradients of
+PyTorch's attention need no copy into one tensor. It returns x too: LayerNorm's backward then adds the residual's
+gradient, without a separate pass. `_Behind` is for calls that nothing observes: one node replaces the seven of views,
+casts, linear layer and adapter.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _run(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _as_heads(qkv: Tensor, problem: SelfAttentionProblem, layout: str) -> list[Tensor]:
-    """[batch * tokens, 3 D] as an attention of this layout takes it."""
+    """[batch * tokens, 3 D] in the layout of the attention's arguments."""
     heads = qkv.view(problem.batch, problem.tokens, 3, problem.num_heads, problem.head_dim)
     if layout == attention.PACKED_HEADS:
         return [heads]
@@ -96,7 +96,7 @@ def _as_heads(qkv: Tensor, problem: SelfAttentionProblem, layout: str) -> list[T
 
 
 def _in_rows(x: Tensor, layout: str) -> Tensor:
-    """What an attention of this layout returned, or the gradient of what it took, as [batch * tokens, channels]."""
+    """The attention's result, or the gradient of an argument, from this layout to [batch * tokens, channels]."""
     if layout == attention.HEADS_FIRST:
         x = x.transpose(1, 2)
     batch, tokens, *channels = x.shape
@@ -104,7 +104,7 @@ def _in_rows(x: Tensor, layout: str) -> Tensor:
 
 
 class _Before(_SingleLevelFunction):
-    """LayerNorm, queries, keys and values; and x, by which its other readers are to read it."""
+    """LayerNorm, queries, keys and values. The returned x is for x's other readers."""
 
     @staticmethod
     def forward(
@@ -157,7 +157,7 @@ class _Behind(_SingleLevelFunction):
             y, saved = adapters.OPERATOR.forward(
                 inner.kernels, inner.call, (a, residual), AdapterParameters(*own), (None,)
             )
-        # PyTorch's attention keeps what it returned anyway.
+        # PyTorch's attention keeps `rows` anyway: they are its result.
         ctx.save_for_backward(cast, rows if weight.requires_grad else None, a, *own, None, saved)
         ctx.inner, ctx.layout, ctx.dtypes = inner, layout, (weight.dtype, bias.dtype)
         ctx.shape = problem.batch, problem.tokens, problem.num_heads, problem.head_dim
@@ -224,7 +224,7 @@ def _backward_fake(
 
 
 class _Packed(_SingleLevelFunction):
-    """The operator in autograd's graph, with one packed gradient; what else reaches x is autograd's to add."""
+    """The operator in autograd's graph, with one packed gradient. Autograd adds x's other gradients."""
 
     @staticmethod
     def forward(ctx: Any, run: Any, *inputs: Any) -> Tensor:

@@ -1,5 +1,5 @@
-"""Casts of frozen weights under autocast: once a step where backward may find what forward made, none if they are given
-in autocast's dtype."""
+"""Casts of frozen weights under autocast: once a step if backward can reuse forward's copies, none for weights that are
+given in autocast's dtype."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cast_kernels.triton.common import Parameters
 
 
 def frozen(problem: FFNProblem | SelfAttentionProblem, parameters: Parameters, names: Iterable[str]) -> tuple[int, ...]:
-    """Where among the parameters those stand that :func:`cast_frozen` is to cast.
+    """Indices of the parameters that :func:`cast_frozen` casts.
 
-    Autograd keeps what the op was given, so backward finds the copies and they go with it; all are made in one launch.
-    With `all` the op's forward casts and its backward casts again: what is kept would not grow with the batch, but it
-    is more than "a few numbers a row". Compilers and `torch.func`, in which a tensor does not say whether it is
-    frozen, get the parameters as they are.
+    Autograd keeps the op's arguments, so backward reuses the copies and then frees them; one launch makes them all.
+    With `all` the op casts in forward and again in backward: the copies would not grow with the batch, but they are
+    more than "a few numbers a row". Compilers and `torch.func` get the parameters unchanged, because their tensors do
+    not say whether they are frozen.
 
     Args:
         problem: the call's.
@@ -34,7 +34,7 @@ def frozen(problem: FFNProblem | SelfAttentionProblem, parameters: Parameters, n
 
 
 def cast_frozen(parameters: Parameters, places: tuple[int, ...], compute: torch.dtype) -> Parameters:
-    """The parameters, those that are :func:`frozen` in the compute dtype, which is autocast's."""
+    """The parameters, with the :func:`frozen` ones cast to the compute dtype, which is autocast's."""
     if not places:
         return parameters
     fields: list[Any] = list(parameters)

@@ -1,4 +1,4 @@
-"""Argument checks that all ops share. Messages say what came, what is allowed, and what to do."""
+"""Argument checks that all ops share. Messages name the given value, the allowed ones, and a remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def check_tensors(tensors: Mapping[str, object]) -> None:
-    """Raise TypeError for the first that is no tensor, in words that say what came and what to do."""
+    """Raise TypeError for the first that is no tensor; the message names its type and a remedy."""
     for name, x in tensors.items():
         if isinstance(x, Tensor):
             continue
@@ -114,5 +114,5 @@ def check_row_scale(scale: Tensor | None, x: Tensor) -> None:
 
 
 def spread_row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """Drop-path factors that were checked, in the shape of x.shape[:-1] and the stream's dtype."""
+    """Checked drop-path factors in the shape of x.shape[:-1] and the stream's dtype."""
     return None if scale is None else scale.expand(x.shape[:-1]).to(x.dtype)

@@ -1,10 +1,10 @@
-"""What PyTorch's transforms make of the registered operators, for all ops: one kernel for autograd, one rule for vmap.
+"""The registered operators under PyTorch's transforms, for all ops: one kernel for autograd, one rule for vmap.
 
-Reverse mode works once, also inside `torch.func` and under `vmap`. A second derivative and forward mode are refused:
-left to itself, PyTorch returns zeros for both.
+Reverse mode works once, also inside `torch.func` and under `vmap`. A second derivative and forward mode are refused;
+without the refusal PyTorch would return zeros for both.
 
-The kernel stands in place of `torch.library.register_autograd`, whose node refuses `torch.func.grad`, drops tangents
-in silence, and hands backward a gradient of zeros for every output that nobody used.
+The kernel replaces `torch.library.register_autograd`. The node of that function refuses `torch.func.grad`, drops
+tangents in silence, and gives backward a gradient of zeros for every unused output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
-#: Where PyTorch finds our operators: the package's own name. Who loads a copy under another name has both side by side.
+#: PyTorch's namespace of our operators: the package's own name. A copy of the package under another name can be loaded
+#: beside it.
 NAMESPACE = __name__.partition(".")[0]
 
 _REMEDY = (
@@ -30,7 +31,8 @@ _REMEDY = (
 
 
 def may_be_differentiated(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a backward may follow a call on these tensors. Inside `torch.func` a tensor does not say, so it may."""
+    """Whether a backward may follow a call on these tensors. Inside `torch.func` tensors do not tell, so the answer is
+    yes."""
     if not torch.is_grad_enabled():
         return False
     return torch._C._are_functorch_transforms_active() or any(x is not None and x.requires_grad for x in tensors)
@@ -40,10 +42,10 @@ def register(library: Any, name: str, differentiate: Callable[..., Any]) -> None
     """Teach PyTorch the derivative of `cast_kernels::<name>`, and `vmap` of it and of `<name>_backward`.
 
     Args:
-        library: that defines both operators.
+        library: defines both operators.
         name: of the forward operator.
-        differentiate: (run, inputs) -> what `run(*inputs)` returns, as a node of autograd's graph. `run` is the
-            operator below autograd, `inputs` what it was called with.
+        differentiate: (run, inputs) -> the result of `run(*inputs)`, as a node of autograd's graph. `run` is the
+            operator below autograd, `inputs` its arguments.
     """
 
     def refuse(run: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -67,9 +69,9 @@ def refuse_tangents(name: str) -> NoReturn:
 
 
 def below_autograd(run: Callable[[], Any]) -> Any:
-    """What `run()` returns, called in a node's forward, which turns gradients off.
+    """The result of `run()`, called in a node's forward.
 
-    Transforms around this one differentiate as well, so both modes are on again for them.
+    A node's forward turns gradients off. Outer transforms differentiate as well, so for them both modes are on again.
     """
     if torch._C._are_functorch_transforms_active():
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -99,7 +101,7 @@ class _Refusal(_SingleLevelFunction):
 def _kernel(
     operator: str, name: str, differentiate: Callable[[Callable[..., Any], tuple[Any, ...]], Any]
 ) -> Callable[..., Any]:
-    """What the dispatcher calls for autograd; `name` is the forward operator's, for messages."""
+    """The function that the dispatcher calls for autograd; `name` is the forward operator's, for messages."""
     overload = getattr(getattr(torch.ops, NAMESPACE), operator).default
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
@@ -119,7 +121,8 @@ def _kernel(
 
 
 def _loop(operator: str) -> Callable[..., Any]:
-    """The rule for `vmap`: a call for each entry of the mapped dimension, each with many tokens to fill the cores."""
+    """The rule for `vmap`: one call for each entry of the mapped dimension. An entry has many tokens, enough to fill
+    the cores."""
 
     def rule(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         if not info.batch_size:

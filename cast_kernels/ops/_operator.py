@@ -1,21 +1,21 @@
-"""One helper for all ops: the pair of registered operators that kernel backends share, and the short way past them.
+"""Base of all ops: the pair of registered operators that kernel backends share, and the direct call that bypasses them.
 
-An op's file subclasses :class:`Operator` and says what is its own: names, sizes, and how a backend is called. From that
-follow schema, fake kernels, autograd, the FLOP formulas, and the memory of calls that were checked.
+An op's file subclasses :class:`Operator` and defines names, sizes, and the calls of a backend. The base derives schema,
+fake kernels, autograd, the FLOP formulas, and the memory of checked calls.
 
-A call goes one of two ways. Through PyTorch's dispatcher, where compilers, modes, transforms and profilers see it; or,
-where nothing of these is there to see it, straight to the backend, which saves six passes over thirty tensors. Both
-run the same backend on the same tensors, and autograd's node is the same.
+A call takes one of two ways. Through PyTorch's dispatcher compilers, modes, transforms and profilers see it. If none of
+these is active, it goes straight to the backend, which saves six passes over thirty tensors. Both ways run the same
+backend on the same tensors, under the same node of autograd.
 
 The operators' arguments: the streams, `parameters`, the factors, the op's options, and for all ops
 
-- `recompute` and `compute`: a value of `Recompute`, and what dense products round their operands to;
-- `kept`: how much the backend keeps for backward, in 4-byte words a unit of the op's, 0 where no backward will follow.
-  It is an argument so that it is part of a compiled graph's identity: a graph that inductor cached on disk for another
-  layout of `saved` must not be used;
+- `recompute` and `compute`: a value of `Recompute`, and the dtype of dense products' operands;
+- `kept`: the 4-byte words that the backend keeps for backward, a unit of the op; 0 if no backward will follow. As an
+  argument it is part of a compiled graph's identity: inductor must not reuse a graph from disk with another layout of
+  `saved`;
 - `backend`: the name.
 
-They return the outputs and `saved`, which only the backend reads. An absent parameter travels as an empty tensor:
+They return the outputs and `saved`, which only the backend reads. An absent parameter is an empty tensor, because
 autograd takes no None inside a list of tensors.
 """
 
@@ -36,27 +36,27 @@ from cast_kernels.ops._signatures import Alike, Signatures, listed, unobserved, 
 
 _LIBRARY = torch.library.Library(_derivatives.NAMESPACE, "DEF")
 _TAGS = (torch.Tag.needs_contiguous_strides,)
-#: Arguments that every forward operator ends with.
+#: The last arguments of every forward operator.
 _COMMON = ("str recompute", "ScalarType compute", "SymInt kept", "str backend")
 
 
 class Call(NamedTuple):
-    """What a call is besides its tensors."""
+    """A call without its tensors."""
 
     options: tuple[Any, ...]  # the op's own, in the order of the schema
     recompute: str
     compute: torch.dtype
     kept: int
     backend: str
-    problem: Any = None  # None where the operator poses it from its arguments
+    problem: Any = None  # None if the operator derives it from its arguments
 
     def arguments(self) -> tuple[Any, ...]:
-        """As the forward operator takes them."""
+        """In the order of the forward operator."""
         return *self.options, self.recompute, self.compute, self.kept, self.backend
 
 
 class Checked:
-    """A call that passed the op's checks, and what follows for every call like it."""
+    """A call that passed the op's checks, with the decisions that hold for every call like it."""
 
     __slots__ = ("backward", "call", "differentiated", "frozen", "inner", "kernels")
     call: Call
@@ -64,28 +64,29 @@ class Checked:
 
     def __init__(self, call: Call, kernels: backends.Backend | None, differentiated: bool) -> None:
         self.call, self.differentiated = call, differentiated
-        self.kernels: backends.Backend | None = kernels  # the backend, if nothing but autograd is there to see the call
-        self.frozen: tuple[int, ...] = ()  # parameters that are cast before the call, see `_casts`
-        self.inner: Checked | None = None  # of the op inside, where the backend composes ops
-        self.backward: Alike[bool] = Alike()  # the same of backward, by what was kept and the outputs' gradients
+        self.kernels: backends.Backend | None = kernels  # the backend, if only autograd observes the call
+        self.frozen: tuple[int, ...] = ()  # indices of parameters to cast before the call, see `_casts`
+        self.inner: Checked | None = None  # of the inner op, if the backend composes ops
+        self.backward: Alike[bool] = Alike()  # known backward calls, by kept tensors and the outputs' gradients
 
 
 class Operator:
-    """Base of the ops' operators; an instance registers them. Subclasses say what stands here without a value."""
+    """Base of the ops' operators; an instance registers them. Subclasses define the attributes without a value here."""
 
     name: str
     streams: tuple[str, ...]  # tensors that may want a gradient, besides the parameters
-    read: int  # how many of them backward reads; the others' gradient is that of the first output
+    read: int  # backward reads the first `read` streams; the gradient of the others is that of the first output
     factors: tuple[str, ...] = ()  # constant tensors, or None
     options: tuple[str, ...]  # types and names
     outputs: tuple[str, ...]
-    composed: tuple[str, ...] = ("eager",)  # backends that are PyTorch's operators, and need none of ours
+    composed: tuple[str, ...] = ("eager",)  # backends of PyTorch's operators, which need none of ours
 
     def problem(
         self, streams: Sequence[Tensor], flat: Sequence[Tensor | None], options: tuple[Any, ...], recompute: str,
         compute: torch.dtype,
     ) -> Any:  # fmt: skip
-        """The problem that the operator's arguments pose; for backward, the outputs' gradients follow what it reads."""
+        """The problem of the operator's arguments. For backward, `streams` holds the streams that it reads, then the
+        outputs' gradients."""
         raise NotImplementedError
 
     def pack(self, flat: Sequence[Tensor | None]) -> Any:
@@ -93,7 +94,7 @@ class Operator:
         raise NotImplementedError
 
     def kept(self, kernels: Any, problem: Any, recompute: str) -> int:
-        """What the backend keeps for backward, in 4-byte words a unit."""
+        """4-byte words a unit that the backend keeps for backward."""
         raise NotImplementedError
 
     def shapes(self, streams: Sequence[Tensor], options: tuple[Any, ...]) -> list[tuple[Tensor, Sequence[int]]]:
@@ -101,20 +102,20 @@ class Operator:
         return [(streams[-1], streams[-1].shape)]
 
     def saved_shape(self, streams: Sequence[Tensor], kept: int) -> tuple[int, ...]:
-        """The shape of what is kept: units times words."""
+        """The shape of `saved`: units times words."""
         raise NotImplementedError
 
     def forward(
         self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, factors: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """Call the backend: the outputs, and what it keeps."""
+        """Call the backend: the outputs, and `saved`."""
         raise NotImplementedError
 
     def backward(
         self, kernels: Any, call: Call, streams: Sequence[Tensor], parameters: Any, saved: Tensor,
         factors: Sequence[Tensor | None], grads: Sequence[Tensor], wanted: tuple[bool, ...],
     ) -> Sequence[Tensor | None]:  # fmt: skip
-        """Call the backend: gradients of the streams that backward reads and of the parameters, None where not wanted.
+        """Call the backend: gradients of the streams that backward reads and of the parameters, None for unwanted ones.
 
         Args:
             grads: of each output.
@@ -129,7 +130,7 @@ class Operator:
     def backward_flops(
         self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
     ) -> int:
-        """The products that autograd would run for the wanted gradients; what is multiplied again is not counted."""
+        """The products that autograd would run for the wanted gradients, without recomputation."""
         raise NotImplementedError
 
     # ---- calls ------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class Operator:
         self._register()
 
     def recall(self, arguments: tuple[Any, ...], tensors: Sequence[Any]) -> Checked | None:
-        """What was settled for a call like this one, or None: check it.
+        """The decisions for a call like this one, or None: then check it.
 
         Args:
             arguments: of the public function besides tensors.
@@ -153,12 +154,12 @@ class Operator:
         self, arguments: tuple[Any, ...], tensors: Sequence[Tensor], problem: Any, backend: str, recompute: str,
         options: tuple[Any, ...],
     ) -> Checked:  # fmt: skip
-        """Decide how a call runs that passed its checks, and remember it.
+        """Decide how a checked call runs, and remember it.
 
         Args:
             arguments, tensors: as for :meth:`recall`.
-            problem: that they pose.
-            backend: that runs it.
+            problem: of these arguments.
+            backend: the selected one.
             recompute: a value of `Recompute`.
             options: as the operator takes them.
         """
@@ -180,7 +181,7 @@ class Operator:
         self, checked: Checked, streams: Sequence[Tensor], parameters: Any, flat: Sequence[Tensor | None],
         factors: Sequence[Tensor | None] = (),
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """The outputs, and what is kept. Under autocast dtypes may be mixed: kernels take each tensor as it is."""
+        """The outputs, and `saved`. Under autocast dtypes may be mixed: kernels take each tensor in its own dtype."""
         call, kernels = checked.call, checked.kernels
         if kernels is None or watched():
             return self._overload(*streams, _filled(flat, streams[0]), *factors, *call.arguments())
@@ -198,12 +199,12 @@ class Operator:
         self, call: Call, checked: Checked | None, tensors: Sequence[Tensor], grads: Sequence[Tensor | None],
         wanted: tuple[bool, ...],
     ) -> list[Tensor | None]:  # fmt: skip
-        """One for each of the streams that backward reads and of the parameters.
+        """One gradient for each of the streams that backward reads and of the parameters.
 
         Args:
             checked: the call, if it went straight to the backend.
-            tensors: these streams, parameters, factors, and what was kept.
-            grads: of the outputs, None where nobody used one.
+            tensors: these streams, parameters, factors, and `saved`.
+            grads: of the outputs, None for an unused one.
             wanted: for each gradient, whether to compute it.
         """
         if not any(wanted):
@@ -228,7 +229,7 @@ class Operator:
     def _whole(
         self, grads: Sequence[Tensor | None], streams: Sequence[Tensor], options: tuple[Any, ...]
     ) -> list[Tensor]:
-        """Zeros for an output that nobody used: kernels read the gradient of each stream that received something."""
+        """Zeros for an unused output: kernels read the gradient of each stream that received something."""
         present = [g for g in grads if g is not None]
         if len(present) == len(grads):
             return present
@@ -326,9 +327,10 @@ class Operator:
 
 
 class _Node(_SingleLevelFunction):
-    """One call in autograd's graph. Tensors travel flat, because autograd finds none inside a list.
+    """One call in autograd's graph. Tensors are separate arguments, because autograd finds none inside a list.
 
-    `torch.autograd.Function` would hand the call to `torch.func`, whose dispatcher has brought it here already.
+    Not a `torch.autograd.Function`: it would pass the call to the dispatcher of `torch.func`, which has already called
+    this node.
     """
 
     @staticmethod
@@ -358,7 +360,7 @@ class _Node(_SingleLevelFunction):
 
 
 def _filled(flat: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """The parameters with one empty tensor for all that are absent."""
+    """The parameters, with one empty tensor in place of each absent one."""
     if all(p is not None for p in flat):
         return list(flat)  # type: ignore[arg-type]
     absent = like.new_empty(0)
@@ -366,7 +368,8 @@ def _filled(flat: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 
 
 def straight_back(checked: Checked, kept: Sequence[Tensor | None], grads: Sequence[Tensor]) -> bool:
-    """Whether backward may go straight to the backend: nothing sees it, not even autograd for a second derivative."""
+    """Whether backward may go straight to the backend: nothing observes it, not even autograd for a second
+    derivative."""
     if torch.is_grad_enabled() or watched() or torch.compiler.is_compiling():
         return False
     tensors = listed(*kept, *grads)

@@ -1,13 +1,13 @@
-"""Calls that were checked before: a call like one of them is as right as that was, so nothing is checked again.
+"""Remembers checked calls. A call that is like an earlier one would pass the same checks, so it is not checked again.
 
-Two calls are alike if their other arguments are equal and their tensors agree in Python type, dtype, device, shape and
-`requires_grad`, and in what PyTorch's dispatcher would do with them on this thread: autocast, inference mode,
-functional transforms, dispatch modes, tracing, lazy negation. `TensorGuards` of PyTorch's compiler compares all of
-that in C++: 1.7 us for thirty tensors, where the same in Python takes 19. Values and strides may differ, as no check of
-an op looks at them. Nothing here holds a tensor.
+Two calls are alike if their other arguments are equal, and their tensors agree in Python type, dtype, device, shape,
+`requires_grad` and their treatment by PyTorch's dispatcher on this thread: autocast, inference mode, functional
+transforms, dispatch modes, tracing, lazy negation. `TensorGuards` of PyTorch's compiler compares all of that in C++:
+1.7 us for thirty tensors, where Python takes 19. Values and strides may differ: no check of an op reads them. Nothing
+here holds a tensor.
 
-`TensorGuards` and what :func:`unobserved` asks are not public. Where this PyTorch has none, or they answer otherwise
-than they should, no call is known again: each is checked, and goes through PyTorch's dispatcher (:data:`FAULT`).
+`TensorGuards` and the functions that :func:`unobserved` calls are not public. If this PyTorch lacks one, or one answers
+wrongly, every call is checked and goes through PyTorch's dispatcher (:data:`FAULT`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 Answer = TypeVar("Answer")
 
-#: Most lists of tensors that are told apart for the same other arguments, and most such arguments of an op.
+#: Most lists of tensors remembered for equal other arguments, and most such arguments of an op.
 MOST_LISTS, MOST_ARGUMENTS = 16, 64
 
 
@@ -30,20 +30,21 @@ _MOST_TENSORS = 48
 
 
 class _Absent(Tensor):
-    """The type of what :func:`listed` puts in; no tensor of a caller has it."""
+    """The type of the placeholders of :func:`listed`; no tensor of a caller has it."""
 
 
-#: One for each place in a list, as guards take the same tensor twice for another list.
+#: One for each place in a list: to guards a list with one tensor twice is another list.
 _ABSENT = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(_MOST_TENSORS))
 
 
 def listed(*tensors: Tensor | None) -> list[Tensor]:
-    """The tensors; in the place of each None one that only stands for it."""
+    """The tensors, with a placeholder for each None."""
     return [absent if x is None else x for x, absent in zip(tensors, _ABSENT[: len(tensors)], strict=True)]
 
 
 class Alike(Generic[Answer]):
-    """Answers for lists of tensors, found again for lists that are alike; the newest :data:`MOST_LISTS` are kept."""
+    """Answers for lists of tensors. A list finds the answer of a list like it; the newest :data:`MOST_LISTS` are
+    kept."""
 
     def __init__(self) -> None:
         self._known: tuple[tuple[Any, Answer], ...] = ()  # replaced as a whole: other threads read it
@@ -55,7 +56,7 @@ class Alike(Generic[Answer]):
         return None
 
     def add(self, tensors: Sequence[Tensor], answer: Answer) -> None:
-        """Remember the answer; not for lists that hold a tensor twice, which are never alike.
+        """Remember the answer, unless the list holds a tensor twice: such lists are never alike.
 
         The tensors are :func:`listed` and :func:`unobserved`.
         """
@@ -76,7 +77,7 @@ class Signatures(Generic[Answer]):
     def find(self, arguments: Hashable, tensors: Sequence[Tensor]) -> Answer | None:
         try:
             known = self._known.get(arguments)
-        except TypeError:  # what cannot be hashed is checked at every call
+        except TypeError:  # arguments that cannot be hashed: checked at every call
             return None
         return None if known is None else known.find(tensors)
 
@@ -95,7 +96,7 @@ class Signatures(Generic[Answer]):
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:
-    """What tells whether other tensors are like these."""
+    """A test whether other tensors are like these."""
     from torch._C._dynamo.guards import TensorGuards
 
     sizes: Any = [list(x.shape) for x in tensors]
@@ -104,7 +105,7 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
 
 
 def watched() -> bool:
-    """Whether something wants to see operators that guards say nothing of: a profiler, a function mode, tangents."""
+    """Whether an observer of operators is active that guards do not know: a profiler, a function mode, tangents."""
     return (
         bool(FAULT)
         or torch._C._autograd._profiler_enabled()
@@ -114,9 +115,10 @@ def watched() -> bool:
 
 
 def unobserved(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing stands between an operator and its kernel but autograd, so that calling the kernel is the same.
+    """Whether only autograd stands between an operator and its kernel, so that a call of the kernel has the same
+    effect.
 
-    That is so if every tensor is plain memory on the CPU or a GPU, and no mode, transform or tracer is active.
+    This holds if every tensor is plain memory on the CPU or a GPU, and no mode, transform or tracer is active.
     """
     if watched() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
@@ -125,7 +127,7 @@ def unobserved(tensors: Sequence[Tensor]) -> bool:
     if (torch._C._dispatch_tls_local_include_set() - usual).raw_repr():
         return False
     below = torch._C._dispatch_tls_local_exclude_set().has(keys.AutogradFunctionality)
-    if below and torch.is_grad_enabled():  # in another operator's kernel, whose derivative stands for what is called
+    if below and torch.is_grad_enabled():  # in another operator's kernel: its derivative covers this call
         return False
     plain = {device: _plain_keys(device) for device in {x.device for x in tensors}}
     return all(
@@ -136,7 +138,7 @@ def unobserved(tensors: Sequence[Tensor]) -> bool:
 
 
 def _plain_keys(device: torch.device) -> set[int]:
-    """What the dispatcher sees in plain memory of the device, made in either inference mode."""
+    """The dispatch keys of plain memory on the device, made with inference mode on or off."""
     if device.type not in ("cpu", "cuda"):
         return set()
     found = set()
@@ -147,7 +149,7 @@ def _plain_keys(device: torch.device) -> set[int]:
 
 
 def find_fault() -> str:
-    """What of the inner functions that this file needs PyTorch lacks, or what they answer wrongly; "" if nothing."""
+    """The first missing or wrong one of PyTorch's inner functions that this file needs; "" if all are right."""
 
     def made(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu", requires_grad=grad)
@@ -165,13 +167,13 @@ def find_fault() -> str:
                 (made(2, 3, dtype=torch.float16), made(4)), (made(2, 3, grad=True), made(4)),
             )
         ]  # fmt: skip
-    except Exception as error:  # of a function of another form anything may come
+    except Exception as error:  # a function with another signature may raise anything
         return f"{type(error).__name__}: {error}"
     return "" if answers == [True, True, False, False, False, False] else f"TensorGuards answers {answers}"
 
 
 def describe() -> str:
-    """How calls that come again are treated in this process, in words."""
+    """The treatment of repeated calls in this process, in words."""
     if not FAULT:
         return "a call like an earlier one is not checked again"
     return (
@@ -180,6 +182,6 @@ def describe() -> str:
     )
 
 
-#: Why no call is known again in this process; "" mostly.
+#: Why this process remembers no call; usually "".
 FAULT = ""
 FAULT = find_fault()

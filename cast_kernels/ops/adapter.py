@@ -53,11 +53,11 @@ def adapter(
         x: [..., D], the adapter's input, any leading dimensions, any strides.
         parameters: weights.
         residual: [..., D], the same shape.
-        skip: whether x is added too, as beside attention; its gradient is then summed in the kernel.
+        skip: whether x is added too, as after attention; the kernel then sums its gradient.
         scale: factor of the branch.
-        row_scale: broadcastable to x.shape[:-1], times the branch (drop path); constant.
+        row_scale: broadcastable to x.shape[:-1], multiplies the branch (drop path); constant.
         recompute: "nothing" keeps the values before GELU for backward, A elements a row in the compute dtype; "cheap"
-            and "all" keep nothing besides `x` and multiply again; "auto" is a rule of shapes and the GPU's memory
+            and "all" keep nothing besides `x` and multiply again; "auto" decides by shapes and the GPU's memory
             (:mod:`cast_kernels.recompute`). Backend eager ignores it.
         backend: "auto", or the one that must run.
 

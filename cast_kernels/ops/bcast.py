@@ -56,12 +56,11 @@ def bcast(
         eps: LayerNorm epsilon.
         spatial_scale: factor of the spatial branch before the residual sum, [B] or [B, 1+N]; constant.
         temporal_scale: factor of the temporal branch, [B]; constant.
-        recompute: what backward computes again instead of finding it kept, see :class:`cast_kernels.Recompute`, or
-            "auto", a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`); kernel backends obey it,
-            in `eager` PyTorch keeps what its operators keep.
+        recompute: how much backward computes again, see :class:`cast_kernels.Recompute`; "auto" decides by shapes and
+            the GPU's memory (:mod:`cast_kernels.recompute`). Backend eager ignores it.
         backend: "auto", or the one that must run.
-        attention: "auto", or "math", matrix products and a softmax, which only backend eager runs: with it the op has
-            second and forward-mode derivatives.
+        attention: "auto", or "math": two matrix products and a softmax, with second and forward-mode derivatives; only
+            backend eager runs it.
 
     Returns:
         Both streams with their branch added, in the dtype they came in; a stream that receives nothing is
@@ -102,7 +101,7 @@ def bcast(
 
 
 def _is_plain(parameters: object) -> bool:
-    """Whether the parameters are of the very types that hold them, so that they can be laid side by side."""
+    """Whether the parameters have exactly these types, so that `flat` works."""
     return (
         type(parameters) is Parameters
         and type(parameters.spatial) is type(parameters.temporal) is Stream
@@ -156,7 +155,7 @@ def _check_types(parameters: Parameters) -> None:
 def check_streams(spatial: Tensor, temporal: Tensor) -> None:
     """Raise ValueError unless the streams have the same B, T, N and D, and the spatial one CLS tokens besides.
 
-    Whatever is no tensor is a TypeError.
+    An argument that is no tensor is a TypeError.
     """
     check_tensors({"spatial": spatial, "temporal": temporal})
     for name, x in (("spatial", spatial), ("temporal", temporal)):
@@ -172,7 +171,7 @@ def check_streams(spatial: Tensor, temporal: Tensor) -> None:
 
 
 def check_table(name: str, table: Tensor | None, window: str, frames: int, patches: int, dim: int) -> None:
-    """Raise ValueError unless a table of positions, if there is one, has a row for each token of a window."""
+    """Raise ValueError if there is a position table and it lacks a row for each token of a window."""
     length = WINDOWS[window](frames, patches)
     if table is not None and tuple(table.shape) != (length, dim):
         raise ValueError(
@@ -228,7 +227,7 @@ def check_scale(name: str, scale: Tensor | None, tokens: int, like: Tensor) -> N
 
 
 def spread_scale(scale: Tensor | None, like: Tensor, tokens: int | None = None) -> Tensor | None:
-    """A scale that was checked, as [B, tokens] in the stream's dtype; `tokens` is the stream's own if None."""
+    """A checked scale as [B, tokens] in the stream's dtype; None for `tokens` means the stream's own."""
     if scale is None:
         return None
     batch = like.shape[0]
@@ -294,7 +293,7 @@ class _BCast(Operator):
     def backward_flops(
         self, streams: Sequence[Any], flat: Sequence[Any], options: tuple[Any, ...], wanted: Sequence[bool]
     ) -> int:
-        """Two products for each of the forward's, by input and by weight, whatever is wanted."""
+        """Two products for each of the forward's, by input and by weight, wanted or not."""
         return 2 * self.flops(streams, flat, options)
 
 

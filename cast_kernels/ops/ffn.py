@@ -55,14 +55,14 @@ def ffn(
 
     Args:
         x: [..., D], any leading dimensions, any strides.
-        parameters: weights; the adapter's four are None together where there is no adapter.
+        parameters: weights; without an adapter its four are None.
         activation: of the FFN, "gelu" (erf) or "quick_gelu", x * sigmoid(1.702 x). The adapter's is always erf GELU.
         eps: LayerNorm epsilon.
         adapter_scale: factor of the adapter's branch, the published code's 0.5.
-        row_scale: broadcastable to x.shape[:-1], times the adapter's branch (drop path); constant.
+        row_scale: broadcastable to x.shape[:-1], multiplies the adapter's branch (drop path); constant.
         recompute: "nothing" keeps the values before both activations for backward, F + A of them a row; "cheap" and
-            "all" multiply again; "auto" is a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
-            Backend cpu keeps two floats a row besides. Gradients have the same bits. Backend eager ignores it.
+            "all" multiply again; "auto" decides by shapes and the GPU's memory (:mod:`cast_kernels.recompute`). Backend
+            cpu also keeps two floats a row. Gradients have the same bits with all. Backend eager ignores it.
         backend: "auto", or the one that must run.
 
     Returns:
@@ -122,7 +122,7 @@ def pose(
 
 
 def _check_parameters(dim: int, p: FFNParameters) -> None:
-    """Every parameter has the shape that x's width and the two hidden widths imply; an adapter is there or not."""
+    """Raise ValueError unless every parameter has the shape that x's width and the two hidden widths imply."""
     hidden = check_width("fc1_weight", p.fc1_weight, dim)
     shapes = {"norm_weight": (dim,), "norm_bias": (dim,), "fc1_bias": (hidden,), "fc2_weight": (dim, hidden)}
     for name, shape in (shapes | {"fc2_bias": (dim,)}).items():

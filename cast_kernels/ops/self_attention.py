@@ -54,21 +54,21 @@ def self_attention(
     Scores never reach main memory.
 
     Args:
-        x: [batch, tokens, D], any strides. The tokens of a batch entry attend together: the frame of a clip for the
+        x: [batch, tokens, D], any strides. The tokens of a batch entry attend together: a frame of a clip for the
             spatial expert, the whole clip for the temporal one.
-        parameters: weights; the adapter's four are None together where there is no adapter (y = x + a).
+        parameters: weights; without an adapter its four are None, and y = x + a.
         num_heads: heads; divides D.
         eps: LayerNorm epsilon.
-        dims: how many dimensions of `x` count batch entries, and how many their tokens: (2, 1) for [clips, frames,
-            tokens, D], where each frame attends to itself, (1, 2) where each clip does.
-        recompute: what forward keeps besides `x` for backward, in floats a token beside two for each head and two:
-            "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap" 4 D
-            (without the last two), "all" D (attention's output alone). The rest is computed again, with the same bits.
-            Backend triton keeps what PyTorch's operators keep, and with "nothing" A elements a token more. Backend
-            eager ignores it. "auto" is a rule of shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
+        dims: how many dimensions of `x` are batch entries, and how many are tokens: (2, 1) for [clips, frames, tokens,
+            D] if each frame attends to itself, (1, 2) if each clip does.
+        recompute: how much forward keeps besides `x` for backward, in floats a token, without two for each head and two
+            more: "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap"
+            4 D (without the last two), "all" D (attention's output alone). Backward computes the rest again, with the
+            same bits. Backend triton: PyTorch's operators keep their own, and "nothing" adds A elements a token.
+            Backend eager ignores it. "auto" decides by shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
         backend: "auto", or the one that must run.
         attention: "auto", or the kernel that must attend, a key of :data:`cast_kernels.attention.ATTENTIONS`; backend
-            cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` says which can, and why.
+            cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` lists which can run, and why.
 
     Returns:
         `x`'s shape and dtype. Under autocast, backends that compute in float32 do so.
@@ -141,7 +141,7 @@ def pose(
 
 
 def _check_parameters(dim: int, p: SelfAttentionParameters) -> None:
-    """Every parameter has the shape that x's width and the adapter's imply; an adapter is there or not."""
+    """Raise ValueError unless every parameter has the shape that x's width and the adapter's imply."""
     shapes: dict[str, tuple[int, ...]] = {"norm_weight": (dim,), "norm_bias": (dim,), "qkv_weight": (3 * dim, dim)}
     shapes |= {"proj_weight": (dim, dim), "proj_bias": (dim,)}
     if p.qkv_bias is not None:

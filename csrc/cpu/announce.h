@@ -1,8 +1,8 @@
-// What a register tile reads, as told to ThreadSanitizer.
+// Tells ThreadSanitizer the valid part of a register tile's reads.
 //
-// A tile reads whole rows and whole vectors, so it may read past the rows or columns that count, into memory that
-// another thread is writing; what it finds there is never used. ThreadSanitizer cannot know that. Under it the tile's
-// own reads go unwatched, and whoever calls the tile announces the part that counts. Elsewhere this is nothing.
+// A tile reads whole rows and whole vectors. So it may read past the valid rows and columns, from memory that another
+// thread is writing, and it never uses these values. ThreadSanitizer cannot know that. In its build the tile's own
+// reads are not watched, and the tile's caller announces the valid part. In other builds announce_reads does nothing.
 #pragma once
 
 #include "simd.h"

@@ -1,9 +1,9 @@
 // Softmax attention of one head in one window.
 //
-// Lanes run over queries: scores are computed transposed, S^T[key][query], so maximum, exponential and sum are plain
-// vertical vector arithmetic, keys need no mask, and P^T is at once the unit-stride left operand of P V. Long windows
-// go by blocks of keys with a running maximum, so memory never grows with the window. A block of keys serves several
-// blocks of queries before the next one is read.
+// Lanes run over queries: scores are transposed, S^T[key][query]. Maximum, exponential and sum are vertical vector
+// arithmetic, keys need no mask, and P^T already is the unit-stride left operand of P V. A long window is cut into
+// blocks of keys with a running maximum, so memory does not grow with the window. A block of keys serves several
+// blocks of queries before the next is read.
 #pragma once
 
 #include "gemm.h"
@@ -58,9 +58,9 @@ inline void transpose_rows(const float* rows, i64 stride, i64 count, i64 width, 
 // Keys of a score tile.
 constexpr int score_rows(int vecs) { return vecs == 1 ? 8 : (vecs == 2 && kLanes == 8 ? 6 : kScoreRows); }
 
-// Out of line, like weigh_values: inlined together their tiles lose registers (2 ms of a 95 ms forward, measured).
-// scores[key][lane] = keys . transposed queries, for whole tiles of keys (the last may run past `count`), and `peak`
-// [Vecs * kLanes] raised to the largest of them: while they are in registers that costs no pass over memory.
+// scores[key][lane] = keys . transposed queries, for whole tiles of keys (the last may run past `count`). The vectors
+// of `peak` are raised to the largest score while the scores are in registers: no extra pass over memory. Out of
+// line, like weigh_values: inlined together their tiles lose registers (2 ms of a 95 ms forward, measured).
 template <int Vecs>
 __attribute__((noinline)) void score_keys(const float* keys, i64 count, i64 head_dim, const float* queries,
                                           float* scores, float* peak) {
@@ -86,8 +86,8 @@ __attribute__((noinline)) void score_keys(const float* keys, i64 count, i64 head
   }
 }
 
-// scores -> 2^(score - maximum) in place, their sums over the keys added to `total`. Short chains: one chain over all
-// keys doubles the error of gradients that sum over the rows of a window.
+// scores = 2^(scores - maximum) in place; their sums over the keys are added to `total` in short chains. One chain over
+// all keys doubles the error of gradients that sum over the rows of a window.
 template <int Vecs>
 __attribute__((noinline)) void weigh_scores(float* scores, i64 keys, const float* maximum, float* total) {
   constexpr i64 width = Vecs * kLanes;
@@ -113,8 +113,8 @@ struct RightRows {
   i64 panel, stride;
 };
 
-// Rows of wide heads are copied to panels: a power of two apart, they would share a few sets of L1 (P V alone took 48 %
-// of the time of attention with 64 channels that way, 40 % in panels).
+// Rows of wide heads are copied to panels. In place these rows are a power of two apart and share few sets of L1: P V
+// alone took 48 % of the time of attention with 64 channels, against 40 % in panels.
 CAST_INLINE bool in_panels(i64 head_dim) { return head_dim > 2 * kTileColumns; }
 inline RightRows pack_rows(const float* rows, i64 count, i64 head_dim, float* to) {
   const RightRows packed{to, count * kTileColumns, kTileColumns};
@@ -127,7 +127,7 @@ inline RightRows pack_rows(const float* rows, i64 count, i64 head_dim, float* to
   return packed;
 }
 
-// out(query, column, vectors, lanes) of P V over one block of keys, from P^T.
+// Calls out(query, column, vectors, lanes) with P V over one block of keys, from P^T.
 template <int Vecs, class Out>
 __attribute__((noinline)) void weigh_values(const float* weights, i64 queries, const RightRows& values, i64 keys,
                                             i64 head_dim, const Out& out_at_caller) {
@@ -152,7 +152,7 @@ struct HeadRows {
   i64 queries, keys, head_dim;
 };
 
-// Where the results of a head's queries go: out [queries][stride]; row_max and inverse_sum may be null.
+// A head's results for its queries: out [queries][stride]; row_max and inverse_sum may be null.
 struct HeadResult {
   float* out;
   i64 stride;
@@ -170,7 +170,7 @@ inline void attend_block(const HeadRows& h, i64 at, i64 queries, i64 first, i64 
   float before[width], factor[width];
   for (int c = 0; c < Vecs; ++c) {
     store(before + c * kLanes, load(maximum + c * kLanes));
-    // No finite stand-in for the first maximum: a score below it would count as it.
+    // -inf, not a finite number: a lower score could not replace a finite one.
     if (!first) store(maximum + c * kLanes, broadcast(-__builtin_inff()));
   }
   score_keys<Vecs>(h.key + first * hd, keys, hd, s.queries + at * hd, s.scores, maximum);
@@ -210,7 +210,8 @@ struct Vectors {
   static constexpr int count = Count;
 };
 
-// f(number of vectors, first query, queries) for blocks of `queries`: the widest while they pay, then narrower ones.
+// Calls f(number of vectors, first query, queries) for blocks of the queries. The last block takes the narrowest width
+// that holds it.
 template <class F>
 CAST_INLINE void query_blocks(i64 queries, const F& f) {
   for (i64 at = 0; at < queries; at += kMaxQueries) {
@@ -224,7 +225,7 @@ CAST_INLINE void query_blocks(i64 queries, const F& f) {
   }
 }
 
-// All queries of `h`, their scores times scale_log2.
+// Attention of all queries of `h`; scale_log2 multiplies the scores.
 inline void attend(HeadRows h, float scale_log2, const AttentionScratch& s, HeadResult result) {
   const i64 all = h.queries, hd = h.head_dim;
   for (i64 done = 0; done < all; done += kQueryGroup) {

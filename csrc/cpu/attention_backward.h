@@ -1,8 +1,8 @@
 // Gradients of softmax attention of one head in one window.
 //
 // As in attention.h lanes run over queries: P^T and dS^T are [key][query]. They are kept for kSuperBlock queries and
-// kKeyBlock keys at a time, so that all five products run at tile speed and memory never grows with the window. What a
-// super-block of queries needs in another order is copied once, before it walks all keys.
+// kKeyBlock keys at a time, so that all five products run at tile speed and memory does not grow with the window. Some
+// arrays of a super-block of queries are needed in another order; they are copied once, before the loop over all keys.
 #pragma once
 
 #include "attention.h"
@@ -54,7 +54,8 @@ __attribute__((noinline)) void score_gradients(const HeadGradient& h, i64 first_
   constexpr int rows = score_rows(Vecs);
   constexpr i64 width = Vecs * kLanes;
   const i64 hd = h.head_dim;
-  // The softmax of a single score is constant: its slope is zero exactly, not the difference of two roundings.
+  // The softmax of a single score is constant, so its slope is exactly 0. The difference below would leave a rounding
+  // error.
   const float slope = h.window == 1 ? 0.0f : 1.0f;
   vec maximum[Vecs], inverse[Vecs], delta[Vecs];
   for (int c = 0; c < Vecs; ++c) {
@@ -101,7 +102,8 @@ inline void row_products(const float* attended, i64 attended_stride, const float
   }
 }
 
-// out(row, column, vectors, lanes) of left^T-or-left @ right for row tiles of attention's small matrices.
+// Calls out(row, column, vectors, lanes) with left^T @ right or left @ right, in row tiles of attention's small
+// matrices.
 template <class Out>
 __attribute__((noinline)) void small_gemm(const float* left, i64 row_stride, i64 depth_stride, i64 rows,
                                           const RightRows& right_at_caller, i64 columns, i64 depth,
@@ -119,7 +121,7 @@ __attribute__((noinline)) void small_gemm(const float* left, i64 row_stride, i64
   }
 }
 
-// result[row] (+)= v, times `factor` once the sum is whole.
+// result[row] (+)= v; with `last` the whole sum is multiplied by `factor`.
 struct RowSum {
   float* result;
   const i64* offsets;
@@ -135,7 +137,7 @@ struct RowSum {
   }
 };
 
-// A super-block's share of the gradients of a block of keys and values.
+// Adds a super-block's share to the gradients of a block of keys and values.
 inline void key_gradients(const HeadGradient& h, const AttentionBackwardScratch& s, const RightRows& query,
                           const RightRows& grad, i64 queries, i64 first_key, i64 keys, float scale, bool first,
                           bool last) {
@@ -144,7 +146,7 @@ inline void key_gradients(const HeadGradient& h, const AttentionBackwardScratch&
   small_gemm(s.slopes, kScoreStride, 1, keys, query, h.head_dim, queries, RowSum{h.dkey, offsets, scale, first, last});
 }
 
-// A block of keys' share of the gradients of a super-block of queries; the last share goes to the result.
+// Adds a block of keys' share to the gradients of a super-block of queries. The last share writes the result.
 inline void query_gradients(const HeadGradient& h, const AttentionBackwardScratch& s, const RightRows& key,
                             i64 first_query, i64 queries, i64 keys, float scale, bool first, bool last) {
   const i64 stride = round_up(h.head_dim, kTileColumns);

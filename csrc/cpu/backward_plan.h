@@ -41,17 +41,18 @@ inline StageLayout stage_layout(const Problem& p) {
 
 struct BackwardPlan {
   Problem problem;
-  ClipLayout kept, own;     // of a clip: in `saved`, and what is repeated into the workspace
+  ClipLayout kept, own;     // of a clip: in `saved`, and in the workspace (repeated values)
   StageLayout stage;
   ForwardPlan forward;      // of the repetitions
-  WeightsWanted repeated;   // what they need
+  WeightsWanted repeated;   // weights that the repetitions need
   i64 clips_in_flight;
   i64 weights, position_sums, scratch;  // floats
 };
 
 CAST_INLINE i64 padded_rows(i64 rows) { return round_up(rows, kTileRows); }
 
-// One thread: a tail copy, the LayerNorm block and tables for rows; or attention's; or a weight block's.
+// Of one thread, the largest of: a tail copy, the LayerNorm block and tables for rows; attention's scratch; a weight
+// block's.
 CAST_INLINE i64 backward_scratch_size(const Problem& p) {
   i64 longest = 0;
   for (int a = 0; a < 2; ++a)
@@ -82,7 +83,7 @@ inline BackwardPlan plan_backward(const Problem& p, Recompute recompute, int thr
   return plan;
 }
 
-// Where the parts of backward's workspace begin.
+// Offsets of the parts of backward's workspace.
 struct BackwardRegions {
   i64 forward_weights, position_sums, clips, stages, scratch, total;
 };
@@ -92,7 +93,7 @@ inline BackwardRegions backward_regions(const BackwardPlan& plan, int threads) {
   r.position_sums = r.forward_weights + forward_weights_size(plan.problem, plan.repeated);
   r.clips = r.position_sums + plan.position_sums;
   r.stages = r.clips + plan.clips_in_flight * plan.own.total;
-  // The scratch holds 64-bit tables, which an odd number of floats before it would misalign.
+  // Aligned: the scratch holds 64-bit tables.
   r.scratch = align16(r.stages + plan.clips_in_flight * plan.stage.total);
   r.total = r.scratch + plan.scratch * threads;
   return r;
@@ -145,7 +146,7 @@ struct BackwardRun {
   float* position_sums;
   i64 first_clip, clips;
 
-  // What was kept is only read, through const pointers below; join() serves forward too, which writes it.
+  // backward only reads `saved`. The cast is for join(), which serves forward too, where `saved` is written.
   float* saved() const { return const_cast<float*>(call.saved) + first_clip * plan.kept.total; }
   Clip clip(i64 local) const {
     return join(plan.kept, saved() + local * plan.kept.total, plan.own, own + local * plan.own.total);

@@ -64,7 +64,7 @@ void run_forward(const ForwardCall& call) {
   check_inputs(call.input);
   check_parameters(p, call.parameters);
   for (int s = 0; s < 2; ++s) require(!has_direction(p, s) || call.output[s], "an output is missing");
-  require(call.saved || saved_per_clip(p, call.recompute) == 0, "the place for what backward needs is missing");
+  require(call.saved || saved_per_clip(p, call.recompute) == 0, "the buffer `saved` for backward is missing");
   const Kernels& kernels = selected_kernels();
   const Workspace workspace(kernels.bcast_forward_workspace(p, call.recompute, call.threads));
   kernels.bcast_forward(call, workspace.data());
@@ -75,7 +75,7 @@ void run_backward(const BackwardCall& call) {
   if (p.batch == 0 || !has_any_direction(p)) return;
   check_inputs(call.input);
   check_parameters(p, call.parameters);
-  require(call.saved || saved_per_clip(p, call.recompute) == 0, "what forward saved is missing");
+  require(call.saved || saved_per_clip(p, call.recompute) == 0, "`saved` of forward is missing");
   for (int s = 0; s < 2; ++s) require(!has_direction(p, s) || call.grad_output[s], "an output gradient is missing");
   const Kernels& kernels = selected_kernels();
   const Workspace workspace(kernels.bcast_backward_workspace(p, call.recompute, call.threads));

@@ -1,6 +1,6 @@
 // B-CAST backward: forward's phases mirrored, then the sums over rows.
 //
-// 0 both:      what forward did not keep, once more
+// 0 both:      values that forward did not keep, again
 // 1 rows:      output gradient -> up -> GELU -> projection -> gradient of attention's output
 // 2 attention: -> gradients of queries, keys, values
 // 3 rows:      -> stream projections -> LayerNorm -> down -> input gradient
@@ -59,7 +59,7 @@ inline void backward_output(const BackwardRun& run, int stream, i64 task, float*
 struct AttentionTask {
   i64 clip, first_group, groups, first_head, heads;
 };
-// Short windows: the groups of one query task, all heads. Long ones: one head of one group.
+// A short window's task: the groups of one query task, all heads. A long window's: one head of one group.
 CAST_INLINE i64 attention_tasks_per_clip(const Problem& p, int direction) {
   if (window_length(p, direction) > kRowBlock) return window_groups(p, direction) * p.heads;
   return query_cut(p, direction).tasks_per_clip;
@@ -127,7 +127,7 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
   __builtin_memset(sums, 0, sizeof(float) * size_t(2 * d));
   for (i64 r = 0; r < block.rows; ++r) {
     const i64 row = block.first + r;
-    // CLS reaches GELU without attention: its activation gradient is the normalised value's.
+    // CLS reaches GELU without attention: the gradient of its normalised value is that of the value before GELU.
     const bool from_output = has_direction(p, stream) && is_cls(r);
     const float* grad = from_output ? stage + run.plan.stage.activation[stream] + row * d : dn + r * d;
     normalise_row_backward(grad, normed + row * d, rstd[row], d, run.call.parameters.stream[stream].norm_weight,
@@ -151,7 +151,7 @@ inline void backward_input(const BackwardRun& run, int stream, i64 task, float* 
       });
 }
 
-// s.a = the block's normalised rows, as normalise_rows left them there in forward.
+// s.a = the block's normalised rows, with the bits of forward's normalise_rows.
 inline void restore_rows(const ForwardRun& run, int stream, const RowBlock& block, const ForwardScratch& s) {
   const i64 d = run.problem.bottleneck;
   const auto& own = run.parameters.stream[stream];
@@ -166,7 +166,7 @@ inline void repeat_attended(const ForwardRun& run, int direction, i64 task, cons
   keep_attended(run.problem, direction, block, s.a, run.clip(block.clip)[kAttended][direction]);
 }
 
-// Phase 0 where the normalised rows and activations were kept: projections and attention.
+// Phase 0 if forward kept the normalised rows and activations: projections and attention.
 inline void repeat_cheap(const ForwardRun& run, i64 clips, int threads, float* scratch) {
   const Problem& p = run.problem;
   const ForwardPlan& plan = run.plan;
@@ -185,7 +185,7 @@ inline void repeat_cheap(const ForwardRun& run, i64 clips, int threads, float* s
   });
 }
 
-// Phase 0: the fields of the clips in flight that forward did not keep, with the bits that they had.
+// Phase 0: computes the fields that forward did not keep of the clips in flight, with the same bits.
 inline void repeat_forward(const BackwardRun& run, const ForwardWeights& weights, float* scratch) {
   const BackwardCall& call = run.call;
   if (call.recompute == kNothing) return;

@@ -22,7 +22,8 @@ inline void project(const ForwardRun& run, int direction, const float* input, i6
       });
 }
 
-// input rows for a projection: n, or n + the position table's row.
+// A projection's input rows: n, or n + the position table's row. Fills `slots` with each row's head-major offset, -1
+// for CLS.
 inline const float* with_position(const Problem& p, int direction, int stream, const float* table,
                                   const RowBlock& block, const float* n, i64* slots, float* sum) {
   const i64 d = p.bottleneck;
@@ -63,7 +64,7 @@ inline void normalise_rows(const ForwardRun& run, int stream, const RowBlock& bl
   }
 }
 
-// Queries of the direction in which the stream asks, keys and values of the one in which it answers, from s.a.
+// From s.a: queries of the direction in which the stream asks, keys and values of the direction in which it answers.
 inline void project_rows(const ForwardRun& run, int stream, const RowBlock& block, const ForwardScratch& s) {
   const Problem& p = run.problem;
   const i64 d = p.bottleneck;
@@ -89,7 +90,7 @@ inline void forward_rows(const ForwardRun& run, int stream, i64 task, const Forw
   project_rows(run, stream, block, s);
 }
 
-// output = input + scale * (hidden Wu^T + bu) for rows whose positions in the stream are in the row table.
+// output = input + scale * (hidden Wu^T + bu). Row r of `hidden` belongs to row row_table[r] of the stream.
 inline void up_and_residual(const ForwardRun& run, int stream, const float* hidden, i64 rows, const i64* row_table,
                             const float* row_scale) {
   const i64 D = run.problem.dim, d = run.problem.bottleneck;
@@ -110,7 +111,8 @@ inline void up_and_residual(const ForwardRun& run, int stream, const float* hidd
       });
 }
 
-// s.a = attention of the block's queries, all heads. Statistics go to row_max and inverse_sum unless these are null.
+// s.a = attention of the block's queries, all heads. row_max and inverse_sum receive the statistics unless they are
+// null.
 inline void attend_queries(const ForwardRun& run, int direction, const QueryBlock& block, const ForwardScratch& s,
                            float* row_max, float* inverse_sum) {
   const Problem& p = run.problem;
@@ -173,7 +175,7 @@ inline void forward_queries(const ForwardRun& run, int direction, i64 task, cons
   up_and_residual(run, direction, s.b, rows, s.row_table, s.row_scale);
 }
 
-// CLS rows of the clips in flight: already normalised by phase 1; GELU, up, residual remain.
+// CLS rows of the clips in flight. Phase 1 normalised them; GELU, up and residual remain.
 inline void forward_cls(const ForwardRun& run, i64 first, i64 rows, const ForwardScratch& s) {
   const Problem& p = run.problem;
   const i64 d = p.bottleneck;
@@ -187,7 +189,8 @@ inline void forward_cls(const ForwardRun& run, i64 first, i64 rows, const Forwar
   up_and_residual(run, kSpatial, s.a, rows, s.row_table, s.row_scale);
 }
 
-// Both phases of the clips in flight; without outputs, what backward needs of them. `scratch` is all threads'.
+// Both phases of the clips in flight. Without outputs it computes only the fields that backward needs. `scratch` has
+// all threads' parts.
 inline void forward_clips(const ForwardRun& run, i64 clips, int threads, float* scratch) {
   const Problem& p = run.problem;
   const ForwardPlan& plan = run.plan;

@@ -1,7 +1,7 @@
-// Products of bfloat16 pairs: two multiply-adds per lane and instruction where the processor has them (AVX512_BF16).
+// Products of bfloat16 pairs: with AVX512_BF16 two multiply-adds per lane and instruction.
 //
-// A word holds the bfloat16 values of two consecutive depths, the lower one in its lower half. Everything but the two
-// operands of a dense product stays float32: sums, statistics, attention, GELU, residuals. Levels without the
+// A word holds the bfloat16 values of two consecutive depths, the lower depth in its lower half. Only the two operands
+// of a dense product are bfloat16; sums, statistics, attention, GELU and residuals stay float32. Levels without the
 // instruction compute bfloat16 problems with the float32 kernels, which are as fast there and more exact.
 #pragma once
 
@@ -13,8 +13,8 @@
 
 CAST_ISA_BEGIN
 
-// CAST_EMULATE_BF16 gives any level the same code with the instruction spelled out, so that packing, tails and strides
-// are tested where no such processor is.
+// CAST_EMULATE_BF16 compiles this code for any level with the instruction spelled out. So a processor without
+// AVX512_BF16 can test packing, tails and strides.
 #if defined(__AVX512BF16__) || defined(CAST_EMULATE_BF16)
 constexpr bool kHasBf16 = true;
 #else
@@ -23,7 +23,7 @@ constexpr bool kHasBf16 = false;
 
 typedef std::uint32_t uvec __attribute__((vector_size(kLanes * 4)));
 
-// Rounded to nearest even, in the upper half of each lane. Not-a-number stays one.
+// bfloat16 by rounding to nearest even, in the upper half of each lane. NaN stays NaN.
 CAST_INLINE uvec rounded_bf16(vec x) {
   const uvec bits = (uvec)x;
   const uvec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -34,7 +34,7 @@ CAST_INLINE uvec rounded_bf16(vec x) {
 // Words of two rows: depth k from `low`, depth k + 1 from `high`.
 CAST_INLINE vec pair_words(vec low, vec high) { return (vec)((rounded_bf16(low) >> 16) | rounded_bf16(high)); }
 
-// sum + low * low + high * high in each lane.
+// sum + left.low * right.low + left.high * right.high in each lane.
 CAST_INLINE vec dot_pairs(vec sum, std::uint32_t left, vec right) {
 #ifdef __AVX512BF16__
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
@@ -51,7 +51,8 @@ CAST_INLINE vec dot_pairs(vec sum, std::uint32_t left, vec right) {
 
 typedef std::uint16_t halfvec __attribute__((vector_size(kLanes * 2)));
 
-// Rows of float32 as rows of words: to[r][k / 2]. `to` has ceil(depth / 2) words a row, zero behind an odd depth.
+// Rows of float32 as rows of words: to[r][k / 2]. `to` has ceil(depth / 2) words a row; an odd depth's last word has a
+// zero half.
 inline void pair_rows(const float* from, i64 stride, i64 rows, i64 depth, std::uint32_t* to) {
   const i64 words = ceil_div(depth, 2);
   for (i64 r = 0; r < rows; ++r, from += stride, to += words)

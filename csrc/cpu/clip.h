@@ -1,4 +1,4 @@
-// The intermediates of one clip: how large they are, which of them forward keeps for backward, and where they lie.
+// The intermediates of one clip: their sizes, their places, and which of them forward keeps for backward.
 //
 // Queries, keys and values lie [group][head][index][head_dim], so one head of one window is one contiguous matrix.
 #pragma once
@@ -30,14 +30,14 @@ static inline i64 field_size(const Problem& p, int field, int which) {
   return patch_tokens(p) * p.bottleneck;
 }
 
-// kCheap drops what costs little to repeat: queries, keys and values (12 % of the multiply-adds of forward and backward
-// at the paper's size) and attention (2 %).
+// kCheap drops fields that are cheap to repeat: queries, keys and values (12 % of the multiply-adds of forward and
+// backward at the paper's size) and attention (2 %).
 static inline bool is_kept(Recompute recompute, int field) {
   if (recompute == kAll || field == kCls) return false;
   return recompute == kNothing || field > kAttended;
 }
 
-// Offsets in floats inside one clip's region; -1 where a field is not part of it.
+// Offsets in floats inside one clip's region; -1 for a field outside of it.
 struct ClipLayout {
   i64 at[kFields][2];
   i64 total;
@@ -55,13 +55,13 @@ static inline ClipLayout lay_out(const Problem& p, const Part& is_part) {
   return l;
 }
 
-// What lies in `saved`: without gaps up to the slack at the end, which forward zeroes, so every float of it is defined.
+// The fields in `saved`, without gaps. Forward zeroes the slack at the end, so every float of `saved` is defined.
 // cast_kernels/cpu/bcast.py computes the same total in Python.
 static inline ClipLayout kept_layout(const Problem& p, Recompute recompute) {
   return lay_out(p, [&](int field) { return is_kept(recompute, field); });
 }
 
-// What forward needs besides `saved`; `recompute` is kAll if it keeps nothing.
+// The other fields that forward needs. `recompute` is kAll if it keeps nothing.
 static inline ClipLayout forward_layout(const Problem& p, Recompute recompute) {
   return lay_out(p, [&](int field) {
     if (field == kCls) return !is_kept(recompute, kActivation);
@@ -69,12 +69,12 @@ static inline ClipLayout forward_layout(const Problem& p, Recompute recompute) {
   });
 }
 
-// What backward needs besides `saved`: everything that was not kept.
+// The other fields that backward needs: all that were not kept.
 static inline ClipLayout backward_layout(const Problem& p, Recompute recompute) {
   return lay_out(p, [&](int field) { return field != kCls && !is_kept(recompute, field); });
 }
 
-// One clip's fields, wherever they lie; null where they are in neither region.
+// Pointers to one clip's fields in either region; null for a field in neither.
 struct Clip {
   float* at[kFields][2];
   float* const* operator[](Field field) const { return at[field]; }

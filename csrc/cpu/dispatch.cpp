@@ -4,7 +4,8 @@
 
 #include "kernels.h"
 
-// What CMakeLists.txt appends turns SSE3 and all that builds on it off again; these can only be left out of CXXFLAGS.
+// CMakeLists.txt appends options that turn SSE3 and its successors off. It cannot turn these off: leave them out of
+// CXXFLAGS.
 #if defined(__x86_64__) && (defined(__SSE3__) || defined(__POPCNT__) || defined(__LZCNT__) || defined(__BMI__) || \
                             defined(__BMI2__) || defined(__MOVBE__) || defined(__ADX__))
 #error "this file must run on every x86-64 processor; remove options such as -mbmi2 and -mpopcnt from CXXFLAGS"
@@ -26,7 +27,8 @@ struct Level {
 }
 #endif
 
-// Best first. Every feature that a level's compiler flags enable is asked for, not only its headline one.
+// Best first. A level is supported if the processor has every feature that its compiler flags enable, not only the one
+// in its name.
 const Level* levels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

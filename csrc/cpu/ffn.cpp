@@ -47,7 +47,7 @@ void run_ffn_backward(const FFNBackwardCall& call) {
   if (p.rows == 0) return;
   check_parameters(p, call.parameters);
   require(call.x && call.grad_y, "the input or the output gradient is missing");
-  require(call.saved, "what forward saved is missing");
+  require(call.saved, "`saved` of forward is missing");
   const Kernels& kernels = selected_kernels();
   const Workspace workspace(kernels.ffn_backward_workspace(call));
   kernels.ffn_backward(call, workspace.data());

@@ -1,7 +1,7 @@
-// FFN backward, per group of row blocks: rows first, then everything that sums over rows.
+// FFN backward, per group of row blocks: rows first, then all sums over rows.
 //
 // 1 rows: hidden values (again, or from `saved`) -> gradients of both branches -> LayerNorm -> input gradient
-// 2 sums: weights and biases from what phase 1 staged, LayerNorm's parameters from the blocks' shares
+// 2 sums: weights and biases from phase 1's stages, LayerNorm's parameters from the blocks' shares
 #pragma once
 
 #include "ffn_backward_plan.h"
@@ -43,8 +43,8 @@ struct Rows {
   i64 stride;
 };
 
-// grad = gradient of the value before the activation, from that of the value after it, which `grad` holds if the branch
-// needs it; `value` = the value after the activation, if its data is not null.
+// grad = the gradient of the value before the activation. If the branch needs it, `grad` holds the gradient of the
+// value after the activation on entry. If value.data is not null, value = the value after the activation.
 inline void activation_backward(const FFNBackwardRun& run, int branch, i64 rows, i64 width, const float* hidden,
                                 i64 hidden_stride, const float* factor, const Rows& grad, const Rows& value) {
   const bool needs_grad = run.plan.needs[branch].grad;
@@ -95,7 +95,7 @@ inline void backward_chunk(const FFNBackwardRun& run, int branch, const HiddenCh
          });
 }
 
-// From the normalised rows' gradient to the input's; leaves the block's shares of LayerNorm's gradients.
+// The input's gradient from that of the normalised rows. Stores the block's shares of LayerNorm's gradients.
 inline void backward_norm(const FFNBackwardRun& run, i64 task, const FFNBlock& block, const FFNBackwardScratch& s) {
   const FFNProblem& p = run.call.problem;
   const i64 D = p.dim;
@@ -141,7 +141,7 @@ inline void ffn_backward_rows(const FFNBackwardRun& run, i64 task, float* scratc
   if (run.plan.through_norm) backward_norm(run, task, block, s);
 }
 
-// The layers whose gradients sum over the group's rows, and behind their tasks one for LayerNorm.
+// The layers with gradients that sum over the group's rows. Their tasks come first; one for LayerNorm follows.
 struct FFNSums {
   LayerGradient in[2], out[2];
   i64 tasks;

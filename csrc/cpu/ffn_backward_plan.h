@@ -1,4 +1,4 @@
-// What one FFN backward call must compute, its memory, and its packed weights.
+// Wanted work of one FFN backward call, its memory, and its packed weights.
 #pragma once
 
 #include "ffn_plan.h"
@@ -6,7 +6,7 @@
 
 CAST_ISA_BEGIN
 
-// What the wanted gradients need of a branch.
+// Values of a branch that the wanted gradients need.
 struct BranchNeeds {
   bool hidden;      // values before the activation
   bool grad;        // gradient of those
@@ -14,13 +14,13 @@ struct BranchNeeds {
   bool stage_value; // values after the activation for all rows of a group, for the weight out of the branch
 };
 
-// Row blocks that stage together: so staging stays bounded whatever the batch, and weight gradients add up over groups.
+// Rows of the blocks that stage together. Staging stays bounded for any batch; weight gradients add up over groups.
 constexpr i64 kGroupRows = 1600;
 
 // Memory of one group of row blocks, in floats.
 struct FFNStage {
   i64 grad[2], value[2];  // [rows, width]
-  i64 factor;             // [rows]: what the adapter's branch is multiplied by
+  i64 factor;             // [rows]: multiplies the adapter's branch
   i64 norm_sums;          // [blocks][2][dim]: shares of gamma's and beta's gradients
   i64 total;
 };
@@ -45,7 +45,7 @@ inline BranchNeeds branch_needs(const FFNBackwardCall& call, int branch, bool th
   return n;
 }
 
-// Three panels a branch at most: into it as forward does, and both weights for the gradients of their inputs.
+// At most three panels a branch: forward's into the branch, and both weights for the gradients of their inputs.
 inline i64 ffn_backward_weights_size(const FFNProblem& p) {
   i64 floats = 0;
   for (int b = 0; b < 2; ++b) floats += 2 * packed_size(p.dim, p.width[b]) + packed_size(p.width[b], p.dim);
@@ -82,8 +82,8 @@ inline i64 ffn_backward_workspace(const FFNBackwardCall& call) {
 
 struct FFNBackwardWeights {
   Panels in[2];        // W_in^T, to compute hidden values again
-  Panels out_grad[2];  // W_out, from the output's gradient to the hidden one's
-  Panels in_grad[2];   // W_in, from there to the normalised rows' gradient
+  Panels out_grad[2];  // W_out: output's gradient -> hidden gradient
+  Panels in_grad[2];   // W_in: hidden gradient -> normalised rows' gradient
 };
 
 inline FFNBackwardWeights pack_ffn_backward(const FFNBackwardCall& call, const FFNBackwardPlan& plan, float* at) {

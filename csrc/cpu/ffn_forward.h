@@ -1,7 +1,7 @@
 // FFN forward: one pass over blocks of rows, each through LayerNorm, the adapter and the FFN.
 //
 // A task's normalised rows, a chunk of hidden columns and the sum of the branches stay in the second-level cache, while
-// the weights stream by; no hidden value reaches main memory unless forward keeps it.
+// the weights stream past. No hidden value reaches main memory unless forward keeps it.
 #pragma once
 
 #include "ffn_plan.h"
@@ -38,7 +38,8 @@ inline FFNForwardScratch ffn_forward_scratch(const FFNProblem& p, i64 rows, floa
   return s;
 }
 
-// hidden [rows, chunk] = activation(normed W_in^T + b); before the activation also to `kept` [rows, kept_stride].
+// hidden [rows, chunk] = activation(normed W_in^T + b); `kept` [rows, kept_stride] receives the values before the
+// activation.
 inline void ffn_hidden(const FFNProblem& p, int branch, const float* normed, i64 rows, const Panels& in,
                        const float* bias, float* hidden, float* kept, i64 kept_stride) {
   const i64 width = in.columns;
@@ -54,7 +55,8 @@ inline void ffn_hidden(const FFNProblem& p, int branch, const float* normed, i64
   });
 }
 
-// Adds a chunk's share of the branch's output to the rows' sum, or with the last one of all writes the block's output.
+// Adds a chunk's share of the branch's output to the rows' sum. If `y` is not null, the share is the block's last and
+// `y` receives x + sum + share.
 inline void ffn_output(const FFNProblem& p, int branch, i64 rows, const Panels& out, const float* bias,
                        const FFNForwardScratch& s, const float* x, float* y) {
   const i64 D = p.dim;

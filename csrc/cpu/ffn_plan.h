@@ -1,4 +1,4 @@
-// How an FFN's rows and hidden columns are cut, and its forward weights in panel order.
+// The cut of an FFN's rows and hidden columns, and its packed forward weights.
 #pragma once
 
 #include "ffn_problem.h"
@@ -7,12 +7,12 @@
 
 CAST_ISA_BEGIN
 
-// Most hidden columns at a time: two chains of the second product.
+// At most this many hidden columns at a time: two chains of the second product.
 constexpr i64 kHiddenChunk = 384;
 static_assert(kHiddenChunk % kTileColumns == 0, "a chunk is whole panels");
 
-// Consecutive rows make a task: few enough for its buffers to stay in the second-level cache, enough to hide the
-// weights passing by. Forward has two buffers of [rows, dim] and one of [rows, kHiddenChunk].
+// A task is consecutive rows: few enough for its buffers to stay in the second-level cache, enough to hide the loads of
+// the weights. Forward has two buffers of [rows, dim] and one of [rows, kHiddenChunk].
 struct FFNCut {
   i64 rows, tasks;
 };
@@ -44,7 +44,7 @@ CAST_INLINE HiddenChunk hidden_chunk(i64 width, i64 index) {
   return {first, min_of(each, width - first)};
 }
 
-// f(activation of a vector) for the branch's activation; the choice is made outside of all loops.
+// Calls f(activation, its slope) with the branch's functions of a vector. The choice is made outside of all loops.
 template <class F>
 CAST_INLINE void with_activation(const FFNProblem& p, int branch, const F& f) {
   if (branch == kFFN && p.activation == kQuickGelu)

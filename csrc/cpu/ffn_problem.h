@@ -1,4 +1,4 @@
-// What one FFN call is: sizes, parameter pointers and the layout of what forward keeps for backward.
+// One FFN call: sizes, parameter pointers and the layout of `saved`.
 #pragma once
 
 #include "base.h"
@@ -6,7 +6,7 @@
 namespace cast::cpu {
 
 enum : int { kGelu = 0, kQuickGelu = 1 };
-// The block's FFN and its adapter are the same thing twice: into a hidden width, activation, and back.
+// The block's FFN and its adapter have one structure: into a hidden width, activation, and back.
 enum : int { kFFN = 0, kAdapter = 1 };
 
 struct FFNProblem {

@@ -25,13 +25,13 @@ CAST_INLINE i64 forward_scratch_size(const Problem& p, i64 rows) {
   return tables + align16(rows * p.dim) + 2 * align16(rows * p.bottleneck) + attention_scratch_size(head_dim(p)) + 64;
 }
 
-// Enough tasks to balance the threads; more clips would only push their regions out of the last-level cache.
+// Enough tasks to balance the threads. More clips would only push their regions out of the last-level cache.
 CAST_INLINE i64 clips_in_flight(const Problem& p, int threads) {
   const i64 tasks = row_blocks_per_clip(p, 0) + row_blocks_per_clip(p, 1);
   return min_of(p.batch, max_of(1, ceil_div(8 * i64(threads), tasks)));
 }
 
-// Rounded up: the scratch behind it holds 64-bit tables, and an odd number of floats would misalign them.
+// Rounded up: 64-bit tables of the scratch follow, and an odd number of floats would misalign them.
 CAST_INLINE i64 clips_in_flight_floats(const ForwardPlan& plan) {
   return align16(plan.clips_in_flight * plan.own.total);
 }
@@ -55,7 +55,7 @@ struct ForwardWeights {
 // depths.
 CAST_INLINE bool uses_bf16(const Problem& p) { return kHasBf16 && p.bf16 && p.bottleneck % 2 == 0; }
 
-// What a packed copy of the weights serves: forward, or one of backward's repetitions.
+// The weights to pack: forward's, or those of backward's repetitions.
 struct WeightsWanted {
   bool down, projections, proj, up;
 };

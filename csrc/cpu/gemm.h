@@ -1,4 +1,4 @@
-// The register tile and the loop over it. Every product of B-CAST, attention included, runs through `multiply`.
+// The register tile and the loop over it. Every product, attention's included, is a `multiply`.
 #pragma once
 
 #include "announce.h"
@@ -14,9 +14,10 @@ struct NoStep {
 CAST_INLINE vec multiply_add(vec sum, float left, vec right) { return sum + left * right; }
 CAST_INLINE vec multiply_add(vec sum, std::uint32_t left, vec right) { return dot_pairs(sum, left, right); }
 
-// acc[r][c] = start[c] + sum over k < depth of a[r * row_stride + k * depth_stride] * b[k * ldb + c * kLanes ...].
-// `a` holds floats, or words of two bfloat16 depths: then depth, depth_stride and ldb count pairs. Strides that are literals at the call fold into the addresses; each_step(k) rides along. Measured with one thread:
-// 98 % of the multiply-add ceiling for depth 384 and 768; blocking the panel for L1 gained nothing.
+// acc[r][c] = start[c] + sum over k < depth of a[r * row_stride + k * depth_stride] * b[k * ldb + c * kLanes ...]. `a`
+// holds floats, or words of two bfloat16 depths: then depth, depth_stride and ldb count pairs. Strides that are
+// literals at the call fold into the addresses. each_step(k) runs in every step. Measured with one thread: 98 % of the
+// multiply-add ceiling for depth 384 and 768; blocking the panel for L1 gained nothing.
 template <int R, int C, class Left, class EachStep = NoStep>
 CAST_TILE void multiply(vec (&acc)[R][C], const vec (&start)[C], const Left* a, i64 row_stride, i64 depth_stride,
                         const float* b, i64 ldb, i64 depth, const EachStep& each_step = {}) {
@@ -48,7 +49,7 @@ CAST_INLINE void multiply(vec (&acc)[R][C], const float* a, i64 row_stride, i64 
   multiply(acc, zero, a, row_stride, depth_stride, b, ldb, depth);
 }
 
-// f(offset, vector, lanes that count) for each vector of a row of a tile, of which `lanes` count.
+// Calls f(offset, vector, valid lanes) for each vector of a tile's row that has `lanes` valid lanes.
 template <int C, class F>
 CAST_INLINE void each(const vec (&row)[C], i64 lanes, const F& f) {
 #pragma GCC unroll 4
@@ -64,7 +65,7 @@ CAST_INLINE void store_row(float* to, const vec (&row)[C], i64 lanes) {
   each(row, lanes, [=](i64 c, vec v, i64 n) { store_first(to + c, v, n); });
 }
 
-// out(row, column, the row's vectors, lanes that count) for the tile's valid part.
+// Calls out(row, column, the row's vectors, valid lanes) for the tile's valid part.
 template <int R, int C, class Out>
 CAST_INLINE void emit(const vec (&acc)[R][C], i64 row, i64 rows, i64 column, i64 columns, const Out& out) {
   if (row + R <= rows && column + C * kLanes <= columns) {  // literal lanes: the partial-vector branches fold away
@@ -82,7 +83,7 @@ CAST_INLINE void emit(const vec (&acc)[R][C], i64 row, i64 rows, i64 column, i64
   }
 }
 
-// Asks for the lines of a tile that will be written, while there is a whole product of time for them to arrive.
+// Prefetches the lines of a tile that will be written; the tile's product gives them time to arrive.
 CAST_INLINE void prefetch_row(const float* at) {
   for (int c = 0; c < kTileColumns; c += 16) __builtin_prefetch(at + c, 1, 3);
 }
@@ -90,7 +91,7 @@ CAST_INLINE void prefetch_tile(const float* at, i64 stride, i64 rows) {
   for (i64 r = 0; r < rows; ++r) prefetch_row(at + r * stride);
 }
 
-// The block's rows themselves, or a zero-padded copy where the last tile would read past them.
+// The block's rows, or a zero-padded copy if the last tile would read past them.
 CAST_INLINE const float* whole_tiles(const float* rows, i64 count, i64 width, float* copy) {
   const i64 padded = round_up(count, kTileRows);
   if (padded == count) return rows;
@@ -100,7 +101,7 @@ CAST_INLINE const float* whole_tiles(const float* rows, i64 count, i64 width, fl
 }
 
 // A right operand packed in panels [columns / kTileColumns][depth][kTileColumns], zero behind the last column. In
-// bfloat16 a row of a panel holds words of two depths, and the panel fills only the first half of its place.
+// bfloat16 a row of a panel holds words of two depths, and the panel fills only the first half of its space.
 struct Panels {
   const float* data;
   i64 depth, columns;
@@ -121,11 +122,12 @@ CAST_INLINE Panels depth_slice(const Panels& p, i64 first, i64 depth) {
   return {p.data + panel_row(first, p.bf16), depth, p.columns, p.panel_stride, p.bf16};
 }
 
-// Longest chain of additions into one accumulator: sums of longer depth are made of several chains, which brings the
-// rounding error to that of blocked library GEMMs.
+// Longest chain of additions into one accumulator. A deeper sum is made of several chains, which brings the rounding
+// error to that of blocked library GEMMs.
 constexpr i64 kDepthBlock = 256;
 
-// The tile as the sum of chains, product(acc, start, first depth, depth) each, added in memory that stays in L1.
+// The tile as a sum of chains, added in memory that stays in L1. product(acc, start, first depth, depth) computes one
+// chain.
 template <class Product>
 CAST_INLINE void sum_chains(vec (&acc)[kTileRows][kTileVecs], const vec (&start)[kTileVecs], i64 depth, i64 chain,
                             const Product& product) {
@@ -146,7 +148,7 @@ CAST_INLINE void sum_chains(vec (&acc)[kTileRows][kTileVecs], const vec (&start)
   }
 }
 
-// Asks for a panel in even steps while the one before it is multiplied: `at` is the first request's address.
+// Prefetches the next panel in even steps while one is multiplied. `at` is the first request's address.
 struct Ahead {
   const float* at;
   i64 step;
@@ -154,8 +156,8 @@ struct Ahead {
   CAST_INLINE Ahead from(i64 k) const { return {at + k * step, step}; }
 };
 
-// Every tile of a @ b + bias: tile(acc, start, row, panel, ahead), then out; see gemm. `steps` is a panel's depth in
-// steps of the product.
+// Calls tile(acc, start, row, panel, ahead) and then out for every tile of a @ b + bias; see gemm. `steps` is a panel's
+// depth in steps of the product.
 template <class Tile, class Out, class Before>
 CAST_INLINE void each_tile(i64 rows, i64 steps, const Panels& right, const float* bias, const Out& out,
                            const Before& before, const Tile& tile) {
@@ -177,7 +179,7 @@ CAST_INLINE void each_tile(i64 rows, i64 steps, const Panels& right, const float
   }
 }
 
-// The left operand is turned into words once, for all panels.
+// Turns the left operand into words once, for all panels.
 template <class Out, class Before>
 __attribute__((noinline)) void gemm_bf16(const float* a, i64 lda, i64 rows, const Panels& right, const float* bias,
                                          const Out& out, const Before& before) {
@@ -194,18 +196,18 @@ __attribute__((noinline)) void gemm_bf16(const float* a, i64 lda, i64 rows, cons
             });
 }
 
-// out(row, column, vectors, lanes) for every part of a row of a @ b + bias (bias may be null).
-// Reads whole row tiles: `a` must be readable up to round_up(rows, kTileRows) rows; what the surplus rows hold is never
-// used. before(row, column) runs before each row's part of a tile is computed: the place for prefetches of the output.
+// Calls out(row, column, vectors, lanes) for every part of a row of a @ b + bias (bias may be null). Reads whole row
+// tiles: `a` must be readable up to round_up(rows, kTileRows) rows; values of the surplus rows are never used.
+// before(row, column) runs before a tile is computed, for each of its rows: the place to prefetch the output.
 //
-// While the tiles of one panel are computed the next panel is asked for, evenly: one request a step. Weights of several
-// MiB come from the last-level cache or from memory, and the processor's own prefetching left every panel's first tile
-// waiting. Measured for an FFN forward (48 rows a block, D = 768, 18.9 MB of weights, one thread, busy Zen 3): 78 to 92
-// GFLOP/s; all requests in one burst before a tile gained nothing.
+// While the tiles of one panel are computed, the next panel is prefetched evenly, one request a step. Weights of
+// several MiB come from the last-level cache or from memory; with the processor's own prefetching every panel's first
+// tile waited. Measured for an FFN forward (48 rows a block, D = 768, 18.9 MB of weights, one thread, busy Zen 3): 78
+// to 92 GFLOP/s. All requests in one burst before a tile gained nothing.
 template <class Out, class Before>
 __attribute__((noinline)) void gemm(const float* a, i64 lda, i64 rows, const Panels& b, const float* bias,
                                     const Out& out_at_caller, const Before& before_at_caller) {
-  const Out out = out_at_caller;  // copies, so that stores through float pointers cannot seem to change them
+  const Out out = out_at_caller;  // copies: the compiler sees that stores through float pointers cannot change them
   const Before before = before_at_caller;
   const Panels right = b;
   if constexpr (kHasBf16)

@@ -5,14 +5,14 @@
 
 namespace cast::cpu {
 
-// Throws std::length_error. Defined once, outside of every level: its message is made of std::string.
+// Throws std::length_error. Defined once, outside of every level, because its message is a std::string.
 [[noreturn]] void refuse_job(const char* list, int most);
 
 }  // namespace cast::cpu
 
 CAST_ISA_BEGIN
 
-// At most kMost jobs; `Job::kList` names the list in the refusal of one more.
+// At most kMost jobs; the refusal of one more names the list by `Job::kList`.
 template <class Job, int kMost>
 class JobList {
  public:
@@ -26,7 +26,7 @@ class JobList {
 
   i64 tasks() const { return tasks_; }
 
-  // body(job, which of its tasks) for one of the list's tasks.
+  // Calls body(job, the task's number within the job) for one of the list's tasks.
   template <class Body>
   void run(i64 task, const Body& body) const {
     int j = count_ - 1;

@@ -24,11 +24,12 @@ CAST_INLINE i64 layer_gradient_tasks(const LayerGradient& g) {
 }
 
 // Task `task` of the layer's gradient, (+)= over `rows` rows. value_at(row, column, lanes) is the layer's input, a
-// vector of which `lanes` count; `add` is false for the first rows of all; `scratch` holds weight_scratch_size() floats.
+// vector with `lanes` valid lanes; `add` is false for the first rows of all; `scratch` holds weight_scratch_size()
+// floats.
 template <class ValueAt>
 void add_layer_gradient(const LayerGradient& g, i64 rows, i64 task, bool add, float* scratch, const ValueAt& value_at) {
   const WeightScratch s = weight_scratch(scratch, g.bf16);
-  // Without a weight the tasks are blocks of the bias: as if there were one column.
+  // Without a weight the tasks are blocks of the bias, cut as for one column.
   const WeightBlock block = weight_block(g.outs, g.weight ? g.ins : 1, task);
   const bool sum_bias = g.bias && block.in == 0;
   const i64 chunk = ceil_div(rows, ceil_div(rows, kChunk));

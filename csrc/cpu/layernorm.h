@@ -5,7 +5,7 @@
 
 CAST_ISA_BEGIN
 
-// sum over the row of f(vector, column); f must return zero in lanes past the row's end.
+// Sum of f(column) over the row; f must return zero in lanes past the row's end.
 template <class F>
 CAST_INLINE float row_sum(i64 d, const F& f) {
   vec sum = vec{};

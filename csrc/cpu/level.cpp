@@ -8,7 +8,7 @@
 
 CAST_ISA_BEGIN
 
-// Ten chains hide the latency of a multiply-add on two ports; every level has that many registers to spare.
+// Ten chains hide the latency of a multiply-add on two ports; every level has registers for them.
 double fma_flops(i64 rounds) {
   constexpr int chains = 10;
   vec x[chains];

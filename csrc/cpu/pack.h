@@ -1,8 +1,8 @@
 // Weights in the panel order that `gemm` reads.
 //
-// Every call packs what it uses: its weights are read as they are when it starts, whoever wrote them and however. A
-// copy kept between calls would save 1 to 3 % of an inference and could be out of date: no counter sees a write by
-// another process, through a NumPy view, or by a fused optimizer. docs/cpu.md has the measurements.
+// Every call packs its weights, so it uses their values at its start, whoever wrote them. A copy kept between calls
+// would save 1 to 3 % of an inference and could be stale: no counter sees a write by another process, through a NumPy
+// view, or by a fused optimizer. docs/cpu.md has the measurements.
 #pragma once
 
 #include "gemm.h"
@@ -19,8 +19,8 @@ CAST_INLINE void store_block(const vec (&block)[kLanes], i64 k, i64 rows, float*
     store(to + panel_row(k + r, kWords), kWords ? pair_words(block[r], block[r + 1]) : block[r]);
 }
 
-// One panel of a linear layer's right operand W^T, from torch's [columns, depth]. The panel behind it lies behind it in
-// the weight too, so its lines are asked for in order while this one is transposed.
+// One panel of a linear layer's right operand W^T, from torch's [columns, depth]. The next panel's weights follow in
+// memory, so their lines are prefetched in order while this one is transposed.
 template <bool kWords>
 inline void pack_panel_transposed(const float* weight, i64 depth, i64 columns, i64 panel, float* to) {
   const i64 first = panel * kTileColumns;
@@ -60,7 +60,7 @@ inline void pack_panel_plain(const float* weight, i64 depth, i64 columns, i64 pa
     }
 }
 
-// Consecutive panels make a task: most then find that their lines have been asked for.
+// A task is consecutive panels: most of them find their lines prefetched.
 constexpr i64 kPackedTogether = 4;
 
 struct PackJob {
@@ -81,7 +81,7 @@ inline Panels add_pack_job(PackJobs& list, const float* weight, float* to, i64 d
   return {to, depth, columns, panel_stride, bf16};
 }
 
-// The same at `at`, which moves behind the panels.
+// The same at `at`; moves `at` behind the panels.
 inline Panels add_next_pack_job(PackJobs& list, const float* weight, float*& at, i64 depth, i64 columns,
                                 bool transposed, bool bf16) {
   const Panels packed = add_pack_job(list, weight, at, depth, columns, depth * kTileColumns, transposed, bf16);

@@ -1,15 +1,14 @@
-// What one B-CAST call is: sizes, parameter pointers, and where a token lies in its window.
+// One B-CAST call: sizes, parameter pointers, and a token's place in its window.
 //
-// Included by every instruction-set level, so only plain data and internal-linkage functions live here: a shared
-// inline function could be merged by the linker into its AVX-512 copy and crash an older machine.
+// Plain data and functions with internal linkage only, for the reason in base.h.
 #pragma once
 
 #include "base.h"
 
 namespace cast::cpu {
 
-// Streams and the directions that ask from them share an index: direction 0 (t2s) asks from stream 0 (spatial) and
-// is answered by stream 1, direction 1 (s2t) the other way round.
+// A stream and the direction in which it asks share an index: in direction 0 (t2s) stream 0 (spatial) asks and stream 1
+// answers, in direction 1 (s2t) the other way round.
 enum : int { kSpatial = 0, kTemporal = 1 };
 enum : int { kAbsent = -1, kTime = 0, kSpace = 1, kSpaceTime = 2 };
 
@@ -46,9 +45,9 @@ struct ForwardCall {
   Parameters parameters;
   const float* input[2];
   const float* scale[2];  // [B, 1+N] and [B], or null
-  float* output[2];       // null where the stream receives nothing
+  float* output[2];       // null if the stream receives nothing
   float* saved;           // [B, kept_layout().total], or null
-  Recompute recompute;    // says what `saved` holds
+  Recompute recompute;    // defines the fields of `saved`
   int threads;
 };
 
@@ -83,7 +82,7 @@ static inline i64 window_groups(const Problem& p, int direction) {
 }
 
 struct Slot {
-  i64 group, index;  // which window, and the position in it
+  i64 group, index;  // the window, and the position in it
 };
 static inline Slot slot_of(const Problem& p, int direction, i64 t, i64 n) {
   if (p.window[direction] == kTime) return {n, t};
@@ -96,7 +95,7 @@ static inline i64 token_of(const Problem& p, int direction, i64 group, i64 index
   return group * p.patches + index;  // space: (t, n); space-time: group is 0
 }
 
-// Row tiles and vectors may read (never use) up to this much past the last matrix of a region.
+// Row tiles and vectors may read up to this much past the last matrix of a region; they never use these values.
 static inline i64 read_slack(const Problem& p) { return 16 * p.bottleneck + 64; }
 
 }  // namespace cast::cpu

@@ -1,4 +1,4 @@
-// Refusals that every op's entry points share.
+// Refusals shared by every op's entry points.
 #pragma once
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// Which rows a task works on: blocks of consecutive rows of a stream, and blocks of queries of a direction.
+// The rows of a task: blocks of consecutive rows of a stream, and blocks of queries of a direction.
 #pragma once
 
 #include "gemm.h"
@@ -29,7 +29,7 @@ CAST_INLINE i64 row_of(const Problem& p, int stream, i64 token) {
   return token + (stream == kSpatial ? token / p.patches + 1 : 0);
 }
 
-// How a direction's queries are cut into tasks: several whole windows, or a part of one.
+// The cut of a direction's queries into tasks: several whole windows, or a part of one.
 struct QueryCut {
   i64 groups_per_task, queries_per_block, blocks_per_group, tasks_per_clip, max_rows;
 };
@@ -63,7 +63,7 @@ CAST_INLINE QueryBlock query_block(const Problem& p, int direction, const QueryC
           min_of(cut.queries_per_block, window_length(p, direction) - index)};
 }
 
-// Offset of head 0 of a slot in [group][head][index][head_dim], and what a column adds to it.
+// Offsets in [group][head][index][head_dim]: of a slot in head 0, and of a head's matrix.
 CAST_INLINE i64 slot_offset(const Problem& p, int direction, Slot slot) {
   return (slot.group * p.heads * window_length(p, direction) + slot.index) * head_dim(p);
 }
@@ -71,7 +71,7 @@ CAST_INLINE i64 head_matrix(const Problem& p, int direction, i64 group, i64 head
   return (group * p.heads + head) * window_length(p, direction) * head_dim(p);
 }
 
-// Stores a part of a row to a head-major matrix: at once where it lies inside one head, else float by float.
+// Stores a part of a row to a head-major matrix: by vectors if it lies inside one head, else float by float.
 struct HeadMajorRow {
   i64 head_dim, head_stride;  // head_stride: floats between the same row of two heads
   template <int C>

@@ -45,7 +45,7 @@ void run_self_attention_backward(const SelfAttentionBackward& call) {
   check_parameters(p, call.parameters);
   if (p.batch == 0) return;
   require(call.input && call.grad_output, "the input or the output's gradient is missing");
-  require(call.saved, "what forward saved is missing");
+  require(call.saved, "`saved` of forward is missing");
   const Kernels& kernels = selected_kernels();
   const Workspace workspace(kernels.self_attention_backward_workspace(p, call.threads));
   kernels.self_attention_backward(call, workspace.data());

@@ -1,9 +1,9 @@
-// One expert block's self-attention with its serial adapter: sizes, parameter pointers, and what forward keeps.
+// One expert block's self-attention with its serial adapter: sizes, parameter pointers, and the layout of `saved`.
 //
 //   a = softmax(q k^T / sqrt(head_dim)) v Wp^T + bp,   [q|k|v] = LayerNorm(x) Wqkv^T + bqkv
 //   y = x + a + gelu(a Wd^T + bd) Wu^T + bu
 //
-// Plain data only, for the reason that base.h gives.
+// Plain data and functions with internal linkage only, for the reason in base.h.
 #pragma once
 
 #include "base.h"
@@ -47,8 +47,8 @@ struct SelfAttentionBackward {
 static inline i64 head_dim(const SelfAttentionProblem& p) { return p.dim / p.heads; }
 static inline i64 all_rows(const SelfAttentionProblem& p) { return p.batch * p.tokens; }
 
-// Batch entries that pass through the phases together: what lies between phases stays a few times 1600 rows, about
-// one clip. Never a matter of threads: sums over rows are cut at groups.
+// Batch entries that pass through the phases together: memory between phases stays a few times 1600 rows, about one
+// clip. The number of threads must not matter: sums over rows are cut at groups.
 static inline i64 entries_in_flight(const SelfAttentionProblem& p) {
   const i64 fit = 1600 / p.tokens, most = p.batch < 1 ? 1 : p.batch;
   return fit < 1 ? 1 : fit < most ? fit : most;
@@ -65,12 +65,12 @@ struct SelfAttentionSaved {
   i64 total;
 };
 
-// Row tiles and vectors may read (never use) up to this much past a matrix.
+// Row tiles and vectors may read up to this much past a matrix; they never use these values.
 static inline i64 read_slack(const SelfAttentionProblem& p) {
   return 16 * (p.dim > p.adapter ? p.dim : p.adapter) + 64;
 }
 
-// The slack at the end is zeroed by forward. cast_kernels/cpu/self_attention.py computes the same total in Python.
+// Forward zeroes the slack at the end. cast_kernels/cpu/self_attention.py computes the same total in Python.
 static inline SelfAttentionSaved saved_layout(const SelfAttentionProblem& p) {
   SelfAttentionSaved l{};
   i64 at = 0;
@@ -87,12 +87,12 @@ static inline SelfAttentionSaved saved_layout(const SelfAttentionProblem& p) {
   return l;
 }
 
-// The functions that the bindings call. They throw std::invalid_argument for sizes that make no problem and for missing
-// pointers, std::bad_alloc if scratch memory cannot be had.
+// The interface for the bindings. The functions throw std::invalid_argument for wrong sizes and for missing pointers,
+// std::bad_alloc if scratch memory cannot be had.
 void check_problem(const SelfAttentionProblem& problem);
 i64 self_attention_saved(const SelfAttentionProblem& problem);  // floats
 void run_self_attention(const SelfAttentionForward& call);
-// Writes every gradient whose pointer is not null; an empty batch writes nothing.
+// Writes every gradient with a pointer that is not null; an empty batch writes nothing.
 void run_self_attention_backward(const SelfAttentionBackward& call);
 
 }  // namespace cast::cpu

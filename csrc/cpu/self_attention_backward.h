@@ -10,7 +10,8 @@
 
 CAST_ISA_BEGIN
 
-// What forward did not keep, for rows first .. first + count - 1 of the group; bit by bit what forward computed.
+// Recomputes the values that forward did not keep, for rows first .. first + count - 1 of the group, with the same
+// bits.
 inline void recompute_rows(const SelfBackwardRun& run, i64 first, i64 count, float* scratch) {
   const SelfAttentionProblem& p = run.call.problem;
   const SelfAttentionParameters& w = run.call.parameters;
@@ -155,8 +156,8 @@ inline void self_attention_backward(const SelfAttentionBackward& call, float* wo
   for (i64 first = 0; first < p.batch; first += entries_in_flight(p)) {
     const SelfBackwardRun run = self_backward_run(call, weights, stage, first);
     const i64 blocks = ceil_div(run.rows, kRowBlock);
-    // Lambdas, not function names: a call through a pointer could throw for all the compiler knows, and the level would
-    // refer to the C++ runtime's symbols.
+    // Lambdas, not function names: the compiler must assume that a call through a pointer throws, and the level would
+    // refer to symbols of the C++ runtime.
     const auto phase = [&](i64 tasks, const auto& body) {
       parallel_for(tasks, call.threads, [&](i64 task, int thread) { body(task, scratch + thread * scratch_size); });
     };

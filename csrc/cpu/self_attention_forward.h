@@ -13,9 +13,9 @@
 
 CAST_ISA_BEGIN
 
-// How the queries of a group of entries are cut into tasks: several whole entries, or a part of one. Parts are whole
-// query groups, or halves of them where that would leave too few tasks; the last part also takes what would be less than
-// half a part. Results do not depend on the cut: every query is on its own.
+// The cut of a group's queries into tasks: several whole entries, or a part of one. Parts are whole query groups, or
+// halves of them if whole ones make too few tasks. A remainder of less than half a part joins the last part. Results do
+// not depend on the cut, because queries are independent.
 struct SelfQueryCut {
   i64 entries, part, parts;
 };
@@ -96,8 +96,8 @@ inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool save, in
   return self_attention_packed_size(p) + state + self_scratch_size(p) * threads;
 }
 
-// A product whose columns belong to heads, row r at to + slots[r] and `matrix` floats from head to head. Whole panels to
-// a head are multiplied head by head: no division to find a column's place.
+// A product with head-major result: row r goes to to + slots[r], heads are `matrix` floats apart. If a head is whole
+// panels, each head is multiplied by itself, without a division to find a column's place.
 inline void to_heads(const float* a, i64 lda, i64 rows, const Panels& weight, const float* bias, i64 head_dim,
                      i64 matrix, const i64* slots, float* to) {
   if (head_dim % kTileColumns == 0 && !weight.bf16) {  // in bfloat16, `a` would be rounded once a head
@@ -115,8 +115,8 @@ inline void to_heads(const float* a, i64 lda, i64 rows, const Panels& weight, co
        [=](i64 row, i64 column, auto& v, i64 lanes) { heads.put(to + slots[row], column, v, lanes); });
 }
 
-// Queries, keys and values of `count` rows from `first` on of a group whose input is `x` and whose matrices are `qkv`.
-// `statistics` is null where nobody will ask for them.
+// Queries, keys and values of `count` rows from row `first` of a group; `x` is the group's input, `qkv` its matrices.
+// `statistics` is null if they are not kept.
 inline void project_qkv(const SelfAttentionProblem& p, const SelfAttentionParameters& w, const Panels& weight,
                         const float* x, i64 first, i64 count, float* qkv, float* statistics, float* normed,
                         i64* slots) {

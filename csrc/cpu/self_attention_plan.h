@@ -7,10 +7,10 @@
 
 CAST_ISA_BEGIN
 
-// Which parts of backward a call needs: gradients are computed only as far back as somebody asks.
+// The parts of backward that a call needs: backward ends at the last wanted gradient.
 struct SelfWanted {
-  bool norm;   // LayerNorm's parameters or the input: the whole way
-  bool inner;  // also the query-key-value layer: through attention
+  bool norm;   // wanted: LayerNorm's parameters or the input; the whole way
+  bool inner;  // wanted: those, or the query-key-value layer; through attention
 };
 CAST_INLINE SelfWanted self_wanted(const SelfAttentionBackward& call) {
   const SelfAttentionGradients& g = call.gradients;
@@ -18,7 +18,7 @@ CAST_INLINE SelfWanted self_wanted(const SelfAttentionBackward& call) {
   return {norm, norm || g.qkv_weight || g.qkv_bias};
 }
 
-// Gradients inside the block and what is computed again, for one group of entries; offsets in floats.
+// Gradients inside the block and recomputed values, for one group of entries; offsets in floats.
 struct SelfStage {
   i64 projected, hidden;  // [rows, dim], [rows, adapter]: computed again, if not kept
   i64 grad_hidden;        // [rows, adapter], before GELU
@@ -54,7 +54,7 @@ CAST_INLINE i64 self_backward_weights_size(const SelfAttentionProblem& p) {
                  packed_size(p.adapter, p.dim) + 64);
 }
 
-// One thread: row offsets and two [rows, dim] buffers; or attention's; or a weight block's.
+// Of one thread, the largest of: row offsets and two [rows, dim] buffers; attention's scratch; a weight block's.
 CAST_INLINE i64 self_backward_scratch_size(const SelfAttentionProblem& p) {
   const i64 rows = align16(2 * kRowBlock) + 2 * align16(kRowBlock * p.dim) + align16(p.dim);
   const i64 attention = align16(2 * p.tokens) + align16(p.tokens) + attention_backward_scratch_size(head_dim(p));
@@ -66,7 +66,7 @@ inline i64 self_attention_backward_workspace(const SelfAttentionProblem& p, int 
 }
 
 struct SelfBackwardWeights {
-  SelfWeights again;        // forward's, for what is computed again
+  SelfWeights again;        // forward's, for recomputed values
   Panels qkv, proj, down, up;  // for gradients of a layer's input
 };
 
@@ -116,7 +116,7 @@ inline SelfBackwardRun self_backward_run(const SelfAttentionBackward& call, cons
   const SelfAttentionSaved kept = saved_layout(p);
   const SelfStage made = self_stage(p);
   const i64 entries = min_of(entries_in_flight(p), p.batch - first_entry), row = first_entry * p.tokens, D = p.dim;
-  float* saved = const_cast<float*>(call.saved);  // never written: whoever writes checks `recompute`
+  float* saved = const_cast<float*>(call.saved);  // never written: writers check `recompute`
   const bool all = p.recompute == kNothing;
   return {call,
           weights,

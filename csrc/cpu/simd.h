@@ -1,7 +1,7 @@
 // Vectors of one instruction-set level in GNU vector extensions, and the elementwise mathematics on them.
 //
-// Everything here and in the headers that include it sits in an unnamed namespace inside the level's own namespace:
-// no symbol of one level can stand in for another's.
+// All code here and in the headers that include it lies in an unnamed namespace inside the level's namespace, so no
+// symbol of one level can replace another's.
 #pragma once
 
 #include <cstring>
@@ -81,13 +81,13 @@ CAST_INLINE float sum_of(vec v) {
   return lanes[0];
 }
 
-// Comparisons are written so that a NaN in `a` comes out as a NaN.
+// The comparisons return NaN for a NaN in `a`.
 CAST_INLINE vec max_of(vec a, vec b) { return a < b ? b : a; }
 CAST_INLINE vec min_of(vec a, vec b) { return a > b ? b : a; }
 
-// 2^x for x <= 127; below -126 the result is 2^-126, which every caller adds to a sum of at least one. The
-// polynomial is a minimax fit on [-1/2, 1/2], relative error 1.9e-9 before rounding. Adding 1.5 * 2^23 rounds to an
-// integer whose low bits, shifted into the exponent, scale by it.
+// 2^x for x <= 127. Below -126 the result is 2^-126; every caller adds it to a sum of at least one. The polynomial is a
+// minimax fit on [-1/2, 1/2], relative error 1.9e-9 before rounding. Adding 1.5 * 2^23 rounds x to an integer in the
+// low bits; shifted into the exponent they scale the polynomial.
 CAST_INLINE vec exp2(vec x) {
   x = max_of(x, broadcast(-126.0f));
   const vec shifted = x + 12582912.0f;
@@ -133,8 +133,8 @@ CAST_INLINE vec gelu_slope(vec x) {
   return n.cdf + x * n.density;
 }
 
-// QuickGELU, x * sigmoid(1.702 x), and its derivative. With e = exp(-1.702 x), sigmoid is 1 / (1 + e) and 1 - sigmoid
-// is e * sigmoid, which cancels nothing. Up to e = 2^126 the sigmoid is a normal number.
+// QuickGELU = x * sigmoid(1.702 x), and its derivative. With e = exp(-1.702 x): sigmoid = 1 / (1 + e), and 1 - sigmoid
+// = e * sigmoid, without cancellation. Up to e = 2^126 the sigmoid is a normal number.
 struct Sigmoid {
   vec value, rest;  // rest is 1 - value
 };

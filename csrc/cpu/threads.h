@@ -12,13 +12,13 @@
 
 CAST_ISA_BEGIN
 
-// body(task, thread) for every task, in no order. One thread never enters a parallel region: a forked data-loader
-// worker would wait there for pool threads that did not survive the fork.
+// Calls body(task, thread) for every task, in any order. With one thread it never enters a parallel region: a forked
+// data-loader worker would wait there for pool threads that did not survive the fork.
 //
-// CAST_STD_THREADS is for ThreadSanitizer alone: GCC's OpenMP library hides its barriers from it, so every correct
-// program would be reported. A new team for every loop is slow, but orders memory exactly as the pool does: what came
-// before the loop, then the tasks in any order, then what comes after. Tasks are dealt out in turn, so that each thread
-// has some and no order arises between them by chance.
+// CAST_STD_THREADS is for ThreadSanitizer alone: it does not see the barriers of GCC's OpenMP library and would report
+// every correct program. A new team for every loop is slow, but orders memory exactly as the pool does: the code before
+// the loop, the tasks in any order, the code after it. Threads take tasks by turns, so that each has some and chance
+// gives no order between them.
 template <class Body>
 void parallel_for(i64 tasks, int threads, const Body& body) {
 #if defined(CAST_STD_THREADS)

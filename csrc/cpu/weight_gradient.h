@@ -1,8 +1,8 @@
 // Gradients of one linear layer's weight and bias: sums over all rows of the batch.
 //
-// A task owns a block of the weight and walks all rows in chunks, in one fixed order; the sum never depends on how
-// many threads there are. Both operands are packed once per chunk, so elementwise work (GELU, + position, drop-path
-// factors, bias sums) rides along.
+// A task owns a block of the weight and walks all rows in chunks, in one fixed order, so sums do not depend on the
+// number of threads. Both operands are packed once per chunk; packing also does elementwise work (GELU, + position,
+// drop-path factors, bias sums).
 #pragma once
 
 #include "attention.h"
@@ -12,8 +12,8 @@ CAST_ISA_BEGIN
 constexpr i64 kChunk = 192;      // rows a chunk: one panel of the right operand stays in L1
 constexpr i64 kOutBlock = 384;   // rows of the weight a task owns
 constexpr i64 kInBlock = 384;    // columns of the weight a task owns
-constexpr i64 kRightPanels = 4;  // packed together, so that a row is read by several lines at a time
-constexpr i64 kStripStride = kChunk * kTileRows + kLanes;  // whole vectors are stored, the last one spills over
+constexpr i64 kRightPanels = 4;  // packed together: one read of a row takes several cache lines
+constexpr i64 kStripStride = kChunk * kTileRows + kLanes;  // stores are whole vectors; the last one spills over
 
 struct WeightScratch {
   float *left, *right, *chunk;
@@ -34,8 +34,8 @@ CAST_INLINE WeightScratch weight_scratch(float* at, bool bf16 = false) {
   return s;
 }
 
-// The rows of one chunk. A left row that is null counts as zero; `right` and `position` are offsets into the layer's
-// input and into its position table (negative: nothing to read).
+// The rows of one chunk. A null left row counts as zero. `right` and `position` are offsets into the layer's input and
+// into its position table (negative: nothing to read).
 struct ChunkRows {
   i64 count;
   const float* left[kChunk];
@@ -61,7 +61,7 @@ CAST_INLINE void add_into(float* sum, const float* values, i64 count) {
 
 // left strips [outs / kTileRows][chunk][kTileRows] of rows first .. end, each times its factor. `first` is even.
 inline void pack_left(const WeightScratch& s, const ChunkRows& rows, i64 first, i64 end, i64 outs) {
-  // Whole vectors are read as long as they stay inside the row.
+  // These strips read whole vectors that end inside the row.
   const i64 whole = max_of(i64(0), (outs - round_up(kTileRows, kLanes)) / kTileRows);
   const auto values = [&](i64 r, i64 strip, i64 at) {
     const float* from = r < end ? rows.left[r] : nullptr;
@@ -100,8 +100,8 @@ inline void sum_left(const WeightScratch& s, const ChunkRows& rows, i64 first, i
   }
 }
 
-// Packs the chunk's left rows if `pack`, leaves their sum in s.chunk if `sum`; a few rows at a time, so that the second
-// use finds them in L1.
+// Packs the chunk's left rows if `pack`, leaves their sum in s.chunk if `sum`. It takes a few rows at a time, so that
+// the second use finds them in L1.
 __attribute__((noinline)) void take_left(const WeightScratch& s, const ChunkRows& rows, i64 outs, bool pack, bool sum) {
   if (sum) __builtin_memset(s.chunk, 0, sizeof(float) * size_t(outs));
   for (i64 first = 0; first < rows.count; first += kSumChain) {
@@ -141,8 +141,8 @@ CAST_INLINE void multiply_rows(vec (&acc)[kTileRows][kTileVecs], const WeightScr
   multiply(acc, zero, left, 1, kTileRows, right, kTileColumns, rows);
 }
 
-// One chunk's share of a block of the weight's gradient. value_at(r, column, lanes) is the right operand's row r; `add`
-// is false for the first chunk of all.
+// Adds one chunk's share to a block of the weight's gradient. value_at(r, column, lanes) is the right operand's row r;
+// `add` is false for the first chunk of all.
 template <class ValueAt>
 __attribute__((noinline)) void add_chunk(const WeightScratch& s, i64 rows, const WeightBlock& block, i64 ins,
                                          float* gradient, bool add, const ValueAt& value_at) {

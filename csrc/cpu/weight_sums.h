@@ -1,4 +1,4 @@
-// Phase 4 of backward: everything that sums over rows. Each task owns its part of the result.
+// Phase 4 of backward: all sums over rows. Each task owns its part of the result.
 #pragma once
 
 #include "backward_plan.h"
@@ -17,7 +17,7 @@ struct SumJob {
 
 using SumTasks = JobList<SumJob, 16>;
 
-constexpr i64 kPositionBlock = 8;  // positions whose sums one task owns
+constexpr i64 kPositionBlock = 8;  // one task owns the sums of so many positions
 
 inline void add_sum(SumTasks& list, SumKind kind, int index, i64 outs, i64 ins, float* weight, float* bias) {
   if (!weight && !bias) return;
@@ -47,7 +47,7 @@ inline SumTasks list_sums(const BackwardRun& run) {
   return list;
 }
 
-// The gradient's side of a linear layer: what its output received, row by row of the stream that it reads.
+// A layer's output gradients, row by row of the stream that the layer reads.
 struct LeftRows {
   const float* data;
   i64 stride;
@@ -75,7 +75,7 @@ inline LeftRows left_rows(const BackwardRun& run, const SumJob& job, i64 clip) {
   }
 }
 
-// Where rows first .. first + count of a clip find the layer's output gradient, its input and its position.
+// Offsets of rows first .. first + count of a clip: in the layer's output gradient, its input and its position table.
 inline void list_rows(const BackwardRun& run, const SumJob& job, const LeftRows& left, i64 clip, i64 first, i64 count,
                       i64 first_out, ChunkRows& rows) {
   const Problem& p = run.call.problem;
@@ -94,7 +94,7 @@ inline void list_rows(const BackwardRun& run, const SumJob& job, const LeftRows&
   }
 }
 
-// The layer's input of one chunk, handed to add_chunk in the form that the layer reads.
+// Passes one chunk of the layer's input to add_chunk, in the form that the layer reads.
 inline void add_layer_chunk(const BackwardRun& run, const SumJob& job, i64 clip, const ChunkRows& rows,
                             const WeightBlock& block, bool add, const WeightScratch& s) {
   const Problem& p = run.call.problem;
@@ -212,8 +212,8 @@ inline void run_sum(const BackwardRun& run, const SumTasks& list, i64 task, floa
   });
 }
 
-// A position's gradient is its summed query (or key and value) gradient times the projection's weight: the sum over
-// windows commutes with the product, so one small product per call replaces one per window.
+// A position's gradient = (its query, or key and value, gradients summed over windows) times the projection's weight.
+// Sum and product commute, so one small product per call replaces one per window.
 inline void finish_positions(const BackwardCall& call, const BackwardPlan& plan, const BackwardWeights& weights,
                              float* sums_at) {
   const Problem& p = call.problem;

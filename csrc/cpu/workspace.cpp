@@ -21,7 +21,7 @@ struct Kept {
   std::size_t bytes = 0;
 };
 
-// Never destroyed: a thread may still be computing when the process's static objects go.
+// Never destroyed: a thread may still compute while the process destroys static objects.
 Kept& kept() {
   static Kept* instance = new Kept;
   return *instance;

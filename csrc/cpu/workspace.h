@@ -5,8 +5,8 @@
 
 namespace cast::cpu {
 
-// `floats` uninitialised floats, 2 MiB aligned. One buffer per process is kept between calls, because mapping and
-// zeroing tens of MiB anew costs milliseconds; a call that finds it taken gets its own. Throws std::bad_alloc.
+// `floats` uninitialised floats, 2 MiB aligned. The process keeps one buffer between calls, because mapping and zeroing
+// tens of MiB anew costs milliseconds; a call that finds it in use gets its own. Throws std::bad_alloc.
 class Workspace {
  public:
   explicit Workspace(std::size_t floats);
@@ -20,8 +20,8 @@ class Workspace {
   std::size_t bytes_;
 };
 
-// `bytes` of memory of the calling thread, 64-byte aligned, contents undefined: the same place until a call that asks
-// for more. Freed when the thread ends. Throws std::bad_alloc.
+// `bytes` of memory of the calling thread, 64-byte aligned, contents undefined. The address stays the same until a call
+// asks for more. Freed when the thread ends. Throws std::bad_alloc.
 void* thread_buffer(std::size_t bytes);
 
 }  // namespace cast::cpu
