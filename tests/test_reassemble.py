@@ -35,7 +35,7 @@ INSTALLED = Path("/usr/local/cuda-13.0/bin/ptxas")
 #: What newer ones make of kernels: the committed comparison.
 COMMITTED = ROOT / "benchmarks/evidence/assemblers.json"
 #: Targets and dtypes that it has at least.
-COMPARED = {("sm_90", "bf16"), ("sm_90", "amp")}
+COMPARED = {(name, dtype) for name in ("sm_80", "sm_90") for dtype in ("bf16", "fp16", "amp")}
 
 
 def launched(name: str, products: bool = True) -> Launch:
