@@ -53,7 +53,9 @@ def verdict(found: Mapping[str, Any], passed: bool) -> str:
         return "FAIL: see above; please send the report all the same"
     lacking = dict.fromkeys(group for group, *_ in not_measured(found))
     if lacking:
-        return f"all measured rows are right; rows of ours were not measured in: {'; '.join(lacking)}; please send the report"
+        return (
+            f"measured rows are right; rows of ours were not measured in: {'; '.join(lacking)}; please send the report"
+        )
     return "all is right; please send the report"
 
 

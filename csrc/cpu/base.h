@@ -1,7 +1,7 @@
 // Types and helpers of every op's problem.
 //
 // Every instruction-set level includes this file, so it has only functions with internal linkage. Of a shared inline
-// function the linker might keep the AVX-512 copy and crash an older machine.
+// function the linker might keep the AVX-512 copy, which crashes on an older processor.
 #pragma once
 
 #include <cstdint>

@@ -96,8 +96,8 @@ inline i64 self_attention_workspace(const SelfAttentionProblem& p, bool save, in
   return self_attention_packed_size(p) + state + self_scratch_size(p) * threads;
 }
 
-// A product with head-major result: row r goes to to + slots[r], heads are `matrix` floats apart. If a head is whole
-// panels, each head is multiplied by itself, without a division to find a column's place.
+// A product with head-major result: row r goes to to + slots[r], and heads are `matrix` floats apart. If the columns
+// of a head are whole panels, the product runs head by head and needs no division to find a column's place.
 inline void to_heads(const float* a, i64 lda, i64 rows, const Panels& weight, const float* bias, i64 head_dim,
                      i64 matrix, const i64* slots, float* to) {
   if (head_dim % kTileColumns == 0 && !weight.bf16) {  // in bfloat16, `a` would be rounded once a head

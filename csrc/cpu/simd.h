@@ -81,7 +81,7 @@ CAST_INLINE float sum_of(vec v) {
   return lanes[0];
 }
 
-// The comparisons return NaN for a NaN in `a`.
+// These two return NaN for a NaN in `a`.
 CAST_INLINE vec max_of(vec a, vec b) { return a < b ? b : a; }
 CAST_INLINE vec min_of(vec a, vec b) { return a > b ? b : a; }
 
