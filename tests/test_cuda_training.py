@@ -109,15 +109,16 @@ def test_a_training_step_runs_from_compiled_code(monkeypatch: pytest.MonkeyPatch
     check(FP32, BF16, TINY, (Schedule(), Schedule("random", 1)))
 
 
-ALL = (Schedule(), Schedule(), Schedule("early"), Schedule("random", 1), Schedule("random", 2))
+ALL = (Schedule(), Schedule(), Schedule("early"), Schedule("random", 2))
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("sizes", [TINY, WIDE], ids=["d192", "d384"])
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("dtype", "autocast"), [(FP32, BF16), (BF16, None), (FP32, FP16), (FP16, None)],
-    ids=["amp", "bf16", "amp to fp16", "fp16"],
-)  # fmt: skip
+    ("dtype", "autocast", "sizes"),
+    [(BF16, None, TINY), (FP32, BF16, WIDE), (FP16, None, WIDE), (FP32, FP16, TINY)],
+    ids=["bf16", "amp, d 384", "fp16, d 384", "amp to fp16"],
+)
 def test_a_training_step_under_every_schedule(
     dtype: torch.dtype, autocast: torch.dtype | None, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
