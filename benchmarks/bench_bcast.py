@@ -22,7 +22,7 @@ from models import randomise
 from prediction import predicted
 from report import recorded_time
 from torch import Tensor
-from variants import PACKAGES, attending, attentions, compiled, options_of, ours
+from variants import PACKAGES, attending, attentions, compiled, is_second, options_of, ours
 
 import cast_kernels
 from cast_kernels.gpu.machine import Machine
@@ -41,7 +41,8 @@ PROBLEMS = {
 WORKS = ("inference", "training")  # forward; forward and backward
 #: Groups of tier `first`.
 FIRST = {
-    ("amp", 6, "training"): First(30, ("flash", "efficient", "cudnn"), ("cheap", "all")),
+    ("amp", 6, "training"): First(30, ("flash",), ("cheap",)),
+    ("bf16", 6, "inference"): First(32, peers=False),
     ("bf16", 6, "training"): First(50, tuple(PACKAGES)),
     ("amp", 1, "inference"): First(55),
 }
@@ -61,7 +62,7 @@ def groups(device: str, sizes: Sizes) -> list[Group]:
             )
             make = partial(make_work, device, sizes, KINDS[kind], batch, work, rows)
             first = FIRST.get((kind, batch, work))
-            found.append(Group(name, title, rows, make, first, without=(COMPILED[0], ONEDNN)))
+            found.append(Group(name, title, rows, make, first, without=(COMPILED[0], ONEDNN, *filter(is_second, rows))))
     return found
 
 
@@ -69,7 +70,7 @@ def row_names(device: str, kind: Kind, work: str) -> tuple[str, ...]:
     eager = [BASELINE, TUNED, *(f"{TUNED} by {name}" for name in attentions(device, kind.compute))]
     if (device, kind.name, work) == ("cpu", "fp32", "inference"):
         eager.append(ONEDNN)
-    return (*eager, *COMPILED, *ours(device, work == "training"))
+    return (*eager, *COMPILED, *ours(device, work == "training", kind.compute))
 
 
 def make_module(sizes: Sizes, **arguments: Any) -> cast_kernels.BCAST:
@@ -166,7 +167,7 @@ def run_onednn(module: cast_kernels.BCAST, spatial: Tensor, temporal: Tensor) ->
 
 def build(name: str, sizes: Sizes, batch: int, kind: Kind, device: torch.device, backward: bool) -> Candidate:
     """One row's candidate; all rows have the same weights and inputs."""
-    mine = options_of(name)
+    mine = options_of(name, device)
     module = make_module(sizes, **(mine or {})).to(device, kind.dtype)
     if mine:
         call: Any = module

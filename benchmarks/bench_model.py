@@ -22,7 +22,7 @@ from peers import onnx_runtime, openvino
 from prediction import predicted_model
 from report import recorded_time
 from torch import Tensor
-from variants import PACKAGES, attending, attentions, compiled, options_of, ours, package_attention
+from variants import PACKAGES, attending, attentions, compiled, is_second, options_of, ours, package_attention
 
 import cast
 from cast_kernels.gpu.machine import Machine
@@ -49,7 +49,7 @@ PROBLEMS = {
 FIRST = {
     ("training step", "amp", 6): First(10, levels=("cheap",)),
     ("inference", "amp", 1): First(15),
-    ("training memory", "amp", 6): First(20, levels=("cheap", "all")),
+    ("training memory", "amp", 6): First(20, levels=("all",)),
     ("inference", "amp", 6): First(25),
     ("training step", "amp", 1): First(65),
 }
@@ -64,12 +64,14 @@ def groups(device: str, sizes: Sizes) -> list[Group]:
         rows = row_names(device, work, KINDS[kind])
         name = f"model {work} {kind} B{batch}"
         make = partial(make_work, device, sizes, work, KINDS[kind], batch, rows)
-        found.append(Group(name, f"{name}: CAST-B/16, heads 97 + 300", rows, make, FIRST.get((work, kind, batch))))
+        later = tuple(row for row in rows if is_second(row) or (work == "training memory" and row.endswith("cuda")))
+        title = f"{name}: CAST-B/16, heads 97 + 300"
+        found.append(Group(name, title, rows, make, FIRST.get((work, kind, batch)), later))
     return found
 
 
 def row_names(device: str, work: str, kind: Kind) -> tuple[str, ...]:
-    mine = tuple(ours(device, work != "inference"))
+    mine = tuple(ours(device, work != "inference", kind.compute))
     if work == "training memory":
         return (BASELINE, *mine)
     peers = (COMPILED, *(f"{BASELINE} by {name}" for name in attentions(device, kind.compute)))
@@ -81,7 +83,7 @@ def row_names(device: str, work: str, kind: Kind) -> tuple[str, ...]:
 
 def build_model(name: str, sizes: Sizes, kind: Kind, device: torch.device) -> tuple[cast.CAST, Callable[..., Any]]:
     """The model and what is called; all rows have the same weights."""
-    options = dict(options_of(name) or {"backend": "eager"})
+    options = dict(options_of(name, device) or {"backend": "eager"})
     backend = options.pop("backend")
     model = make_model(sizes.variant, device, **sizes.model, **options).fuse(backend).to(kind.dtype)
     attention = name.partition(" by ")[2]
@@ -153,7 +155,7 @@ def make_work(
 
 def memory_apart(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device) -> Candidate:
     """Peak memory of two training steps in a process of its own; the group of training steps checks gradients."""
-    arguments = options_of(name) or {"backend": "eager"}
+    arguments = options_of(name, device) or {"backend": "eager"}
     found = measure_apart(sizes.variant, sizes.clips(batch), {**sizes.model, **arguments})
     return Candidate(lambda: None, dict, figures=found | {"above_mib": found["peak_mib"] - found["before_mib"]})
 

@@ -71,7 +71,7 @@ OP = Op(
     "self_attention", SelfAttentionParameters, shapes, call, reference, flops,
     first={
         ("temporal", "amp", 6, "training"): First(40, (*KERNELS, *PACKAGES)),
-        ("spatial", "amp", 6, "training"): First(60, KERNELS),
+        ("spatial", "amp", 6, "training"): First(60),
     },
     peers=peer, peer_names=peer_names,
 )  # fmt: skip

@@ -70,7 +70,7 @@ class Op:
             for expert in self.experts:
                 for work in WORKS:
                     peers = self.peer_names(device, KINDS[kind].compute)
-                    rows = (BASELINE, *peers, COMPILED, *ours(device, work == "training"))
+                    rows = (BASELINE, *peers, COMPILED, *ours(device, work == "training", op=self.name))
                     name = f"{self.name} {expert} {kind} B{batch} {work}"
                     groups, tokens = shape_of(expert, sizes, batch)
                     title = f"{name}: {sizes.dim}, adapter {sizes.adapter}, {groups} x {tokens} tokens"
@@ -100,7 +100,7 @@ class Op:
     def _build(
         self, name: str, expert: str, sizes: Sizes, kind: Kind, batch: int, machine: Machine, backward: bool
     ) -> Candidate:
-        if mine := options_of(name):
+        if mine := options_of(name, machine.device):
             call = self.call(expert, sizes, **mine)
         elif name in (BASELINE, COMPILED):
             call = self.call(expert, sizes, backend="eager")

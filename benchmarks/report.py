@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cast_kernels
+from cast_kernels.gpu import order
 from cast_kernels.gpu.rows import Row, cells, not_begun, notes, reason
 
 #: Where a run leaves its rows and environment unless told otherwise, beside what --benchmark-json keeps.
@@ -134,6 +135,8 @@ class Report:
             console.print(f"measured ceilings: {rates}", markup=False)
         for note in notes(self.groups):
             console.print(note, markup=False)
+        if self.place["device"] == "cuda":
+            console.print(order.line(self.groups), markup=False, soft_wrap=True)
         if self.broken:
             console.print(f"broken: {self.broken}", markup=False)
         console.print(f"rows and all samples: {self.path}", markup=False, soft_wrap=True)

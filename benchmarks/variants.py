@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import cast_kernels
-from cast_kernels import _native, attention
+from cast_kernels import Problem, _native, attention
+from cast_kernels.backends import can_run, left_to
 
 #: Device -> levels beside the default one, which is "cheap" on a CPU and on a GPU chosen by memory.
 LEVELS = {"cpu": ("nothing", "all"), "cuda": ("nothing", "cheap", "all")}
@@ -28,19 +30,28 @@ SDPA = {
 }
 #: Other libraries' attention, where installed -> what to import.
 PACKAGES = {name: module for name, module in attention.ATTENTIONS.items() if module}
-#: Of these, what takes 16-bit operands only.
-_SIXTEEN_BITS = ("flash", "cudnn", "flash-attn")
+#: Of these and of our backends, what takes 16-bit operands only.
+_SIXTEEN_BITS = ("flash", "cudnn", "flash-attn", "cuda")
+#: B-CAST at the paper's size, of which a backend is asked whether it runs here at all.
+_PAPER = Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.bfloat16, "cpu")
 
 
-#: Backends without rows yet: the rehearsal takes Triton's launches, not those of the CUDA kernels.
-UNTIMED = ("cuda",)
+def ours(
+    device: str, backward: bool, compute: torch.dtype = torch.bfloat16, op: str = "bcast"
+) -> dict[str, dict[str, Any]]:
+    """Row -> arguments of our functions and modules. Forward alone repeats nothing, so it has the default only.
 
-
-def ours(device: str, backward: bool) -> dict[str, dict[str, Any]]:
-    """Row -> arguments of our functions and modules. Forward alone repeats nothing, so it has the default only."""
+    Args:
+        device: "cpu" or "cuda".
+        backward: whether the row has one.
+        compute: of dense products.
+        op: that the row is of; one that a backend leaves to another has no row of that backend.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for backend in cast_kernels.backends.BACKENDS:
-        if backend in ("eager", *UNTIMED) or (backend == "cpu") != (device == "cpu"):
+        if backend == "eager" or (backend == "cpu") != (device == "cpu") or left_to(backend, op):
+            continue
+        if compute == torch.float32 and backend in _SIXTEEN_BITS:
             continue
         name = f"cast_kernels, {backend}"
         rows[name] = {"backend": backend}
@@ -49,16 +60,26 @@ def ours(device: str, backward: bool) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def options_of(name: str) -> dict[str, Any] | None:
+def options_of(name: str, device: torch.device) -> dict[str, Any] | None:
     """The arguments of a row of ours, None of any other.
 
     Raises:
-        Unavailable: its backend was not built.
+        Unavailable: its backend was not built, or is for another GPU than this device.
     """
-    rows = {row: options for device in ("cpu", "cuda") for row, options in ours(device, True).items()}
-    if name in rows and rows[name]["backend"] == "cpu" and _native.CORE is None:
+    rows = {row: options for kind in ("cpu", "cuda") for row, options in ours(kind, True).items()}
+    backend = rows[name]["backend"] if name in rows else ""
+    if backend == "cpu" and _native.CORE is None:
         raise Unavailable(_native.REASON)
+    if backend == "cuda":
+        verdict = can_run(backend, replace(_PAPER, device=device.type, gpu=device.index))
+        if not verdict.ok:
+            raise Unavailable(verdict.reason)
     return rows.get(name)
+
+
+def is_second(name: str) -> bool:
+    """Whether it is a level of recompute of a backend that `auto` takes behind another: in tier `full` only."""
+    return name.startswith("cast_kernels, cuda, ")
 
 
 def is_ours(name: str) -> bool:

@@ -148,5 +148,12 @@ class CASTBlock(BCAST):
             return "modules"
         return backends.select("auto", self.problem()) if self.backend == "auto" else self.backend
 
+    def refusal(self) -> str:
+        """Why the backend that was named cannot run the exchange for such a batch; "" if it can, or none was named."""
+        if self.backend == "auto" or not self.directions:
+            return ""
+        verdict = backends.can_run(self.backend, self.problem())
+        return "" if verdict.ok else verdict.reason
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_rate={self.drop_rate:.3g}"

@@ -52,11 +52,13 @@ class CAST(FixedPositions, Shared):
         stream_dtype: of the residual streams between the blocks. `auto`: as PyTorch's operators leave them, float32
             under autocast with float32 parameters. `autocast`: autocast's own dtype where it is on, else as `auto`:
             fewer bytes, a rounding after each half block (docs/model.md has the cost). May be set at any time.
+        backend: of the compiled kernels, a name in `cast_kernels.backends.BACKENDS` that must run, see `fuse`; `auto`
+            takes the fastest that can.
         overrides: fields of CASTConfig.
 
     Raises:
         TypeError: an override that CASTConfig does not have.
-        ValueError: an unknown variant, or a value that no model can have.
+        ValueError: an unknown variant, or a value that no model can have; a backend of a model that is not fused.
     """
 
     config: CASTConfig
@@ -69,9 +71,12 @@ class CAST(FixedPositions, Shared):
         recompute: Recompute | str = "auto",
         attention: str = "auto",
         stream_dtype: str = "auto",
+        backend: str = "auto",
         **overrides: Any,
     ) -> None:
         super().__init__()
+        if backends.check_name(backend) != "auto" and not fused:
+            raise ValueError(f"fused=False runs in eager PyTorch, and backend is {backend!r}; leave one out")
         self.config = config = make_config(variant, heads, **overrides)
         self.stream_dtype = stream_dtype
         #: Class names by head, where they are known; save_pretrained keeps them.
@@ -88,7 +93,7 @@ class CAST(FixedPositions, Shared):
         self.patch_embed: TubeletEmbedding = TubeletEmbedding(dim, config.tubelet_size, config.patch_size)
         self.clip_conv1: nn.Conv2d = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
         self.clip_ln_pre: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
-        running = Running("auto" if fused else "eager", recompute, attention)
+        running = Running(backend if fused else "eager", recompute, attention)
         self.blocks: nn.ModuleList = nn.ModuleList(CASTBlock(config, index, running) for index in range(config.depth))
         self.clip_ln_post: nn.LayerNorm = nn.LayerNorm(dim, eps=CLIP_EPS)
         self.vmae_fc_norm: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
@@ -208,6 +213,7 @@ class CAST(FixedPositions, Shared):
     def explain(self) -> str:
         """Print, and return, where the exchange runs, and which ops call a layer instead of reading weights, and why.
 
+        Where a backend was named that cannot run the exchange as the parameters are, without autocast, it says why.
         Such an op runs by its modules in PyTorch, or is refused where a kernel was asked for by name: see
         :mod:`cast_kernels.plain` and docs/model.md. `cast_kernels.explain` says for one exchange which backends can.
         """
@@ -217,6 +223,8 @@ class CAST(FixedPositions, Shared):
                 lines.append(f"{name}: {plain.verdict(what, block.backend, found)}")
         if len(lines) == 1:
             lines.append("every op reads the weights of its layers; none has to be called")
+        refused = {(block.backend, block.refusal()) for _, block in self.cast_blocks()}
+        lines += [f"backend={name!r} cannot run the exchange: {reason}" for name, reason in sorted(refused) if reason]
         text = "\n".join(lines)
         print(text)
         return text

@@ -103,7 +103,12 @@ def load(backend: str, op: str) -> Backend:
     Raises:
         ImportError: it does not import; a backend that lacks a package says so in `can_run` instead.
     """
-    return _LOADERS[_LEFT_TO.get((backend, op), backend)]()[op]
+    return _LOADERS[left_to(backend, op) or backend]()[op]
+
+
+def left_to(backend: str, op: str) -> str | None:
+    """The backend whose kernels of the op run where this one is asked for; None if its own do."""
+    return _LEFT_TO.get((backend, op))
 
 
 def circumstances() -> tuple[Any, ...]:
@@ -130,8 +135,8 @@ def can_run(backend: str, problem: AnyProblem) -> Verdict:
     if check_name(backend) == "auto":
         raise ValueError(f"'auto' is a choice among backends, not one; ask for one of {', '.join(map(repr, BACKENDS))}")
     op = _OPS[type(problem)]
-    verdict, other = load(backend, op).can_run(problem), _LEFT_TO.get((backend, op))
-    return verdict if other is None else Verdict(verdict.ok, f"left to {other}: {verdict.reason}")
+    verdict, other = load(backend, op).can_run(problem), left_to(backend, op)
+    return verdict if other is None else Verdict(verdict.ok, f"{op} is left to {other}: {verdict.reason}")
 
 
 def select(backend: str, problem: AnyProblem) -> str:
@@ -155,9 +160,15 @@ def select(backend: str, problem: AnyProblem) -> str:
     if not verdict.ok:
         raise BackendError(
             f"backend={backend!r} cannot run this problem: {verdict.reason}. "
-            "Use backend='auto' to take the fastest one that can, or cast_kernels.explain(...) to see all of them."
+            f"Use backend='auto', {_taken(problem)}, or cast_kernels.explain(...) to see all of them."
         )
-    return _LEFT_TO.get((backend, _OPS[type(problem)]), backend)
+    return left_to(backend, _OPS[type(problem)]) or backend
+
+
+def _taken(problem: AnyProblem) -> str:
+    """What "auto" means for the problem, in words."""
+    first = next((name for name in BACKENDS if can_run(name, problem).ok), None)
+    return "which no backend can run either" if first is None else f"which takes {first!r} here"
 
 
 def explain(backend: str, problem: AnyProblem) -> str:

@@ -2,11 +2,12 @@
 
     PYTHONPATH=tests:tools pytest -p rehearsal benchmarks/ --benchmark-only --device cuda --sizes small
 
-Our kernels compile for sm_80, each distinct one is emulated once, and later launches of it are recorded only. Every
-other row runs its own Python, with its own arguments, up to a stand-in for what needs the GPU: events, graphs and
-memory figures of `torch.cuda`, PyTorch's attention kernels by name, `torch.compile`'s code generator, and the packages
-xformers and flash-attn. A stand-in takes what the real thing's signature takes, and refuses what the real thing
-refuses. Tensors are on the CPU. Each row of the report says that it was stood in for.
+Our Triton kernels compile for sm_80, those of csrc/cuda are what the build made for sm_90; each distinct one is
+emulated once, and later launches of it are recorded only. Every other row runs its own Python, with its own arguments,
+up to a stand-in for what needs the GPU: events, graphs and memory figures of `torch.cuda`, PyTorch's attention kernels
+by name, `torch.compile`'s code generator, and the packages xformers and flash-attn. A stand-in takes what the real
+thing's signature takes, and refuses what the real thing refuses. Tensors are on the CPU. Each row of the report says
+that it was stood in for.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cast_kernels import attention
+from cast_kernels import _native, attention
+from cast_kernels.evidence.cuda_launches import CudaLaunch, execute, taken
 from cast_kernels.gpu import machine as machines
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class EmulatedOnce:
-    """Launcher that emulates the first launch of each compiled kernel and records the others."""
+    """Launcher that emulates the first launch of each compiled kernel, of both backends, and records the others."""
 
     enforces_limits = True
 
@@ -51,13 +53,20 @@ class EmulatedOnce:
         self.recorded = 0
 
     def launch(self, launch: Launch) -> None:
-        self.kernels.add(launch.kernel)
-        before = self.launches.get(launch.identity, 0)
-        self.launches[launch.identity] = before + 1
-        if before:
-            self.recorded += 1
-            return
-        self.emulator.launch(launch)  # on any bits, where a launch before was recorded only
+        if self._is_first(launch.kernel, launch.identity):
+            self.emulator.launch(launch)  # on any bits, where a launch before was recorded only
+
+    def launch_cuda(self, launch: CudaLaunch) -> None:
+        """The same of csrc/cuda, where each compiled kernel has a name of its own."""
+        if self._is_first(launch.kernel, launch.kernel):
+            execute(launch).refuse_faults()
+
+    def _is_first(self, kernel: str, identity: str) -> bool:
+        self.kernels.add(kernel)
+        before = self.launches.get(identity, 0)
+        self.launches[identity] = before + 1
+        self.recorded += before > 0
+        return not before
 
 
 class Rehearsal(machines.CudaMachine):
@@ -257,6 +266,8 @@ def rehearsing(cache: Path | None = None) -> Iterator[EmulatedOnce]:
     real_can_run = attention.can_run
     with ExitStack() as stack:
         launcher = stack.enter_context(offline_driver(target("sm_80"), EmulatedOnce(), cache))
+        if _native.CUDA is not None:
+            stack.enter_context(taken(launcher.launch_cuda))
         for name, stand_in in TORCH_CUDA.items():
             if name != "is_available":
                 stack.enter_context(mock.patch.object(torch.cuda, name, as_real(getattr(torch.cuda, name), stand_in)))

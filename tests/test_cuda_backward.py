@@ -90,13 +90,16 @@ def test_what_it_cannot_run_is_said() -> None:
     with emulated():
         for change, reason in (
             ({"bottleneck": 128, "heads": 4}, "the bottleneck has 128 channels; 192 and 384 are possible"),
-            ({"heads": 24}, "heads have 8 channels; 16, 32, 64 are possible"),
+            ({"heads": 24}, "heads have 8 channels, 192 in 24 heads; 16, 32, 64 are possible"),
             ({"dim": 68}, "the streams have 68 channels; a multiple of 8 is needed"),
         ):
             case = replace(TINY, **change)
             with pytest.raises(cast_kernels.BackendError, match=reason):
                 case.module(torch.bfloat16, "cuda")(*case.inputs(torch.bfloat16))
-        with pytest.raises(cast_kernels.BackendError, match=r"the compute dtype is torch\.float32"):
+        with pytest.raises(
+            cast_kernels.BackendError,
+            match=r"is torch\.float32; .* torch\.bfloat16, torch\.float16: run",
+        ):
             TINY.module(torch.float32, "cuda")(*TINY.inputs(torch.float32))
     with pytest.raises(cast_kernels.BackendError, match="the streams are on cpu; the CUDA kernels run on cuda"):
         TINY.module(torch.bfloat16, "cuda")(*TINY.inputs(torch.bfloat16))
@@ -137,8 +140,8 @@ def test_the_experts_ops_are_left_to_triton() -> None:
     sizes = {"rows": 10, "dim": 64, "hidden": 128, "adapter": 16, "activation": "gelu", "recompute": Recompute.CHEAP}
     problem = FFNProblem(**sizes, dtype=torch.bfloat16, device="cuda")  # type: ignore[arg-type]
     assert backends.select("cuda", problem) == "triton"
-    assert re.search(r"cuda +yes +left to triton: ", backends.explain("cuda", problem))
-    with pytest.raises(cast_kernels.BackendError, match=r"'cuda' cannot run this problem: left to triton: .* on meta"):
+    assert re.search(r"cuda +yes +ffn is left to triton: ", backends.explain("cuda", problem))
+    with pytest.raises(cast_kernels.BackendError, match=r"this problem: ffn is left to triton: .* on meta"):
         backends.select("cuda", replace(problem, device="meta"))
 
 

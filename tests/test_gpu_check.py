@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_cases import needs_kernels
 from fake_machine import FakeMachine
 from ptx_emulator.targets import target
 from ptx_emulator.triton.driver import Recorder, offline_driver
@@ -19,6 +20,7 @@ from ptx_emulator.triton.launcher import Emulator
 
 from cast_kernels.cli import main
 from cast_kernels.evidence.cases import Case, run
+from cast_kernels.evidence.cuda_launches import emulated, kept
 from cast_kernels.evidence.experts import ExpertCase
 from cast_kernels.gpu import check as gpu_check
 from cast_kernels.gpu import report as gpu_report
@@ -255,6 +257,7 @@ def test_a_kernel_that_ends_the_context_ends_the_section_and_is_its_last_entry(
     monkeypatch.setattr(gpu_check, "run", running)
     found = gpu_check.correctness(machine, replace(PLAN, cases=(SMALL, SMALL)), 5)
     assert next(found)["backend"] == "triton"  # refused: there is no GPU
+    assert next(found)["backend"] == "cuda"  # left out, for the same reason
     assert "illegal memory" in next(found)["why_not"]
     next(found)
     with pytest.raises(UnusableError, match="was not run"):
@@ -354,9 +357,33 @@ def test_kernels_that_write_nothing_fail(cache: Path) -> None:
 
 def test_inputs_differ_from_seed_to_seed() -> None:
     first, second = (list(gpu_check.correctness(FakeMachine(), PLAN, seed)) for seed in (1, 2))
-    assert [entry["backend"] for entry in first] == ["triton", "cpu"]
+    assert [entry["backend"] for entry in first] == ["triton", "cuda", "cpu"]
     assert "the streams are on cpu" in first[0]["why_not"]
-    assert first[1]["rms"] != second[1]["rms"]
+    assert first[2]["rms"] != second[2]["rms"]
+
+
+def test_what_cuda_leaves_out_is_said_once_a_reason_and_is_no_error() -> None:
+    cases = (SMALL, replace(SMALL, bottleneck=192, heads=6), SMALL)
+    found = list(gpu_check.correctness(FakeMachine(), Plan(cases, ("bf16", "fp32"), EXPERTS[:1]), 5, ("cuda",)))
+    assert [entry["backend"] for entry in found] == ["cuda"] * len(found)
+    reasons = [entry["left_out"] for entry in found]
+    assert len(reasons) == len(set(reasons))
+    assert all(gpu_report.is_right(entry) for entry in found)
+
+
+@needs_kernels
+def test_the_cuda_kernels_are_checked_beside_tritons(cache: Path) -> None:
+    """The same problem by both, in emulation; the expert's op, which cuda leaves to triton, is not checked twice."""
+    plan = replace(PLAN, cases=(replace(SMALL, bottleneck=192, heads=6),), experts=EXPERTS[:1])
+    with emulated():
+        found = list(gpu_check.correctness(FakeMachine(), plan, 5, ("cuda",)))
+    (entry,) = found
+    assert (entry["ok"], entry["same_bits_twice"], entry["tensors"]) == (True, True, 2 + 2 + 28)
+    with offline_driver(target("sm_80"), Recorder(), cache), kept():
+        found = list(gpu_check.correctness(FakeMachine(), plan, 5, ("triton", "cuda")))
+    assert [(entry["backend"], entry["ok"]) for entry in found] == [
+        ("triton", False), ("cuda", False), ("triton", False)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("measured", "inside"), [(1.3, True), (1.5, False), (0.5, False)])

@@ -11,12 +11,14 @@ import pytest
 import torch
 from fake_machine import FakeMachine
 
+from cast_kernels import backends
 from cast_kernels.evidence import cases, experts
 from cast_kernels.evidence.cases import run
 from cast_kernels.evidence.experts import run_expert
 from cast_kernels.gpu import check as gpu_check
 from cast_kernels.gpu import machine as machines
 from cast_kernels.gpu.machine import CudaMachine
+from cast_kernels.problem import Verdict
 
 
 def sanitizer(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +79,12 @@ def test_the_sanitized_program_runs_every_op(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(experts, "run_expert", eagerly(run_expert))
     exec(gpu_check.SANITIZED, {})
     assert ran == [(op, "cuda") for op in ("bcast", "ffn", "self_attention", "adapter")]
+
+
+def test_it_runs_the_kernels_of_both_backends_where_both_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(cases, "run", lambda case, backend, *rest, device: ran.append((backend, case.bottleneck)))
+    monkeypatch.setattr(experts, "run_expert", lambda *given, **named: None)
+    monkeypatch.setattr(backends, "can_run", lambda name, problem: Verdict(name == "cuda", "as told"))
+    exec(gpu_check.SANITIZED, {})
+    assert ran == [("triton", 32), ("cuda", 192)]

@@ -23,8 +23,8 @@ import torch
 from groups import PAPER, SMALL, Row
 from report import Report, RowsError
 from session import Session
-from test_emulated_training import KERNELS
-from variants import SDPA, UNTIMED, attending, is_ours
+from test_cuda_training import OF_BOTH
+from variants import SDPA, attending, is_ours
 
 import cast_kernels
 
@@ -76,7 +76,8 @@ def test_the_whole_command_of_tier_first(tmp_path: Path) -> None:
     assert not re.search(r"\d \(\d+(\.\d+)?\.\.", printed)  # no median with a spread: nothing was measured
     emulated = re.search(r"of them (\d+) emulated: (.*)", printed)
     assert emulated
-    assert set(emulated[2].split(", ")) >= KERNELS
+    assert {name.partition("_bf16")[0] for name in emulated[2].split(", ")} >= OF_BOTH
+    assert re.search(r"auto's order: .*\(triton: an emulated device; cuda: an emulated device\)", printed)
     peers = [row for name, row in found.items() if not is_ours(name.split("|")[1]) and "memory" not in name]
     assert peers
     assert all(row["error"] > 0 for row in peers)  # they were compared with fp64
@@ -116,7 +117,7 @@ def test_tier_full_has_every_dtype_batch_and_backend() -> None:
         }
         assert found == wanted
     levels = ("", *(f", recompute={level.value}" for level in cast_kernels.Recompute))
-    for backend in set(cast_kernels.backends.BACKENDS) - {"eager", "cpu", *UNTIMED}:
+    for backend in set(cast_kernels.backends.BACKENDS) - {"eager", "cpu"}:
         mine = {row.name for row in full if row.name.startswith(f"cast_kernels, {backend}")}
         assert mine == {f"cast_kernels, {backend}{level}" for level in levels}
     flash_in_fp32 = [

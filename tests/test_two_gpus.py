@@ -53,3 +53,15 @@ def test_the_tensors_own_gpu_decides(two_gpus: dict[str, list[backends.AnyProble
     assert [backends.select("auto", problem) for problem in old] == ["eager"] * 5
     for problem in old:
         assert backends.can_run("triton", problem).reason == "cuda:1 is sm_75; the kernels need sm_80 or newer"
+
+
+def test_another_gpu_than_hopper_is_what_cuda_says_first(two_gpus: dict[str, list[backends.AnyProblem]]) -> None:
+    """Another bottleneck, a build or a driver would change nothing there."""
+    new, old = (two_gpus[device][-1] for device in ("cuda:0", "cuda:1"))
+    with pytest.raises(cast_kernels.BackendError) as caught:
+        backends.select("cuda", old)
+    assert str(caught.value) == (
+        "backend='cuda' cannot run this problem: cuda:1 is sm_75; the CUDA kernels are for sm_90 (H100, H200) alone. "
+        "Use backend='auto', which takes 'eager' here, or cast_kernels.explain(...) to see all of them."
+    )
+    assert backends.can_run("cuda", new).reason == "the bottleneck has 32 channels; 192 and 384 are possible"

@@ -28,18 +28,21 @@ _WORD = 4
 
 def can_run(problem: Problem) -> Verdict:
     """Whether the CUDA kernels can run the problem here, and the reason in words either way."""
+    if problem.device == "cuda" and (other := common.other_gpu(problem.gpu)):
+        return Verdict(False, other)
     if problem.attention != "auto":
         return Verdict(False, f"attention={problem.attention!r} was asked for; the kernels attend themselves")
     if problem.bottleneck_dim not in BOTTLENECKS:
         fit = " and ".join(map(str, BOTTLENECKS))
         return Verdict(False, f"the bottleneck has {problem.bottleneck_dim} channels; {fit} are possible")
     if problem.head_dim not in HEAD_DIMS:
-        return Verdict(False, f"heads have {problem.head_dim} channels; {', '.join(map(str, HEAD_DIMS))} are possible")
+        made, fit = f"{problem.bottleneck_dim} in {problem.num_heads} heads", ", ".join(map(str, HEAD_DIMS))
+        return Verdict(False, f"heads have {problem.head_dim} channels, {made}; {fit} are possible")
     if problem.frames < 1 or problem.patches < 1:
         return Verdict(False, f"a clip has {problem.frames} frames of {problem.patches} patches; one each is needed")
     if problem.dim % DIM_MULTIPLE:
         return Verdict(False, f"the streams have {problem.dim} channels; a multiple of {DIM_MULTIPLE} is needed")
-    return common.verdict(problem.device, problem.gpu, problem.dtype, problem.compute)
+    return common.verdict(problem.device, problem.dtype, problem.compute)
 
 
 def saved_words(problem: Problem, recompute: str) -> int:

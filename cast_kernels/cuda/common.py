@@ -49,30 +49,33 @@ def recorded() -> bool:
     return _native.CUDA is not None and bool(_native.CUDA.is_recorded())
 
 
-def verdict(device: str, gpu: int | None, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
-    """Whether the kernels run on tensors of this device and these dtypes, and the reason in words either way.
+def verdict(device: str, dtype: torch.dtype, compute: torch.dtype) -> Verdict:
+    """Whether the kernels run on tensors of this device, if its GPU is the right one, and of these dtypes, and why.
 
     Args:
         device: type of the tensors' device.
-        gpu: the number of their GPU, None for the current one.
         dtype: of the streams.
         compute: of dense products.
     """
     if _native.CUDA is None:
         return Verdict(False, _native.CUDA_REASON)
     if compute not in COMPUTE_DTYPES:
-        return Verdict(False, f"the compute dtype is {compute}; the kernels take {_listed(COMPUTE_DTYPES)}")
+        return Verdict(
+            False, f"the compute dtype is {compute}; the kernels take {_listed(COMPUTE_DTYPES)}: run under "
+            "torch.autocast, or convert streams and parameters"
+        )  # fmt: skip
     if dtype not in (compute, torch.float32):
         return Verdict(
-            False, f"the streams are {dtype} and products {compute}; streams must be of that or {torch.float32}"
-        )
+            False, f"the streams are {dtype} where products are of {compute}; {_listed((compute, torch.float32))} are "
+            "possible: convert the streams, or leave autocast out"
+        )  # fmt: skip
     if device == "cuda" and recorded():
         return Verdict(False, "launches are recorded, and a recorder reads the memory of tensors on the CPU alone")
     if device == "cuda":
-        return _on_gpu(gpu)
+        return _on_gpu()
     if device == "cpu" and recorded():
         return Verdict(True, "launches are recorded; no GPU runs them")
-    return Verdict(False, f"the streams are on {device}; the CUDA kernels run on cuda")
+    return Verdict(False, f"the streams are on {device}; the CUDA kernels run on cuda, on GPUs of sm_90 (H100, H200)")
 
 
 def _listed(dtypes: Sequence[torch.dtype]) -> str:
@@ -80,7 +83,18 @@ def _listed(dtypes: Sequence[torch.dtype]) -> str:
 
 
 @constant
-def _on_gpu(gpu: int | None) -> Verdict:
+def other_gpu(gpu: int | None) -> str:
+    """Why this GPU is none for which the kernels are written; "" if it is one, or if none is here."""
+    if torch.version.hip is not None:
+        return "PyTorch is built for AMD's GPUs; the CUDA kernels are for NVIDIA's sm_90 (H100, H200)"
+    if not torch.cuda.is_available() or (found := torch.cuda.get_device_capability(gpu)) == CAPABILITY:
+        return ""
+    which = "the GPU" if gpu is None else f"cuda:{gpu}"
+    return f"{which} is sm_{found[0]}{found[1]}; the CUDA kernels are for sm_90 (H100, H200) alone"
+
+
+@constant
+def _on_gpu() -> Verdict:
     version, reason = kernels().driver()
     if reason:
         return Verdict(False, reason)
@@ -90,12 +104,6 @@ def _on_gpu(gpu: int | None) -> Verdict:
             False, f"the driver is of CUDA {_release(version)}, the kernels were built by {_release(toolkit)}: install "
             f"a driver of CUDA {toolkit // 1000}, or build them with an older toolkit"
         )  # fmt: skip
-    if torch.version.hip is not None:
-        return Verdict(False, "PyTorch is built for AMD's GPUs; the kernels are for NVIDIA's sm_90")
-    found = torch.cuda.get_device_capability(gpu)
-    if found != CAPABILITY:
-        which = "the GPU" if gpu is None else f"cuda:{gpu}"
-        return Verdict(False, f"{which} is sm_{found[0]}{found[1]}; the kernels are for sm_90 alone")
     return Verdict(True, f"CUDA C++ for sm_90, driver of CUDA {_release(version)}")
 
 

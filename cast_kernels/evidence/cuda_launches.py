@@ -76,6 +76,11 @@ class Ran(NamedTuple):
     report: Report
     seconds: float
 
+    def refuse_faults(self) -> None:
+        """Raise EmulationFault if it faulted, or if several warps wrote values to one word that differ."""
+        if found := [*self.report.faults, *(note for note in self.report.notes if note.differs)]:
+            raise EmulationFault(self.launch, found)
+
 
 @contextmanager
 def kept(name: str = "sm_90") -> Iterator[list[CudaLaunch]]:
@@ -85,7 +90,7 @@ def kept(name: str = "sm_90") -> Iterator[list[CudaLaunch]]:
         RuntimeError: the CUDA kernels are not built, or launches are taken already.
     """
     launches: list[CudaLaunch] = []
-    with _taken(launches.append, target(name)):
+    with taken(launches.append, name):
         yield launches
 
 
@@ -125,27 +130,47 @@ def emulated(
         "landing": landing, "seed": seed, "checks": checks, "engine": engine, "lane_order": lane_order
     }  # fmt: skip
 
-    def execute(launch: CudaLaunch) -> None:
-        record, begin = launch.record(), time.perf_counter()
-        if folder is not None:
-            save(record, folder / f"{len(ran):02d}_{launch.kernel}.npz")
-        try:
-            report = run(record, **options)
-        except (Unsupported, ParseError) as error:
-            raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
-        except EmulationError as error:
-            raise EmulationFault(launch, [error]) from error
-        ran.append(Ran(launch, report, time.perf_counter() - begin))
-        if found := [*report.faults, *(note for note in report.notes if note.differs)]:
-            raise EmulationFault(launch, found)
+    def take(launch: CudaLaunch) -> None:
+        file = None if folder is None else folder / f"{len(ran):02d}_{launch.kernel}.npz"
+        ran.append(execute(launch, file, **options))
+        ran[-1].refuse_faults()
 
-    with _taken(execute, target(name)):
+    with taken(take, name):
         yield ran
 
 
+def execute(launch: CudaLaunch, file: Path | None = None, **options: Any) -> Ran:
+    """Execute one launch on the memory that it names; what was found is in the report.
+
+    Args:
+        launch: what to run.
+        file: where it is written as a record before.
+        options: as of `ptx_emulator.launch`.
+
+    Raises:
+        EmulationFault: an error ended the launch.
+        RuntimeError: the kernel has what the emulator does not execute.
+    """
+    record, begin = launch.record(), time.perf_counter()
+    if file is not None:
+        save(record, file)
+    try:
+        report = run(record, **options)
+    except (Unsupported, ParseError) as error:
+        raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
+    except EmulationError as error:
+        raise EmulationFault(launch, [error]) from error
+    return Ran(launch, report, time.perf_counter() - begin)
+
+
 @contextmanager
-def _taken(take: Callable[[CudaLaunch], None], goal: Target) -> Iterator[None]:
-    kernels = _free()
+def taken(take: Callable[[CudaLaunch], None], name: str = "sm_90") -> Iterator[None]:
+    """All launches inside go to this function, which may raise; `name` is that of the target.
+
+    Raises:
+        RuntimeError: the CUDA kernels are not built, or launches are taken already.
+    """
+    kernels, goal = _free(), target(name)
 
     def told(given: dict[str, Any]) -> None:
         places = tuple(given.pop("places"))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from cast_kernels import backends
 from cast_kernels.evidence.cases import DTYPES, Case, compare, poisoned_memory, run
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.experts import ExpertCase, expert_problem, run_expert
+from cast_kernels.gpu import order
 from cast_kernels.gpu import report as gpu_report
 from cast_kernels.gpu.machine import CudaMachine, Machine, NoGPUError, require_usable
 from cast_kernels.gpu.report import ENDS, is_right, not_measured
@@ -85,12 +86,18 @@ FULL = Plan(
 )
 QUICK = Plan(cases=(_PAPER,), dtypes=("bf16",), experts=FULL.experts[::2], minutes=5, sanitize=False)
 
-#: compute-sanitizer's program: one forward and backward of awkward sizes, of B-CAST and of an expert's half blocks.
+#: compute-sanitizer's program: one forward and backward of awkward sizes, of B-CAST by each backend that can, and of an
+#: expert's half blocks.
 SANITIZED = """
 import torch
+from cast_kernels import backends
 from cast_kernels.evidence.cases import Case, run
 from cast_kernels.evidence.experts import ExpertCase, run_expert
+from cast_kernels.gpu.check import bcast_problem
 run(Case(2, 3, 7, 64, 32, 2, scaled=True), "triton", torch.bfloat16, device="cuda")
+wide = Case(2, 3, 7, 64, 192, 6, scaled=True)
+if backends.can_run("cuda", bcast_problem(wide, torch.bfloat16, torch.device("cuda"))).ok:
+    run(wide, "cuda", torch.bfloat16, device="cuda")
 for op in ("ffn", "self_attention", "adapter"):
     run_expert(ExpertCase(37, 96, 160, 48, scaled=True, op=op, heads=3), torch.bfloat16, device="cuda")
 """
@@ -100,11 +107,16 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
-    """The worst tensor's errors of every backend that runs here, on inputs from this seed, with new memory poisoned.
+def correctness(
+    machine: Machine, plan: Plan, seed: int, names: Collection[str] = backends.BACKENDS
+) -> Iterator[dict[str, Any]]:
+    """The worst tensor's errors of each of these backends that runs here, on inputs from this seed, with new memory
+    poisoned.
 
-    A call that raises is a failed entry. So is a refusal by triton: this command exists to check it.
+    A call that raises is a failed entry. So is a refusal by triton: this command exists to check it. A refusal by cuda
+    is an entry that says why, once for each reason; what cuda leaves to triton is checked as triton's.
     """
+    refused: set[str] = set()
     every: tuple[AnyCase, ...] = (*plan.cases, *plan.experts)
     for number, unseeded in enumerate(every):
         case = replace(unseeded, seed=seed + number)
@@ -113,12 +125,15 @@ def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, A
             kind = DTYPES[dtype]
             call = _caller(case, kind, machine.device)
             problem = _problem(case, kind, machine.device)
-            for name in (name for name in backends.BACKENDS if name != "eager"):
+            for name in (name for name in _own_kernels(case) if name in names):
                 about = {"backend": name, "dtype": dtype, "case": str(case)}
                 verdict = backends.can_run(name, problem)
                 if not verdict.ok:
                     if name == "triton":
                         yield about | _failed(f"cannot run: {verdict.reason}")
+                    elif name == "cuda" and verdict.reason not in refused:
+                        refused.add(verdict.reason)
+                        yield about | {"left_out": verdict.reason}
                     continue
                 require_usable(machine)
                 try:
@@ -126,6 +141,12 @@ def correctness(machine: Machine, plan: Plan, seed: int) -> Iterator[dict[str, A
                 except Exception as error:  # the other problems' results stay valid
                     traceback.print_exc()
                     yield about | _failed(_reason(error))
+
+
+def _own_kernels(case: AnyCase) -> Iterator[str]:
+    """Backends with kernels of their own for the case's op."""
+    op = case.op if isinstance(case, ExpertCase) else "bcast"
+    return (name for name in backends.BACKENDS if name != "eager" and backends.left_to(name, op) is None)
 
 
 def _caller(case: AnyCase, dtype: torch.dtype, device: torch.device) -> Callable[..., dict[str, torch.Tensor]]:
@@ -162,12 +183,18 @@ def _checked(call: Callable[..., dict[str, torch.Tensor]], backend: str, ours_al
 def _problem(case: AnyCase, dtype: torch.dtype, device: torch.device) -> backends.AnyProblem:
     if isinstance(case, ExpertCase):
         return expert_problem(case, dtype, device)
+    return bcast_problem(case, dtype, device)
+
+
+def bcast_problem(case: Case, dtype: torch.dtype, device: torch.device) -> cast_kernels.Problem:
+    """What backends are asked about."""
     t2s, s2t = (
         window if way in case.directions else None for way, window in zip(("t2s", "s2t"), case.windows, strict=True)
     )
-    return cast_kernels.problem.Problem(
-        case.batch, case.frames, case.patches, case.dim, case.bottleneck, case.heads, t2s, s2t, dtype, device.type
-    )
+    return cast_kernels.Problem(
+        case.batch, case.frames, case.patches, case.dim, case.bottleneck, case.heads, t2s, s2t, dtype, device.type,
+        gpu=device.index,
+    )  # fmt: skip
 
 
 def run_benchmarks(plan: Plan, rows: Path) -> int:
@@ -344,6 +371,7 @@ def check(
     console = wide_console()
     for table in gpu_report.tables(found):
         console.print(table)
+    console.print(order.line(found["times"].get("groups", {})), markup=False, soft_wrap=True)
     console.print(gpu_report.verdict(found, passed(found)), markup=False)
     console.print(f"the report: {report_file} and {json_file}", markup=False, soft_wrap=True)
     return status(found)

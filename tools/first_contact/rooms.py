@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -19,12 +20,12 @@ import bench_self_attention
 import torch
 from compare import worst_ratio
 from groups import PAPER, SMALL, Group, Sizes, Work
-from measure import rms_error
+from measure import Unavailable, rms_error
 from torch import Tensor
 
 from cast_kernels.evidence.cases import Case, poisoned_memory
 from cast_kernels.evidence.experts import ExpertCase
-from cast_kernels.gpu import check
+from cast_kernels.gpu import check, order
 from cast_kernels.gpu.machine import Machine
 from cast_kernels.gpu.report import is_right
 from first_contact import inside
@@ -35,11 +36,11 @@ from first_contact.rows import Rows
 Room = Mapping[str, Callable[[], dict[str, Any]]]
 
 _FILES = (bench_bcast, bench_ffn, bench_self_attention, bench_adapter, bench_model)
-#: Our backend, as the benchmarks name its rows.
-OURS = "cast_kernels, triton"
+#: Our backends of a GPU, as the benchmarks name their rows; the first one has all ops.
+OURS = tuple(map(order.row_of, order.BACKENDS))
 #: Of the inputs of `gpu-check`'s problems: no figure here depends on chance.
 SEED = 20
-SMALL_PLAN = replace(check.QUICK, cases=(Case(2, 2, 5, 32, 32, 2),), experts=(ExpertCase(20, 32, 48, 16, heads=2),))
+SMALL_PLAN = replace(check.QUICK, cases=(Case(2, 2, 5, 32, 192, 6),), experts=(ExpertCase(20, 32, 48, 16, heads=2),))
 #: Why nothing is said of a result in a rehearsal.
 RECORDED = "some launches were recorded, not carried out"
 #: Groups whose rows of ours are checked, in order of worth.
@@ -73,7 +74,7 @@ def rows_of(room: str, machine: Machine) -> Room:
 def correctness(machine: Machine, known: Mapping[str, Group]) -> Room:
     """Each of our rows beside the group's baseline, both against fp64, new memory poisoned."""
     problems = {
-        f"{name}, {row.removeprefix(OURS).lstrip(', ') or 'default'}": partial(compared, machine, known[name], row)
+        f"{name}, {row.removeprefix('cast_kernels, ')}": partial(compared, machine, known[name], row)
         for name in CHECKED
         for row in known[name].rows
         if row.startswith(OURS)
@@ -81,16 +82,19 @@ def correctness(machine: Machine, known: Mapping[str, Group]) -> Room:
     plan = SMALL_PLAN if EMULATED else check.FULL
     for number, one in enumerate((*plan.cases, *plan.experts)):
         for dtype in plan.dtypes if number == 0 or isinstance(one, ExpertCase) else plan.dtypes[:1]:
-            problems[f"{one}, {dtype}"] = partial(checked, machine, one, dtype)
+            for backend in order.BACKENDS[: 1 if isinstance(one, ExpertCase) else None]:
+                problems[f"{one}, {dtype}, {backend}"] = partial(checked, machine, one, dtype, backend)
     return problems
 
 
-def checked(machine: Machine, case: check.AnyCase, dtype: str) -> dict[str, Any]:
-    """One problem of `cast-kernels gpu-check`."""
+def checked(machine: Machine, case: check.AnyCase, dtype: str, backend: str) -> dict[str, Any]:
+    """One problem of `cast-kernels gpu-check`, by one backend."""
     cases, experts = ((), (case,)) if isinstance(case, ExpertCase) else ((case,), ())
     plan = check.Plan(cases, (dtype,), experts)
     machine.computed()
-    found = next(entry for entry in check.correctness(machine, plan, SEED) if entry["backend"] == "triton")
+    found = next(check.correctness(machine, plan, SEED, (backend,)))
+    if "left_out" in found:
+        return {"ok": None, "why_not": found["left_out"]}
     return {"ok": None, "why_not": RECORDED} if not machine.computed() else found | {"ok": is_right(found)}
 
 
@@ -98,7 +102,10 @@ def compared(machine: Machine, group: Group, row: str) -> dict[str, Any]:
     """The worst tensor of one row."""
     work, exact, eager = truth(machine, group)
     with poisoned_memory():
-        candidate = work.builders[row]()
+        try:
+            candidate = work.builders[row]()
+        except Unavailable as error:
+            return {"ok": None, "why_not": str(error)}
         machine.computed()
         ours = rms_error(candidate.results(), exact)
     if not machine.computed():
@@ -118,12 +125,20 @@ def truth(machine: Machine, group: Group) -> tuple[Work, dict[str, Tensor], dict
 
 def repetition(machine: Machine, known: Mapping[str, Group]) -> Room:
     """The same call many times: Triton before 3.7.1 leaves out a fence on sm_90, and a race shows as other bits."""
-    return {name: partial(repeat, machine, known[name]) for name in REPEATED}
+    return {
+        f"{name}, {row.removeprefix('cast_kernels, ')}": partial(repeat, machine, known[name], row)
+        for name in REPEATED
+        for row in OURS
+        if row in known[name].rows
+    }
 
 
-def repeat(machine: Machine, group: Group) -> dict[str, Any]:
+def repeat(machine: Machine, group: Group, row: str) -> dict[str, Any]:
     """Compare the bits of every result with the first call's, with and without a cold L2."""
-    candidate = group.work(machine).builders[OURS]()
+    try:
+        candidate = group.work(machine).builders[row]()
+    except Unavailable as error:
+        return {"ok": None, "why_not": str(error)}
     first = {name: x.clone() for name, x in candidate.results().items()}
     other = {name: torch.zeros((), dtype=torch.int64, device=x.device) for name, x in first.items()}
     calls, end = 0, time.perf_counter() + (0 if EMULATED else REPEAT_SECONDS)
@@ -157,18 +172,25 @@ def step(machine: Machine, known: Mapping[str, Group]) -> Room:
     """Training steps from inside: the host's time, kernels by time, and what was loaded for ours."""
     one, six = (known[f"model training step amp B{batch}"] for batch in (1, 6))
     rows: dict[str, Callable[[], dict[str, Any]]] = {"host, B1": partial(_host, machine, one)}
-    for row in (OURS, six.rows[0]):
+    for row in (*OURS, six.rows[0]):
         rows[f"profile, B6, {row}"] = partial(_profile, machine, six, row)
     return rows | {"kernels": partial(inside.loaded, machine)}
 
 
 def _host(machine: Machine, group: Group) -> dict[str, Any]:
-    builders = group.work(machine).builders
-    return inside.host_time(machine, {row: builders[row]().step for row in (group.rows[0], OURS)})
+    """Of the baseline and of each of ours that runs here."""
+    builders, steps = group.work(machine).builders, {}
+    for row in (group.rows[0], *OURS):
+        with suppress(Unavailable):
+            steps[row] = builders[row]().step
+    return inside.host_time(machine, steps)
 
 
 def _profile(machine: Machine, group: Group, row: str) -> dict[str, Any]:
-    return inside.profile(machine, group.work(machine).builders[row]().step)
+    try:
+        return inside.profile(machine, group.work(machine).builders[row]().step)
+    except Unavailable as error:
+        return {"ok": None, "why_not": str(error)}
 
 
 def sanitizer(machine: Machine, known: Mapping[str, Group]) -> Room:
