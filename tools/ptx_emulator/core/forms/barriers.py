@@ -236,12 +236,31 @@ class WarpBarrier(Wait):
 
     def tell(self, m: State, lanes: Array) -> str:
         """Who sleeps, for a report of a deadlock."""
-        cta, thread = (int(i[0]) for i in np.nonzero(lanes))
-        mask = int(m.of(WarpBarriers).mask[cta, thread])
-        return (
-            f"in `{self.text}` CTA {int(m.cta_numbers[cta])} has {int(lanes[cta].sum())} threads, "
-            f"thread {thread} first, that wait for lanes {mask:#010x} of their warp"
-        )
+        return waiting(m, self.text, lanes, m.of(WarpBarriers).mask)
+
+
+def waiting(m: State, text: str, lanes: Array, masks: Array) -> str:
+    """Which lanes wait at an instruction for those of their warps that their masks name."""
+    cta, thread = (int(i[0]) for i in np.nonzero(lanes))
+    return (
+        f"in `{text}` CTA {int(m.cta_numbers[cta])} has {int(lanes[cta].sum())} threads, "
+        f"thread {thread} first, that wait for lanes {int(masks[cta, thread]):#010x} of their warp"
+    )
+
+
+def gathered(m: State, masks: Array) -> Array:
+    """Of the lanes that have come, each with a mask above 0, those for which every live lane of their mask has come
+    with an equal one."""
+    rows, live = masks.reshape(-1, 32), m.live.reshape(-1, 32)
+    bit = np.int64(1) << np.arange(32)
+    ready = np.zeros(rows.shape, bool)
+    for row in np.flatnonzero(rows.any(1)):
+        for mask in np.unique(rows[row][rows[row] > 0]):
+            here = rows[row] == mask
+            wanted = ((mask & bit) != 0) & live[row]
+            if (here | ~wanted).all():
+                ready[row] |= here
+    return ready.reshape(m.shape)
 
 
 def meet(m: State, lanes: Array) -> None:
@@ -260,19 +279,11 @@ class WarpBarriers(Part):
         """Wake the lanes for which every live lane of their mask has come with an equal mask."""
         if not self.mask.any():
             return
-        rows, live = self.mask.reshape(-1, 32), m.live.reshape(-1, 32)
-        bit = np.int64(1) << np.arange(32)
-        ready = np.zeros(rows.shape, bool)
-        for row in np.flatnonzero(rows.any(1)):
-            for mask in np.unique(rows[row][rows[row] > 0]):
-                here = rows[row] == mask
-                wanted = ((mask & bit) != 0) & live[row]
-                if (here | ~wanted).all():
-                    ready[row] |= here
+        ready = gathered(m, self.mask)
         if ready.any():
-            meet(m, ready.reshape(m.shape))
-            m.wake(ready.reshape(m.shape))
-            self.mask[ready.reshape(m.shape)] = 0
+            meet(m, ready)
+            m.wake(ready)
+            self.mask[ready] = 0
 
 
 @wait("bar", "barrier")
