@@ -14,6 +14,7 @@ from ptx_emulator.core.spaces import Array
 
 FALLS = 1 / 32  # how often the group that has just run falls to the lowest priority
 LANDS = 1 / 8  # how often a copy lands before a block, where copies land at random
+RUNS_OUT = 1 / 4  # how often a `try_wait` that would have to wait returns false
 PATIENCE = 100  # jumps back before lanes let others go on
 
 
@@ -28,6 +29,7 @@ class Priorities:
 
     def __init__(self, m: Batch, seed: int) -> None:
         self.random: np.random.Generator = np.random.default_rng(seed)
+        self.limits: np.random.Generator = np.random.default_rng((seed, 1))
         self.size = group_size(m)
         self.priority: Array = self.random.permutation(m.lanes // self.size).astype(np.float64)
 
@@ -45,6 +47,10 @@ class Priorities:
     def lands(self) -> bool:
         """Whether a copy lands before the next block, where copies land at random."""
         return bool(self.random.random() < LANDS)
+
+    def runs_out(self) -> bool:
+        """Whether a `try_wait` returns before what it waits for has come, as PTX allows it after some time."""
+        return bool(self.limits.random() < RUNS_OUT)
 
     def any_of(self, count: int) -> int:
         """One of `count` copies on their way."""
