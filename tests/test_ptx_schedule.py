@@ -132,3 +132,33 @@ def test_lanes_of_a_warp_are_kept_together() -> None:
     """
     run(entry(code, 1), [out], threads=64)
     assert (out == 0xFFFFFFFF).all()
+
+
+ROLES = """mov.b32 %r9, tile; and.b32 %r8, %tid0, 31; mad.lo.u32 %r8, %r8, 4, %r9; mov.u32 %r1, 0;
+setp.ge.u32 %p1, %tid0, 32; @%p1 bra $S; {first} bra $D; $S: {second} $D:
+mad.wide.u32 %d1, %tid0, 4, %ptr0; st.global.b32 [%d1], %r1;"""
+WRITE, READ = "st.shared.b32 [%r8], %tid0;", "ld.shared.b32 %r1, [%r8];"
+CLOCKED = "mov.b32 %r7, bar; setp.eq.u32 %p2, %tid0, 0; @%p2 mbarrier.init.shared::cta.b64 [%r7], 1; bar.sync 0;"
+
+
+@pytest.mark.parametrize("clocked", [False, True])
+@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("first", "second", "races"),
+    [
+        ("bar.arrive 1, 64;" + WRITE, "bar.sync 1, 64;" + READ, True),
+        (WRITE + "bar.arrive 1, 64;", "bar.sync 1, 64;" + READ, False),
+        ("bar.arrive 1, 64;" + READ, "bar.sync 1, 64;" + WRITE, True),
+        (READ + "bar.arrive 1, 64;", "bar.sync 1, 64;" + WRITE, False),
+        ("bar.arrive 1, 64;" + WRITE, "bar.sync 1, 64;" + WRITE, True),
+        ("bar.arrive 1, 64;" + WRITE + "bar.arrive 2, 64;", "bar.sync 1, 64; bar.sync 2, 64;" + READ, False),
+    ],
+)
+def test_what_comes_after_an_arrival_is_not_told_of(
+    first: str, second: str, races: bool, seed: int | None, clocked: bool
+) -> None:
+    """A warp arrives at a barrier and goes on: the warp that waits there sees what came before the arrival."""
+    outside = SHARED + ".shared .align 8 .b8 bar[8];\n"
+    code = (CLOCKED if clocked else "") + ROLES.replace("{first}", first).replace("{second}", second)
+    report = run(entry(code, 1, outside=outside), [np.zeros(64, np.uint32)], threads=64, seed=seed)
+    assert bool(report.faults) == races

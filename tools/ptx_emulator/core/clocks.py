@@ -7,7 +7,7 @@ that is visible to the warp. An arrival releases the warp's clock, a wait that s
 so a race is found in whatever order the emulator ran the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,16 +162,20 @@ class ClusterChecker(Checker):
             everyone = np.ones(self.m.warps, bool)
             self.barrier(cta, everyone, everyone)
 
-    def barrier(self, cta: int, came: Array, waited: Array) -> None:
-        """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
+    def clock(self, cta: int, warp: int) -> Array:
+        """What a warp of a CTA has seen by now, and done itself."""
+        return self.released(cta // self.size, cta % self.size * self.m.warps + warp)
+
+    def barrier(self, cta: int, came: Array, waited: Array, before: Sequence[Array] = ()) -> None:
+        """In one CTA the warps `came` have come to a barrier at which the warps `waited` wait. before: the clocks of
+        those that arrived and went on."""
         self.epochs[cta] += 1
         cluster, first = cta // self.size, cta % self.size * self.m.warps
-        self.meet(cluster, first + np.flatnonzero(came), first + np.flatnonzero(waited))
-
-    def meet(self, cluster: int, came: Array, waited: Array) -> None:
-        """What the agents `came` know and did is visible to the agents `waited`."""
+        came, waited = first + np.flatnonzero(came), first + np.flatnonzero(waited)
         known = self.seen[cluster, came].max(0)
         known[came] = self.m.step
+        for clock in before:
+            known = merged(known, clock)
         self.seen[cluster, waited] = np.maximum(self.seen[cluster, waited], known)
 
     def released(self, cluster: int, agent: int) -> Array:

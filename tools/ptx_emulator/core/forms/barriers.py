@@ -95,13 +95,17 @@ class CtaBarriers(Part):
         self.votes: Array = np.zeros((ctas, BARRIERS), np.int64)
         self.reduces: Array = np.zeros((ctas, BARRIERS), bool)  # who arrived did so by `bar.red`
         self.taking_part: Array = np.zeros((ctas, BARRIERS, threads // 32), bool)
+        self.went_on: dict[tuple[int, int], dict[int, Array]] = {}  # clocks of warps that arrived and did not wait
         self.name: Array = np.full((ctas, threads), -1, np.int32)  # the barrier a lane sleeps at
 
     def part(self, m: State, ctas: Array) -> "CtaBarriers":
         """The barriers of some CTAs."""
         other = CtaBarriers(m)
         for name, value in vars(self).items():
-            setattr(other, name, value[ctas])
+            if isinstance(value, np.ndarray):
+                setattr(other, name, value[ctas])
+        places = {cta: place for place, cta in enumerate(ctas.tolist())}
+        other.went_on = {(places[cta], name): of for (cta, name), of in self.went_on.items() if cta in places}
         return other
 
     def arrive(self, m: State, end: CtaBarrier, lanes: Array, names: Array, counts: Array | None) -> None:
@@ -117,6 +121,9 @@ class CtaBarriers(Part):
                 self.votes[:, name] += (end.reduction.votes(m) & here).sum(1)
             if end.waits:
                 self.name[here] = name
+            elif m.checker is not None:
+                for cta, warp in np.argwhere(here.reshape(m.ctas, m.warps, 32).any(2)).tolist():
+                    self.went_on.setdefault((cta, int(name)), {})[warp] = m.checker.clock(cta, warp)
 
     def _agree(self, m: State, end: CtaBarrier, here: Array, ctas: Array, name: int, counts: Array | None) -> None:
         """The lanes of some CTAs arrive: all who take part must name one number of threads, and reduce or not."""
@@ -160,20 +167,27 @@ class CtaBarriers(Part):
             self._check_aligned(m, here)
             m.counters.barriers += 1
             m.tick(-1)
-            self._tell(m, int(cta), self.taking_part[cta, name], here[cta].reshape(m.warps, 32).any(1), expected)
+            self._tell(m, int(cta), int(name), here[cta].reshape(m.warps, 32).any(1), expected)
             self._reduce(m, here, self.votes[cta, name], self.arrived[cta, name])
             m.wake(here)
             self.name[here] = -1
             self.arrived[cta, name] = self.expected[cta, name] = self.votes[cta, name] = 0
             self.taking_part[cta, name] = False
+            self.went_on.pop((cta, name), None)
 
-    def _tell(self, m: State, cta: int, came: Array, waited: Array, expected: int) -> None:
+    def _tell(self, m: State, cta: int, name: int, waited: Array, expected: int) -> None:
         """Tell the checker which warps have met: each with itself alone, where the barrier is one of 32 threads."""
         if m.checker is None:
             return
-        each = np.diag(came)[came] if expected == 32 else came[None]
-        for warps in each:
-            m.checker.barrier(cta, warps, waited & warps if expected == 32 else waited)
+        came = self.taking_part[cta, name]
+        if expected == 32:
+            for warps in np.diag(came & waited)[came & waited]:
+                m.checker.barrier(cta, warps, warps)
+        else:
+            before = self.went_on.get((cta, name), {})
+            stays = came.copy()
+            stays[list(before)] = False
+            m.checker.barrier(cta, stays, waited, list(before.values()))
 
     def _check_aligned(self, m: State, here: Array) -> None:
         """The lanes of a warp that wait must do so by one instruction if it is an aligned one."""
