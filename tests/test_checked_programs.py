@@ -153,6 +153,27 @@ def test_the_interpreter_is_refused(tmp_path: Path) -> None:
     assert "TRITON_INTERPRET is set" in ran.err
 
 
+def test_a_lock_between_ctas_is_passed_on(tmp_path: Path) -> None:
+    """As in Triton's lesson on layer normalisation: CTAs that try for it do not keep its holder from running."""
+    code = """
+@triton.jit
+def added(x, y, lock, N: tl.constexpr):
+    at = tl.arange(0, N)
+    value = tl.load(x + tl.program_id(0) * N + at)
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    tl.store(y + at, tl.load(y + at) + value)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0)
+
+x, y, lock = torch.ones(8, 256), torch.zeros(256), torch.zeros(1, dtype=torch.int32)
+added[(8,)](x, y, lock, 256)
+print(y.unique().tolist(), lock.item())
+"""
+    ran = Ran(tmp_path, code, "program.py")
+    assert (ran.status, ran.out) == (0, "[8.0] 0\n"), ran.err
+
+
 def test_the_core_needs_neither_torch_nor_triton() -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"

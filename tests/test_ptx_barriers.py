@@ -199,3 +199,28 @@ def test_copies_of_a_thread_that_an_mbarrier_tells_of(noinc: str) -> None:
     assert not launch(copy + arrive + wait(0, "V") + "ld.shared.b32 %r1, [%r8];")[1]
     with pytest.raises(ptx_emulator.Deadlock, match="32 of 32 arrivals"):
         launch(copy)
+
+
+@pytest.mark.parametrize(
+    "how", ["st.shared.b32 [%r9], 7;", "st.shared.b32 [%r9+4], 7;", "red.shared.add.u32 [%r9], 1;"]
+)
+def test_what_writes_over_an_mbarrier(how: str) -> None:
+    """Its eight bytes are its own, and a write beside it is no matter."""
+    over = f"@%p2 {how} bar.sync 0;"
+    assert kinds(go(init(64) + over)[1]) == {"write over an mbarrier"}
+    assert not go(init(64) + over.replace("%r9+4", "%r9+8").replace("[%r9]", "[%r9+8]"))[1].faults
+    ended = "@%p2 mbarrier.inval.shared::cta.b64 [%r9]; bar.sync 0;"
+    assert not go(init(64) + ended + over)[1].faults
+
+
+def test_a_wait_that_does_not_try_again() -> None:
+    """`try_wait` may return false when its time is over. What goes on all the same is found under some seed."""
+    loop, arrive = wait(0), "mbarrier.arrive.shared::cta.b64 _, [%r9];"
+    once = loop.split("@!%p5")[0]
+    found = [kinds(go(init(32) + PRODUCER.format(wait=once, arrive=arrive), seed=seed)[1]) for seed in range(16)]
+    assert {"write-read"} in found or {"read-write"} in found
+    for seed in range(16):
+        out, report = go(init(32) + PRODUCER.format(wait=loop, arrive=arrive), seed=seed)
+        assert (out[:32] == 0).all()
+        assert (out[32:] == 9).all()
+        assert not report.faults

@@ -100,7 +100,9 @@ def test_float_to_integer(kind: str, rounding: str) -> None:
     )
     for value, result in zip(x.tolist(), got.tolist(), strict=True):
         want = (
-            0
+            1 << 63
+            if np.isnan(value) and bits == 64
+            else 0
             if np.isnan(value)
             else low
             if value == -INF
@@ -161,3 +163,23 @@ def test_integral_rounding_and_saturation_of_floats() -> None:
 def test_unknown_conversions_are_refused(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=r"cvt\."):
         run(entry(text, 0), [])
+
+
+@pytest.mark.parametrize(("source", "dtype"), [("f32", np.float32), ("f64", np.float64), ("f16", np.float16)])
+@pytest.mark.parametrize("kind", ["s8", "u16", "s32", "u32", "s64", "u64"])
+def test_not_a_number_to_integer(source: str, dtype: type, kind: str) -> None:
+    """Zero from and to narrow types; the highest bit alone where the source is f64 or the destination has 64 bits."""
+    bits = int(kind[1:])
+    holds = {8: np.uint16, 16: np.uint16, 32: np.uint32, 64: np.uint64}[bits]
+    nan = np.array([NAN], dtype)
+    (got,) = lanewise(f"cvt.rzi.{kind}.{source} %o, %a;", [nan.view(f"u{nan.itemsize}")], [holds])
+    want = 1 << (bits - 1) if source == "f64" or bits == 64 else 0
+    assert int(got[0]) & (1 << bits) - 1 == want
+
+
+def test_tf32_kept_finite() -> None:
+    x = np.array([INF, -INF, 3.4028235e38, 1.0, NAN], np.float32)
+    (got,) = lanewise("cvt.rna.satfinite.tf32.f32 %o, %a;", [x.view(np.uint32)], [np.uint32])
+    assert got[:4].tolist() == [0x7F7FE000, 0xFF7FE000, 0x7F7FE000, 0x3F800000]
+    assert got[4] & 0x7F800000 == 0x7F800000
+    assert got[4] & 0x007FFFFF

@@ -290,9 +290,57 @@ def test_literals() -> None:
     assert unary("add.f32 %o, %a, 0f3FC00000;", a)[0] == 1.5
     assert unary("add.f32 %o, %a, 2.5;", a)[0] == 2.5
     assert unary("add.f64 %o, %a, 0d4004000000000000;", a.astype(np.float64))[0] == 2.5
+    (got,) = lanewise("add.s32 %o, %a, -010;", [np.array([10, 8], np.uint32)], [np.uint32])
+    assert got.tolist() == [2, 0], "an octal number"
 
 
 @pytest.mark.parametrize("text", ["add.rz.f64 %d1, %d2, %d3;", "fma.rn.oob.f16 %h1, %h2, %h3, %h4;"])
 def test_unknown_rounding_is_refused(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=text.split()[0]):
         run(entry(text, 0), [])
+
+
+def once(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a*b + c of float64, rounded once."""
+    rows = zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+    return np.array([float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in rows])
+
+
+def test_fma_of_float64_is_rounded_once() -> None:
+    """What is left of a product, which libraries of double-double numbers take this way, and numbers near the ends."""
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal(300), rng.standard_normal(300)
+    a[200:], b[200:] = a[200:] * 2.0 ** rng.integers(-500, 500, 100), b[200:] * 2.0 ** rng.integers(-500, 500, 100)
+    c = np.where(np.arange(300) < 100, -(a * b), rng.standard_normal(300) * 10.0 ** rng.integers(-30, 10, 300))
+    a[-3:], b[-3:], c[-3:] = [2.0**-600, 2.0**600, 1e308], [2.0**-500, 2.0**500, 1e308], [2.0**-1074, 1.0, -INF]
+    (got,) = lanewise("fma.rn.f64 %o, %a, %b, %c;", [bits(a), bits(b), bits(c)], [np.uint64])
+    want = np.append(once(a[:-2], b[:-2], c[:-2]), [INF, -INF])
+    same(got.view(np.float64), want)
+
+
+def test_what_is_far_below_decides_a_tie() -> None:
+    """7 times 37/256 lies in the middle between two numbers of bf16; 2^-100 more is above it, and less below it."""
+    values = np.array([[7.0, 7.0], [37 / 256, 37 / 256], [2**-100, -(2**-100)]], np.float32)
+    a, b, c = values.view(np.uint32) >> 16
+    pair = np.uint32(0x10001)
+    (got,) = lanewise("fma.rn.bf16x2 %o, %a, %b, %c;", [a * pair, b * pair, c * pair], [np.uint32])
+    assert (got << 16).view(np.float32).tolist() == [130 / 128, 129 / 128]
+    assert (got >> 16 == got & 0xFFFF).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "less"), [("rz", 1.0, 1 - 2**-24), ("rm", 1.0, 1 - 2**-24), ("rp", 1 + 2**-23, 1.0)]
+)
+def test_directed_roundings_see_what_is_far_below(mode: str, more: float, less: float) -> None:
+    one, tiny = np.ones(2, np.float32), np.array([2**-100, -(2**-100)], np.float32)
+    assert binary(f"add.{mode}.f32 %o, %a, %b;", one, tiny).tolist() == [more, less]
+    assert binary(f"sub.{mode}.f32 %o, %a, %b;", one, -tiny).tolist() == [more, less]
+    (got,) = lanewise(f"fma.{mode}.f32 %o, %a, %a, %b;", [bits(one), bits(tiny)], [np.uint32])
+    assert got.view(np.float32).tolist() == [more, less]
+    zero = binary(f"add.{mode}.f32 %o, %a, %b;", one, -one)
+    assert np.signbit(zero).all() == (mode == "rm")
+
+
+def test_saturation_leaves_no_minus_zero() -> None:
+    x = np.array([-0.0, NAN, -3.0, 0.5, 7.0], np.float32)
+    same(binary("add.sat.f32 %o, %a, %b;", x, x * 0), np.array([0.0, 0.0, 0.0, 0.5, 1.0], np.float32))

@@ -96,3 +96,69 @@ def test_bad_schedules() -> None:
         go("", None, landing="sometimes")
     with pytest.raises(ptx_emulator.Deadlock):
         go("bar.sync 0, 96;", 1)
+
+
+LOCK = """
+setp.eq.u32 %p0, ELECTED, 0;
+TRY: mov.u32 %r1, 0;
+@%p0 atom.global.cas.b32 %r1, [%ptr0], 0, 1;
+MEET
+setp.ne.u32 %p1, %r1, 0;
+@%p1 bra TRY;
+@%p0 ld.global.u32 %r2, [%ptr1]; @%p0 add.u32 %r2, %r2, 1; @%p0 st.global.u32 [%ptr1], %r2;
+MEET
+@%p0 atom.global.exch.b32 %r3, [%ptr0], 0;
+"""
+
+
+@pytest.mark.parametrize(("grid", "threads"), [(5, 32), (40, 32), (1, 128), (3, 96)])
+@pytest.mark.parametrize("seed", [None, 2])
+def test_a_lock_is_passed_on(grid: int, threads: int, seed: int | None) -> None:
+    """CTAs, and warps of one CTA, try for a lock in a loop: the one that holds it must come to run."""
+    lock, count = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
+    meet = "shfl.sync.idx.b32 %r1, %r1, 0, 31, -1;"  # what the elected lane got
+    code = f"and.b32 %r9, %tid0, 31; {LOCK}".replace("ELECTED", "%r9").replace("MEET", meet)
+    run(entry(code, 2), [lock, count], grid=grid, threads=threads, seed=seed)
+    assert (lock[0], count[0]) == (0, grid * threads // 32)
+
+
+def test_lanes_of_a_warp_are_kept_together() -> None:
+    """A loop of many more rounds for some lanes than for others: all meet again behind it."""
+    out = np.zeros(64, np.uint32)
+    code = """
+    mov.u32 %r1, 0; mul.lo.u32 %r2, %tid0, 40;
+    LOOP: add.u32 %r1, %r1, 1; setp.lt.u32 %p1, %r1, %r2; @%p1 bra LOOP;
+    activemask.b32 %r3; mul.wide.u32 %d1, %tid0, 4; add.u64 %d1, %d1, %ptr0; st.global.u32 [%d1], %r3;
+    """
+    run(entry(code, 1), [out], threads=64)
+    assert (out == 0xFFFFFFFF).all()
+
+
+ROLES = """mov.b32 %r9, tile; and.b32 %r8, %tid0, 31; mad.lo.u32 %r8, %r8, 4, %r9; mov.u32 %r1, 0;
+setp.ge.u32 %p1, %tid0, 32; @%p1 bra $S; {first} bra $D; $S: {second} $D:
+mad.wide.u32 %d1, %tid0, 4, %ptr0; st.global.b32 [%d1], %r1;"""
+WRITE, READ = "st.shared.b32 [%r8], %tid0;", "ld.shared.b32 %r1, [%r8];"
+CLOCKED = "mov.b32 %r7, bar; setp.eq.u32 %p2, %tid0, 0; @%p2 mbarrier.init.shared::cta.b64 [%r7], 1; bar.sync 0;"
+
+
+@pytest.mark.parametrize("clocked", [False, True])
+@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("first", "second", "races"),
+    [
+        ("bar.arrive 1, 64;" + WRITE, "bar.sync 1, 64;" + READ, True),
+        (WRITE + "bar.arrive 1, 64;", "bar.sync 1, 64;" + READ, False),
+        ("bar.arrive 1, 64;" + READ, "bar.sync 1, 64;" + WRITE, True),
+        (READ + "bar.arrive 1, 64;", "bar.sync 1, 64;" + WRITE, False),
+        ("bar.arrive 1, 64;" + WRITE, "bar.sync 1, 64;" + WRITE, True),
+        ("bar.arrive 1, 64;" + WRITE + "bar.arrive 2, 64;", "bar.sync 1, 64; bar.sync 2, 64;" + READ, False),
+    ],
+)
+def test_what_comes_after_an_arrival_is_not_told_of(
+    first: str, second: str, races: bool, seed: int | None, clocked: bool
+) -> None:
+    """A warp arrives at a barrier and goes on: the warp that waits there sees what came before the arrival."""
+    outside = SHARED + ".shared .align 8 .b8 bar[8];\n"
+    code = (CLOCKED if clocked else "") + ROLES.replace("{first}", first).replace("{second}", second)
+    report = run(entry(code, 1, outside=outside), [np.zeros(64, np.uint32)], threads=64, seed=seed)
+    assert bool(report.faults) == races

@@ -120,8 +120,19 @@ struct AddOnce {
 struct SubOnce {
   static float run(float a, float b) { return sticky(double(a) - double(b)); }
 };
+// a + b rounded to odd: its last bit is set where something was cut.
+inline double sum_to_odd(double a, double b) {
+  const double total = a + b, back = total - a, cut = (a - (total - back)) + (b - back);
+  u64 bits;
+  std::memcpy(&bits, &total, 8);
+  const bool moves = cut != 0.0 && std::fabs(total) <= 1.7976931348623157e308 && (bits & 1) == 0;
+  bits += !moves ? u64(0) : (cut > 0.0) == (total > 0.0) ? u64(1) : ~u64(0);
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return odd;
+}
 struct FmaOnce {
-  static float run(float a, float b, float d) { return sticky(double(a) * double(b) + double(d)); }
+  static float run(float a, float b, float d) { return sticky(sum_to_odd(double(a) * double(b), double(d))); }
 };
 struct Sqrt {
   static float run(float a) { return std::sqrt(a); }
@@ -317,9 +328,10 @@ bool to_integer(Cta& c, const Op& op, const u8* m) {
   constexpr double top = sizeof(T) == 4 ? (T(-1) < T(0) ? 2147483647.0 : 4294967295.0)
                                         : (T(-1) < T(0) ? 9223372036854775808.0 : 18446744073709551616.0);
   constexpr T least = T(-1) < T(0) ? T(u64(1) << (8 * sizeof(T) - 1)) : T(0);
+  constexpr T of_nan = sizeof(T) == 8 ? T(u64(1) << 63) : T(0);
   return each<T, float>(c, op, m, [](float a) {
     const double v = F::run(double(a));
-    if (v != v) return T(0);
+    if (v != v) return of_nan;
     return v >= top ? T(~least) : v <= low ? least : T(v);
   });
 }

@@ -8,7 +8,7 @@ they share one row of tags; the first access that differs gives each CTA its own
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -345,15 +345,21 @@ class Checker:
         self.seen[:] = self.m.step
         self.floor = self.m.step << self.bits | self.low
 
-    def barrier(self, cta: int, came: Array, waited: Array) -> None:
-        """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
-        self.epochs[cta] += 1
+    def clock(self, cta: int, warp: int) -> Array:
+        """What a warp of a CTA has seen by now, and done itself: all that its arrival at a barrier tells of."""
         if self.m.ctas > 1:
             self._split()
+        clock: Array = self.seen[cta if self.rows > 1 else 0, warp].copy()
+        clock[warp] = self.m.step
+        return clock
+
+    def barrier(self, cta: int, came: Array, waited: Array, before: Sequence[Array] = ()) -> None:
+        """In one CTA the warps `came` have come to a barrier at which the warps `waited` wait. before: the clocks of
+        those that arrived and went on."""
+        self.epochs[cta] += 1
+        clocks = [*(self.clock(cta, int(warp)) for warp in np.flatnonzero(came)), *before]
         row = cta if self.rows > 1 else 0
-        known = self.seen[row, came].max(0)
-        known[came] = self.m.step
-        self.seen[row, waited] = np.maximum(self.seen[row, waited], known)
+        self.seen[row, waited] = np.maximum(self.seen[row, waited], np.max(clocks, axis=0))
         self.floor = (
             int(self.seen.min()) << self.bits | self.low if self.m.warps > 1 else self.m.step << self.bits | self.low
         )

@@ -7,7 +7,7 @@ that is visible to the warp. An arrival releases the warp's clock, a wait that s
 so a race is found in whatever order the emulator ran the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class ClusterChecker(Checker):
         self.fenced: dict[tuple[int, int], tuple[Array, str]] = {}  # a warp's clock at its last fence, and its scope
         self.owed: dict[tuple[int, int], Array] = {}  # what relaxed waits have seen: the next fence acquires it
         self.updated: Array = np.zeros(len(self.writer), bool)  # whose last write was an atomic update
+        self.taken: Array = np.zeros(len(self.writer), np.int64)  # by an mbarrier: the tag of its init
 
     def last_meeting(self, row: Array, warp: Array) -> Array:
         """The step at which the lanes of an agent, a warp of the cluster, last met."""
@@ -98,7 +99,19 @@ class ClusterChecker(Checker):
         """A write of `size` bytes a lane, about to happen."""
         index = super().write(lanes, size, differs)
         self.updated[index] = False
+        self._mbarriers(index, self.who(lanes))
         return index
+
+    def take(self, cta: int, address: int, size: int, agent: int | None) -> None:
+        """An mbarrier begins to be at an address, by this agent's init; None: it is no more."""
+        tag = 0 if agent is None else self.m.step << self.bits | agent
+        self.taken[self.cells(cta, np.array([address]), size)] = tag
+
+    def _mbarriers(self, index: Array, agent: Array) -> None:
+        """Report a write to the bytes of an mbarrier, which are its own until it is invalidated."""
+        tag = self.taken[index]
+        if tag.any():
+            self.report("write over an mbarrier", tag > 0, tag, index, agent)
 
     def atomic(self, lanes: Lanes, size: int) -> None:
         """An atomic update: it races with plain accesses, not with other atomics. The last one's agent is kept."""
@@ -112,6 +125,7 @@ class ClusterChecker(Checker):
             race = self._unseen(tags, row, agent) & ~np.asarray(free)
             if race.any():
                 self.report(kind, race, tags, index, agent)
+        self._mbarriers(index, agent)
         self.writer[index] = self.m.step << self.bits | agent
         self.updated[index] = True
 
@@ -148,16 +162,20 @@ class ClusterChecker(Checker):
             everyone = np.ones(self.m.warps, bool)
             self.barrier(cta, everyone, everyone)
 
-    def barrier(self, cta: int, came: Array, waited: Array) -> None:
-        """In one CTA the warps `came` have arrived at a barrier at which the warps `waited` wait."""
+    def clock(self, cta: int, warp: int) -> Array:
+        """What a warp of a CTA has seen by now, and done itself."""
+        return self.released(cta // self.size, cta % self.size * self.m.warps + warp)
+
+    def barrier(self, cta: int, came: Array, waited: Array, before: Sequence[Array] = ()) -> None:
+        """In one CTA the warps `came` have come to a barrier at which the warps `waited` wait. before: the clocks of
+        those that arrived and went on."""
         self.epochs[cta] += 1
         cluster, first = cta // self.size, cta % self.size * self.m.warps
-        self.meet(cluster, first + np.flatnonzero(came), first + np.flatnonzero(waited))
-
-    def meet(self, cluster: int, came: Array, waited: Array) -> None:
-        """What the agents `came` know and did is visible to the agents `waited`."""
+        came, waited = first + np.flatnonzero(came), first + np.flatnonzero(waited)
         known = self.seen[cluster, came].max(0)
         known[came] = self.m.step
+        for clock in before:
+            known = merged(known, clock)
         self.seen[cluster, waited] = np.maximum(self.seen[cluster, waited], known)
 
     def released(self, cluster: int, agent: int) -> Array:
@@ -255,6 +273,7 @@ class ClusterChecker(Checker):
         """A copy into these granules begins: it may land from now on. fenced: it goes through the async proxy."""
         row, who = np.array([[cta]]), np.array([[agent]])
         self._against(cells, row, who, None)
+        self._mbarriers(cells, who)
         if fenced:
             tag = self.writer[cells]
             stale = self.unfenced(tag, row, who, 1)

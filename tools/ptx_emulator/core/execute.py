@@ -11,6 +11,7 @@ import numpy as np
 from ptx_emulator.core.checks import Checker
 from ptx_emulator.core.clocks import ClusterChecker
 from ptx_emulator.core.counters import Counters
+from ptx_emulator.core.decode import Action
 from ptx_emulator.core.errors import Deadlock, EmulationError
 from ptx_emulator.core.exits import check_exits
 from ptx_emulator.core.forms.barriers import CtaBarriers, WarpBarriers
@@ -18,9 +19,9 @@ from ptx_emulator.core.forms.bulk import Bulk
 from ptx_emulator.core.forms.clusters import ClusterBarriers
 from ptx_emulator.core.forms.wgmma import Products
 from ptx_emulator.core.memory import Memory
-from ptx_emulator.core.program import Block, Jump, Leave, Program, Use
+from ptx_emulator.core.program import Block, Jump, Leave, Program, Use, use_of
 from ptx_emulator.core.registers import first_registers
-from ptx_emulator.core.schedule import Priorities
+from ptx_emulator.core.schedule import Priorities, Turns
 from ptx_emulator.core.spaces import SHARED_BASE, Array
 from ptx_emulator.core.state import State, Wait
 
@@ -96,14 +97,19 @@ class Machine(State):
         return self.ctas > 1 and idle and accounts == 1 and self.splits < MAX_SPLITS
 
     def _run_parts(self, number: int, holding: Array) -> bool:
-        """Where whole CTAs part ways at the end of block `number`, run one kind after the other, each undivided."""
+        """Where whole CTAs part ways at the end of block `number`, run one kind after the other, each undivided.
+
+        Those that leave a loop go first: what the others still wait for in it, such as a lock, may be theirs to give.
+        """
         end = self.program.blocks[number].end
         whole = holding.all(1)
         if isinstance(end, Wait) or not self._can_part() or (whole != holding.any(1)).any():
             return False
+        ways = [(~whole, number + 1)]
         if isinstance(end, Jump):
-            self.part(np.flatnonzero(whole)).run(end.target)
-        self.part(np.flatnonzero(~whole)).run(number + 1)
+            ways.insert(1 if end.target <= number else 0, (whole, end.target))
+        for ctas, block in ways:
+            self.part(np.flatnonzero(ctas)).run(block)
         return True
 
     def run(self, first: int = 0) -> None:
@@ -134,6 +140,15 @@ class Machine(State):
                 ):
                     self._check_use(use, mask)
                 action(self, mask)
+        except EmulationError as error:
+            raise error.located(self.kernel.where(number)) from None
+
+    def perform(self, number: int, action: Action, mask: Array | None) -> None:
+        """Execute instruction `number`, which ends a block, on the lanes of the mask."""
+        if self.checker is not None and (self.pending_registers or self.pending_inputs):
+            self._check_use(use_of(number, self.kernel.instructions[number]), mask)
+        try:
+            action(self, mask)
         except EmulationError as error:
             raise error.located(self.kernel.where(number)) from None
 
@@ -209,15 +224,15 @@ class Machine(State):
         """Run lanes from the blocks `at`, until they meet at one or have all left."""
         blocks = self.program.blocks
         self.live: Array = at < DONE
+        turns = Turns(self)
         while True:
             self._settle()
             if not self.live.any():
                 return None, None
             runnable = self._runnable()
-            if self.schedule is not None:
-                runnable = self.schedule.choose(self, runnable)
-            number = int(at[runnable].min())
-            active = runnable & (at == number)
+            chosen = turns.among(runnable) if self.schedule is None else self.schedule.choose(self, runnable)
+            number = int(at[chosen].min())
+            active = chosen & (at == number)
             if number >= len(blocks):
                 at[active] = DONE
                 self.live = at < DONE
@@ -228,6 +243,8 @@ class Machine(State):
             self._execute(blocks[number], active)
             end = blocks[number].end
             self._part(end, number, active, False if end is None else self._holding(end, active), at)
+            if isinstance(end, Jump) and end.target <= number:
+                turns.jumped_back(active & (at == end.target), runnable)
 
     def _runnable(self) -> Array:
         """The lanes that may go on: none that sleeps, and one whose test has failed only where no other can."""

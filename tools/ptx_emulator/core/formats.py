@@ -56,8 +56,9 @@ def f32_to_f16(value: Array, rounding: str = "rn") -> Array:
     return np.where(nan, CANONICAL_NAN[2], bits) if nan.any() else bits
 
 
-def f32_to_tf32(value: Array, rounding: str = "rna") -> Array:
-    """float32 bits with 10 mantissa bits: to nearest, ties away ("rna") or to even ("rn"), or towards zero ("rz")."""
+def f32_to_tf32(value: Array, rounding: str = "rna", finite: bool = False) -> Array:
+    """float32 bits with 10 mantissa bits: to nearest, ties away ("rna") or to even ("rn"), or towards zero ("rz").
+    finite: what is beyond the largest number becomes that number."""
     bits = value.view(np.uint32)
     if rounding == "rna":
         rounded = bits + np.uint32(0x1000)
@@ -67,6 +68,9 @@ def f32_to_tf32(value: Array, rounding: str = "rna") -> Array:
         rounded = bits
     special = (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     rounded = np.where(special, bits, rounded & np.uint32(0xFFFFE000))
+    if finite:
+        sign = rounded & np.uint32(0x80000000)
+        rounded = sign | np.minimum(rounded ^ sign, np.uint32(0x7F7FE000))
     return np.where(value != value, CANONICAL_NAN[4], rounded)
 
 
@@ -84,27 +88,3 @@ def sticky(value: Array) -> Array:
 
 TO_F32: dict[str, Callable[[Array], Array]] = {"bf16": bf16_to_f32, "f16": f16_to_f32}
 FROM_F32: dict[str, Callable[..., Array]] = {"bf16": f32_to_bf16, "f16": f32_to_f16}
-
-
-def fma_f32(a: Array, b: Array, c: Array) -> Array:
-    """a*b + c of float32, rounded once.
-
-    The product is exact in float64;
-    only a sum that float64 has rounded onto the midpoint of two float32 numbers would be
-    rounded twice, and those few are nudged by the sign of the error.
-    """
-    product = a.astype(np.float64) * b
-    total = product + c
-    middle = (total.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
-    if middle.any():
-        wide = np.broadcast_to(c, total.shape).astype(np.float64)
-        back = total - product
-        error = (product - (total - back)) + (wide - back)
-        towards = np.where(error > 0, np.inf, -np.inf)
-        total = np.where(middle & (error != 0), np.nextafter(total, towards), total)
-    return total.astype(np.float32)
-
-
-def fma_f64(a: Array, b: Array, c: Array) -> Array:
-    """a*b + c of float64, with the product in the platform's long double (64 mantissa bits on x86)."""
-    return (a.astype(np.longdouble) * b + c).astype(np.float64)

@@ -36,4 +36,6 @@ def literal_bits(text: str, kind: str) -> int:
         if kind == "f16":
             return int.from_bytes(struct.pack("<e", float(text)), "little")
         return int.from_bytes(struct.pack("<f", float(text)), "little") >> 16
-    return int(text, 8) if len(text) > 1 and text[0] == "0" and text.isdigit() else int(text, 0)
+    digits = text.lstrip("-")
+    octal = len(digits) > 1 and digits[0] == "0" and digits.isdigit()
+    return int(text, 8 if octal else 0)

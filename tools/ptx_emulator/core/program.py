@@ -10,6 +10,7 @@ from ptx_emulator.core import decode
 from ptx_emulator.core.code import Code
 from ptx_emulator.core.decode import Action, Decoder
 from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.forms.warp import EXCHANGES, exchange
 from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.spaces import Array
@@ -98,7 +99,7 @@ class Block:
     def uses(self) -> list[Use]:
         """The registers that each instruction of the body names."""
         stop = self.first + len(self.body)
-        return [_use(number, self.code[number]) for number in range(self.first, stop)]
+        return [use_of(number, self.code[number]) for number in range(self.first, stop)]
 
 
 @dataclass
@@ -151,7 +152,9 @@ def compile_kernel(kernel: Kernel) -> Program:
 
 def _compile(kernel: Kernel, decoder: Decoder) -> Program:
     code = kernel.instructions
-    waits = _waits(code, decoder)
+    examples = [form.example for form in dict.fromkeys(code.forms)]
+    clocked = any(_clocked(ins) for ins in examples)
+    waits = _waits(code, decoder, clocked)
     ends = {*waits, *code.of("bra", "ret", "exit")}
     leaders = {0, *kernel.labels.values(), *(number + 1 for number in ends)}
     starts = sorted(leader for leader in leaders if leader < len(code))
@@ -172,13 +175,15 @@ def _compile(kernel: Kernel, decoder: Decoder) -> Program:
         body = Actions(decoder, start, stop - start - (end is not None), actions)
         starts_products = bisect_left(products, start) < bisect_left(products, stop)
         blocks.append(Block(start, code, body, end, stop - start, starts_products))
-    examples = [form.example for form in firsts]
-    return Program(kernel, decoder, blocks, _granule(examples), any(_clocked(ins) for ins in examples))
+    return Program(kernel, decoder, blocks, _granule(examples), clocked)
 
 
-def _waits(code: Code, decoder: Decoder) -> dict[int, Wait]:
-    """The instructions at which lanes sleep."""
-    found = {}
+def _waits(code: Code, decoder: Decoder, clocked: bool) -> dict[int, Wait]:
+    """The instructions at which lanes sleep; exchanges of a warp among them where an mbarrier may hold some lanes."""
+    found: dict[int, Wait] = {}
+    for number in code.of(*EXCHANGES) if clocked else ():
+        decoder.current = number
+        found[number] = exchange(decoder, code[number])
     for number in code.of(*decode.WAITS):
         decoder.current = number
         end = decode.build_wait(decoder, code[number])
@@ -205,7 +210,8 @@ def _clocked(ins: Instruction) -> bool:
     return ins.root in ("mbarrier", "mapa") or bool({"bulk", "cluster", "mbarrier"} & set(ins.modifiers))
 
 
-def _use(number: int, ins: Instruction) -> Use:
+def use_of(number: int, ins: Instruction) -> Use:
+    """What an instruction does to registers."""
     if ins.root == "wgmma":
         return Use(number, frozenset(), frozenset())
     named = [registers_in(operand) for operand in ins.operands]

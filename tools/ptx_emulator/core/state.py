@@ -5,7 +5,7 @@ business: `execute.Machine` extends the state by control flow, and nothing here 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -104,6 +104,10 @@ class State(Batch):
     def set(self, register: int, value: Array, mask: Array | None) -> None:
         """Write `value` to the lanes of the mask."""
         self.r[register] = value if mask is None else np.where(mask, value, self.r[register])
+
+    def perform(self, number: int, action: Callable[["State", Array | None], None], mask: Array | None) -> None:
+        """Execute instruction `number`, which ends a block, on the lanes of the mask."""
+        action(self, mask)
 
     def wake(self, lanes: Array) -> None:
         """Let sleeping lanes go on with the block after the one they sleep at."""

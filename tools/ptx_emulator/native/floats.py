@@ -75,7 +75,7 @@ def encode_convert(e: Encoder, ins: Instruction) -> Operation | None:
     types = mods.types()
     rounding = mods.take("rn", "rz", "rna", "rni", "rzi", "rmi", "rpi")
     relu = int(mods.take("relu") is not None)
-    mods.drop("ftz", "satfinite") if types[0] == "tf32" else mods.drop("ftz")
+    mods.drop("ftz")
     if len(types) != 2 or mods.left:
         return None
     kind, source = types

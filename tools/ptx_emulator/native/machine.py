@@ -9,6 +9,7 @@ import numpy as np
 
 from ptx_emulator.core import execute
 from ptx_emulator.core.checks import Checker
+from ptx_emulator.core.decode import Action
 from ptx_emulator.core.errors import EmulationError
 from ptx_emulator.core.execute import Machine
 from ptx_emulator.core.program import Block, Program
@@ -121,6 +122,11 @@ class NativeMachine(Machine):
     def set(self, register: int, value: Array, mask: Array | None) -> None:
         """Write `value` to the lanes of the mask."""
         super().set(register, value, mask)
+        self.r.put(mask)
+
+    def perform(self, number: int, action: Action, mask: Array | None) -> None:
+        """Execute instruction `number`, which ends a block, on the lanes of the mask."""
+        super().perform(number, action, mask)
         self.r.put(mask)
 
     def run(self, first: int = 0) -> None:

@@ -2,6 +2,8 @@
 
 from ptx_emulator.core.decode import Modifiers, items
 from ptx_emulator.core.forms.loads import CACHING, ORDERING, space_of
+from ptx_emulator.core.forms.warp import EVERY
+from ptx_emulator.core.literals import literal_bits
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Literal, Not, Pair, Register
 from ptx_emulator.native.encode import Encoder, Operation, encoder
 from ptx_emulator.native.library import NONE
@@ -100,8 +102,16 @@ def encode_mma(e: Encoder, ins: Instruction) -> Operation | None:
     return Operation(f"mma.{kind}.{len(a)}.{len(b)}", (e.list_of(numbers), e.counter(name)))
 
 
+def _names_all(ins: Instruction) -> bool:
+    """Whether the member mask, the last operand, is an immediate that names every lane."""
+    last = ins.operands[-1]
+    return isinstance(last, Literal) and literal_bits(last.text, "b32") & EVERY == EVERY
+
+
 @encoder("shfl")
 def encode_shuffle(e: Encoder, ins: Instruction) -> Operation | None:
+    if not _names_all(ins):
+        return None
     mode = {"up": 0, "down": 1, "bfly": 2, "idx": 3}[next(m for m in ins.modifiers if m not in ("sync", "b32"))]
     target = ins.operands[0]
     first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
@@ -112,6 +122,8 @@ def encode_shuffle(e: Encoder, ins: Instruction) -> Operation | None:
 
 @encoder("vote")
 def encode_vote(e: Encoder, ins: Instruction) -> Operation | None:
+    if not _names_all(ins):
+        return None
     name = next(m for m in ins.modifiers if m not in ("sync", "b32", "pred"))
     out = e.target(ins.operands[0], "b32" if name == "ballot" else "pred", ins)
     mode = {"ballot": 0, "any": 1, "all": 2, "uni": 3}[name]
@@ -127,4 +139,6 @@ def encode_active(e: Encoder, ins: Instruction) -> Operation | None:
 def encode_elect(e: Encoder, ins: Instruction) -> Operation | None:
     target = ins.operands[0]
     assert isinstance(target, Pair)
+    if not _names_all(ins):
+        return None
     return Operation("elect", (e.target(target.first, "b32", ins), e.target(target.second, "pred", ins)))

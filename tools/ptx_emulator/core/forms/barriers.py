@@ -95,13 +95,17 @@ class CtaBarriers(Part):
         self.votes: Array = np.zeros((ctas, BARRIERS), np.int64)
         self.reduces: Array = np.zeros((ctas, BARRIERS), bool)  # who arrived did so by `bar.red`
         self.taking_part: Array = np.zeros((ctas, BARRIERS, threads // 32), bool)
+        self.went_on: dict[tuple[int, int], dict[int, Array]] = {}  # clocks of warps that arrived and did not wait
         self.name: Array = np.full((ctas, threads), -1, np.int32)  # the barrier a lane sleeps at
 
     def part(self, m: State, ctas: Array) -> "CtaBarriers":
         """The barriers of some CTAs."""
         other = CtaBarriers(m)
         for name, value in vars(self).items():
-            setattr(other, name, value[ctas])
+            if isinstance(value, np.ndarray):
+                setattr(other, name, value[ctas])
+        places = {cta: place for place, cta in enumerate(ctas.tolist())}
+        other.went_on = {(places[cta], name): of for (cta, name), of in self.went_on.items() if cta in places}
         return other
 
     def arrive(self, m: State, end: CtaBarrier, lanes: Array, names: Array, counts: Array | None) -> None:
@@ -117,6 +121,9 @@ class CtaBarriers(Part):
                 self.votes[:, name] += (end.reduction.votes(m) & here).sum(1)
             if end.waits:
                 self.name[here] = name
+            elif m.checker is not None:
+                for cta, warp in np.argwhere(here.reshape(m.ctas, m.warps, 32).any(2)).tolist():
+                    self.went_on.setdefault((cta, int(name)), {})[warp] = m.checker.clock(cta, warp)
 
     def _agree(self, m: State, end: CtaBarrier, here: Array, ctas: Array, name: int, counts: Array | None) -> None:
         """The lanes of some CTAs arrive: all who take part must name one number of threads, and reduce or not."""
@@ -160,20 +167,27 @@ class CtaBarriers(Part):
             self._check_aligned(m, here)
             m.counters.barriers += 1
             m.tick(-1)
-            self._tell(m, int(cta), self.taking_part[cta, name], here[cta].reshape(m.warps, 32).any(1), expected)
+            self._tell(m, int(cta), int(name), here[cta].reshape(m.warps, 32).any(1), expected)
             self._reduce(m, here, self.votes[cta, name], self.arrived[cta, name])
             m.wake(here)
             self.name[here] = -1
             self.arrived[cta, name] = self.expected[cta, name] = self.votes[cta, name] = 0
             self.taking_part[cta, name] = False
+            self.went_on.pop((cta, name), None)
 
-    def _tell(self, m: State, cta: int, came: Array, waited: Array, expected: int) -> None:
+    def _tell(self, m: State, cta: int, name: int, waited: Array, expected: int) -> None:
         """Tell the checker which warps have met: each with itself alone, where the barrier is one of 32 threads."""
         if m.checker is None:
             return
-        each = np.diag(came)[came] if expected == 32 else came[None]
-        for warps in each:
-            m.checker.barrier(cta, warps, waited & warps if expected == 32 else waited)
+        came = self.taking_part[cta, name]
+        if expected == 32:
+            for warps in np.diag(came & waited)[came & waited]:
+                m.checker.barrier(cta, warps, warps)
+        else:
+            before = self.went_on.get((cta, name), {})
+            stays = came.copy()
+            stays[list(before)] = False
+            m.checker.barrier(cta, stays, waited, list(before.values()))
 
     def _check_aligned(self, m: State, here: Array) -> None:
         """The lanes of a warp that wait must do so by one instruction if it is an aligned one."""
@@ -236,12 +250,31 @@ class WarpBarrier(Wait):
 
     def tell(self, m: State, lanes: Array) -> str:
         """Who sleeps, for a report of a deadlock."""
-        cta, thread = (int(i[0]) for i in np.nonzero(lanes))
-        mask = int(m.of(WarpBarriers).mask[cta, thread])
-        return (
-            f"in `{self.text}` CTA {int(m.cta_numbers[cta])} has {int(lanes[cta].sum())} threads, "
-            f"thread {thread} first, that wait for lanes {mask:#010x} of their warp"
-        )
+        return waiting(m, self.text, lanes, m.of(WarpBarriers).mask)
+
+
+def waiting(m: State, text: str, lanes: Array, masks: Array) -> str:
+    """Which lanes wait at an instruction for those of their warps that their masks name."""
+    cta, thread = (int(i[0]) for i in np.nonzero(lanes))
+    return (
+        f"in `{text}` CTA {int(m.cta_numbers[cta])} has {int(lanes[cta].sum())} threads, "
+        f"thread {thread} first, that wait for lanes {int(masks[cta, thread]):#010x} of their warp"
+    )
+
+
+def gathered(m: State, masks: Array) -> Array:
+    """Of the lanes that have come, each with a mask above 0, those for which every live lane of their mask has come
+    with an equal one."""
+    rows, live = masks.reshape(-1, 32), m.live.reshape(-1, 32)
+    bit = np.int64(1) << np.arange(32)
+    ready = np.zeros(rows.shape, bool)
+    for row in np.flatnonzero(rows.any(1)):
+        for mask in np.unique(rows[row][rows[row] > 0]):
+            here = rows[row] == mask
+            wanted = ((mask & bit) != 0) & live[row]
+            if (here | ~wanted).all():
+                ready[row] |= here
+    return ready.reshape(m.shape)
 
 
 def meet(m: State, lanes: Array) -> None:
@@ -260,19 +293,11 @@ class WarpBarriers(Part):
         """Wake the lanes for which every live lane of their mask has come with an equal mask."""
         if not self.mask.any():
             return
-        rows, live = self.mask.reshape(-1, 32), m.live.reshape(-1, 32)
-        bit = np.int64(1) << np.arange(32)
-        ready = np.zeros(rows.shape, bool)
-        for row in np.flatnonzero(rows.any(1)):
-            for mask in np.unique(rows[row][rows[row] > 0]):
-                here = rows[row] == mask
-                wanted = ((mask & bit) != 0) & live[row]
-                if (here | ~wanted).all():
-                    ready[row] |= here
+        ready = gathered(m, self.mask)
         if ready.any():
-            meet(m, ready.reshape(m.shape))
-            m.wake(ready.reshape(m.shape))
-            self.mask[ready.reshape(m.shape)] = 0
+            meet(m, ready)
+            m.wake(ready)
+            self.mask[ready] = 0
 
 
 @wait("bar", "barrier")

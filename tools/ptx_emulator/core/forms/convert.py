@@ -27,10 +27,11 @@ def _read(kind: str) -> Callable[[Array], Array]:
     return lambda a: (a if a.dtype.itemsize == size else a.astype(UNSIGNED[size])).view(integer)
 
 
-def _to_integer(kind: str, rounding: str) -> Callable[[Array], Array]:
-    """Float to integer: rounds, clamps to the range, NaN to zero."""
+def _to_integer(kind: str, source: str, rounding: str) -> Callable[[Array], Array]:
+    """Float to integer: rounds, clamps to the range; NaN to zero, or to the highest bit alone where one is wide."""
     size = TYPE_BYTES[kind]
     integer = (SIGNED if kind[0] == "s" else UNSIGNED)[size]
+    of_nan = UNSIGNED[size](1 << (8 * size - 1) if size == 8 or source == "f64" else 0).view(integer)
     info = np.iinfo(integer)
     top = float(info.max) + 1 if size == 8 else float(info.max)
 
@@ -40,7 +41,7 @@ def _to_integer(kind: str, rounding: str) -> Callable[[Array], Array]:
         inside = np.clip(np.where(nan, 0.0, value), float(info.min), np.nextafter(top, 0) if size == 8 else top)
         out = inside.astype(integer)
         out = np.where(value >= top, info.max, out).astype(integer)
-        return np.where(nan, integer(0), out)
+        return np.where(nan, of_nan, out)
 
     return run
 
@@ -90,7 +91,8 @@ def build_convert(d: Decoder, ins: Instruction) -> Action | None:
     types = mods.types()
     rounding = mods.take("rn", "rz", "rna", "rni", "rzi", "rmi", "rpi")
     saturate, relu = mods.take("sat") is not None, mods.take("relu") is not None
-    mods.drop("ftz", "satfinite") if types[0] == "tf32" else mods.drop("ftz")
+    finite = types[0] == "tf32" and mods.take("satfinite") is not None
+    mods.drop("ftz")
     mods.end()
     if len(types) != 2:
         raise Unsupported(f"unsupported: {ins.text}")
@@ -99,7 +101,8 @@ def build_convert(d: Decoder, ins: Instruction) -> Action | None:
         return _pack(d, ins, kind.removesuffix("x2"), source, rounding or "rn", relu)
     if kind == "tf32" and source == "f32" and rounding:
         out = d.destination(ins.operands[0], "b32", ins)
-        return assign(out, lambda a: f32_to_tf32(a.view(np.float32), rounding), d.source(ins.operands[1], "b32", ins))
+        number = d.source(ins.operands[1], "b32", ins)
+        return assign(out, lambda a: f32_to_tf32(a.view(np.float32), rounding, finite), number)
     if not {kind, source} <= {*INTEGERS, *FLOATS} or (relu and kind not in FROM_F32):
         raise Unsupported(f"unsupported: {ins.text}")
     read = _read(source)
@@ -119,14 +122,14 @@ def _conversion(
     if kind in INTEGERS:
         if rounding not in _ROUND:
             raise Unsupported(f"unsupported: {ins.text}")
-        return _to_integer(kind, rounding)
+        return _to_integer(kind, source, rounding)
     convert = _to_float(kind, rounding if rounding in ("rn", "rz") else None)
 
     def run(value: Array) -> Array:
         if rounding in _ROUND:
             value = _ROUND[rounding](value)
         if saturate:
-            value = np.where(value != value, np.zeros_like(value), np.clip(value, 0, 1))
+            value = np.where(value > 0, np.minimum(value, 1), np.zeros_like(value))
         if relu:
             value = np.where(value < 0, np.zeros_like(value), value)
         return convert(value)

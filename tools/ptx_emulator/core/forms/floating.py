@@ -12,7 +12,8 @@ import numpy as np
 
 from ptx_emulator.core.decode import Action, Decoder, Modifiers, assign, instruction
 from ptx_emulator.core.errors import Unsupported
-from ptx_emulator.core.formats import FROM_F32, TO_F32, canonical, fma_f32, fma_f64, sticky
+from ptx_emulator.core.exact import fma_f32, fma_f64, sum_to_odd
+from ptx_emulator.core.formats import FROM_F32, TO_F32, canonical, sticky
 from ptx_emulator.core.forms.integer import view_type
 from ptx_emulator.core.spaces import FLOAT, UNSIGNED, Array
 from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Pair
@@ -68,7 +69,7 @@ def _finish(function: Function, mods: Modifiers) -> Function:
 
         def function(*args: Array) -> Array:
             value = plain(*args)
-            return np.where(value != value, np.zeros_like(value), np.clip(value, 0, 1))
+            return np.where(value > 0, np.minimum(value, 1), np.zeros_like(value))  # NaN and -0 too become +0
 
     if mods.take("relu"):
         unclamped = function
@@ -80,18 +81,24 @@ def _finish(function: Function, mods: Modifiers) -> Function:
     return function
 
 
-def _directed(function: Function, mode: str) -> Function:
-    """A float32 operation rounded towards zero (rz), down (rm) or up (rp), from its float64 value."""
+def _directed(exact: Function, mode: str) -> Function:
+    """A float32 operation rounded towards zero (rz), down (rm) or up (rp), from float64 values that lie on the same
+    side of every float32 as the exact result."""
 
     def run(*args: Array) -> Array:
-        exact = function(*(a.astype(np.float64) for a in args))
-        near = exact.astype(np.float32)
+        value = exact(*(a.astype(np.float64) for a in args))
+        near = value.astype(np.float32)
         below, above = np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf))
-        down = np.where(near > exact, below, near)
-        up = np.where(near < exact, above, near)
-        return down if mode == "rm" else up if mode == "rp" else np.where(exact < 0, up, down)
+        down = np.where(near > value, below, near)
+        up = np.where(near < value, above, near)
+        return down if mode == "rm" else up if mode == "rp" else np.where(value < 0, up, down)
 
     return run
+
+
+def _sum(mode: str) -> Function:
+    """A sum for `_directed`: towards minus infinity numbers that cancel leave -0."""
+    return sum_to_odd if mode != "rm" else lambda a, b: -sum_to_odd(-a, -b)
 
 
 def _operation(d: Decoder, ins: Instruction, kind: str, function: Function, mods: Modifiers) -> Action:
@@ -111,7 +118,9 @@ def build_arithmetic(d: Decoder, ins: Instruction) -> Action | None:
     function: Function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}[ins.root]
     mode = mods.take("rz", "rm", "rp") if kind == "f32" else None
     if mode:
-        return _operation(d, ins, kind, _directed(function, mode), mods)
+        plus = _sum(mode)
+        sums: dict[str, Function] = {"add": plus, "sub": lambda a, b: plus(a, -b)}
+        return _operation(d, ins, kind, _directed(sums.get(ins.root, function), mode), mods)
     if kind not in ("f32", "f64") and ins.root in ("add", "sub"):
         exact = function  # in float64, so that the step to 16 bits is the only rounding
         return _operation(d, ins, kind, lambda a, b: sticky(exact(a.astype(np.float64), b)), mods)
@@ -128,8 +137,11 @@ def build_fma(d: Decoder, ins: Instruction) -> Action | None:
         return _operation(d, ins, kind, fma_f64, mods)
     if kind == "f32":
         mode = mods.take("rz", "rm", "rp")
-        return _operation(d, ins, kind, _directed(lambda a, b, c: a * b + c, mode) if mode else fma_f32, mods)
-    return _operation(d, ins, kind, lambda a, b, c: sticky(a.astype(np.float64) * b + c), mods)
+        if mode is None:
+            return _operation(d, ins, kind, fma_f32, mods)
+        plus = _sum(mode)
+        return _operation(d, ins, kind, _directed(lambda a, b, c: plus(a * b, c), mode), mods)
+    return _operation(d, ins, kind, lambda a, b, c: sticky(sum_to_odd(a.astype(np.float64) * b, c)), mods)
 
 
 @instruction("min", "max")

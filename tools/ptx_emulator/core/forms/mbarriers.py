@@ -107,7 +107,15 @@ class MBarriers(Part):
                 self.agents[key] = checker.new_agent()
             agent = self.agents[key]
         by = 0 if checker is None else checker.agent(cta, thread)
+        if checker is not None:
+            checker.take(cta, address, BYTES, by)
         self.all[cta, address] = MBarrier(cta, address, count, count, agent, self.m.step, by)
+
+    def end(self, cta: int, address: int) -> None:
+        """The mbarrier there is no more."""
+        del self.all[cta, address]
+        if self.checker is not None:
+            self.checker.take(cta, address, BYTES, None)
 
     def name(self, b: MBarrier) -> str:
         """What reports call it."""
@@ -254,7 +262,7 @@ def build_mbarrier(d: Decoder, ins: Instruction) -> Action | None:
             if what == "inval":
                 if b.sleepers:
                     raise EmulationError(f"inval of {m.of(MBarriers).name(b)}, at which threads wait: {text}")
-                del m.of(MBarriers).all[owner, place]
+                m.of(MBarriers).end(owner, place)
             elif what in ("expect_tx", "complete_tx"):
                 m.of(MBarriers).expect(b, amount if what == "expect_tx" else -amount, text)
                 m.of(MBarriers).advance(b)
@@ -331,7 +339,7 @@ class PhaseWait(Wait):
                 b = m.of(MBarriers).find(owner, place, m.agent(cta, 32 * int(warp) % m.threads), self.text)
             if self.passed(b, token):
                 m.of(MBarriers).acquire(b, flat, self)
-            elif self.sleeps:
+            elif self.sleeps and not (m.schedule is not None and m.schedule.runs_out()):
                 b.sleepers.append(Sleeper(self, flat, token))
                 asleep[flat] = True
             else:
@@ -356,7 +364,8 @@ class PhaseWait(Wait):
 
 @wait("mbarrier")
 def build_phase_wait(d: Decoder, ins: Instruction) -> PhaseWait | None:
-    """The wait that an instruction is. A time limit changes nothing: a wait ends when it can."""
+    """The wait that an instruction is. Its own time limit changes nothing: a `try_wait` ends when it can, but under a
+    seeded schedule some run out of time."""
     mods = Modifiers(ins)
     kind = mods.take("try_wait", "test_wait")
     if kind is None:

@@ -1,15 +1,19 @@
 """How the threads of a warp exchange values. Source: PTX ISA, "shfl.sync", "vote.sync", "redux.sync", "elect.sync"."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from ptx_emulator.core.decode import Action, Decoder, Modifiers, instruction
-from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.decode import Action, Decoder, Modifiers, build, instruction
+from ptx_emulator.core.errors import EmulationError, Unsupported
+from ptx_emulator.core.forms.barriers import gathered, waiting
 from ptx_emulator.core.forms.integer import view_type
 from ptx_emulator.core.spaces import UNSIGNED, Array
-from ptx_emulator.core.state import State
+from ptx_emulator.core.state import Part, State, Wait
 from ptx_emulator.core.syntax import Instruction, Pair
 
 LANE = np.arange(32, dtype=np.int64)
+EVERY = 0xFFFFFFFF  # the member mask that names every lane
 UNDEFINED = np.uint32(0x7FFF7FFF)  # what a lane gets from one that takes no part
 
 
@@ -39,7 +43,8 @@ def build_shuffle(d: Decoder, ins: Instruction) -> Action | None:
     value_out, in_range_out = (target.first, target.second) if isinstance(target, Pair) else (target, None)
     out = d.destination(value_out, "b32", ins)
     predicate = d.destination(in_range_out, "pred", ins) if in_range_out is not None else None
-    a, b, c = (d.source(o, "b32", ins) for o in ins.operands[1:4])
+    a, b, c, masks = (d.source(o, "b32", ins) for o in ins.operands[1:5])
+    text = ins.text
     known: dict[tuple[int, int], tuple[Array, Array]] = {}
 
     def lanes(m: State) -> tuple[Array, Array]:
@@ -60,9 +65,12 @@ def build_shuffle(d: Decoder, ins: Instruction) -> Action | None:
         if value.shape[1] != 1:
             rows = value.reshape(-1, 32)
             value = _take(rows, j).reshape(-1, m.threads)
+        members = named_lanes(m, mask, masks, text)
+        if not (members == np.uint32(EVERY)).all():
+            from_ = j if j.ndim == 1 or len(j) == len(members) else np.tile(j, (len(members) // len(j), 1))
+            given = (members >> from_.astype(np.uint32) & np.uint32(1)) != 0
+            value = np.where(given.reshape(m.shape), value, UNDEFINED)
         if mask is not None:
-            taking = np.broadcast_to(mask, m.shape).reshape(-1, 32)
-            value = np.where(_take(taking, j).reshape(m.shape), value, UNDEFINED)
             value = np.where(mask, value, r[out])
         r[out] = value
         if predicate is not None:
@@ -83,7 +91,7 @@ def _take(rows: Array, j: Array) -> Array:
 
 
 def _members(m: State, mask: Array | None) -> Array:
-    """Which lanes take part: [warps of all CTAs, 32]."""
+    """Which lanes execute: [warps of all CTAs, 32]."""
     return np.broadcast_to(True if mask is None else mask, m.shape).reshape(-1, 32)
 
 
@@ -101,6 +109,33 @@ def _store(m: State, out: int, value: Array, mask: Array | None) -> None:
     m.r[out] = value if mask is None else np.where(mask, value, m.r[out])
 
 
+def named_lanes(m: State, mask: Array | None, masks: int, text: str) -> Array:
+    """The lanes with which each one exchanges values, as bits, [rows, 1] or [rows, 32]: those that execute the
+    instruction and that its member mask names. Raises where a lane's mask leaves out the lane itself."""
+    executing, named = _members(m, mask), m.r[masks]
+    if mask is None and named.size == 1 and int(named.flat[0]) == EVERY:
+        return np.full((len(executing), 1), EVERY, np.uint32)
+    if named.size == 1:
+        both = _bits(executing) & named.reshape(1, 1)
+        if int(named.flat[0]) == EVERY:
+            return both
+    else:
+        both = _bits(executing) & m.full(named).reshape(-1, 32)
+    alone = executing & ((both >> LANE.astype(np.uint32) & np.uint32(1)) == 0)
+    if alone.any():
+        row, lane = (int(i[0]) for i in np.nonzero(alone))
+        cta, warp = divmod(row, m.warps)
+        raise EmulationError(
+            f"thread {32 * warp + lane} of CTA {int(m.cta_numbers[cta])} is not in the mask that it names: {text}"
+        )
+    return both
+
+
+def _rows(m: State, row: Array) -> Array:
+    """A value per warp, [rows, 1], or per lane, [rows, 32], for every lane."""
+    return _each_lane(m, row) if row.shape[1] == 1 else row.reshape(m.shape)
+
+
 @instruction("vote")
 def build_vote(d: Decoder, ins: Instruction) -> Action | None:
     mods = Modifiers(ins)
@@ -108,24 +143,25 @@ def build_vote(d: Decoder, ins: Instruction) -> Action | None:
     mods.drop("sync")
     kind = mods.types()
     mods.end()
-    if mode is None or kind != (["b32"] if mode == "ballot" else ["pred"]):
+    if mode is None or kind != (["b32"] if mode == "ballot" else ["pred"]) or len(ins.operands) != 3:
         raise Unsupported(f"unsupported: {ins.text}")
     out = d.destination(ins.operands[0], kind[0], ins)
     source, negated = d.predicate_source(ins.operands[1], ins)
+    masks, text = d.source(ins.operands[2], "b32", ins), ins.text
 
     def vote(m: State, mask: Array | None) -> None:
-        members = _members(m, mask)
+        members = named_lanes(m, mask, masks, text)
         flags = np.broadcast_to(~m.r[source] if negated else m.r[source], m.shape).reshape(-1, 32)
-        ballot = _bits(flags & members)
+        ballot = _bits(flags) & members
         if mode == "ballot":
             value = ballot
         elif mode == "any":
             value = ballot != 0
         elif mode == "all":
-            value = ballot == _bits(members)
+            value = ballot == members
         else:
-            value = (ballot == 0) | (ballot == _bits(members))
-        _store(m, out, _each_lane(m, value), mask)
+            value = (ballot == 0) | (ballot == members)
+        _store(m, out, _rows(m, value), mask)
 
     return vote
 
@@ -142,9 +178,12 @@ def build_elect(d: Decoder, ins: Instruction) -> Action | None:
     if not isinstance(target, Pair):
         raise Unsupported(f"unsupported: {ins.text}")
     out, predicate = d.destination(target.first, "b32", ins), d.destination(target.second, "pred", ins)
+    masks, text = d.source(ins.operands[1], "b32", ins), ins.text
 
     def elect(m: State, mask: Array | None) -> None:
-        leader = _each_lane(m, _members(m, mask).argmax(1)[:, None].astype(np.uint32))
+        members = named_lanes(m, mask, masks, text)
+        lowest = members & (~members + np.uint32(1))
+        leader = _rows(m, np.bitwise_count(lowest - np.uint32(1)).astype(np.uint32))
         lane = np.arange(m.threads, dtype=np.uint32)[None, :] % 32
         _store(m, out, leader, mask)
         _store(m, predicate, leader == lane, mask)
@@ -181,11 +220,68 @@ def build_reduce(d: Decoder, ins: Instruction) -> Action | None:
         "max": limits.min,
     }[name]
     out, source = d.destination(ins.operands[0], kind, ins), d.source(ins.operands[1], kind, ins)
+    masks, text = d.source(ins.operands[2], "b32", ins), ins.text
 
     def reduce(m: State, mask: Array | None) -> None:
+        members = named_lanes(m, mask, masks, text)
         rows = np.broadcast_to(m.r[source], m.shape).reshape(-1, 32).view(view)
-        rows = np.where(_members(m, mask), rows, view(neutral))
-        value = functions[name].reduce(rows, axis=1, dtype=view, keepdims=True).view(UNSIGNED[4])
-        _store(m, out, _each_lane(m, value), mask)
+        inside = (members[:, :, None] >> LANE.astype(np.uint32) & np.uint32(1)) != 0  # [rows, 1 or 32, 32]
+        kept = np.where(inside, rows[:, None, :], view(neutral))
+        _store(m, out, _rows(m, functions[name].reduce(kept, axis=2, dtype=view).view(UNSIGNED[4])), mask)
 
     return reduce
+
+
+EXCHANGES = ("shfl", "vote", "redux", "elect")
+
+
+@dataclass
+class Exchange(Wait):
+    """An exchange as the end of a block: lanes sleep until all that their masks name have come to this instruction.
+
+    A kernel gets such ends where a lane may sleep while others of its warp go on: at an mbarrier.
+    """
+
+    action: Action
+    masks: int
+
+    def together(self, m: State, live: Array | None) -> bool:
+        """All live lanes are here."""
+        m.perform(self.at, self.action, live)
+        return True
+
+    def enter(self, m: State, lanes: Array) -> Array:
+        """Sleep; `settle` wakes the lanes when the last has come, which may be at once."""
+        masks = m.full(m.r[self.masks]).astype(np.int64)
+        m.of(Exchanges).mask[lanes] = masks[lanes]
+        return lanes
+
+    def tell(self, m: State, lanes: Array) -> str:
+        """Who sleeps, for a report of a deadlock."""
+        return waiting(m, self.text, lanes, m.of(Exchanges).mask)
+
+
+class Exchanges(Part):
+    """The lanes of a batch that sleep at an exchange, each with its mask; 0: does not."""
+
+    def __init__(self, m: State) -> None:
+        self.mask: Array = np.zeros(m.shape, np.int64)
+
+    def settle(self, m: State) -> None:
+        """Let the lanes that are complete exchange their values and go on."""
+        if not self.mask.any():
+            return
+        for end, lanes in list(m.sleepers(self.mask > 0)):
+            ready = gathered(m, np.where(lanes, self.mask, 0))
+            if isinstance(end, Exchange) and ready.any():
+                m.perform(end.at, end.action, ready)
+                m.wake(ready)
+                self.mask[ready] = 0
+
+
+def exchange(d: Decoder, ins: Instruction) -> Exchange:
+    """The block end that an instruction of `EXCHANGES` is."""
+    action, guard = build(d, ins), ins.guard
+    end = Exchange(d.current, ins.text, action, d.source(ins.operands[-1], "b32", ins))
+    end.guard, end.negated = guard.index if guard else None, ins.guard_negated
+    return end
