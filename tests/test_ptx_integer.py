@@ -1,5 +1,6 @@
 """Integer, logic, shift and bit-field instructions against Python's whole numbers."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -180,6 +181,14 @@ def test_immediates() -> None:
 @pytest.mark.parametrize("text", ["add.cc.s32 %r1, %r2, %r3;", "mul.s32 %r1, %r2, %r3;", "sad.s32 %r1, %r2, %r3, %r4;"])
 def test_unknown_names_its_text(text: str) -> None:
     with pytest.raises(ptx_emulator.Unsupported, match=text.split()[0]):
+        run(entry(text, 0), [])
+
+
+@pytest.mark.parametrize(
+    "text", ["add.s32 %r1, %r2;", "add.s32 %r1, %r2, %r3, %r4;", "mad.lo.s32 %r1, %r2, %r3;", "bfe.u32 %r1, %r2, %r3;"]
+)
+def test_another_number_of_operands_is_refused(text: str) -> None:
+    with pytest.raises(ptx_emulator.Unsupported, match=rf"{len(text.split()) - 1} operands where .*{re.escape(text)}"):
         run(entry(text, 0), [])
 
 

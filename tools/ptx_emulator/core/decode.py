@@ -45,6 +45,15 @@ SPECIALS = {
     *("laneid", "warpid", "nwarpid", "dynamic_smem_size", "total_smem_size"),
     *("lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"),
 }
+#: Operands of the opcodes that have one form, the target among them. A NumPy function takes another number without a
+#: word: the third argument of `np.add` is where it writes.
+OPERANDS: dict[str, int] = {
+    **dict.fromkeys(("abs", "neg", "not", "cnot", "popc", "clz", "brev", "bfind"), 2),
+    **dict.fromkeys(("rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh"), 2),
+    **dict.fromkeys(("add", "sub", "mul", "mul24", "div", "rem", "and", "or", "xor", "shl", "shr", "copysign"), 3),
+    **dict.fromkeys(("mad", "mad24", "fma", "selp", "slct", "shf", "bfe", "prmt"), 4),
+    "bfi": 5,
+}
 BUILDERS: dict[str, list[Builder]] = {}
 WaitBuilder = Callable[["Decoder", Instruction], Wait | None]
 WAITS: dict[str, list[WaitBuilder]] = {}
@@ -277,7 +286,14 @@ def build_wait(decoder: Decoder, ins: Instruction) -> Wait | None:
 
 
 def build(decoder: Decoder, ins: Instruction) -> Action:
-    """The action of one instruction without its guard. Raises Unsupported when no builder knows it."""
+    """The action of one instruction without its guard.
+
+    Raises:
+        Unsupported: no builder knows it, or it has another number of operands than PTX gives it.
+    """
+    wanted = OPERANDS.get(ins.root)
+    if wanted is not None and len(ins.operands) != wanted:
+        raise Unsupported(f"unsupported: {len(ins.operands)} operands where {ins.root} has {wanted}: {ins.text}")
     for builder in BUILDERS.get(ins.root, []):
         action = builder(decoder, ins)
         if action is not None:
