@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from cast._moved import keep_old_names
+
 if TYPE_CHECKING:
     from cast.config import VARIANTS, CASTConfig
     from cast.experts import SpatialExpert, TemporalExpert
@@ -34,6 +36,8 @@ _HOMES = {
     "list_models": "cast.zoo",
     "load_official_checkpoint": "cast.model",
 }
+
+keep_old_names()
 
 
 def __getattr__(name: str) -> object:

@@ -96,6 +96,7 @@ ROOMS = (
     ),
     Room("cast_kernels.cli", "the command `cast-kernels`", "evidence gpu info cast_kernels"),
     Room("cast_kernels.__main__", "the same, not installed", "cli"),
+    Room("cast._moved", "modules under their old names, with a warning"),
     Room("cast.optional", "packages that only some jobs need"),
     Room("cast.files", "files read, and written whole or not at all"),
     Room("cast.processes", "torchrun's and accelerate's processes"),
@@ -138,10 +139,10 @@ ROOMS = (
     ),
     Room(
         "cast.predict", "names the action in a video",
-        "predict config model zoo video metrics evaluation.protocol labels files graphs transfer",
+        "predict config model zoo video metrics labels files graphs transfer",
     ),
     Room("cast.export", "programs without this package", "config model zoo video labels optional sampling"),
-    Room("cast", "the public names", "config experts model predict zoo"),
+    Room("cast", "the public names", "_moved config experts model predict zoo"),
     Room(
         "cast.demo", "from nothing to a report",
         "demo training pretrain evaluation video metrics files optional cast",

@@ -27,10 +27,10 @@ from cast.evaluation.checkpoint import find_log, load_checkpoint
 from cast.evaluation.cost import model_cost
 from cast.evaluation.inference import Cost, _together, sample_names
 from cast.evaluation.parts import Parts
-from cast.evaluation.protocol import normalise
 from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
 from cast.video.reader import VideoError
+from cast.video.views import normalise
 from cast.video.workers import WorkerError
 
 pytest.importorskip("matplotlib")

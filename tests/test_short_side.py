@@ -15,7 +15,6 @@ from video_files import write_video
 import cast
 from cast.cli import main
 from cast.evaluation.checkpoint import load_checkpoint
-from cast.evaluation.protocol import Protocol
 from cast.predict import Predictor
 from cast.predict.window import Window
 from cast.sampling import read_sampling, read_short_side, write_sampling
@@ -34,6 +33,7 @@ from cast.video.loader import ClipLoader
 from cast.video.reader import read
 from cast.video.sampling import view_indices
 from cast.video.transforms import to_clip, view_transform
+from cast.video.views import Protocol
 
 SIDE, SIZE = 48, 32
 SETTINGS = DataSettings("unused", size=SIZE, short_side=SIDE, workers=0)

@@ -24,7 +24,6 @@ from cast.evaluation.inference import Cost, Run, evaluate, sample_names
 from cast.evaluation.names import Classes, agree
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
-from cast.evaluation.protocol import Protocol, choose_sampling
 from cast.evaluation.report import Evidence, html
 from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
@@ -37,6 +36,7 @@ from cast.processes import join_processes
 from cast.sampling import Sampling
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
+from cast.video.views import Protocol
 
 PathLike = str | os.PathLike[str]
 #: File with what a run took.
@@ -259,6 +259,31 @@ def _answers(
     if state.is_main_process:
         parts.remove()
     return _Answered(predictions, protocol, loaded.model.float(), cost)
+
+
+def choose_sampling(asked: Sampling | None, model: Sampling | None, videos: VideoSet) -> tuple[Sampling, str]:
+    """The sampling of a test, and who says so: the caller, else the model, else the data set.
+
+    Args:
+        asked: what the caller wants, if anything.
+        model: what the model was trained with, if it is known.
+        videos: the data set.
+
+    Raises:
+        ValueError: nobody asked, and the model and the data set's YAML file say different ones.
+    """
+    if asked is not None:
+        return asked, "as was asked for"
+    stated = f"data.sampling in {videos.stated}"
+    if model is None:
+        guess = f"the default, as neither the model nor {videos.root} says; --sampling names another"
+        return videos.sampling, guess if videos.stated is None else f"{stated}; the model does not say"
+    if videos.stated is not None and videos.sampling != model:
+        raise ValueError(
+            f"the model was trained with {model} sampling, {stated} is {videos.sampling}: correct the file, or "
+            f"say which one is meant with --sampling {model} or --sampling {videos.sampling}"
+        )
+    return model, "as the model was trained"
 
 
 def _read_cost(directory: Path) -> Cost | None:

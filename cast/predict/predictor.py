@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.evaluation.protocol import Protocol, normalise
 from cast.files import printable
 from cast.graphs import Graphs
 from cast.labels import check_names, numbers
@@ -26,6 +25,7 @@ from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.folder import find_videos
 from cast.video.sampling import Sampling
+from cast.video.views import Protocol, normalise
 from cast.zoo import load
 
 #: Frames of a stream that one guess looks back on, and frames from one guess to the next.

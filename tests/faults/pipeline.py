@@ -86,7 +86,7 @@ FAULTS = [
     fault("pictures shrunk without antialiasing", "tests/test_video_shrink.py",
           ("cast/video/shrink.py", "antialias=True", "antialias=False")),
     fault("tests that look at pictures as they are stored", SIDES,
-          ("cast/evaluation/protocol.py", "decoder(self.decoder, self.short_side)", "decoder(self.decoder)")),
+          ("cast/video/views.py", "decoder(self.decoder, self.short_side)", "decoder(self.decoder)")),
     fault("a stream that is not shrunk", SIDES,
           ("cast/predict/window.py", "shrink(np.ascontiguousarray(frame), self.protocol.short_side)",
            "np.ascontiguousarray(frame)")),
