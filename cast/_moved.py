@@ -11,6 +11,8 @@ from types import ModuleType
 
 #: Old name -> new name.
 MOVED = {
+    "cast.evaluation.checkpoint": "cast.loading.checkpoint",
+    "cast.evaluation.ensemble": "cast.loading.ensemble",
     "cast.evaluation.protocol": "cast.video.views",
 }
 

@@ -133,13 +133,17 @@ ROOMS = (
         "pretrain config layers positions experts weights video training files optional transfer cast_kernels",
     ),
     Room(
+        "cast.loading", "any model from wherever it is, or several that answer as one",
+        "loading config model zoo baselines weights labels sampling files",
+    ),
+    Room(
         "cast.evaluation", "the multi-view protocol, predictions, the report",
-        "evaluation config block model zoo baselines weights video training metrics labels sampling processes files "
+        "evaluation block model loading video training metrics labels sampling processes files "
         "published optional cast_kernels",
     ),
     Room(
         "cast.predict", "names the action in a video",
-        "predict config model zoo video metrics labels files graphs transfer",
+        "predict config loading baselines video metrics labels files graphs transfer",
     ),
     Room("cast.export", "programs without this package", "config model zoo video labels optional sampling"),
     Room("cast", "the public names", "_moved config experts model predict zoo"),

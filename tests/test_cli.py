@@ -79,7 +79,7 @@ def test_a_bad_video_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_bad_checkpoint_is_one_line(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such directory" in refused(capsys, "predict", video, "--checkpoint", tmp_path / "none")
+    assert "no such checkpoint" in refused(capsys, "predict", video, "--checkpoint", tmp_path / "none")
     assert "config.json" in refused(capsys, "predict", video, "--checkpoint", tmp_path)
 
 

@@ -16,8 +16,9 @@ from video_files import write_video
 from cast import hub
 from cast.cli import main
 from cast.config import VARIANTS
-from cast.evaluation.checkpoint import find_log, load_checkpoint
+from cast.evaluation.run import find_log
 from cast.export import _FORMATS
+from cast.loading import load_checkpoint
 from cast.zoo import MODELS, Published, load
 
 pytest.importorskip("matplotlib")

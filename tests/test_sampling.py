@@ -14,8 +14,8 @@ import cast
 from cast.baselines import build
 from cast.cli import main
 from cast.config import make_config
-from cast.evaluation.checkpoint import load_checkpoint
 from cast.evaluation.run import choose_sampling
+from cast.loading import load_checkpoint
 from cast.predict import Predictor
 from cast.sampling import read_sampling, write_sampling
 from cast.training.models import save_finished

@@ -14,7 +14,7 @@ from video_files import write_video
 
 import cast
 from cast.cli import main
-from cast.evaluation.checkpoint import load_checkpoint
+from cast.loading import load_checkpoint
 from cast.predict import Predictor
 from cast.predict.window import Window
 from cast.sampling import read_sampling, read_short_side, write_sampling

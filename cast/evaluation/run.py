@@ -17,9 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from cast.evaluation.checkpoint import PREDICTIONS, find_log
 from cast.evaluation.cost import ModelCost, model_cost
-from cast.evaluation.ensemble import Loaded, load_models
 from cast.evaluation.inference import Cost, Run, evaluate, sample_names
 from cast.evaluation.names import Classes, agree
 from cast.evaluation.parts import Parts
@@ -31,6 +29,7 @@ from cast.evaluation.subsets import read_subsets
 from cast.evaluation.summary import summarise
 from cast.files import printable, write_json, write_text
 from cast.labels import numbers
+from cast.loading.ensemble import PREDICTIONS, Loaded, load_models
 from cast.optional import require
 from cast.processes import join_processes
 from cast.sampling import Sampling
@@ -41,6 +40,8 @@ from cast.video.views import Protocol
 PathLike = str | os.PathLike[str]
 #: File with what a run took.
 COST = "cost.json"
+#: A training's log, in its directory.
+LOG = "log.jsonl"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -185,6 +186,14 @@ def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Lo
         return None, {"learning curves": f"left out: {error}"}
 
 
+def find_log(path: str | os.PathLike[str]) -> Path | None:
+    """The log of the training that made a checkpoint, if it lies in the training's directory."""
+    if not Path(path).exists():  # a published name: what lies in the working directory is not its log
+        return None
+    places = [Path(path) / LOG, Path(path).parent / LOG]
+    return next((place for place in places if place.is_file()), None)
+
+
 def _fitted(
     own: Classes, videos: VideoSet, samples: Sequence[Sample], split: str
 ) -> tuple[Classes, list[Sample], Mapping[str, Tensor]]:
@@ -234,7 +243,7 @@ def _answers(
     if state.is_main_process:
         Console().print(f"{protocol.name} views, {sampling} sampling: {why}", highlight=False, soft_wrap=True)
     about = {
-        **loaded.about,
+        **loaded.about(),
         "dataset": printable(videos.root),
         "split": options.split,
         "dtype": options.dtype,
