@@ -14,6 +14,7 @@ MOVED = {
     "cast.evaluation.checkpoint": "cast.loading.checkpoint",
     "cast.evaluation.ensemble": "cast.loading.ensemble",
     "cast.evaluation.protocol": "cast.video.views",
+    "cast.training.simple": "cast.training.indexed",
 }
 
 
