@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from cast.optional import MissingExtraError
+from cast.ground.optional import MissingExtraError
 
 
 def predict(

@@ -16,9 +16,9 @@ from video_files import write_audio, write_video
 
 import cast
 import cast.demo
-from cast import optional
 from cast.cli import COMMANDS, main, pretrain, train
-from cast.optional import MissingExtraError, require
+from cast.ground import optional
+from cast.ground.optional import MissingExtraError, require
 from cast.video.workers import WorkerError
 
 

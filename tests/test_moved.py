@@ -29,6 +29,20 @@ def test_an_old_name_is_the_new_module_and_warns(old: str, new: str, monkeypatch
         import_module(new)
 
 
+def test_a_packages_modules_are_the_same_by_either_name() -> None:
+    """Python would find their files below the package's path, and make every class a second time."""
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import cast.weights.source as old\n"
+        "import cast.model.weights.source as new\n"
+        "from cast.weights.clip import read_clip\n"
+        "assert old is new and read_clip.__module__ == 'cast.model.weights.clip'\n"
+        "import cast\n"
+        "assert cast.hub is cast.model.hub\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=rooms.ROOT, check=True)
+
+
 def test_every_way_of_importing_an_old_name_works() -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"

@@ -14,10 +14,10 @@ from video_files import write_video
 
 import cast
 from cast.cli import main
+from cast.ground.sampling import read_sampling, read_short_side, write_sampling
 from cast.loading import load_checkpoint
 from cast.predict import Predictor
 from cast.predict.window import Window
-from cast.sampling import read_sampling, read_short_side, write_sampling
 from cast.training import Checkpoints
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Engine

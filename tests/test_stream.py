@@ -17,7 +17,7 @@ from video_files import numbers, picture, write_audio, write_video
 
 import cast
 from cast.cli import main
-from cast.labels import LABELS
+from cast.model.labels import LABELS
 from cast.predict import Failure, Prediction, Predictor
 from cast.predict.window import Window
 from cast.video.files import VideoError

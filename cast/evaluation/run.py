@@ -27,12 +27,12 @@ from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.subsets import read_subsets
 from cast.evaluation.summary import summarise
-from cast.files import printable, write_json, write_text
-from cast.labels import numbers
+from cast.ground.files import printable, write_json, write_text
+from cast.ground.optional import require
+from cast.ground.processes import join_processes
+from cast.ground.sampling import Sampling
 from cast.loading.ensemble import PREDICTIONS, Loaded, load_models
-from cast.optional import require
-from cast.processes import join_processes
-from cast.sampling import Sampling
+from cast.model.labels import numbers
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.views import Protocol

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from cast.baselines import SingleExpert, TwoStream, is_baseline, read_baseline
-from cast.labels import read_labels
+from cast.ground.sampling import Sampling, read_sampling, read_short_side
 from cast.model import CAST
-from cast.sampling import Sampling, read_sampling, read_short_side
-from cast.weights.source import weights_file
-from cast.zoo import MODELS, load, locate
+from cast.model.labels import read_labels
+from cast.model.weights.source import weights_file
+from cast.model.zoo import MODELS, load, locate
 
 #: A model with a configuration of its own.
 Model: TypeAlias = CAST | TwoStream | SingleExpert

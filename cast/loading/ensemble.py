@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cast.baselines import Ensemble
-from cast.config import CASTConfig
-from cast.files import printable
-from cast.labels import numbers
+from cast.ground.files import printable
+from cast.ground.sampling import Sampling
 from cast.loading.checkpoint import Checkpoint, Model, load_checkpoint
 from cast.model import CAST
-from cast.sampling import Sampling
+from cast.model.config import CASTConfig
+from cast.model.labels import numbers
 
 PathLike = str | os.PathLike[str]
 #: Files that hold answers rather than weights.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.predict.guesses import Failure, PathLike, table
 from cast.predict.predictor import EVERY, WINDOW, Predictor
 from cast.video.decoders import decoder

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from cast.baselines import Ensemble
-from cast.files import printable
-from cast.graphs import Graphs
-from cast.labels import check_names, numbers
+from cast.ground.files import printable
+from cast.ground.graphs import Graphs
+from cast.ground.transfer import to_device
 from cast.loading import Loaded, Model, as_loaded, load_models
 from cast.metrics import average_views
+from cast.model.labels import check_names, numbers
 from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess, path_of
 from cast.predict.window import Window
-from cast.transfer import to_device
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.folder import find_videos
@@ -81,8 +81,8 @@ class Predictor:
         batch: clips in a forward pass; those of several videos go together.
         device: where the model runs; the GPU if None and there is one.
         trust_pickle: whether a torch file may run code while it loads.
-        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.graphs.Graphs`. Each number of
-            clips up to `batch` that comes twice gets one. Other weights are seen where they lie elsewhere or were
+        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.ground.graphs.Graphs`. Each number
+            of clips up to `batch` that comes twice gets one. Other weights are seen where they lie elsewhere or were
             written in place; hooks, `fuse` and `unfuse` are not, once a number of clips came twice.
 
     Raises:

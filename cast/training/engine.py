@@ -22,14 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from cast.graphs import Graphs
+from cast.ground.graphs import Graphs
+from cast.ground.transfer import Ahead, to_device
 from cast.training.checkpoints import Checkpoints
 from cast.training.ema import Average
 from cast.training.figures import Figures, Outcome
 from cast.training.groups import parameter_groups
 from cast.training.progress import DivergenceError, Progress, Step
 from cast.training.tensors import full
-from cast.transfer import Ahead, to_device
 
 
 class MicroBatch(Protocol):

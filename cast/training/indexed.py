@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cast.ground.transfer import to_device
 from cast.training.checkpoints import Checkpoints
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Criterion, Engine, Plan
 from cast.training.groups import grouped_otherwise_before
 from cast.training.identity import changed_rules, fingerprint
 from cast.training.progress import Progress
-from cast.transfer import to_device
 
 
 class Clips(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from cast.processes import join_processes
+from cast.ground.processes import join_processes
 from cast.training.checkpoints import Checkpoints, planned_videos
 from cast.training.determinism import ask_cublas, deterministic
 from cast.training.distributed import make_accelerator, on_main

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cast.transfer import to_device
+from cast.ground.transfer import to_device
 from cast.video.annotations import Sample
 from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
