@@ -26,7 +26,7 @@ from cast_kernels.gpu.timing import Spread, interleave
 
 av = pytest.importorskip("av", reason="the rows of data decode video with PyAV")
 
-from cast.optional import MissingExtraError  # noqa: E402
+from cast.ground.optional import MissingExtraError  # noqa: E402
 from cast.video import reader as exact_reader  # noqa: E402
 from cast.video.augment import AugmentSettings, apply, draw  # noqa: E402
 from cast.video.decoders import Name, decoder  # noqa: E402

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import cast
-from cast.config import make_config
+from cast.model.config import make_config
 
 HEADS = {"verb": 97, "noun": 300}
 

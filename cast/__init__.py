@@ -1,14 +1,16 @@
 """CAST, the two-stream video transformer: model, weights, and the main job from an mp4 file to verb and noun."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+from cast._moved import MOVED, keep_old_names
+
+TYPE_CHECKING = False  # what type checkers take for true; the module typing costs milliseconds
 if TYPE_CHECKING:
-    from cast.config import VARIANTS, CASTConfig
-    from cast.experts import SpatialExpert, TemporalExpert
-    from cast.model import CAST, load_official_checkpoint
+    from cast.model.cast import CAST, load_official_checkpoint
+    from cast.model.config import VARIANTS, CASTConfig
+    from cast.model.experts import SpatialExpert, TemporalExpert
+    from cast.model.zoo import create_model, list_models
     from cast.predict.predictor import Predictor
-    from cast.zoo import create_model, list_models
 
 __all__ = [
     "CAST",
@@ -24,19 +26,23 @@ __all__ = [
 
 # On first use, so that `cast --help` and reading a video's frames need not load PyTorch (two seconds).
 _HOMES = {
-    "CAST": "cast.model",
-    "CASTConfig": "cast.config",
+    "CAST": "cast.model.cast",
+    "CASTConfig": "cast.model.config",
     "Predictor": "cast.predict.predictor",
-    "SpatialExpert": "cast.experts",
-    "TemporalExpert": "cast.experts",
-    "VARIANTS": "cast.config",
-    "create_model": "cast.zoo",
-    "list_models": "cast.zoo",
-    "load_official_checkpoint": "cast.model",
+    "SpatialExpert": "cast.model.experts",
+    "TemporalExpert": "cast.model.experts",
+    "VARIANTS": "cast.model.config",
+    "create_model": "cast.model.zoo",
+    "list_models": "cast.model.zoo",
+    "load_official_checkpoint": "cast.model.cast",
 }
+
+keep_old_names()
 
 
 def __getattr__(name: str) -> object:
+    if f"cast.{name}" in MOVED:
+        return import_module(f"cast.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

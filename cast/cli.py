@@ -21,13 +21,13 @@ from typing import Any, Literal, get_args, get_origin
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from cast.optional import MissingExtraError
+from cast.ground.optional import MissingExtraError
 
 
 def predict(
     video: str,
     /,
-    checkpoint: str,
+    checkpoint: list[str] | str,
     top: int = 5,
     json: bool = False,
     sampling: Literal["uniform", "dense"] | None = None,
@@ -49,7 +49,7 @@ def predict(
         video: any file that FFmpeg reads, or a folder of its frames; a folder of videos; a camera such as /dev/video0,
             an address, or - for a pipe
         checkpoint: directory of a training or of save_pretrained, name or file of a published model, or repository of
-            the Hub
+            the Hub; several as [A,B] answer as one, by the mean of their probabilities
         top: how many guesses to show
         json: for one video print JSON instead of a table
         sampling: of frames, uniform as for EPIC-Kitchens and Something-Something, or dense as for Kinetics. Without it

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.passes import move_to_device_pass
 
-from cast.config import CASTConfig
-from cast.labels import numbers
+from cast.ground.optional import require
+from cast.ground.sampling import as_json
 from cast.model import CAST
-from cast.optional import require
-from cast.sampling import as_json
+from cast.model.config import CASTConfig
+from cast.model.labels import numbers
+from cast.model.zoo import load
 from cast.video.transforms import MEAN, STD
-from cast.zoo import load
 
 Format = Literal["torch", "onnx", "torch-cuda"]
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "torch-cuda": ".pt2"}
@@ -87,7 +87,7 @@ def export(
     """Write a model as a program.
 
     Args:
-        model: a CAST, whose weights are taken in fp32; or where one is, see `cast.zoo.load`.
+        model: a CAST, whose weights are taken in fp32; or where one is, see `cast.model.zoo.load`.
         path: the file; if None the model's directory's name with `.pt2` or `.onnx`, in the working directory.
         format: "torch" (`torch.export`, loads with `torch.export.load`), "onnx" (loads with ONNX Runtime), or
             "torch-cuda" (`torch.export` with this package's kernels, for a GPU, made with or without one).

@@ -46,10 +46,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cast import Predictor
-from cast.evaluation.protocol import Protocol
 from cast.predict import Decoded, Prediction, decode
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
+from cast.video.views import Protocol
 
 log = logging.getLogger("uvicorn.error")
 # Children are forked from a process that has imported what they need and runs no thread.

@@ -27,10 +27,10 @@ from ptx_emulator.targets import EMULATED, target
 from ptx_emulator.triton.launcher import EmulationFault, Emulator, KernelRuns
 from torch import Tensor
 
-from cast.block import CASTBlock
-from cast.config import CASTConfig
-from cast.layers import Running
 from cast.model import TRAINABLE
+from cast.model.block import CASTBlock
+from cast.model.config import CASTConfig
+from cast.model.layers import Running
 from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS, Error, Kind, compare, poisoned_memory
 
@@ -62,7 +62,7 @@ def drawn_alternately() -> Iterator[None]:
         assert rate == 0.5
         return 2.0 * (torch.arange(shape[0], device=like.device) % 2 == 0).to(like.dtype)
 
-    with mock.patch("cast.block.drop_factor", drawn):
+    with mock.patch("cast.model.block.drop_factor", drawn):
         yield
 
 

@@ -83,10 +83,10 @@ def graph(made: CUDAGraph, **options: Any) -> Iterator[None]:
 
 @contextmanager
 def graphs_on_cpu() -> Iterator[list[CUDAGraph]]:
-    """Inside, `cast.graphs` records and replays on the CPU; gives the recordings."""
+    """Inside, `cast.ground.graphs` records and replays on the CPU; gives the recordings."""
     CUDAGraph.recordings, CUDAGraph.replays = [], 0  # type: ignore[attr-defined]
     with (
-        mock.patch("cast.graphs.check_device"),
+        mock.patch("cast.ground.graphs.check_device"),
         mock.patch("torch.cuda.graph", graph),
         mock.patch("torch.cuda.CUDAGraph", CUDAGraph),
         mock.patch("torch.cuda.Stream", Stream),

@@ -96,61 +96,42 @@ ROOMS = (
     ),
     Room("cast_kernels.cli", "the command `cast-kernels`", "evidence gpu info cast_kernels"),
     Room("cast_kernels.__main__", "the same, not installed", "cli"),
-    Room("cast.optional", "packages that only some jobs need"),
-    Room("cast.files", "files read, and written whole or not at all"),
-    Room("cast.processes", "torchrun's and accelerate's processes"),
-    Room("cast.transfer", "tensors on their way to the GPU"),
-    Room("cast.graphs", "CUDA graphs"),
-    Room("cast.metrics", "accuracies and comparisons", "metrics"),
-    Room("cast.labels", "class names beside a checkpoint", "files"),
-    Room("cast.sampling", "how a model's clips are made", "files"),
-    Room("cast.published", "figures of the literature", "files"),
-    Room("cast.video", "mp4 to clips; knows no model", "video files optional sampling transfer"),
-    Room("cast.config", "what the paper's ablations vary", "cast_kernels"),
-    Room("cast.layers", "what experts and blocks share", "cast_kernels"),
-    Room("cast.positions", "VideoMAE's fixed positions", "layers"),
-    Room("cast.weights", "foreign checkpoints", "weights config layers"),
-    Room("cast.experts", "CLIP's and VideoMAE's towers", "config layers positions weights cast_kernels"),
-    Room("cast.block", "two expert blocks around an exchange", "config layers cast_kernels"),
-    Room("cast.heads", "one head, or verb and noun", "config layers"),
-    Room("cast.hub", "a model as a directory", "config files labels sampling weights"),
+    Room("cast._moved", "modules under their old names, with a warning"),
+    Room("cast.ground", "what every job stands on: files, processes, optional packages, the way to the GPU", "ground"),
+    Room("cast.metrics", "accuracies, comparisons, figures of the literature", "metrics ground.files"),
+    Room("cast.video", "mp4 to clips; knows no model", "video ground"),
     Room(
-        "cast.model", "the whole model",
-        "config layers positions weights experts block heads hub sampling cast_kernels",
+        "cast.model", "the model: sizes, layers, experts, blocks, heads; its weights, names and directory",
+        "model ground.files ground.sampling cast_kernels",
     ),
-    Room("cast.zoo", "published models by name", "config model hub sampling weights"),
     Room(
         "cast.baselines", "what the paper compares with",
-        "baselines config layers experts heads weights files optional cast_kernels",
+        "baselines model.config model.layers model.experts model.heads model.weights ground.files ground.optional "
+        "cast_kernels",
     ),
-    Room(
-        "cast.training", "engine, recipes, checkpoints",
-        "training config model baselines video files optional processes sampling graphs transfer",
-    ),
+    Room("cast.training", "engine, recipes, checkpoints", "training model baselines video ground"),
     Room(
         "cast.pretrain", "VideoMAE's pre-training; knows no CAST",
-        "pretrain config layers positions experts weights video training files optional transfer cast_kernels",
+        "pretrain model.config model.layers model.positions model.experts model.weights video training "
+        "ground.files ground.optional ground.transfer cast_kernels",
     ),
+    Room("cast.loading", "any model from wherever it is, or several as one", "loading model baselines ground"),
     Room(
         "cast.evaluation", "the multi-view protocol, predictions, the report",
-        "evaluation config block model zoo baselines weights video training metrics labels sampling processes files "
-        "published optional cast_kernels",
+        "evaluation loading model training video metrics ground cast_kernels",
     ),
-    Room(
-        "cast.predict", "names the action in a video",
-        "predict config model zoo video metrics evaluation.protocol labels files graphs transfer",
-    ),
-    Room("cast.export", "programs without this package", "config model zoo video labels optional sampling"),
-    Room("cast", "the public names", "config experts model predict zoo"),
-    Room(
-        "cast.demo", "from nothing to a report",
-        "demo training pretrain evaluation video metrics files optional cast",
-    ),
+    Room("cast.predict", "names the action in a video", "predict loading baselines model video metrics ground"),
+    Room("cast.export", "programs without this package", "model video ground"),
+    Room("cast", "the public names", "_moved model predict"),
+    Room("cast.demo", "from nothing to a report", "demo training pretrain evaluation video metrics ground cast"),
     Room(
         "cast.study", "the paper's ablation tables",
-        "study demo baselines config training evaluation metrics published files optional cast",
+        "study demo baselines model training evaluation metrics ground cast",
     ),
-    Room("cast.cli", "the command `cast`", "video training pretrain evaluation predict export demo study optional"),
+    Room(
+        "cast.cli", "the command `cast`",
+        "video training pretrain evaluation predict export demo study ground.optional",
+    ),
     Room("csrc", "C++17 and OpenMP; no torch header, a Python header only in `bindings*`"),
     Room("ptx_emulator.core", "executes compiled GPU code on a CPU; NumPy and nothing else", "core"),
     Room("ptx_emulator.native", "the same by compiled code, from csrc/ptx", "native core"),
@@ -166,8 +147,8 @@ ROOMS = (
     Room("ptx_emulator.mutants", "plants single faults in a recorded launch, one at a time", "mutants core cuda"),
     Room(
         "benchmarks", "in no package: `gpu-check` runs them from a checkout",
-        "benchmarks cast cast.config cast.optional cast.video cast_kernels cast_kernels._native cast_kernels.cli "
-        "cast_kernels.gpu cast_kernels.ops ptx_emulator.targets ptx_emulator.triton",
+        "benchmarks cast cast.model.config cast.ground.optional cast.video cast_kernels cast_kernels._native "
+        "cast_kernels.cli cast_kernels.gpu cast_kernels.ops ptx_emulator.targets ptx_emulator.triton",
     ),
     Room(
         "first_contact", "the first minutes with a GPU",
@@ -180,7 +161,7 @@ ROOMS = (
     Room("tools", "developers' commands: the site, its pictures, the hub's package", "website cast_kernels"),
     Room(
         "examples", "programs to copy from; no part of a package",
-        "cast cast.evaluation cast.predict cast.training cast.video cast_kernels ptx_emulator.triton",
+        "cast cast.predict cast.training cast.video cast_kernels ptx_emulator.triton",
     ),
 )  # fmt: skip
 _BY_NAME = {room.name: room for room in ROOMS}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import cast
 from cast.baselines import DESIGNS, Design, Ensemble, SingleExpert, TwoStream, build
 from cast.baselines.exchange import CrossAttention
-from cast.config import make_config
+from cast.model.config import make_config
 
 HEADS = {"verb": 5, "noun": 4}
 #: Designs that need no timm.

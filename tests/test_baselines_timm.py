@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cast.baselines import Design, TwoStream
 from cast.baselines.timm_stream import TimmStream
-from cast.config import make_config
-from cast.layers import Adapter, Running, init_linears
+from cast.model.config import make_config
+from cast.model.layers import Adapter, Running, init_linears
 
 timm = pytest.importorskip("timm")
 

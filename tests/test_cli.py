@@ -16,9 +16,9 @@ from video_files import write_audio, write_video
 
 import cast
 import cast.demo
-from cast import optional
 from cast.cli import COMMANDS, main, pretrain, train
-from cast.optional import MissingExtraError, require
+from cast.ground import optional
+from cast.ground.optional import MissingExtraError, require
 from cast.video.workers import WorkerError
 
 
@@ -79,7 +79,7 @@ def test_a_bad_video_is_one_line(checkpoint: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_bad_checkpoint_is_one_line(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such directory" in refused(capsys, "predict", video, "--checkpoint", tmp_path / "none")
+    assert "no such checkpoint" in refused(capsys, "predict", video, "--checkpoint", tmp_path / "none")
     assert "config.json" in refused(capsys, "predict", video, "--checkpoint", tmp_path)
 
 

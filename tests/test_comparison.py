@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cast.published import read_published
+from cast.metrics.published import read_published
 from cast.study.comparison import document, main, table
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cast
-from cast.config import make_config
+from cast.model.config import make_config
 
 
 @pytest.mark.parametrize("variant", cast.VARIANTS)

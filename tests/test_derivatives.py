@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import cast_kernels
 from cast import CAST, SpatialExpert, TemporalExpert
 from cast.baselines import Design, SingleExpert, TwoStream
-from cast.config import make_config
+from cast.model.config import make_config
 from cast.pretrain.model import VideoMAE
 
 kernels = pytest.mark.parametrize(("backend", "op"), KERNELS)

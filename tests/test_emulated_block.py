@@ -12,7 +12,7 @@ from emulated_block import DTYPES, PUBLISHED, RESULTS, Step, emulated_step
 from ptx_emulator.targets import EMULATED
 from test_emulated_training import KERNELS
 
-from cast.config import CASTConfig
+from cast.model.config import CASTConfig
 from cast_kernels.evidence.cases import Error
 from cast_kernels.evidence.problems import ENGINES
 

@@ -52,7 +52,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rate == 0.5
         return 2.0 * (torch.arange(shape[0], device=like.device) % 2 == 0).to(like.dtype)
 
-    monkeypatch.setattr("cast.block.drop_factor", drawn)
+    monkeypatch.setattr("cast.model.block.drop_factor", drawn)
 
 
 def train_step(model: cast.CAST, autocast: torch.dtype | None, eps: float) -> dict[str, Tensor]:

@@ -21,16 +21,17 @@ from video_files import write_video
 
 from cast.baselines import TwoStream, build
 from cast.cli import main as command
-from cast.config import make_config
 from cast.evaluation import Predictions, Protocol, Run, evaluate, read_predictions, write_predictions
-from cast.evaluation.checkpoint import find_log, load_checkpoint
 from cast.evaluation.cost import model_cost
 from cast.evaluation.inference import Cost, _together, sample_names
 from cast.evaluation.parts import Parts
-from cast.evaluation.protocol import normalise
+from cast.evaluation.run import find_log
+from cast.loading import load_checkpoint
+from cast.model.config import make_config
 from cast.predict import predict
 from cast.video.annotations import Sample, read_compositional
 from cast.video.reader import VideoError
+from cast.video.views import normalise
 from cast.video.workers import WorkerError
 
 pytest.importorskip("matplotlib")

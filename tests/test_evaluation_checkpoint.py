@@ -13,12 +13,13 @@ from evaluation_cases import CLASSES, COUNTS, small_cast, write_dataset
 from training_cases import same
 from video_files import write_video
 
-from cast import hub
 from cast.cli import main
-from cast.config import VARIANTS
-from cast.evaluation.checkpoint import find_log, load_checkpoint
+from cast.evaluation.run import find_log
 from cast.export import _FORMATS
-from cast.zoo import MODELS, Published, load
+from cast.loading import load_checkpoint
+from cast.model import hub
+from cast.model.config import VARIANTS
+from cast.model.zoo import MODELS, Published, load
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")

@@ -14,8 +14,7 @@ from evaluation_cases import CLASSES, COUNTS, small_cast, write_dataset
 from cast.baselines import SingleExpert
 from cast.cli import main
 from cast.evaluation import read_predictions
-from cast.evaluation.checkpoint import load_checkpoint
-from cast.evaluation.ensemble import load_models
+from cast.loading import load_checkpoint, load_models
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")

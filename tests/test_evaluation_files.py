@@ -16,7 +16,7 @@ from evaluation_cases import predictions
 
 from cast.evaluation import Predictions, read_predictions, write_predictions, write_submission
 from cast.evaluation.parts import Parts
-from cast.optional import MissingExtraError
+from cast.ground.optional import MissingExtraError
 
 
 def _same(one: Predictions, other: Predictions) -> bool:

@@ -12,7 +12,7 @@ from video_files import write_video
 from cast.cli import main as command
 from cast.evaluation import read_predictions
 from cast.evaluation.names import agree
-from cast.labels import numbers
+from cast.model.labels import numbers
 from cast.video.datasets import VideoSet, open_dataset
 
 NAMES = {"action": ["cut", "open", "wash", "<close>"]}

@@ -21,7 +21,7 @@ import cast
 from cast import export as module
 from cast.cli import main
 from cast.export import ParityError, export
-from cast.optional import MissingExtraError
+from cast.ground.optional import MissingExtraError
 from cast_kernels import BackendError
 
 NAMES = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}
@@ -146,7 +146,7 @@ def test_what_cannot_be_written_is_said_first(model: cast.CAST, tmp_path: Path, 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    from cast import optional
+    from cast.ground import optional
 
     monkeypatch.setattr(optional.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"'onnx' is not installed; run: pip install 'cast-kernels\[onnx\]'"):

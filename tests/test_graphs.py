@@ -15,7 +15,7 @@ from torch import Tensor
 from training_cases import Batch, PointNet, engine, planned
 
 from cast import CAST, Predictor
-from cast.graphs import MOST, Graphs
+from cast.ground.graphs import MOST, Graphs
 from cast.training import Checkpoints, Engine, Step
 from cast.training.distributed import Precision, make_accelerator
 

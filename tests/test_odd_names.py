@@ -15,7 +15,7 @@ from video_files import write_video
 from cast.cli import main
 from cast.evaluation.inference import sample_names
 from cast.evaluation.predictions import read_predictions
-from cast.files import printable
+from cast.ground.files import printable
 from cast.video.annotations import Sample
 
 

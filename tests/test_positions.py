@@ -13,9 +13,9 @@ from torch import nn
 import cast_kernels
 from cast import CAST
 from cast.baselines import SingleExpert, TwoStream
-from cast.config import make_config
-from cast.experts import TemporalExpert
-from cast.layers import sincos_table
+from cast.model.config import make_config
+from cast.model.experts import TemporalExpert
+from cast.model.layers import sincos_table
 from cast.pretrain.model import VideoMAE
 
 CONFIG = make_config("tiny", depth=1, num_frames=4, image_size=16)

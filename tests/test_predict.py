@@ -139,7 +139,7 @@ def test_an_unknown_configuration_is_refused_by_name(video: Path, tmp_path: Path
 def test_bad_requests_are_refused(compositional: Path, video: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="top is 0; it must be at least 1"):
         main(video, compositional, top=0)
-    with pytest.raises(FileNotFoundError, match="none: no such directory; give one that save_pretrained wrote"):
+    with pytest.raises(FileNotFoundError, match="none: no such checkpoint; give a directory that save_pretrained"):
         main(video, tmp_path / "none")
     model = cast.CAST.from_pretrained(compositional)
     with pytest.raises(ValueError, match="labels: must have a list of 4 names for 'noun', as the model has; it has 2"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cast_models import SMALL, randomise
 
 import cast
-from cast.config import CASTConfig
+from cast.model.config import CASTConfig
 from cast.pretrain import DecoderSettings, PretrainSettings, Reconstruction, VideoMAE
 from cast.pretrain.command import build
 from cast.pretrain.masking import Mask, assemble, pixels, tube_mask, tubelets

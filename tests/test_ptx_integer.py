@@ -188,7 +188,8 @@ def test_unknown_names_its_text(text: str) -> None:
     "text", ["add.s32 %r1, %r2;", "add.s32 %r1, %r2, %r3, %r4;", "mad.lo.s32 %r1, %r2, %r3;", "bfe.u32 %r1, %r2, %r3;"]
 )
 def test_another_number_of_operands_is_refused(text: str) -> None:
-    with pytest.raises(ptx_emulator.Unsupported, match=rf"{len(text.split()) - 1} operands where .*{re.escape(text[:-1])}"):
+    message = rf"{len(text.split()) - 1} operands where .*{re.escape(text[:-1])}"
+    with pytest.raises(ptx_emulator.Unsupported, match=message):
         run(entry(text, 0), [])
 
 

@@ -12,8 +12,8 @@ from published import published
 from torch import nn
 
 import cast
-from cast.config import CASTConfig, make_config
-from cast.layers import sincos_table
+from cast.model.config import CASTConfig, make_config
+from cast.model.layers import sincos_table
 from cast.pretrain.masking import hidden_patches, tube_mask
 from cast.pretrain.model import VideoMAE
 from cast.training import cosine, layer_scale, parameter_groups

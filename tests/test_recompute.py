@@ -14,7 +14,7 @@ from fake_gpu import fake_gpu, gpu_autocast, module_and_streams
 
 import cast_kernels
 from cast import CAST
-from cast.layers import Running
+from cast.model.layers import Running
 from cast.training.settings import RunSettings
 from cast_kernels import AdapterProblem, FFNProblem, Problem, Recompute, SelfAttentionProblem
 from cast_kernels import recompute as levels

@@ -13,14 +13,14 @@ from video_files import write_video
 import cast
 from cast.baselines import build
 from cast.cli import main
-from cast.config import make_config
-from cast.evaluation.checkpoint import load_checkpoint
-from cast.evaluation.protocol import choose_sampling
+from cast.evaluation.run import choose_sampling
+from cast.ground.sampling import read_sampling, write_sampling
+from cast.loading import load_checkpoint
+from cast.model.config import make_config
+from cast.model.zoo import MODELS, create_model
 from cast.predict import Predictor
-from cast.sampling import read_sampling, write_sampling
 from cast.training.models import save_finished
 from cast.video.datasets import DataSettings, VideoSet, open_dataset
-from cast.zoo import MODELS, create_model
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")

@@ -31,7 +31,7 @@ from cast_models import SMALL, published_block, small_model, small_video
 from torch import Tensor
 
 import cast
-import cast.block
+import cast.model.block
 
 DEVIATIONS = [
     "norm before down",
@@ -63,7 +63,9 @@ def streams(model: cast.CAST, batch: int = 2) -> tuple[Tensor, Tensor]:
     return spatial, temporal
 
 
-def by_hand(block: cast.block.CASTBlock, spatial: Tensor, temporal: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def by_hand(
+    block: cast.model.block.CASTBlock, spatial: Tensor, temporal: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
     """The published block on our layouts."""
     batch, frames = temporal.shape[:2]
     s, t = published_block(
@@ -214,13 +216,13 @@ def test_one_head() -> None:
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every drop-path draw made while the test runs, in order."""
     made: list[Tensor] = []
-    real = cast.block.drop_factor
+    real = cast.model.block.drop_factor
 
     def recorded(*arguments: object) -> Tensor:
         made.append(real(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(cast.block, "drop_factor", recorded)
+    monkeypatch.setattr(cast.model.block, "drop_factor", recorded)
     return made
 
 
@@ -280,6 +282,6 @@ def test_drop_path_rate_grows_linearly_from_nothing_in_block_0(draws: list[Tenso
 
 def test_drop_path_keeps_the_mean() -> None:
     torch.manual_seed(0)
-    factor = cast.block.drop_factor((100_000,), 0.2, torch.empty(0))
+    factor = cast.model.block.drop_factor((100_000,), 0.2, torch.empty(0))
     assert factor.unique().tolist() == [0, 1.25]
     assert factor.mean().item() == pytest.approx(1, abs=0.01)

@@ -14,16 +14,15 @@ from video_files import write_video
 
 import cast
 from cast.cli import main
-from cast.evaluation.checkpoint import load_checkpoint
-from cast.evaluation.protocol import Protocol
+from cast.ground.sampling import read_sampling, read_short_side, write_sampling
+from cast.loading import load_checkpoint
 from cast.predict import Predictor
 from cast.predict.window import Window
-from cast.sampling import read_sampling, read_short_side, write_sampling
 from cast.training import Checkpoints
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Engine
+from cast.training.identity import lasting
 from cast.training.models import save_finished
-from cast.training.plain import identity
 from cast.training.recipes import load_recipe
 from cast.training.settings import TrainSettings
 from cast.video.annotations import Sample
@@ -34,6 +33,7 @@ from cast.video.loader import ClipLoader
 from cast.video.reader import read
 from cast.video.sampling import view_indices
 from cast.video.transforms import to_clip, view_transform
+from cast.video.views import Protocol
 
 SIDE, SIZE = 48, 32
 SETTINGS = DataSettings("unused", size=SIZE, short_side=SIDE, workers=0)
@@ -140,7 +140,7 @@ def test_the_papers_recipes_leave_pictures_as_they_are() -> None:
 def test_a_training_of_before_goes_on_with_null_only(tmp_path: Path) -> None:
     def begin(side: int | None, old: bool = False) -> Engine:
         settings = load_recipe(TrainSettings, "own-data", f"data.short_side={'null' if side is None else side}")
-        values = identity(settings, ("out",))
+        values = lasting(settings, ("out",))
         if old:
             del values["data"]["short_side"]
         accelerator, net = make_accelerator(micro_batch=PLAN.micro_batch), PointNet()

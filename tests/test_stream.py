@@ -17,12 +17,12 @@ from video_files import numbers, picture, write_audio, write_video
 
 import cast
 from cast.cli import main
-from cast.evaluation.protocol import Protocol
-from cast.labels import LABELS
+from cast.model.labels import LABELS
 from cast.predict import Failure, Prediction, Predictor
 from cast.predict.window import Window
 from cast.video.files import VideoError
 from cast.video.stream import frames, is_live
+from cast.video.views import Protocol
 
 NAMES = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}
 

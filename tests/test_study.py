@@ -21,8 +21,8 @@ pytest.importorskip("timm")
 from cast import CAST
 from cast.baselines import DESIGNS, SingleExpert, TwoStream
 from cast.cli import main as command
-from cast.config import make_config
 from cast.demo.dataset import Sizes
+from cast.model.config import make_config
 from cast.study import main, report
 from cast.study.data import StoredPictures
 from cast.study.jobs import Job, Settings

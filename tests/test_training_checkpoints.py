@@ -17,7 +17,7 @@ from training_cases import PointNet, engine, planned, same
 
 from cast.training import CheckpointError, Checkpoints, Progress, load_trained
 from cast.training import checkpoints as room
-from cast.training.checkpoints import changed_rules
+from cast.training.identity import changed_rules
 
 PLAN = planned(checkpoint_every=1)
 

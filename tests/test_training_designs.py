@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 from cast.baselines import SINGLES, SingleExpert, TwoStream, read_baseline
 from cast.cli import main
 from cast.demo.dataset import Sizes, make_dataset
-from cast.evaluation.checkpoint import load_checkpoint
+from cast.loading import load_checkpoint
 from cast.study.tables import read_plan
 from cast.training.models import blueprint, build, configure
 from cast.training.recipes import load_recipe

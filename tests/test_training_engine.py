@@ -152,6 +152,26 @@ def test_a_validation_that_fails_is_done_again_and_no_step_is(tmp_path: Path, fa
     assert engine(tmp_path / "parts", net).progress == progress  # what was completed is on the disk
 
 
+def test_an_epoch_is_told_once_as_its_history_has_it(tmp_path: Path) -> None:
+    """Before the checkpoint has it: what could not be told is told by the next run, which validates again."""
+    told: list[tuple[int, int, dict[str, float]]] = []
+    full = True
+
+    def tell(progress: Progress, entry: dict[str, float]) -> None:
+        if full and entry["epoch"] == 2:
+            raise OSError("the disk is full")
+        told.append((progress.step, len(progress.history), dict(entry)))
+
+    with pytest.raises(OSError, match="the disk is full"):
+        engine(tmp_path, PointNet()).run(on_entry=tell, on_epoch=lambda model: {"val": 1.0})
+    full = False
+    progress = engine(tmp_path, PointNet()).run(on_entry=tell, on_epoch=lambda model: {"val": 2.0})
+    assert [(step, before) for step, before, _ in told] == [(6, 0), (12, 1)]
+    assert [entry for _, _, entry in told] == progress.history
+    assert [entry["val"] for entry in progress.history] == [1.0, 2.0]
+    assert engine(tmp_path, PointNet()).epoch == 2
+
+
 def _stop_at(step: int, at: int) -> None:
     if step == at:
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from cast.pretrain.command import _FREE as PRETRAIN_FREE
 from cast.training import Checkpoints, Engine, Plan, cosine
 from cast.training.command import FREE as TRAIN_FREE
 from cast.training.determinism import NondeterministicError
-from cast.training.plain import identity
+from cast.training.identity import lasting
 from cast.training.recipes import load_recipe
 from cast.training.session import Session
 from cast.training.settings import TrainSettings
@@ -142,5 +142,5 @@ def test_packages_whose_attention_adds_in_any_order_are_refused(attention: str, 
 def test_checkpoints_from_before_graphs_and_deterministic_are_gone_on_from() -> None:
     """A setting that a checkpoint does not know would count as another training."""
     for settings, free in ((TrainSettings, TRAIN_FREE), (PretrainSettings, PRETRAIN_FREE)):
-        known = identity(load_recipe(settings, "digits" if settings is TrainSettings else "videomae-digits"), free)
+        known = lasting(load_recipe(settings, "digits" if settings is TrainSettings else "videomae-digits"), free)
         assert not {"graphs", "deterministic"} & known["run"].keys()

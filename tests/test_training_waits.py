@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import planned
 
 from cast import CAST
-from cast.config import CASTConfig
+from cast.ground.transfer import to_device
+from cast.model.config import CASTConfig
 from cast.pretrain.command import criterion
 from cast.pretrain.model import VideoMAE
 from cast.pretrain.settings import DecoderSettings
 from cast.training import Engine
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Criterion
-from cast.transfer import to_device
 from cast.video.augment import AugmentSettings
 from cast.video.mixing import Mixing
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from training_cases import Batch, PointNet, PointSource, engine, planned
 
-from cast.transfer import Ahead, to_device
+from cast.ground.transfer import Ahead, to_device
 
 CPU = torch.device("cpu")
 

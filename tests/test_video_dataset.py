@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from video_files import numbers, write_video
 
-from cast.evaluation.protocol import Protocol, normalise
 from cast.video.annotations import Sample
 from cast.video.dataset import VideoDataset
 from cast.video.reader import VideoError
 from cast.video.sampling import view_indices
 from cast.video.transforms import train_transform, view_transform
+from cast.video.views import Protocol, normalise
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,11 @@ def test_missing_videos_are_counted_at_once(samples: list[Sample], tmp_path: Pat
         VideoDataset([*samples, missing], view_transform(32), train=False)
     with pytest.raises(ValueError, match="0 of 0 videos are missing: there are no samples"):
         VideoDataset([], view_transform(32), train=False)
+
+
+def test_the_data_set_is_deprecated(samples: list[Sample]) -> None:
+    with pytest.warns(DeprecationWarning, match=r"ClipLoader makes batches, and cast\.video\.views\.Protocol"):
+        validation(samples)
 
 
 @pytest.mark.parametrize(("sampling", "views"), [("uniform", 2), ("dense", 5)])

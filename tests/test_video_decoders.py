@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from video_files import ORIENTATIONS, corners, numbers, trim, write_video
 
-from cast.optional import MissingExtraError
+from cast.ground.optional import MissingExtraError
 from cast.video import decoders
 from cast.video.decoders import Decoder, decoder
 from cast.video.reader import VideoError, read

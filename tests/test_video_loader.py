@@ -191,7 +191,7 @@ class Deadly(PyAV):
 def test_a_batch_that_kills_every_worker_is_named(
     samples: list[Sample], quick_polling: None, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
-    monkeypatch.setattr(loader_module, "decoder", lambda *_: Deadly())
+    monkeypatch.setattr("cast.video.views.decoder", lambda *_: Deadly())
     batches, got = make(samples, 2, train=False, workers=1).batches(0), []
     with pytest.raises(WorkerError, match=r"3 workers died in a row at the batch of .*4\.mp4, .*5\.mp4 \(killed by"):
         got += batches  # which keeps those before the error

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import cast
-from cast.weights.official import infer_config
-from cast.weights.torchscript import read_torchscript
+from cast.model.weights.official import infer_config
+from cast.model.weights.torchscript import read_torchscript
 
 Weights = dict[str, Tensor]
 

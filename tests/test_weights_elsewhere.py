@@ -12,7 +12,7 @@ from log_messages import log_messages
 from torch import Tensor
 
 import cast
-from cast.layers import sincos_table
+from cast.model.layers import sincos_table
 
 Weights = dict[str, Tensor]
 
@@ -98,7 +98,7 @@ AVERAGES = {
 
 @pytest.mark.parametrize("code", AVERAGES)
 def test_a_checkpoint_with_the_average_alone_loads(code: str, weights: Weights) -> None:
-    with log_messages("cast.weights.source") as told:
+    with log_messages("cast.model.weights.source") as told:
         state = cast.load_official_checkpoint(AVERAGES[code](weights), num_heads=4).state_dict()
     assert all(torch.equal(state[key], weights[key]) for key in weights)
     assert not told
@@ -107,7 +107,7 @@ def test_a_checkpoint_with_the_average_alone_loads(code: str, weights: Weights) 
 @pytest.mark.parametrize("place", ["state_dict", "model", "module"])
 def test_of_weights_and_average_the_weights_are_taken_and_it_is_said(place: str, weights: Weights) -> None:
     average = {key: value + 1 for key, value in weights.items()}
-    with log_messages("cast.weights.source") as told:
+    with log_messages("cast.model.weights.source") as told:
         state = cast.load_official_checkpoint({"model_ema": average, place: weights}, num_heads=4).state_dict()
     assert all(torch.equal(state[key], weights[key]) for key in weights)
     assert len(told) == 1

@@ -14,8 +14,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import cast
-from cast import hub, zoo
-from cast.zoo import MODELS, Published, create_model, load
+from cast.model import hub, zoo
+from cast.model.zoo import MODELS, Published, create_model, load
 
 HEADS = {"verb": 3, "noun": 4}
 NAMES = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}

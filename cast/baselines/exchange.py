@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cast.config import CASTConfig
-from cast.layers import VMAE_EPS, Adapter, Running, init_linears
+from cast.model.config import CASTConfig
+from cast.model.layers import VMAE_EPS, Adapter, Running, init_linears
 from cast_kernels import BCAST, attention
 
 Pair = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cast.baselines.saved import read_saved
 from cast.baselines.single import SingleExpert
 from cast.baselines.two_stream import Design, TwoStream
-from cast.config import CASTConfig
+from cast.model.config import CASTConfig
 
 _TUNED: dict[str, Any] = {"adapters": "none", "trained": "all"}
 

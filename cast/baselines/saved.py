@@ -11,9 +11,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from cast.files import read_json
-from cast.weights.assign import assign
-from cast.weights.source import read_tensors
+from cast.ground.files import read_json
+from cast.model.weights.assign import assign
+from cast.model.weights.source import read_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

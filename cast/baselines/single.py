@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from cast.baselines.saved import load_saved, read_saved, write_saved
 from cast.baselines.streams import Stream
 from cast.baselines.two_stream import make_stream
-from cast.config import CASTConfig, make_config
-from cast.layers import Adapter, Running, drop_factor, init_linears
-from cast.weights.source import Source
+from cast.model.config import CASTConfig, make_config
+from cast.model.layers import Adapter, Running, drop_factor, init_linears
+from cast.model.weights.source import Source
 from cast_kernels import Recompute
 
 

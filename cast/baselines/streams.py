@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cast.config import CASTConfig
-from cast.experts import CLIP_NAMES, VMAE_NAMES, CLIPBlock, SpatialExpert, TemporalExpert, VideoMAEBlock
-from cast.layers import Adapter, Running, attend, attended, feed_forward
-from cast.weights.assign import assign
-from cast.weights.source import Source
-from cast.weights.videomae import read_videomae
+from cast.model.config import CASTConfig
+from cast.model.experts import CLIP_NAMES, VMAE_NAMES, CLIPBlock, SpatialExpert, TemporalExpert, VideoMAEBlock
+from cast.model.layers import Adapter, Running, attend, attended, feed_forward
+from cast.model.weights.assign import assign
+from cast.model.weights.source import Source
+from cast.model.weights.videomae import read_videomae
 from cast_kernels import plain
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cast.baselines.streams import Stream, rows
-from cast.config import CASTConfig
-from cast.layers import Adapter, Running
-from cast.optional import require
-from cast.weights.assign import assign
-from cast.weights.source import Source, read_tensors, strip_prefixes
+from cast.ground.optional import require
+from cast.model.config import CASTConfig
+from cast.model.layers import Adapter, Running
+from cast.model.weights.assign import assign
+from cast.model.weights.source import Source, read_tensors, strip_prefixes
 
 #: Modules of timm whose models have the parts that the stream calls.
 _BUILDS = ("timm.models.vision_transformer", "timm.models.eva")

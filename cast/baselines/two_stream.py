@@ -18,10 +18,10 @@ from cast.baselines.exchange import Bottleneck, Exchange, Lateral, Wide
 from cast.baselines.saved import load_saved, read_saved, write_saved
 from cast.baselines.streams import CLIPStream, MVDStream, Stream, VideoMAEStream
 from cast.baselines.timm_stream import TimmStream
-from cast.config import CASTConfig, make_config
-from cast.heads import apply_heads, build_heads
-from cast.layers import Adapter, Running, drop_factor, init_linears
-from cast.weights.source import Source
+from cast.model.config import CASTConfig, make_config
+from cast.model.heads import apply_heads, build_heads
+from cast.model.layers import Adapter, Running, drop_factor, init_linears
+from cast.model.weights.source import Source
 from cast_kernels import Recompute
 
 Exchanges = Literal["none", "b-cast", "lateral", "attention", "attention-adapter"]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cast.optional import require
+from cast.ground.optional import require
 
 if TYPE_CHECKING:
     from cast.demo.scale import Scale

@@ -17,7 +17,7 @@ import numpy as np
 from cast.demo.clips import CachedClips
 from cast.demo.dataset import read_scenes
 from cast.demo.scene import FRAMES, Classes
-from cast.optional import require
+from cast.ground.optional import require
 
 
 def chance(classes: Classes) -> dict[str, float]:

@@ -25,7 +25,7 @@ import av
 import numpy as np
 
 from cast.demo.scene import ALL, SPLITS, Classes, Split, plan, render
-from cast.files import write_bytes, write_json, write_text
+from cast.ground.files import write_bytes, write_json, write_text
 
 #: Written last; a directory that has it is complete.
 MANIFEST = "dataset.json"

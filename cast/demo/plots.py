@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from cast.demo.study import MODELS, Outcome
 from cast.demo.timing import StepTimes
 from cast.evaluation.report.plots import contours, new_figure, plain, svg
-from cast.optional import require
+from cast.ground.optional import require
 
 #: One colour per model, told apart also by readers who don't tell red from green.
 COLOURS = {"spatial": "#0072b2", "temporal": "#e69f00", "ensemble": "#666666", "cast": "#b5179e"}

@@ -24,7 +24,7 @@ from cast.demo.clips import CachedClips
 from cast.demo.dataset import Sizes, make_dataset
 from cast.demo.models import CONFIG, temporal_expert
 from cast.evaluation import probabilities
-from cast.files import write_json
+from cast.ground.files import write_json
 from cast.pretrain import DecoderSettings, VideoMAE
 from cast.pretrain.command import PICTURE, WEIGHTS, criterion
 from cast.pretrain.picture import draw

@@ -26,7 +26,7 @@ from cast.demo.scene import SPLITS
 from cast.demo.schedule import Schedule, duration, say
 from cast.demo.study import MODELS, Data, Reporter, Study
 from cast.demo.timing import step_times
-from cast.files import read_json, write_json, write_text
+from cast.ground.files import read_json, write_json, write_text
 from cast.training import Progress as Training
 
 #: Says which demo a directory holds.

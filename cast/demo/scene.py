@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from cast.optional import require
+from cast.ground.optional import require
 
 VERBS = (
     "move_left",

@@ -16,7 +16,7 @@ from cast import CASTConfig
 from cast.demo.clips import CachedClips, Stills
 from cast.demo.models import CONFIG, STREAMS, SingleStreams, cast_model, spatial_expert, temporal_expert
 from cast.evaluation import average, probabilities
-from cast.files import write_json
+from cast.ground.files import write_json
 from cast.metrics import compositional_metrics
 from cast.training import Clips, Progress, Recipe, train
 

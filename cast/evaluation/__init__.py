@@ -3,9 +3,9 @@
 from cast.evaluation.clips import VALIDATION, average, probabilities
 from cast.evaluation.inference import Cost, Run, evaluate
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
-from cast.evaluation.protocol import Protocol
 from cast.evaluation.submission import write_submission
 from cast.evaluation.summary import metrics, summarise
+from cast.video.views import Protocol
 
 __all__ = [
     "VALIDATION",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast.block import CASTBlock
 from cast.model import CAST
+from cast.model.block import CASTBlock
 from cast_kernels import CrossAttention
 
 Streams = list[tuple[Tensor, Tensor]]

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, from_records, record
-from cast.evaluation.protocol import Protocol, normalise
-from cast.files import printable
+from cast.ground.files import printable
+from cast.ground.processes import join_processes, peak_memory
 from cast.metrics import average_views
-from cast.processes import join_processes, peak_memory
 from cast.video.annotations import Sample
 from cast.video.files import VideoError
+from cast.video.views import Protocol, normalise
 from cast.video.workers import WorkerDied, WorkerError, context, items
 
 #: Told after each chunk of this process: videos done and videos in all, both of this process.
@@ -60,7 +60,7 @@ class Cost:
     seconds: float = 0.0
     processes: int = 1
     device: str = ""
-    peak_memory: int = 0  # bytes, see cast.processes.peak_memory
+    peak_memory: int = 0  # bytes, see cast.ground.processes.peak_memory
     resumed: int = 0  # videos that an earlier run had finished
 
 

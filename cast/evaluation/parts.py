@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cast.evaluation.predictions import json_line
-from cast.files import write_text
+from cast.ground.files import write_text
 
 
 class Parts:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.files import text_lines, write_bytes, write_text
-from cast.optional import require
+from cast.ground.files import text_lines, write_bytes, write_text
+from cast.ground.optional import require
 
 PathLike = str | os.PathLike[str]
 

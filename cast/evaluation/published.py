@@ -1,4 +1,4 @@
-"""Published results for the balanced-understanding plot: CAST's paper, table 2, out of `cast/published.yaml`.
+"""Published results for the balanced-understanding plot: CAST's paper, table 2, out of `cast/metrics/published.yaml`.
 
 The paper's figure 4 draws these figures: (a) EPIC-Kitchens-100, noun against verb accuracy; (b) Kinetics-400 against
 Something-Something V2. Where tables 9 to 11 of the same paper print other figures for a method (CLIP, AIM, EVL,
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cast.published import read_published
+from cast.metrics.published import read_published
 
 #: Where the figures come from, as the plot's note says it.
 SOURCE = "arXiv 2311.18825, table 2"

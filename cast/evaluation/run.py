@@ -17,30 +17,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from cast.evaluation.checkpoint import PREDICTIONS, find_log
 from cast.evaluation.cost import ModelCost, model_cost
-from cast.evaluation.ensemble import Loaded, load_models
 from cast.evaluation.inference import Cost, Run, evaluate, sample_names
 from cast.evaluation.names import Classes, agree
 from cast.evaluation.parts import Parts
 from cast.evaluation.predictions import Predictions, read_predictions, write_predictions
-from cast.evaluation.protocol import Protocol, choose_sampling
 from cast.evaluation.report import Evidence, html
 from cast.evaluation.report.curves import Log, read_log
 from cast.evaluation.submission import submission, write_submission
 from cast.evaluation.subsets import read_subsets
 from cast.evaluation.summary import summarise
-from cast.files import printable, write_json, write_text
-from cast.labels import numbers
-from cast.optional import require
-from cast.processes import join_processes
-from cast.sampling import Sampling
+from cast.ground.files import printable, write_json, write_text
+from cast.ground.optional import require
+from cast.ground.processes import join_processes
+from cast.ground.sampling import Sampling
+from cast.loading.ensemble import PREDICTIONS, Loaded, load_models
+from cast.model.labels import numbers
 from cast.video.annotations import Sample
 from cast.video.datasets import VideoSet, open_dataset
+from cast.video.views import Protocol
 
 PathLike = str | os.PathLike[str]
 #: File with what a run took.
 COST = "cost.json"
+#: A training's log, in its directory.
+LOG = "log.jsonl"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -185,6 +186,14 @@ def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Lo
         return None, {"learning curves": f"left out: {error}"}
 
 
+def find_log(path: str | os.PathLike[str]) -> Path | None:
+    """The log of the training that made a checkpoint, if it lies in the training's directory."""
+    if not Path(path).exists():  # a published name: what lies in the working directory is not its log
+        return None
+    places = [Path(path) / LOG, Path(path).parent / LOG]
+    return next((place for place in places if place.is_file()), None)
+
+
 def _fitted(
     own: Classes, videos: VideoSet, samples: Sequence[Sample], split: str
 ) -> tuple[Classes, list[Sample], Mapping[str, Tensor]]:
@@ -234,7 +243,7 @@ def _answers(
     if state.is_main_process:
         Console().print(f"{protocol.name} views, {sampling} sampling: {why}", highlight=False, soft_wrap=True)
     about = {
-        **loaded.about,
+        **loaded.about(),
         "dataset": printable(videos.root),
         "split": options.split,
         "dtype": options.dtype,
@@ -259,6 +268,31 @@ def _answers(
     if state.is_main_process:
         parts.remove()
     return _Answered(predictions, protocol, loaded.model.float(), cost)
+
+
+def choose_sampling(asked: Sampling | None, model: Sampling | None, videos: VideoSet) -> tuple[Sampling, str]:
+    """The sampling of a test, and who says so: the caller, else the model, else the data set.
+
+    Args:
+        asked: what the caller wants, if anything.
+        model: what the model was trained with, if it is known.
+        videos: the data set.
+
+    Raises:
+        ValueError: nobody asked, and the model and the data set's YAML file say different ones.
+    """
+    if asked is not None:
+        return asked, "as was asked for"
+    stated = f"data.sampling in {videos.stated}"
+    if model is None:
+        guess = f"the default, as neither the model nor {videos.root} says; --sampling names another"
+        return videos.sampling, guess if videos.stated is None else f"{stated}; the model does not say"
+    if videos.stated is not None and videos.sampling != model:
+        raise ValueError(
+            f"the model was trained with {model} sampling, {stated} is {videos.sampling}: correct the file, or "
+            f"say which one is meant with --sampling {model} or --sampling {videos.sampling}"
+        )
+    return model, "as the model was trained"
 
 
 def _read_cost(directory: Path) -> Cost | None:

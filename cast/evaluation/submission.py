@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cast.evaluation.predictions import Predictions
-from cast.files import write_bytes
+from cast.ground.files import write_bytes
 from cast.metrics import top_pairs
 
 #: Classes of EPIC-Kitchens-100.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.predict.guesses import Failure, PathLike, table
 from cast.predict.predictor import EVERY, WINDOW, Predictor
 from cast.video.decoders import decoder
@@ -20,7 +21,7 @@ from cast.video.stream import TIMEOUT, frames, is_live
 
 def main(
     video: PathLike,
-    checkpoint: PathLike,
+    checkpoint: PathLike | Sequence[PathLike],
     top: int = 5,
     as_json: bool = False,
     sampling: Sampling | None = None,
@@ -57,10 +58,11 @@ def main(
     if not live and not folder:
         decoder("pyav").frame_count(what)  # a bad file should not have to wait for the model
     predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle, graphs=graphs)
-    if sampling is None and predictor.model.sampling is None:
+    if not predictor.sampling_known:
+        places = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
         print(
-            f"cast predict: {printable(checkpoint)} does not say how its training's frames were sampled; uniform "
-            "sampling is taken, --sampling dense is for models of Kinetics",
+            f"cast predict: {', '.join(map(printable, places))} does not say how its training's frames were sampled; "
+            "uniform sampling is taken, --sampling dense is for models of Kinetics",
             file=sys.stderr,
         )
     if every or live:

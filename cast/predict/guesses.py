@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from cast.config import COMPOSITIONAL
-from cast.labels import numbers, read_labels
 from cast.metrics import top_classes, top_pairs
+from cast.model.config import COMPOSITIONAL
+from cast.model.labels import numbers, read_labels
 
 PathLike = str | os.PathLike[str]
 

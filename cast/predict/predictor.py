@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cast.evaluation.protocol import Protocol, normalise
-from cast.files import printable
-from cast.graphs import Graphs
-from cast.labels import check_names, numbers
+from cast.baselines import Ensemble
+from cast.ground.files import printable
+from cast.ground.graphs import Graphs
+from cast.ground.transfer import to_device
+from cast.loading import Loaded, Model, as_loaded, load_models
 from cast.metrics import average_views
-from cast.model import CAST
+from cast.model.labels import check_names, numbers
 from cast.predict.guesses import Failure, Guess, Moment, PathLike, Prediction, guess, path_of
 from cast.predict.window import Window
-from cast.transfer import to_device
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.folder import find_videos
 from cast.video.sampling import Sampling
-from cast.zoo import load
+from cast.video.views import Protocol, normalise
 
 #: Frames of a stream that one guess looks back on, and frames from one guess to the next.
 WINDOW, EVERY = 64, 16
@@ -71,8 +71,9 @@ class Predictor:
     """Names actions. Probabilities are averaged over all views of the published test protocol.
 
     Args:
-        model: a CAST; or where one is: a directory that `save_pretrained` wrote, a name in `cast.list_models()`, or
-            a repository of the Hugging Face Hub; or a file of the authors.
+        model: a CAST, a baseline or an Ensemble; or where one is: a directory of `save_pretrained` or of a training, a
+            name in `cast.list_models()`, a repository of the Hugging Face Hub, or a file of the authors; or several of
+            these places, whose models answer as one by the mean of their probabilities.
         labels: class names by head; if None those that the model came with, else the classes' numbers.
         top: guesses per head, fewer where there are fewer classes.
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2; 2 x 3 views) or "dense" (Kinetics-400; 5 x 3);
@@ -80,8 +81,8 @@ class Predictor:
         batch: clips in a forward pass; those of several videos go together.
         device: where the model runs; the GPU if None and there is one.
         trust_pickle: whether a torch file may run code while it loads.
-        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.graphs.Graphs`. Each number of
-            clips up to `batch` that comes twice gets one. Other weights are seen where they lie elsewhere or were
+        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.ground.graphs.Graphs`. Each number
+            of clips up to `batch` that comes twice gets one. Other weights are seen where they lie elsewhere or were
             written in place; hooks, `fuse` and `unfuse` are not, once a number of clips came twice.
 
     Raises:
@@ -95,7 +96,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: CAST | PathLike,
+        model: Model | Ensemble | PathLike | Sequence[PathLike],
         labels: Mapping[str, Sequence[str]] | None = None,
         top: int = 5,
         sampling: Sampling | None = None,
@@ -107,11 +108,12 @@ class Predictor:
         for name, value in (("top", top), ("batch", batch)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        found = model if isinstance(model, CAST) else load(model, trust_pickle=trust_pickle)
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: CAST = found.eval() if isinstance(model, CAST) and device is None else found.eval().to(where)
-        config = self.model.config
-        names = labels or self.model.labels or numbers(config.classes)
+        found = _found(model, trust_pickle, sampling)
+        self.model: Model | Ensemble = found.model.eval()
+        if device is not None or not isinstance(model, nn.Module):
+            self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = found.config
+        names = labels or found.classes or numbers(config.classes)
         check_names("labels", names, config.classes)
         self.labels: dict[str, list[str]] = {head: list(names[head]) for head in config.classes}
         self.top, self.batch = top, batch
@@ -119,11 +121,13 @@ class Predictor:
         if graphs:
             device = next(self.model.parameters()).device
             self._run = Graphs(self._forward, device, read=self._weights)
+        #: Whether the model says how its training's frames were sampled, or the caller did.
+        self.sampling_known: bool = bool(sampling or found.sampling)
         self.protocol: Protocol = Protocol(
-            sampling or self.model.sampling or "uniform",
+            sampling or found.sampling or "uniform",
             frames=config.num_frames,
             size=config.image_size,
-            short_side=self.model.short_side,
+            short_side=found.short_side,
         )
 
     def __call__(self, video: PathLike) -> Prediction:
@@ -234,8 +238,16 @@ class Predictor:
         yield from self.model.buffers()
 
 
+def _found(
+    model: Model | Ensemble | PathLike | Sequence[PathLike], trust_pickle: bool, sampling: Sampling | None
+) -> Loaded:
+    if isinstance(model, nn.Module):
+        return as_loaded(model)
+    return load_models([model] if isinstance(model, str | os.PathLike) else model, trust_pickle, sampling)
+
+
 def predict(
-    model: CAST,
+    model: Model | Ensemble,
     video: PathLike,
     labels: Mapping[str, Sequence[str]],
     top: int = 5,

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.evaluation.protocol import Protocol
-from cast.video.sampling import view_indices
 from cast.video.shrink import shrink
 from cast.video.transforms import view_transform
+from cast.video.views import Protocol
 
 
 class Window:
@@ -34,7 +33,7 @@ class Window:
         for name, value in (("every", every), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1 frame")
-        self.protocol, self.every = protocol, every
+        self.protocol, self.every = protocol.centre(), every
         self._pictures: deque[Tensor] = deque(maxlen=window)
         self._transform = view_transform(protocol.size, normalise=False)
 
@@ -69,5 +68,5 @@ class Window:
         return small[0]
 
     def _clip(self) -> Tensor:
-        chosen = view_indices(len(self._pictures), 0, 1, self.protocol.sampling, self.protocol.frames)
+        chosen = self.protocol.indices(len(self._pictures))[0]
         return torch.stack([self._pictures[index] for index in chosen], dim=1)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from cast.optional import require
+from cast.ground.optional import require
 from cast.pretrain.model import Reconstruction, VideoMAE
 from cast.pretrain.picture import draw
 from cast.pretrain.settings import PretrainSettings

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cast.transfer import to_device
+from cast.ground.transfer import to_device
 from cast.video.transforms import MEAN, STD
 
 #: Added to a patch's deviation, in units of pixels from 0 to 1, before dividing by it (the official code's value).

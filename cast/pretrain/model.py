@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cast.config import CASTConfig, make_config
-from cast.experts import VideoMAEBlock, check_shape
-from cast.layers import VMAE_EPS, Running, TubeletEmbedding
-from cast.positions import FixedPositions
+from cast.model.config import CASTConfig, make_config
+from cast.model.experts import VideoMAEBlock, check_shape
+from cast.model.layers import VMAE_EPS, Running, TubeletEmbedding
+from cast.model.positions import FixedPositions
+from cast.model.weights.assign import check
 from cast.pretrain.masking import Mask, gather, hidden_patches, pixels, statistics, tube_mask, tubelets
 from cast.pretrain.settings import DecoderSettings
-from cast.weights.assign import check
 from cast_kernels import attention as attentions
 from cast_kernels import plain
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.optional import require
+from cast.ground.optional import require
 from cast.pretrain.masking import Mask, assemble, gather, pixels, statistics, tubelets
 from cast.pretrain.model import VideoMAE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cast.config import CASTConfig, make_config
+from cast.model.config import CASTConfig, make_config
 from cast.training.settings import OptimSettings, RecipeSettings
 from cast.video.sampling import STRIDE
 

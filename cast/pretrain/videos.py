@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.video.annotations import Sample
 from cast.video.datasets import DataSettings, VideoSet
 from cast.video.folder import find_videos

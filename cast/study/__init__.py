@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cast.optional import require
+from cast.ground.optional import require
 
 if TYPE_CHECKING:
     from cast.study.jobs import Settings

@@ -1,4 +1,4 @@
-"""Writes the table from `cast/published.yaml`: `python -m cast.study.comparison benchmarks/results/comparison.md`."""
+"""Writes the table of published figures: `python -m cast.study.comparison benchmarks/results/comparison.md`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast.files import write_text
+from cast.ground.files import write_text
 from cast.metrics import harmonic_mean
-from cast.published import read_published
+from cast.metrics.published import read_published
 
 _TITLES = {
     "method": "method", "model": "model", "backbone": "backbone", "frames": "frames", "views": "views",
@@ -19,7 +19,7 @@ _TITLES = {
 }  # fmt: skip
 _TEXT = {"method", "model", "backbone", "source"}
 
-_HEAD = """<!-- From cast/published.yaml by `python -m cast.study.comparison benchmarks/results/comparison.md` -->
+_HEAD = """<!-- Of cast/metrics/published.yaml: `python -m cast.study.comparison benchmarks/results/comparison.md` -->
 # CAST and the published methods
 
 Top-1 accuracy in percent. Nothing here was measured by us: every figure is as its source reports it. *Paper* is CAST,

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cast.baselines import DESIGNS
-from cast.config import CASTConfig
 from cast.demo.dataset import Sizes
 from cast.evaluation import average, probabilities
-from cast.files import write_json
+from cast.ground.files import write_json
 from cast.metrics import compositional_metrics
+from cast.model.config import CASTConfig
 from cast.study.data import StudyData
 from cast.study.models import EXPERTS, MINIATURE, expert_weights, miniature, needed_experts, small_expert
 from cast.study.tables import Model

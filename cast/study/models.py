@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cast import CAST, CASTConfig
 from cast.baselines import DESIGNS, SingleExpert, TwoStream
-from cast.config import make_config
 from cast.demo.models import CONFIG, HEADS, initialise, spatial_expert, temporal_expert
-from cast.optional import require
+from cast.ground.optional import require
+from cast.model.config import make_config
 from cast.study.tables import Model
 
 #: Four blocks, so that the paper's last 3, 6 and 9 of 12 layers are the last 1, 2 and 3 here.

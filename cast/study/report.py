@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast.files import write_text
+from cast.ground.files import write_text
 from cast.study.results import METRICS, tally
 
 _HEAD = """<!-- Written by `python -m cast.study.report {source} {path}`. -->

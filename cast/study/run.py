@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Printed
 
 from cast.demo.run import machine
-from cast.files import write_json
+from cast.ground.files import write_json
 from cast.study.data import prepare
 from cast.study.jobs import Job, Settings, ensemble_metrics, finished, run_job
 from cast.study.models import needed_experts

@@ -12,8 +12,8 @@ import yaml
 
 from cast.baselines import DESIGNS
 from cast.baselines.two_stream import Adapters
-from cast.config import make_config
-from cast.files import parse_yaml
+from cast.ground.files import parse_yaml
+from cast.model.config import make_config
 
 #: The paper's own rows.
 ROWS = Path(__file__).with_name("rows.yaml")

@@ -4,9 +4,9 @@ from cast.training.checkpoints import Checkpoints, load_trained
 from cast.training.engine import Engine, Plan, Source
 from cast.training.files import CheckpointError
 from cast.training.groups import layer_scale, parameter_groups
+from cast.training.indexed import Clips, Recipe, train
 from cast.training.progress import DivergenceError, Progress, Step
 from cast.training.schedule import cosine
-from cast.training.simple import Clips, Recipe, train
 
 __all__ = [
     "CheckpointError",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from cast.training.distributed import on_main
 from cast.training.ema import Average
 from cast.training.files import CheckpointError, checksum, flush, read_tensors, write_tensors, write_text
+from cast.training.identity import RULES
 from cast.training.plain import flat
 from cast.training.progress import Progress
 from cast.training.tensors import (
@@ -54,8 +55,6 @@ _STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _VIDEOS, _ENGINE = (
     "engine",
 )
 _FORMAT = 1
-#: Of an identity: names of rules that an earlier version had otherwise and that matter to this training.
-_RULES = "rules"
 _NAME = re.compile(r"step-\d{8}")
 
 
@@ -261,9 +260,9 @@ class Checkpoints:
         # A setting that earlier versions did not have counts as null: that is what they did.
         theirs, ours = flat(state["identity"]), flat(self.identity)
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        if differing == [_RULES]:
+        if differing == [RULES]:
             raise ValueError(
-                f"{path} was written by an earlier version, which had another rule for {', '.join(ours[_RULES])} "
+                f"{path} was written by an earlier version, which had another rule for {', '.join(ours[RULES])} "
                 "(docs/training.md says which): go on with that version, or begin anew in another directory"
             )
         if differing and (differing != ["videos"] or not self._only_lost(path, state)):
@@ -286,17 +285,6 @@ class Checkpoints:
             return False
         theirs = iter(read_tensors(path / _VIDEOS)["hashes"].tolist())
         return all(video in theirs for video in self.videos.tolist())  # each search goes on where the last one ended
-
-
-def changed_rules(**applies: bool) -> dict[str, list[str]]:
-    """The part of an identity that tells trainings apart from those of versions with other rules.
-
-    Args:
-        applies: name of a rule that changed -> whether this training goes by it. If none does, the part is empty, and
-            checkpoints from before the change are gone on from.
-    """
-    names = sorted(name for name, does in applies.items() if does)
-    return {_RULES: names} if names else {}
 
 
 def planned_videos(directory: str | os.PathLike[str]) -> int | None:

@@ -16,8 +16,8 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from cast.graphs import check_device
-from cast.processes import computes_on_cpu, join_processes
+from cast.ground.graphs import check_device
+from cast.ground.processes import computes_on_cpu, join_processes
 
 #: fp32 has no autocast; the others keep fp32 weights.
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -22,14 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from cast.graphs import Graphs
+from cast.ground.graphs import Graphs
+from cast.ground.transfer import Ahead, to_device
 from cast.training.checkpoints import Checkpoints
 from cast.training.ema import Average
 from cast.training.figures import Figures, Outcome
 from cast.training.groups import parameter_groups
 from cast.training.progress import DivergenceError, Progress, Step
 from cast.training.tensors import full
-from cast.transfer import Ahead, to_device
 
 
 class MicroBatch(Protocol):
@@ -142,13 +142,8 @@ class Engine:
         mix: Mix | None = None,
         criterion: Criterion | None = None,
     ) -> None:
-        self.source, self.plan, self.accelerator, self.checkpoints, self.mix = (
-            source,
-            plan,
-            accelerator,
-            checkpoints,
-            mix,
-        )
+        self.source, self.plan, self.mix = source, plan, mix
+        self.accelerator, self.checkpoints = accelerator, checkpoints
         self.criterion: Criterion = criterion or classification(plan.smoothing)
         deepspeed = accelerator.distributed_type == "DEEPSPEED"
         if deepspeed and plan.ema is not None:
@@ -173,6 +168,7 @@ class Engine:
         self,
         on_step: Callable[[Progress, Step], None] = lambda progress, step: None,
         on_epoch: Callable[[nn.Module], dict[str, float]] = lambda model: {},
+        on_entry: Callable[[Progress, dict[str, float]], None] = lambda progress, entry: None,
     ) -> Progress:
         """Train to the end of the plan.
 
@@ -181,6 +177,8 @@ class Engine:
             on_epoch: called after each epoch on every process, with the model in evaluation mode, which it must leave
                 as it was; what it returns joins the epoch's history. The epoch's checkpoint is written before, so if
                 this raises or is killed, the next run calls it again and repeats no step.
+            on_entry: called then with what the epoch adds to the history, on every process. If this raises, the next
+                run repeats `on_epoch` and it.
 
         Returns:
             The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.
@@ -190,30 +188,35 @@ class Engine:
             CheckpointError: a checkpoint cannot be written.
         """
         if self._epoch_is_due:
-            self._end_epoch(on_epoch)
+            self._end_epoch(on_epoch, on_entry)
         while self.progress.step < self.plan.steps:
-            epoch, position = divmod(self.progress.step, self.plan.steps_per_epoch)
-            batches = self.source.batches(epoch, position * self.plan.accumulate)
-            ends = (self.progress.step, (epoch + 1) * self.plan.steps_per_epoch)
-            numbered = zip(range(*(step * self.plan.accumulate for step in ends)), batches, strict=False)
-            ahead = Ahead(numbered, self._prepare, self.accelerator.device)
-            try:
-                for _ in range(position, self.plan.steps_per_epoch):
-                    self._advance(ahead, on_step, on_epoch)
-            finally:
-                close = getattr(batches, "close", None)  # a generator: let its workers go
-                if close is not None:
-                    close()
+            self._run_steps(on_step)
+            self._end_epoch(on_epoch, on_entry)
         self.unwrapped.eval()
         return self.progress
 
-    def _advance(
-        self,
-        batches: Ahead[_Numbered],
-        on_step: Callable[[Progress, Step], None],
-        on_epoch: Callable[[nn.Module], dict[str, float]],
-    ) -> None:
-        """One optimizer step and everything that is due after it."""
+    @property
+    def epoch(self) -> int:
+        """How many epochs' steps are done."""
+        return self.progress.step // self.plan.steps_per_epoch
+
+    def _run_steps(self, on_step: Callable[[Progress, Step], None]) -> None:
+        """The steps that are left of an epoch."""
+        position = self.progress.step % self.plan.steps_per_epoch
+        batches = self.source.batches(self.epoch, position * self.plan.accumulate)
+        ends = (self.progress.step, (self.epoch + 1) * self.plan.steps_per_epoch)
+        numbered = zip(range(*(step * self.plan.accumulate for step in ends)), batches, strict=False)
+        ahead = Ahead(numbered, self._prepare, self.accelerator.device)
+        try:
+            for _ in range(position, self.plan.steps_per_epoch):
+                self._advance(ahead, on_step)
+        finally:
+            close = getattr(batches, "close", None)  # a generator: let its workers go
+            if close is not None:
+                close()
+
+    def _advance(self, batches: Ahead[_Numbered], on_step: Callable[[Progress, Step], None]) -> None:
+        """One optimizer step, and a checkpoint if one is due after it."""
         progress = self.progress
         began = time.perf_counter()
         report = self._step(batches, began)
@@ -223,20 +226,24 @@ class Engine:
         on_step(progress, report)
         if self._epoch_is_due or (self.plan.checkpoint_every and progress.step % self.plan.checkpoint_every == 0):
             self.checkpoints.save(progress)
-        if self._epoch_is_due:
-            self._end_epoch(on_epoch)
 
     @property
     def _epoch_is_due(self) -> bool:
         """Whether the epoch's steps are done, but not what follows them: its sums are not history yet."""
         return self.progress.step % self.plan.steps_per_epoch == 0 and bool(self.progress.sums)
 
-    def _end_epoch(self, on_epoch: Callable[[nn.Module], dict[str, float]]) -> None:
+    def _end_epoch(
+        self,
+        on_epoch: Callable[[nn.Module], dict[str, float]],
+        on_entry: Callable[[Progress, dict[str, float]], None],
+    ) -> None:
         """Close an epoch whose checkpoint is on the disk already: a validation that raises loses no training."""
-        progress, per_epoch = self.progress, self.plan.steps_per_epoch
-        means = {name: total / per_epoch for name, total in progress.sums.items()}
+        progress = self.progress
+        means = {name: total / self.plan.steps_per_epoch for name, total in progress.sums.items()}
         self.model.eval()
-        progress.history.append({"epoch": progress.step // per_epoch, **means, **on_epoch(self.unwrapped)})
+        entry = {"epoch": self.epoch, **means, **on_epoch(self.unwrapped)}
+        on_entry(progress, entry)
+        progress.history.append(entry)
         progress.sums = {}
         self.checkpoints.update(progress)
 

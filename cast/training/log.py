@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from cast.files import printable, text_lines
-from cast.optional import require
-from cast.processes import peak_memory
+from cast.ground.files import printable, text_lines
+from cast.ground.optional import require
+from cast.ground.processes import peak_memory
 from cast.training.plain import flat
 from cast.training.progress import Progress, Step
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cast.baselines import DESIGNS, SINGLES, SingleExpert, TwoStream
 from cast.baselines.streams import Stream
-from cast.config import CASTConfig, make_config
+from cast.ground.sampling import Sampling, write_sampling
 from cast.model import CAST, TRAINABLE, load_official_checkpoint
-from cast.sampling import Sampling, write_sampling
+from cast.model.config import CASTConfig, make_config
 from cast.training.settings import DOWNLOAD, ExpertSettings, TrainSettings
 from cast.training.tensors import read_weights
 

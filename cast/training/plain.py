@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +13,6 @@ if TYPE_CHECKING:
 def plain(settings: DataclassInstance) -> dict[str, Any]:
     """What JSON can hold, by section."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return values
-
-
-def identity(settings: DataclassInstance, free: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from: all but `free`, such as `out` and `data.root`."""
-    values = plain(settings)
-    for name in free:
-        section, _, key = name.partition(".")
-        if key:
-            values[section].pop(key)
-        else:
-            values.pop(section)
     return values
 
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from cast.files import parse_yaml
+from cast.ground.files import parse_yaml
 
 Settings = TypeVar("Settings")
 

@@ -11,19 +11,19 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from cast.processes import join_processes
-from cast.training.checkpoints import Checkpoints, changed_rules, planned_videos
+from cast.ground.processes import join_processes
+from cast.training.checkpoints import Checkpoints, planned_videos
 from cast.training.determinism import ask_cublas, deterministic
 from cast.training.distributed import make_accelerator, on_main
 from cast.training.engine import Engine, Plan
 from cast.training.files import CheckpointError, write_text
 from cast.training.groups import grouped_otherwise_before
+from cast.training.identity import changed_rules, fingerprint, lasting, video_hashes, videos_digest
 from cast.training.log import Log, check_trackers
-from cast.training.plain import identity, plain
+from cast.training.plain import plain
 from cast.training.progress import Progress
 from cast.training.schedule import cosine
 from cast.training.settings import RecipeSettings
-from cast.training.simple import fingerprint, video_hashes, videos_digest
 from cast.video.annotations import Sample
 from cast.video.loader import ClipLoader
 from cast.video.sampling import Choose, train_indices
@@ -122,7 +122,7 @@ class Session:
             self.out / "checkpoints",
             self.accelerator,
             {
-                "settings": identity(self.settings, self.free),
+                "settings": lasting(self.settings, self.free),
                 "samples": self._planned(samples),
                 "videos": videos_digest(samples, self.settings.data.root),
                 "model": fingerprint(model),
@@ -186,23 +186,14 @@ class Session:
             validate: called after each epoch.
             finish: called at the end; what it returns says what was made.
         """
-        settings, plan = self.settings, engine.plan
-        log = Log(self.out, self.accelerator, plan.steps, plain(settings), settings.log.bars, settings.log.every)
+        settings = self.settings
+        log = Log(self.out, self.accelerator, engine.plan.steps, plain(settings), settings.log.bars, settings.log.every)
         on_main(self.accelerator, self._begin)
-
-        def on_epoch(model: nn.Module) -> dict[str, float]:
-            progress = engine.progress
-            epoch = progress.step // plan.steps_per_epoch
-            figures = validate(model, epoch)
-            means = {name: total / plan.steps_per_epoch for name, total in progress.sums.items()}
-            log.epoch(progress, {"epoch": epoch, **means, **figures})
-            return figures
-
         done = ""
         try:
             log.start(engine.progress, note + self._lost(engine.checkpoints))
             with deterministic(settings.run.deterministic):
-                progress = engine.run(log.step, on_epoch)
+                progress = engine.run(log.step, lambda model: validate(model, engine.epoch), log.epoch)
             done = f"finished: {finish()}"
         except KeyboardInterrupt:
             done = "stopped; the same command with --resume goes on from the newest checkpoint"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cast.baselines import DESIGNS, SINGLES
-from cast.config import CASTConfig
+from cast.model.config import CASTConfig
 from cast.training.checkpoints import Weights
 from cast.training.determinism import ATTENTIONS
 from cast.training.distributed import Precision

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cast.files import text_lines
+from cast.ground.files import text_lines
 from cast.video.files import VIDEO_ENDINGS
 
 PathLike = str | os.PathLike[str]

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.video.annotations import PathLike, Sample
 from cast.video.datasets import VideoSet, open_dataset
 from cast.video.files import VideoError

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cast.files import text_lines
+from cast.ground.files import text_lines
 from cast.video.annotations import PathLike, read_text
 
 #: Files with class names that are looked for in a data set's directory, head -> names of the file.

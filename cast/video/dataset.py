@@ -1,8 +1,9 @@
-"""Clips with labels, one an item, for a DataLoader of your own and any transform."""
+"""A data set of clips for a DataLoader of one's own: deprecated, as `ClipLoader` and `Protocol` make all clips here."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch.utils.data import Dataset
 
 from cast.video.annotations import Sample
 from cast.video.decoders import decoder
-from cast.video.sampling import Sampling, train_indices, view_indices
+from cast.video.sampling import Sampling, train_indices
 from cast.video.transforms import Transform, to_clip
+from cast.video.views import Protocol
 
 
 class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
-    """One clip per video: `(video, labels)`, video `[3, frames, size, size]` as the transform leaves it.
+    """Deprecated: :class:`cast.video.loader.ClipLoader` makes batches, :class:`cast.video.views.Protocol` tests' clips.
+
+    One clip per video: `(video, labels)`, video `[3, frames, size, size]` as the transform leaves it.
 
     Training clips are random, but a function of (seed, epoch, index) alone: not of the number of workers, the order
     of reading or what ran before. Call `set_epoch` before each epoch; it reaches persistent workers too.
@@ -56,6 +60,12 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         threads: int = 1,
         short_side: int | None = None,
     ) -> None:
+        warnings.warn(
+            "VideoDataset is deprecated: cast.video.loader.ClipLoader makes batches, and cast.video.views.Protocol the "
+            "clips of a test",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         missing = [sample.path for sample in samples if not os.path.exists(sample.path)]
         if not samples or missing:
             names = ", ".join(str(path) for path in missing[:3])
@@ -85,7 +95,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         if self.train:
             indices = train_indices(length, rng, self.sampling, self.frames)
         else:
-            indices = view_indices(length, 0, 1, self.sampling, self.frames)
+            indices = Protocol(self.sampling, 1, 1, self.frames).indices(length)[0]
         frames = reader.read(sample.path, indices, self.threads)
         # torchvision draws from torch's global generator: give it a seed of this clip, and leave it as it was.
         with torch.random.fork_rng(devices=()):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from cast.files import parse_yaml, printable
+from cast.ground.files import parse_yaml, printable
 from cast.video.annotations import (
     Layout,
     PathLike,

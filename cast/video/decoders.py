@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import av
 import numpy as np
 
-from cast.files import printable
-from cast.optional import MissingExtraError, require
+from cast.ground.files import printable
+from cast.ground.optional import MissingExtraError, require
 from cast.video import reader
 from cast.video.files import PathLike, check_file, open_video, video_error
 from cast.video.frame_folders import Folders

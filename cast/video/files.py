@@ -11,7 +11,7 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from cast.files import printable
+from cast.ground.files import printable
 
 PathLike = str | os.PathLike[str]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.video.files import VIDEO_ENDINGS, PathLike
 from cast.video.frame_folders import is_picture, numbered
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cast.transfer import to_device
+from cast.ground.transfer import to_device
 from cast.video.annotations import Sample
 from cast.video.augment import AugmentSettings, Plan, apply, draw
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
-from cast.video.sampling import Choose, train_indices, view_indices
+from cast.video.sampling import Choose, train_indices
 from cast.video.skips import how_to_skip
-from cast.video.transforms import to_clip, view_transform
+from cast.video.views import Protocol, normalise
 from cast.video.workers import WorkerDied, WorkerError, context, items
 
 if TYPE_CHECKING:
@@ -239,6 +240,9 @@ class _Clips(Dataset[_Made | VideoError]):
     ) -> None:
         self.settings, self.train, self.seed, self.choose = settings, train, seed, choose
         self.decoder = decoder(settings.decoder, settings.short_side)
+        self.centre = Protocol(
+            settings.sampling, 1, 1, settings.frames, settings.size, settings.decoder, settings.short_side
+        )
         encoded = [str(sample.path).encode("utf-8", "surrogateescape") for sample in samples]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._paths = np.frombuffer(b"".join(encoded), np.uint8)
@@ -267,10 +271,10 @@ class _Clips(Dataset[_Made | VideoError]):
         chosen = np.repeat(np.array(key.videos), repeats)
         labels = {head: torch.from_numpy(self._labels[chosen, column]) for column, head in enumerate(self._heads)}
         names = [self._path(index) for index in chosen]
-        frames = [self._frames(key.epoch, index) for index in key.videos]
         if not self.train:
-            view = view_transform(self.settings.size)
-            return _Made(torch.stack([to_clip(pictures, view) for pictures, _ in frames]), labels, names, None, 0)
+            clips = [normalise(self._view(index)) for index in key.videos]
+            return _Made(torch.stack(clips), labels, names, None, 0)
+        frames = [self._frames(key.epoch, index) for index in key.videos]
         stored = [torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures, _ in frames for _ in range(repeats)]
         plans = [self._plan(augment, pictures, rng) for pictures, rng in frames for _ in range(repeats)]
         size = self.settings.size
@@ -279,17 +283,25 @@ class _Clips(Dataset[_Made | VideoError]):
         clips = [apply(plan, video, size) for video, (plan, _, _) in zip(stored, plans, strict=True)]
         return _Made(torch.stack(clips), labels, names, None, size)
 
+    def _view(self, index: int) -> Tensor:
+        """The one clip of a validation video, uint8 `[3, T, S, S]`."""
+        with self._advice(index) as path:
+            return self.centre.read(path)[0]
+
     def _frames(self, epoch: int, index: int) -> tuple[np.ndarray, np.random.Generator]:
-        """The stored frames of a clip, uint8 `[T, H, W, 3]`, and the generator that augments them."""
-        path, count, sampling = self._path(index), self.settings.frames, self.settings.sampling
+        """The stored frames of a training clip, uint8 `[T, H, W, 3]`, and the generator that augments them."""
         rng = np.random.default_rng((_CLIP, self.seed, epoch, index))
-        try:
+        with self._advice(index) as path:
             length = self.decoder.frame_count(path, threads=1)
-            if self.train:
-                indices = self.choose(length, rng, sampling, count)
-            else:
-                indices = view_indices(length, 0, 1, sampling, count)
+            indices = self.choose(length, rng, self.settings.sampling, self.settings.frames)
             return self.decoder.read(path, indices, threads=1), rng
+
+    @contextmanager
+    def _advice(self, index: int) -> Iterator[str]:
+        """Gives a video's path, and adds to the error of reading it how the video is left out."""
+        path = self._path(index)
+        try:
+            yield path
         except VideoError as error:
             advice = how_to_skip(path, self.settings.root, self.settings.skip_list)
             raise VideoError(f"{error}; {advice}") from None

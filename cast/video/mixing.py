@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cast.transfer import to_device
+from cast.ground.transfer import to_device
 from cast.video.augment import AugmentSettings
 
 

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.video.decoders import Name, decoder
 from cast.video.files import VideoError
 from cast.video.sampling import Sampling, view_indices

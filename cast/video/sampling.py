@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cast.sampling import Sampling as Sampling
+from cast.ground.sampling import Sampling as Sampling
 
 #: Temporal views of the published test protocol.
 PUBLISHED_VIEWS: dict[str, int] = {"uniform": 2, "dense": 5}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cast.files import printable
+from cast.ground.files import printable
 
 #: A shorter side of more pixels is large: 720p and more. Published sets are prepared at 240 to 320.
 LARGE = 480

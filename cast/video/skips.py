@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from cast.files import printable
+from cast.ground.files import printable
 from cast.video.annotations import PathLike, read_text
 
 #: In the data set's directory.
@@ -25,7 +25,7 @@ BY_HAND = "by hand"
 class Skip(NamedTuple):
     """One unusable video. `where` is annotation file and line.
 
-    `path` is relative to the data set's directory, and escaped as `cast.files.printable` does it.
+    `path` is relative to the data set's directory, and escaped as `cast.ground.files.printable` does it.
     """
 
     path: str

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cast.files import text_lines
+from cast.ground.files import text_lines
 from cast.video.annotations import PathLike, Sample, find_video, is_index, read_text, trimmed
 
 #: Names that the columns of a CSV with a header may have, by what they hold; small letters, first found wins.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from faults.base import fault
 
-ENGINE, GRAPHS, TRANSFER = "cast/training/engine.py", "cast/graphs.py", "cast/transfer.py"
+ENGINE, GRAPHS, TRANSFER = "cast/training/engine.py", "cast/ground/graphs.py", "cast/ground/transfer.py"
 WAITS, STEPS, REPLAYS = "tests/test_training_waits.py", "tests/test_training_steps.py", "tests/test_graphs.py"
 
 FAULTS = [

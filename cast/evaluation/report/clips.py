@@ -13,13 +13,13 @@ from torch import Tensor
 
 from cast.evaluation.attention import Attention, cross_attention
 from cast.evaluation.predictions import Predictions
-from cast.evaluation.protocol import Protocol, normalise
 from cast.evaluation.report import plots
 from cast.evaluation.report.html import strip, verdict
 from cast.evaluation.summary import ordered, tasks
+from cast.ground.optional import require
 from cast.model import CAST
-from cast.optional import require
 from cast.video.decoders import decoder
+from cast.video.views import Protocol, normalise
 
 #: Frames of a video that are shown.
 _FRAMES = 8

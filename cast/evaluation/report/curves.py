@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cast.files import text_lines
+from cast.ground.files import text_lines
 
 Series = dict[str, tuple[list[float], list[float]]]
 

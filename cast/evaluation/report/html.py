@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cast.optional import require
+from cast.ground.optional import require
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 64rem; margin: 2rem auto;

@@ -14,13 +14,13 @@ from torch import nn
 from cast.evaluation.cost import ModelCost
 from cast.evaluation.inference import Cost
 from cast.evaluation.predictions import Predictions
-from cast.evaluation.protocol import Protocol
 from cast.evaluation.published import EK100, K400_SSV2, SOURCE, Published, dataset_name
 from cast.evaluation.report import classes, clips, plots
 from cast.evaluation.report.curves import Log, thinned
 from cast.evaluation.report.html import facts, page, table, tiles
 from cast.evaluation.summary import meanings, summarise, tasks
 from cast.model import CAST
+from cast.video.views import Protocol
 
 #: Videos whose attention is shown.
 _ATTENTION = 2

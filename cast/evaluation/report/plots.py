@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cast.optional import require
+from cast.ground.optional import require
 
 #: Colours of models, told apart also by readers who don't tell red from green; the first is the evaluated model's.
 COLOURS = ("#b5179e", "#0072b2", "#e69f00", "#666666", "#009e73", "#d55e00")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cast.config import CASTConfig, make_config
-from cast.layers import (
+from cast.model.config import CASTConfig, make_config
+from cast.model.layers import (
     CLIP_EPS,
     VMAE_EPS,
     CLIPAttention,
@@ -28,11 +28,11 @@ from cast.layers import (
     feed_forward,
     init_linears,
 )
-from cast.positions import FixedPositions
-from cast.weights.assign import assign
-from cast.weights.clip import fit_positions, read_clip
-from cast.weights.source import Source
-from cast.weights.videomae import read_videomae
+from cast.model.positions import FixedPositions
+from cast.model.weights.assign import assign
+from cast.model.weights.clip import fit_positions, read_clip
+from cast.model.weights.source import Source
+from cast.model.weights.videomae import read_videomae
 from cast_kernels import attention as attentions
 
 #: Layers of either half of a block.

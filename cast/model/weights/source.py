@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cast.weights.torchscript import is_torchscript, read_torchscript
+from cast.model.weights.torchscript import is_torchscript, read_torchscript
 
 Source = str | os.PathLike[str] | Mapping[str, object] | nn.Module
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cast.files import read_json, write_json
+from cast.ground.files import read_json, write_json
 
 #: Frames of the whole video (EPIC-Kitchens-100, Something-Something V2), or about four apart (Kinetics-400).
 Sampling = Literal["uniform", "dense"]

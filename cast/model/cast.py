@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cast.block import CASTBlock
-from cast.config import CASTConfig, make_config
-from cast.experts import check_shape
-from cast.heads import apply_heads, build_heads
-from cast.hub import Shared
-from cast.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames
-from cast.positions import FixedPositions
-from cast.sampling import Sampling
-from cast.weights.assign import assign, check
-from cast.weights.clip import fit_positions, read_clip
-from cast.weights.official import infer_config, read_official
-from cast.weights.source import Source
-from cast.weights.videomae import read_videomae
+from cast.ground.sampling import Sampling
+from cast.model.block import CASTBlock
+from cast.model.config import CASTConfig, make_config
+from cast.model.experts import check_shape
+from cast.model.heads import apply_heads, build_heads
+from cast.model.hub import Shared
+from cast.model.layers import CLIP_EPS, VMAE_EPS, Running, TubeletEmbedding, embed_frames
+from cast.model.positions import FixedPositions
+from cast.model.weights.assign import assign, check
+from cast.model.weights.clip import fit_positions, read_clip
+from cast.model.weights.official import infer_config, read_official
+from cast.model.weights.source import Source
+from cast.model.weights.videomae import read_videomae
 from cast_kernels import Recompute, backends, plain
 from cast_kernels import attention as attentions
 

@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cast.config import CASTConfig, make_config
-from cast.files import read_json
-from cast.labels import LABELS, read_labels
-from cast.sampling import SAMPLING, Sampling, as_json, read_sampling, read_short_side
-from cast.weights.source import read_tensors
+from cast.ground.files import read_json
+from cast.ground.sampling import SAMPLING, Sampling, as_json, read_sampling, read_short_side
+from cast.model.config import CASTConfig, make_config
+from cast.model.labels import LABELS, read_labels
+from cast.model.weights.source import read_tensors
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 #: What is downloaded of a repository.

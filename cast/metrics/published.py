@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cast.files import parse_yaml
+from cast.ground.files import parse_yaml
 
 PUBLISHED = Path(__file__).with_suffix(".yaml")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cast.layers import sincos_table
-from cast.weights.rename import KeyMap, translate
-from cast.weights.source import Source, read_tensors, strip_prefixes
+from cast.model.layers import sincos_table
+from cast.model.weights.rename import KeyMap, translate
+from cast.model.weights.source import Source, read_tensors, strip_prefixes
 
 _WB = r"(weight|bias)"
 

@@ -8,11 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from cast.layers import sincos_table
+from cast.model.layers import sincos_table
 
 
 class FixedPositions(nn.Module):
-    """A module with the table of :func:`cast.layers.sincos_table` as its buffer `pos_embed`, [1, T*N, D].
+    """A module with the table of :func:`cast.model.layers.sincos_table` as its buffer `pos_embed`, [1, T*N, D].
 
     No checkpoint holds the table, so it has its values again wherever `to_empty` or `load_state_dict(assign=True)`
     takes the module out of `torch.device("meta")`, and keeps them where `to_empty` takes it elsewhere.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cast.weights.rename import KeyMap, translate
-from cast.weights.source import Source, read_tensors
+from cast.model.weights.rename import KeyMap, translate
+from cast.model.weights.source import Source, read_tensors
 
 _BLOCK = r"transformer.resblocks.\1"
 _WB = r"(weight|bias)"

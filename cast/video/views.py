@@ -1,4 +1,4 @@
-"""The test protocol: which clips of a video are looked at, and how their answers become one.
+"""The views of a video: the clips that a test, a validation and a prediction look at, made from its file.
 
 Published (paper section 4.2; the official code's semantics): `views` temporal views times `crops` square crops along
 the longer side, 2 x 3 for EPIC-Kitchens-100 and Something-Something V2, 5 x 3 for Kinetics-400; softmax of each clip's
@@ -8,14 +8,13 @@ logits, then the mean over the clips.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cast.video.datasets import VideoSet
 from cast.video.decoders import Name, decoder
 from cast.video.sampling import PUBLISHED_VIEWS, Sampling, view_indices
 from cast.video.transforms import MEAN, STD, to_clip, view_transform
@@ -75,6 +74,15 @@ class Protocol:
             del values["short_side"]
         return values
 
+    def centre(self) -> Protocol:
+        """The same with a single view, cropped at the centre, as in validation."""
+        return replace(self, views=1, crops=1)
+
+    def indices(self, length: int) -> np.ndarray:
+        """Which of so many frames each view takes, int64 [views, frames]."""
+        views = range(self.views)
+        return np.stack([view_indices(length, view, self.views, self.sampling, self.frames) for view in views])
+
     def read(self, path: str | os.PathLike[str], threads: int = 1) -> Tensor:
         """All clips of a video, uint8 [clips, 3, frames, size, size]; every frame is decoded once.
 
@@ -82,9 +90,7 @@ class Protocol:
             VideoError: the file can't be read as a video.
         """
         reader = decoder(self.decoder, self.short_side)
-        length = reader.frame_count(path, threads)
-        wanted = [view_indices(length, view, self.views, self.sampling, self.frames) for view in range(self.views)]
-        unique, places = np.unique(np.stack(wanted), return_inverse=True)
+        unique, places = np.unique(self.indices(reader.frame_count(path, threads)), return_inverse=True)
         pictures = reader.read(path, unique, threads)
         cut = [
             to_clip(pictures, view_transform(self.size, crop, self.crops, normalise=False))
@@ -92,31 +98,6 @@ class Protocol:
         ]
         rows = torch.from_numpy(places.reshape(self.views, self.frames))
         return torch.stack([crop[:, view] for view in rows for crop in cut])
-
-
-def choose_sampling(asked: Sampling | None, model: Sampling | None, videos: VideoSet) -> tuple[Sampling, str]:
-    """The sampling of a test, and who says so: the caller, else the model, else the data set.
-
-    Args:
-        asked: what the caller wants, if anything.
-        model: what the model was trained with, if it is known.
-        videos: the data set.
-
-    Raises:
-        ValueError: nobody asked, and the model and the data set's YAML file say different ones.
-    """
-    if asked is not None:
-        return asked, "as was asked for"
-    stated = f"data.sampling in {videos.stated}"
-    if model is None:
-        guess = f"the default, as neither the model nor {videos.root} says; --sampling names another"
-        return videos.sampling, guess if videos.stated is None else f"{stated}; the model does not say"
-    if videos.stated is not None and videos.sampling != model:
-        raise ValueError(
-            f"the model was trained with {model} sampling, {stated} is {videos.sampling}: correct the file, or "
-            f"say which one is meant with --sampling {model} or --sampling {videos.sampling}"
-        )
-    return model, "as the model was trained"
 
 
 def normalise(clips: Tensor) -> Tensor:

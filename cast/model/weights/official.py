@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cast.config import CASTConfig
-from cast.weights.source import Source, read_tensors, strip_prefixes
+from cast.model.config import CASTConfig
+from cast.model.weights.source import Source, read_tensors, strip_prefixes
 
 _NEEDED = (
     "clip_positional_embedding",

@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from cast.baselines import Ensemble
-from cast.config import CASTConfig
-from cast.evaluation.checkpoint import PREDICTIONS, Checkpoint, load_checkpoint
-from cast.files import printable
-from cast.labels import numbers
-from cast.sampling import Sampling
+from cast.ground.files import printable
+from cast.ground.sampling import Sampling
+from cast.loading.checkpoint import Checkpoint, Model, load_checkpoint
+from cast.model import CAST
+from cast.model.config import CASTConfig
+from cast.model.labels import numbers
 
 PathLike = str | os.PathLike[str]
+#: Files that hold answers rather than weights.
+PREDICTIONS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is tested: a model, its sizes and heads, class names and sampling where known, and where it came from.
+    """What answers: a model, its sizes and heads, class names and sampling where known, and where it came from.
 
-    `short_side` is the one that the training shrank larger pictures to, None if it did not.
-    `about` goes into the predictions' file: `model`, `checkpoint` and `sha256`, of an ensemble lists of the latter two
-    and `members`.
+    `short_side` is the one that the training shrank larger pictures to, None if it did not. `names` and `members` say
+    where the model came from, one for each member of an ensemble; both are empty for a model that was not loaded.
     """
 
-    model: nn.Module
+    model: Model | Ensemble
     config: CASTConfig
     classes: dict[str, list[str]] | None
     sampling: Sampling | None
     short_side: int | None
-    about: Mapping[str, Any]
+    names: Sequence[str] = ()
+    members: Sequence[Checkpoint] = ()
+
+    def about(self) -> dict[str, Any]:
+        """What goes into a predictions file; reads the files of the weights.
+
+        Returns:
+            `model`, `checkpoint` and `sha256`; of an ensemble lists of the latter two, and `members`.
+        """
+        if len(self.members) == 1:
+            kind, digest = type(self.model).__name__, self.members[0].sha256
+            return {"model": kind, "checkpoint": self.names[0], "sha256": digest}
+        kinds = [type(member.model).__name__ for member in self.members]
+        digests = [member.sha256 for member in self.members]
+        return {"model": "Ensemble", "members": kinds, "checkpoint": list(self.names), "sha256": digests}
+
+
+def as_loaded(model: Model | Ensemble) -> Loaded:
+    """A model that its caller has already.
+
+    Raises:
+        ValueError: an ensemble whose members look at other clips, or answer other questions.
+    """
+    if isinstance(model, CAST):
+        return Loaded(model, model.config, model.labels, model.sampling, model.short_side)
+    if not isinstance(model, Ensemble):
+        return Loaded(model, model.config, None, None, None)
+    members: list[Any] = list(model.members)
+    configs = [member.config for member in members]
+    _same_clips([f"member {number}" for number in range(len(configs))], configs)
+    return Loaded(model, configs[0], None, None, None)
 
 
 def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: Sampling | None = None) -> Loaded:
@@ -52,26 +82,29 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
     if len(names) > 1 and (answers := [name for name in names if name.endswith(PREDICTIONS)]):
         raise ValueError(f"{answers[0]} holds answers, an ensemble's members must be checkpoints of models")
     members = [load_checkpoint(checkpoint, trust_pickle) for checkpoint in checkpoints]
-    shas, kinds = [member.sha256 for member in members], [type(member.model).__name__ for member in members]
     if len(members) == 1:
         (only,) = members
-        about: dict[str, Any] = {"model": kinds[0], "checkpoint": names[0], "sha256": shas[0]}
-        return Loaded(only.model, only.model.config, only.classes, only.sampling, only.short_side, about)
+        return Loaded(only.model, only.model.config, only.classes, only.sampling, only.short_side, names, members)
     config = members[0].model.config
-    _agree(names, "heads", [dict(member.model.config.classes) for member in members])
-    _agree(names, "frames", [member.model.config.num_frames for member in members])
-    _agree(names, "pixels", [member.model.config.image_size for member in members])
+    _same_clips(names, [member.model.config for member in members])
     _agree(names, "short side", [member.short_side for member in members])
     if sampling is None:
         _agree(names, "sampling", _known(members, lambda member: member.sampling), "; settle it with --sampling")
+    shas = [member.sha256 for member in members]
     if twice := [name for number, name in enumerate(names) if shas[number] in shas[:number]]:
         raise ValueError(f"{twice[0]} is in the ensemble twice: its weights are those of another member")
     named = _known(members, lambda member: _named(member, config))
     _agree(names, "class names", named)
     known = next((member.sampling for member in members if member.sampling), None)
-    about = {"model": "Ensemble", "members": kinds, "checkpoint": names, "sha256": shas}
     model, side = Ensemble([member.model for member in members]), members[0].short_side
-    return Loaded(model, config, named[0], known, side, about)
+    return Loaded(model, config, named[0], known, side, names, members)
+
+
+def _same_clips(names: Sequence[str], configs: Sequence[CASTConfig]) -> None:
+    """The members look at the same clips and answer the same questions."""
+    _agree(names, "heads", [dict(config.classes) for config in configs])
+    _agree(names, "frames", [config.num_frames for config in configs])
+    _agree(names, "pixels", [config.image_size for config in configs])
 
 
 def _known(members: Sequence[Checkpoint], read: Callable[[Checkpoint], Any]) -> list[Any]:

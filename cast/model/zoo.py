@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cast.config import make_config
-from cast.hub import download, is_repository
-from cast.model import CAST, load_official_checkpoint
-from cast.sampling import Sampling
-from cast.weights.source import DEEPSPEED
+from cast.ground.sampling import Sampling
+from cast.model.cast import CAST, load_official_checkpoint
+from cast.model.config import make_config
+from cast.model.hub import download, is_repository
+from cast.model.weights.source import DEEPSPEED
 
 #: Environment variable with the directory of downloaded checkpoints.
 VARIABLE = "CAST_MODELS"

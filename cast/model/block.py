@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cast.config import CASTConfig
-from cast.layers import (
+from cast.model.config import CASTConfig
+from cast.model.layers import (
     CLIP_EPS,
     VMAE_EPS,
     Adapter,

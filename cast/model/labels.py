@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cast.files import read_json
+from cast.ground.files import read_json
 
 #: In a checkpoint's directory.
 LABELS = "labels.json"

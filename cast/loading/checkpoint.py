@@ -1,37 +1,43 @@
-"""From a path to a model: what `cast evaluate` accepts as a checkpoint."""
+"""From a path or a name to a model: what `cast evaluate` and `cast predict` accept as a checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 from cast.baselines import SingleExpert, TwoStream, is_baseline, read_baseline
-from cast.labels import read_labels
+from cast.ground.sampling import Sampling, read_sampling, read_short_side
 from cast.model import CAST
-from cast.sampling import Sampling, read_sampling, read_short_side
-from cast.weights.source import weights_file
-from cast.zoo import MODELS, load, locate
+from cast.model.labels import read_labels
+from cast.model.weights.source import weights_file
+from cast.model.zoo import MODELS, load, locate
 
-#: Files that hold answers rather than weights.
-PREDICTIONS = (".jsonl", ".parquet")
-#: A training's log, in its directory.
-LOG = "log.jsonl"
+#: A model with a configuration of its own.
+Model: TypeAlias = CAST | TwoStream | SingleExpert
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model, its class names and sampling if they are known, and the SHA-256 of its weights' file.
+    """A loaded model, its class names and sampling if they are known, and the file of its weights.
 
     `short_side` is the one that the training shrank larger pictures to, None if it did not.
     """
 
-    model: CAST | TwoStream | SingleExpert
+    model: Model
     classes: dict[str, list[str]] | None
-    sha256: str
+    file: Path
     sampling: Sampling | None = None
     short_side: int | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights' file, which is read when this is first asked for."""
+        with open(self.file, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(what: str | os.PathLike[str], trust_pickle: bool = False) -> Checkpoint:
@@ -52,26 +58,12 @@ def load_checkpoint(what: str | os.PathLike[str], trust_pickle: bool = False) ->
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; give a directory that save_pretrained wrote, a published checkpoint's file, "
-            f"a published name ({', '.join(MODELS)}), a repository of the Hub, or a predictions file"
+            f"a published name ({', '.join(MODELS)}), a repository of the Hub, or to cast evaluate a predictions file"
         )
     if is_baseline(path):
         baseline = read_baseline(path)
         names = read_labels(path, baseline.config.classes)
-        sha256 = _sha256(weights_file(path))
-        return Checkpoint(baseline, names, sha256, read_sampling(path), read_short_side(path))
+        return Checkpoint(baseline, names, weights_file(path), read_sampling(path), read_short_side(path))
     # A published name says more than its file: what it must hold, and its sampling.
     model = load(what if os.fspath(what) in MODELS and not Path(what).exists() else path, trust_pickle=trust_pickle)
-    return Checkpoint(model, model.labels, _sha256(weights_file(path)), model.sampling, model.short_side)
-
-
-def find_log(path: str | os.PathLike[str]) -> Path | None:
-    """The log of the training that made a checkpoint, if it lies in the training's directory."""
-    if not Path(path).exists():  # a published name: what lies in the working directory is not its log
-        return None
-    places = [Path(path) / LOG, Path(path).parent / LOG]
-    return next((place for place in places if place.is_file()), None)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Checkpoint(model, model.labels, weights_file(path), model.sampling, model.short_side)

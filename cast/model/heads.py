@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cast.config import CASTConfig
-from cast.layers import Adapter, init_linears
+from cast.model.config import CASTConfig
+from cast.model.layers import Adapter, init_linears
 
 
 def build_heads(config: CASTConfig) -> dict[str, nn.Module]:

@@ -1,27 +1,24 @@
-"""Training on anything that can be indexed, by a recipe of a few numbers: what the demo and small experiments need."""
+"""The engine on anything that can be indexed, by a recipe of a few numbers: for the demo and small experiments."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cast.training.checkpoints import Checkpoints, changed_rules
+from cast.ground.transfer import to_device
+from cast.training.checkpoints import Checkpoints
 from cast.training.distributed import make_accelerator
 from cast.training.engine import Criterion, Engine, Plan
 from cast.training.groups import grouped_otherwise_before
-from cast.training.progress import Progress, Step
-from cast.transfer import to_device
-
-if TYPE_CHECKING:  # clips that were made before need no package that reads videos
-    from cast.video.annotations import Sample
+from cast.training.identity import changed_rules, fingerprint
+from cast.training.progress import Progress
 
 
 class Clips(Protocol):
@@ -78,6 +75,33 @@ class Recipe:
         if step < warmup:
             return self.lr * (step + 1) / max(warmup, 1)
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+    def plan(self, samples: int, processes: int) -> Plan:
+        """The recipe in the engine's numbers.
+
+        Raises:
+            ValueError: fewer samples than a batch, or a batch that the processes cannot share equally.
+        """
+        per_epoch = samples // self.batch_size
+        if not per_epoch:
+            raise ValueError(f"{samples} samples make no batch of {self.batch_size}; lower batch_size")
+        if self.batch_size % processes:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by {processes} processes; "
+                "every process needs the same number of samples"
+            )
+        return Plan(
+            epochs=self.epochs,
+            steps_per_epoch=per_epoch,
+            accumulate=1,
+            micro_batch=self.batch_size // processes,
+            rate=lambda step: self.rate(step, per_epoch),
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            smoothing=self.label_smoothing,
+            seed=self.seed,
+            checkpoint_every=self.checkpoint_every,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,60 +161,11 @@ def train(
             another recipe, model or number of samples, or a loss that is not finite (DivergenceError).
         CheckpointError: a checkpoint cannot be written or read.
     """
-    steps_per_epoch = len(clips) // recipe.batch_size
-    if not steps_per_epoch:
-        raise ValueError(f"{len(clips)} samples make no batch of {recipe.batch_size}; lower batch_size")
     accelerator = make_accelerator()
-    if recipe.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size {recipe.batch_size} is not divisible by {accelerator.num_processes} processes; "
-            "every process needs the same number of samples"
-        )
-    plan = Plan(
-        epochs=recipe.epochs,
-        steps_per_epoch=steps_per_epoch,
-        accumulate=1,
-        micro_batch=recipe.batch_size // accelerator.num_processes,
-        rate=lambda step: recipe.rate(step, steps_per_epoch),
-        weight_decay=recipe.weight_decay,
-        layer_decay=recipe.layer_decay,
-        smoothing=recipe.label_smoothing,
-        seed=recipe.seed,
-        checkpoint_every=recipe.checkpoint_every,
-    )
+    plan = recipe.plan(len(clips), accelerator.num_processes)
     rules = changed_rules(groups=grouped_otherwise_before(model, recipe.weight_decay, recipe.layer_decay))
     identity = {"recipe": asdict(recipe), "samples": len(clips), "model": fingerprint(model), **rules}
     source = _Shuffled(clips, recipe, accelerator.process_index, accelerator.num_processes)
     checkpoints = Checkpoints(directory, accelerator, identity, model)
     engine = Engine(model, source, plan, accelerator, checkpoints, criterion=criterion)
-
-    def report(progress: Progress, step: Step) -> None:
-        on_step(progress, step.figures)
-
-    return engine.run(report, on_epoch)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Changes with the names, shapes and trained parts of a model's parameters."""
-    parts = [f"{name} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def videos_digest(samples: Sequence[Sample], root: str) -> str:
-    """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
-    result = hashlib.sha256()
-    for line in _video_lines(samples, root):
-        result.update(line)
-    return result.hexdigest()[:16]
-
-
-def video_hashes(samples: Sequence[Sample], root: str) -> Tensor:
-    """int64 [videos]: 8 bytes for each video's name and labels, to tell later which ones are gone."""
-    digests = b"".join(hashlib.sha256(line).digest()[:8] for line in _video_lines(samples, root))
-    return torch.from_numpy(np.frombuffer(digests, np.int64).copy())
-
-
-def _video_lines(samples: Sequence[Sample], root: str) -> Iterator[bytes]:
-    for sample in samples:
-        line = f"{os.path.relpath(sample.path, root)} {sorted(sample.labels.items())}\n"
-        yield line.encode(errors="surrogateescape")
+    return engine.run(lambda progress, step: on_step(progress, step.figures), on_epoch)
