@@ -61,7 +61,6 @@ inline void activation_backward(const FFNBackwardRun& run, int branch, i64 rows,
   });
 }
 
-// One chunk of a branch's hidden columns.
 inline void backward_chunk(const FFNBackwardRun& run, int branch, const HiddenChunk& chunk, const FFNBlock& block,
                            const float* grad_y, const FFNBackwardScratch& s) {
   const FFNProblem& p = run.call.problem;

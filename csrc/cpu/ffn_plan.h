@@ -63,7 +63,6 @@ inline i64 ffn_packed_size(const FFNProblem& p) {
   return align16(floats);
 }
 
-// The weights packed from `at` on.
 inline FFNForwardWeights pack_ffn(const FFNProblem& p, const FFNParameters& parameters, float* at, int threads) {
   FFNForwardWeights w{};
   PackJobs jobs;

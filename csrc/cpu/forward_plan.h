@@ -61,7 +61,6 @@ struct WeightsWanted {
 };
 constexpr WeightsWanted kForwardWeights{true, true, true, true};
 
-// The weights packed from `at` on.
 inline ForwardWeights pack_forward(const Problem& p, const Parameters& parameters, const WeightsWanted& wanted,
                                    float* at, int threads) {
   const i64 D = p.dim, d = p.bottleneck;

@@ -71,7 +71,6 @@ struct PackJob {
   bool transposed, bf16;
 };
 
-// A list of weights to pack, run as one set of tasks.
 using PackJobs = JobList<PackJob, 16>;
 
 inline Panels add_pack_job(PackJobs& list, const float* weight, float* to, i64 depth, i64 columns, i64 panel_stride,

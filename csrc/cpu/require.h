@@ -8,7 +8,6 @@
 
 namespace cast::cpu {
 
-// Throws std::invalid_argument with the message.
 static inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }

@@ -50,7 +50,6 @@ CAST_INLINE i64 self_attention_packed_size(const SelfAttentionProblem& p) {
                  packed_size(p.adapter, p.dim) + 64);
 }
 
-// The weights packed from `at` on.
 inline SelfWeights pack_self_attention(const SelfAttentionProblem& p, const SelfAttentionParameters& w, float* at,
                                        int threads) {
   PackJobs jobs;
