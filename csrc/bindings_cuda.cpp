@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/bcast.h"
+#include "cuda/row_tiles.h"
 
 namespace py = pybind11;
 using namespace cast::cuda;
@@ -37,8 +38,8 @@ Problem make_problem(int batch, int frames, int patches, int dim, int bottleneck
 
 void run_forward(const Problem& problem, const std::array<Address, 2>& x, const std::array<Address, 28>& parameters,
                  const std::array<Address, 2>& scale, const std::array<Address, 2>& y, int recompute, Address saved,
-                 Address scratch, Address stream) {
-  ForwardCall call{problem, {}, x, y, scale, Recompute(recompute), saved, scratch, stream};
+                 Address scratch, int multiprocessors, Address stream) {
+  ForwardCall call{problem, {}, x, y, scale, Recompute(recompute), saved, scratch, multiprocessors, stream};
   static_assert(sizeof(call.parameters) == sizeof(parameters), "one address a parameter");
   std::memcpy(&call.parameters, parameters.data(), sizeof(parameters));
   if (is_recorded()) return forward(call);  // the recorder is a Python function and needs the GIL
@@ -87,13 +88,24 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("forward_scratch_bytes",
         [](const Problem& p, int recompute) { return forward_scratch_bytes(p, Recompute(recompute)); });
   m.def("forward", &run_forward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"),
-        py::arg("y"), py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("stream"));
+        py::arg("y"), py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("multiprocessors"),
+        py::arg("stream"));
   m.def("backward_scratch_bytes", [](const Problem& p, int recompute, int multiprocessors) {
     return backward_scratch_bytes(p, Recompute(recompute), multiprocessors);
   });
   m.def("backward", &run_backward, py::arg("problem"), py::arg("x"), py::arg("parameters"), py::arg("scale"),
         py::arg("grad_y"), py::arg("recompute"), py::arg("saved"), py::arg("scratch"), py::arg("grad_x"),
         py::arg("gradients"), py::arg("multiprocessors"), py::arg("stream"));
+  // Of each stream: CTAs, those that compute all columns, and how many share the others' columns.
+  m.def(
+      "row_tiles",
+      [](const std::array<int, 2>& tiles, const std::array<int, 2>& units, int narrow, int unit, int multiprocessors) {
+        std::vector<std::array<int, 3>> streams;
+        for (const RowTiles& own : row_tiles({tiles, units, narrow, unit}, multiprocessors))
+          streams.push_back({own.ctas, own.whole, own.shares});
+        return streams;
+      },
+      py::arg("tiles"), py::arg("units"), py::arg("narrow"), py::arg("unit"), py::arg("multiprocessors"));
   m.def("set_recorder", [](const py::object& recorder) {
     if (recorder.is_none()) return set_recorder({});
     set_recorder([recorder](const Launch& launch) { recorder(as_dict(launch)); });

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cast_kernels import _native
+from cast_kernels.cuda.common import RECORDED_MULTIPROCESSORS
 from cast_kernels.evidence.cases import KINDS, Case, Error, Kind, compare, run
 
 needs_kernels = pytest.mark.skipif(_native.CUDA is None, reason=f"nothing to test: {_native.CUDA_REASON}")
@@ -38,10 +39,11 @@ class Call(NamedTuple):
     scratch: Tensor
     recompute: int
 
-    def forward(self) -> None:
+    def forward(self, multiprocessors: int = RECORDED_MULTIPROCESSORS) -> None:
         _native.cuda().forward(
             self.problem, _addresses(self.x), _addresses(self.parameters), _addresses(self.scales),
-            _addresses(self.y), self.recompute, self.saved.data_ptr(), self.scratch.data_ptr(), 0,
+            _addresses(self.y), self.recompute, self.saved.data_ptr(), self.scratch.data_ptr(),
+            multiprocessors, 0,
         )  # fmt: skip
 
     def outputs(self) -> dict[str, Tensor]:

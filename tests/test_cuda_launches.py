@@ -33,7 +33,7 @@ def test_launches_are_kept_and_not_executed() -> None:
         "bcast_exchange_bf16_fp32_192",
     ]  # fmt: skip
     project = launches[1]
-    assert (project.grid, project.threads, project.cluster, project.shared_bytes) == ((8, 1, 1), 256, 4, 107_520)
+    assert (project.grid, project.threads, project.cluster, project.shared_bytes) == ((24, 1, 1), 256, 4, 107_520)
     assert {place["address"] for place in project.places} >= {stream.data_ptr() for stream in made.x}
     assert all(y.isnan().all() for y in made.y)
     assert not _native.cuda().is_recorded()

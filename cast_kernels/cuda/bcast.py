@@ -100,13 +100,14 @@ def forward(
         return outputs[0], outputs[1].to(temporal.dtype), spatial.new_empty((problem.batch, words), dtype=torch.float32)
     with common.on_device(spatial):
         given = _Given(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale))
-        plan = _plan(problem, given.streams, given.dtype, eps, recompute, common.multiprocessors(spatial))
+        multiprocessors = common.multiprocessors(spatial)
+        plan = _plan(problem, given.streams, given.dtype, eps, recompute, multiprocessors)
         outputs = _outputs(problem, given.x, given.streams)
         saved = spatial.new_empty((problem.batch, plan.saved_words), dtype=torch.float32)
         scratch = common.memory(spatial, plan.forward_scratch)
         common.kernels().forward(
             plan.native, *given.addresses, [y.data_ptr() for y in outputs], plan.recompute, saved.data_ptr(),
-            scratch.data_ptr(), common.stream(spatial),
+            scratch.data_ptr(), multiprocessors, common.stream(spatial),
         )  # fmt: skip
     return _as(outputs[0], spatial), _as(outputs[1], temporal), saved
 

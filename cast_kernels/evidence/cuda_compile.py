@@ -74,9 +74,10 @@ def _call(problem: Any, recompute: int) -> None:
     cuda, two, all_parameters = _native.cuda(), [_SOMEWHERE] * 2, [_SOMEWHERE] * 28
     memory = {"recompute": recompute, "saved": _SOMEWHERE, "scratch": _SOMEWHERE, "stream": 0}
     given = {"problem": problem, "x": two, "parameters": all_parameters, "scale": two, **memory}
+    given["multiprocessors"] = TARGET.processors
     cuda.forward(**given, y=two)
     if recompute < _NO_BACKWARD:
-        cuda.backward(**given, grad_y=two, grad_x=two, gradients=all_parameters, multiprocessors=TARGET.processors)
+        cuda.backward(**given, grad_y=two, grad_x=two, gradients=all_parameters)
 
 
 def _together(launches: Sequence[CudaLaunch]) -> Launched:

@@ -18,7 +18,7 @@ TARGET = target("sm_90")
 DESIGNED = {
     "bcast_prepare": 1, "bcast_project": 2, "bcast_attention": 2, "bcast_exchange": 2, "bcast_exchange_backward": 2,
     "bcast_attention_backward": 2, "bcast_project_backward": 2, "bcast_position_sums": 4, "bcast_weight_gradient": 1,
-    "bcast_finish": 4,
+    "bcast_finish": 3,
 }  # fmt: skip
 #: Of a build on two cores at rest: not more than its processor time.
 MOST_SECONDS = 240

@@ -6,9 +6,9 @@ namespace {
 class Forward : Draft {
  public:
   explicit Forward(const ForwardCall& call)
-      : Draft(
-            {call.problem, call.parameters, call.x, call.scale, call.recompute, call.saved, call.scratch, call.stream},
-            false),
+      : Draft({call.problem, call.parameters, call.x, call.scale, call.recompute, call.saved, call.scratch,
+               call.multiprocessors, call.stream},
+              false),
         call_(call) {
     prepare_projection();
     prepare_exchange(true);

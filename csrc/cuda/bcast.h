@@ -41,6 +41,7 @@ struct ForwardCall {
   std::array<Address, 2> x, y, scale;  // spatial, temporal; y of a stream that receives nothing is not written
   Recompute recompute;
   Address saved, scratch;  // of saved_bytes and forward_scratch_bytes
+  int multiprocessors;  // of the GPU: how rows that fill no round of CTAs are shared; no bit depends on it
   Address stream;  // of the GPU
 };
 

@@ -13,6 +13,12 @@ struct Tokens {
   int cls;         // rows of a frame before its patches: 1 or 0
 };
 
+// The CTAs of a row kernel that have a stream's rows, 64 each. The first `whole` compute all columns; the rows of each
+// behind them are `shares` CTAs', which share the columns of the last product.
+struct RowTiles {
+  int ctas, whole, shares;
+};
+
 // Position in the window = frame * by_frame + patch * by_patch.
 struct Steps {
   int by_frame, by_patch;
@@ -29,12 +35,13 @@ struct ProjectedStream {
   TensorMap q;              // [rows, d], written
   TensorMap kv;             // [rows, 2d], written: keys first
   const float* down_bias;   // [d]
-  const float* q_table;     // [positions, d]: (beta + position) Wq' + bias
-  const float* kv_table;    // [positions, 2d]
+  const void* q_table;      // [positions, d]: (beta + position) Wq' + bias, in the compute dtype
+  const void* kv_table;     // [positions, 2d], the same
   float* rstd;              // [rows], written
   Steps q_steps, kv_steps;  // where in its table a row stands
   Tokens tokens;
-  int rows, ctas;
+  RowTiles tiles;
+  int rows;
   int q_columns, kv_columns;  // d and 2d, or 0 for a role that the stream does not have
 };
 
@@ -85,7 +92,8 @@ struct AskingStream {
   const float* scale;       // [clips, tokens of a frame] or [clips]; null: 1
   int scale_of_clip, scale_of_token;  // its strides
   Tokens tokens;
-  int rows, ctas;
+  RowTiles tiles;
+  int rows;
 };
 
 struct ExchangeArguments {
@@ -109,7 +117,8 @@ struct AskedStream {
   const float* scale;        // as in AskingStream
   int scale_of_clip, scale_of_token;
   Tokens tokens;
-  int rows, ctas;
+  RowTiles tiles;
+  int rows;
 };
 
 struct ExchangeBackwardArguments {
@@ -156,7 +165,8 @@ struct ProjectedBackStream {
   const float* norm;    // gamma [d]
   const void* dh;       // [rows, d], read for CLS; null where the stream receives nothing
   Tokens tokens;
-  int rows, ctas;
+  RowTiles tiles;
+  int rows;
   int q_channels, kv_channels;  // d and 2d, or 0
   int received;                 // whether grad_y is there
 };
@@ -291,7 +301,7 @@ struct Table {
   const void* bias;       // [width]
   const void* beta;       // [d]
   const void* positions;  // [length, d] or null
-  float* to;              // [length, width]
+  void* to;               // [length, width], in the compute dtype
   int length, width;
   int first_cta;
 };

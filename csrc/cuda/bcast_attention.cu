@@ -24,28 +24,33 @@ struct Running {
   float o[HEAD / 8][4] = {};  // sum of 2^(s - top) V, see Place
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {};  // of the thread's two rows; its part of the total
 
-  // Add KEYS keys, whose first is row `line` of the tiles.
+  // Add KEYS keys, whose first is row `line` of the tiles; `all`: every query of the warp sees them all.
   template <class T, int KEYS>
   CAST_DEVICE void add(const uint32_t (&q)[HEAD / 4], uint32_t k_tile, uint32_t v_tile, int line, int channel,
-                       int first_key, const int (&low)[2], int window, float scale, const Place& place) {
+                       int first_key, bool all, const int (&low)[2], int window, float scale, const Place& place) {
     float s[KEYS / 8][4] = {};
 #pragma unroll
     for (int n = 0; n < KEYS / 16; ++n)
       multiply_rows<T, HEAD>(s + 2 * n, q, k_tile, line + 16 * n, channel, place.lane);
-    float higher[2] = {top[0], top[1]};
+    if (!all)
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const unsigned inside = first_key + 8 * n + place.column + e % 2 - low[e / 2];
+          if (inside >= static_cast<unsigned>(window)) s[n][e] = -INFINITY;
+        }
+    float higher[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const unsigned inside = first_key + 8 * n + place.column + e % 2 - low[e / 2];
-        s[n][e] = inside < static_cast<unsigned>(window) ? s[n][e] * scale : -INFINITY;
-        higher[e / 2] = fmaxf(higher[e / 2], s[n][e]);
-      }
+      for (int e = 0; e < 4; ++e) higher[e / 2] = fmaxf(higher[e / 2], s[n][e]);
     float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       higher[r] = fmaxf(higher[r], __shfl_xor_sync(~0u, higher[r], 1));
       higher[r] = fmaxf(higher[r], __shfl_xor_sync(~0u, higher[r], 2));
+      higher[r] = fmaxf(higher[r] * scale, top[r]);
       shift[r] = higher[r] == -INFINITY ? 0.f : higher[r];  // no key of the row's window yet
       const float shrink = exp2_approximate(top[r] - shift[r]);
       top[r] = higher[r];
@@ -58,7 +63,7 @@ struct Running {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float& p = s[2 * n + e / 4][e % 4];
-        p = exp2_approximate(p - shift[e / 2 % 2]);
+        p = exp2_approximate(fmaf(p, scale, -shift[e / 2 % 2]));
         total[e / 2 % 2] += p;
       }
       uint32_t p[4];
@@ -117,7 +122,8 @@ CAST_DEVICE void attend(const AttentionArguments& g, const AttentionWay& own, At
 #pragma unroll
       for (int h = 0; h < HEADS; ++h)
         running[h].template add<T, KEYS>(q[h], shared_address(shared.k[buffer]), shared_address(shared.v[buffer]), line,
-                                         h * HEAD, key + line, low, own.window, g.scale, place);
+                                         h * HEAD, key + line, sight.sees_all(key + line, KEYS), low, own.window,
+                                         g.scale, place);
     }
     __syncthreads();
   }

@@ -121,7 +121,8 @@ CAST_DEVICE void whole_windows(const Work<T>& work, AttentionBackwardShared& sha
     for (int r = 0; r < 2; ++r) mine.level[r] = levels.level[h][place.row + 8 * r];
     for (int at = from; at < to; at += 16) {
       float p[2][4], dp[2][4];
-      mine.scores(p, dp, k, v, at, channel, span.first + at, low, own.window, work.scale, place);
+      mine.scores(p, dp, k, v, at, channel, span.first + at, sight.sees_all(span.first + at, 16), low, own.window,
+                  work.scale, place);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -146,7 +147,8 @@ CAST_DEVICE void whole_windows(const Work<T>& work, AttentionBackwardShared& sha
       }
     for (int at = from; at < to; at += 16) {
       float p[2][4], dp[2][4];
-      mine.scores(p, dp, k, v, at, channel, span.first + at, low, own.window, work.scale, place);
+      mine.scores(p, dp, k, v, at, channel, span.first + at, sight.sees_all(span.first + at, 16), low, own.window,
+                  work.scale, place);
       mine.add(p, dp, k, at, channel, place.lane);
     }
     T* grad_q = static_cast<T*>(own.grad_q) + work.channel + channel;
@@ -160,8 +162,8 @@ CAST_DEVICE void whole_windows(const Work<T>& work, AttentionBackwardShared& sha
     left_operand<HEAD>(mine.k, k, line, channel, place.lane);
     left_operand<HEAD>(mine.v, v, line, channel, place.lane);
     for (int at = from; at < to; at += 16)
-      mine.add(q, grad_o, shared.levels[0].level[h], shared.levels[0].delta[h], at, channel, span.first + at, low,
-               own.window, work.scale, place);
+      mine.add(q, grad_o, shared.levels[0].level[h], shared.levels[0].delta[h], at, channel, span.first + at,
+               sight.sees_all(span.first + at, 16), low, own.window, work.scale, place);
     store_keys(work, mine, channel, place);
   }
 }
@@ -190,6 +192,7 @@ CAST_DEVICE void some_queries(const Work<T>& work, AttentionBackwardShared& shar
   __syncthreads();
   const Place place(threadIdx.x);
   const int line = threadIdx.x / 32 * 16;
+  const Sight sight(span, line, own.window);
   int low[2];
   window_begins(low, span, place, own.window);
   Queries<T, HEAD> mine[HEADS];
@@ -212,11 +215,12 @@ CAST_DEVICE void some_queries(const Work<T>& work, AttentionBackwardShared& shar
     }
     __syncthreads();
     const uint32_t k = shared_address(shared.tiles[4 + 2 * buffer]), v = shared_address(shared.tiles[5 + 2 * buffer]);
-    for (int at = 0; at < BLOCK && key + at < span.window_end; at += 16)
+    for (int at = 0; at < BLOCK && sight.sees(key + at, 16); at += 16)
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         float p[2][4], dp[2][4];
-        mine[h].scores(p, dp, k, v, at, h * HEAD, key + at, low, own.window, work.scale, place);
+        mine[h].scores(p, dp, k, v, at, h * HEAD, key + at, sight.sees_all(key + at, 16), low, own.window, work.scale,
+                       place);
         mine[h].add(p, dp, k, at, h * HEAD, place.lane);
       }
     __syncthreads();
@@ -247,6 +251,7 @@ CAST_DEVICE void some_keys(const Work<T>& work, AttentionBackwardShared& shared)
   bring_queries(span.window_begin, 0);
   const Place place(threadIdx.x);
   const int line = threadIdx.x / 32 * 16;
+  const Sight sight(span, line, own.window);
   int low[2];
   window_begins(low, span, place, own.window);
   Keys<T, HEAD> mine[HEADS];
@@ -268,11 +273,11 @@ CAST_DEVICE void some_keys(const Work<T>& work, AttentionBackwardShared& shared)
         left_operand<HEAD>(mine[h].v, shared_address(shared.tiles[1]), line, h * HEAD, place.lane);
       }
     __syncthreads();
-    for (int at = 0; at < BLOCK && query + at < span.window_end; at += 16)
+    for (int at = 0; at < BLOCK && sight.sees(query + at, 16); at += 16)
 #pragma unroll
       for (int h = 0; h < HEADS; ++h)
         mine[h].add(shared_address(tiles[0]), shared_address(tiles[1]), levels.level[h], levels.delta[h], at, h * HEAD,
-                    query + at, low, own.window, work.scale, place);
+                    query + at, sight.sees_all(query + at, 16), low, own.window, work.scale, place);
     __syncthreads();
   }
 #pragma unroll

@@ -18,11 +18,15 @@ CAST_DEVICE void sum_deltas(Levels& to, const unsigned char* o, const unsigned c
   const int query = threadIdx.x / 2, half = threadIdx.x % 2;
   float sums[OWN] = {};
 #pragma unroll
-  for (int c = 0; c < HALF / 2; ++c) {
-    const uint32_t at = swizzled(query, half * HALF / 8 + c / 4) + c % 4 * 4;
-    const float2 a = unpack<T>(load_shared_word(shared_address(o) + at));
-    const float2 b = unpack<T>(load_shared_word(shared_address(grad_o) + at));
-    sums[2 * c / (HALF / OWN)] += a.x * b.x + a.y * b.y;
+  for (int c = 0; c < HALF / 8; ++c) {
+    const uint32_t at = swizzled(query, half * HALF / 8 + c);
+    const uint4 left = *reinterpret_cast<const uint4*>(o + at), right = *reinterpret_cast<const uint4*>(grad_o + at);
+    const uint32_t lefts[4] = {left.x, left.y, left.z, left.w}, rights[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = unpack<T>(lefts[i]), b = unpack<T>(rights[i]);
+      sums[8 * c / (HALF / OWN)] += a.x * b.x + a.y * b.y;
+    }
   }
   if constexpr (HEAD > HALF) {
     sums[0] += __shfl_xor_sync(~0u, sums[0], 1);
@@ -33,6 +37,17 @@ CAST_DEVICE void sum_deltas(Levels& to, const unsigned char* o, const unsigned c
   }
 }
 
+// No probability where column and row are not of one window.
+CAST_DEVICE void hide(float (&p)[2][4], int first, const int (&low)[2], int window, const Place& place) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const unsigned inside = first + 8 * n + place.column + e % 2 - low[e / 2];
+      if (inside >= static_cast<unsigned>(window)) p[n][e] = 0.f;
+    }
+}
+
 // Scores and dP of a warp's 16 queries against 16 keys.
 template <class T, int HEAD>
 struct Queries {
@@ -40,9 +55,10 @@ struct Queries {
   float grad_q[HEAD / 8][4] = {};
   float level[2], delta[2] = {};
 
-  // p = P, dp = dP; zero outside of the window.
+  // p = P, dp = dP; zero outside of the window. `all`: every query of the warp sees all 16 keys.
   CAST_DEVICE void scores(float (&p)[2][4], float (&dp)[2][4], uint32_t k, uint32_t v, int line, int channel,
-                          int first_key, const int (&low)[2], int window, float scale, const Place& place) const {
+                          int first_key, bool all, const int (&low)[2], int window, float scale,
+                          const Place& place) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -52,10 +68,8 @@ struct Queries {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const unsigned inside = first_key + 8 * n + place.column + e % 2 - low[e / 2];
-        p[n][e] = inside < static_cast<unsigned>(window) ? exp2_approximate(fmaf(p[n][e], scale, -level[e / 2])) : 0.f;
-      }
+      for (int e = 0; e < 4; ++e) p[n][e] = exp2_approximate(fmaf(p[n][e], scale, -level[e / 2]));
+    if (!all) hide(p, first_key, low, window, place);
   }
 
   // grad_q += P (dP - delta) K
@@ -77,7 +91,7 @@ struct Keys {
   float grad_k[HEAD / 8][4] = {}, grad_v[HEAD / 8][4] = {};
 
   CAST_DEVICE void add(uint32_t q, uint32_t grad_o, const float* level, const float* delta, int line, int channel,
-                       int first_query, const int (&low)[2], int window, float scale, const Place& place) {
+                       int first_query, bool all, const int (&low)[2], int window, float scale, const Place& place) {
     float p[2][4] = {}, dp[2][4] = {};
     multiply_rows<T, HEAD>(p, k, q, line, channel, place.lane);
     multiply_rows<T, HEAD>(dp, v, grad_o, line, channel, place.lane);
@@ -87,10 +101,9 @@ struct Keys {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int column = 8 * n + place.column + e % 2;
-        const unsigned inside = first_query + column - low[e / 2];
-        const float value = exp2_approximate(fmaf(p[n][e], scale, -level[line + column]));
-        p[n][e] = inside < static_cast<unsigned>(window) ? value : 0.f;
+        p[n][e] = exp2_approximate(fmaf(p[n][e], scale, -level[line + column]));
       }
+    if (!all) hide(p, first_query, low, window, place);
     as_operand<T>(left, p);
     multiply_columns<T, HEAD>(grad_v, left, grad_o, line, channel, place.lane);
 #pragma unroll

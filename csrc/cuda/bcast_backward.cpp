@@ -6,7 +6,8 @@
 namespace cast::cuda {
 
 Backward::Backward(const BackwardCall& call)
-    : Draft({call.problem, call.parameters, call.x, call.scale, call.recompute, call.saved, call.scratch, call.stream},
+    : Draft({call.problem, call.parameters, call.x, call.scale, call.recompute, call.saved, call.scratch,
+             call.multiprocessors, call.stream},
             true),
       call_(call) {
   again_ = call.recompute != Recompute::nothing;
@@ -44,7 +45,7 @@ Buffer Backward::compute_stream(Address address, int s) {
 
 int Backward::splits(int way) const {
   const int members = p_.batch * p_.frames * p_.patches / window_length(way);
-  return ceil_div(members, SUM_MEMBERS);
+  return std::min(ceil_div(members, SUM_MEMBERS), MOST_SPLITS);
 }
 
 int Backward::pairs_of_all() const {
@@ -107,14 +108,15 @@ void Backward::exchange_backward() {
   Argument<ExchangeBackwardArguments> a;
   a.values.frames = p_.frames;
   a.values.dim = p_.dim;
-  int ctas = 0, at = 0;
+  const auto tiles = lay_rows(false, p_.dim, {p_.bottleneck, p_.bottleneck});
+  int at = 0;
   for (int s = 0; s < 2; ++s) {
     if (!has(s)) continue;
     AskedStream& to = a.values.streams[at++];
     const StreamGradients& own = stream_grads_[s];
     to.tokens = tokens(s);
     to.rows = p_.stream_rows(s);
-    ctas += to.ctas = row_ctas(s);
+    to.tiles = tiles[s];
     a.map(to.grad_y, rows_of(stream_buffer(call_.grad_y[s], s)));
     if (p_.streams != p_.compute) a.map(to.rounded_grad_y, rows_of(own.grad_y));
     a.map(to.up, weight_of(own.up));
@@ -125,7 +127,7 @@ void Backward::exchange_backward() {
     a.map(to.grad_o, rows_of(own.grad_o));
     scale_of(a, to, s);
   }
-  launch_rows(a, name("exchange_backward", p_.streams, p_.bottleneck), ctas);
+  launch_rows(a, name("exchange_backward", p_.streams, p_.bottleneck), tiles);
 }
 
 void Backward::attention_backward() {
@@ -160,14 +162,14 @@ void Backward::project_backward() {
   Argument<ProjectBackwardArguments> a;
   a.values.dim = p_.dim;
   a.values.want_x = wants_x();
-  const int d = p_.bottleneck;
-  int ctas = 0;
+  const int d = p_.bottleneck, columns = wants_x() ? p_.dim : 0;
+  const auto tiles = lay_rows(true, has(0) && has(1) ? 3 * d : 2 * d, {columns, columns});
   for (int s = 0; s < 2; ++s) {
     ProjectedBackStream& to = a.values.streams[s];
     const StreamGradients& own = stream_grads_[s];
     to.tokens = tokens(s);
     to.rows = p_.stream_rows(s);
-    ctas += to.ctas = row_ctas(s);
+    to.tiles = tiles[s];
     a.map(to.xhat, rows_of(streams_[s].xhat));
     point(a, to.rstd, streams_[s].rstd);
     point(a, to.norm, own.norm);
@@ -189,7 +191,7 @@ void Backward::project_backward() {
     if (has(s)) a.map(to.grad_y, rows_of(stream_buffer(call_.grad_y[s], s)));
     a.map(to.grad_x, rows_of(stream_buffer(call_.grad_x[s], s)));
   }
-  launch_rows(a, name("project_backward", p_.streams, d), ctas);
+  launch_rows(a, name("project_backward", p_.streams, d), tiles);
 }
 
 std::uint64_t backward_scratch_bytes(const Problem& problem, Recompute recompute, int multiprocessors) {

@@ -4,8 +4,9 @@
 
 namespace cast::cuda {
 
-// So many members of a position are added by one CTA of `position_sums`.
-constexpr int SUM_MEMBERS = 64;
+// So many members of a position one CTA of `position_sums` adds, more where there were more shares than so many: `finish`
+// reads them one behind the other.
+constexpr int SUM_MEMBERS = 64, MOST_SPLITS = 8;
 constexpr int GRADIENT_CLUSTER = 2;
 
 // Gradients between the kernels.

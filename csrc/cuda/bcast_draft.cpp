@@ -36,6 +36,19 @@ int Draft::window_length(int way) const {
   }
 }
 
+std::array<RowTiles, 2> Draft::lay_rows(bool both, int narrowed, const std::array<int, 2>& widened) const {
+  const unsigned d = p_.bottleneck;
+  RowWork work{};
+  work.narrow = static_cast<int>(ceil_div<unsigned>(narrowed, STEP) * (d / WEIGHT_ROWS_OF_UNIT));
+  work.unit = static_cast<int>(d / STEP);
+  for (int s = 0; s < 2; ++s) {
+    if (!both && !has(s)) continue;
+    work.tiles[s] = static_cast<int>(ceil_div<unsigned>(p_.stream_rows(s), ROWS));
+    work.units[s] = static_cast<int>(ceil_div<unsigned>(widened[s], WEIGHT_ROWS_OF_UNIT));
+  }
+  return row_tiles(work, inputs_.multiprocessors);
+}
+
 // Where in a table of positions a row stands; a table of one row serves all.
 Steps Draft::steps(int way, const Buffer& table) const {
   if (table.rows == 1) return {0, 0};
@@ -100,7 +113,7 @@ Buffer Draft::widened(Address from, std::uint64_t size) {
 }
 
 Buffer Draft::table(Address weight, Address bias, Address beta, Address positions, int length, int width) {
-  Buffer to = made(length, width, Number::fp32);  // whatever is present: the size of scratch is asked for before
+  Buffer to = made(length, width, p_.compute);  // whatever is present: the size of scratch is asked for before
   if (positions == 0) to.rows = 1;
   const std::uint64_t d = p_.bottleneck, size = bytes_of(p_.parameters);
   PrepareArguments& g = prepare_.values;
@@ -170,23 +183,25 @@ void Draft::prepare() {
     Table& t = g.tables[i];
     t.first_cta = ctas;
     const unsigned length = t.length, width = t.width;
-    ctas += static_cast<int>(ceil_div(length, PREPARE_POSITIONS) * ceil_div(width, PREPARE_COLUMNS));
+    ctas += static_cast<int>(ceil_div(length, PREPARE_SQUARE) * ceil_div(width, PREPARE_SQUARE));
   }
   launch(prepare_, name("prepare", p_.parameters), ctas, PREPARE_THREADS, 1, 0);
 }
 
 void Draft::project(bool from_xhat) {
+  const int d = p_.bottleneck;
   Argument<ProjectArguments> a;
   a.values.frames = p_.frames;
   a.values.dim = p_.dim;
   a.values.eps = p_.eps;
-  int ctas = 0;
+  const auto columns = [&](int s) { return (has(s) ? d : 0) + (has(other(s)) ? 2 * d : 0); };
+  const auto tiles = lay_rows(true, from_xhat ? 0 : p_.dim, {columns(0), columns(1)});
   for (int s = 0; s < 2; ++s) {
     ProjectedStream& to = a.values.streams[s];
     const StreamBuffers& own = streams_[s];
     to.tokens = tokens(s);
     to.rows = p_.stream_rows(s);
-    ctas += to.ctas = row_ctas(s);
+    to.tiles = tiles[s];
     a.map(to.xhat, rows_of(own.xhat));
     if (!from_xhat) {
       a.map(to.x, rows_of(stream_buffer(inputs_.x[s], s)));
@@ -200,7 +215,7 @@ void Draft::project(bool from_xhat) {
       a.map(to.q, rows_of(way.q));
       point(a, to.q_table, way.q_table);
       to.q_steps = steps(s, way.q_table);
-      to.q_columns = p_.bottleneck;
+      to.q_columns = d;
     }
     if (const int w = other(s); has(w)) {  // it answers
       const WayBuffers& way = ways_[w];
@@ -208,11 +223,10 @@ void Draft::project(bool from_xhat) {
       a.map(to.kv, rows_of(way.kv));
       point(a, to.kv_table, way.kv_table);
       to.kv_steps = steps(w, way.kv_table);
-      to.kv_columns = 2 * p_.bottleneck;
+      to.kv_columns = 2 * d;
     }
   }
-  const int d = p_.bottleneck;
-  launch_rows(a, from_xhat ? name("project_again", d) : name("project", p_.streams, d), ctas);
+  launch_rows(a, from_xhat ? name("project_again", d) : name("project", p_.streams, d), tiles);
 }
 
 void Draft::attend() {
@@ -245,7 +259,9 @@ void Draft::exchange(const std::array<Address, 2>& y, bool only_h) {
   a.values.dim = p_.dim;
   a.values.only_h = only_h;
   a.values.keep_h = only_h || inputs_.recompute == Recompute::nothing;
-  int ctas = 0, at = 0;
+  const int columns = only_h ? 0 : p_.dim;
+  const auto tiles = lay_rows(false, p_.bottleneck, {columns, columns});
+  int at = 0;
   for (int s = 0; s < 2; ++s) {
     if (!has(s)) continue;
     AskingStream& to = a.values.streams[at++];
@@ -253,7 +269,7 @@ void Draft::exchange(const std::array<Address, 2>& y, bool only_h) {
     const WayBuffers& way = ways_[s];
     to.tokens = tokens(s);
     to.rows = p_.stream_rows(s);
-    ctas += to.ctas = row_ctas(s);
+    to.tiles = tiles[s];
     a.map(to.o, rows_of(way.o));
     a.map(to.proj, weight_of(way.proj));
     point(a, to.proj_bias, way.proj_bias);
@@ -268,7 +284,7 @@ void Draft::exchange(const std::array<Address, 2>& y, bool only_h) {
     a.map(to.y, rows_of(stream_buffer(y[s], s)));
     scale_of(a, to, s);
   }
-  launch_rows(a, name("exchange", p_.streams, p_.bottleneck), ctas);
+  launch_rows(a, name("exchange", p_.streams, p_.bottleneck), tiles);
 }
 
 }  // namespace cast::cuda

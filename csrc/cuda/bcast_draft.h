@@ -7,13 +7,14 @@
 
 #include "bcast.h"
 #include "bcast_arguments.h"
+#include "row_tiles.h"
 
 namespace cast::cuda {
 
 // Equal to the constants in the kernels' files.
-constexpr unsigned ROWS = 64, ROW_CLUSTER = 4, ROW_THREADS = 256, WEIGHT_ROWS_OF_UNIT = 192;
+constexpr unsigned ROWS = 64, STEP = 64, ROW_THREADS = 256, WEIGHT_ROWS_OF_UNIT = 192;
 constexpr unsigned ATTENTION_THREADS = 128, ATTENTION_CHANNELS = 64, QUERIES = 64;
-constexpr unsigned PREPARE_THREADS = 512, PREPARE_SQUARE = 64, PREPARE_POSITIONS = 8, PREPARE_COLUMNS = 128;
+constexpr unsigned PREPARE_THREADS = 512, PREPARE_SQUARE = 64;
 constexpr std::uint64_t LINE = 128;
 constexpr float LOG2_E = 1.44269504f;
 
@@ -64,7 +65,9 @@ struct Inputs {
   const Parameters& parameters;
   const std::array<Address, 2>&x, &scale;
   Recompute recompute;
-  Address saved, scratch, stream;
+  Address saved, scratch;
+  int multiprocessors;
+  Address stream;
 };
 
 class Draft {
@@ -81,10 +84,9 @@ class Draft {
   int window_length(int way) const;
   Steps steps(int way, const Buffer& table) const;
   Tokens tokens(int stream) const { return {p_.patches + (stream == 0), stream == 0}; }
-  // CTAs of a row kernel for one stream: whole clusters.
-  int row_ctas(int stream) const {
-    return static_cast<int>(ceil_div<unsigned>(p_.stream_rows(stream), ROWS * ROW_CLUSTER) * ROW_CLUSTER);
-  }
+  // The CTAs of a row kernel for both streams, or for those that ask: so many columns are narrowed, so many of each
+  // stream are the last product's.
+  std::array<RowTiles, 2> lay_rows(bool both, int narrowed, const std::array<int, 2>& widened) const;
   // The directions that there are, longer windows first, so that short programs fill the grid's end; -1 for none.
   std::array<int, 2> by_length() const;
 
@@ -119,8 +121,9 @@ class Draft {
     run(argument.launch(kernel, grid, threads, cluster, shared_bytes), stream_);
   }
   template <class Arguments>
-  void launch_rows(const Argument<Arguments>& argument, const std::string& kernel, unsigned grid) const {
-    launch(argument, kernel, grid, ROW_THREADS, ROW_CLUSTER, ROW_SHARED);
+  void launch_rows(const Argument<Arguments>& argument, const std::string& kernel,
+                   const std::array<RowTiles, 2>& tiles) const {
+    launch(argument, kernel, tiles[0].ctas + tiles[1].ctas, ROW_THREADS, ROW_CLUSTER, ROW_SHARED);
   }
   // bcast_<kernel>_<compute>, and what else the kernel is one of many for.
   std::string name(const char* kernel) const { return std::string("bcast_") + kernel + "_" + name_of(p_.compute); }

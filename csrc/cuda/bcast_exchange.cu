@@ -17,9 +17,10 @@ template <class T, class X, int D>
 CAST_DEVICE void exchange(const ExchangeArguments& g) {
   extern __shared__ __align__(1024) unsigned char raw[];
   RowShared<T>& shared = *reinterpret_cast<RowShared<T>*>(raw);
-  const bool second = blockIdx.x >= g.streams[0].ctas;
-  const AskingStream& own = g.streams[second];
-  const int row = (blockIdx.x - (second ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const Task task(g.streams);
+  const AskingStream& own = task.own;
+  const int row = task.row;
+  const Columns columns = g.only_h ? Columns{0, 0} : task.columns(g.dim);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
@@ -29,11 +30,11 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
     if (threadIdx.x == 0) {
       Producer<T> producer{shared};
       producer.narrow(&own.o, &own.proj, row, D, D / PRODUCT_COLUMNS);
-      if (!g.only_h) producer.widen(&own.up, g.dim, D);
+      producer.widen(&own.up, columns, D);
     }
     __syncwarp();
     if (threadIdx.x / 32 == 1)
-      forward_reads(shared.weight_ring, narrow_units(D, D / PRODUCT_COLUMNS) + (g.only_h ? 0 : widen_units(g.dim, D)));
+      forward_reads(shared.weight_ring, narrow_units(D, D / PRODUCT_COLUMNS) + widen_units(columns, D));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     Consumer<T, T, D> consumer{shared};
@@ -60,19 +61,19 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
         gate[2 * j + r] = pack<T>(fmaf(n.x, gamma.x, beta.x), fmaf(n.y, gamma.y, beta.y));
       }
     }
-    if (g.keep_h) {
+    if (g.keep_h && task.stores_rows()) {
       consumer.put_row(&own.h, row, gate);
       if (consumer.thread == 0) store_wait_read<0>();
     }
     consumer.meet();  // O and h have left the tiles
-    Residual<Consumer<T, T, D>, X> residual{{consumer}, &own.x, &own.y, row, g.dim};
-    if (!g.only_h) residual.begin();
+    Residual<Consumer<T, T, D>, X> residual{{consumer}, &own.x, &own.y, row, columns};
+    residual.begin();
 #pragma unroll
     for (int i = 0; i < D / 4; ++i) gate[i] = gelu_pair<T>(gate[i]);
     float factor[2];
     drop_path(factor, own, g.frames, mine);
 #pragma unroll 1
-    for (int column = 0; column < (g.only_h ? 0 : g.dim); column += PRODUCT_COLUMNS) {
+    for (int column = columns.first; column < columns.end; column += PRODUCT_COLUMNS) {
       float acc[PRODUCT_COLUMNS / 2];
 #pragma unroll
       for (int j = 0; j < PRODUCT_COLUMNS / 8; ++j) {

@@ -14,9 +14,10 @@ template <class T, class X, int D>
 CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
   extern __shared__ __align__(1024) unsigned char raw[];
   RowShared<X>& shared = *reinterpret_cast<RowShared<X>*>(raw);
-  const bool second = blockIdx.x >= g.streams[0].ctas;
-  const AskedStream& own = g.streams[second];
-  const int row = (blockIdx.x - (second ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const Task task(g.streams);
+  const AskedStream& own = task.own;
+  const int row = task.row;
+  const Columns columns = task.columns(D);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
@@ -26,11 +27,11 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
     if (threadIdx.x == 0) {
       Producer<X> producer{shared};
       producer.narrow(&own.grad_y, &own.up, row, g.dim, D / PRODUCT_COLUMNS);
-      producer.widen(&own.proj, D, D);
+      producer.widen(&own.proj, columns, D);
     }
     __syncwarp();
     if (threadIdx.x / 32 == 1)
-      forward_reads(shared.weight_ring, narrow_units(g.dim, D / PRODUCT_COLUMNS) + widen_units(D, D));
+      forward_reads(shared.weight_ring, narrow_units(g.dim, D / PRODUCT_COLUMNS) + widen_units(columns, D));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     using Rows = Consumer<T, X, D>;
@@ -40,7 +41,7 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
     {
       typename Rows::Wide dg;
       for (auto& chunk : dg) clear(chunk);
-      consumer.narrow(dg, g.dim, sizeof(X) == 4 ? &own.rounded_grad_y : nullptr, row);
+      consumer.narrow(dg, g.dim, sizeof(X) == 4 && task.stores_rows() ? &own.rounded_grad_y : nullptr, row);
       if (consumer.thread == 0) store_wait_read<0>();
       consumer.meet();  // dY has left the tiles
       Incoming<Rows> h{consumer};
@@ -65,7 +66,7 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
         fence_proxy_async();
         consumer.meet();
         if (consumer.thread == 0) {
-          store_tile(&own.g, shared.tiles[part % TILES], part * TILE_COLUMNS<T>, row);
+          if (task.stores_rows()) store_tile(&own.g, shared.tiles[part % TILES], part * TILE_COLUMNS<T>, row);
           store_commit();
           store_wait_read<1>();  // the tile before has left
           if (h.asked * TILE_COLUMNS<T> < D) h.ask(&own.h, h.asked * TILE_COLUMNS<T>, row);
@@ -75,9 +76,9 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
     }
     if (consumer.thread == 0) store_wait_read<0>();
     consumer.meet();
-    consumer.put_row(&own.dh, row, dh);
+    if (task.stores_rows()) consumer.put_row(&own.dh, row, dh);
 #pragma unroll 1
-    for (int column = 0; column < D; column += PRODUCT_COLUMNS) {
+    for (int column = columns.first; column < columns.end; column += PRODUCT_COLUMNS) {
       float acc[PRODUCT_COLUMNS / 2];
       clear(acc);
       consumer.widen(acc, dh);

@@ -16,24 +16,11 @@ namespace {
 
 constexpr int FINISH_THREADS = 256;
 constexpr int WEIGHT_ROWS = 16, WEIGHT_COLUMNS = 128;  // of a CTA: a thread has eight rows of a column
-constexpr int TABLE_ROWS = 8, TABLE_COLUMNS = 128;     // a thread has four rows of a column
+constexpr int TABLE_ROWS = 8, TABLE_COLUMNS = 64;      // four groups of threads have a share of W's rows each
+constexpr int TABLE_GROUPS = FINISH_THREADS / TABLE_COLUMNS;
 constexpr int POSITIONS = FINISH_THREADS / WEIGHT_ROWS;  // whose sums are brought at a time
-constexpr int NORM_COLUMNS = 32, NORM_ROWS = FINISH_THREADS / NORM_COLUMNS;
-
-template <class P>
-CAST_DEVICE P rounded(float x);
-template <>
-CAST_DEVICE float rounded<float>(float x) {
-  return x;
-}
-template <>
-CAST_DEVICE bf16 rounded<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-CAST_DEVICE fp16 rounded<fp16>(float x) {
-  return __float2half_rn(x);
-}
+constexpr int NORM_COLUMNS = 8, NORM_ROWS = FINISH_THREADS / NORM_COLUMNS;
+constexpr int AT_ONCE = 16;  // loads that a thread asks for before it waits: nothing else hides their latency
 
 // Where the parts of one pair of tiles lie: of clusters `first` to `last`, from place `slot + first` on.
 struct PairParts {
@@ -45,11 +32,16 @@ struct PairParts {
     last = owner(g, begin + parts.steps - 1);
   }
 
-  // Element [row, column] of the pair's d columns, its parts added in their order.
-  CAST_DEVICE float product(const FinishArguments& g, int row, int column) const {
-    float sum = 0.f;
-    for (int c = first; c <= last; ++c) sum += g.parts[(int64_t(slot + c) * PAIR_ROWS + row) * g.channels + column];
-    return sum;
+  // Elements [row + i STEP, column] of the pair's part of all parts [places, 256, width], as far as `rows` goes: to each
+  // its parts in their order.
+  template <int COUNT, int STEP>
+  CAST_DEVICE void add(float (&to)[COUNT], const float* all, int width, int row, int rows, int column) const {
+    for (int c = first; c <= last; ++c) {
+      const float* from = all + (int64_t(slot + c) * PAIR_ROWS + row) * width + column;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        if (row + i * STEP < rows) to[i] += from[i * STEP * width];
+    }
   }
   // The sum of left's column `row` of the pair.
   CAST_DEVICE float sum(const FinishArguments& g, int row) const {
@@ -72,9 +64,19 @@ CAST_DEVICE float position_sum(const float* sums, int splits, int length, int wi
   return sum;
 }
 
+// to += factor * by, four of them.
+CAST_DEVICE void add_four(float* to, const float4& by, float factor) {
+  to[0] = fmaf(by.x, factor, to[0]);
+  to[1] = fmaf(by.y, factor, to[1]);
+  to[2] = fmaf(by.z, factor, to[2]);
+  to[3] = fmaf(by.w, factor, to[3]);
+}
+
 template <class P>
 CAST_DEVICE void finish_weight(const FinishArguments& g, const WeightOut& w, int cta) {
-  __shared__ float sums[WEIGHT_ROWS], positions[POSITIONS][WEIGHT_ROWS];
+  constexpr int OWN = WEIGHT_ROWS / 2;
+  __shared__ float sums[WEIGHT_ROWS];
+  __shared__ float4 positions[POSITIONS][2][OWN / 4];  // a thread's rows side by side
   const int across = (w.n + WEIGHT_COLUMNS - 1) / WEIGHT_COLUMNS;
   const int row = cta / across * WEIGHT_ROWS, column = cta % across * WEIGHT_COLUMNS + threadIdx.x % WEIGHT_COLUMNS;
   const int half = threadIdx.x / WEIGHT_COLUMNS;
@@ -85,30 +87,34 @@ CAST_DEVICE void finish_weight(const FinishArguments& g, const WeightOut& w, int
   }
   __syncthreads();
   if (w.weight == nullptr) return;
-  constexpr int OWN = WEIGHT_ROWS / 2;
   // A CTA's rows and a thread's column lie in one pair.
   const PairParts parts(g, w.parts, column / g.channels * w.parts.m_pairs + row / PAIR_ROWS);
-  float v[OWN];
+  float v[OWN] = {};
   const bool inside = column < w.n;
   const float gamma = inside && w.norm != nullptr ? w.norm[column] : 1.f;
   const float beta = inside && w.norm != nullptr ? w.norm_bias[column] : 0.f;
+  const int first_row = row % PAIR_ROWS;
+  if (inside) parts.add<OWN, 2>(v, g.parts, g.channels, first_row + half, first_row + w.m - row, column % g.channels);
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
-    const int at = row + 2 * i + half;
-    v[i] = inside && at < w.m ? parts.product(g, at % PAIR_ROWS, column % g.channels) * gamma : 0.f;
-    if (w.norm != nullptr && at < w.m) v[i] = fmaf(sums[2 * i + half], beta, v[i]);
+    v[i] *= gamma;
+    if (w.norm != nullptr && row + 2 * i + half < w.m) v[i] = fmaf(sums[2 * i + half], beta, v[i]);
   }
   for (int first = 0; w.positions != nullptr && first < w.length; first += POSITIONS) {
+    float e[POSITIONS];
+    const P* from = static_cast<const P*>(w.positions) + first * w.n + column;
+    const int left = inside ? w.length - first : 0;
+#pragma unroll
+    for (int p = 0; p < POSITIONS; ++p) e[p] = p < left ? to_float(from[p * w.n]) : 0.f;
     const int brought = threadIdx.x / WEIGHT_ROWS, line = threadIdx.x % WEIGHT_ROWS;
     const bool there = first + brought < w.length && row + line < w.m;
-    positions[brought][line] =
+    reinterpret_cast<float*>(positions[brought][line % 2])[line / 2] =
         there ? position_sum(w.position_sums, w.splits, w.length, w.m, first + brought, row + line) : 0.f;
     __syncthreads();
-    for (int p = 0; p < min(POSITIONS, w.length - first); ++p) {
-      const float e = inside ? to_float(static_cast<const P*>(w.positions)[int64_t(first + p) * w.n + column]) : 0.f;
 #pragma unroll
-      for (int i = 0; i < OWN; ++i) v[i] = fmaf(positions[p][2 * i + half], e, v[i]);
-    }
+    for (int p = 0; p < POSITIONS; ++p)
+#pragma unroll
+      for (int i = 0; i < OWN / 4; ++i) add_four(v + 4 * i, positions[p][half][i], e[p]);
     __syncthreads();
   }
 #pragma unroll
@@ -121,31 +127,50 @@ CAST_DEVICE void finish_weight(const FinishArguments& g, const WeightOut& w, int
 template <class P>
 CAST_DEVICE void finish_table(const TableOut& t, int cta) {
   constexpr int MOST = 768;  // 2 d
-  __shared__ float sums[TABLE_ROWS][MOST];
+  __shared__ float4 sums[MOST][TABLE_ROWS / 4];  // a column's positions side by side
   const int across = (t.n + TABLE_COLUMNS - 1) / TABLE_COLUMNS;
   const int first = cta / across * TABLE_ROWS, column = cta % across * TABLE_COLUMNS + threadIdx.x % TABLE_COLUMNS;
-  for (int i = threadIdx.x; i < TABLE_ROWS * t.m; i += FINISH_THREADS) {
-    const int p = first + i / t.m;
-    sums[i / t.m][i % t.m] = p < t.length ? position_sum(t.sums, t.splits, t.length, t.m, p, i % t.m) : 0.f;
+  const int there = min(TABLE_ROWS, t.length - first);
+  for (int k = threadIdx.x; k < t.m; k += FINISH_THREADS) {
+    float sum[TABLE_ROWS] = {};
+    const float* from = t.sums + first * t.m + k;
+    for (int s = 0; s < t.splits; ++s, from += t.length * t.m)
+#pragma unroll
+      for (int i = 0; i < TABLE_ROWS; ++i)
+        if (i < there) sum[i] += from[i * t.m];
+#pragma unroll
+    for (int i = 0; i < TABLE_ROWS / 4; ++i)
+      sums[k][i] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
   }
   __syncthreads();
-  if (column >= t.n) return;
-  const int half = threadIdx.x / TABLE_COLUMNS;
-  float v[TABLE_ROWS / 2] = {};
-  for (int k = 0; k < t.m; ++k) {
-    const float weight = to_float(static_cast<const P*>(t.weight)[int64_t(k) * t.n + column]);
+  const int group = threadIdx.x / TABLE_COLUMNS, share = t.m / TABLE_GROUPS;  // n and m are multiples of 64
+  float v[TABLE_ROWS] = {};
+  for (int k = group * share; k < (group + 1) * share; k += AT_ONCE) {
+    float weight[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < TABLE_ROWS / 2; ++i) v[i] = fmaf(sums[2 * i + half][k], weight, v[i]);
+    for (int i = 0; i < AT_ONCE; ++i)
+      weight[i] = to_float(static_cast<const P*>(t.weight)[int64_t(k + i) * t.n + column]);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+      for (int four = 0; four < TABLE_ROWS / 4; ++four) add_four(v + 4 * four, sums[k + i][four], weight[i]);
   }
+  __syncthreads();  // the sums have been read: their place takes the groups' shares
+  float (*shares)[TABLE_ROWS][TABLE_COLUMNS] = reinterpret_cast<float (*)[TABLE_ROWS][TABLE_COLUMNS]>(sums);
 #pragma unroll
-  for (int i = 0; i < TABLE_ROWS / 2; ++i) {
-    const int p = first + 2 * i + half;
-    if (p < t.length) static_cast<P*>(t.to)[int64_t(p) * t.n + column] = rounded<P>(v[i]);
+  for (int row = 0; row < TABLE_ROWS; ++row) shares[group][row][threadIdx.x % TABLE_COLUMNS] = v[row];
+  __syncthreads();
+  for (int row = group; row < there; row += TABLE_GROUPS) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < TABLE_GROUPS; ++i) sum += shares[i][row][threadIdx.x % TABLE_COLUMNS];
+    static_cast<P*>(t.to)[int64_t(first + row) * t.n + column] = rounded<P>(sum);
   }
 }
 
 template <class T, class P>
 CAST_DEVICE void finish_norm(const FinishArguments& g, const NormOut& o, int cta) {
+  constexpr int OWN = PAIR_ROWS / NORM_ROWS;
   __shared__ float gammas[NORM_ROWS][NORM_COLUMNS], betas[NORM_ROWS][NORM_COLUMNS];
   const int line = threadIdx.x / NORM_COLUMNS, lane = threadIdx.x % NORM_COLUMNS, column = cta * NORM_COLUMNS + lane;
   float gamma = 0.f, beta = 0.f;
@@ -153,11 +178,16 @@ CAST_DEVICE void finish_norm(const FinishArguments& g, const NormOut& o, int cta
     if (o.weights[role] == nullptr) continue;
     for (int pair = 0; pair * PAIR_ROWS < o.m[role]; ++pair) {
       const PairParts parts(g, o.parts[role], pair);
-      for (int row = line; row < min(PAIR_ROWS, o.m[role] - pair * PAIR_ROWS); row += NORM_ROWS) {
-        const int64_t at = int64_t(pair * PAIR_ROWS + row) * o.n + column;
-        const float weight = to_float(static_cast<const P*>(o.weights[role])[at]);
-        gamma = fmaf(weight, parts.product(g, row, column), gamma);
-        beta = fmaf(weight, parts.sum(g, row), beta);
+      const int rows = min(PAIR_ROWS, o.m[role] - pair * PAIR_ROWS);
+      float product[OWN] = {}, sum[OWN] = {};
+      parts.add<OWN, NORM_ROWS>(product, g.parts, g.channels, line, rows, column);
+      parts.add<OWN, NORM_ROWS>(sum, g.sums, 1, line, rows, 0);
+#pragma unroll
+      for (int i = 0; i < OWN; ++i) {
+        const int64_t at = int64_t(pair * PAIR_ROWS + line + i * NORM_ROWS) * o.n + column;
+        const float weight = line + i * NORM_ROWS < rows ? to_float(static_cast<const P*>(o.weights[role])[at]) : 0.f;
+        gamma = fmaf(weight, product[i], gamma);
+        beta = fmaf(weight, sum[i], beta);
       }
     }
   }
@@ -201,7 +231,7 @@ CAST_DEVICE void finish(const FinishArguments& g) {
 }  // namespace
 
 #define CAST_FINISH(NAME, T, P) \
-  extern "C" __global__ void __launch_bounds__(FINISH_THREADS) NAME(const __grid_constant__ FinishArguments g) { \
+  extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 3) NAME(const __grid_constant__ FinishArguments g) { \
     finish<T, P>(g); \
   }
 

@@ -10,7 +10,7 @@ namespace {
 constexpr unsigned GRADIENT_THREADS = 384, GRADIENT_PLACES = 3, GRADIENT_LEFT_TILES = 2;
 constexpr unsigned SUM_THREADS = 192, SUM_COLUMNS = 384;
 constexpr unsigned FINISH_THREADS = 256, FINISH_ROWS = 16, FINISH_COLUMNS = 128, FINISH_POSITIONS = 8,
-                   NORM_COLUMNS = 32;
+                   TABLE_COLUMNS = 64, NORM_COLUMNS = 8;
 constexpr unsigned TILE_BYTES = 8192;
 
 constexpr unsigned whole_kilobytes(unsigned bytes) { return (bytes + 1023) / 1024 * 1024; }
@@ -169,7 +169,7 @@ void Backward::finish() {
   for (int i = 0; i < g.table_count; ++i) {
     TableOut& t = g.tables[i];
     t.first_cta = static_cast<int>(ctas);
-    ctas += ceil_div<unsigned>(t.length, FINISH_POSITIONS) * ceil_div<unsigned>(t.n, FINISH_COLUMNS);
+    ctas += ceil_div<unsigned>(t.length, FINISH_POSITIONS) * ceil_div<unsigned>(t.n, TABLE_COLUMNS);
   }
   g.norm_cta = static_cast<int>(ctas);
   for (int i = 0; i < g.norm_count; ++i) {

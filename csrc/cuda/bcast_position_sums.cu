@@ -3,6 +3,8 @@
 // A table's gradient is linear in them, so products of the table's rows remain where every row's would be needed; the
 // sums of all positions are the gradients of the biases. A position has as many members as there are windows; a CTA adds
 // a share of them for 384 columns, `finish` adds the shares.
+#include <climits>
+
 #include "bcast_arguments.h"
 #include "numbers.cuh"
 
@@ -11,21 +13,35 @@ namespace {
 
 constexpr int SUM_THREADS = 192, SUM_COLUMNS = 2 * SUM_THREADS;
 
-// The row of a position's member: its windows are all other coordinates.
-CAST_DEVICE int member_row(const PositionSum& t, int member, int position, int frames, int patches) {
-  int frame, patch;  // frame of all clips
-  if (t.in_time) {
-    frame = member / patches * frames + position;
-    patch = member % patches;
-  } else if (t.length == patches) {
-    frame = member;
-    patch = position;
-  } else {
-    frame = member * frames + position / patches;
-    patch = position % patches;
+// The rows of a position's members, one after the other: its windows are all other coordinates.
+struct Members {
+  int row, step;  // from one to the next
+  int left, run, jump;  // members until the next clip; of a clip; and what that adds to the row
+
+  CAST_DEVICE Members(const PositionSum& t, int first, int position, int frames, int patches) : jump(0) {
+    const int frame_rows = t.tokens.frame_rows, clip_rows = frames * frame_rows;
+    run = left = INT_MAX;
+    if (t.in_time) {
+      row = first / patches * clip_rows + position * frame_rows + first % patches;
+      step = 1;
+      left = patches - first % patches;
+      run = patches;
+      jump = clip_rows - patches;
+    } else {  // a patch, or both
+      step = t.length == patches ? frame_rows : clip_rows;
+      row = first * step + position / patches * frame_rows + position % patches;
+    }
+    row += t.tokens.cls;
   }
-  return frame * t.tokens.frame_rows + t.tokens.cls + patch;
-}
+
+  CAST_DEVICE void next() {
+    row += step;
+    if (--left == 0) {
+      row += jump;
+      left = run;
+    }
+  }
+};
 
 template <class T>
 CAST_DEVICE void position_sums(const PositionSumsArguments& g) {
@@ -36,13 +52,14 @@ CAST_DEVICE void position_sums(const PositionSumsArguments& g) {
   const int column = cta % across * SUM_COLUMNS + 2 * threadIdx.x;
   const int position = cta / across % t.length, split = cta / across / t.length;
   if (column >= t.width) return;
-  const int members = g.clips * g.frames * g.patches / t.length;
+  const int count = g.clips * g.frames * g.patches / t.length;
   const T* from = static_cast<const T*>(t.from) + column;
   float2 sum = make_float2(0.f, 0.f);
-  const int share = (members + t.splits - 1) / t.splits, end = min((split + 1) * share, members);
-  for (int member = split * share; member < end; ++member) {
-    const int64_t row = member_row(t, member, position, g.frames, g.patches);
-    const float2 v = unpack<T>(*reinterpret_cast<const uint32_t*>(from + row * t.width));
+  const int share = (count + t.splits - 1) / t.splits, end = min((split + 1) * share, count);
+  Members members(t, split * share, position, g.frames, g.patches);
+#pragma unroll 8
+  for (int member = split * share; member < end; ++member, members.next()) {
+    const float2 v = unpack<T>(*reinterpret_cast<const uint32_t*>(from + int64_t(members.row) * t.width));
     sum.x += v.x;
     sum.y += v.y;
   }

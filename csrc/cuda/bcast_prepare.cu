@@ -2,18 +2,20 @@
 //
 //     matrices:  rounded to the compute dtype, where gamma is given W diag(gamma), and transposed for backward
 //     vectors:   in float32
-//     tables:    (beta + position p) W' + bias in float32, one row for each position of a window, or one for p = 0
+//     tables:    (beta + position p) W' + bias, rounded as well, one row for each position of a window, or one for p = 0
 //
 // CTAs take matrices first, then vectors, then tables. It runs once a call, over 2.4 million weights at the paper's size;
 // in a backward with float32 streams it rounds these, too.
 #include "bcast_arguments.h"
-#include "numbers.cuh"
+#include "mma.cuh"
 
 namespace cast::cuda {
 namespace {
 
 constexpr int PREPARE_THREADS = 512, SQUARE = 64;
-constexpr int TABLE_ROWS = 8, TABLE_COLUMNS = 128, MOST_CHANNELS = 384;
+// Shared memory of a CTA: a square in float32, a number more a row for its banks; or two tiles.
+constexpr int ROOM = SQUARE * (SQUARE + 1) * sizeof(float);
+static_assert(ROOM >= 2 * TILE_BYTES);
 
 // Eight neighbouring numbers.
 template <class P>
@@ -28,15 +30,19 @@ CAST_DEVICE void load_eight(float (&to)[8], const P* from) {
 }
 
 template <class T>
+CAST_DEVICE uint4 pack_eight(const float (&v)[8]) {
+  return make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
+}
+
+template <class T>
 CAST_DEVICE void store_eight(T* to, const float (&v)[8]) {
-  *reinterpret_cast<uint4*>(to) =
-      make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
+  *reinterpret_cast<uint4*>(to) = pack_eight<T>(v);
 }
 
 // A square of a matrix of From, rounded, through shared memory where it is turned. P: of gamma.
 template <class T, class From, class P>
-CAST_DEVICE void round_matrix(const Matrix& m, int cta) {
-  __shared__ float square[SQUARE][SQUARE + 1];
+CAST_DEVICE void round_matrix(const Matrix& m, int cta, unsigned char* room) {
+  float (*square)[SQUARE + 1] = reinterpret_cast<float (*)[SQUARE + 1]>(room);
   const int across = (m.columns + SQUARE - 1) / SQUARE, row = cta / across * SQUARE, column = cta % across * SQUARE;
   const int line = threadIdx.x / (SQUARE / 8), first = threadIdx.x % (SQUARE / 8) * 8;  // eight numbers a thread
   const bool inside = row + line < m.rows && column + first < m.columns;
@@ -67,58 +73,79 @@ CAST_DEVICE void widen_vector(const Vector& v) {
   for (int i = threadIdx.x; i < v.size; i += PREPARE_THREADS) v.to[i] = to_float(static_cast<const P*>(v.from)[i]);
 }
 
-// TABLE_ROWS positions x TABLE_COLUMNS columns; a thread has one column and every fourth position.
+// Eight neighbouring numbers of (beta + position).
 template <class P>
-CAST_DEVICE void make_table(const Table& t, int cta, int channels) {
-  __shared__ float rows[TABLE_ROWS][MOST_CHANNELS];
-  const int columns = (t.width + TABLE_COLUMNS - 1) / TABLE_COLUMNS;
-  const int first = cta / columns * TABLE_ROWS, column = cta % columns * TABLE_COLUMNS + threadIdx.x % TABLE_COLUMNS;
-  for (int i = threadIdx.x; i < TABLE_ROWS * channels; i += PREPARE_THREADS) {
-    const int row = i / channels, k = i % channels;
-    float v = to_float(static_cast<const P*>(t.beta)[k]);
-    if (t.positions != nullptr && first + row < t.length)
-      v += to_float(static_cast<const P*>(t.positions)[int64_t(first + row) * channels + k]);
-    rows[row][k] = v;
+CAST_DEVICE void load_input(float (&to)[8], const Table& t, int row, int channel, int channels) {
+  load_eight(to, static_cast<const P*>(t.beta) + channel);
+  if (t.positions == nullptr) return;
+  float position[8];
+  load_eight(position, static_cast<const P*>(t.positions) + int64_t(min(row, t.length - 1)) * channels + channel);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] += position[i];
+}
+
+// 64 positions x 64 columns, both sides rounded; a warp has 16 x 16. A step's channels are asked for one step ahead.
+template <class T, class P>
+CAST_DEVICE void make_table(const Table& t, int cta, int channels, unsigned char* room) {
+  unsigned char *inputs = room, *weights = room + TILE_BYTES;
+  const int across = t.width / SQUARE, first = cta / across * SQUARE, column = cta % across * SQUARE;
+  const int line = threadIdx.x / (SQUARE / 8), chunk = threadIdx.x % (SQUARE / 8);  // eight numbers of a step a thread
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = warp % 4 * 16, columns = warp / 4 * 16;
+  float acc[2][4] = {};
+  uint4 input, weight;  // of the next step
+  const auto ask = [&](int channel) {
+    if (channel >= channels) return;
+    float v[8];
+    load_input<P>(v, t, first + line, channel, channels);
+    input = pack_eight<T>(v);
+    load_eight(v, static_cast<const P*>(t.weight) + int64_t(column + line) * channels + channel);
+    weight = pack_eight<T>(v);
+  };
+  ask(8 * chunk);
+  for (int channel = 8 * chunk; channel < channels; channel += SQUARE) {
+    __syncthreads();  // all are through with the step before
+    *reinterpret_cast<uint4*>(inputs + swizzled(line, chunk)) = input;
+    *reinterpret_cast<uint4*>(weights + swizzled(line, chunk)) = weight;
+    __syncthreads();
+    ask(channel + SQUARE);
+    uint32_t a[SQUARE / 4];
+    left_operand<SQUARE>(a, shared_address(inputs), rows, 0, lane);
+    multiply_rows<T, SQUARE>(acc, a, shared_address(weights), columns, 0, lane);
   }
-  __syncthreads();
-  if (column >= t.width) return;
-  constexpr int SHARES = PREPARE_THREADS / TABLE_COLUMNS;
-  float sums[TABLE_ROWS / SHARES] = {};
-  const int share = threadIdx.x / TABLE_COLUMNS;
-  for (int k = 0; k < channels; k += 8) {
-    float weight[8];
-    load_eight(weight, static_cast<const P*>(t.weight) + int64_t(column) * channels + k);
 #pragma unroll
-    for (int i = 0; i < TABLE_ROWS / SHARES; ++i)
+  for (int n = 0; n < 2; ++n) {
+    const int at = column + columns + 8 * n + 2 * (lane % 4);
+    const float low = to_float(static_cast<const P*>(t.bias)[at]),
+                high = to_float(static_cast<const P*>(t.bias)[at + 1]);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sums[i] = fmaf(rows[SHARES * i + share][k + e], weight[e], sums[i]);
-  }
-  const float bias = to_float(static_cast<const P*>(t.bias)[column]);
-#pragma unroll
-  for (int i = 0; i < TABLE_ROWS / SHARES; ++i) {
-    const int row = first + SHARES * i + share;
-    if (row < t.length) t.to[int64_t(row) * t.width + column] = sums[i] + bias;
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + rows + lane / 4 + 8 * r;
+      if (row >= t.length) continue;
+      T* to = static_cast<T*>(t.to) + int64_t(row) * t.width + at;
+      *reinterpret_cast<uint32_t*>(to) = pack<T>(acc[n][2 * r] + low, acc[n][2 * r + 1] + high);
+    }
   }
 }
 
 template <class T, class P>
 CAST_DEVICE void prepare(const PrepareArguments& g) {
+  __shared__ __align__(16) unsigned char room[ROOM];
   const int cta = blockIdx.x;
   if (cta < g.vector_cta) {
     int i = g.matrix_count - 1;
     while (cta < g.matrices[i].first_cta) --i;
     const Matrix& m = g.matrices[i];
     if (m.wide) {
-      round_matrix<T, float, P>(m, cta - m.first_cta);
+      round_matrix<T, float, P>(m, cta - m.first_cta, room);
     } else {
-      round_matrix<T, T, P>(m, cta - m.first_cta);
+      round_matrix<T, T, P>(m, cta - m.first_cta, room);
     }
   } else if (cta < g.table_cta) {
     widen_vector<P>(g.vectors[cta - g.vector_cta]);
   } else {
     int i = g.table_count - 1;
     while (cta < g.tables[i].first_cta) --i;
-    make_table<P>(g.tables[i], cta - g.tables[i].first_cta, g.channels);
+    make_table<T, P>(g.tables[i], cta - g.tables[i].first_cta, g.channels, room);
   }
 }
 

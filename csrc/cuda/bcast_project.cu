@@ -51,17 +51,18 @@ CAST_DEVICE int position(int row, int frames, Tokens tokens, Steps steps) {
   return frame % frames * steps.by_frame + max(patch, 0) * steps.by_patch;
 }
 
-// out[:, column..] = xhat W' + table[position], `columns` of them.
+// out = xhat W' + table[position], these of its `width` columns.
 template <class T, class X, int D>
 CAST_DEVICE void project_columns(Consumer<T, X, D>& consumer, const typename Consumer<T, X, D>::Narrow& xhat,
-                                 const TensorMap* out, const float* table, int columns, int row, const int (&at)[2]) {
+                                 const TensorMap* out, const void* table, int width, Columns columns, int row,
+                                 const int (&at)[2]) {
 #pragma unroll 1
-  for (int column = 0; column < columns; column += PRODUCT_COLUMNS) {
+  for (int column = columns.first; column < columns.end; column += PRODUCT_COLUMNS) {
     float acc[PRODUCT_COLUMNS / 2];
 #pragma unroll
     for (int i = 0; i < PRODUCT_COLUMNS / 4; ++i) {
-      const int from = at[i % 2] * columns + column + 8 * (i / 2) + consumer.place.column;
-      const float2 first = *reinterpret_cast<const float2*>(table + from);
+      const int from = at[i % 2] * width + column + 8 * (i / 2) + consumer.place.column;
+      const float2 first = unpack<T>(static_cast<const uint32_t*>(table)[from / 2]);
       acc[2 * i] = first.x;
       acc[2 * i + 1] = first.y;
     }
@@ -73,14 +74,14 @@ CAST_DEVICE void project_columns(Consumer<T, X, D>& consumer, const typename Con
 // Queries, keys and values from xhat.
 template <class T, class X, int D>
 CAST_DEVICE void project_roles(Consumer<T, X, D>& consumer, const typename Consumer<T, X, D>::Narrow& xhat,
-                               const ProjectedStream& own, int frames, int row) {
+                               const ProjectedStream& own, Columns q, Columns kv, int frames, int row) {
   int at[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) at[r] = position(row + consumer.place.row + 8 * r, frames, own.tokens, own.q_steps);
-  project_columns(consumer, xhat, &own.q, own.q_table, own.q_columns, row, at);
+  project_columns(consumer, xhat, &own.q, own.q_table, own.q_columns, q, row, at);
 #pragma unroll
   for (int r = 0; r < 2; ++r) at[r] = position(row + consumer.place.row + 8 * r, frames, own.tokens, own.kv_steps);
-  project_columns(consumer, xhat, &own.kv, own.kv_table, own.kv_columns, row, at);
+  project_columns(consumer, xhat, &own.kv, own.kv_table, own.kv_columns, kv, row, at);
 }
 
 // AGAIN: xhat was kept.
@@ -88,9 +89,11 @@ template <class T, class X, int D, bool AGAIN>
 CAST_DEVICE void project(const ProjectArguments& g) {
   extern __shared__ __align__(1024) unsigned char raw[];
   RowShared<X>& shared = *reinterpret_cast<RowShared<X>*>(raw);
-  const bool temporal = blockIdx.x >= g.streams[0].ctas;
-  const ProjectedStream& own = g.streams[temporal];
-  const int row = (blockIdx.x - (temporal ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const Task task(g.streams);
+  const ProjectedStream& own = task.own;
+  const int row = task.row;
+  const Columns columns = task.columns(own.q_columns + own.kv_columns);
+  const Columns q = columns.within(0, own.q_columns), kv = columns.within(own.q_columns, own.kv_columns);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
@@ -104,13 +107,13 @@ CAST_DEVICE void project(const ProjectArguments& g) {
       } else {
         producer.narrow(&own.x, &own.down, row, g.dim, D / PRODUCT_COLUMNS);
       }
-      producer.widen(&own.q_weight, own.q_columns, D);
-      producer.widen(&own.kv_weight, own.kv_columns, D);
+      producer.widen(&own.q_weight, q, D);
+      producer.widen(&own.kv_weight, kv, D);
     }
     __syncwarp();
     if (threadIdx.x / 32 == 1)
-      forward_reads(shared.weight_ring, (AGAIN ? 0 : narrow_units(g.dim, D / PRODUCT_COLUMNS)) +
-                                            widen_units(own.q_columns, D) + widen_units(own.kv_columns, D));
+      forward_reads(shared.weight_ring,
+                    (AGAIN ? 0 : narrow_units(g.dim, D / PRODUCT_COLUMNS)) + widen_units(q, D) + widen_units(kv, D));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     Consumer<T, X, D> consumer{shared};
@@ -123,14 +126,16 @@ CAST_DEVICE void project(const ProjectArguments& g) {
       consumer.narrow(z, g.dim);
       float rstd[2];
       normalise<T>(z, g.eps, xhat, rstd);
+      if (task.stores_rows()) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int at = row + consumer.place.row + 8 * r;
-        if (consumer.place.lane % 4 == 0 && at < own.rows) own.rstd[at] = rstd[r];
+        for (int r = 0; r < 2; ++r) {
+          const int at = row + consumer.place.row + 8 * r;
+          if (consumer.place.lane % 4 == 0 && at < own.rows) own.rstd[at] = rstd[r];
+        }
+        consumer.put_row(&own.xhat, row, xhat);
       }
-      consumer.put_row(&own.xhat, row, xhat);
     }
-    project_roles(consumer, xhat, own, g.frames, row);
+    project_roles(consumer, xhat, own, q, kv, g.frames, row);
     if (consumer.thread == 0) store_wait<0>();
   }
   cluster_sync();  // no CTA ends while another may still write into it or arrive at its barriers

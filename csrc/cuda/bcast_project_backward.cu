@@ -29,9 +29,10 @@ template <class T, class X, int D>
 CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
   extern __shared__ __align__(1024) unsigned char raw[];
   RowShared<T>& shared = *reinterpret_cast<RowShared<T>*>(raw);
-  const bool temporal = blockIdx.x >= g.streams[0].ctas;
-  const ProjectedBackStream& own = g.streams[temporal];
-  const int row = (blockIdx.x - (temporal ? g.streams[0].ctas : 0)) * TILE_ROWS;
+  const Task task(g.streams);
+  const ProjectedBackStream& own = task.own;
+  const int row = task.row;
+  const Columns columns = g.want_x ? task.columns(g.dim) : Columns{0, 0};
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
@@ -42,12 +43,12 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
       Producer<T> producer{shared};
       producer.narrow(&own.grad_q, &own.q_weight, row, own.q_channels, D / PRODUCT_COLUMNS);
       producer.narrow(&own.grad_kv, &own.kv_weight, row, own.kv_channels, D / PRODUCT_COLUMNS);
-      if (g.want_x) producer.widen(&own.down, g.dim, D);
+      producer.widen(&own.down, columns, D);
     }
     __syncwarp();
     if (threadIdx.x / 32 == 1)
-      forward_reads(shared.weight_ring, narrow_units(own.q_channels + own.kv_channels, D / PRODUCT_COLUMNS) +
-                                            (g.want_x ? widen_units(g.dim, D) : 0));
+      forward_reads(shared.weight_ring,
+                    narrow_units(own.q_channels + own.kv_channels, D / PRODUCT_COLUMNS) + widen_units(columns, D));
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     using Rows = Consumer<T, T, D>;
@@ -108,14 +109,14 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
       }
       consumer.pack_row(dz, a);
     }
-    consumer.put_row(&own.dz, row, dz);
+    if (task.stores_rows()) consumer.put_row(&own.dz, row, dz);
     if (g.want_x) {
       if (consumer.thread == 0) store_wait_read<0>();
       consumer.meet();
-      Residual<Rows, X> residual{xhat, &own.grad_y, &own.grad_x, row, g.dim, own.received != 0};
+      Residual<Rows, X> residual{xhat, &own.grad_y, &own.grad_x, row, columns, own.received != 0};
       residual.begin();
 #pragma unroll 1
-      for (int column = 0; column < g.dim; column += PRODUCT_COLUMNS) {
+      for (int column = columns.first; column < columns.end; column += PRODUCT_COLUMNS) {
         float acc[PRODUCT_COLUMNS / 2];
         clear(acc);
         consumer.widen(acc, dz);

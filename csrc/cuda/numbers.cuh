@@ -41,4 +41,19 @@ CAST_DEVICE float to_float(float x) { return x; }
 CAST_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
 CAST_DEVICE float to_float(fp16 x) { return __half2float(x); }
 
+template <class P>
+CAST_DEVICE P rounded(float x);
+template <>
+CAST_DEVICE float rounded<float>(float x) {
+  return x;
+}
+template <>
+CAST_DEVICE bf16 rounded<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+CAST_DEVICE fp16 rounded<fp16>(float x) {
+  return __float2half_rn(x);
+}
+
 }  // namespace cast::cuda

@@ -12,17 +12,18 @@ struct Residual {
 
   Incoming<Consumer> incoming;
   const TensorMap *in, *out;
-  int row, columns;
+  int row;
+  Columns columns;
   bool there = true;  // whether there is an `in`
 
   CAST_DEVICE void ask(int column) {
-    if (there && column < columns) incoming.ask(in, column, row);
+    if (there && column < columns.end) incoming.ask(in, column, row);
   }
 
   // After all threads are through with what lay in the tiles before.
   CAST_DEVICE void begin() {
     if (incoming.consumer.thread == 0)
-      for (int i = 0; i < AHEAD; ++i) ask(i * COLUMNS);
+      for (int i = 0; i < AHEAD; ++i) ask(columns.first + i * COLUMNS);
   }
 
   template <class Do>

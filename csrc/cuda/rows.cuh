@@ -49,10 +49,45 @@ struct alignas(1024) RowShared {
 static_assert(sizeof(RowShared<float>) == ROW_SHARED && sizeof(RowShared<bf16>) == ROW_SHARED,
               "what the host asks for");
 
+// Columns of a product, from `first` to `end`.
+struct Columns {
+  int first, end;
+
+  // Of these the ones of a part that begins at `begin` and has `size` columns, counted from there.
+  CAST_DEVICE Columns within(int begin, int size) const {
+    return {min(max(first - begin, 0), size), min(max(end - begin, 0), size)};
+  }
+};
+
+// What a CTA computes: 64 rows of a stream with all columns of the last product, or with a share of them. The CTAs of a
+// cluster have the same share, since they read the same weights. All that share rows narrow them, by the same
+// instructions: no bit depends on who computes a column. What is not a column's, the first one stores.
+template <class Stream>
+struct Task {
+  const Stream& own;
+  int row, share, shares;
+
+  CAST_DEVICE explicit Task(const Stream (&streams)[2]) : own(streams[blockIdx.x >= streams[0].tiles.ctas]) {
+    const RowTiles& tiles = own.tiles;
+    const int cta = blockIdx.x - (&own == streams ? 0 : streams[0].tiles.ctas), behind = cta - tiles.whole;
+    shares = behind < 0 ? 1 : tiles.shares;
+    share = behind < 0 ? 0 : behind / CLUSTER % shares;
+    row = TILE_ROWS * (behind < 0 ? cta : tiles.whole + behind / CLUSTER / shares * CLUSTER + behind % CLUSTER);
+  }
+
+  CAST_DEVICE bool stores_rows() const { return share == 0; }
+
+  // Its part of so many columns of the last product, in whole units.
+  CAST_DEVICE Columns columns(int all) const {
+    const int units = (all + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS;
+    return {units * share / shares * PRODUCT_COLUMNS, min(units * (share + 1) / shares * PRODUCT_COLUMNS, all)};
+  }
+};
+
 // Units of `narrow` and `widen`.
 CAST_DEVICE int narrow_units(int columns, int chunks) { return (columns + STEP - 1) / STEP * chunks; }
-CAST_DEVICE int widen_units(int columns, int channels) {
-  return (columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * (channels / STEP);
+CAST_DEVICE int widen_units(Columns columns, int channels) {
+  return (columns.end - columns.first + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS * (channels / STEP);
 }
 
 // The thread that fills the rings. It must ask for the same units, in the same order, as the consumers.
@@ -87,8 +122,8 @@ struct Producer {
   }
 
   // weight [N, d]
-  CAST_DEVICE void widen(const TensorMap* weight, int columns, int channels) {
-    for (int column = 0; column < columns; column += PRODUCT_COLUMNS)
+  CAST_DEVICE void widen(const TensorMap* weight, Columns columns, int channels) {
+    for (int column = columns.first; column < columns.end; column += PRODUCT_COLUMNS)
       for (int k = 0; k < channels; k += STEP) unit(weight, k, column);
   }
 

@@ -1,7 +1,7 @@
 """The speed model of kernels that are written in CUDA C++, by arithmetic alone: nothing is compiled, run or timed.
 
     main    = max(tensor cores, shared memory, intake, issue, special functions)      cycles of one CTA
-    wait    = start + epilogues                                    cycles in which a CTA's tensor cores wait
+    wait    = start + loads in a chain + epilogues                 cycles in which a CTA's tensor cores wait
     cycles  = of the busiest multiprocessor: max(sum of main + the last wait, longest row of CTAs one behind the other)
     time    = max(cycles / clock, L2 bytes / bandwidth, DRAM bytes / bandwidth) + gap of a launch
 
@@ -26,6 +26,7 @@ _SCHEDULERS = Constant(4, "per SM", "CUDA programming guide: each issues one war
 _SPECIAL = Constant(16, "results/clk/SM", "CUDA programming guide, arithmetic throughput: ex2, rcp, rsqrt")
 _STALL = Constant(0.4, "of the clocks", "in which a warp alone on its scheduler waits in an epilogue", assumed=True)
 _START = Constant(1000, "clocks", "from a CTA's begin to its first operands from DRAM", assumed=True)
+_LATENCY = Constant(600, "clocks", "from a load to its value, where threads load one behind the other", assumed=True)
 _HIDES = Constant(
     1, "of the waits", "hidden by another CTA or half of the warps, all but the last: they never meet", assumed=True
 )  # fmt: skip
@@ -43,6 +44,7 @@ class Assumptions:
     special: float = _SPECIAL
     stall: float = _STALL
     start: float = _START
+    latency: float = _LATENCY
     hides: float = _HIDES
     gap: float = _GAP
     local: float = _LOCAL
@@ -51,7 +53,7 @@ class Assumptions:
 #: The same, each with its unit and its source.
 CONSTANTS: dict[str, Constant] = {
     "shared memory": _SHARED, "intake": _INTAKE, "schedulers": _SCHEDULERS, "special functions": _SPECIAL,
-    "stall": _STALL, "start": _START, "hides": _HIDES, "gap": _GAP, "shared memory and L1": _LOCAL,
+    "stall": _STALL, "start": _START, "latency": _LATENCY, "hides": _HIDES, "gap": _GAP, "shared memory and L1": _LOCAL,
 }  # fmt: skip
 USUAL = Assumptions()
 #: Multiprocessors of each GPC on a card of 132, as is usual: a cluster lies inside of one. Assumed.
@@ -75,6 +77,7 @@ class Cta:
     staggered: bool = False  # its warps are two halves that hide each other's waits, and the next CTA begins meanwhile
     longest: float = 0.0  # staggered: warp instructions of one half's longest epilogue
     slack: float = 0.0  # staggered: FLOP by `wgmma` that one half may be ahead of the other, which the ring allows
+    chain: float = 0.0  # loads one behind the other that nothing of the CTA overlaps
 
     @property
     def flops(self) -> float:
@@ -157,7 +160,8 @@ def wait_cycles(cta: Cta, by: Assumptions = USUAL) -> float:
     """Cycles in which nothing of a CTA, or of one half of it, gives tensor cores anything to do."""
     share = halves(cta)
     warps = cta.warps / share / by.schedulers
-    return by.start + max(epilogue_cycles(cta.epilogue / share, warps, by), cta.staged / share / by.shared)
+    epilogue = max(epilogue_cycles(cta.epilogue / share, warps, by), cta.staged / share / by.shared)
+    return by.start + cta.chain * by.latency + epilogue
 
 
 def _longer(cta: Cta, device: Device, by: Assumptions) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import gcd
 
-from cast_kernels.evidence.cuda_model import design
+from cast_kernels.evidence.cuda_model import built, design
 from cast_kernels.evidence.cuda_model.arithmetic import Cta, Launch
 from cast_kernels.evidence.cuda_model.attention import (
     attention_backward_long,
@@ -93,12 +93,16 @@ def sums(sizes: Sizes, choice: Choice) -> Launch:
 
 def forward(sizes: Sizes, choice: Choice) -> list[Launch]:
     """A training forward."""
+    if choice.built:
+        return built.forward(sizes, choice)
     matrices = sizes.matrices if sizes.cast else 2 * 3 * sizes.d**2
     return [prepare(sizes, choice, True, matrices), project(sizes, choice), *exchange(sizes, choice)]
 
 
 def backward(sizes: Sizes, choice: Choice) -> list[Launch]:
     """A backward with every gradient."""
+    if choice.built:
+        return built.backward(sizes, choice)
     launches = []
     if sizes.cast:  # x too, which the weight gradient reads
         elements = sizes.wide // sizes.stream_bytes

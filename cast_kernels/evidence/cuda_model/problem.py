@@ -83,6 +83,7 @@ class Choice:
     split_tail: bool = False  # rows that fill no whole round: their last product's columns over several CTAs
     queries: int = 64  # of a CTA of `attention`
     table_bytes: int = 4  # of an element of the position tables, which are accumulators' first values
+    built: bool = False  # the launches of csrc/cuda in place of the design's
     parts: str = "shares"  # of `weight_gradient`: equal shares of all multiprocessors, or two "halves" of each tile
 
     def ctas(self, rows: int) -> int:

@@ -20,8 +20,8 @@ GOALS = {
     ("backward", 6): (235, 290, 0.65), ("backward", 32): (1055, 1250, 0.58),
 }  # fmt: skip
 _TOTALS = (
-    "GPU", "kind", "recompute", "B", "phase", "designed", "changed", "staggered", "floor", "Triton, this model",
-    "ratios", "Triton as committed", "ratios", "goal", "accepted", "goal of the ratio",
+    "GPU", "kind", "recompute", "B", "phase", "designed", "changed", "staggered", "built", "floor",
+    "Triton, this model", "ratios", "Triton as committed", "ratios", "goal", "accepted", "goal of the ratio",
 )  # fmt: skip
 _KERNELS = (
     "kernel", "CTAs", "an SM", "cluster", "rounds", "us", "bound by", *MULTIPROCESSOR, "waits", "L2", "DRAM", "floor"
@@ -132,8 +132,9 @@ def markdown(folder: Path) -> str:
         "arithmetic](../../../docs/cuda.md). `bf16`: streams and parameters in bfloat16; `amp`: both in float32, "
         "products in bfloat16.", "",
         *markdown_table(_TOTALS, totals(found)), "",
-        "`designed`, `changed`, `staggered`: [three ways to cut it](../../../docs/cuda.md#what-would-make-it-faster), "
-        "and the ratios are theirs in this order. `floor`: the larger of what DRAM needs for inputs and outputs, with "
+        "`designed`, `changed`, `staggered`: [three ways to cut it](../../../docs/cuda.md#what-would-make-it-faster); "
+        "`built`: [what csrc/cuda launches](../../../docs/cuda.md#as-built). The ratios are theirs in this order. "
+        "`floor`: the larger of what DRAM needs for inputs and outputs, with "
         "what forward keeps for backward, and what tensor cores need for the products. `Triton, this model`: Triton's "
         "launches with intake, waits, spills and gaps. `Triton as committed`: [the predictions](../README.md), which "
         "have none of these.",
