@@ -30,7 +30,7 @@ class Priorities:
     def __init__(self, m: Batch, seed: int) -> None:
         self.random: np.random.Generator = np.random.default_rng(seed)
         self.limits: np.random.Generator = np.random.default_rng((seed, 1))
-        self.size = group_size(m)
+        self.size: int = group_size(m)
         self.priority: Array = self.random.permutation(m.lanes // self.size).astype(np.float64)
 
     def choose(self, m: Batch, runnable: Array) -> Array:
