@@ -95,7 +95,9 @@ def test_a_row_trains_and_is_evaluated(
     metrics = json.loads((tmp_path / "test" / "metrics.json").read_text())
     assert metrics["about"]["model"] == kind.__name__
     assert 0 <= metrics["metrics"]["noun_top1"] <= 100
-    assert main(["predict", str(data / "val" / "val_00000.mp4"), "--checkpoint", str(out)]) == 1
+    assert main(["predict", str(data / "val" / "val_00000.mp4"), "--checkpoint", str(out), "--json"]) == 0
+    assert '"action"' in capsys.readouterr().out
+    assert main(["export", str(out)]) == 1
     assert "is a baseline's, no CAST's: cast evaluate" in capsys.readouterr().err
     assert main(["train", "digits", *start[:-1], "experts.design=late-add", "--resume"]) == 1
     assert "is of another training" in capsys.readouterr().err

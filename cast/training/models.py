@@ -196,6 +196,5 @@ def save_finished(
 
 def how_to_use(model: Model, directory: Path) -> str:
     """What loads a finished model."""
-    if isinstance(model, CAST):
-        return f"{directory} loads with cast predict --checkpoint, cast evaluate and CAST.from_pretrained"
-    return f"{directory} loads with cast evaluate and cast.baselines.{type(model).__name__}.from_pretrained"
+    kind = "CAST" if isinstance(model, CAST) else f"cast.baselines.{type(model).__name__}"
+    return f"{directory} loads with cast predict --checkpoint, cast evaluate and {kind}.from_pretrained"

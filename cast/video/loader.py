@@ -272,8 +272,8 @@ class _Clips(Dataset[_Made | VideoError]):
         labels = {head: torch.from_numpy(self._labels[chosen, column]) for column, head in enumerate(self._heads)}
         names = [self._path(index) for index in chosen]
         if not self.train:
-            clips = [normalise(self._view(index)) for index in key.videos]
-            return _Made(torch.stack(clips), labels, names, None, 0)
+            views = [self._view(index) for index in key.videos]
+            return _Made(torch.stack(views), labels, names, None, 0)
         frames = [self._frames(key.epoch, index) for index in key.videos]
         stored = [torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures, _ in frames for _ in range(repeats)]
         plans = [self._plan(augment, pictures, rng) for pictures, rng in frames for _ in range(repeats)]
@@ -284,9 +284,9 @@ class _Clips(Dataset[_Made | VideoError]):
         return _Made(torch.stack(clips), labels, names, None, size)
 
     def _view(self, index: int) -> Tensor:
-        """The one clip of a validation video, uint8 `[3, T, S, S]`."""
+        """The one clip of a validation video, float32 `[3, T, S, S]`."""
         with self._advice(index) as path:
-            return self.centre.read(path)[0]
+            return normalise(self.centre.read(path)[0])
 
     def _frames(self, epoch: int, index: int) -> tuple[np.ndarray, np.random.Generator]:
         """The stored frames of a training clip, uint8 `[T, H, W, 3]`, and the generator that augments them."""

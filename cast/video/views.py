@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cast.video.decoders import Name, decoder
+from cast.video.decoders import Decoder, Name, decoder
 from cast.video.sampling import PUBLISHED_VIEWS, Sampling, view_indices
 from cast.video.transforms import MEAN, STD, to_clip, view_transform
 
@@ -74,6 +75,10 @@ class Protocol:
             del values["short_side"]
         return values
 
+    @cached_property
+    def _reader(self) -> Decoder:
+        return decoder(self.decoder, self.short_side)
+
     def centre(self) -> Protocol:
         """The same with a single view, cropped at the centre, as in validation."""
         return replace(self, views=1, crops=1)
@@ -89,9 +94,8 @@ class Protocol:
         Raises:
             VideoError: the file can't be read as a video.
         """
-        reader = decoder(self.decoder, self.short_side)
-        unique, places = np.unique(self.indices(reader.frame_count(path, threads)), return_inverse=True)
-        pictures = reader.read(path, unique, threads)
+        unique, places = np.unique(self.indices(self._reader.frame_count(path, threads)), return_inverse=True)
+        pictures = self._reader.read(path, unique, threads)
         cut = [
             to_clip(pictures, view_transform(self.size, crop, self.crops, normalise=False))
             for crop in range(self.crops)
