@@ -134,6 +134,7 @@ def emulated(
         except (Unsupported, ParseError) as error:
             raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
         except EmulationError as error:
+            error.args = (f"{error.args[0]}{_native.cuda().told_waits()}", *error.args[1:])
             raise EmulationFault(launch, [error]) from error
         ran.append(Ran(launch, report, time.perf_counter() - begin))
         if found := [*report.faults, *(note for note in report.notes if note.differs)]:

@@ -21,6 +21,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
   const AskingStream& own = g.streams[second];
   const int row = (blockIdx.x - (second ? g.streams[0].ctas : 0)) * TILE_ROWS;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  watch(g);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
   cluster_sync();

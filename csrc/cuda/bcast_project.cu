@@ -92,6 +92,7 @@ CAST_DEVICE void project(const ProjectArguments& g) {
   const ProjectedStream& own = g.streams[temporal];
   const int row = (blockIdx.x - (temporal ? g.streams[0].ctas : 0)) * TILE_ROWS;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  watch(g);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
   cluster_sync();
