@@ -147,6 +147,13 @@ def test_what_was_built_is_recorded(tmp_path: Path) -> None:
     assert (package / f"_cuda{EXTENSION_SUFFIXES[0]}").read_text() == "_cuda\n"
 
 
+@pytest.mark.parametrize(("wish", "option"), [("1", "ON"), ("0", "OFF")])
+def test_a_debug_build_is_asked_for_by_the_environment(wish: str, option: str, tmp_path: Path) -> None:
+    done, _ = build(tmp_path, "1", CAST_KERNELS_WATCHDOG=wish)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"-DCAST_WATCHDOG={option}" in done.stdout
+
+
 @pytest.mark.parametrize(
     "told", ["nvcc fatal   : Unsupported gpu architecture 'compute_90a'", "bcast_project.cu(12): error: no such type"]
 )

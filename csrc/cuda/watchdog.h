@@ -14,6 +14,8 @@ namespace cast::cuda {
 
 enum class Awaited : std::uint32_t { full, empty, read, incoming };
 
+#ifdef CAST_WATCHDOG
+
 // A line of a source, whose file's name is hashed: kernels hold no text.
 struct Source {
   std::uint32_t file, line;
@@ -36,8 +38,6 @@ struct LongWait {
   std::uint32_t address;  // of the barrier in shared memory
   Source source;  // where the wait is asked for
 };
-
-#ifdef CAST_WATCHDOG
 
 constexpr int LONG_WAITS = 4096;  // more than warps of a GPU that wait: a warp's number among all picks its own
 constexpr std::uint64_t WAIT_NS = 2'000'000'000, TELL_NS = 500'000'000;  // others tell theirs before one traps
@@ -97,26 +97,6 @@ CAST_DEVICE void wait_by(uint64_t* barrier, uint32_t parity, Awaited what, int p
   }
 }
 
-#endif
-#else
-
-struct Watched {};
-
-#ifdef __CUDACC__
-
-CAST_DEVICE void watch(const Watched&) {}
-
-template <bool (&try_wait)(uint64_t*, uint32_t)>
-CAST_DEVICE void wait_by(uint64_t* barrier, uint32_t parity, Awaited, int, Source) {
-  while (!try_wait(barrier, parity)) {
-  }
-}
-
-#endif
-#endif
-
-#ifdef __CUDACC__
-
 // Until the phase of this parity is over; `mbarrier_try_wait` says what is seen then.
 CAST_DEVICE void wait(uint64_t* barrier, uint32_t parity, Awaited what, int place, Source source = CAST_CALLER) {
   wait_by<mbarrier_try_wait>(barrier, parity, what, place, source);
@@ -126,6 +106,29 @@ CAST_DEVICE void wait_cluster(uint64_t* barrier, uint32_t parity, Awaited what, 
   wait_by<mbarrier_try_wait_cluster>(barrier, parity, what, place, source);
 }
 
+#endif
+#else
+
+struct Source {};
+#define CAST_CALLER \
+  Source {}
+
+struct Watched {};
+
+#ifdef __CUDACC__
+
+CAST_DEVICE void watch(const Watched&) {}
+
+CAST_DEVICE void wait(uint64_t* barrier, uint32_t parity, Awaited, int, Source = CAST_CALLER) {
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
+}
+CAST_DEVICE void wait_cluster(uint64_t* barrier, uint32_t parity, Awaited, int, Source = CAST_CALLER) {
+  while (!mbarrier_try_wait_cluster(barrier, parity)) {
+  }
+}
+
+#endif
 #endif
 
 }  // namespace cast::cuda
