@@ -4,6 +4,7 @@ built, and why not.
 `CAST_KERNELS_BUILD_CPU` (of the first two) and `CAST_KERNELS_BUILD_CUDA` take `0` (leave it out), `1` (its failure
 fails the install) or `auto` (the default: try; a part that cannot be built is left out and recorded for `cast-kernels
 info`). The CUDA kernels take the first toolkit of: CUDA_HOME, `nvcc` on PATH, `nvidia/cu13` of this environment.
+`CAST_KERNELS_WATCHDOG=1` makes a debug build of them, see docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -232,7 +233,10 @@ def _read_toolkit(folder: Path) -> tuple[Toolkit | None, str]:
 
 
 def _cuda_options(toolkit: Toolkit | None) -> list[str]:
-    return [f"-DCAST_NVCC={toolkit.nvcc}", f"-DCAST_CUDA_INCLUDE={toolkit.include}"] if toolkit else []
+    if toolkit is None:
+        return []
+    watchdog = "ON" if os.environ.get("CAST_KERNELS_WATCHDOG", "0") not in ("", "0") else "OFF"
+    return [f"-DCAST_NVCC={toolkit.nvcc}", f"-DCAST_CUDA_INCLUDE={toolkit.include}", f"-DCAST_WATCHDOG={watchdog}"]
 
 
 def put(content: bytes, target: Path) -> None:

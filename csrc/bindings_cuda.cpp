@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "cuda/bcast.h"
+#include "bindings_cuda_tensors.h"
 #include "cuda/row_tiles.h"
 
 namespace py = pybind11;
@@ -71,10 +71,10 @@ py::dict as_dict(const Launch& launch) {
     }
     places.append(one);
   }
-  const auto* bytes = reinterpret_cast<const char*>(launch.argument.data());
   return py::dict(py::arg("kernel") = launch.kernel, py::arg("grid") = launch.grid, py::arg("threads") = launch.threads,
                   py::arg("cluster") = launch.cluster, py::arg("shared_bytes") = launch.shared_bytes,
-                  py::arg("argument") = py::bytes(bytes, launch.argument.size()), py::arg("places") = places);
+                  py::arg("argument") = py::bytes(launch.argument.data(), launch.argument.size()),
+                  py::arg("places") = places);
 }
 
 }  // namespace
@@ -106,6 +106,17 @@ PYBIND11_MODULE(_cuda, m) {
         return streams;
       },
       py::arg("tiles"), py::arg("units"), py::arg("narrow"), py::arg("unit"), py::arg("multiprocessors"));
+  py::class_<Plan>(m, "Plan")
+      .def(py::init([](const Problem& problem, int recompute, int multiprocessors) {
+             return Plan{problem, Recompute(recompute), multiprocessors};
+           }),
+           py::arg("problem"), py::arg("recompute"), py::arg("multiprocessors"))
+      .def("forward", &Plan::forward, py::arg("x"), py::arg("parameters"), py::arg("scale"), py::arg("y"),
+           py::arg("saved"), py::arg("scratch"), py::arg("stream"))
+      .def("backward", &Plan::backward, py::arg("x"), py::arg("parameters"), py::arg("scale"), py::arg("grad_y"),
+           py::arg("saved"), py::arg("scratch"), py::arg("gradients"), py::arg("stream"));
+  m.def("read_tensors_by", &read_tensors_by, py::arg("capsule"), py::arg("types"), py::arg("dtypes"));
+  m.def("present", &present, py::arg("parameters"));
   m.def("set_recorder", [](const py::object& recorder) {
     if (recorder.is_none()) return set_recorder({});
     set_recorder([recorder](const Launch& launch) { recorder(as_dict(launch)); });
@@ -118,6 +129,7 @@ PYBIND11_MODULE(_cuda, m) {
     return py::cpp_function([] { return count; });
   });
   m.def("is_recorded", &is_recorded);
+  m.def("told_waits", &told_waits);
   m.def("make_current", &make_current);
   m.def("toolkit", &toolkit);
   m.def("packed_ptx", [] {

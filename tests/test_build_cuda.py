@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ptx_emulator.core.parser import parse
 
 from cast_kernels import _native, info
+from cast_kernels.evidence.cuda_modules import entries, modules
 
 ROOT = Path(__file__).parent.parent
 Find = Callable[[], tuple[Any, str]]
@@ -143,6 +147,13 @@ def test_what_was_built_is_recorded(tmp_path: Path) -> None:
     assert (package / f"_cuda{EXTENSION_SUFFIXES[0]}").read_text() == "_cuda\n"
 
 
+@pytest.mark.parametrize(("wish", "option"), [("1", "ON"), ("0", "OFF")])
+def test_a_debug_build_is_asked_for_by_the_environment(wish: str, option: str, tmp_path: Path) -> None:
+    done, _ = build(tmp_path, "1", CAST_KERNELS_WATCHDOG=wish)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"-DCAST_WATCHDOG={option}" in done.stdout
+
+
 @pytest.mark.parametrize(
     "told", ["nvcc fatal   : Unsupported gpu architecture 'compute_90a'", "bcast_project.cu(12): error: no such type"]
 )
@@ -233,3 +244,35 @@ print(json.dumps([module.driver(), "torch" in sys.modules, sorted(loaded)]))
     assert (version > 0) != bool(why)
     if not version:
         assert why.startswith("no NVIDIA driver: libcuda.so.1")
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
+def test_source_files_of_ptx_lose_the_folders_of_the_machine(tmp_path: Path) -> None:
+    ptx = tmp_path / "a folder" / "x.ptx"
+    ptx.parent.mkdir()
+    told = '\t.file\t1 "/a b/csrc/cuda/x;y.cu"\n\t.file\t2 "/opt/cuda/bin/../include/cuda_bf16.hpp"\n\t.file 3 "z.h"\n'
+    rest = '.global .b8 s[4] = "/a/b";\n{ mov.b64 {%r1, %r2}, %rd1; // [a];b \\ \n}\n'
+    ptx.write_text(rest + told)
+    script = str(ROOT / "csrc/cuda/relative_paths.cmake")
+    subprocess.run(["cmake", f"-DPTX={ptx}", "-P", script], check=True, timeout=60)
+    kept = '\t.file\t1 "csrc/cuda/x;y.cu"\n\t.file\t2 "cuda_bf16.hpp"\n\t.file 3 "z.h"\n'
+    assert ptx.read_text() == rest + kept
+
+
+@pytest.mark.skipif(_native.CUDA is None, reason=f"nothing to read: {_native.CUDA_REASON}")
+def test_what_is_embedded_names_our_files_and_no_folder_of_the_machine() -> None:
+    for name, text in modules().items():
+        files = re.findall(r'^\s*\.file\s+\d+\s+"([^"]*)"', text, re.MULTILINE)
+        assert f"csrc/cuda/{name}.cu" in files
+        assert [path for path in files if not re.fullmatch(r"(csrc/cuda/)?[\w.]+", path)] == []
+        assert '"/' not in text
+    for path in (ROOT, Path(_native.RECORD.get("cuda", {}).get("nvcc", "/no/such")).parent.parent):
+        assert str(path).encode() not in Path(_native.CUDA.__file__).read_bytes()
+
+
+@pytest.mark.skipif(_native.CUDA is None, reason=f"nothing to read: {_native.CUDA_REASON}")
+def test_the_emulator_still_tells_the_line_of_a_source() -> None:
+    kernel = "bcast_position_sums_bf16"
+    read = parse(entries()[kernel].ptx).kernels[kernel]
+    lines = {read.where(number).rpartition(":")[0] for number in range(len(read.instructions))}
+    assert lines >= {"bcast_position_sums.cu", "cuda_bf16.hpp"}

@@ -3,6 +3,8 @@
 import numpy as np
 import ptx_emulator
 import pytest
+from ptx_emulator.cuda import Pointer, Record
+from ptx_emulator.cuda import run as run_record
 from ptx_snippets import entry, run
 
 LANES = np.arange(64, dtype=np.uint32)
@@ -224,3 +226,36 @@ def test_a_wait_that_does_not_try_again() -> None:
         assert (out[:32] == 0).all()
         assert (out[32:] == 9).all()
         assert not report.faults
+
+
+#: Waits for at most %d20 nanoseconds, and goes to $OVER if the phase is over.
+LIMITED = (
+    "mov.u64 %d10, %globaltimer; $W: mbarrier.try_wait.parity.shared::cta.b64 %p5, [%r9], 0; @%p5 bra $OVER; "
+    "mov.u64 %d11, %globaltimer; sub.u64 %d11, %d11, %d10; setp.lt.u64 %p6, %d11, %d20; @%p6 bra $W; "
+)
+
+
+def test_where_no_thread_can_go_on_time_passes_for_who_reads_it() -> None:
+    code = init(2) + "mov.b64 %d20, 2500000000; @%p2 bra $T; bra $X; $T: " + LIMITED
+    out, report = go(code + "cvt.u32.u64 %r1, %d11; bra $X; $OVER: mov.b32 %r1, 1; $X: ")
+    assert out[0] == 3_000_000_000 % 2**32
+    assert not report.faults
+
+
+def test_time_does_not_pass_while_another_thread_can_go_on() -> None:
+    arrive = "mbarrier.arrive.shared::cta.b64 _, [%r9];"
+    code = init(1) + "mov.b64 %d20, 1; @%p1 bra $P; " + LIMITED + "mov.b32 %r1, 2; bra $X; "
+    out, _ = go(code + f"$P: @%p2 {arrive} bra $X; $OVER: mov.b32 %r1, 1; $X: ")
+    assert (out[32:] == 1).all()
+
+
+def test_who_waits_for_ever_is_told_after_a_minute_and_what_was_written_before_a_trap_stays() -> None:
+    forever = init(1) + "mov.b64 %d20, -1; " + LIMITED + "$OVER: "
+    with pytest.raises(ptx_emulator.EmulationError, match="no thread can go on"):
+        go(forever)
+    text = entry(SETUP + "mov.b32 %r1, 7;" + STORE + "trap;", 1, outside=OUTSIDE)
+    out = np.zeros(64, np.uint32)
+    record = Record(text, "f", (1, 1, 1), (64, 1, 1), (Pointer("x"),), {"x": out})
+    with pytest.raises(ptx_emulator.EmulationError, match="trap"):
+        run_record(record)
+    assert (out == 7).all()

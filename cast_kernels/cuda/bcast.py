@@ -6,8 +6,8 @@ This side checks nothing twice: shapes are the op's business, grids and argument
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ DIM_MULTIPLE = 8
 _WINDOW_CODES = {None: -1, "time": 0, "space": 1, "space-time": 2}
 _LINE = 128  # bytes of a cache line
 _WORD = 4
+#: Tensors that may be absent.
+Maybe = tuple[Tensor | None, ...]
 
 
 def can_run(problem: Problem) -> Verdict:
@@ -95,21 +97,34 @@ def forward(
         RuntimeError: the driver refuses a launch; in its words.
     """
     if problem.batch == 0 or _exchanges_nothing(problem):
-        outputs = _outputs(problem, (spatial, temporal), spatial.dtype)
         words = saved_words(problem, recompute)
-        return outputs[0], outputs[1].to(temporal.dtype), spatial.new_empty((problem.batch, words), dtype=torch.float32)
+        y, z = _outputs(problem, (spatial, temporal))
+        return y, z, spatial.new_empty((problem.batch, words), dtype=torch.float32)
     with common.on_device(spatial):
-        given = _Given(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale))
-        multiprocessors = common.multiprocessors(spatial)
-        plan = _plan(problem, given.streams, given.dtype, eps, recompute, multiprocessors)
-        outputs = _outputs(problem, given.x, given.streams)
-        saved = spatial.new_empty((problem.batch, plan.saved_words), dtype=torch.float32)
-        scratch = common.memory(spatial, plan.forward_scratch)
-        common.kernels().forward(
-            plan.native, *given.addresses, [y.data_ptr() for y in outputs], plan.recompute, saved.data_ptr(),
-            scratch.data_ptr(), multiprocessors, common.stream(spatial),
-        )  # fmt: skip
-    return _as(outputs[0], spatial), _as(outputs[1], temporal), saved
+        factors = _factors(spatial_scale, temporal_scale)
+        found = _forward(problem, (spatial, temporal), parameters, factors, eps, recompute)
+        if found is not None:
+            return found
+        x = common.together((spatial, temporal), problem.compute)
+        parameters = Parameters.from_flat(common.together(parameters.flat(), problem.compute))
+        y, z, saved = common.must(_forward(problem, x, parameters, factors, eps, recompute))
+        return _as(y, spatial), _as(z, temporal), saved
+
+
+def _forward(
+    problem: Problem, x: tuple[Tensor, ...], parameters: Parameters, factors: Maybe, eps: float, recompute: str
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """The outputs and what is kept; None if a tensor is not what kernels read."""
+    first = x[0]
+    plan = _plan_for(problem, first, parameters, eps, recompute)
+    y = _outputs(problem, x)
+    saved = torch.empty_strided(
+        (problem.batch, plan.saved_words), (plan.saved_words, 1), dtype=torch.float32, device=first.device
+    )
+    scratch = common.memory(first, plan.forward_scratch)
+    if not plan.native.forward(x, parameters, factors, y, saved, scratch, common.stream(first)):
+        return None
+    return *y, saved
 
 
 def backward(
@@ -139,34 +154,58 @@ def backward(
     Raises:
         RuntimeError: the driver refuses a launch; in its words.
     """
-    primals = [spatial, temporal, *parameters.flat()]
-    wants = [want and x is not None for want, x in zip(wanted, primals, strict=True)]
-    if problem.batch == 0 or not any(wants) or _exchanges_nothing(problem):
-        return [torch.zeros_like(x) if want else None for x, want in zip(primals, wants, strict=True)]  # type: ignore[arg-type]
+    places = _places(problem, tuple(wanted), common.kernels().present(parameters))
+    if problem.batch == 0 or not places.written or _exchanges_nothing(problem):
+        return _returned((None,) * len(places.wants), places, spatial, temporal, parameters)
     with common.on_device(spatial):
-        given = _Given(problem, (spatial, temporal), parameters, (spatial_scale, temporal_scale))
-        multiprocessors = common.multiprocessors(spatial)
-        plan = _plan(problem, given.streams, given.dtype, eps, recompute, multiprocessors)
-        received = ((grad_spatial_out, problem.t2s_window), (grad_temporal_out, problem.s2t_window))
-        alive, grads_out = common.as_read([g for g, window in received if window is not None], given.streams)
-        if len(alive) == 1:
-            grads_out.insert(0 if problem.t2s_window is None else 1, 0)
-        grads: list[Tensor | None] = [
-            torch.empty_like(x) if write and x is not None else None
-            for x, write in zip((*given.x, *given.parameters), _written(problem, wants), strict=True)
-        ]
-        addresses = list(map(common.address, grads))
-        (kept,), (saved_address,) = common.as_read([saved], torch.float32)
-        scratch = common.memory(spatial, plan.backward_scratch)
-        common.kernels().backward(
-            plan.native, *given.addresses, grads_out, plan.recompute, saved_address, scratch.data_ptr(), addresses[:2],
-            addresses[2:], multiprocessors, common.stream(spatial),
-        )  # fmt: skip
-        del kept  # alive until here
+        factors = _factors(spatial_scale, temporal_scale)
+        grad_y: Maybe = (
+            None if problem.t2s_window is None else grad_spatial_out,
+            None if problem.s2t_window is None else grad_temporal_out,
+        )
+        grads = _backward(problem, places, (spatial, temporal), parameters, factors, eps, recompute, saved, grad_y)
+        if grads is not None and places.complete:
+            return list(grads)
+        if grads is None:
+            x = common.together((spatial, temporal), problem.compute)
+            read = Parameters.from_flat(common.together(parameters.flat(), problem.compute))
+            grad_y = tuple(common.readable(g, x[0].dtype) for g in grad_y)
+            saved = common.readable(saved, torch.float32)
+            grads = common.must(_backward(problem, places, x, read, factors, eps, recompute, saved, grad_y))
+        return _returned(grads, places, spatial, temporal, parameters)
+
+
+def _returned(
+    grads: Maybe, places: _Places, spatial: Tensor, temporal: Tensor, parameters: Parameters
+) -> list[Tensor | None]:
+    """What is wanted of the gradients in the dtypes of what they are of; zeros where kernels write none."""
+    primals = [spatial, temporal, *parameters.flat()]
     return [
         None if x is None or not want else torch.zeros_like(x) if grad is None else _as(grad, x)
-        for grad, x, want in zip(grads, primals, wants, strict=True)
+        for grad, x, want in zip(grads, primals, places.wants, strict=True)
     ]
+
+
+def _backward(
+    problem: Problem, places: _Places, x: tuple[Tensor, ...], parameters: Parameters,
+    factors: Maybe, eps: float, recompute: str, saved: Tensor, grad_y: Maybe,
+) -> Maybe | None:  # fmt: skip
+    """What kernels write of the gradients; None if a tensor is not what kernels read.
+
+    Those of parameters whose rows are equally wide lie in one allocation, which lives as long as any of them.
+    """
+    first = x[0]
+    plan = _plan_for(problem, first, parameters, eps, recompute)
+    made: list[Tensor | None] = [None]
+    if places.of_x:
+        made += map(torch.empty_like, x)
+    owner = parameters.spatial.down_weight
+    for shape, rows in places.groups:
+        made += owner.new_empty(shape).split_with_sizes(rows)
+    grads: Maybe = places.order(made)
+    scratch = common.memory(first, plan.backward_scratch)
+    fits = plan.native.backward(x, parameters, factors, grad_y, saved, scratch, grads, common.stream(first))
+    return grads if fits else None
 
 
 def _exchanges_nothing(problem: Problem) -> bool:
@@ -177,13 +216,61 @@ def _as(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
-def _outputs(problem: Problem, x: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _outputs(problem: Problem, x: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Uninitialised outputs, empty for a stream that receives nothing."""
-    windows = (problem.t2s_window, problem.s2t_window)
-    return [
-        one.new_empty((0,) if window is None else one.shape, dtype=dtype)
-        for one, window in zip(x, windows, strict=True)
+    return (
+        x[0].new_empty(0) if problem.t2s_window is None else torch.empty_like(x[0]),
+        x[1].new_empty(0) if problem.s2t_window is None else torch.empty_like(x[1]),
+    )
+
+
+def _factors(spatial: Tensor | None, temporal: Tensor | None) -> Maybe:
+    """Drop-path's factors, which come in the dtype of their stream, as kernels read them."""
+    if spatial is None and temporal is None:
+        return None, None
+    return common.readable(spatial, torch.float32), common.readable(temporal, torch.float32)
+
+
+class _Places(NamedTuple):
+    """Which gradients there are, and where :func:`_backward` finds them."""
+
+    wants: list[bool]  # for the streams and each parameter: whether its gradient is wanted
+    written: bool  # whether kernels write any
+    of_x: bool  # whether they write the streams'
+    groups: list[tuple[tuple[int, ...], list[int]]]  # of parameters: the shape of all together, and rows of each
+    order: Any  # picks all gradients out of: None, the streams', those of each group
+    complete: bool  # whether what kernels write is what is wanted
+
+
+@lru_cache(maxsize=256)
+def _places(problem: Problem, wanted: tuple[bool, ...], present: int) -> _Places:
+    """
+    Args:
+        wanted: for the streams and each parameter.
+        present: a bit for each parameter.
+    """
+    wants = [want and (i < 2 or bool(present >> i - 2 & 1)) for i, want in enumerate(wanted)]
+    written = _written(problem, wants)
+    groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # a row's shape -> numbers and rows
+    for number, (rows, *row) in enumerate(_shapes(problem)):
+        if written[2 + number]:
+            groups.setdefault(tuple(row), []).append((number, rows))
+    made = [None, *((0, 1) if written[0] else ()), *(2 + number for own in groups.values() for number, _ in own)]
+    places = [made.index(i) if write else 0 for i, write in enumerate(written)]
+    shapes = [((sum(rows for _, rows in own), *row), [rows for _, rows in own]) for row, own in groups.items()]
+    return _Places(wants, any(written), written[0], shapes, itemgetter(*places), written == wants)
+
+
+def _shapes(problem: Problem) -> list[tuple[int, ...]]:
+    """Of all parameters that there may be."""
+    d, dim = problem.bottleneck_dim, problem.dim
+    stream = [(d, dim), (d,), (d,), (d,), (dim, d), (dim,)]
+    way = [(d, d), (d,), (2 * d, d), (2 * d,), (d, d), (d,)]
+    lengths = [
+        WINDOWS[window](problem.frames, problem.patches) if window else 0
+        for window in (problem.t2s_window, problem.s2t_window)
     ]
+    return [*stream, *stream, *(shape for length in lengths for shape in ((length, d), (length, d), *way))]
 
 
 def _written(problem: Problem, wants: list[bool]) -> list[bool]:
@@ -197,60 +284,37 @@ def _written(problem: Problem, wants: list[bool]) -> list[bool]:
     return written
 
 
-class _Given:
-    """A call's tensors as kernels read them, kept alive as long as this object, and their addresses.
-
-    Attributes:
-        streams: dtype of both streams.
-        dtype: of all parameters.
-        addresses: of the streams, the parameters and the factors, 0 where one is absent.
-    """
-
-    def __init__(
-        self, problem: Problem, x: tuple[Tensor, Tensor], parameters: Parameters,
-        scale: tuple[Tensor | None, Tensor | None],
-    ) -> None:  # fmt: skip
-        flat = parameters.flat()
-        there = [one for one in flat if one is not None]
-        self.streams: torch.dtype = common.dtype_of(x, problem.compute)
-        self.dtype: torch.dtype = common.dtype_of(there, problem.compute)
-        self.x, of_x = common.as_read(x, self.streams)
-        read, of_parameters = common.as_read(there, self.dtype)
-        tensors, places = iter(read), iter(of_parameters)
-        self.parameters: list[Tensor | None] = [None if one is None else next(tensors) for one in flat]
-        self.factors = [None if one is None else common.as_read([one], torch.float32) for one in scale]
-        self.addresses: tuple[list[int], list[int], list[int]] = (
-            of_x,
-            [0 if one is None else next(places) for one in flat],
-            [0 if one is None else one[1][0] for one in self.factors],
-        )
-
-
 class _Plan(NamedTuple):
-    """What is known of a call but its addresses."""
+    """What is known of a call but its tensors."""
 
-    native: Any  # the module's Problem
-    recompute: int  # as the module numbers it
+    native: Any  # the module's Plan
     saved_words: int  # of a clip
     forward_scratch: int  # bytes
     backward_scratch: int
 
 
+def _plan_for(problem: Problem, first: Tensor, parameters: Parameters, eps: float, recompute: str) -> _Plan:
+    """The plan if all streams are of the dtype of the first, and all parameters of that of theirs."""
+    return _plan(problem, first.dtype, parameters.spatial.down_weight.dtype, eps, recompute, first.get_device())
+
+
 @lru_cache(maxsize=256)
 def _plan(
-    problem: Problem, streams: torch.dtype, parameters: torch.dtype, eps: float, recompute: str, multiprocessors: int
+    problem: Problem, streams: torch.dtype, parameters: torch.dtype, eps: float, recompute: str, gpu: int
 ) -> _Plan:  # fmt: skip
-    kernels = common.kernels()
+    kernels, multiprocessors = common.kernels(), common.multiprocessors(gpu)
+    numbers = [common.NUMBERS[common.read_as(dtype, problem.compute)] for dtype in (streams, parameters)]
     native = kernels.Problem(
         problem.batch, problem.frames, problem.patches, problem.dim, problem.bottleneck_dim, problem.num_heads,
         _WINDOW_CODES[problem.t2s_window], _WINDOW_CODES[problem.s2t_window], common.NUMBERS[problem.compute],
-        common.NUMBERS[streams], common.NUMBERS[parameters], eps,
+        *numbers, eps,
     )  # fmt: skip
     code, words = common.RECOMPUTE_CODES[recompute], saved_words(problem, recompute)
     if kernels.saved_bytes(native, code) != problem.batch * words * _WORD:
         raise RuntimeError("csrc/cuda and cast_kernels.cuda.bcast disagree about what forward keeps")
     back = kernels.backward_scratch_bytes(native, code, multiprocessors) if recompute else 0
-    return _Plan(native, code, words, kernels.forward_scratch_bytes(native, code), back)
+    plan = kernels.Plan(native, code, multiprocessors)
+    return _Plan(plan, words, kernels.forward_scratch_bytes(native, code), back)
 
 
 assert set(WINDOWS) == set(_WINDOW_CODES) - {None}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, reduce
-from operator import attrgetter, or_
 from types import ModuleType
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cast_kernels import _native
 from cast_kernels.compiling import constant
@@ -17,7 +16,9 @@ from cast_kernels.problem import Recompute, Verdict
 
 #: What products read; streams and parameters are of the same dtype or float32.
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
-#: Names of dtypes in csrc/cuda/launch.h.
+#: Types of the tensors that the module reads: their memory is what it seems.
+TYPES = (Tensor, nn.Parameter)
+#: Names of dtypes in csrc/cuda/launch.h, in its order.
 NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 #: Recompute in csrc/cuda/bcast.h; "" is where no backward will follow.
 RECOMPUTE_CODES: dict[str, int] = {Recompute.NOTHING: 0, Recompute.CHEAP: 1, Recompute.ALL: 2, "": 3}
@@ -28,8 +29,10 @@ CAPABILITY = (9, 0)
 #: Multiprocessors of an H100, where launches are recorded and no GPU is there.
 RECORDED_MULTIPROCESSORS = 132
 
+Found = TypeVar("Found")
+#: A tensor, or one that may be absent.
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 _HERE: AbstractContextManager[object] = nullcontext()
-_DTYPE = attrgetter("dtype")
 
 
 def kernels() -> ModuleType:
@@ -113,8 +116,10 @@ def _release(version: int) -> str:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU current: launches go there."""
-    return torch.cuda.device(x.device) if x.is_cuda else _HERE
+    """Make the tensor's GPU current, unless it is: launches go there."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def stream(x: Tensor) -> int:
@@ -125,14 +130,11 @@ def stream(x: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of the tensor's GPU."""
-    return _multiprocessors(x.device.index) if x.is_cuda else RECORDED_MULTIPROCESSORS
-
-
-@lru_cache
-def _multiprocessors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+def multiprocessors(gpu: int) -> int:
+    """Of the GPU of this number; -1 where launches are recorded."""
+    if gpu < 0:
+        return RECORDED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(gpu).multi_processor_count)
 
 
 def memory(like: Tensor, size: int) -> Tensor:
@@ -140,25 +142,43 @@ def memory(like: Tensor, size: int) -> Tensor:
     return like.new_empty(size, dtype=torch.uint8)
 
 
-def address(x: Tensor | None) -> int:
-    """Of a tensor, 0 of None."""
-    return 0 if x is None else x.data_ptr()
+def read_as(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """As what kernels read a dtype: as the compute dtype if it is that, else as float32, which holds its values."""
+    return compute if dtype == compute else torch.float32
 
 
-def dtype_of(tensors: Sequence[Tensor], compute: torch.dtype) -> torch.dtype:
-    """In which kernels read these tensors: the compute dtype if all are of it, else float32, which holds them all."""
-    return compute if set(map(_DTYPE, tensors)) <= {compute} else torch.float32
+def together(tensors: Sequence[AnyTensor], compute: torch.dtype) -> tuple[AnyTensor, ...]:
+    """The tensors :func:`readable`, all of the compute dtype, or all of float32."""
+    narrow = {x.dtype for x in tensors if x is not None} <= {compute}
+    return tuple(readable(x, compute if narrow else torch.float32) for x in tensors)
 
 
-def as_read(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Sequence[Tensor], list[int]]:
-    """The tensors as kernels read them, and their addresses: contiguous, of the dtype, at addresses that copies take.
+def readable(x: AnyTensor, dtype: torch.dtype) -> AnyTensor:
+    """The tensor as kernels read it, mostly itself: contiguous, of the dtype, at an address that copies take."""
+    if x is None:
+        return x
+    x = x.to(dtype).contiguous()
+    x = x if type(x) in TYPES else x.as_subclass(Tensor)
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
-    Mostly they are so already; this is on the way of every call, and looks at all of them at once.
+
+def must(found: Found | None) -> Found:
+    """What was found with tensors that are readable.
+
+    Raises:
+        RuntimeError: the module takes them for something else.
     """
-    if set(map(_DTYPE, tensors)) != {dtype} or not all(map(Tensor.is_contiguous, tensors)):
-        tensors = [x.to(dtype).contiguous() for x in tensors]
-    addresses = list(map(Tensor.data_ptr, tensors))
-    if reduce(or_, addresses, 0) % ALIGNMENT:
-        tensors = [x.clone() if x.data_ptr() % ALIGNMENT else x for x in tensors]
-        addresses = list(map(Tensor.data_ptr, tensors))
-    return tensors, addresses
+    if found is None:
+        raise RuntimeError("the CUDA kernels read tensors that are contiguous, of one dtype and aligned; these are not")
+    return found
+
+
+def _read_tensors() -> bool:
+    """Tell the module how tensors are read; whether by DLPack's table, which takes a fifth of the time."""
+    names = ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__")  # of releases until 2.10, too
+    table = next((found for name in names if (found := getattr(Tensor, name, None)) is not None), None)
+    return kernels().read_tensors_by(table, TYPES, tuple(NUMBERS))
+
+
+#: Whether this PyTorch has DLPack's table of functions.
+HAS_TABLE = _native.CUDA is not None and _read_tensors()

@@ -159,6 +159,7 @@ def execute(launch: CudaLaunch, file: Path | None = None, **options: Any) -> Ran
     except (Unsupported, ParseError) as error:
         raise RuntimeError(f"{launch.kernel} on {launch.target.name}: {error}") from error
     except EmulationError as error:
+        error.args = (f"{error.args[0]}{_native.cuda().told_waits()}", *error.args[1:])
         raise EmulationFault(launch, [error]) from error
     return Ran(launch, report, time.perf_counter() - begin)
 

@@ -2,6 +2,7 @@
 // answered by the other. Rows of a stream are its tokens, frame by frame, CLS first in each frame where it has one.
 #pragma once
 #include "arguments.h"
+#include "watchdog.h"
 
 namespace cast::cuda {
 
@@ -45,7 +46,7 @@ struct ProjectedStream {
   int q_columns, kv_columns;  // d and 2d, or 0 for a role that the stream does not have
 };
 
-struct ProjectArguments {
+struct ProjectArguments : Watched {
   ProjectedStream streams[2];  // spatial first
   int frames;                  // of a clip
   int dim;
@@ -96,7 +97,7 @@ struct AskingStream {
   int rows;
 };
 
-struct ExchangeArguments {
+struct ExchangeArguments : Watched {
   AskingStream streams[2];
   int frames;  // of a clip
   int dim;
@@ -121,7 +122,7 @@ struct AskedStream {
   int rows;
 };
 
-struct ExchangeBackwardArguments {
+struct ExchangeBackwardArguments : Watched {
   AskedStream streams[2];
   int frames;
   int dim;
@@ -171,7 +172,7 @@ struct ProjectedBackStream {
   int received;                 // whether grad_y is there
 };
 
-struct ProjectBackwardArguments {
+struct ProjectBackwardArguments : Watched {
   ProjectedBackStream streams[2];
   int dim;
   int want_x;
@@ -198,7 +199,7 @@ struct GradientJob {
 
 constexpr int GRADIENT_JOBS = 10, PAIR_ROWS = 256;
 
-struct WeightGradientArguments {
+struct WeightGradientArguments : Watched {
   GradientJob jobs[GRADIENT_JOBS];
   float* parts;  // [pairs + clusters - 1, 256, d]: cluster c's part of pair p is p + c
   float* sums;   // [pairs + clusters - 1, 256]

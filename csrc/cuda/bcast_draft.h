@@ -116,22 +116,26 @@ class Draft {
   void exchange(const std::array<Address, 2>& y, bool only_h);
 
   template <class Arguments>
-  void launch(const Argument<Arguments>& argument, const std::string& kernel, unsigned grid, unsigned threads,
+  void launch(Argument<Arguments>& argument, const std::string& kernel, unsigned grid, unsigned threads,
               unsigned cluster, unsigned shared_bytes) const {
     run(argument.launch(kernel, grid, threads, cluster, shared_bytes), stream_);
   }
   template <class Arguments>
-  void launch_rows(const Argument<Arguments>& argument, const std::string& kernel,
+  void launch_rows(Argument<Arguments>& argument, const std::string& kernel,
                    const std::array<RowTiles, 2>& tiles) const {
     launch(argument, kernel, tiles[0].ctas + tiles[1].ctas, ROW_THREADS, ROW_CLUSTER, ROW_SHARED);
   }
   // bcast_<kernel>_<compute>, and what else the kernel is one of many for.
-  std::string name(const char* kernel) const { return std::string("bcast_") + kernel + "_" + name_of(p_.compute); }
-  std::string name(const char* kernel, int number) const { return name(kernel) + "_" + std::to_string(number); }
-  std::string name(const char* kernel, Number type) const { return name(kernel) + "_" + name_of(type); }
-  std::string name(const char* kernel, Number type, int number) const {
-    return name(kernel, type) + "_" + std::to_string(number);
+  template <class... Rest>
+  std::string name(const char* kernel, Rest... rest) const {
+    std::string text;
+    text.reserve(48);
+    text.append("bcast_").append(kernel).append("_").append(name_of(p_.compute));
+    (append(text.append("_"), rest), ...);
+    return text;
   }
+  static void append(std::string& text, Number type) { text += name_of(type); }
+  static void append(std::string& text, int number) { text += std::to_string(number); }
 
   template <class Arguments, class T>
   static void point(Argument<Arguments>& argument, T*& member, const Buffer& buffer) {

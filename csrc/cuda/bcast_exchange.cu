@@ -22,6 +22,7 @@ CAST_DEVICE void exchange(const ExchangeArguments& g) {
   const int row = task.row;
   const Columns columns = g.only_h ? Columns{0, 0} : task.columns(g.dim);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  watch(g);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
   cluster_sync();

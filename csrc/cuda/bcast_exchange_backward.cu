@@ -19,6 +19,7 @@ CAST_DEVICE void exchange_backward(const ExchangeBackwardArguments& g) {
   const int row = task.row;
   const Columns columns = task.columns(D);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  watch(g);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
   cluster_sync();

@@ -95,6 +95,7 @@ CAST_DEVICE void project(const ProjectArguments& g) {
   const Columns columns = task.columns(own.q_columns + own.kv_columns);
   const Columns q = columns.within(0, own.q_columns), kv = columns.within(own.q_columns, own.kv_columns);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  watch(g);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
   cluster_sync();

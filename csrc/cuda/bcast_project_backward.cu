@@ -34,6 +34,7 @@ CAST_DEVICE void project_backward(const ProjectBackwardArguments& g) {
   const int row = task.row;
   const Columns columns = g.want_x ? task.columns(g.dim) : Columns{0, 0};
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  watch(g);
   if (threadIdx.x == 0) shared.init();
   __syncwarp();
   cluster_sync();

@@ -167,6 +167,7 @@ CAST_DEVICE void weight_gradient(const WeightGradientArguments& g) {
   const uint32_t rank = cluster_rank();
   const int64_t cluster = blockIdx.x / PAIR, clusters = gridDim.x / PAIR;
   const int step = g.steps * cluster / clusters, stop = g.steps * (cluster + 1) / clusters;
+  watch(g);
   if (threadIdx.x == 0) {
     shared.ring.init(WARPS);
     fence_mbarrier_init();

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <unordered_map>
@@ -28,6 +29,10 @@ struct Driver {
   decltype(&cuCtxSetCurrent) set_context;
   decltype(&cuDeviceGet) device_of;
   decltype(&cuDevicePrimaryCtxRetain) primary;
+#ifdef CAST_WATCHDOG
+  decltype(&cuMemHostAlloc) host_memory;
+  decltype(&cuStreamSynchronize) synchronize;
+#endif
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -46,6 +51,10 @@ struct Driver {
     find("cuCtxSetCurrent", set_context);
     find("cuDeviceGet", device_of);
     find("cuDevicePrimaryCtxRetain", primary);
+#ifdef CAST_WATCHDOG
+    find("cuMemHostAlloc", host_memory);
+    find("cuStreamSynchronize", synchronize);
+#endif
   }
 
   void check(CUresult result, const std::string& what) const {
@@ -154,7 +163,66 @@ void run(const Launch& launch, Address stream) {
   config.hStream = reinterpret_cast<CUstream>(stream);
   // Kernels carry the size of their clusters.
   d.check(d.launch(&config, reinterpret_cast<CUfunction>(kernel), arguments, nullptr), launch.kernel);
+#ifdef CAST_WATCHDOG
+  const CUresult ended = d.synchronize(config.hStream);
+  d.check(ended, launch.kernel + told_waits());
+#endif
 }
+
+#ifdef CAST_WATCHDOG
+
+LongWait* long_waits() {
+  constexpr std::size_t BYTES = LONG_WAITS * sizeof(LongWait);
+  if (is_recorded()) {
+    static std::vector<LongWait> all(LONG_WAITS);
+    return all.data();
+  }
+  static LongWait* const all = [] {
+    void* made = nullptr;  // of the host, at the same address on every GPU
+    driver().check(driver().host_memory(&made, BYTES, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
+                   "memory that tells long waits");
+    std::memset(made, 0, BYTES);
+    return static_cast<LongWait*>(made);
+  }();
+  return all;
+}
+
+std::string told_waits() {
+  constexpr const char* NAMES[] = {"full", "empty", "read", "incoming"};
+  // Sources in which a wait is asked for.
+  constexpr const char* FILES[] = {"ring.cuh",
+                                   "rows.cuh",
+                                   "residual.cuh",
+                                   "bcast_weight_gradient.cu",
+                                   "bcast_exchange_backward.cu",
+                                   "bcast_project_backward.cu"};
+  std::map<std::string, std::pair<int, std::string>>
+      told;  // what is waited for -> by how many warps, and by which first
+  for (int i = 0; i < LONG_WAITS; ++i) {
+    LongWait& one = long_waits()[i];
+    if (one.told == 0) continue;
+    const char* file = "another file";
+    for (const char* name : FILES)
+      if (file_number(name) == one.source.file) file = name;
+    const std::string what = std::string("parity ") + std::to_string(one.parity) + " of " +
+                             NAMES[static_cast<unsigned>(one.barrier) % 4] + "[" + std::to_string(one.place) +
+                             "], at shared byte " + std::to_string(one.address) + " (" + file + ":" +
+                             std::to_string(one.source.line) + ")";
+    auto& [count, first] = told[what];
+    if (count++ == 0) first = "warp " + std::to_string(one.warp) + " of CTA " + std::to_string(one.cta);
+    one = {};
+  }
+  std::string text;
+  for (const auto& [what, by] : told)
+    text += "; " + std::to_string(by.first) + " warps, first " + by.second + ", wait for " + what;
+  return text;
+}
+
+#else
+
+std::string told_waits() { return ""; }
+
+#endif
 
 void make_current(int device) {
   const Driver& d = driver();

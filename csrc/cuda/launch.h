@@ -5,10 +5,12 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
+#include "watchdog.h"
 
 namespace cast::cuda {
 
@@ -36,18 +38,28 @@ struct Place {
   Tiled map;  // where it is one
 };
 
+// It views its argument, and lasts as long.
 struct Launch {
   std::string kernel;
   unsigned grid, threads, cluster, shared_bytes;
-  std::vector<unsigned char> argument;  // the kernel's only one; maps are still empty
-  std::vector<Place> places;
+  std::string_view argument;  // bytes of the kernel's only one; maps are still empty
+  const std::vector<Place>& places;
 };
+
+#ifdef CAST_WATCHDOG
+// Where kernels tell their long waits: LONG_WAITS of them, all of this process.
+LongWait* long_waits();
+#endif
+// What they told, in words; "" if nothing.
+std::string told_waits();
 
 // Fills a kernel's argument and remembers where its pointers and maps are.
 template <class Arguments>
 class Argument {
  public:
   Arguments values{};
+
+  Argument() { places_.reserve(128); }  // it grows in no kernel
 
   // A pointer to `bytes` of memory; null stays null.
   template <class T>
@@ -59,9 +71,13 @@ class Argument {
     const std::uint64_t bytes = tiled.columns * tiled.rows * bytes_of(tiled.type);
     places_.push_back({offset(&member), tiled.address, bytes, true, tiled});
   }
-  Launch launch(std::string kernel, unsigned grid, unsigned threads, unsigned cluster, unsigned shared_bytes) const {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(&values);
-    return {std::move(kernel), grid, threads, cluster, shared_bytes, {bytes, bytes + sizeof(values)}, places_};
+  Launch launch(std::string kernel, unsigned grid, unsigned threads, unsigned cluster, unsigned shared_bytes) {
+#ifdef CAST_WATCHDOG
+    if constexpr (std::is_base_of_v<Watched, Arguments>)
+      point(values.waits, reinterpret_cast<Address>(long_waits()), LONG_WAITS * sizeof(LongWait));
+#endif
+    const std::string_view bytes(reinterpret_cast<const char*>(&values), sizeof(values));
+    return {std::move(kernel), grid, threads, cluster, shared_bytes, bytes, places_};
   }
 
  private:

@@ -1,6 +1,6 @@
 // A ring of places in shared memory between one thread that fills them by copies and the threads that read them.
 #pragma once
-#include "ptx.cuh"
+#include "watchdog.h"
 
 namespace cast::cuda {
 
@@ -43,20 +43,17 @@ struct RingCursor {
   }
 
   // The filling side: the place is empty. In the first round every place is.
-  CAST_DEVICE void wait_empty(RingBarriers<PLACES>& barriers) const {
-    while (!mbarrier_try_wait(&barriers.empty[place], round ^ 1)) {
-    }
+  CAST_DEVICE void wait_empty(RingBarriers<PLACES>& barriers, Source source = CAST_CALLER) const {
+    wait(&barriers.empty[place], round ^ 1, Awaited::empty, place, source);
   }
   template <int CTAS>
-  CAST_DEVICE void wait_empty(ClusterRingBarriers<PLACES, CTAS>& barriers) const {
-    while (!mbarrier_try_wait_cluster(&barriers.empty[place], round ^ 1)) {
-    }
+  CAST_DEVICE void wait_empty(ClusterRingBarriers<PLACES, CTAS>& barriers, Source source = CAST_CALLER) const {
+    wait_cluster(&barriers.empty[place], round ^ 1, Awaited::empty, place, source);
   }
 
   // The reading side: the place is full.
-  CAST_DEVICE void wait_full(RingBarriers<PLACES>& barriers) const {
-    while (!mbarrier_try_wait(&barriers.full[place], round)) {
-    }
+  CAST_DEVICE void wait_full(RingBarriers<PLACES>& barriers, Source source = CAST_CALLER) const {
+    wait(&barriers.full[place], round, Awaited::full, place, source);
   }
 };
 
@@ -69,8 +66,7 @@ CAST_DEVICE void forward_reads(ClusterRingBarriers<PLACES, CTAS>& barriers, int 
   const int lane = threadIdx.x % 32;
   if (lane < CTAS)
     for (int i = 0; i < count; ++i) {
-      while (!mbarrier_try_wait(&barriers.read[at.place], at.round)) {
-      }
+      wait(&barriers.read[at.place], at.round, Awaited::read, at.place);
       mbarrier_arrive_cluster(&barriers.empty[at.place], lane);
       at.next();
     }

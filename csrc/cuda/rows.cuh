@@ -324,10 +324,9 @@ struct Incoming {
   }
 
   // The next tile, as an address of shared memory.
-  CAST_DEVICE uint32_t wait() {
+  CAST_DEVICE uint32_t wait(Source source = CAST_CALLER) {
     const int at = used % TILES;
-    while (!mbarrier_try_wait(&consumer.shared.incoming[at], used / TILES % 2)) {
-    }
+    cuda::wait(&consumer.shared.incoming[at], used / TILES % 2, Awaited::incoming, at, source);
     ++used;
     return shared_address(consumer.shared.tiles[at]);
   }

@@ -17,6 +17,7 @@ from ptx_emulator.core.exits import check_exits
 from ptx_emulator.core.forms.barriers import CtaBarriers, WarpBarriers
 from ptx_emulator.core.forms.bulk import Bulk
 from ptx_emulator.core.forms.clusters import ClusterBarriers
+from ptx_emulator.core.forms.mbarriers import MBarriers
 from ptx_emulator.core.forms.wgmma import Products
 from ptx_emulator.core.memory import Memory
 from ptx_emulator.core.program import Block, Jump, Leave, Program, Use, use_of
@@ -27,6 +28,8 @@ from ptx_emulator.core.state import State, Wait
 
 DONE = np.iinfo(np.int32).max
 FRUITLESS = 1000  # rounds of tests without any progress that are taken for a deadlock
+SECOND = 1_000_000_000  # nanoseconds
+LONGEST = 60  # seconds that may pass while no thread can go on
 MAX_SPLITS = 4  # a batch may part into 16
 
 
@@ -258,7 +261,7 @@ class Machine(State):
             if not self.of(Bulk).land_one():
                 self.rounds = 0 if self.progress != self.rounds_since else self.rounds + 1
                 self.rounds_since = self.progress
-                if not awake.any() or self.rounds > FRUITLESS:
+                if (not awake.any() or self.rounds > FRUITLESS) and not self._time_passes():
                     self._deadlock()
             self.polling[:] = -1
 
@@ -293,6 +296,16 @@ class Machine(State):
         if self.program.clocked:
             check_exits(self, ended)
             self.of(Bulk).ended(ended)
+
+    def _time_passes(self) -> bool:
+        """In a kernel that reads %globaltimer a thread that waits may give up: every `try_wait` says no after a second.
+
+        Whether one did; not after LONGEST seconds.
+        """
+        if self.nanoseconds >= LONGEST * SECOND or not self.program.timed:
+            return False
+        self.nanoseconds += SECOND
+        return self.of(MBarriers).give_up()
 
     def _deadlock(self) -> None:
         """Every live lane sleeps, and nothing is left that could wake one."""

@@ -15,7 +15,7 @@ from ptx_emulator.core.kernel import Kernel
 from ptx_emulator.core.pause import no_collection
 from ptx_emulator.core.spaces import Array
 from ptx_emulator.core.state import State, Wait
-from ptx_emulator.core.syntax import TYPE_BYTES, Address, Instruction, Symbol, Tile, registers_in
+from ptx_emulator.core.syntax import TIMER, TYPE_BYTES, Address, Instruction, Symbol, Tile, registers_in
 
 
 @dataclass
@@ -111,6 +111,11 @@ class Program:
     blocks: list[Block]
     granule: int
     clocked: bool  # has what warps of a CTA do to each other, or the async proxy to them, beyond barriers of the CTA
+
+    @property
+    def timed(self) -> bool:
+        """Whether it reads the time."""
+        return any(TIMER in ins.operands for ins in self.kernel.instructions)
 
 
 def guarded(action: Action, guard: int, negated: bool) -> Action:

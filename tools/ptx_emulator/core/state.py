@@ -75,6 +75,7 @@ class State(Batch):
         self.asleep: Array = np.full(self.shape, -1, np.int32)  # the block at whose end a lane sleeps
         self.polling: Array = self.asleep.copy()  # the instruction by which a lane's test has just failed
         self.progress = 0  # counts what may let a failed test succeed
+        self.nanoseconds = 0  # that have passed while no thread could go on
         self.waits: dict[int, Wait] = {}  # number of a block -> its end, where lanes may sleep there
         self.parts: dict[type[Part], Part] = {}
 

@@ -30,6 +30,10 @@ class Special:
     name: str
 
 
+#: Nanoseconds of the whole GPU.
+TIMER = Special("globaltimer")
+
+
 @dataclass(frozen=True)
 class Literal:
     """An immediate, as written."""

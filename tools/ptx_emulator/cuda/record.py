@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ptx_emulator.core.errors import Unsupported
+from ptx_emulator.core.errors import Trap, Unsupported
 from ptx_emulator.core.kernel import Module
 from ptx_emulator.core.launch import Report, launch
 from ptx_emulator.core.memory import Memory
@@ -103,22 +103,26 @@ def run(
         name: memory.register(_bytes(name, array), name, record.offsets.get(name, 0))
         for name, array in record.buffers.items()
     }
-    report = launch(
-        kernels[record.kernel],
-        grid=record.grid,
-        threads=record.block[0],
-        arguments=[_argument(one, places) for one in record.arguments],
-        memory=memory,
-        shared_bytes=record.shared_bytes,
-        target=record.target,
-        clusters=record.cluster,
-        landing=landing,
-        seed=seed,
-        checks=checks,
-        ctas=ctas,
-        engine=engine,
-        lane_order=lane_order,
-    )
+    try:
+        report = launch(
+            kernels[record.kernel],
+            grid=record.grid,
+            threads=record.block[0],
+            arguments=[_argument(one, places) for one in record.arguments],
+            memory=memory,
+            shared_bytes=record.shared_bytes,
+            target=record.target,
+            clusters=record.cluster,
+            landing=landing,
+            seed=seed,
+            checks=checks,
+            ctas=ctas,
+            engine=engine,
+            lane_order=lane_order,
+        )
+    except Trap:  # the host reads what was written before it
+        memory.write_back()
+        raise
     memory.write_back()
     return report
 

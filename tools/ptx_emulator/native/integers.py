@@ -1,7 +1,7 @@
 """Operations for integers: arithmetic, logic, shifts, moves, packing, selection, conversions between integers."""
 
 from ptx_emulator.core.decode import Modifiers
-from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Literal, Vector
+from ptx_emulator.core.syntax import TIMER, TYPE_BYTES, Instruction, Literal, Vector
 from ptx_emulator.native.encode import Encoder, Operation, encoder, simple
 
 INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)}
@@ -87,8 +87,8 @@ def encode_bits(e: Encoder, ins: Instruction) -> Operation | None:
 def encode_move(e: Encoder, ins: Instruction) -> Operation | None:
     kind, _ = _one_type(ins)
     target, source = ins.operands
-    if isinstance(target, Vector):
-        return None  # several operations: see unpacked
+    if isinstance(target, Vector) or source == TIMER:
+        return None  # several operations: see unpacked; or what changes while a kernel runs
     if isinstance(source, Vector):
         size, count = TYPE_BYTES[kind], len(source.items)
         parts = (e.source(o, f"b{8 * size // count}", ins) for o in source.items)

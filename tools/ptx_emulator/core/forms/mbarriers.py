@@ -179,6 +179,17 @@ class MBarriers(Part):
             self.m.wake(lanes.reshape(self.m.shape))
             self.acquire(b, sleeper.lanes, sleeper.end)
 
+    def give_up(self) -> bool:
+        """Let every `try_wait` that sleeps say that its phase is not over; whether there is one."""
+        sleepers = [(b, sleeper) for b in self.all.values() for sleeper in b.sleepers]
+        for b, sleeper in sleepers:
+            b.sleepers = []
+            lanes = np.zeros(self.m.lanes, bool)
+            lanes[sleeper.lanes] = True
+            self.m.set(sleeper.end.out, np.zeros(self.m.shape, bool), lanes.reshape(self.m.shape))
+            self.m.wake(lanes.reshape(self.m.shape))
+        return bool(sleepers)
+
     def acquire(self, b: MBarrier, lanes: Array, end: "PhaseWait") -> None:
         """Lanes, by their flat numbers, have seen a phase end."""
         clock = b.released.reaches(end.scope)

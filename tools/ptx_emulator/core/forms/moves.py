@@ -6,7 +6,16 @@ from ptx_emulator.core.decode import Action, Decoder, Modifiers, assign, choose,
 from ptx_emulator.core.errors import Trap, Unsupported
 from ptx_emulator.core.spaces import UNSIGNED, WINDOWS, Array
 from ptx_emulator.core.state import State
-from ptx_emulator.core.syntax import TYPE_BYTES, Instruction, Vector
+from ptx_emulator.core.syntax import TIMER, TYPE_BYTES, Instruction, Vector
+
+
+@instruction("mov")
+def build_clock(d: Decoder, ins: Instruction) -> Action | None:
+    """%globaltimer: time passes only where no thread can go on, see `Machine._time_passes`."""
+    if len(ins.operands) != 2 or ins.operands[1] != TIMER or ins.modifiers != ("u64",):
+        return None
+    out = d.destination(ins.operands[0], "u64", ins)
+    return lambda m, mask: m.set(out, np.full((1, 1), m.nanoseconds, np.uint64), mask)
 
 
 @instruction("mov")
