@@ -104,9 +104,9 @@ def check(
 
 
 def test_a_training_step_runs_from_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what `cast train` runs, autocast to bf16; the other dtypes are heavy."""
+    """In what `cast train` runs, autocast to bf16, once; other dtypes and several schedules are heavy."""
     draws(monkeypatch)
-    check(FP32, BF16, TINY, (Schedule(), Schedule("random", 1)))
+    check(FP32, BF16, TINY, (Schedule("random", 1),))
 
 
 ALL = (Schedule(), Schedule(), Schedule("early"), Schedule("random", 2))
@@ -116,8 +116,8 @@ ALL = (Schedule(), Schedule(), Schedule("early"), Schedule("random", 2))
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("dtype", "autocast", "sizes"),
-    [(BF16, None, TINY), (FP32, BF16, WIDE), (FP16, None, WIDE), (FP32, FP16, TINY)],
-    ids=["bf16", "amp, d 384", "fp16, d 384", "amp to fp16"],
+    [(BF16, None, TINY), (FP32, BF16, TINY), (FP32, BF16, WIDE), (FP16, None, WIDE), (FP32, FP16, TINY)],
+    ids=["bf16", "amp", "amp, d 384", "fp16, d 384", "amp to fp16"],
 )
 def test_a_training_step_under_every_schedule(
     dtype: torch.dtype, autocast: torch.dtype | None, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
