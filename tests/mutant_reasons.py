@@ -154,6 +154,13 @@ def same_boxes(subject: Subject, mutant: Mutant) -> bool:
     return bool(right) and right == wrong
 
 
+def met_before(subject: Subject, mutant: Mutant) -> bool:
+    """Since an aligned instruction that reads nothing itself there is no access to memory, branch or label."""
+    parts = re.split(r"([\w.:]+\.aligned\b[^;]*;)", _bare(subject.record.ptx[: mutant.at]))
+    busy = re.search(_ACCESS, parts[-1]) or re.search(r"\b(?:bra|ret|exit)\b|[$\w]+:\s", parts[-1])
+    return len(parts) > 1 and not busy and not re.match("ldmatrix|stmatrix", parts[-2])
+
+
 def same_arrivals(subject: Subject, mutant: Mutant) -> bool:
     """In each step each mbarrier gets the same arrivals, which release the same clocks: only lanes of a warp swap.
 
@@ -345,5 +352,17 @@ RULES: tuple[Rule, ...] = (
         "expected arrivals", r"mbarrier\.init", r"count - 1",
         "the arrivals are of one warpgroup, whose warps have waited for the same products: three tell as much as four",
         one_warpgroup,
+    ),
+    Rule(
+        "wait", r"mbarrier\.try_wait|cp\.async\.bulk\.wait_group\.read", "",
+        "orders nothing in this launch that other waits do not: without it the race check, which goes by clocks, finds "
+        "nothing, and eight schedules and landings keep every bit",
+        separates_nothing,
+        proof=False,
+    ),
+    Rule(
+        "barrier", r"bar\.warp\.sync", "deleted",
+        "the warp's lanes have met just before, with no access to memory since",
+        met_before,
     ),
 )  # fmt: skip

@@ -29,8 +29,8 @@ def watched(subject: Subject, ptx: str, arguments: Any, where: Any, name: str, t
     """What `told` says of each call of a function of the emulator in a launch, in order."""
     calls, real = [], getattr(where, name)
 
-    def watching(*given: Any) -> Any:
-        made = real(*given)
+    def watching(*given: Any, **named: Any) -> Any:
+        made = real(*given, **named)
         calls.append(told(made, *given))
         return made
 

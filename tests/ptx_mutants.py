@@ -5,6 +5,8 @@
     python tests/ptx_mutants.py --cuda project   # the same of the CUDA kernels, `cuda_subjects.py`
     python tests/ptx_mutants.py --cuda --most 99 # of each kernel as many of its faults, drawn by a seed
 
+A run may be stopped: the next one takes the rows that it finds, if they are of the same PTX, and goes on.
+
 Writes benchmarks/evidence/ptx_mutants.json or cuda_mutants.json, a row a mutant, and the table beside it. Exit status 1
 if a mutant is missed, that is, if nothing sees it and no reason is known why it changes nothing.
 """
@@ -20,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from heavy import circumstances
 from mutant_reasons import proof, reason
 from mutant_subjects import SUBJECTS
 from ptx_emulator.mutants import Mutant, Subject, Verdict, judge, mutants
-from ptx_emulator.mutants.judge import FOUND, REFUSED, STOPPED, UNREACHED, VALUES
+from ptx_emulator.mutants.judge import FOUND, REFUSED, STOPPED, UNORDERED, UNREACHED, VALUES
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("kernel", "family", "line of the PTX", "instruction", "change", "what became of it", "by or why", "landing")
@@ -49,23 +52,43 @@ def row_of(subject: Subject, verdict: Verdict) -> Row:
         by = by or ("" if verdict.change else reason(subject, mutant))
         how = EQUIVALENT if by else MISSED
         by = by or (f"values change by {verdict.change:.1e}" if verdict.change else "")
-    return [
-        subject.name, mutant.family, mutant.line, mutant.instruction[:110], mutant.change, how, by, verdict.landing
-    ]  # fmt: skip
+    return [*_key(subject, mutant), how, by, verdict.landing]
 
 
-def drawn(planted: Sequence[Mutant], most: int | None) -> list[Mutant]:
-    """All, or as many as `most` by a seed, in their order."""
-    if most is None or most >= len(planted):
-        return list(planted)
-    return [planted[number] for number in sorted(random.Random(SEED).sample(range(len(planted)), most))]
+def in_turn(planted: Sequence[Mutant]) -> list[int]:
+    """Their numbers in an order drawn by a seed, two that change what is ordered for each that does not.
+
+    So the first of them are a sample.
+    """
+    numbers = random.Random(SEED).sample(range(len(planted)), len(planted))
+    others = [number for number in numbers if planted[number].family in UNORDERED]
+    orders = [number for number in numbers if planted[number].family not in UNORDERED]
+    rounds = range(max(len(orders) // 40, len(others) // 20) + 1)
+    return [n for i in rounds for n in (*orders[40 * i : 40 * i + 40], *others[20 * i : 20 * i + 20])]
 
 
-def judged(subject: Subject, most: int | None = None) -> Iterable[Row]:
-    """A row for each mutant of a launch, or for `most` of them."""
-    right = subject.right()
-    for mutant in drawn(mutants(subject.record), most):
-        yield row_of(subject, judge(subject, mutant, right, proof))
+def judged(
+    subject: Subject,
+    most: int | None = None,
+    known: Iterable[Row] = (),
+    each: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
+    """A row for each mutant of a launch, or for the first `most` in turn.
+
+    known: rows of the same launch, which are taken as they are. each: is given what there is after every 25 new rows.
+    """
+    planted, found = mutants(subject.record), {tuple(row[:5]): row for row in known}
+    rows: dict[int, Row] = {}
+    for number in in_turn(planted)[:most]:
+        before = found.get(_key(subject, planted[number]))
+        rows[number] = before or row_of(subject, judge(subject, planted[number], subject.right(), proof))
+        if each and before is None and len(rows) % 25 == 0:
+            each([rows[one] for one in sorted(rows)])
+    return [rows[one] for one in sorted(rows)]
+
+
+def _key(subject: Subject, mutant: Mutant) -> tuple[Any, ...]:
+    return subject.name, mutant.family, mutant.line, mutant.instruction[:110], mutant.change
 
 
 def compiler(subject: Subject) -> str:
@@ -112,7 +135,13 @@ class Kept:
         """The table of what is kept."""
         return table(kept, self.command, self.page)
 
-    def replace(self, name: str, rows: Sequence[Row], subject: Subject) -> None:
+    def known(self, name: str, subject: Subject) -> list[Row]:
+        """Rows of this PTX but those that were missed."""
+        kept = self.read()
+        same = kept["made"].get(name, {}).get("ptx") == digest(subject)
+        return [row for row in kept["mutants"] if same and row[0] == name and row[5] != MISSED]
+
+    def replace(self, name: str, subject: Subject, rows: Sequence[Row]) -> None:
         """Keep a kernel's rows in place of those that it has; whatever else the file holds by now stays."""
         kept = self.read()
         former = [row for row in kept["mutants"] if row[0] in self.subjects and row[0] != name]
@@ -189,12 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="only kernels whose names contain one of these")
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels' launches")
     parser.add_argument("--most", type=int, help="faults of a kernel, drawn by a seed; without it all")
+    parser.add_argument("--anew", action="store_true", help="take no row of a former run of the same PTX")
     given = parser.parse_args(arguments)
     kept, status = CUDA if given.cuda else PTX, 0
     for name in [name for name in kept.subjects if not given.words or any(word in name for word in given.words)]:
         subject = kept.subjects[name]()
-        rows = list(judged(subject, given.most))
-        kept.replace(name, rows, subject)
+        known = [] if given.anew else kept.known(name, subject)
+        rows = judged(subject, given.most, known, partial(kept.replace, name, subject))
+        kept.replace(name, subject, rows)
         print(f"{name}: {counted([row[5] for row in rows])}", flush=True)
         status |= any(row[5] == MISSED for row in rows)
     return int(status)

@@ -224,7 +224,7 @@ def test_the_kept_rows_are_of_this_kernel(name: str) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_mutant_ends_as_it_did(name: str) -> None:
     subject, _, rows = current(name)
-    assert list(ptx_mutants.judged(subject)) == rows
+    assert ptx_mutants.judged(subject) == rows
 
 
 def test_every_fault_is_seen_or_explained() -> None:
