@@ -154,13 +154,6 @@ def same_boxes(subject: Subject, mutant: Mutant) -> bool:
     return bool(right) and right == wrong
 
 
-def met_before(subject: Subject, mutant: Mutant) -> bool:
-    """Since an aligned instruction that reads nothing itself there is no access to memory, branch or label."""
-    parts = re.split(r"([\w.:]+\.aligned\b[^;]*;)", _bare(subject.record.ptx[: mutant.at]))
-    busy = re.search(_ACCESS, parts[-1]) or re.search(r"\b(?:bra|ret|exit)\b|[$\w]+:\s", parts[-1])
-    return len(parts) > 1 and not busy and not re.match("ldmatrix|stmatrix", parts[-2])
-
-
 def same_arrivals(subject: Subject, mutant: Mutant) -> bool:
     """In each step each mbarrier gets the same arrivals, which release the same clocks: only lanes of a warp swap.
 
@@ -359,10 +352,5 @@ RULES: tuple[Rule, ...] = (
         "nothing, and eight schedules and landings keep every bit",
         separates_nothing,
         proof=False,
-    ),
-    Rule(
-        "barrier", r"bar\.warp\.sync", "deleted",
-        "the warp's lanes have met just before, with no access to memory since",
-        met_before,
     ),
 )  # fmt: skip
