@@ -36,7 +36,7 @@ def test_a_sample_of_faults_is_seen() -> None:
     """Of `exchange`, drawn by a seed; each is seen or explained, and ends as the kept rows say if they are of it."""
     subject, kept = CUDA_SUBJECTS["exchange, cuda"](), CUDA.read()
     planted = mutants(subject.record)
-    sample = [planted[number] for number in random.Random(7).sample(range(len(planted)), 8)]
+    sample = [planted[number] for number in random.Random(7).sample(range(len(planted)), 6)]
     rows = [row_of(subject, judge(subject, one, subject.right(), proof)) for one in sample]
     assert [row for row in rows if row[5] == MISSED] == []
     made = kept["made"][subject.name]
