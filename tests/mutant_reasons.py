@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from ptx_emulator import Trap, cuda
+from mutant_runs import runs_with, watched
+from mutant_waits import nobody_uses, nobody_waits, one_warpgroup, passes_anyway, waits_for_nothing
+from ptx_emulator import cuda
 from ptx_emulator.core.forms import bulk_forms
 from ptx_emulator.core.forms.mbarriers import MBarriers
 from ptx_emulator.core.tensor_maps import FIELDS
@@ -38,11 +39,21 @@ class Rule:
     why: str
     holds: Check
     kernels: str = ""  # a pattern that is found in the subject's name
+    proof: bool = True  # whether it holds by itself, not because many runs show nothing
 
 
 def reason(subject: Subject, mutant: Mutant) -> str:
     """The first rule that names the mutant and holds; "" where there is none."""
-    for rule in RULES:
+    return _told(subject, mutant, RULES)
+
+
+def proof(subject: Subject, mutant: Mutant) -> str:
+    """The same of the rules that need no runs of the mutant but one."""
+    return _told(subject, mutant, [rule for rule in RULES if rule.proof])
+
+
+def _told(subject: Subject, mutant: Mutant, rules: Iterable[Rule]) -> str:
+    for rule in rules:
         named = rule.family == mutant.family and re.search(rule.kernels, subject.name)
         named = named and re.search(rule.instruction, mutant.instruction) and re.search(rule.change, mutant.change)
         if named and rule.holds(subject, mutant):
@@ -130,21 +141,6 @@ def inits_are_released(subject: Subject, mutant: Mutant) -> bool:
     return _finds_init(subject, mutant.record.ptx[: found.start()] + relaxed + mutant.record.ptx[found.end() :])
 
 
-def _watched(subject: Subject, ptx: str, arguments: Any, where: Any, name: str, told: Callable[..., Any]) -> list[Any]:
-    """What `told` says of each call of a function of the emulator in a launch, in order."""
-    calls, real = [], getattr(where, name)
-
-    def watching(*given: Any) -> Any:
-        made = real(*given)
-        calls.append(told(made, *given))
-        return made
-
-    buffers = {name: array.copy() for name, array in subject.record.buffers.items()}
-    with patch.object(where, name, watching):
-        cuda.run(replace(subject.record, ptx=ptx, arguments=arguments, buffers=buffers))
-    return calls
-
-
 def same_boxes(subject: Subject, mutant: Mutant) -> bool:
     """Each copy by a tensor map moves the same elements to the same places: no box reaches what the field changes."""
 
@@ -152,7 +148,7 @@ def same_boxes(subject: Subject, mutant: Mutant) -> bool:
         return [*(part.tobytes() for part in box), tile.type, tile.fill]
 
     right, wrong = (
-        _watched(subject, one.ptx, one.arguments, bulk_forms, "box_places", told)
+        watched(subject, one.ptx, one.arguments, bulk_forms, "box_places", told)
         for one in (subject.record, mutant.record)
     )
     return bool(right) and right == wrong
@@ -172,7 +168,7 @@ def same_arrivals(subject: Subject, mutant: Mutant) -> bool:
         return state.m.step, b.cta, b.address, b.phase, count, *(None if c is None else c.tolist() for c in clocks)
 
     right, wrong = (
-        sorted(_watched(subject, ptx, subject.record.arguments, MBarriers, "arrive", told), key=repr)
+        sorted(watched(subject, ptx, subject.record.arguments, MBarriers, "arrive", told), key=repr)
         for ptx in (subject.record.ptx, mutant.record.ptx)
     )
     return bool(right) and right == wrong
@@ -198,17 +194,6 @@ def separates_nothing(subject: Subject, mutant: Mutant) -> bool:
     return True
 
 
-def _runs_with(subject: Subject, at: int, code: str) -> bool:
-    """Whether the launch runs to its end with this code in front of an instruction."""
-    ptx = subject.record.ptx[:at] + code + subject.record.ptx[at:]
-    buffers = {name: array.copy() for name, array in subject.record.buffers.items()}
-    try:
-        cuda.run(replace(subject.record, ptx=ptx, buffers=buffers), checks=False)
-    except Trap:
-        return False
-    return True
-
-
 def unused_leading_offset(subject: Subject, mutant: Mutant) -> bool:
     """The operand is swizzled whenever the product runs; if it is transposed, it is no wider than the swizzle."""
     shape = re.search(r"\.m64n(\d+)k\d+\.", mutant.instruction)
@@ -221,7 +206,7 @@ def unused_leading_offset(subject: Subject, mutant: Mutant) -> bool:
         return False
     wrong = "setp.ne.u64 differs, mode, 1;" if transposed else "setp.eq.u64 differs, mode, 0;"
     code = f"{{ .reg .b64 mode; .reg .pred differs; shr.u64 mode, {descriptor}, 62; {wrong} @differs trap; }} "
-    return _runs_with(subject, mutant.at, code)
+    return runs_with(subject, mutant.at, code)  # the four changes of the field ask the same
 
 
 def already_zero(subject: Subject, mutant: Mutant) -> bool:
@@ -236,7 +221,7 @@ def already_zero(subject: Subject, mutant: Mutant) -> bool:
         f"{{ .reg .b32 held; .reg .pred differs, under; {guard} ld.shared.u8 held, [{start}+{place}]; "
         f"setp.ne.u32 differs, held, 0; and.pred differs, differs, under; @differs trap; }} "
     )
-    return int(found.operands[-1], 0) == 0 and _runs_with(subject, mutant.at, code)
+    return int(found.operands[-1], 0) == 0 and runs_with(subject, mutant.at, code)
 
 
 def fits_without(subject: Subject, mutant: Mutant) -> bool:
@@ -303,6 +288,7 @@ RULES: tuple[Rule, ...] = (
         "separates nothing: without it the race check, which goes by clocks, finds no two warps at one word of shared "
         "memory, and eight schedules and landings keep every bit",
         separates_nothing,
+        proof=False,
     ),
     *(
         Rule(
@@ -310,6 +296,7 @@ RULES: tuple[Rule, ...] = (
             "nothing in flight: the check of asynchronous copies finds none that is read or overwritten before it is "
             "waited for, and eight schedules and landings keep every bit",
             separates_nothing,
+            proof=False,
         )
         for family in ("commit", "wait")
     ),
@@ -327,5 +314,43 @@ RULES: tuple[Rule, ...] = (
         "wait", r"cp\.async\.bulk\.wait_group", "",
         "the kernel has no bulk copy that a group counts",
         lambda subject, mutant: ".bulk_group" not in subject.record.ptx,
+    ),
+    Rule(
+        "wait", r"cp\.async\.bulk\.wait_group\.read", "",
+        "waits for nothing: whenever a thread comes there, it knows that each group which it would wait for was read",
+        waits_for_nothing,
+    ),
+    Rule(
+        "arrival", r"mbarrier\.init", "deleted",
+        "nobody uses the mbarrier: this launch has no such tiles",
+        nobody_uses,
+    ),
+    *(
+        Rule(
+            family, r"mbarrier\.(?:init|arrive)", "",
+            "nobody waits for a phase of the mbarrier: in this launch its ring does not come back to its place",
+            nobody_waits,
+        )
+        for family in ("arrival", "expected arrivals", "order")
+    ),
+    *(
+        Rule(
+            family, r"mbarrier\.try_wait", change,
+            "the wait is for the phase before the first each time, which is over, and acquires nothing",
+            passes_anyway,
+        )
+        for family, change in (("wait", "passes at once"), ("order", "relaxed"))
+    ),
+    Rule(
+        "expected arrivals", r"mbarrier\.init", r"count - 1",
+        "the arrivals are of one warpgroup, whose warps have waited for the same products: three tell as much as four",
+        one_warpgroup,
+    ),
+    Rule(
+        "wait", r"mbarrier\.try_wait|cp\.async\.bulk\.wait_group\.read", "",
+        "orders nothing in this launch that other waits do not: without it the race check, which goes by clocks, finds "
+        "nothing, and eight schedules and landings keep every bit",
+        separates_nothing,
+        proof=False,
     ),
 )  # fmt: skip

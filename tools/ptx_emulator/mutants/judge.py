@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from ptx_emulator.mutants.plant import Mutant
 
 #: (landing, seed) of the runs that a mutant gets until one of them sees it.
 RUNS = (("late", None), ("early", None), ("random", 0), ("random", 1))
+#: The same with the cheaper one first, for long launches: copies that land early leave nobody waiting.
+EARLY_FIRST = (RUNS[1], RUNS[0], *RUNS[2:])
+#: Families of which a mutant leaves order as it was: it gets the first of the runs alone.
+UNORDERED = ("product", "descriptor", "immediate", "tensor map")
 VALUES = "wrong values"
 SAME = "the operand is what it was"
 UNREACHED = "never reached"
@@ -36,18 +41,23 @@ class Verdict:
 class Subject:
     """A launch to be mutated, and what it makes.
 
-    Raises ValueError where the launch itself is not without findings under each of `RUNS`, with equal outputs.
+    Raises ValueError where the launch itself is not without findings under each of `runs`, with equal outputs.
     """
 
     name: str  #: for tables
     record: Record  #: with its memory before the launch, outputs filled by NaN
     outputs: Mapping[str, str]  #: name of a buffer -> "bf16", or "" where its array's type says what it holds
     tolerance: float = 4e-3  #: relative change of an output, root mean square, above which it is wrong
+    runs: tuple[tuple[str, int | None], ...] = RUNS  #: schedules, as `RUNS`, in their order
 
     def right(self) -> dict[str, Array]:
         """The outputs of the launch as it is."""
+        return self._right
+
+    @cached_property
+    def _right(self) -> dict[str, Array]:
         made = []
-        for landing, seed in RUNS:
+        for landing, seed in self.runs:
             kinds, outputs = _execute(self, self.record, landing, seed)
             if kinds:
                 raise ValueError(f"{self.name} is not right itself, {landing} {seed}: {', '.join(kinds)}")
@@ -57,17 +67,27 @@ class Subject:
                 raise ValueError(f"{self.name} makes one output under one schedule and another under another")
         return made[0]
 
+    @cached_property
+    def reached(self) -> dict[int, bool]:
+        """Whether an instruction runs, by where it begins: what `judge` has found out."""
+        return {}
 
-def judge(subject: Subject, mutant: Mutant, right: Mapping[str, Array]) -> Verdict:
-    """Run a mutant until it is seen; if it never is, look with its probes for a reason.
+
+def judge(
+    subject: Subject, mutant: Mutant, right: Mapping[str, Array], proof: Callable[[Subject, Mutant], str] | None = None
+) -> Verdict:
+    """Run a mutant until it is seen, or until there is a proof that it changes nothing.
 
     Args:
         subject: where it is from.
         mutant: one of `mutants(subject.record)`.
         right: `subject.right()`.
+        proof: says of a mutant that its first run has not shown why none will, "" if it does not know. Before it the
+            mutant's own probes are asked.
     """
-    changed = 0.0
-    for landing, seed in RUNS:
+    changed, by = 0.0, ""
+    runs = subject.runs[:1] if mutant.family in UNORDERED else subject.runs
+    for landing, seed in runs:
         try:
             kinds, outputs = _execute(subject, mutant.record, landing, seed)
         except EmulationError as error:
@@ -82,11 +102,17 @@ def judge(subject: Subject, mutant: Mutant, right: Mapping[str, Array]) -> Verdi
         if not change <= subject.tolerance:
             return Verdict(mutant, VALUES, VALUES, landing)
         changed = max(changed, change)
-    return Verdict(mutant, by="" if changed else _reason(subject, mutant), change=changed)
+        if (landing, seed) == runs[0] and not changed:
+            by = _reason(subject, mutant) or (proof(subject, mutant) if proof else "")
+        if by:
+            break
+    return Verdict(mutant, by=by, change=changed)
 
 
 def _reason(subject: Subject, mutant: Mutant) -> str:
-    if mutant.reach and not _traps(subject, mutant.reach):
+    if mutant.reach and mutant.at not in subject.reached:
+        subject.reached[mutant.at] = _traps(subject, mutant.reach)
+    if mutant.reach and not subject.reached[mutant.at]:
         return UNREACHED
     if mutant.probe and not _traps(subject, mutant.probe):
         return SAME
@@ -95,16 +121,18 @@ def _reason(subject: Subject, mutant: Mutant) -> str:
 
 def _traps(subject: Subject, ptx: str) -> bool:
     try:
-        _execute(subject, replace(subject.record, ptx=ptx), *RUNS[0])
+        _execute(subject, replace(subject.record, ptx=ptx), *subject.runs[0], checks=False)
     except Trap:
         return True
     return False
 
 
-def _execute(subject: Subject, record: Record, landing: str, seed: int | None) -> tuple[list[str], dict[str, Array]]:
+def _execute(
+    subject: Subject, record: Record, landing: str, seed: int | None, checks: bool = True
+) -> tuple[list[str], dict[str, Array]]:
     """(kinds of findings, outputs as floats or integers) of a launch on memory of its own."""
     buffers = {name: array.copy() for name, array in record.buffers.items()}
-    report = run(replace(record, buffers=buffers), landing=landing, seed=seed)
+    report = run(replace(record, buffers=buffers), landing=landing, seed=seed, checks=checks)
     kinds = list(dict.fromkeys(fault.kind for fault in report.faults))
     return kinds, {name: as_numbers(buffers[name], kind) for name, kind in subject.outputs.items()}
 

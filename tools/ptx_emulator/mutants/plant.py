@@ -55,7 +55,7 @@ def _in_maps(record: Record) -> Iterator[Mutant]:
             for words, other in _other_maps(tile):
                 changed: Given = replace(given, inside={**inside, at: other}) if isinstance(given, Struct) else other
                 arguments = (*record.arguments[:number], changed, *record.arguments[number + 1 :])
-                name = f"tensor map of {tile.start.buffer}"
+                name = f"tensor map of {tile.start.buffer}{f', byte {at}' * (at >= 0)}"
                 yield Mutant("tensor map", number, name, words, replace(record, arguments=arguments))
 
 

@@ -121,7 +121,7 @@ def build_bulk(d: Decoder, ins: Instruction) -> Action | None:
     for name in ("async", "bulk"):
         mods.take(name)
     if mods.take("commit_group", "wait_group"):
-        return _group(ins)
+        return _group(d, ins)
     operation = mods.take(*OPERATIONS) if reduces else None
     tensor = mods.take("tensor") is not None
     dimensions = mods.take(*DIMENSIONS) if tensor else None
@@ -152,7 +152,7 @@ def build_bulk(d: Decoder, ins: Instruction) -> Action | None:
     raise Unsupported(f"unsupported: {ins.text}")
 
 
-def _group(ins: Instruction) -> Action:
+def _group(d: Decoder, ins: Instruction) -> Action:
     """commit_group, and wait_group with how many of the newest groups may go on."""
     mods = Modifiers(ins)
     for name in ("async", "bulk"):
@@ -162,10 +162,10 @@ def _group(ins: Instruction) -> Action:
     keep = ins.operands[0] if ins.operands else None
     if (what == "wait_group") != isinstance(keep, Literal) or (reading and what != "wait_group"):
         raise Unsupported(f"unsupported: {ins.text}")
-    newest = int(keep.text, 0) if isinstance(keep, Literal) else 0
+    newest, number = int(keep.text, 0) if isinstance(keep, Literal) else 0, d.current
 
     def act(m: State, mask: Array | None) -> None:
-        m.tick(m.trace[-1])
+        m.tick(number)
         for cta, thread in active(m, mask):
             if what == "commit_group":
                 m.of(Bulk).commit(cta, thread)
