@@ -138,6 +138,7 @@ CAST_DEVICE void whole_windows(const Work<T>& work, AttentionBackwardShared& sha
       mine.level[r] += log2f(sum);
       mine.delta[r] = with / sum;
     }
+    __syncwarp();  // three other lanes read the row's level above
     if (place.lane % 4 == 0)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
