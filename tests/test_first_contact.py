@@ -161,6 +161,15 @@ def test_a_summary_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pyt
     assert "| a | about a | 0 | 1 | 0 | 0 |" in capsys.readouterr().out
 
 
+def test_a_signal_while_the_first_stage_begins_is_not_everything_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(running_all, "Running", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    code = Contact(Outputs(tmp_path), Budget(60, reserve=0.0), ENVIRONMENT, False).run([(stage("a", "one"),)])
+    assert code == INCOMPLETE
+    assert "Everything ran" not in (tmp_path / "summary.md").read_text()
+
+
 def test_a_file_keeps_its_text_where_the_next_cannot_be_written(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path)
     outputs.replace("summary.md", "before")

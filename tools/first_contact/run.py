@@ -131,10 +131,10 @@ class Contact:
             seconds = self.budget.allow(stage.seconds, stage.needs)
             if seconds:
                 self._say(f"{stage.name} begins, for {seconds:.0f} s at most")
-                self.skipped.remove(stage.name)
                 one = Running(stage, seconds, scratch, self.outputs, self.environment)
                 self.running.append(one)
                 self.found.append(one.found)
+                self.skipped.remove(stage.name)  # last: a signal before it leaves the stage among those not begun
             else:
                 self._say(f"{stage.name} is not begun: {self.budget.left():.0f} s are left")
         due = time.monotonic() + _SUMMARY_EVERY
