@@ -44,7 +44,8 @@ suppress_warnings = ["myst.header"]  # a page may begin with a table's comment, 
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|collections|typing|pathlib|os|enum)\..*|Tensor"),  # their documents are elsewhere
-    (r"py:class", r"PathLike|Sampling|Function|.*\.AnyLauncher"),  # aliases: a path, two words, a function; a TypeVar
+    # Aliases: a path, two words, a function, three models; a TypeVar; a class whose name here has no module before it.
+    (r"py:class", r"PathLike|Sampling|Function|Model|.*\.AnyLauncher|Ensemble"),
 ]
 
 html_theme = "furo"

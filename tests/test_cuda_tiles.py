@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from cuda_cases import ODD, call, needs_kernels
 
 from cast_kernels import _native
-from cast_kernels.cuda import common
+from cast_kernels.cuda import bcast, common
 from cast_kernels.evidence.cuda_launches import emulated, kept
 from cast_kernels.evidence.cuda_model import rows
 from cast_kernels.evidence.cuda_model.problem import Choice, Sizes
@@ -87,7 +88,14 @@ def test_no_bit_of_a_forward_depends_on_it() -> None:
         assert torch.equal(one, other)
 
 
-def test_no_bit_of_the_streams_gradients_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forget_plans() -> Iterator[None]:
+    """A plan is found by its GPU, which has one number of multiprocessors; here it changes."""
+    yield
+    bcast._plan.cache_clear()
+
+
+def test_no_bit_of_the_streams_gradients_depends_on_it(monkeypatch: pytest.MonkeyPatch, forget_plans: None) -> None:
     """Those of parameters are added in parts, as many as there are multiprocessors; so they are frozen here.
 
     16 multiprocessors compute four clusters at once: two shares each.
@@ -98,6 +106,7 @@ def test_no_bit_of_the_streams_gradients_depends_on_it(monkeypatch: pytest.Monke
     found, grids = [], []
     for number in (NOBODY, 16):
         monkeypatch.setattr(common, "RECORDED_MULTIPROCESSORS", number)
+        bcast._plan.cache_clear()
         module = case.module(torch.float32, "cuda").requires_grad_(False)
         streams = case.inputs(torch.float32, grad=True)
         with emulated() as ran, torch.autocast("cpu", torch.bfloat16):

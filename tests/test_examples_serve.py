@@ -269,7 +269,7 @@ def test_the_command_serves_and_shuts_down(checkpoint: Path, files: dict[str, by
 def test_the_command_refuses_bad_arguments(
     serve: ModuleType, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no such directory" in refused(serve.main, [str(tmp_path / "none")], capsys)
+    assert "no such checkpoint" in refused(serve.main, [str(tmp_path / "none")], capsys)
     assert "batch is 0; it must be above 0" in refused(serve.main, [str(checkpoint), "--batch", "0"], capsys)
     for port in ("99999", "-1"):
         assert f"--port is {port}; a port is from 1 to 65535" in refused(

@@ -12,6 +12,7 @@ SOURCES = [
     path
     for folder in ("csrc", "csrc/cpu", "csrc/cuda", "csrc/ptx", "tests/native")
     for path in sorted((ROOT / folder).glob("*.[ch]*"))
+    if path.suffix != ".cmake"
 ]
 
 

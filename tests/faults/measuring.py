@@ -38,7 +38,7 @@ FAULTS = [
     fault("a fault is told as a failed row alone", f"{REHEARSAL_TEST} -k after_a_fault",
           (SESSION, "self.broken = self.report.broken = str(error)", "self.broken = str(error)")),
     fault("a fault is a refused tile", "tests/test_tune.py -k fault",
-          ("cast_kernels/gpu/tune.py", "                require_usable(machine)  # or", "                # or")),
+          ("cast_kernels/gpu/tune.py", "                require_usable(machine)  # raises", "                # or")),
     fault("equal bits of PyTorch's attention demanded", "tests/test_gpu_check.py -k equal_bits",
           ("cast_kernels/gpu/check.py", 'return backend != "cpu" and isinstance', "return False and isinstance")),
     fault("a row that failed passes", "tests/test_gpu_check.py -k what_a_row_means",
