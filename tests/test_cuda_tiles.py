@@ -95,6 +95,7 @@ def forget_plans() -> Iterator[None]:
     bcast._plan.cache_clear()
 
 
+@pytest.mark.heavy
 def test_no_bit_of_the_streams_gradients_depends_on_it(monkeypatch: pytest.MonkeyPatch, forget_plans: None) -> None:
     """Those of parameters are added in parts, as many as there are multiprocessors; so they are frozen here.
 
