@@ -150,25 +150,25 @@ def select(backend: str, problem: AnyProblem) -> str:
         BackendError: the named backend, or none where "auto" was asked, can run the problem; the message says why.
     """
     if check_name(backend) == "auto":
-        verdicts = {name: can_run(name, problem) for name in BACKENDS}
-        chosen = next((name for name, verdict in verdicts.items() if verdict.ok), None)
+        chosen = _first(problem)
         if chosen is None:
-            reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items())
+            reasons = "; ".join(f"{name}: {can_run(name, problem).reason}" for name in BACKENDS)
             raise BackendError(f"no backend can run this problem: {reasons}")
         return chosen
     verdict = can_run(backend, problem)
     if not verdict.ok:
+        other = _first(problem)
+        advice = "Nor can any other backend" if other is None else f"Use backend='auto', which takes {other!r} here"
         raise BackendError(
-            f"backend={backend!r} cannot run this problem: {verdict.reason}. "
-            f"Use backend='auto', {_taken(problem)}, or cast_kernels.explain(...) to see all of them."
+            f"backend={backend!r} cannot run this problem: {verdict.reason}. {advice}; "
+            "cast_kernels.explain(...) says of each whether and why."
         )
     return left_to(backend, _OPS[type(problem)]) or backend
 
 
-def _taken(problem: AnyProblem) -> str:
-    """What "auto" means for the problem, in words."""
-    first = next((name for name in BACKENDS if can_run(name, problem).ok), None)
-    return "which no backend can run either" if first is None else f"which takes {first!r} here"
+def _first(problem: AnyProblem) -> str | None:
+    """What "auto" means for the problem."""
+    return next((name for name in BACKENDS if can_run(name, problem).ok), None)
 
 
 def explain(backend: str, problem: AnyProblem) -> str:

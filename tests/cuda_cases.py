@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from cast_kernels import _native
-from cast_kernels.cuda.common import RECORDED_MULTIPROCESSORS
+from cast_kernels.cuda import bcast, common
 from cast_kernels.evidence.cases import KINDS, Case, Error, Kind, compare, run
 
 needs_kernels = pytest.mark.skipif(_native.CUDA is None, reason=f"nothing to test: {_native.CUDA_REASON}")
@@ -26,6 +28,17 @@ WINDOWS = {"time": 0, "space": 1, "space-time": 2}
 RECOMPUTE = {"nothing": 0, "cheap": 1, "all": 2, None: 3}
 
 
+@contextmanager
+def multiprocessors(number: int) -> Iterator[None]:
+    """Launches inside are made for a GPU of so many; a plan is kept by its GPU's number, so none outlives this."""
+    bcast._plan.cache_clear()
+    try:
+        with mock.patch.object(common, "RECORDED_MULTIPROCESSORS", number):
+            yield
+    finally:
+        bcast._plan.cache_clear()
+
+
 class Call(NamedTuple):
     """Everything that one call names, kept alive."""
 
@@ -39,7 +52,7 @@ class Call(NamedTuple):
     scratch: Tensor
     recompute: int
 
-    def forward(self, multiprocessors: int = RECORDED_MULTIPROCESSORS) -> None:
+    def forward(self, multiprocessors: int = common.RECORDED_MULTIPROCESSORS) -> None:
         _native.cuda().forward(
             self.problem, _addresses(self.x), _addresses(self.parameters), _addresses(self.scales),
             _addresses(self.y), self.recompute, self.saved.data_ptr(), self.scratch.data_ptr(),

@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from cuda_cases import call
+from cuda_cases import call, multiprocessors
 from ptx_emulator import EmulationError, cuda
 from ptx_emulator.cuda import Given, Pointer, Record, Struct, Tiled
 from ptx_emulator.mutants import Subject
@@ -25,6 +25,8 @@ from ptx_emulator.mutants.judge import EARLY_FIRST
 from cast_kernels.evidence.cases import KINDS, Case, poisoned_memory, run
 from cast_kernels.evidence.cuda_launches import CudaLaunch, emulated
 
+#: Too few to share columns among CTAs: the first cluster of a row kernel computes all of them.
+MULTIPROCESSORS = 4
 STEP = Case(batch=1, frames=3, patches=30, dim=264, bottleneck=192, heads=6, scaled=True, recompute="cheap")
 
 #: kernel -> clusters that run; all where there is none
@@ -124,12 +126,13 @@ def subject(launch: CudaLaunch, record: Record, types: dict[int, str]) -> Subjec
 
 def forward() -> None:
     """A call of forward alone, which keeps h: `exchange` has most to do."""
-    call(replace(STEP, backward=False), "bf16", "nothing").forward()
+    call(replace(STEP, backward=False), "bf16", "nothing").forward(MULTIPROCESSORS)
 
 
 def step() -> None:
     """Forward and backward through the public op."""
-    run(STEP, "cuda", **KINDS["bf16"]._asdict())
+    with multiprocessors(MULTIPROCESSORS):
+        run(STEP, "cuda", **KINDS["bf16"]._asdict())
 
 
 @cache

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from cuda_cases import ODD, call, needs_kernels
+from cuda_cases import ODD, call, multiprocessors, needs_kernels
 
 from cast_kernels import _native
-from cast_kernels.cuda import bcast, common
 from cast_kernels.evidence.cuda_launches import emulated, kept
 from cast_kernels.evidence.cuda_model import rows
 from cast_kernels.evidence.cuda_model.problem import Choice, Sizes
@@ -88,15 +86,8 @@ def test_no_bit_of_a_forward_depends_on_it() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.fixture
-def forget_plans() -> Iterator[None]:
-    """A plan is found by its GPU, which has one number of multiprocessors; here it changes."""
-    yield
-    bcast._plan.cache_clear()
-
-
 @pytest.mark.heavy
-def test_no_bit_of_the_streams_gradients_depends_on_it(monkeypatch: pytest.MonkeyPatch, forget_plans: None) -> None:
+def test_no_bit_of_the_streams_gradients_depends_on_it() -> None:
     """Those of parameters are added in parts, as many as there are multiprocessors; so they are frozen here.
 
     16 multiprocessors compute four clusters at once: two shares each.
@@ -106,11 +97,9 @@ def test_no_bit_of_the_streams_gradients_depends_on_it(monkeypatch: pytest.Monke
     )
     found, grids = [], []
     for number in (NOBODY, 16):
-        monkeypatch.setattr(common, "RECORDED_MULTIPROCESSORS", number)
-        bcast._plan.cache_clear()
         module = case.module(torch.float32, "cuda").requires_grad_(False)
         streams = case.inputs(torch.float32, grad=True)
-        with emulated() as ran, torch.autocast("cpu", torch.bfloat16):
+        with multiprocessors(number), emulated() as ran, torch.autocast("cpu", torch.bfloat16):
             torch.autograd.backward(module(*streams, *case.scales()), case.output_grads(torch.float32))
         found.append([x.grad for x in streams])
         grids.append([one.launch.grid[0] for one in ran if one.launch.cluster == 4])

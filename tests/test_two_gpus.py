@@ -62,6 +62,6 @@ def test_another_gpu_than_hopper_is_what_cuda_says_first(two_gpus: dict[str, lis
         backends.select("cuda", old)
     assert str(caught.value) == (
         "backend='cuda' cannot run this problem: cuda:1 is sm_75; the CUDA kernels are for sm_90 (H100, H200) alone. "
-        "Use backend='auto', which takes 'eager' here, or cast_kernels.explain(...) to see all of them."
+        "Use backend='auto', which takes 'eager' here; cast_kernels.explain(...) says of each whether and why."
     )
     assert backends.can_run("cuda", new).reason == "the bottleneck has 32 channels; 192 and 384 are possible"

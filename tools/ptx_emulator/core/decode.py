@@ -1,9 +1,8 @@
 """From instructions to closures: each instruction is decoded once, into a function of the machine and a lane mask.
 
 A register holds an unsigned NumPy array of its width, or bool for a predicate, of shape (CTAs or 1, threads or 1): a
-value
-that is the same for every CTA, or for every thread of a CTA, is kept and computed once. Arrays are never changed in
-place, so an array's identity says that its value is unchanged.
+value that is the same for every CTA, or for every thread of a CTA, is kept and computed once. Arrays are never changed
+in place, so an array's identity says that its value is unchanged.
 """
 
 from collections.abc import Callable

@@ -33,9 +33,8 @@ def sum_to_odd(a: Array, b: Array) -> Array:
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     """a*b + c of float32, rounded once.
 
-    The product is exact in float64;
-    only a sum that float64 has rounded onto the midpoint of two float32 numbers would be
-    rounded twice, and those few are nudged by the sign of the error.
+    The product is exact in float64. Only a sum that float64 has rounded onto the midpoint of two float32 numbers would
+    be rounded twice; those few are rounded to odd first.
     """
     product = a.astype(np.float64) * b
     total = product + c
