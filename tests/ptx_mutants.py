@@ -73,16 +73,15 @@ def judged(
     known: Iterable[Row] = (),
     each: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """A row for each mutant of a launch, or for the first `most` in turn.
+    """A row for each mutant of a launch, or for the first `most` in turn and those that are known.
 
     known: rows of the same launch, which are taken as they are. each: is given what there is after every 25 new rows.
     """
     planted, found = mutants(subject.record), {tuple(row[:5]): row for row in known}
-    rows: dict[int, Row] = {}
-    for number in in_turn(planted)[:most]:
-        before = found.get(_key(subject, planted[number]))
-        rows[number] = before or row_of(subject, judge(subject, planted[number], subject.right(), proof))
-        if each and before is None and len(rows) % 25 == 0:
+    rows = {n: found[key] for n, one in enumerate(planted) if (key := _key(subject, one)) in found}
+    for new, number in enumerate([n for n in in_turn(planted)[:most] if n not in rows], 1):
+        rows[number] = row_of(subject, judge(subject, planted[number], subject.right(), proof))
+        if each and new % 25 == 0:
             each([rows[one] for one in sorted(rows)])
     return [rows[one] for one in sorted(rows)]
 

@@ -9,7 +9,7 @@ import pytest
 from cuda_cases import needs_kernels
 from cuda_subjects import CUDA_SUBJECTS
 from mutant_reasons import proof
-from ptx_emulator.mutants import judge, mutants
+from ptx_emulator.mutants import Verdict, judge, mutants
 from ptx_mutants import CAUGHT, CUDA, EQUIVALENT, MISSED, UNREACHED, Row, row_of
 
 SHARE = 0.95  # of the faults that change something, at least, is seen
@@ -43,6 +43,19 @@ def test_a_sample_of_faults_is_seen() -> None:
     if (made["ptx"], made["planted"]) == (ptx_mutants.digest(subject), len(planted)):
         known = {tuple(row[:5]): row for row in kept["mutants"]}
         assert [known.get(tuple(row[:5]), row) for row in rows] == rows
+
+
+@needs_kernels
+def test_rows_that_are_known_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run for fewer faults, or one that is stopped, loses no row of a run before."""
+    subject = CUDA_SUBJECTS["finish, cuda"]()
+    monkeypatch.setattr(ptx_mutants, "judge", lambda subject, mutant, right, proof: Verdict(mutant, "finding", "new"))
+    known = [[*row[:6], "known", ""] for row in ptx_mutants.judged(subject)]
+    assert len(known) > 4
+    rows = ptx_mutants.judged(subject, 2, known[1:])
+    assert [row[6] for row in rows].count("known") == len(known) - 1
+    assert len(rows) <= len(known)
+    assert [row for row in known[1:] if row not in rows] == []
 
 
 @needs_kernels

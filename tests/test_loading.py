@@ -72,6 +72,13 @@ def test_several_models_answer_by_the_mean_of_their_probabilities(
     assert Predictor(Ensemble([*models.values()]), labels=CLASSES, top=20)(video) == together
 
 
+def test_no_place_and_models_among_places_are_refused(models: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no checkpoint was given; give a place"):
+        Predictor([])
+    with pytest.raises(TypeError, match=r"a checkpoint is SingleExpert; .* several as cast\.baselines\.Ensemble"):
+        Predictor([models["single"]])
+
+
 def test_members_that_look_at_other_clips_are_refused(models: dict[str, Any]) -> None:
     longer = SingleExpert("clip", "cast", **(SIZES | {"heads": COUNTS, "num_frames": 32}))
     with pytest.raises(ValueError, match="must have the same frames: member 0 has 16, member 1 has 32"):

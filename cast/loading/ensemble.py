@@ -76,8 +76,17 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`; or members that cannot look at the same clips, name other
-            classes or were trained with another sampling, or a member given twice or as a predictions file.
+            classes or were trained with another sampling, or a member given twice or as a predictions file; or no
+            checkpoint at all.
+        TypeError: a model in place of where one is.
     """
+    if not checkpoints:
+        raise ValueError("no checkpoint was given; give a place of one, or of several whose answers are averaged")
+    if made := next((one for one in checkpoints if not isinstance(one, str | os.PathLike)), None):
+        raise TypeError(
+            f"a checkpoint is {type(made).__name__}; a list has places, as str or os.PathLike: give one model by "
+            "itself, or several as cast.baselines.Ensemble([...])"
+        )
     names = [printable(checkpoint) for checkpoint in checkpoints]
     if len(names) > 1 and (answers := [name for name in names if name.endswith(PREDICTIONS)]):
         raise ValueError(f"{answers[0]} holds answers, an ensemble's members must be checkpoints of models")
