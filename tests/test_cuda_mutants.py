@@ -48,7 +48,7 @@ def test_a_sample_of_faults_is_seen() -> None:
 @needs_kernels
 def test_rows_that_are_known_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run for fewer faults, or one that is stopped, loses no row of a run before."""
-    subject = CUDA_SUBJECTS["finish, cuda"]()
+    subject = CUDA_SUBJECTS["prepare, cuda"]()
     monkeypatch.setattr(ptx_mutants, "judge", lambda subject, mutant, right, proof: Verdict(mutant, "finding", "new"))
     known = [[*row[:6], "known", ""] for row in ptx_mutants.judged(subject)]
     assert len(known) > 4
