@@ -4,7 +4,7 @@ from importlib import import_module
 
 from cast._moved import MOVED, keep_old_names
 
-TYPE_CHECKING = False  # what type checkers take for true; the module typing costs milliseconds
+TYPE_CHECKING = False  # type checkers take this for true; importing typing costs milliseconds
 if TYPE_CHECKING:
     from cast.model.cast import CAST, load_official_checkpoint
     from cast.model.config import VARIANTS, CASTConfig
@@ -24,7 +24,7 @@ __all__ = [
     "load_official_checkpoint",
 ]
 
-# On first use, so that `cast --help` and reading a video's frames need not load PyTorch (two seconds).
+# Imported on first use, so that `cast --help` and reading a video's frames do not load PyTorch (two seconds).
 _HOMES = {
     "CAST": "cast.model.cast",
     "CASTConfig": "cast.model.config",

@@ -1,4 +1,4 @@
-"""Modules under the names that they once had: an old name imports the module from its new place, and warns."""
+"""Old names of modules: an old name imports the module from its new place, and warns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-#: What is now in the room of the model, and what is now in the ground.
+#: Modules that moved to `cast.model`, and modules that moved to `cast.ground`.
 _MODEL = ("block", "config", "experts", "heads", "hub", "labels", "layers", "positions", "weights", "zoo")
 _GROUND = ("files", "graphs", "optional", "processes", "sampling", "transfer")
 
@@ -25,28 +25,30 @@ MOVED = {
 
 
 class Moved:
-    """Python asks this finder for what is not found in its place, so that other imports take no longer."""
+    """A finder for names that Python does not find elsewhere, so that other imports are not slower."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """A specification for an old name, nothing for another one."""
-        return ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]  # a loader by its methods
+        """A specification for an old name, None for another one."""
+        return ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]  # it has a loader's methods
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Python's own module, which :meth:`exec_module` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module of the new name in the place of the old one, so that there is one of each class."""
-        from pkgutil import iter_modules  # only here: `import cast` is to stay quick
+        """Replace the old module by the new one, so that each class exists once."""
+        from pkgutil import iter_modules  # imported here to keep `import cast` quick
 
         old = module.__name__
         warnings.warn(f"the module {old} is now {MOVED[old]}", DeprecationWarning, stacklevel=2)
         new = import_module(MOVED[old])
         sys.modules[old] = new
-        for inner in iter_modules(getattr(new, "__path__", ())):  # a package's: Python would load them a second time
+        for inner in iter_modules(
+            getattr(new, "__path__", ())
+        ):  # otherwise Python would load a package's modules a second time
             sys.modules[f"{old}.{inner.name}"] = import_module(f"{MOVED[old]}.{inner.name}")
 
 
 def keep_old_names() -> None:
-    """Let Python find modules by their old names, from now on."""
+    """Let Python find modules by their old names from now on."""
     finders: list[object] = [*sys.meta_path]
     sys.meta_path.insert(finders.index(PathFinder) + 1 if PathFinder in finders else len(finders), Moved())

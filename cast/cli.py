@@ -1,8 +1,8 @@
 """The command `cast`. One function is one subcommand.
 
-A function's parameters become the options, its docstring the help: positional-only parameters are positional,
-`bool` ones are switches; `*arguments` takes all words as they are, for a command with a parser of its own. Imports
-stay inside the functions, so that `cast --help` need not load PyTorch.
+A function's parameters become the options, its docstring the help. Positional-only parameters are positional, `bool`
+ones are switches. `*arguments` takes all words unchanged, for a command with its own parser. Imports stay inside the
+functions, so that `cast --help` does not load PyTorch.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def data(
 
 
 _BATCH = "lower optim.micro_batch (the steps stay those of optim.total_batch)"
-#: What to try when a device's memory is full, by command.
+#: Advice when a device's memory is full, by command.
 _MEMORY = {
     "train": f"{_BATCH}, or give run.recompute=all",
     "pretrain": _BATCH,
@@ -238,7 +238,7 @@ _MEMORY = {
     "predict": "lower --batch",
 }
 
-#: In the order in which a person meets them.
+#: In the order in which a user needs them.
 COMMANDS: tuple[Callable[..., None], ...] = (demo, data, pretrain, train, evaluate, predict, export, study)
 
 
@@ -258,14 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_anything() -> None:
-    """Let what the terminal's encoding lacks, as in files' names and class names, come out escaped, not as an error."""
+    """Escape characters that the terminal's encoding lacks, in names of files and classes, instead of raising."""
 
     def escape(error: UnicodeError) -> tuple[str, int]:
         assert isinstance(error, UnicodeEncodeError)
         units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
         return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)), error.end
 
-    codecs.register_error("cast-json", escape)  # a line of JSON stays one
+    codecs.register_error("cast-json", escape)  # a line of JSON stays valid
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="cast-json")
 
@@ -291,15 +291,15 @@ def _run(name: str, command: Callable[[], None]) -> int:
 
 
 def _explained(name: str, error: RuntimeError) -> str | None:
-    """One line for an error that a person can do something about; None if it is a fault of the program."""
-    from torch import OutOfMemoryError  # only now: whoever raised them has loaded both
+    """One line for an error that the user can fix; None for a fault of the program."""
+    from torch import OutOfMemoryError  # imported late: a raised error means that both are loaded
 
     from cast.video.workers import WorkerError
 
     if isinstance(error, WorkerError):
         return str(error)
     if isinstance(error, OutOfMemoryError):
-        said = ". ".join(str(error).split(". ")[:2])  # what it wanted; then come PyTorch's statistics
+        said = ". ".join(str(error).split(". ")[:2])  # the requested memory, without PyTorch's statistics after it
         return f"{said}; {_MEMORY.get(name, 'free memory on the device')}"
     return None
 
@@ -309,7 +309,7 @@ class _Help(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         told = action.option_strings and action.nargs != 0 and not action.required
-        show = told and action.default is not None  # without one the text says what happens
+        show = told and action.default is not None  # without a default the text describes the behaviour
         return f"{action.help} (default: %(default)s)" if show else action.help or ""
 
 
@@ -325,7 +325,7 @@ def _parser() -> tuple[ArgumentParser, dict[str, Callable[..., None]]]:
         help_text = parse_docstring(inspect.getdoc(command) or "").short_description
         own = _command_parser(command)
         subcommands.add_subcommand(command.__name__, own, help=help_text)
-        own.prog = f"cast {command.__name__}"  # without jsonargparse's "[options]", of which there are none here
+        own.prog = f"cast {command.__name__}"  # without jsonargparse's "[options]"; none follow
     return parser, {command.__name__: command for command in COMMANDS}
 
 
@@ -346,7 +346,7 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
     parser.add_function_arguments(
         command, as_group=False, skip={name for name in kinds if name not in options or name in chosen}
     )
-    for name, words in chosen.items():  # jsonargparse would answer a wrong word with Python's types
+    for name, words in chosen.items():  # jsonargparse's error about a wrong word would show Python's types
         parser.add_argument(f"--{name}", choices=words, default=parameters[name].default, help=helps[name])
     for name, kind in kinds.items():
         if kind == "switch":
@@ -356,7 +356,7 @@ def _command_parser(command: Callable[..., None]) -> ArgumentParser:
 
 
 def _words(annotation: Any) -> tuple[str, ...]:
-    """The words of `Literal[...]` or `Literal[...] | None`; none of another type."""
+    """The words of `Literal[...]` or `Literal[...] | None`; none for another type."""
     literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
     return get_args(literals[0]) if literals else ()
 

@@ -1,7 +1,8 @@
 """`cast export`: the eager model as a program without this package, for PyTorch or ONNX, or the fused one for GPUs.
 
-The program takes `video`, float32 [batch, 3, frames, H, W], normalised as everywhere here, any batch, and returns the
-logits of each head in the heads' alphabetical order. It is compared with the model before its file appears.
+The program takes `video`, float32 [batch, 3, frames, H, W], normalised like the model's input, with any batch. It
+returns the logits of each head in the heads' alphabetical order. It is compared with the model before its file is
+written.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ Format = Literal["torch", "onnx", "torch-cuda"]
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "torch-cuda": ".pt2"}
 Precision = Literal["float32", "bfloat16", "float16"]
 
-#: Largest difference of a logit, over the largest logit, that counts as equal: fp32 sums in another order, 12 blocks
-#: deep. Measured on the small test models it is below 1e-5; a lost bias or a swapped axis makes more than 1e-1.
+#: Largest allowed difference of a logit over the largest logit. fp32 sums in another order, 12 blocks deep, cause less
+#: than 1e-5 on the small test models (measured). A lost bias or a swapped axis causes more than 1e-1.
 TOLERANCE = 1e-3
-#: Batches that the program is compared at: neither is the one that it was traced with.
+#: Batches for the comparison; neither is the traced one.
 BATCHES = (1, 3)
-#: Largest ONNX file in one piece; the format ends at 2 GiB, and weights then go into a file beside it.
+#: Largest ONNX file in one piece. The format ends at 2 GiB; larger weights go into a file beside it.
 _ONE_FILE = 1_900_000_000
 
 
 class ParityError(ValueError):
-    """The exported program answers otherwise than the model; no file was written."""
+    """The exported program's answers differ from the model's; no file was written."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Exported:
     """A finished export.
 
     Args:
-        files: what was written; the first one is what loads.
-        error: largest difference from the model's logits, over the largest logit; None where it was not compared, as
+        files: the written files; load the first one.
+        error: largest difference from the model's logits over the largest logit; None if it was not compared, because
             the program needs a GPU and there is none.
     """
 
@@ -61,7 +62,7 @@ class Exported:
 
 
 class _Heads(nn.Module):
-    """The model with a tuple of float32 logits, which every format can say; it computes in its weights' dtype."""
+    """The model with a tuple of float32 logits, which every format supports. It computes in its weights' dtype."""
 
     model: CAST
     config: CASTConfig
@@ -87,7 +88,7 @@ def export(
     """Write a model as a program.
 
     Args:
-        model: a CAST, whose weights are taken in fp32; or where one is, see `cast.model.zoo.load`.
+        model: a CAST, whose weights are taken in fp32; or its place, see `cast.model.zoo.load`.
         path: the file; if None the model's directory's name with `.pt2` or `.onnx`, in the working directory.
         format: "torch" (`torch.export`, loads with `torch.export.load`), "onnx" (loads with ONNX Runtime), or
             "torch-cuda" (`torch.export` with this package's kernels, for a GPU, made with or without one).
@@ -97,7 +98,7 @@ def export(
     Raises:
         ValueError: no such format or precision, or a path that is a directory.
         BackendError: the kernels cannot run the model on a GPU; the message says why.
-        ParityError: the program answers otherwise than the model.
+        ParityError: the program's answers differ from the model's.
         MissingExtraError: ONNX's packages are not installed.
         FileNotFoundError: no such model.
     """
@@ -125,7 +126,7 @@ def export(
         if not on_gpu or torch.cuda.is_available():
             error = parity(_where_it_runs(program, on_gpu), _FORMATS[format][1](draft, program.heads))
         files = [target, *(target.parent / extra.name for extra in sorted(Path(folder).iterdir()) if extra != draft)]
-        for file in reversed(files):  # what loads comes last, when all it needs is there
+        for file in reversed(files):  # the file to load comes last, after all that it needs
             shutil.move(Path(folder) / file.name, file)
     return Exported(files, error)
 
@@ -141,7 +142,7 @@ def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> floa
         The largest difference, over the largest logit.
 
     Raises:
-        ParityError: it is above the tolerance, or something is not a number.
+        ParityError: the difference is above the tolerance, or NaN.
     """
     config, where = program.config, program.model.clip_class_embedding.device
     generator, worst = torch.Generator().manual_seed(0), 0.0
@@ -154,7 +155,7 @@ def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> floa
                 raise ParityError(f"head {head} has shape {list(b.shape)} in the export, {list(a.shape)} in the model")
             scale = max(float(a.abs().max()), torch.finfo(torch.float32).tiny)
             error = float((a - b).abs().max()) / scale
-            if not error <= TOLERANCE:  # so that NaN fails
+            if not error <= TOLERANCE:  # fails for NaN
                 raise ParityError(
                     f"the export's logits differ by {error:.2g} of the largest one at batch {batch}; allowed is "
                     f"{TOLERANCE:g}, so nothing was written"
@@ -164,12 +165,12 @@ def parity(program: _Heads, other: Callable[[Tensor], Sequence[Tensor]]) -> floa
 
 
 def _eager(model: CAST) -> CAST:
-    """An fp32 copy on the CPU in which compilers see through every op; what was put around its layers comes along."""
+    """An fp32 copy on the CPU that runs eagerly, so that compilers see every op; wrapped layers stay wrapped."""
     return copy.deepcopy(model).float().cpu().unfuse().requires_grad_(False).eval()
 
 
 def _fused(model: CAST, precision: Precision) -> CAST:
-    """A copy on the CPU whose ops run in the kernels for GPUs, or say why they cannot."""
+    """A copy on the CPU whose ops run in the kernels for GPUs, or raise with the reason."""
     own = copy.deepcopy(model).to("cpu", getattr(torch, precision))
     return own.fuse("triton").requires_grad_(False).eval()
 
@@ -183,10 +184,10 @@ def _trace(program: _Heads, video: Tensor) -> Any:
 
 
 def _trace_for_gpu(program: _Heads) -> Any:
-    """The program as a GPU runs it, traced with tensors that have shapes only; its weights are the model's, on the CPU.
+    """The program for a GPU, traced with tensors that have only shapes; its weights are the model's, on the CPU.
 
     Raises:
-        ValueError: a tensor that the model makes in its forward pass and keeps, which has no value here.
+        ValueError: the model makes a tensor in its forward pass and keeps it, so that the tensor has no value here.
     """
     twin = copy.deepcopy(program).to("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -207,7 +208,7 @@ def _where_it_runs(program: _Heads, on_gpu: bool) -> _Heads:
 
 
 def _about(model: CAST) -> dict[str, str]:
-    """What a user of the file must know, as text."""
+    """Information for users of the file, as text."""
     config = model.config
     sampling = as_json(model.sampling, model.short_side) or {}
     return {
@@ -268,7 +269,7 @@ def main(
     trust_pickle: bool = False,
     precision: Precision = "float32",
 ) -> None:
-    """Export, and print what was written and how well it agrees."""
+    """Export, and print the written files and the difference."""
     done = export(checkpoint, out, format, trust_pickle, precision)
     for file in done.files:
         print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")

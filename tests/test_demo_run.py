@@ -96,7 +96,7 @@ def finished(runs: Runs) -> tuple[Path, dict[str, Any]]:
 
 
 def test_a_run_that_was_interrupted_says_so_and_expects_only_the_rest(runs: Runs) -> None:
-    assert runs.first.splitlines()[-1].endswith("stopped; the same command goes on from the last checkpoint")
+    assert runs.first.splitlines()[-1].endswith("stopped; the same command continues from the last checkpoint")
     units = {stage.name: stage.units for stage in runs.left}
     steps = {"spatial expert": 40 // 8, "temporal expert": 16 // 8, "cast": 132 // 8}
     assert units["videos"] == units["spatial expert, seed 0"] == units["temporal expert, seed 0"] == 0

@@ -365,7 +365,7 @@ def test_a_challenge_without_labels_gets_its_submission_and_no_figures(
     assert found.keys() == {"about", "videos", "note"}
     assert found["note"] == "the data set has no labels, so nothing was measured"
     assert found["note"] in shown
-    assert "accuracies, for the data set has no labels" in (out / "report.html").read_text()
+    assert "accuracies, because the data set has no labels" in (out / "report.html").read_text()
     with ZipFile(out / "submission.zip") as file:
         results = json.loads(file.read("test.json"))["results"]
     assert {name: len(answers["noun"]) for name, answers in results.items()} == {"P01_0": 300, "P01_1": 300}

@@ -174,7 +174,7 @@ def test_what_is_not_there_has_no_section_but_a_hint() -> None:
     unlabelled = Predictions(made.videos, made.probabilities, {}, made.views, made.classes)
     page = html(replace(_evidence(), model=torch.nn.Linear(1, 1)))
     assert "Not shown" in page
-    assert "attention, which is drawn of a CAST with an exchange" in page
+    assert "attention, which only a CAST with an exchange has" in page
     page = html(Evidence("Test set", unlabelled, Protocol(size=32)))
     assert HEADINGS.findall(page) == ["Model card", "How to read this"]
     assert "the data set has no labels" in page

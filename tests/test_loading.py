@@ -73,7 +73,7 @@ def test_several_models_answer_by_the_mean_of_their_probabilities(
 
 
 def test_no_place_and_models_among_places_are_refused(models: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="no checkpoint was given; give a place"):
+    with pytest.raises(ValueError, match="no checkpoint was given; give the path"):
         Predictor([])
     with pytest.raises(TypeError, match=r"a checkpoint is SingleExpert; .* several as cast\.baselines\.Ensemble"):
         Predictor([models["single"]])

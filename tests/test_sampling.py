@@ -133,7 +133,7 @@ def test_evaluate_goes_by_the_model(
 def test_who_decides(tmp_path: Path) -> None:
     settings = DataSettings(str(tmp_path), sampling="dense")
     silent, stated = VideoSet(settings), VideoSet(settings, tmp_path / "dataset.yaml")
-    assert choose_sampling("uniform", "dense", stated) == ("uniform", "as was asked for")
+    assert choose_sampling("uniform", "dense", stated) == ("uniform", "as asked for")
     assert choose_sampling(None, "dense", stated)[0] == "dense"
     assert choose_sampling(None, "uniform", silent)[0] == "uniform"
     assert choose_sampling(None, None, silent)[0] == "dense"

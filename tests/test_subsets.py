@@ -63,7 +63,7 @@ def test_a_list_of_another_data_set_is_refused(tmp_path: Path, lists: dict[str, 
 
 def test_a_list_needs_its_column_and_names_that_say_who(tmp_path: Path) -> None:
     write_lists(tmp_path)
-    with pytest.raises(ValueError, match=r"clip_1\.mp4: whose video is it\?"):
+    with pytest.raises(ValueError, match=r"clip_1\.mp4: no participant in the name"):
         read_subsets(tmp_path, "val", [*SAMPLES, Sample(Path("clip_1.mp4"), SAMPLES[0].labels)], COUNTS)
     (tmp_path / UNSEEN["val"]).write_text("P18\nP32\n")
     with pytest.raises(ValueError, match="must have a header with 'participant_id'"):

@@ -239,7 +239,7 @@ def test_a_training_from_before_clips_positions_decayed_is_refused(tmp_path: Pat
     content = json.loads(state.read_text())
     assert content["identity"].pop("rules") == ["groups"]
     state.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="written by an earlier version, which had another rule for groups"):
+    with pytest.raises(ValueError, match="written by an earlier version, with another rule for groups"):
         train(Positions(), Points(), RECIPE, tmp_path)
 
 

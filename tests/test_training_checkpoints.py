@@ -54,7 +54,7 @@ def test_other_experts_are_refused_unless_the_checkpoint_has_its_own(tmp_path: P
         net = PointNet()
         engine(tmp_path / weights, net, weights=weights).run()
         if weights == "trainable":
-            with pytest.raises(ValueError, match="load the same experts as then"):
+            with pytest.raises(ValueError, match="load the same experts as in that training"):
                 engine(tmp_path / weights, PointNet(frozen_seed=9), weights=weights)
         else:
             other = PointNet(frozen_seed=9)
@@ -180,7 +180,7 @@ def test_a_checkpoint_from_before_a_rule_changed_is_refused_by_the_rules_name(tm
         if why is None:
             assert again.load() is not None
         else:
-            with pytest.raises(ValueError, match=f"written by an earlier version, which had {why}"):
+            with pytest.raises(ValueError, match=f"written by an earlier version, with {why}"):
                 again.load()
     ruled = Checkpoints(tmp_path / "new", accelerator, {"plan": "test", **changed_rules(dense=True)}, net)
     ruled.attach(net, None, None)

@@ -133,7 +133,7 @@ def test_an_operator_that_is_not_deterministic_is_named(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("attention", ["flash-attn", "xformers"])
 def test_packages_whose_attention_adds_in_any_order_are_refused(attention: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"run.attention={attention} adds up in an order that changes; choose auto"):
+    with pytest.raises(ValueError, match=f"run.attention={attention} adds in a varying order; choose auto"):
         load_recipe(
             TrainSettings, "digits", f"data.root={tmp_path}", "run.deterministic=true", f"run.attention={attention}"
         )

@@ -1,6 +1,6 @@
-"""What two streams do to each other in a block: B-CAST in any roles, and the alternatives of Table 1(b) and (c).
+"""The exchange of two streams in a block: B-CAST in any roles, and the alternatives of Table 1(b) and (c).
 
-Every module starts as the identity, and takes and returns [B, T, C+N, D] of both streams.
+Every module starts as the identity. It takes and returns both streams, [B, T, C+N, D].
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cast.model.layers import VMAE_EPS, Adapter, Running, init_linears
 from cast_kernels import BCAST, attention
 
 Pair = tuple[Tensor, Tensor]
-#: (spatial, temporal) numbers of leading tokens.
+#: (spatial, temporal) numbers of leading tokens that are no patches.
 Prefixes = tuple[int, int]
 
 
 class Exchange(nn.Module):
-    """Base: which tokens are patches, and the draws of drop path.
+    """Base class with the streams' prefixes.
 
     Args:
         config: sizes, windows, directions, positions.
@@ -38,15 +38,15 @@ class Exchange(nn.Module):
         self.config, self.prefixes, self.running = config, prefixes, running
 
     def forward(self, spatial: Tensor, temporal: Tensor, factors: tuple[Tensor | None, Tensor | None]) -> Pair:
-        """Both streams with what they took from each other; `factors` are drop-path draws [B], or None."""
+        """Both streams with the parts that they took from each other; `factors` are drop-path draws [B], or None."""
         raise NotImplementedError
 
 
 class Bottleneck(Exchange):
     """B-CAST (paper section 3.3) between streams with or without CLS.
 
-    A temporal-role expert with CLS sends it the way that the spatial one's goes: down, norm, GELU, up, no attention.
-    The paper says nothing of CLS in other roles (Table 1(h)); this is our reading.
+    If the temporal-role expert has CLS, its CLS takes the same path as the spatial one's: down, norm, GELU, up, without
+    attention. The paper does not specify CLS in other roles (Table 1(h)); this is our reading.
     """
 
     def __init__(self, config: CASTConfig, prefixes: Prefixes, running: Running) -> None:
@@ -63,7 +63,7 @@ class Bottleneck(Exchange):
         patches = temporal[:, :, self.prefixes[1] :]
         cls = temporal[:, :, : self.prefixes[1]]
         if not self.prefixes[0]:
-            spatial = F.pad(spatial, (0, 0, 1, 0))  # the op's CLS, which reaches no other token
+            spatial = F.pad(spatial, (0, 0, 1, 0))  # CLS for the op; it influences no other token
         spatial, patches = self.bcast(spatial.contiguous(), patches.contiguous(), *factors)
         if self.prefixes[1] and "s2t" in self.bcast.directions:
             hidden = self.bcast.ln_t_cross(self.bcast.cross_t_down(cls))
@@ -73,10 +73,10 @@ class Bottleneck(Exchange):
 
 
 class Lateral(Exchange):
-    """Table 1(b) 'Lateral': patches of each stream, through a linear layer, are added to the other's at their place.
+    """Table 1(b) 'Lateral': a linear layer maps each stream's patches, and the result is added to the other's patches.
 
-    Both sums read the streams as they were. Open in the paper, and chosen: the linear layers start at zero, so that
-    the fully tuned experts start as they were pre-trained; CLS takes no part.
+    Both sums read the streams before the exchange. The paper leaves two points open. Here the linear layers start at
+    zero, so that the fully tuned experts start as pre-trained; and CLS takes no part.
     """
 
     t2s: nn.Linear
@@ -98,10 +98,10 @@ class Lateral(Exchange):
 class Wide(Exchange):
     """Table 1(c) 'w/o adapter': cross-attention at the full width, without the bottleneck around it.
 
-    With `adapted`, 'X-attn.->adapter': what comes out passes an adapter before it is added. Windows, positions and
-    norms are B-CAST's. Open in the paper, and chosen: the experts' own adapters stay; the last layer before the sum
-    starts at zero. The paper's 85.9 M and 93.0 M tuned parameters follow from no construction that we found; their
-    difference, two adapters a block, does from this one.
+    With `adapted`, 'X-attn.->adapter': an adapter follows the attention, before the sum. Windows, positions and norms
+    are B-CAST's. The paper leaves two points open. Here the experts keep their own adapters, and the last layer before
+    the sum starts at zero. No construction that we found gives the paper's 85.9 M and 93.0 M tuned parameters. This one
+    gives their difference, two adapters a block.
     """
 
     ln_s: nn.LayerNorm
@@ -175,7 +175,7 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
 
 
-#: window -> ([B, T, N, D] to [..., tokens that attend together, D], and back, given T).
+#: window -> ([B, T, N, D] to groups of tokens that attend together, [..., W, D]; and the inverse, given T).
 WINDOWED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {
     "time": (lambda x: x.transpose(1, 2), lambda x, frames: x.transpose(1, 2)),
     "space": (lambda x: x, lambda x, frames: x),
@@ -184,12 +184,12 @@ WINDOWED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Te
 
 
 def add_to_patches(x: Tensor, more: Tensor, prefix: int) -> Tensor:
-    """x [B, T, C+N, D] with `more` [B, T, N, D] added behind its first C tokens."""
+    """x [B, T, C+N, D] with `more` [B, T, N, D] added after its first C tokens."""
     return torch.cat((x[:, :, :prefix], x[:, :, prefix:] + more), 2) if prefix else x + more
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    """x [B, ...] times a factor a clip, [B]."""
+    """x [B, ...] times one factor for each clip, [B]."""
     return x if factor is None else x * factor[:, None, None, None]
 
 

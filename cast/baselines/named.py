@@ -1,4 +1,4 @@
-"""The paper's models by name, and any of them from its directory."""
+"""The paper's models by name, and the reader of their directories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cast.model.config import CASTConfig
 
 _TUNED: dict[str, Any] = {"adapters": "none", "trained": "all"}
 
-#: Name -> design. What a name leaves out is CAST's.
+#: Name -> design. Omitted fields are CAST's.
 DESIGNS: Mapping[str, Design] = {
     "cast": Design(),
     "independent": Design(exchange="none", **_TUNED),  # Table 1(a), without adapters
@@ -33,7 +33,7 @@ DESIGNS: Mapping[str, Design] = {
     "eva-videomae": Design(spatial="timm:eva02_base_patch16_clip_224"),
     "eva-mvd": Design(spatial="timm:eva02_base_patch16_clip_224", temporal="mvd"),
 }
-#: Name -> (expert, its adapters), for one expert that names verb and noun: the members of Table 1(a)'s ensemble.
+#: Name -> (expert, its adapters), for one expert with heads for verb and noun: the members of Table 1(a)'s ensemble.
 SINGLES: Mapping[str, tuple[str, Literal["none", "cast", "aim"]]] = {
     "single-spatial": ("clip", "aim"),
     "single-temporal": ("videomae", "cast"),
@@ -41,7 +41,7 @@ SINGLES: Mapping[str, tuple[str, Literal["none", "cast", "aim"]]] = {
 
 
 def build(name: str, config: CASTConfig | str = "base", fused: bool = True, **overrides: Any) -> TwoStream:
-    """The two-stream model that the paper's tables call so, with random weights.
+    """The two-stream model with this name in the paper's tables, with random weights.
 
     Args:
         name: a key of `DESIGNS`.
@@ -50,7 +50,7 @@ def build(name: str, config: CASTConfig | str = "base", fused: bool = True, **ov
         overrides: fields of CASTConfig, for example `heads`.
 
     Raises:
-        ValueError: an unknown name, or sizes that the experts cannot have.
+        ValueError: an unknown name, or sizes that are impossible for the experts.
     """
     if name not in DESIGNS:
         raise ValueError(f"unknown baseline {name!r}; there are {', '.join(DESIGNS)}")
@@ -58,18 +58,18 @@ def build(name: str, config: CASTConfig | str = "base", fused: bool = True, **ov
 
 
 def read_baseline(directory: str | os.PathLike[str], fused: bool = True) -> TwoStream | SingleExpert:
-    """The baseline that `save_pretrained` wrote, of either kind, in evaluation mode.
+    """The baseline of either kind that `save_pretrained` wrote, in evaluation mode.
 
     Raises:
         FileNotFoundError: no `config.json` or `model.safetensors`.
-        ValueError: a `config.json` of something else, or other tensors.
+        ValueError: a `config.json` of another kind of model, or other tensors.
     """
     single = is_baseline(directory) and "expert" in read_saved(directory, "config")
     return SingleExpert.from_pretrained(directory, fused) if single else TwoStream.from_pretrained(directory, fused)
 
 
 def is_baseline(directory: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a baseline's configuration, rather than CAST's or none."""
+    """Whether a directory has a baseline's configuration, not CAST's or none."""
     try:
         about = read_saved(directory, "config")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A baseline as a directory: `config.json`, which says how it is built, and `model.safetensors`."""
+"""A baseline as a directory: `config.json` with its construction, and `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_saved(model: nn.Module, about: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
-    """Write a model and how it is built; a kill while writing leaves an old checkpoint whole."""
+    """Write a model and its construction; a kill during the writing leaves an old checkpoint whole."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
@@ -30,11 +30,11 @@ def write_saved(model: nn.Module, about: Mapping[str, Any], directory: str | os.
 
 
 def read_saved(directory: str | os.PathLike[str], key: str) -> dict[str, Any]:
-    """How a saved baseline is built.
+    """The construction of a saved baseline.
 
     Args:
         directory: of `save_pretrained`.
-        key: what the configuration of this kind of model must name.
+        key: the entry that the configuration of this kind of model must have.
 
     Raises:
         FileNotFoundError: no `config.json`.
@@ -51,7 +51,7 @@ def read_saved(directory: str | os.PathLike[str], key: str) -> dict[str, Any]:
 
 
 def load_saved(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Put the saved tensors into a model of the same build.
+    """Load the saved tensors into a model of the same construction.
 
     Raises:
         FileNotFoundError: no `model.safetensors`.

@@ -1,4 +1,4 @@
-"""One expert that answers for both verb and noun, and several models that answer together."""
+"""One expert with heads for verb and noun, and ensembles of models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SingleExpert(nn.Module):
         adapters: `none`, `cast` (two a block) or `aim` (CLIP's three).
         config: sizes and heads.
         fused: whether ops may run in compiled kernels.
-        recompute, attention: as :class:`cast.CAST` has them.
+        recompute, attention: as in :class:`cast.CAST`.
         overrides: fields of CASTConfig.
     """
 
@@ -99,7 +99,7 @@ class SingleExpert(nn.Module):
 
         Raises:
             FileNotFoundError: no `config.json` or `model.safetensors`.
-            ValueError: a `config.json` of something else, or other tensors.
+            ValueError: a `config.json` of another kind of model, or other tensors.
         """
         about = read_saved(directory, "expert")
         model = cls(about["expert"], about["adapters"], make_config(**about["config"]), fused)
@@ -108,10 +108,10 @@ class SingleExpert(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Models, trained apart, whose probabilities are averaged at test time (Table 1(a) 'Ensemble of experts').
+    """Models, trained separately, whose probabilities are averaged at test time (Table 1(a) 'Ensemble of experts').
 
-    Its logits are the logarithms of the mean probabilities, so that a softmax gives these back. It is not for
-    training: its members learn apart.
+    Its logits are the logarithms of the mean probabilities, so that a softmax gives the means. Do not train it: its
+    members are trained separately.
 
     Raises:
         ValueError: no members.

@@ -1,6 +1,7 @@
-"""An expert as one stream of a two-stream model: its embedding, its blocks cut where the exchange enters, its pooling.
+"""An expert as one stream of a two-stream model: its embedding, its half blocks, its pooling.
 
-All streams speak one shape, [B, T, C+N, D]: `C` leading tokens a frame that are no patches (CLIP's CLS, or none).
+All streams have the same shape, [B, T, C+N, D]: each frame begins with `C` tokens that are no patches (CLIP's CLS, or
+none).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from cast_kernels import plain
 
 
 class Stream(nn.Module):
-    """What a two-stream model asks of an expert, whatever its role.
+    """The interface of an expert in a two-stream model, for both roles.
 
     Attributes:
-        prefix: C, tokens of a frame that stand before its patches.
+        prefix: C, tokens of a frame before its patches.
         running: how the ops of its blocks run.
     """
 
@@ -39,17 +40,17 @@ class Stream(nn.Module):
         raise NotImplementedError
 
     def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
-        """First half of block `index`: x + a + adapter(a), a the self-attention of the normalised x."""
+        """First half of block `index`: x + a + adapter(a), where a is the self-attention of the normalised x."""
         raise NotImplementedError
 
     def attend_over_time(self, index: int, x: Tensor, adapter: Adapter) -> Tensor:
-        """AIM's extra step before `attend`: x + adapter(a), a the block's own attention used along time."""
+        """AIM's extra step before `attend`: x + adapter(a), where a is the block's own attention along time."""
         raise TypeError(f"{type(self).__name__} has no attention that AIM's adapter could use along time; use 'clip'")
 
     def feed(self, index: int, x: Tensor, adapter: Adapter | None, factor: Tensor | None) -> Tensor:
-        """Second half of block `index`: x + mlp(n) + factor * 0.5 * adapter(n), n the normalised x.
+        """Second half of block `index`: x + mlp(n) + factor * 0.5 * adapter(n), where n is the normalised x.
 
-        `factor` is a drop-path draw a clip, [B].
+        `factor` is one drop-path draw for each clip, [B].
         """
         raise NotImplementedError
 
@@ -58,7 +59,7 @@ class Stream(nn.Module):
         raise NotImplementedError
 
     def last_norm(self) -> nn.LayerNorm:
-        """The norm in `pool`, which trains even where the expert is frozen, as in CAST."""
+        """The norm in `pool`. It trains even if the expert is frozen, as in CAST."""
         raise NotImplementedError
 
     def load(self, source: Source, trust_pickle: bool = False) -> None:
@@ -70,7 +71,7 @@ class Stream(nn.Module):
         raise NotImplementedError
 
     def frames(self, video: Tensor) -> Tensor:
-        """[B, 3, frames, H, W] -> [B*T, 3, H, W]: the last frame of each tubelet, as CAST's spatial expert sees."""
+        """[B, 3, frames, H, W] -> [B*T, 3, H, W]: the last frame of each tubelet, as for CAST's spatial expert."""
         size = self.config.tubelet_size
         return video[:, :, size - 1 :: size].transpose(1, 2).flatten(0, 1)
 
@@ -93,7 +94,7 @@ class CLIPStream(Stream):
         return attend(frames, block.ln_1, block.attn, adapter, self.running, CLIP_NAMES[0]).view_as(x)
 
     def attend_over_time(self, index: int, x: Tensor, adapter: Adapter) -> Tensor:
-        """Tokens of one place, CLS among them, attend along time (AIM, ICLR 2023, section 3.3: no inner skip)."""
+        """Tokens of one place, including CLS, attend along time (AIM, ICLR 2023, section 3.3: no inner skip)."""
         block = self.block(index)
         places = x.transpose(1, 2)
         asked = attended(block.attn, block.ln_1(places), self.running.attention)
@@ -148,7 +149,7 @@ class VideoMAEStream(Stream):
         return self.expert.fc_norm
 
     def load(self, source: Source, trust_pickle: bool = False) -> None:
-        """As `TemporalExpert.load`, but `fc_norm` stays fresh, as in CAST."""
+        """As `TemporalExpert.load`, but `fc_norm` keeps its initial values, as in CAST."""
         given, unknown = read_videomae(source, trust_pickle)
         given = {key: tensor for key, tensor in given.items() if not key.startswith("fc_norm.")}
         own = self.expert.state_dict()
@@ -162,10 +163,10 @@ class VideoMAEStream(Stream):
 
 
 class MVDStream(VideoMAEStream):
-    """Masked Video Distillation's student (CVPR 2023): VideoMAE's encoder with a position table of its own.
+    """Masked Video Distillation's student (CVPR 2023): VideoMAE's encoder with its own position table.
 
-    The table (one part for time, one for the place) lies in MVD's checkpoints as `pos_embed`; it is loaded and saved
-    with the weights, and zero without them.
+    The table (one part for time, one for the place) is `pos_embed` in MVD's checkpoints. It is loaded and saved with
+    the weights; without them it is zero.
     """
 
     def __init__(self, config: CASTConfig, running: Running) -> None:
@@ -174,15 +175,17 @@ class MVDStream(VideoMAEStream):
 
 
 def _check_halves(name: str, block: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise TypeError where a block must be called: a stream calls its layers, for an exchange comes between them."""
+    """Raise TypeError if a block must be called. A stream calls only its layers, because an exchange comes between
+    them.
+    """
     found = plain.obstacle(name, block, plain.Reading(kind.forward))
     if found:
         raise TypeError(
-            f"a stream runs the halves of an expert's block apart and never calls the block, but {found}; "
+            f"a stream runs the two halves of an expert's block separately and never calls the block, but {found}; "
             "replace its layers, or put the hook on them"
         )
 
 
 def rows(factor: Tensor | None) -> Tensor | None:
-    """[B] -> [B, 1, 1], a factor for all tokens of a clip."""
+    """[B] -> [B, 1, 1], one factor for all tokens of a clip."""
     return None if factor is None else factor[:, None, None]

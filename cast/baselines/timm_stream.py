@@ -1,4 +1,4 @@
-"""An image model of timm as an expert: IN-21K's ViT (Table 5), EVA-02 (Table 7), and others of the same build."""
+"""An image model of timm as an expert: IN-21K's ViT (Table 5), EVA-02 (Table 7), and similar models."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from cast.model.layers import Adapter, Running
 from cast.model.weights.assign import assign
 from cast.model.weights.source import Source, read_tensors, strip_prefixes
 
-#: Modules of timm whose models have the parts that the stream calls.
+#: Modules of timm whose models have the layers that this stream calls.
 _BUILDS = ("timm.models.vision_transformer", "timm.models.eva")
-#: Parts of a checkpoint that an expert does not need: classifiers, and the text side of a contrastive pair.
+#: Tensors of a checkpoint that an expert does not need: classifiers, and the text tower of a contrastive pair.
 _NOT_NEEDED = ("head.", "fc_norm.", "text.", "logit_scale", "logit_bias", "visual.head.")
 
 
 class TimmStream(Stream):
     """A vision transformer of timm (VisionTransformer or Eva) on single frames; CLS is the pooled token.
 
-    It runs in timm's own PyTorch code, which the fused kernels do not replace.
+    Runs in timm's own PyTorch code; the fused kernels do not replace it.
 
     Args:
         name: a name of `timm.list_models()`, for example `vit_base_patch16_224` or `eva02_base_patch16_clip_224`.
         config: its width, depth and grid must be the model's.
-        running: `math` attention is obeyed; there is nothing else that it could say of timm's code.
-        pretrained: whether timm downloads the weights that belong to the name.
-        options: passed to `timm.create_model`; `img_size=196` gives a model with patches of 14 the grid of 14 x 14,
-            and frames are then resized to it.
+        running: only its `math` attention has an effect on timm's code.
+        pretrained: whether timm downloads the weights of this name.
+        options: passed to `timm.create_model`; `img_size=196` gives a model with patches of 14 the grid of 14 x 14, and
+            frames are then resized to it.
 
     Raises:
         MissingExtraError: timm is not installed.
-        ValueError: another width, depth or grid, tokens beside CLS and patches, or no transformer of this build.
+        ValueError: another width, depth or grid, tokens beside CLS and patches, or another kind of model.
     """
 
     prefix = 1
@@ -66,7 +66,7 @@ class TimmStream(Stream):
         if getattr(model, "rope_mixed", False) or model.cls_token is None or model.num_prefix_tokens != 1:
             raise ValueError(
                 f"{name} has no CLS, tokens beside CLS and patches, or positions that differ by block; the exchange "
-                "knows patches and one CLS"
+                "needs patches and one CLS"
             )
         found = (model.embed_dim, len(model.blocks), *model.patch_embed.grid_size)
         wanted = (self.config.embed_dim, self.config.depth, self.config.grid, self.config.grid)
@@ -81,7 +81,7 @@ class TimmStream(Stream):
         if tuple(frames.shape[-2:]) != tuple(self.size):
             frames = F.interpolate(frames, self.size, mode="bilinear", antialias=True)
         placed = self.expert._pos_embed(self.expert.patch_embed(frames))
-        x = placed[0] if isinstance(placed, tuple) else placed  # Eva gives the rotation with it
+        x = placed[0] if isinstance(placed, tuple) else placed  # Eva also returns the rotation
         return self.expert.norm_pre(x).unflatten(0, (video.shape[0], -1))
 
     def attend(self, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
@@ -110,7 +110,7 @@ class TimmStream(Stream):
         return norm
 
     def load(self, source: Source, trust_pickle: bool = False) -> None:
-        """Weights in timm's layout, in open_clip's around a timm trunk, or in another that timm itself translates."""
+        """Load weights in timm's layout, in open_clip's around a timm trunk, or in another that timm translates."""
         tensors = strip_prefixes(read_tensors(source, trust_pickle), ("visual.trunk.",))
         translate = getattr(sys.modules[type(self.expert).__module__], "checkpoint_filter_fn", None)
         if translate is not None:

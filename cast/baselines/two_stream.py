@@ -1,7 +1,7 @@
-"""`TwoStream`: any two experts in CAST's two roles, with any exchange, adapters or none, frozen or not.
+"""`TwoStream`: any two experts in CAST's two roles, with any exchange, with or without adapters, frozen or trained.
 
-With CLIP, VideoMAE, B-CAST and adapters it computes what :class:`cast.CAST` computes (a test compares them); CAST
-itself stays the model to train and to publish, because it has the published names and whole fused blocks.
+With CLIP, VideoMAE, B-CAST and adapters it computes the same as :class:`cast.CAST` (a test compares them). Train and
+publish CAST itself, because it has the published names and whole fused blocks.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Fusion = Literal["apart", "add", "concat"]
 
 @dataclass(frozen=True)
 class Design:
-    """What distinguishes the paper's two-stream models; the defaults are CAST.
+    """The differences between the paper's two-stream models; the defaults are CAST.
 
     Args:
-        spatial: expert that T2S updates and whose features name the noun: `clip`, `videomae`, `mvd`, or `timm:NAME`
-            for an image model of timm.
-        temporal: expert that S2T updates and whose features name the verb; the same choice. An expert keeps its own
-            input, attention and pooling in either role.
+        spatial: the expert that T2S updates, and whose features give the noun: `clip`, `videomae`, `mvd`, or
+            `timm:NAME` for an image model of timm.
+        temporal: the expert that S2T updates, and whose features give the verb; the same choices. An expert keeps its
+            own input, attention and pooling in either role.
         exchange: per block: `none`, `b-cast`, `lateral` (Table 1(b)), `attention` (Table 1(c) 'w/o adapter') or
             `attention-adapter` (Table 1(c) 'X-attn.->adapter').
-        adapters: `none`; `cast`: one beside each half of each expert's block; `aim`: those, and CLIP's third, along
-            time, with AIM's table of times.
+        adapters: `none`; `cast`: one beside each half of each expert's block; `aim`: those, and CLIP's third along time
+            with AIM's table of times.
         trained: `new`: adapters, exchange, last norms, heads; `all`: the experts too.
         fusion: of the pooled features: `apart` (CAST's heads), `add`, or `concat` (joined, then projected to D).
 
@@ -68,10 +68,10 @@ class Design:
 
 
 def make_stream(name: str, config: CASTConfig, running: Running, **timm_options: Any) -> Stream:
-    """The expert called `name`, with random weights.
+    """The expert with this name and random weights.
 
     Raises:
-        ValueError: an unknown name, or a timm model whose width, depth or grid is not the configuration's.
+        ValueError: an unknown name, or a timm model whose width, depth or grid differs from the configuration's.
     """
     if name.startswith("timm:"):
         return TimmStream(name.removeprefix("timm:"), config, running, **timm_options)
@@ -82,7 +82,7 @@ def make_stream(name: str, config: CASTConfig, running: Running, **timm_options:
 
 
 class TwoStreamBlock(nn.Module):
-    """What is new in one block: adapters and exchange. The experts' layers stay in their streams."""
+    """The new parts of one block: adapters and exchange. The streams have the experts' layers."""
 
     def __init__(
         self, design: Design, config: CASTConfig, exchanges: bool, prefixes: tuple[int, int], running: Running
@@ -105,12 +105,12 @@ class TwoStream(nn.Module):
     """Two experts in the roles of CAST's spatial and temporal one.
 
     Args:
-        design: what the two experts are and how they meet.
-        config: sizes; `windows`, `directions`, `positions`, `down_ratio`, `exchange_layers` for the exchange. Drop
-            path draws clips: on exchange and FFN adapters, as in CAST, and where the experts train on both their
-            residual branches too, as is usual for fine-tuned transformers (the paper does not say).
+        design: the two experts and their connection.
+        config: sizes; `windows`, `directions`, `positions`, `down_ratio`, `exchange_layers` for the exchange. Drop path
+            draws clips: on exchange and FFN adapters, as in CAST; and if the experts train, also on both their residual
+            branches, as is usual for fine-tuned transformers (the paper does not say).
         fused: whether ops may run in compiled kernels; if not, they run in eager PyTorch.
-        recompute, attention: as :class:`cast.CAST` has them.
+        recompute, attention: as in :class:`cast.CAST`.
         timm_options: for a `timm:` expert, by role: {"spatial": {...}}; see `TimmStream`.
         overrides: fields of CASTConfig.
     """
@@ -200,7 +200,7 @@ class TwoStream(nn.Module):
         return self._dropped(index, x, stream.feed(index, x, adapter, factor))
 
     def _dropped(self, index: int, before: Tensor, after: Tensor) -> Tensor:
-        """Drop path on an expert's own residual branch, where experts train."""
+        """Drop path on an expert's own residual branch, if the experts train."""
         factor = self._draw(index, before) if self.design.trained == "all" else None
         return after if factor is None else before + (after - before) * factor[:, None, None, None]
 
@@ -211,7 +211,7 @@ class TwoStream(nn.Module):
     def load_experts(
         self, spatial: Source | None = None, temporal: Source | None = None, trust_pickle: bool = False
     ) -> TwoStream:
-        """Put pre-trained weights into the experts, each in its own layout; the rest stays as it is.
+        """Load pre-trained weights into the experts, each in its own layout; the rest keeps its values.
 
         Raises:
             ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file.
@@ -223,7 +223,7 @@ class TwoStream(nn.Module):
         return self
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `config.json` (with the design) and `model.safetensors` into a directory, made if need be."""
+        """Write `config.json` (with the design) and `model.safetensors` into a directory, made if needed."""
         about = {"design": asdict(self.design), "timm_options": self.timm_options, "config": self.config.to_dict()}
         write_saved(self, about, directory)
 
@@ -233,10 +233,10 @@ class TwoStream(nn.Module):
 
         Raises:
             FileNotFoundError: no `config.json` or `model.safetensors`.
-            ValueError: a `config.json` of something else (CAST has its own `from_pretrained`), or other tensors.
+            ValueError: a `config.json` of another kind (CAST has its own `from_pretrained`), or other tensors.
         """
         about = read_saved(directory, "design")
-        # Not from the network: the weights are here.
+        # No download: the directory has the weights.
         options = {role: {**chosen, "pretrained": False} for role, chosen in about["timm_options"].items()}
         model = cls(Design(**about["design"]), make_config(**about["config"]), fused, options)
         load_saved(model, directory)

@@ -1,4 +1,4 @@
-"""`cast demo`: from nothing to trained models, their comparison and a report, on two CPU cores."""
+"""`cast demo`: data, trained models, their comparison and a report, on two CPU cores."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def main(
 ) -> dict[str, Any]:
     """Make the data set, train experts, baselines and CAST, evaluate, and write a report.
 
-    A run that was killed continues from its last checkpoint when it is started again with the same directory.
+    A killed run continues from its last checkpoint when it is started again with the same directory.
 
     Args:
         out: receives `data/` (videos), `seed-*/` (checkpoints, and the finished model in `seed-*/cast`),
             `metrics.json` and `report.html`; if None, `runs/demo`, or `runs/demo-quick` if `quick`.
-        seeds: how many times to train, with seeds 0, 1, ...; the data set is the same.
+        seeds: number of trainings, with seeds 0, 1, ...; the data set stays the same.
         quick: fewer classes, clips and frames, for a first look.
-        scale: what to make and how long to train, if neither of the two.
+        scale: another size of data and trainings, instead of `quick`.
 
     Returns:
         The content of `metrics.json`; accuracies in percent.
 
     Raises:
         MissingExtraError: the extra `demo` is not installed.
-        ValueError: `seeds` is below 1, or `out` holds a run with other settings.
+        ValueError: `seeds` is below 1, or `out` has a run with other settings.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
     from rich.console import Console
 
     console = Console()
-    # Before the seconds that PyTorch takes to load.
+    # Printed before PyTorch loads, which takes seconds.
     console.print(
         f"CAST demo{' (quick)' if quick else ''}: makes videos, trains two experts, the baselines and CAST, writes a "
         "report. No download, no GPU.",
@@ -49,7 +49,7 @@ def main(
         highlight=False,
     )
     for module in ("sklearn", "PIL", "matplotlib"):
-        require(module, "demo")  # before minutes of work
+        require(module, "demo")  # fails now, and not after minutes of work
 
     from cast.demo.run import run
     from cast.demo.scale import FULL, QUICK

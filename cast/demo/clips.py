@@ -1,4 +1,4 @@
-"""Decoded clips in memory, so that every training of the demo reads each video once."""
+"""Decoded clips in memory, so that each video is read once for all trainings."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def normalise(pixels: Tensor) -> Tensor:
 class CachedClips:
     """The videos of one annotation file, all frames decoded exactly and kept as uint8 [clips, FRAMES, 3, size, size].
 
-    Training clips take one random frame of each segment, a function of (seed, epoch, index); validation clips
-    the middles.
+    Training clips take one random frame of each segment, which depends only on (seed, epoch, index). Validation clips
+    take the middles.
 
     Args:
         directory: the data set.
         split: name of the annotation file and of the videos' folder.
         size: side of the model's input in pixels.
-        heads: labels to give.
+        heads: names of the labels.
         seed: source of the random frames.
-        progress: called with videos read and videos in all.
-        frames: of a clip, as the model sees it.
+        progress: called with the number of videos read, and of all videos.
+        frames: of the model's clip.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CachedClips:
         return len(self.samples)
 
     def indices(self, epoch: int, index: int) -> np.ndarray:
-        """The frames that make clip `index` in an epoch."""
+        """The frames of clip `index` in an epoch."""
         if epoch == VALIDATION:
             return view_indices(FRAMES, 0, 1, frames=self.frames)
         return train_indices(FRAMES, np.random.default_rng((self.seed, epoch, index)), frames=self.frames)
@@ -89,14 +89,14 @@ class CachedClips:
 
 
 class Stills:
-    """Single pictures with nouns, for the spatial expert; rendered, not stored.
+    """Single pictures with nouns, for the spatial expert. They are rendered into memory.
 
     Args:
         count: number of pictures.
         size: side of the model's input in pixels; must divide the scene's.
         seed: source of the pictures.
-        progress: called with pictures drawn and pictures in all.
-        classes: whose nouns the pictures show.
+        progress: called with the number of pictures drawn, and of all pictures.
+        classes: the pictures show their nouns.
     """
 
     def __init__(

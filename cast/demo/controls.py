@@ -1,9 +1,8 @@
-"""Proof by linear probes that the demo's labels leak nowhere, and that what is needed to tell them is there.
+"""Linear probes: the demo's labels do not leak, and the frames contain what is needed to answer them.
 
-Each probe is standardisation, principal components and logistic regression on grey pixels. Without the order of
-frames, the direction of a verb must stay a coin flip. Probes that are told where the actor is show that its motion, in
-order, carries the verb; without the place less of it is found. Those that are told where the decoy or the bystander is
-must stay at chance.
+Each probe is standardisation, principal components and logistic regression on grey pixels. Without the order of frames,
+a probe must guess the direction of a verb like a coin flip. Given the actor's place, ordered frames carry the verb;
+without the place a probe finds less of it. Probes at the place of the decoy or the bystander must stay at chance.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cast.ground.optional import require
 
 
 def chance(classes: Classes) -> dict[str, float]:
-    """What guessing reaches, in percent."""
+    """The accuracy of guessing, in percent."""
     verbs, nouns = len(classes.verbs), len(classes.nouns)
     return {"verb": 100 / verbs, "pair": 200 / verbs, "noun": 100 / nouns, "direction": 50.0}
 
@@ -35,7 +34,7 @@ def one_frame(pixels: np.ndarray) -> np.ndarray:
 
 
 def order_free(pixels: np.ndarray) -> np.ndarray:
-    """What does not change when the frames are shuffled: mean, deviation, minimum, maximum of each pixel."""
+    """Mean, deviation, minimum, maximum of each pixel, which do not depend on the order of frames."""
     parts = [pixels.mean(1), pixels.std(1), pixels.min(1), pixels.max(1)]
     return np.concatenate([part.reshape(len(pixels), -1) for part in parts], axis=1)
 
@@ -52,15 +51,15 @@ FEATURES: dict[str, Features] = {
 }
 
 
-#: Where a probe may look: everywhere, or in the quarter of one of the things.
+#: The region of a probe: the whole frame, or the quarter of one of the things.
 PLACES = ("whole frame", "actor", "decoy", "bystander")
 
 
 @dataclass(frozen=True)
 class Control:
-    """One probe's validation accuracies in percent: verb, its pair ignoring direction, direction, noun."""
+    """One probe's validation accuracies in percent: verb, pair (the verb without its direction), direction, noun."""
 
-    where: str  # "whole frame", or whose quarter the probe is told
+    where: str  # "whole frame", or the thing whose quarter is used
     features: str
     accuracy: Mapping[str, float]
 
@@ -72,9 +71,9 @@ def controls(
     places: Sequence[str] = PLACES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Control]:
-    """All probes, trained on `train`, measured on `val`; `progress` is called with probes done and probes in all.
+    """All probes, trained on `train`, measured on `val`; `progress` gets the numbers of finished and of all probes.
 
-    `direction` is the share with the right verb among clips whose pair was told right: a coin flip without order.
+    `direction` is the share with the right verb among clips with the right pair: a coin flip without order.
     """
     scenes = read_scenes(directory)
     grey = {name: clips.pixels.float().mean(2).numpy() for name, clips in (("train", train), ("val", val))}
@@ -94,7 +93,7 @@ def controls(
 
 
 def shared_scans(directory: Any) -> set[int]:
-    """Digit scans seen both in training (or by an expert) and in validation."""
+    """Digit scans that occur both in training (also of experts) and in validation."""
     seen: dict[bool, set[int]] = {True: set(), False: set()}
     for name, things in read_scenes(directory).items():
         seen[name.startswith("val_")].update(int(thing["scan"]) for thing in things.values())
@@ -102,7 +101,7 @@ def shared_scans(directory: Any) -> set[int]:
 
 
 def _quarters(pixels: np.ndarray, clips: CachedClips, scenes: Any, role: str) -> np.ndarray:
-    """The quarter of the frame that a thing acts in, [clips, frames, H/2, W/2]."""
+    """The quarter of the frame with a thing in it, [clips, frames, H/2, W/2]."""
     height, width = (side // 2 for side in pixels.shape[2:])
     cut = np.empty((*pixels.shape[:2], height, width), pixels.dtype)
     for number, sample in enumerate(clips.samples):
@@ -113,7 +112,7 @@ def _quarters(pixels: np.ndarray, clips: CachedClips, scenes: Any, role: str) ->
 
 
 def probe(train: np.ndarray, labels: Mapping[str, np.ndarray], val: np.ndarray) -> dict[str, np.ndarray]:
-    """Predicted labels [clips] of `val` by head; every head reads the same components."""
+    """Predicted labels [clips] of `val` by head; all heads use the same components."""
     scaler = require("sklearn.preprocessing", "demo").StandardScaler()
     components = require("sklearn.decomposition", "demo").PCA(120, svd_solver="randomized", random_state=0)
     regression = require("sklearn.linear_model", "demo").LogisticRegression
@@ -123,7 +122,7 @@ def probe(train: np.ndarray, labels: Mapping[str, np.ndarray], val: np.ndarray) 
 
 
 def widths(side: int, where: str) -> int:
-    """Columns of all features of one place together; `side` is a frame's in pixels."""
+    """Number of columns of all features at one place together; `side` is a frame's in pixels."""
     pixels = np.zeros((1, FRAMES, *[side if where == "whole frame" else side // 2] * 2), np.float32)
     return sum(features(pixels).shape[1] for features in FEATURES.values())
 

@@ -1,9 +1,9 @@
 """The demo's data set on disk: mp4 files and annotations in the layout of EPIC-Kitchens-100.
 
-`plain.csv`, `train.csv`, `val.csv` have lines `video_id,verb,noun`; the videos lie in a folder of the same name;
-`classes.json` names verbs and nouns; `scenes.csv` tells what else a clip shows, for the controls. The same seed makes
-the same bytes: colours are converted here rather than by FFmpeg, whose result depends on buffer alignment, and
-x264 runs in one thread at a constant quantiser, because its rate control differed between runs in 6 % of files.
+`plain.csv`, `train.csv`, `val.csv` have lines `video_id,verb,noun`. Their videos are in a folder of the same name.
+`classes.json` names verbs and nouns. `scenes.csv` has the other contents of each clip, for the controls. The same seed
+gives the same bytes. For that reason colours are converted here, because FFmpeg's result depends on buffer alignment.
+And x264 runs in one thread at a constant quantiser, because its rate control differed between runs in 6 % of files.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ import numpy as np
 from cast.demo.scene import ALL, SPLITS, Classes, Split, plan, render
 from cast.ground.files import write_bytes, write_json, write_text
 
-#: Written last; a directory that has it is complete.
+#: Written last, so a directory with it is complete.
 MANIFEST = "dataset.json"
-#: Names of the verbs and nouns.
+#: File with the names of the verbs and nouns.
 CLASSES = "classes.json"
 FPS = 12
-#: Clips that one worker makes before it reports back.
+#: Clips in a worker's task.
 _CHUNK = 40
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Clips of each split. Multiples of 120 hold every action equally often."""
+    """Clips of each split. Multiples of 120 have every action equally often."""
 
     plain: int = 1800
     train: int = 2400
@@ -60,21 +60,21 @@ def make_dataset(
     progress: Callable[[int, int], None] = lambda done, total: None,
     classes: Classes = ALL,
 ) -> dict[str, Any]:
-    """Write the data set, or check that it is there already.
+    """Write the data set, or check that it is complete.
 
     Args:
-        directory: receives videos and annotations; what an interrupted run has left is made again.
+        directory: receives videos and annotations; an interrupted run's files are made again.
         sizes: clips of each split.
         seed: source of all randomness.
-        workers: processes; if None, one per core. The bytes do not depend on it.
-        progress: called with clips done and clips in all.
-        classes: what the clips show.
+        workers: processes; if None, one per core. The bytes do not depend on their number.
+        progress: called with the number of finished clips, and of all clips.
+        classes: verbs and nouns of the clips.
 
     Returns:
         The manifest: seed, sizes, and a SHA-256 over all files' names and bytes.
 
     Raises:
-        ValueError: the directory holds a data set with another seed, other sizes or other classes.
+        ValueError: the directory has a data set with another seed, other sizes or other classes.
     """
     root, sizes = Path(directory), sizes or Sizes()
     wanted: dict[str, Any] = {"seed": seed, "sizes": {split: sizes.of(split) for split in SPLITS}}
@@ -83,7 +83,7 @@ def make_dataset(
         names = json.loads((root / CLASSES).read_text())
         if {key: found.get(key) for key in wanted} != wanted or names != classes.names():
             raise ValueError(
-                f"{root} holds a data set made with {found} of the classes {names}; wanted is {wanted} of "
+                f"{root} has a data set made with {found} of the classes {names}; wanted is {wanted} of "
                 f"{classes.names()}: choose another directory"
             )
         total = sum(wanted["sizes"].values())
@@ -158,7 +158,7 @@ def to_yuv420(frames: np.ndarray) -> np.ndarray:
         128 + (112.0 * red - 93.786 * green - 18.214 * blue) / 255,
     )
     count, height, width = luma.shape
-    # The mean of each two by two; NumPy's own, of so short axes, takes a third of the time that the whole clip does.
+    # The mean of two by two pixels. NumPy's `mean` over such short axes takes a third of the time of the whole clip.
     rows = [c[:, :, ::2] + c[:, :, 1::2] for c in chroma]
     halved = [(c[:, ::2] + c[:, 1::2]) / 4 for c in rows]
     planes = [plane.reshape(count, -1) for plane in (luma, *halved)]
@@ -177,7 +177,7 @@ def _run(work: Callable[[Any], int], jobs: Sequence[Any], workers: int) -> Itera
         if workers == 1:
             yield from map(work, jobs)
         else:
-            # Forking a process that runs threads (PyTorch's) can deadlock the child.
+            # Forking a process with threads (PyTorch's) can deadlock the child.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             yield from pool.map(work, jobs)
 

@@ -1,4 +1,4 @@
-"""How long the demo will take here: a miniature of each of its stages, measured before it begins."""
+"""Estimate the demo's time: run a miniature of each stage first and measure it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _CLIPS = 16
 _PICTURES = 64
 #: Rows and columns of a probe in the miniature.
 _ROWS, _COLUMNS = 240, 1024
-#: Training steps; the first ones find no memory and no plan yet and do not count.
+#: Training steps. The first ones allocate memory and make plans, so they do not count.
 _STEPS, _WARM = 6, 2
 
 
 @dataclass(frozen=True)
 class _Repeated:
-    """So many samples out of a few."""
+    """A few samples, repeated to `count`."""
 
     clips: Clips
     count: int
@@ -48,18 +48,18 @@ class _Repeated:
         return self.count
 
     def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """As the few samples give it."""
+        """The repeated samples."""
         return self.clips.batch(epoch, indices % len(self.clips))
 
 
 def estimate(out: Path, seeds: int, scale: Scale) -> list[Stage]:
-    """Every stage with what is left of it in `out` and the seconds of a unit of it, measured here and now."""
+    """Every stage with its remaining units in `out` and the measured seconds of a unit."""
     with tempfile.TemporaryDirectory() as folder:
         return _Miniature(Path(folder), scale).stages(out, seeds)
 
 
 class _Miniature:
-    """Does a little of everything, in a directory of its own, and keeps the seconds of each."""
+    """Runs a little of every stage in its own directory, and keeps the seconds of each."""
 
     def __init__(self, folder: Path, scale: Scale) -> None:
         self.folder, self.scale = folder, scale
@@ -80,7 +80,7 @@ class _Miniature:
         probe(noise[:, :128], labels, noise[:, :128])  # loads scikit-learn
         with _seconds() as probed:
             probe(noise, labels, noise)
-        blank()  # loads what draws
+        blank()  # loads matplotlib
         with _seconds() as plotted:
             blank()
         self.start, self.clip = first(), made() / (len(SPLITS) * _CLIPS * workers)
@@ -91,7 +91,7 @@ class _Miniature:
     def _trainings(
         self, stills: Stills, plain: CachedClips, clips: CachedClips, val: CachedClips
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds of a training step of each stage, and of a clip's answer by each model that answers."""
+        """Seconds of a training step of each stage, and of each model's answer for a clip."""
         config, budget = self.scale.config, self.scale.budget
         spatial, temporal = spatial_expert(config, 0), temporal_expert(config, 0)
         steps = {
@@ -121,7 +121,7 @@ class _Miniature:
         return statistics.median(np.diff(ends)[_WARM - 1 :])
 
     def stages(self, out: Path, seeds: int) -> list[Stage]:
-        """What is left to do in `out`."""
+        """The stages with their remaining units in `out`."""
         sizes, budget = self.scale.sizes, self.scale.budget
         total = sum(sizes.of(split) for split in SPLITS)
         made = (out / "data" / MANIFEST).exists()
@@ -151,13 +151,13 @@ class _Miniature:
 
 
 def _steps_done(checkpoints: Path) -> int:
-    """Training steps of the newest checkpoint."""
+    """Number of training steps in the newest checkpoint."""
     return max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-" + "[0-9]" * 8)), default=0)
 
 
 @contextmanager
 def _seconds() -> Iterator[Callable[[], float]]:
-    """Gives a function that tells, afterwards, how long the block took."""
+    """Yield a function that returns the block's time once the block has ended."""
     began, took = time.perf_counter(), 0.0
     yield lambda: took
     took = time.perf_counter() - began

@@ -33,7 +33,7 @@ def temporal_expert(config: CASTConfig, seed: int) -> TemporalExpert:
 def cast_model(
     config: CASTConfig, spatial: Mapping[str, Tensor], temporal: Mapping[str, Tensor], seed: int, exchange: bool = True
 ) -> CAST:
-    """CAST on two frozen experts, given by their state dicts; without exchange, two experts with adapters."""
+    """CAST on two frozen experts, given by their state dicts. Without exchange: two experts with adapters."""
     torch.manual_seed(seed)
     model = CAST(config, fused=True, directions=("t2s", "s2t") if exchange else ())
     return initialise(model).load_experts(clip=spatial, videomae=temporal)
@@ -42,9 +42,9 @@ def cast_model(
 def initialise(model: Model) -> Model:
     """Glorot's initialisation for matrices and patch embeddings that train and do not start at zero.
 
-    The published standard deviation, 0.02, suits a width of 768; at 64 the signal all but vanishes, and in a trial
-    of 12 epochs the temporal expert reached 35 % of its training verbs with it, 57 % with this one. Patch
-    embeddings count as the matrices that they are: five epochs reached a loss of 1.07 rather than 1.48.
+    The published standard deviation, 0.02, fits a width of 768; at 64 the signal almost vanishes. In a trial of 12
+    epochs the temporal expert reached 35 % of its training verbs with it, and 57 % with Glorot's. Patch embeddings are
+    treated as matrices: after five epochs the loss was 1.07 with this, 1.48 without.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and parameter.requires_grad and name.endswith("weight") and parameter.any():
@@ -55,15 +55,14 @@ def initialise(model: Model) -> Model:
 class SingleStreams(nn.Module):
     """Both experts with adapters, each with a head for verbs and one for nouns: the baselines 'alone'.
 
-    The two share no parameter and no tensor, so training them at once, on the sum of their losses, trains each as if
-    it were alone.
+    The two share no parameter and no tensor. So training both on the sum of their losses equals training each alone.
     """
 
     def __init__(self, config: CASTConfig, body: CAST) -> None:
         super().__init__()
         self.body = body
         for name in ("head_verb", "head_noun"):
-            body.get_submodule(name).requires_grad_(False)  # not used: each stream has both heads here
+            body.get_submodule(name).requires_grad_(False)  # not used: here each stream has both heads
         classes = config.classes
         self.heads: nn.ModuleDict = nn.ModuleDict(
             {f"{stream}_{head}": nn.Linear(config.embed_dim, classes[head]) for stream in STREAMS for head in HEADS}

@@ -10,14 +10,14 @@ from cast.demo.timing import StepTimes
 from cast.evaluation.report.plots import contours, new_figure, plain, svg
 from cast.ground.optional import require
 
-#: One colour per model, told apart also by readers who don't tell red from green.
+#: One colour per model, distinct for readers who confuse red and green.
 COLOURS = {"spatial": "#0072b2", "temporal": "#e69f00", "ensemble": "#666666", "cast": "#b5179e"}
 _MARKERS = {"spatial": "s", "temporal": "^", "ensemble": "D", "cast": "o"}
 _TITLES = {"spatial": "spatial alone", "temporal": "temporal alone", "ensemble": "ensemble", "cast": "CAST"}
 
 
 def balance(outcomes: Sequence[Outcome]) -> str:
-    """Verb against noun accuracy, every seed of every model; lines of equal harmonic mean behind."""
+    """Verb against noun accuracy of every model and seed, with lines of equal harmonic mean."""
     figure, axes = new_figure(5.2, 4.6)
     contours(axes, (0, 100), (0, 100))
     for model in MODELS:
@@ -74,7 +74,7 @@ def steps(times: StepTimes) -> str:
 
 
 def blank() -> str:
-    """A picture of nothing, to see how long one takes."""
+    """An empty picture, to measure the time of one."""
     return svg(new_figure(4.6, 3.2)[0])
 
 

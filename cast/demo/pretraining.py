@@ -1,9 +1,9 @@
-"""Does pre-training help? A temporal expert that starts from VideoMAE against one from scratch, on the digits videos.
+"""Compare a temporal expert that starts from VideoMAE with one from scratch, on the digits videos.
 
     python -m cast.demo.pretraining --out runs/pretraining
 
-Both are trained on the same labelled clips, for the same number of steps, with the same seeds; pre-training sees the
-same clips and no others, without labels.
+Both train on the same labelled clips, for the same number of steps, with the same seeds. Pre-training uses only the
+same clips, without labels.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from cast.training import Recipe, train
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything, for one core and minutes.
+    """The sizes of the comparison, for one core and minutes.
 
     Args:
-        clips: that train, with and without labels; the same ones.
-        test: other clips, for the accuracy.
+        clips: number of training clips, the same with and without labels.
+        test: number of other clips, for the accuracy.
         pretrain: epochs of pre-training.
         finetune: epochs with labels.
-        lr: their learning rate.
-        mask_ratio: share of the patches that pre-training hides.
+        lr: learning rate of the epochs with labels.
+        mask_ratio: hidden share of the patches in pre-training.
         normalised: whether each patch's target has mean 0 and deviation 1. Backgrounds are photographs of textures,
-            which nobody can guess; normalised, a dark texture counts as much as the digit.
+            which no model can predict. If normalised, a dark texture counts as much as the digit.
     """
 
     clips: int = 1440
@@ -56,7 +56,7 @@ class Budget:
 
 
 class Part:
-    """A range of clips, with the labels that are asked for."""
+    """A range of clips, with or without labels."""
 
     clips: CachedClips
     first: int
@@ -70,7 +70,7 @@ class Part:
         return self.count
 
     def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """As CachedClips, verbs only or no labels."""
+        """A batch of CachedClips, with verbs or without labels."""
         videos, labels = self.clips.batch(epoch, indices + self.first)
         return videos, {"verb": labels["verb"]} if self.labels else {}
 
@@ -102,9 +102,9 @@ def run(out: Path = Path("runs/pretraining"), seeds: int = 3, budget: Budget | N
     """Compare, write results.json and a picture, print a table.
 
     Args:
-        out: directory for videos, checkpoints and results; a run that was killed goes on.
-        seeds: how many times.
-        budget: how much of everything.
+        out: directory for videos, checkpoints and results; a killed run continues.
+        seeds: number of seeds.
+        budget: the sizes of the comparison.
     """
     budget, console = budget or Budget(), Console(width=120)
     sizes = Sizes(plain=budget.clips + budget.test, train=120, val=120)

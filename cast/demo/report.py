@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: no scripts, no other files, no network."""
+"""The demo's report: one HTML file without scripts, other files or network."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cast.evaluation.report.html import page, strip, table, verdict
 from cast.video.annotations import Sample
 from cast.video.reader import read
 
-#: Clips shown, evenly spaced over the validation set: chosen before any model was trained.
+#: Clips shown, evenly spaced over the validation set, so that the models do not influence the choice.
 _SAMPLES = 8
-#: Frames of each that are shown.
+#: Frames shown of each clip.
 _SHOWN = range(0, FRAMES, 5)
 
-#: What the quick demo says of itself, in the report and on the terminal.
+#: The quick demo's note, in the report and on the terminal.
 QUICKLY = (
     f"This is the quick demo: {len(QUICK.classes.verbs)} verbs and {len(QUICK.classes.nouns)} nouns instead of "
     f"{len(FULL.classes.verbs)} and {len(FULL.classes.nouns)}, {QUICK.sizes.train} training clips instead of "
@@ -65,7 +65,7 @@ $made""")
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the report shows."""
+    """The content of the report."""
 
     metrics: dict[str, Any]
     outcomes: Sequence[Outcome]
@@ -119,7 +119,7 @@ def _ensemble_note(outcome: Outcome) -> str:
 
 def _spread_note(metrics: dict[str, Any]) -> str:
     if len(metrics["runs"]) == 1:
-        return "One seed: nothing here tells how far another one would land."
+        return "One seed: this says nothing about the spread over seeds."
     gains = ", ".join(f"{gain:+.1f}" for gain in metrics["gain"]["action"]["by_seed"])
     return (
         f"Means over {len(metrics['runs'])} seeds ± their standard deviation; CAST over the ensemble by seed: {gains}."
@@ -131,7 +131,7 @@ def _decided_note(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict_of(run: dict[str, Any]) -> str:
-    """Whether one run can tell CAST from the ensemble, as a sentence."""
+    """A sentence that says whether one run separates CAST from the ensemble."""
     one, other, chance_of_it = (run[k] for k in ("only_cast_right", "only_ensemble_right", "chance_of_such_a_split"))
     often = f"{100 * chance_of_it:.2g} %" if chance_of_it > 1e-4 else "less than 0.01 %"
     decided = "no accident" if chance_of_it < 0.01 else "so this run decides nothing between the two"
@@ -142,7 +142,7 @@ def verdict_of(run: dict[str, Any]) -> str:
 
 
 def _chosen(clips: int) -> list[int]:
-    # Steps that are no multiple of 10 or 12 run through nouns and verbs.
+    # Steps that are no multiple of 10 or 12 give clips of all nouns and verbs.
     return [(2 * number + 1) * clips // (2 * _SAMPLES) // 11 * 11 % clips for number in range(min(_SAMPLES, clips))]
 
 

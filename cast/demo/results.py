@@ -1,4 +1,4 @@
-"""What `metrics.json` holds: the four models' accuracies, over one seed or several."""
+"""The content of `metrics.json`: the four models' accuracies, over one seed or several."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ METRICS = ("verb", "noun", "action", "harmonic_mean")
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """All figures in percent.
 
-    The four models' entries are means over the seeds; `spread` has their standard deviations (0 for one seed);
-    `gain` is CAST minus ensemble, seed by seed; `runs` has every seed's own figures and both ways to build the
-    ensemble, of which the one with the better action accuracy counts, and whether the clips that only CAST or only the
-    ensemble names right are too unevenly split for a coin.
+    The four models' entries are means over the seeds; `spread` has their standard deviations (0 for one seed); `gain`
+    is CAST minus ensemble, seed by seed. `runs` has every seed's figures. It also has both ways to build the ensemble
+    (the one with the better action accuracy counts) and a sign test of the clips that only one of CAST and the ensemble
+    names right.
     """
     seeds = [outcome.seed for outcome in outcomes]
 
@@ -50,7 +50,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def sign_test(one: int, other: int) -> float:
-    """How often a fair coin falls at least as unevenly as `one` to `other`, two-sided."""
+    """The probability that a fair coin falls at least as unevenly as `one` to `other`, two-sided."""
     tosses, most = one + other, max(one, other)
     tail = sum(math.comb(tosses, heads) for heads in range(most, tosses + 1)) / 2**tosses
     return min(1.0, 2 * tail)

@@ -1,4 +1,4 @@
-"""The demo from nothing to a report."""
+"""The demo from its data to its report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cast.demo.timing import step_times
 from cast.ground.files import read_json, write_json, write_text
 from cast.training import Progress as Training
 
-#: Says which demo a directory holds.
+#: File that identifies a directory's demo.
 IDENTITY = "demo.json"
 
 
@@ -81,10 +81,10 @@ def claim(out: Path, scale: Scale) -> None:
     """Mark the directory as this demo's.
 
     Raises:
-        ValueError: it is another one's.
+        ValueError: it belongs to another demo.
     """
     path, own = out / IDENTITY, scale.identity()
-    before = {"demo": "full"} if (out / "data").exists() else {}  # of a version that knew the full demo only
+    before = {"demo": "full"} if (out / "data").exists() else {}  # an earlier version had only the full demo
     found = read_json(path) if path.exists() else own | before
     if found != own:
         other = found.get("demo", "unknown")
@@ -98,10 +98,10 @@ def claim(out: Path, scale: Scale) -> None:
 
 
 def _where(schedule: Schedule) -> str:
-    """The stages that take most of the time."""
+    """The stages with the largest shares of the time."""
     seconds: dict[str, float] = {}
     for stage in schedule.stages:
-        kind = stage.name.split(",")[0]  # of all seeds
+        kind = stage.name.split(",")[0]  # for all seeds together
         seconds[kind] = seconds.get(kind, 0.0) + stage.expected
     total = sum(seconds.values())
     largest = sorted(seconds, key=lambda kind: -seconds[kind])[:4]
@@ -146,7 +146,7 @@ def _reporter(schedule: Schedule, suffix: str) -> Reporter:
 
 
 def _figures(figures: Mapping[str, float]) -> str:
-    """The loss, and accuracies on validation clips if there are any, else on the batches."""
+    """The loss, and accuracies on validation clips if there are any, else on the training batches."""
     tested = any(name.startswith("val ") for name in figures)
     shown = [
         f"{name.removeprefix('val ').replace('_', ' ')} {value:.0f} %"
@@ -157,7 +157,7 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the run is on: processor, cores, threads, versions."""
+    """The run's machine: processor, cores, threads, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

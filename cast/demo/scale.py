@@ -1,4 +1,4 @@
-"""The two sizes of the demo: the full one, and a quick one that shows the same in one to three minutes."""
+"""The two sizes of the demo: the full one, and a quick one of the same stages in one to three minutes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cast.training import Recipe
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is. `name` is what messages and the report call it."""
+    """The size of an experiment. Messages and the report use `name`."""
 
     name: str
     sizes: Sizes
@@ -25,7 +25,7 @@ class Scale:
     config: CASTConfig = CONFIG
 
     def identity(self) -> dict[str, Any]:
-        """What a run must share with an earlier one to go on from it, as JSON gives it back."""
+        """The settings that must be equal to resume an earlier run, as JSON values."""
         settings = {
             "demo": self.name,
             "sizes": asdict(self.sizes),

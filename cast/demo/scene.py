@@ -1,17 +1,17 @@
-"""What a clip of the demo's data set shows, and how it is drawn: handwritten digits that act on a photograph.
+"""The contents of a clip of the demo's data set, and their drawing: handwritten digits that act on a photograph.
 
 A *crowded* scene has three things, each in its own quarter of the frame:
 
 - the **actor**, a real digit that performs the verb: the clip's verb and noun are its own;
 - the **bystander**, another real digit, frozen in a random moment of a random verb;
-- the **decoy**, a digit cut into four tiles that changed places, which performs a verb of its own.
+- the **decoy**, a digit cut into four tiles that changed places, which performs its own verb.
 
-So one frame can't tell which digit is the actor (any moment of an actor is as likely a bystander), and motion
-alone can't tell whose verb counts: the noun needs several moments, the verb needs to see what is where. What
-bystander and decoy are and do is drawn independently of the labels. A *plain* scene has the actor alone.
+One frame does not show which digit is the actor, because a bystander may look like any moment of an actor. Motion alone
+does not show whose verb counts. The noun needs several moments; the verb needs to see which digit moves. Bystander and
+decoy are drawn independently of the labels. A *plain* scene has only the actor.
 
-Everything is element-wise arithmetic on a generator seeded by (seed, split, index): a clip does not depend on
-which other clips are made.
+All drawing is element-wise arithmetic on a generator seeded by (seed, split, index). A clip does not depend on the
+other clips.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NOUNS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 FRAMES = 32
 #: Height and width of a frame in pixels.
 SIZE = 64
-#: Scans (of scikit-learn's 1797) from here on are seen in validation only.
+#: Scans (of scikit-learn's 1797) from here on occur only in validation.
 FIRST_VALIDATION_SCAN = 1300
 
 Split = Literal["plain", "train", "val"]
@@ -54,13 +54,13 @@ _STILLS = len(SPLITS)
 _SHUTTER = (70, 60, 50)
 #: Distance of a quarter's centre from the frame's edge, over the frame's size.
 _QUARTER = 0.26
-#: Side of the square that a thing is drawn into, over the frame's size: a quarter with a margin.
+#: Side of a thing's square over the frame's size: a quarter with a margin.
 _WINDOW = 0.52
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The verbs and nouns of a set, by name; a clip's label is a place in them. Verbs come in pairs."""
+    """The verbs and nouns of a set, by name. A clip's label is an index. Verbs come in pairs."""
 
     verbs: tuple[str, ...] = VERBS
     nouns: tuple[str, ...] = NOUNS
@@ -74,16 +74,16 @@ class Classes:
         return {head: len(names) for head, names in self.names().items()}
 
 
-#: Everything that there is.
+#: All verbs and nouns.
 ALL = Classes()
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One glyph and what it does."""
+    """One glyph and its action."""
 
     scan: int
-    tiles: tuple[int, ...]  # where each of the four tiles of the scan went; (0, 1, 2, 3) leaves it whole
+    tiles: tuple[int, ...]  # new place of each of the scan's four tiles; (0, 1, 2, 3) leaves it whole
     verb: int  # number in VERBS
     progress: np.ndarray  # [FRAMES], 0 before to 1 after; constant for a bystander
     quarter: int
@@ -99,7 +99,7 @@ class Scene:
 
 
 def plan(seed: int, split: Split, index: int, classes: Classes = ALL) -> tuple[Scene, np.random.Generator]:
-    """The scene of one clip and the generator that draws the rest of it. Labels run through all pairs in turn."""
+    """The scene of one clip, and the generator for the rest of it. Labels cycle through all pairs."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     noun, verb = index % len(classes.nouns), index // len(classes.nouns) % len(classes.verbs)
     scans, own = _scans(split, classes.nouns), _scans(split, classes.nouns[noun : noun + 1])
@@ -125,7 +125,7 @@ def render(seed: int, split: Split, index: int, classes: Classes = ALL) -> np.nd
 def render_still(seed: int, index: int, classes: Classes = ALL) -> tuple[np.ndarray, int]:
     """One picture with a digit, in half of them also a decoy: uint8 [SIZE, SIZE, 3], and the noun.
 
-    For the spatial expert, which learns nouns from single frames. The scans are the training clips'.
+    For the spatial expert, which learns nouns from single frames. The scans are those of the training clips.
     """
     rng = np.random.default_rng([seed, _STILLS, index])
     noun, quarters = index % len(classes.nouns), rng.permutation(4)
@@ -154,7 +154,7 @@ def _photos() -> tuple[np.ndarray, ...]:
 
 @cache
 def _scans(split: Split, nouns: tuple[str, ...]) -> np.ndarray:
-    """The scans of these digits that a split may show."""
+    """The scans of these digits that a split may use."""
     classes = _digits()[1]
     places = np.arange(FIRST_VALIDATION_SCAN, len(classes)) if split == "val" else np.arange(FIRST_VALIDATION_SCAN)
     return places[np.isin(classes[places], [NOUNS.index(noun) for noun in nouns])]
@@ -176,7 +176,7 @@ def _decoy(rng: np.random.Generator, scans: np.ndarray, quarter: int, classes: C
 
 
 def _course(rng: np.random.Generator) -> np.ndarray:
-    """How far the verb has got in each frame, a smooth step from 0 to 1 that lasts 60 to 100 % of the clip."""
+    """Progress of the verb in each frame: a smooth step from 0 to 1 that takes 60 to 100 % of the clip."""
     duration = rng.uniform(0.6, 1)
     start = rng.uniform(0, 1 - duration)
     u = np.clip((np.linspace(0, 1, FRAMES) - start) / duration, 0, 1)
@@ -194,7 +194,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw(canvas: np.ndarray, rng: np.random.Generator, thing: Thing) -> None:
-    """Draw a thing into all frames, in place. The second verb of a pair is the first one backwards."""
+    """Draw a thing into all frames, in place. The second verb of a pair is the first one in reverse."""
     tint = rng.uniform(150, 255, 3).astype(np.float32)
     size, base, reach = rng.uniform(0.29, 0.35) * SIZE, rng.uniform(-12, 12), rng.uniform(0.08, 0.12) * SIZE
     centre = [(_QUARTER + (1 - 2 * _QUARTER) * side + rng.uniform(-0.02, 0.02)) * SIZE for side in _place(thing)]
@@ -225,7 +225,7 @@ def _place(thing: Thing) -> tuple[int, int]:
 
 
 class _Glyph:
-    """A scan, ready to be drawn at any place, size and angle."""
+    """A scan that can be drawn at any place, size and angle."""
 
     def __init__(self, thing: Thing, side: int) -> None:
         self.image = require("PIL.Image", "demo")
@@ -255,6 +255,6 @@ def _blend(frame: np.ndarray, opacity: np.ndarray, corner: list[int], tint: np.n
 
 
 def _shut(frame: np.ndarray, left: float, top: float, width: float, height: float) -> None:
-    """An opaque shutter."""
+    """Draw an opaque shutter."""
     x0, x1, y0, y1 = (max(round(v), 0) for v in (left, left + width, top, top + height))
     frame[y0:y1, x0:x1] = _SHUTTER

@@ -1,4 +1,4 @@
-"""How far a run of the demo is, and how long the rest will take."""
+"""The progress of a demo's run, and an estimate of its remaining time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-#: Seconds after which a log file gets a line, also when nothing has ended.
+#: Seconds after which a log file gets a line even if nothing has ended.
 _SILENCE = 30.0
-#: A stage's own speed counts once it has run for this long or is this far; before, the speed of what came before it.
+#: A stage's own speed is used once it has run for so many seconds or so large a share; before, the other stages' speed.
 _ENOUGH_SECONDS, _ENOUGH_SHARE = 2.0, 0.2
-#: Weight of the measurement beforehand against what was seen since: that of this share of the run.
+#: Weight of the earlier measurement against the run itself, as a share of the run.
 _TRUST = 0.1
 
 
@@ -24,9 +24,9 @@ class Stage:
     """A part of the run.
 
     Args:
-        name: what is shown.
-        units: what is left to do when the run begins: clips, steps, probes.
-        each: seconds of a unit, measured before.
+        name: shown to the user.
+        units: work at the start of the run: clips, steps, probes.
+        each: seconds of a unit, measured before the run.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Stage:
 
     @property
     def expected(self) -> float:
-        """Seconds of the whole stage, as they were measured beforehand."""
+        """Seconds of the whole stage, from the earlier measurement."""
         return self.units * self.each
 
     def left(self, pace: float) -> float:
-        """Seconds of the rest; `pace` is how much slower than measured everything was so far."""
+        """Seconds of the rest; `pace` is the time of the run so far over its estimate."""
         rest = self.units - self.done
         if self.done and (self.seconds >= _ENOUGH_SECONDS or self.done >= _ENOUGH_SHARE * self.units):
             return rest * self.seconds / self.done
@@ -52,9 +52,9 @@ class Schedule:
     """The stages of a run in their order, shown as bars on a terminal and as plain lines elsewhere.
 
     Args:
-        stages: everything that is to be done.
-        console: where to show it.
-        clock: seconds.
+        stages: all of the run.
+        console: output of bars and lines.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -89,37 +89,37 @@ class Schedule:
     ) -> None:
         self.bars.stop()
         if kind is not None:
-            self._say("stopped; the same command goes on from the last checkpoint")
+            self._say("stopped; the same command continues from the last checkpoint")
 
     def expected(self) -> float:
-        """Seconds of the whole run, from what was measured beforehand."""
+        """Seconds of the whole run, from the earlier measurement."""
         return sum(stage.expected for stage in self.stages)
 
     def left(self) -> float:
-        """Seconds of the rest, from what was measured beforehand and since."""
+        """Seconds of the rest, from the earlier measurement and the run so far."""
         began = [stage for stage in self.stages if stage.done]
-        # What is slow now is slow later: the machine, or what else runs on it. A little work tells little of that.
+        # The present speed of the machine predicts its later speed. A little work predicts little, hence the weight.
         trusted = _TRUST * self.expected()
         expected = trusted + sum(stage.done * stage.each for stage in began)
         pace = (trusted + sum(stage.seconds for stage in began)) / expected if expected else 1.0
         return sum(stage.left(pace) for stage in self.stages)
 
     def share(self) -> float:
-        """How much of the run is done, 0 to 1; never less than it was."""
+        """The finished share of the run, 0 to 1; it never decreases."""
         passed, left = self.clock() - self.began, self.left()
         if left:
             self.shown = max(self.shown, min(passed / (passed + left), 0.99))
         return self.shown
 
     def advance(self, name: str, done: int, total: int, note: str = "", line: bool = False) -> None:
-        """Tell how far a stage is.
+        """Report a stage's progress.
 
         Args:
             name: of a stage.
-            done: units that are done, those of an earlier run too.
-            total: units in all, those of an earlier run too.
+            done: finished units, including those of an earlier run.
+            total: all units, including those of an earlier run.
             note: figures to show.
-            line: whether something has ended that is worth a line.
+            line: whether to print a line, for example at the end of an epoch.
         """
         now, stage = self.clock(), next(stage for stage in self.stages if stage.name == name)
         if name != self.current:
@@ -138,7 +138,7 @@ class Schedule:
             self._say(f"{place} of {len(self.stages)}, {name}: {counted}; {left}")
 
     def finish(self) -> float:
-        """All is done; returns the seconds since the beginning."""
+        """Report the end; returns the seconds since the beginning."""
         for stage in self.stages:
             stage.done = stage.units
         self.shown, seconds = 1.0, self.clock() - self.began
@@ -153,12 +153,12 @@ class Schedule:
 
 
 def say(console: Console, text: str) -> None:
-    """A line as it is: not coloured, not wrapped."""
+    """Print a line without colours and line breaks."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """As a person says it: `45 s`, `11 min`, `2.5 h`."""
+    """Seconds in a readable unit: `45 s`, `11 min`, `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

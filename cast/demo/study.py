@@ -1,4 +1,4 @@
-"""One seed of the demo's experiment: train both experts, then the four models on top of them, and evaluate."""
+"""One seed of the demo's experiment: train both experts, then the four models on them, and evaluate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cast.ground.files import write_json
 from cast.metrics import compositional_metrics
 from cast.training import Clips, Progress, Recipe, train
 
-#: What is compared, in the order of tables and plots.
+#: The compared models, in the order of tables and plots.
 MODELS = ("spatial", "temporal", "ensemble", "cast")
 
 
 def curve_clips(clips: int) -> int:
-    """Validation clips of so many that are behind a point of the learning curves; the final figures take all."""
+    """Number of validation clips for a point of the learning curves; the final figures use all `clips`."""
     return min(240, clips // 4)
 
 
@@ -34,7 +34,7 @@ Probabilities = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long everything trains. `models` is the same for all four models."""
+    """The lengths of all trainings. All four models share `models`."""
 
     stills: int = 12_000
     spatial: Recipe = field(default_factory=lambda: Recipe(epochs=10, batch_size=32, lr=2e-3, warmup=0.5))
@@ -44,7 +44,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Data:
-    """Everything that is trained and evaluated on, in memory."""
+    """All data for training and evaluation, in memory."""
 
     stills: Stills
     plain: CachedClips
@@ -62,11 +62,11 @@ class Outcome:
     curves: dict[str, list[dict[str, float]]]
     seconds: dict[str, float]  # of training steps, by stage
     probabilities: dict[str, Probabilities]
-    apart: tuple[int, int]  # clips whose action CAST alone named, and the ensemble alone
+    apart: tuple[int, int]  # number of clips whose action only CAST named right, and only the ensemble
 
 
 class BothStreams:
-    """Clips whose labels are asked of either stream, as SingleStreams answers them."""
+    """Clips with every label for both streams, for SingleStreams."""
 
     def __init__(self, clips: CachedClips) -> None:
         self.clips = clips
@@ -80,24 +80,24 @@ class BothStreams:
         return videos, {f"{stream}_{head}": label for stream in STREAMS for head, label in labels.items()}
 
 
-#: Given a stage's name and its number of steps, makes what is called after each of them.
+#: (name of a stage, its number of steps) -> a function to call after each step.
 Reporter = Callable[[str, int], Callable[[Progress, dict[str, float]], None]]
 
 
 def checkpoint_directory(root: Path, stage: str) -> Path:
-    """Where a seed's directory keeps the checkpoints of a stage."""
+    """The directory of a stage's checkpoints in a seed's directory."""
     return root / "checkpoints" / stage.replace(" ", "-")
 
 
 class Study:
-    """Trains and evaluates with one seed; stages that a former run finished are read from their checkpoints.
+    """Trains and evaluates with one seed; finished stages of an earlier run are read from their checkpoints.
 
     Args:
         data: clips and pictures.
         directory: receives one directory of checkpoints per stage, and the finished CAST as `cast`.
         seed: of everything but the data.
-        budget: how long to train.
-        report: told of every step.
+        budget: lengths of the trainings.
+        report: called for every step.
         config: sizes of the models.
     """
 
@@ -123,7 +123,7 @@ class Study:
         self.seconds: dict[str, float] = {}
 
     def run(self, labels: dict[str, list[str]]) -> Outcome:
-        """All stages; `labels` are the class names that go with the finished model."""
+        """Run all stages; `labels` are the class names of the finished model."""
         spatial, temporal = self._experts()
 
         def build(exchange: bool) -> Any:
@@ -157,11 +157,11 @@ class Study:
         directory = checkpoint_directory(self.root, name)
         show = self.report(name, steps)
         progress = train(model, clips, recipe, directory, show, validate)
-        show(progress, {})  # nothing was shown if it was finished before
+        show(progress, {})  # shows a stage that an earlier run had finished
         self.curves[name], self.seconds[name] = progress.history, progress.seconds
 
     def _save(self, model: Any, labels: dict[str, list[str]]) -> None:
-        model.sampling = "uniform"  # as the demo's clips are read
+        model.sampling = "uniform"  # the sampling of the demo's clips
         model.save_pretrained(self.root / "cast")
         write_json(self.root / "cast" / "labels.json", labels)
 
@@ -170,7 +170,7 @@ class Study:
         two_experts, truths = probabilities(ensemble, self.data.val)
         together, _ = probabilities(model, self.data.val)
         streams = {stream: {head: single[f"{stream}_{head}"] for head in truths} for stream in STREAMS}
-        # Two ways to build an ensemble; the stronger one is the baseline.
+        # There are two ways to build an ensemble; the stronger one is the baseline.
         candidates = {
             "noun from spatial, verb from temporal": two_experts,
             "mean of both streams' probabilities": average(list(streams.values())),
@@ -184,7 +184,7 @@ class Study:
 
 
 def _only_one_right(first: Probabilities, second: Probabilities, truths: Probabilities) -> tuple[int, int]:
-    """Clips whose verb and noun the first model names and the second does not, and the other way round."""
+    """Number of clips whose verb and noun only the first model names right, and only the second."""
     one, two = (
         torch.stack([answers[head].argmax(1) == truth for head, truth in truths.items()]).all(0)
         for answers in (first, second)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cast import CAST
 from cast.training import Clips
 
-#: Rounds that count.
+#: Measured rounds.
 REPETITIONS = 15
 
 
@@ -34,7 +34,7 @@ class StepTimes:
 
 
 def step_times(model: CAST, clips: Clips, batch_size: int, repetitions: int = REPETITIONS) -> StepTimes:
-    """Measure both in turn, so that a busy machine disturbs both alike; the first round warms up."""
+    """Measure both in turn, so that other load on the machine affects both equally; the first round warms up."""
     videos, labels = clips.batch(0, np.arange(min(batch_size, len(clips))))
     models = {"fused": copy.deepcopy(model).fuse().train(), "eager": copy.deepcopy(model).unfuse().train()}
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Testing a model: the multi-view protocol, prediction files, metrics, and a report in one HTML file."""
+"""Test a model: the multi-view protocol, prediction files, metrics, and a report in one HTML file."""
 
 from cast.evaluation.clips import VALIDATION, average, probabilities
 from cast.evaluation.inference import Cost, Run, evaluate

@@ -1,7 +1,7 @@
-"""What the two streams look at in each other: the exchange's attention weights, computed beside the model.
+"""Attention weights of the exchange between the two streams.
 
-The kernels never store these weights, so they are computed here from each block's input to its exchange, with the
-formula of the paper (section 3.3, equations 7 and 8; the scores are scaled as in the published code).
+The kernels never store these weights. This module computes them from each block's input to its exchange, with the
+paper's formula (section 3.3, equations 7 and 8; the scores are scaled as in the published code).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Attention:
     """Weights of one block in one direction, averaged over heads, on the CPU in float32.
 
     Args:
-        window: which tokens attend together, `time`, `space` or `space-time`.
-        over_time: [B, T, T], asking moment by answering moment, mean over patches; None for a `space` window, where
-            a token looks at its own moment only. Rows sum to 1.
-        over_space: [B, T, N], how much each patch of each frame is looked at, mean over the asking tokens, times the
-            number of patches: 1 is what even attention gives; None for a `time` window, where a token looks at its
-            own patch only.
+        window: the tokens that attend together: `time`, `space` or `space-time`.
+        over_time: [B, T, T], weight from the asking frame (row) to the answering frame, mean over patches; rows sum to
+            1. None for a `space` window, because a token there attends to its own frame only.
+        over_space: [B, T, N], weight of each patch of each frame, mean over the asking tokens, times the number of
+            patches: even attention gives 1. None for a `time` window, because a token there attends to its own patch
+            only.
     """
 
     window: str
@@ -43,11 +43,11 @@ class Attention:
 def cross_attention(model: CAST, video: Tensor) -> list[dict[str, Attention]]:
     """The exchange's attention in every block that has one: direction (`t2s`, `s2t`) -> weights.
 
-    `t2s`: spatial tokens ask, temporal ones answer. `s2t`: the other way round.
+    `t2s`: spatial tokens ask, temporal ones answer. `s2t`: the reverse.
 
     Args:
-        model: put into evaluation mode; it runs as it is, fused or not.
-        video: [B, 3, frames, H, W], as the model takes it.
+        model: put into evaluation mode; it runs fused or not.
+        video: [B, 3, frames, H, W], the model's input.
     """
     model.eval()
     with _recorded(model) as inputs:
@@ -61,7 +61,7 @@ def _exchanging(model: CAST) -> Iterator[tuple[int, CASTBlock]]:
 
 @contextmanager
 def _recorded(model: CAST) -> Iterator[Streams]:
-    """Collects what enters each block's exchange while the model runs."""
+    """Record the input of each block's exchange while the model runs."""
     inputs: Streams = []
     blocks = [block for _, block in _exchanging(model)]
 
@@ -102,7 +102,7 @@ def _of_block(block: CASTBlock, spatial: Tensor, temporal: Tensor) -> dict[str, 
 
 
 def _weights(queries: Tensor, keys: Tensor, heads: int, window: str) -> Tensor:
-    """[B, T, N, d] each -> [B, groups, W, W] averaged over heads; one group holds the tokens that attend together."""
+    """[B, T, N, d] each -> [B, groups, W, W] averaged over heads. A group's tokens attend together."""
 
     def grouped(x: Tensor) -> Tensor:
         """[B, groups, heads, W, d / heads]."""
@@ -111,7 +111,7 @@ def _weights(queries: Tensor, keys: Tensor, heads: int, window: str) -> Tensor:
 
     queries, keys = grouped(queries), grouped(keys)
     mean = torch.zeros((), device=queries.device)
-    for head in range(heads):  # one at a time: a space-time window's scores are large
+    for head in range(heads):  # one at a time, because a space-time window's scores are large
         scores = queries[:, :, head] @ keys[:, :, head].transpose(-1, -2)
         mean = mean + (scores.float() * queries.shape[-1] ** -0.5).softmax(-1) / heads
     return mean

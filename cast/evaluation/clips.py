@@ -1,4 +1,4 @@
-"""What models answer on a set of clips: probabilities by head, and an ensemble of them."""
+"""Models' answers on a set of clips: probabilities by head, and their mean over an ensemble."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from cast.training import Clips
 
-#: The epoch number that asks a data set for its fixed validation clips.
+#: This epoch number asks a data set for its fixed validation clips.
 VALIDATION = -1
 
 
@@ -24,9 +24,9 @@ def probabilities(
 
     Args:
         model: from inputs to logits by head; it is put into evaluation mode.
-        clips: the data; it is asked for its validation clips.
-        batch_size: clips at a time; the result does not depend on it but for rounding.
-        limit: how many clips from the first; all if None.
+        clips: the data; its validation clips are used.
+        batch_size: clips at a time; it changes the result only by rounding.
+        limit: number of clips from the first; all if None.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -46,7 +46,7 @@ def average(models: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of several models' probabilities, head by head.
 
     Raises:
-        ValueError: no models, or other heads in one than in another.
+        ValueError: no models, or models with different heads.
     """
     if not models or any(model.keys() != models[0].keys() for model in models):
         raise ValueError(f"an ensemble needs models with the same heads, got {[sorted(model) for model in models]}")

@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-accumulates."""
+"""A model's cost: parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def model_cost(model: nn.Module, frames: int, size: int) -> ModelCost:
     """Cost of a model on one clip [1, 3, frames, size, size].
 
-    Counted by PyTorch's flop counter on a copy without memory (device `meta`). Matrix products and convolutions
-    count, as in the paper, whose "391 GFLOPs/View" are multiply-accumulates of the base model (table 2): this counts
+    PyTorch's flop counter counts on a copy without memory (device `meta`). It counts matrix products and convolutions,
+    as the paper does. The paper's "391 GFLOPs/View" are multiply-accumulates of the base model (table 2); this gives
     390.5.
     """
     shadow = copy.deepcopy(model).to("meta").eval()

@@ -1,8 +1,8 @@
-"""Run a model over a test set: batched, on any number of processes, exact, and able to go on after a kill.
+"""Run a model over a test set: batched, on any number of processes, exact, and resumable after a kill.
 
-The videos are cut into chunks, and a chunk with all clips of its videos belongs to one process. Which clips share a
-forward pass is therefore the same on one process as on sixteen, and so is every bit of the answers (on equal
-hardware). No sampler pads anything, so no sample is counted twice.
+The videos are cut into chunks. One process computes a chunk with all clips of its videos. So the same clips share a
+forward pass for any number of processes, and the answers have equal bits (on equal hardware). Nothing pads the data, so
+no sample is counted twice.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from cast.video.files import VideoError
 from cast.video.views import Protocol, normalise
 from cast.video.workers import WorkerDied, WorkerError, context, items
 
-#: Told after each chunk of this process: videos done and videos in all, both of this process.
+#: Called after each chunk of this process with videos done and all videos, both of this process.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """How to run.
+    """Settings of a run.
 
     Args:
-        batch_size: clips in a forward pass; the videos of a batch have all of their clips in it if it is large enough.
+        batch_size: clips in a forward pass. If it is large enough, a batch has all clips of its videos.
         workers: decoding processes; 0 decodes between forward passes.
         dtype: of the model and the clips: float32, bfloat16 or float16.
     """
@@ -54,9 +54,9 @@ class Run:
 
 @dataclass
 class Cost:
-    """What a run took, over all processes. Decoding is included."""
+    """The cost of a run, over all processes. Decoding is included."""
 
-    clips: int = 0  # that this run computed; those that an earlier one had finished don't count
+    clips: int = 0  # computed by this run, without those that an earlier one had finished
     seconds: float = 0.0
     processes: int = 1
     device: str = ""
@@ -82,26 +82,27 @@ def evaluate(
         samples: the videos; labels may be missing, but then from all of them.
         classes: head -> class names.
         protocol: the clips of a video.
-        run: how to run.
-        about: goes into the predictions.
-        parts: where finished videos are kept until all are; if None, nowhere.
-        progress: told of every chunk.
+        run: settings of the run.
+        about: the entry `about` of the predictions.
+        parts: storage of finished videos until the end; None for none.
+        progress: called after every chunk.
 
     Raises:
-        ValueError: no samples, two with one name, heads other than `classes` has, or an answer that is not a number.
-        VideoError: a file that can't be read as a video; finished videos are kept in `parts`.
-        WorkerError: a decoding process died; the same.
+        ValueError: no samples, two with one name, other heads than those of `classes`, or an answer that is not a
+            number.
+        VideoError: a file can't be read as a video; finished videos are kept in `parts`.
+        WorkerError: a decoding process died; finished videos are kept in `parts`.
     """
     run, state = run or Run(), join_processes()
     names = sample_names(samples)
     done = parts.load() if parts else {}
-    state.wait_for_everyone()  # before anyone writes into what others still read
+    state.wait_for_everyone()  # before any process writes into files that others still read
     own = _share(len(samples), max(1, run.batch_size // protocol.clips), state.process_index, state.num_processes)
     fresh, mine = [], []
     for chunk in own:
         if all(names[index] in done for index in chunk):
             mine += [done[names[index]] for index in chunk]
-        else:  # whole, so that the same clips share a forward pass as in a run that was never cut off
+        else:  # whole chunks only, so that the same clips share a forward pass as in an uninterrupted run
             fresh.append(chunk)
     finished, total = len(mine), sum(map(len, own))
     model = model.eval().to(state.device, run.dtype)
@@ -134,7 +135,7 @@ def evaluate(
 
 
 def sample_names(samples: Sequence[Sample]) -> list[str]:
-    """A name for each sample: its file's, with as many folders as tell equal names apart.
+    """A name for each sample: its file's, with as many folders as are needed to separate equal names.
 
     Raises:
         ValueError: no samples, or one file twice.
@@ -159,7 +160,7 @@ def _share(samples: int, size: int, process: int, processes: int) -> list[range]
 
 
 class _Videos(Dataset[Tensor | VideoError]):
-    """All clips of a video, or why there are none: DataLoader would bury an error in a traceback."""
+    """All clips of a video, or the error that it raised: DataLoader would bury it in a traceback."""
 
     def __init__(self, paths: Sequence[Any], protocol: Protocol) -> None:
         self.paths, self.protocol = paths, protocol
@@ -191,7 +192,7 @@ def _decoded(
             names = ", ".join(str(paths[index]) for index in chunk)
             raise WorkerError(
                 f"a decoding process died at or soon after {names} ({death}); is there enough memory (and /dev/shm)? "
-                "The same command goes on where it was: lower --workers, or look for the file with cast data check"
+                "The same command continues the run: lower --workers, or look for the file with cast data check"
             ) from None
 
 

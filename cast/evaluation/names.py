@@ -1,4 +1,4 @@
-"""Which class is which: the names of a model's classes against those of a data set."""
+"""Match the class names of a model with those of a data set."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Classes = Mapping[str, Sequence[str]]
 
 
 def agree(own: Classes, videos: VideoSet, samples: Sequence[Sample]) -> tuple[Classes, list[Sample]]:
-    """The names of the model's classes, and the samples with labels that count as the model does.
+    """The names of the model's classes, and the samples with labels in the model's order.
 
-    A test set need not show every class, nor name them in the model's order: names are what a label means. Where one
-    side has numbers alone, they are the model's.
+    A test set need not show every class, nor name them in the model's order: the name defines a label's meaning. If one
+    side has only numbers, they are the model's.
 
     Args:
-        own: the model's class names by head; numbers where it has none.
+        own: the model's class names by head; numbers if it has none.
         videos: the data set; it may have no labels.
-        samples: of it.
+        samples: of the data set.
 
     Raises:
-        ValueError: other heads, classes that the model does not have, or classes that can't be told: the data set has
-            names and the model, which has more classes, has none. The message names the cure.
+        ValueError: other heads, classes that the model does not have, or an unknown order: the data set has names, and
+            the model has more classes without names. The message names the cure.
     """
     if not videos.classes:
         return own, list(samples)

@@ -1,7 +1,7 @@
-"""Answers that a run has finished, kept on disk until the run has all of them.
+"""Finished answers of a run, kept on disk until the run is complete.
 
-Each process appends to a file of its own. A kill leaves at most one unfinished line, which is dropped; a run with
-another number of processes finds the videos in whichever file they are.
+Each process appends to its own file. A kill leaves at most one unfinished line, which is dropped. A run with another
+number of processes finds the videos in any of the files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Parts:
     """The parts of one evaluation in a directory.
 
     Args:
-        directory: holds the parts alone; made if need be.
-        identity: what is evaluated how; parts of another evaluation are an error.
+        directory: has only the parts; made if needed.
+        identity: model, data and settings of the evaluation; parts of another evaluation are an error.
         process: number of this process.
     """
 
@@ -33,7 +33,7 @@ class Parts:
         self.own: Path = directory / f"process-{process:04d}.jsonl"
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """Finished records by video, of all processes; this process's file is left without an unfinished line.
+        """Finished records by video, of all processes. An unfinished line is removed from this process's file.
 
         Raises:
             ValueError: parts of another evaluation, or a damaged file.
@@ -59,7 +59,7 @@ class Parts:
 
     def _read(self, path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
-        lines = text.split("\n")[:-1]  # without a last line that has no end
+        lines = text.split("\n")[:-1]  # without an unfinished last line
         try:
             values = [json.loads(line) for line in lines]
         except ValueError as error:

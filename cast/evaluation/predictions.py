@@ -1,7 +1,7 @@
-"""What a model answered on a set of videos, in memory and in a file.
+"""A model's answers on a set of videos, in memory and in a file.
 
-A file holds every probability exactly (float32), the labels, the class names and what made it, so that all metrics,
-comparisons and reports can be made again without a model.
+A file has every probability exactly (float32), the labels, the class names and its origin. So all metrics, comparisons
+and reports can be made again without a model.
 
 JSONL: the first line is `{"format": "cast-predictions", "about": {...}, "classes": {head: [names]}}`, every other line
 one sample: `{"video", "labels": {head: class}, "views": {head: [class]}, "probabilities": {head: [...]}}`.
@@ -36,15 +36,15 @@ class Predictions:
     """Answers on samples, in the data set's order.
 
     Args:
-        videos: the samples' names, unique and without their folder's own path.
+        videos: the samples' names, unique and without their folder's path.
         probabilities: head -> float32 [samples, classes], the mean of the views' softmax.
-        labels: head -> int64 [samples]; empty where the data set has none.
+        labels: head -> int64 [samples]; empty if the data set has none.
         views: head -> int64 [samples, views], each view's own best guess.
         classes: head -> class names.
-        about: what made them: the model's name under `model`, checkpoint, data set, protocol. Nothing that changes
-            from run to run.
-        subsets: name -> bool [samples], hard samples whose accuracy counts apart, see `cast.evaluation.subsets`; they
-            come from the data set, so no file has them.
+        about: the origin: the model's name under `model`, checkpoint, data set, protocol. It has nothing that varies
+            between runs.
+        subsets: name -> bool [samples], hard samples with their own accuracy, see `cast.evaluation.subsets`. They come
+            from the data set, so no file has them.
     """
 
     videos: Sequence[str]
@@ -76,7 +76,7 @@ class Predictions:
 
     @property
     def model(self) -> str:
-        """What the model is called in tables and reports."""
+        """The model's name in tables and reports."""
         return str(self.about.get("model", "CAST"))
 
     @property
@@ -89,7 +89,9 @@ class Predictions:
         return self.probabilities[head].argmax(1)
 
     def hits(self, head: str) -> Tensor:
-        """bool [samples], whether the best guess is right; `action` of a compositional model wants verb and noun."""
+        """bool [samples], whether the best guess is right. For `action` of a compositional model verb and noun must be
+        right.
+        """
         if head == "action" and self.compositional:
             return self.hits("verb") & self.hits("noun")
         return self.guesses(head) == self.labels[head]
@@ -98,7 +100,7 @@ class Predictions:
         """The same predictions in the order of `other`'s samples.
 
         Raises:
-            ValueError: other samples, labels or classes than `other` has; the message says which.
+            ValueError: the samples, labels or classes differ from those of `other`; the message says how.
         """
         mine, theirs = set(self.videos), set(other.videos)
         if mine != theirs:
@@ -146,7 +148,7 @@ def write_predictions(path: PathLike, predictions: Predictions) -> None:
 
 
 def read_predictions(path: PathLike) -> Predictions:
-    """Read a file of :func:`write_predictions`; probabilities come back bit by bit.
+    """Read a file of :func:`write_predictions`; probabilities keep their bits.
 
     Raises:
         FileNotFoundError: no such file.
@@ -158,7 +160,7 @@ def read_predictions(path: PathLike) -> Predictions:
         raise FileNotFoundError(f"{path}: no such predictions file; {_HINT}")
     try:
         return _from_parquet(path) if path.suffix == ".parquet" else _from_jsonl(path)
-    except (KeyError, TypeError, ValueError) as error:  # a field that is missing or holds something else
+    except (KeyError, TypeError, ValueError) as error:  # a field is missing or has another type
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: is no predictions file, or a damaged one ({what}); {_HINT}") from None
 
@@ -172,7 +174,7 @@ def _from_jsonl(path: Path) -> Predictions:
 def from_records(
     records: Sequence[Mapping[str, Any]], classes: Mapping[str, Sequence[str]], about: Mapping[str, Any]
 ) -> Predictions:
-    """Samples as :func:`record` makes them -> predictions."""
+    """Records of :func:`record` -> predictions."""
 
     def column(field: str, dtype: torch.dtype) -> dict[str, Tensor]:
         heads = records[0][field] if records else ()
@@ -191,7 +193,7 @@ def from_records(
 def record(
     video: str, labels: Mapping[str, int], probabilities: Mapping[str, Tensor], views: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """One sample as a JSON object; probabilities [classes], views [views] by head."""
+    """A sample as a JSON object; probabilities [classes], views [views] by head."""
     return {
         "video": video,
         "labels": {head: int(label) for head, label in labels.items()},
@@ -201,12 +203,12 @@ def record(
 
 
 def json_line(value: Any) -> str:
-    """A JSON object on a line of its own."""
+    """A JSON object in one line."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _shortest(values: Tensor) -> list[float]:
-    """Floats whose decimal form is the shortest that gives the same float32: half the digits of a double's."""
+    """The shortest decimals that give the same float32: half the digits of a double's."""
     return [float(str(value)) for value in values.float().numpy()]
 
 
@@ -217,7 +219,7 @@ def _header(predictions: Predictions) -> dict[str, Any]:
 
 def _check_header(header: object) -> None:
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError("it does not begin as one")
+        raise ValueError("its first line is not that of a predictions file")
 
 
 def _records(predictions: Predictions) -> Iterable[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Published results for the balanced-understanding plot: CAST's paper, table 2, out of `cast/metrics/published.yaml`.
 
 The paper's figure 4 draws these figures: (a) EPIC-Kitchens-100, noun against verb accuracy; (b) Kinetics-400 against
-Something-Something V2. Where tables 9 to 11 of the same paper print other figures for a method (CLIP, AIM, EVL,
-Video Swin, ORViT), these are table 2's. Methods without both figures are left out.
+Something-Something V2. For some methods (CLIP, AIM, EVL, Video Swin, ORViT) tables 9 to 11 of the same paper print
+other figures; these are table 2's. Methods without both figures are omitted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cast.metrics.published import read_published
 
-#: Where the figures come from, as the plot's note says it.
+#: Source of the figures, as the plot's note names it.
 SOURCE = "arXiv 2311.18825, table 2"
 
 
@@ -26,7 +26,7 @@ class Published:
 
 
 def _points(space: str, time: str) -> tuple[Published, ...]:
-    """Every method that has a figure in both columns; a star, which marks the authors' own run, is dropped."""
+    """Every method that has a figure in both columns, without the star that marks the authors' own run."""
     table = read_published()["headline"]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     both = [row for row in rows if row[space] is not None and row[time] is not None]
@@ -39,6 +39,6 @@ K400_SSV2 = _points("k400", "ssv2")
 
 
 def dataset_name(classes: Mapping[str, int]) -> str | None:
-    """`EK100`, `SSV2` or `K400` if the numbers of classes are theirs; nothing else is looked at."""
+    """`EK100`, `SSV2` or `K400` if the numbers of classes are theirs; nothing else is compared."""
     known = {"EK100": {"verb": 97, "noun": 300}, "SSV2": {"action": 174}, "K400": {"action": 400}}
     return next((name for name, counts in known.items() if counts == dict(classes)), None)

@@ -38,7 +38,7 @@ from cast.video.datasets import VideoSet, open_dataset
 from cast.video.views import Protocol
 
 PathLike = str | os.PathLike[str]
-#: File with what a run took.
+#: File with the cost of a run.
 COST = "cost.json"
 #: A training's log, in its directory.
 LOG = "log.jsonl"
@@ -47,7 +47,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Options:
-    """What `cast evaluate` can be told; see its help."""
+    """The options of `cast evaluate`; see its help."""
 
     split: str = "val"
     sampling: Sampling | None = None
@@ -65,7 +65,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Answered:
-    """Answers, and where they come from; `model` and `cost` are None if they were read from a file."""
+    """Answers and their origin; `model` and `cost` are None if the answers were read from a file."""
 
     predictions: Predictions
     protocol: Protocol
@@ -83,15 +83,15 @@ def main(
 ) -> dict[str, Any]:
     """Evaluate, and write `predictions.*`, `metrics.json`, `report.html`, `cost.json` and, if asked, `submission.zip`.
 
-    Under torchrun or accelerate every process takes part and the first one writes. A run that was killed goes on
-    where it was; a finished one is read rather than run again.
+    Under torchrun or accelerate every process takes part and the first one writes. A killed run is continued; a
+    finished one is read, not repeated.
 
     Args:
-        checkpoints: one that `load_checkpoint` takes, several whose probabilities are averaged, or a predictions file,
-            to report on it anew.
-        dataset: what `open_dataset` takes.
+        checkpoints: one that `load_checkpoint` takes, several whose probabilities are averaged, or a predictions file
+            for a new report.
+        dataset: any argument of `open_dataset`.
         out: directory of the results.
-        options: everything else.
+        options: all other settings.
 
     Returns:
         The content of `metrics.json`.
@@ -152,7 +152,7 @@ def main(
 
 
 def _check_before(options: Options) -> None:
-    """Fail before hours of work rather than after them."""
+    """Find faults before hours of work, not after them."""
     for module in ("matplotlib", "PIL"):
         require(module, "report")
     if options.format == "parquet":
@@ -165,7 +165,7 @@ def _check_before(options: Options) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """Whether results can be written, found out without writing."""
+    """Raise if results cannot be written; writes nothing itself."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not place.is_dir():
         raise ValueError(f"--out is {out}, but {place} is a file; name a directory")
@@ -174,7 +174,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Log | None, dict[str, str]]:
-    """The learning curves, and a fact for the report where a log that nobody named has none: it may be anyone's."""
+    """The learning curves, and a note for the report if an unnamed log has none; it may be another program's."""
     if options.log is not None:
         return read_log(options.log), {}
     found = find_log(checkpoints[0]) if len(checkpoints) == 1 else None  # an ensemble has no training
@@ -187,8 +187,8 @@ def _training_log(checkpoints: Sequence[PathLike], options: Options) -> tuple[Lo
 
 
 def find_log(path: str | os.PathLike[str]) -> Path | None:
-    """The log of the training that made a checkpoint, if it lies in the training's directory."""
-    if not Path(path).exists():  # a published name: what lies in the working directory is not its log
+    """The log of the training that made a checkpoint, if it is in the training's directory."""
+    if not Path(path).exists():  # a published name; a log in the working directory is not its own
         return None
     places = [Path(path) / LOG, Path(path).parent / LOG]
     return next((place for place in places if place.is_file()), None)
@@ -197,11 +197,11 @@ def find_log(path: str | os.PathLike[str]) -> Path | None:
 def _fitted(
     own: Classes, videos: VideoSet, samples: Sequence[Sample], split: str
 ) -> tuple[Classes, list[Sample], Mapping[str, Tensor]]:
-    """The model's class names, the samples with labels that count as it does, and the subsets of hard samples."""
+    """The model's class names, the samples with labels in the model's order, and the subsets of hard samples."""
     counts = {head: len(names) for head, names in own.items()}
     theirs = {head: len(names) for head, names in videos.classes.items()}
     classes, fitted = agree(own, videos, samples)
-    # The organisers' numbers of rare classes are the data set's, if it knows all classes.
+    # The organisers' lists number rare classes like the data set, if it has all classes.
     subsets = read_subsets(videos.root, split, samples if theirs == counts else fitted, counts if theirs else {})
     return classes, fitted, subsets
 
@@ -256,7 +256,7 @@ def _answers(
             raise ValueError(f"{path} holds another evaluation, {dict(found.about)}: choose another --out")
         return _Answered(found, protocol, loaded.model, _read_cost(out))
     out.mkdir(parents=True, exist_ok=True)
-    # Parts of an earlier version, which averaged in float32 and cut some clips elsewhere, are not mixed with new ones.
+    # Parts of an earlier version are not mixed with new ones: it averaged in float32 and cut some clips elsewhere.
     parts = Parts(out / "unfinished", {**about, "videos": len(samples), "average": "float64"}, state.process_index)
     run = Run(options.batch_size, options.workers, getattr(torch, options.dtype))
     with _bar(state.is_main_process) as progress:
@@ -271,21 +271,21 @@ def _answers(
 
 
 def choose_sampling(asked: Sampling | None, model: Sampling | None, videos: VideoSet) -> tuple[Sampling, str]:
-    """The sampling of a test, and who says so: the caller, else the model, else the data set.
+    """The sampling of a test, and its origin: the caller, else the model, else the data set.
 
     Args:
-        asked: what the caller wants, if anything.
-        model: what the model was trained with, if it is known.
+        asked: the caller's choice, or None.
+        model: the model's training's, or None.
         videos: the data set.
 
     Raises:
-        ValueError: nobody asked, and the model and the data set's YAML file say different ones.
+        ValueError: the caller chose none, and the model and the data set's YAML file name different ones.
     """
     if asked is not None:
-        return asked, "as was asked for"
+        return asked, "as asked for"
     stated = f"data.sampling in {videos.stated}"
     if model is None:
-        guess = f"the default, as neither the model nor {videos.root} says; --sampling names another"
+        guess = f"the default, because neither the model nor {videos.root} names one; --sampling names another"
         return videos.sampling, guess if videos.stated is None else f"{stated}; the model does not say"
     if videos.stated is not None and videos.sampling != model:
         raise ValueError(
@@ -296,7 +296,7 @@ def choose_sampling(asked: Sampling | None, model: Sampling | None, videos: Vide
 
 
 def _read_cost(directory: Path) -> Cost | None:
-    """What the run that wrote a directory's predictions took; apart from them, for it differs from run to run."""
+    """The cost of the run that wrote a directory's predictions, in its own file because it varies between runs."""
     path = directory / COST
     return Cost(**json.loads(path.read_text())) if path.is_file() else None
 
@@ -309,7 +309,7 @@ def _check_submission(counts: Mapping[str, int], levels: Sequence[int]) -> None:
 
 @contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of this process's videos; the processes' shares are equal to within one chunk."""
+    """A bar of this process's videos; the processes' shares differ by at most one chunk."""
     if not shown:
         yield lambda done, total: None
         return

@@ -1,9 +1,9 @@
-"""EPIC-Kitchens-100's action recognition challenge: the file that its server takes.
+"""The submission file of EPIC-Kitchens-100's action recognition challenge.
 
 Format 0.2 as in the organisers' C1-Action-Recognition repository and on the challenge's page: a zip with `test.json`,
-`{"version", "challenge", "sls_pt", "sls_tl", "sls_td", "results": {narration_id: {"verb": {"0": score, ...},
-"noun": {...}, "action": {"verb,noun": score}}}}`. `action` is optional there; if it is missing, the server multiplies
-the softmax of both scores. So we write logarithms of the probabilities: their softmax are the probabilities again.
+`{"version", "challenge", "sls_pt", "sls_tl", "sls_td", "results": {narration_id: {"verb": {"0": score, ...}, "noun":
+{...}, "action": {"verb,noun": score}}}}`. `action` is optional. Without it the server multiplies the softmax of both
+scores. So the scores here are logarithms of the probabilities: their softmax are the probabilities again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cast.metrics import top_pairs
 
 #: Classes of EPIC-Kitchens-100.
 CLASSES = {"verb": 97, "noun": 300}
-#: Pairs that the server wants under `action`, no more and no fewer.
+#: The number of pairs that the server requires under `action`.
 ACTIONS = 100
 
 
@@ -72,7 +72,7 @@ def submission(predictions: Predictions, levels: Sequence[int]) -> dict[str, Any
 
 
 def write_submission(path: str | os.PathLike[str], predictions: Predictions, levels: Sequence[int]) -> None:
-    """Write the zip file to upload; the same bytes for the same predictions. Errors as in :func:`submission`."""
+    """Write the zip file to upload; equal predictions give equal bytes. Errors as in :func:`submission`."""
     content = json.dumps(submission(predictions, levels))
     file = io.BytesIO()
     with ZipFile(file, "w") as archive:
@@ -81,7 +81,7 @@ def write_submission(path: str | os.PathLike[str], predictions: Predictions, lev
 
 
 def _scores(probabilities: Tensor) -> dict[str, float]:
-    # The smallest normal float32 stands in for an underflow to 0, whose logarithm no JSON can hold.
+    # The smallest normal float32 replaces an underflow to 0, because JSON has no logarithm of 0.
     smallest = torch.finfo(torch.float32).tiny
     logs = probabilities.double().clamp_min(smallest).log()
     return {str(index): score for index, score in enumerate(logs.tolist())}

@@ -1,8 +1,8 @@
-"""EPIC-Kitchens-100's hard videos: of participants that no training video shows, and of rare classes.
+"""EPIC-Kitchens-100's hard videos: those of participants without a training video, and those of rare classes.
 
-The organisers' annotations (github.com/epic-kitchens/epic-kitchens-100-annotations) list them: the participants, column
-`participant_id`, apart for the validation and the test; the numbers of rare verbs, column `verb`, and nouns, column
-`noun`. As in their challenge a rare action has a rare verb or a rare noun.
+The organisers' annotations (github.com/epic-kitchens/epic-kitchens-100-annotations) list the participants, column
+`participant_id`, separately for validation and test. They also list the numbers of rare verbs, column `verb`, and rare
+nouns, column `noun`. As in their challenge, a rare action has a rare verb or a rare noun.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TAIL = {"verb": "EPIC_100_tail_verbs.csv", "noun": "EPIC_100_tail_nouns.csv"}
 def read_subsets(
     directory: Path, split: str, samples: Sequence[Sample], counts: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Which videos count apart, as far as the organisers' files in a directory say.
+    """The subsets of videos that the organisers' files in a directory define.
 
     Args:
         directory: of the data set.
@@ -37,12 +37,13 @@ def read_subsets(
         counts: head -> classes.
 
     Returns:
-        `unseen_verb`, `tail_noun` and so on, each subset with the task -> bool [samples]. None without any videos, and
-        none at all where there are no labels or no verbs and nouns.
+        `unseen_verb`, `tail_noun` and so on, each subset with the task -> bool [samples]. Empty subsets are omitted.
+        The
+            result is empty without labels, or without verbs and nouns.
 
     Raises:
         ValueError: a file without its column, a rare class that is no number of a class, or a list of participants and
-            a video whose name does not begin with one.
+            a video whose name does not begin with a participant.
     """
     if not ({"verb", "noun"} <= counts.keys() and all(sample.labels for sample in samples)):
         return {}
@@ -62,7 +63,7 @@ def read_subsets(
 
 
 def meanings(subsets: Mapping[str, Tensor]) -> dict[str, str]:
-    """What each subset's accuracy counts."""
+    """The meaning of each subset's accuracy."""
     whose = {
         "unseen": "participants who are not in the training set",
         "tail_verb": "rare verbs",
@@ -70,7 +71,7 @@ def meanings(subsets: Mapping[str, Tensor]) -> dict[str, str]:
         "tail_action": "actions with a rare verb or a rare noun",
     }
     return {
-        f"{name}_top1": f"the same of the {int(videos.sum()):,} videos of "
+        f"{name}_top1": f"the same for the {int(videos.sum()):,} videos of "
         f"{whose.get(name) or whose['unseen']} (EPIC-Kitchens-100's lists)"
         for name, videos in subsets.items()
     }
@@ -84,18 +85,18 @@ def _classes(path: Path, words: Sequence[str], count: int) -> set[int]:
 
 
 def _participant(path: Path) -> str:
-    """P01 of P01_101_12.mp4, a narration's number."""
+    """The participant P01 of P01_101_12.mp4, which is the number of a narration."""
     found = re.match(r"(P\d+)_", path.name)
     if found is None:
         raise ValueError(
-            f"{path}: whose video is it? Where the data set has a list of unseen participants, files are called "
+            f"{path}: no participant in the name. With a list of unseen participants in the data set, files are called "
             "<narration_id>.mp4, as P01_101_12.mp4; rename them or remove the list"
         )
     return found[1]
 
 
 def _column(path: Path, name: str) -> list[str] | None:
-    """A column's words; None without the file."""
+    """A column's words; None if there is no such file."""
     if not path.is_file():
         return None
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True))

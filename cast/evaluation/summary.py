@@ -1,4 +1,4 @@
-"""All figures of an evaluation, by name: what `metrics.json` holds and the report shows. Accuracies are in percent."""
+"""All figures of an evaluation, by name, for `metrics.json` and the report. Accuracies are in percent."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from cast.metrics import (
     wilson_interval,
 )
 
-#: What each name in `metrics` means, behind the head's name.
+#: The meaning of each name in `metrics`, without the head's name.
 _OF_A_HEAD = {
     "top1": "share of videos whose best guess is right",
     "top5": "share of videos whose class is among the five best guesses",
-    "mean_class_accuracy": "mean over classes of the share of their videos told right",
+    "mean_class_accuracy": "mean over classes of the share of their videos with a right guess",
     "f1_macro": "mean F1 over classes",
     "f1_weighted": "mean F1 over classes, weighted by their videos",
     "single_view_top1": "top1 of one clip alone, mean over the protocol's clips",
 }
-#: What the names mean that only a compositional model has.
+#: The meaning of the names that only a compositional model has.
 _OF_PAIRS = {
     "action_top1": "verb and noun both right, the published pairing: argmax of the verbs with argmax of the nouns",
     "action_top5_joint": "the (verb, noun) pair is among the five most probable pairs, by the product",
     "action_top5_paired": "verb among the five best verbs and noun among the five best nouns, as the published code "
-    "counts; never below the joint figure",
-    "action_mean_class_accuracy": "mean over the actions that occur of the share of their videos told right",
+    "counts them; never below the joint figure",
+    "action_mean_class_accuracy": "mean over the actions that occur of the share of their videos with a right guess",
     "harmonic_mean": "harmonic mean of verb_top1 and noun_top1",
 }
 
@@ -48,7 +48,7 @@ _OF_PAIRS = {
 def metrics(predictions: Predictions) -> dict[str, float]:
     """Every figure of one model. A compositional model's names begin with `verb_`, `noun_` or `action_`.
 
-    Top-5 figures are left out for heads with fewer than five classes.
+    Heads with fewer than five classes have no top-5 figures.
 
     Raises:
         ValueError: the predictions have no labels.
@@ -66,7 +66,7 @@ def metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def meanings(predictions: Predictions) -> dict[str, str]:
-    """What each figure of :func:`metrics` is, by its name, or by its name's end where every head has one."""
+    """The meaning of each figure of :func:`metrics`, by its name, or by its name's end if every head has one."""
     figures = metrics(predictions)
     of_pairs = {name: meaning for name, meaning in _OF_PAIRS.items() if predictions.compositional and name in figures}
     of_heads = figures.keys() - of_pairs.keys()
@@ -76,7 +76,7 @@ def meanings(predictions: Predictions) -> dict[str, str]:
 
 
 def ordered(heads: Mapping[str, Any]) -> list[str]:
-    """Verb before noun, as people say it."""
+    """Verb before noun, as in speech."""
     return sorted(heads, reverse=True)
 
 
@@ -120,7 +120,7 @@ def _actions(predictions: Predictions) -> dict[str, float]:
 
 
 def tasks(predictions: Predictions) -> list[str]:
-    """What is right or wrong about a video: the heads, and the action of a compositional model."""
+    """The tasks with a right or wrong answer: the heads, and the action of a compositional model."""
     return [*ordered(predictions.probabilities), *(["action"] if predictions.compositional else [])]
 
 
@@ -131,18 +131,19 @@ def intervals(predictions: Predictions) -> dict[str, tuple[float, float]]:
 
 
 def _subsets(predictions: Predictions) -> dict[str, Tensor]:
-    """Which samples of a subset are right, bool [its samples]; its name ends with the task."""
+    """Which samples of a subset are right, bool [its samples]. The subset's name ends with the task."""
     named = {name: name.rpartition("_")[2] for name in predictions.subsets}
     known = tasks(predictions)
     return {name: predictions.hits(task)[predictions.subsets[name]] for name, task in named.items() if task in known}
 
 
 def against(predictions: Predictions, baseline: Predictions) -> dict[str, Any]:
-    """What `predictions` gains over a baseline on the same videos.
+    """The gains of `predictions` over a baseline on the same videos.
 
     Returns:
         `gain`: percentage points of every figure that both have; `f1_gain`: by head, the mean over classes of the
-        difference of F1, and how many classes gained and lost; `paired`: by task, videos won and lost.
+        difference
+            of F1, and the numbers of classes that gained and lost; `paired`: by task, videos won and lost.
     """
     ours, theirs = metrics(predictions), metrics(baseline)
     result: dict[str, Any] = {
@@ -172,7 +173,7 @@ def f1_gains(predictions: Predictions, baseline: Predictions, head: str) -> Tens
 
 
 def summarise(predictions: Predictions, baselines: Mapping[str, Predictions]) -> dict[str, Any]:
-    """The content of `metrics.json`, which without labels is a note; `baselines` by name, aligned to `predictions`."""
+    """The content of `metrics.json`; without labels a note. `baselines` by name, in the order of `predictions`."""
     summary: dict[str, Any] = {"about": dict(predictions.about), "videos": len(predictions.videos)}
     if not predictions.labels:
         return summary | {"note": "the data set has no labels, so nothing was measured"}
@@ -207,7 +208,7 @@ def _classes(predictions: Predictions, baselines: Mapping[str, Predictions], hea
 
 
 def _number(value: Tensor) -> float | None:
-    """JSON has no NaN."""
+    """The value, or None for NaN, which JSON does not have."""
     return None if value.isnan() else float(value)
 
 

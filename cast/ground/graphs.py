@@ -1,7 +1,7 @@
 """CUDA graphs: the launches of a function, recorded once for each shape of its arguments and then replayed.
 
-A replay costs the host a few microseconds, whatever the number of kernels. It runs the kernels of the recording on the
-memory of the recording: so arguments are copied into buffers, and results are copied out of them.
+A replay costs the host a few microseconds, whatever the number of kernels. The replayed kernels use the memory of the
+recording. So arguments are copied into buffers, and results are copied out of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 #: From tensors by name to tensors by name.
 Function = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-#: Shapes that are recorded; each has buffers of its own, and shapes beyond run without a graph.
+#: Most recorded shapes. Each has its own buffers; further shapes run without a graph.
 MOST = 8
 
 
@@ -38,19 +38,20 @@ class _Recording:
 
 
 class Graphs:
-    """A function whose launches are replayed.
+    """A function that records its launches and replays them.
 
-    A shape runs without a graph when it is met for the first time, which also warms libraries up and compiles kernels.
-    It is recorded when it is met again, and replayed from then on. So a last smaller batch that comes once never costs
-    a recording, and one that comes in every epoch gets its own.
+    The first call with a shape runs without a graph. This also warms libraries up and compiles kernels. The second call
+    records, later calls replay. So a smaller last batch that occurs once costs no recording, and one that occurs in
+    every epoch gets one.
 
     Args:
         function: waits for nothing on the GPU, copies nothing to it, and draws from PyTorch's default generators only.
-            What it decides by Python it decides while it is recorded.
+            Its Python code runs only while it is recorded.
         device: a GPU.
-        kept: memory that the function adds to, such as gradients; recording leaves it as it was. Asked for each time.
-        read: memory that it reads besides its arguments, such as weights; where some of it moved, the recordings are
-            void. Asked for in each call.
+        kept: returns the tensors to which the function adds, such as gradients; a recording restores their values.
+            Called for each recording.
+        read: returns the tensors that the function reads besides its arguments, such as weights. If one of them has
+            moved, the recordings are dropped. Called in each call.
 
     Raises:
         ValueError: another device.
@@ -68,19 +69,19 @@ class Graphs:
         self._met: set[Any] = set()
         self._recordings: dict[Any, _Recording] = {}
         self._at: tuple[int, ...] = ()
-        # Replays follow each other on one stream and hand each other nothing, so one pool serves them all.
+        # Replays follow each other on one stream and share no values, so one memory pool serves them all.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, inputs: Mapping[str, Tensor], seed: int | None = None) -> dict[str, Tensor]:
-        """What the function makes of the inputs; the caller may keep it.
+        """The function's results for the inputs; the caller may keep them.
 
         Args:
             inputs: on the device.
-            seed: PyTorch's generators have it where the function begins; None leaves them as they are.
+            seed: seed of PyTorch's generators at the start of the function; None leaves their state.
 
         Raises:
-            RuntimeError: the function does what no graph can hold; the message is PyTorch's.
+            RuntimeError: a graph cannot record the function; the message is PyTorch's.
         """
         at = tuple(x.data_ptr() for x in self._read())
         if at != self._at:
@@ -109,13 +110,13 @@ class Graphs:
             self._function(buffers)  # libraries have a workspace for each stream
         current.wait_stream(self._stream)
         try:
-            # Errors of this thread only: the loader's thread may pin memory meanwhile.
+            # Only this thread must avoid calls that a recording forbids: the loader's thread may pin memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = self._function(buffers)
         except RuntimeError as error:
             raise RuntimeError(f"this cannot be recorded as a CUDA graph, so set graphs=false: {error}") from error
         if list(map(id, kept)) != list(map(id, self._kept())):
-            raise RuntimeError("other tensors came in place of those that a graph would add to, so set graphs=false")
+            raise RuntimeError("the function replaced tensors to which a graph would add, so set graphs=false")
         for x, copy in zip(kept, copies, strict=True):
             x.copy_(copy)
         return _Recording(graph, buffers, outputs)

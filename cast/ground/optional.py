@@ -21,6 +21,6 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         if error.name is None or error.name.split(".")[0] != package:
-            raise  # installed, but something of its own is missing
+            raise  # the package is installed, but a module that it imports is missing
         message = f"the package {package!r} is not installed; run: pip install 'cast-kernels[{extra}]'"
         raise MissingExtraError(message, name=package) from None

@@ -1,7 +1,7 @@
 """How a model's clips were made: sampling.json beside a checkpoint, {"sampling": "dense", "short_side": 320}.
 
-A model that learned from frames four apart answers worse about frames of a whole video, so a test must know. So it is
-with pictures that were made smaller before everything else.
+A model trained on frames four apart is less accurate on frames spread over a whole video. So a test must know the
+training's sampling, and also whether pictures were shrunk first.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any, Literal, get_args
 
 from cast.ground.files import read_json, write_json
 
-#: Frames of the whole video (EPIC-Kitchens-100, Something-Something V2), or about four apart (Kinetics-400).
+#: Frames spread over the whole video (EPIC-Kitchens-100, Something-Something V2), or about four apart (Kinetics-400).
 Sampling = Literal["uniform", "dense"]
 
-#: In a checkpoint's directory.
+#: Its name in a checkpoint's directory.
 SAMPLING = "sampling.json"
 
 
 def read_sampling(directory: str | os.PathLike[str]) -> Sampling | None:
-    """The sampling that `sampling.json` in a directory names; None where it names none, or there is no such file.
+    """The sampling in a directory's `sampling.json`; None if it names none, or if there is no such file.
 
     Raises:
-        ValueError: the file is no JSON, or names no sampling that there is.
+        ValueError: the file is no JSON, or names an unknown sampling.
     """
     found = _read(directory).get("sampling")
     for sampling in get_args(Sampling):
@@ -33,13 +33,13 @@ def read_sampling(directory: str | os.PathLike[str]) -> Sampling | None:
 
 
 def read_short_side(directory: str | os.PathLike[str]) -> int | None:
-    """Pixels to which the training shrank larger pictures, as `sampling.json` in a directory says.
+    """The size in pixels to which the training shrank larger pictures, from `sampling.json` in a directory.
 
     Returns:
-        None where pictures stayed as they were: the file says nothing, as all of earlier versions, or is not there.
+        None if pictures were not shrunk: the file has no such entry (earlier versions wrote none), or is missing.
 
     Raises:
-        ValueError: as :func:`read_sampling`, or no whole number above 0.
+        ValueError: as :func:`read_sampling`, or the entry is no whole number above 0.
     """
     found: int | None = _read(directory).get("short_side")
     return found
@@ -56,13 +56,13 @@ def _read(directory: str | os.PathLike[str]) -> dict[str, Any]:
             return content
     allowed = " or ".join(f'{{"sampling": "{sampling}"}}' for sampling in get_args(Sampling))
     raise ValueError(
-        f'{path}: must hold {allowed}, and "short_side" in pixels where pictures were made smaller; remove it if '
+        f'{path}: must have {allowed}, and "short_side" in pixels if pictures were shrunk; remove the file if '
         "neither is known"
     )
 
 
 def as_json(sampling: Sampling | None, short_side: int | None = None) -> dict[str, str | int] | None:
-    """The content of `sampling.json`, without what is None; None if there is nothing to say."""
+    """The content of `sampling.json` without the entries that are None; None if there are no others."""
     known = {"sampling": sampling, "short_side": short_side}
     return {name: value for name, value in known.items() if value is not None} or None
 

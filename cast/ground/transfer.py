@@ -1,4 +1,4 @@
-"""Tensors on their way to the GPU, so that the host waits for no copy and the next one overlaps with computing."""
+"""Copies to the GPU: the host waits for no copy, and the next copy overlaps with computing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device; from the CPU to a GPU through pinned memory, without a wait.
 
-    PyTorch keeps the pinned memory until the copy is done, so the tensor may be dropped at once.
+    PyTorch keeps the pinned memory until the copy is done, so the caller may drop the tensor at once.
     """
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -23,10 +23,10 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class Ahead(Generic[Item]):
-    """Prepares at most one item ahead; on a GPU by a stream of its own, beside whatever runs there.
+    """Prepares at most one item ahead; on a GPU on its own stream, in parallel to other work.
 
     Args:
-        items: what is to be prepared, in order.
+        items: the items to prepare, in order.
         prepare: item -> tensors by name, on `device`. It may wait for its own stream, not for others.
         device: where the tensors go.
     """
@@ -42,9 +42,9 @@ class Ahead(Generic[Item]):
         return self
 
     def start(self) -> None:
-        """Begin with the next item, if it is not begun; an error that this meets is raised when the item is asked for.
+        """Prepare the next item, unless it is prepared. An error is raised later, when the item is asked for.
 
-        The host waits until the item is there, which is best done while the GPU has work.
+        The host waits until the item is ready. Call this while the GPU has work.
         """
         if self._held is not None:
             return
@@ -52,7 +52,7 @@ class Ahead(Generic[Item]):
             with self._on_stream():
                 item = next(self._items)
                 self._held = item, self._prepare(item)
-        except Exception as error:  # StopIteration, too
+        except Exception as error:  # StopIteration too
             self._held = error
 
     def __next__(self) -> tuple[Item, Mapping[str, Tensor]]:
@@ -65,7 +65,7 @@ class Ahead(Generic[Item]):
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             for tensor in held[1].values():
-                tensor.record_stream(current)  # the allocator gives it to nobody before this stream is done with it
+                tensor.record_stream(current)  # the allocator keeps the memory until this stream is done with it
         return held
 
     def _on_stream(self) -> AbstractContextManager[None]:

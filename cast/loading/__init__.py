@@ -1,4 +1,4 @@
-"""Any model from wherever it is: CAST, a baseline of its paper, or several that answer as one."""
+"""Load any model: CAST, a baseline of its paper, or several models whose answers are averaged."""
 
 from cast.loading.checkpoint import Checkpoint, Model, load_checkpoint
 from cast.loading.ensemble import Loaded, as_loaded, load_models

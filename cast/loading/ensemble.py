@@ -16,16 +16,16 @@ from cast.model.config import CASTConfig
 from cast.model.labels import numbers
 
 PathLike = str | os.PathLike[str]
-#: Files that hold answers rather than weights.
+#: Endings of files that contain answers instead of weights.
 PREDICTIONS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What answers: a model, its sizes and heads, class names and sampling where known, and where it came from.
+    """A model with its sizes and heads, its class names and sampling if known, and its origin.
 
-    `short_side` is the one that the training shrank larger pictures to, None if it did not. `names` and `members` say
-    where the model came from, one for each member of an ensemble; both are empty for a model that was not loaded.
+    The training shrank larger pictures to `short_side` pixels; None if it did not. `names` and `members` give the
+    origin, one entry for each member of an ensemble. Both are empty for a model that was not loaded.
     """
 
     model: Model | Ensemble
@@ -37,10 +37,11 @@ class Loaded:
     members: Sequence[Checkpoint] = ()
 
     def about(self) -> dict[str, Any]:
-        """What goes into a predictions file; reads the files of the weights.
+        """The entries for a predictions file; reads the files of the weights.
 
         Returns:
-            `model`, `checkpoint` and `sha256`; of an ensemble lists of the latter two, and `members`.
+            `model`, `checkpoint` and `sha256`; of an ensemble lists of the latter two, and `members`.: `model`,
+                `checkpoint` and `sha256`; for an ensemble also `members`, and lists of the last two.
         """
         if len(self.members) == 1:
             kind, digest = type(self.model).__name__, self.members[0].sha256
@@ -51,10 +52,10 @@ class Loaded:
 
 
 def as_loaded(model: Model | Ensemble) -> Loaded:
-    """A model that its caller has already.
+    """Wrap a model that the caller already has.
 
     Raises:
-        ValueError: an ensemble whose members look at other clips, or answer other questions.
+        ValueError: an ensemble whose members take other clips, or have other heads.
     """
     if isinstance(model, CAST):
         return Loaded(model, model.config, model.labels, model.sampling, model.short_side)
@@ -70,26 +71,28 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
     """Load one model, or the members of an ensemble.
 
     Args:
-        checkpoints: each what `load_checkpoint` takes.
-        trust_pickle: as there.
-        sampling: the caller's, which settles what the members do not agree on.
+        checkpoints: each as `load_checkpoint` takes it.
+        trust_pickle: as in `load_checkpoint`.
+        sampling: chosen by the caller; needed if the members have different ones.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_checkpoint`; or members that cannot look at the same clips, name other
-            classes or were trained with another sampling, or a member given twice or as a predictions file; or no
-            checkpoint at all.
-        TypeError: a model in place of where one is.
+        FileNotFoundError, ValueError: as `load_checkpoint`; or members that take other clips, have other classes or
+            were trained with another sampling; or a member given twice or as a predictions file; or no checkpoint at
+            all.
+        TypeError: a model instead of a path or name.
     """
     if not checkpoints:
-        raise ValueError("no checkpoint was given; give a place of one, or of several whose answers are averaged")
+        raise ValueError(
+            "no checkpoint was given; give the path or name of one, or of several whose answers are averaged"
+        )
     if made := next((one for one in checkpoints if not isinstance(one, str | os.PathLike)), None):
         raise TypeError(
-            f"a checkpoint is {type(made).__name__}; a list has places, as str or os.PathLike: give one model by "
+            f"a checkpoint is {type(made).__name__}; a list must have paths or names: give one model by "
             "itself, or several as cast.baselines.Ensemble([...])"
         )
     names = [printable(checkpoint) for checkpoint in checkpoints]
     if len(names) > 1 and (answers := [name for name in names if name.endswith(PREDICTIONS)]):
-        raise ValueError(f"{answers[0]} holds answers, an ensemble's members must be checkpoints of models")
+        raise ValueError(f"{answers[0]} has answers; an ensemble's members must be checkpoints of models")
     members = [load_checkpoint(checkpoint, trust_pickle) for checkpoint in checkpoints]
     if len(members) == 1:
         (only,) = members
@@ -110,14 +113,14 @@ def load_models(checkpoints: Sequence[PathLike], trust_pickle: bool, sampling: S
 
 
 def _same_clips(names: Sequence[str], configs: Sequence[CASTConfig]) -> None:
-    """The members look at the same clips and answer the same questions."""
+    """Check that the members take the same clips and have the same heads."""
     _agree(names, "heads", [dict(config.classes) for config in configs])
     _agree(names, "frames", [config.num_frames for config in configs])
     _agree(names, "pixels", [config.image_size for config in configs])
 
 
 def _known(members: Sequence[Checkpoint], read: Callable[[Checkpoint], Any]) -> list[Any]:
-    """What the members say, and for those that say nothing what the first of the others says."""
+    """One value for each member; a member without one gets the first known value."""
     said = [read(member) for member in members]
     first = next((value for value in said if value is not None), None)
     return [first if value is None else value for value in said]

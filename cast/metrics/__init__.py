@@ -1,4 +1,4 @@
-"""Accuracies, class-wise figures, and one model against another; all in percent."""
+"""Accuracies, figures by class, and comparisons of models; all in percent."""
 
 from cast.metrics.accuracy import (
     action_accuracy,

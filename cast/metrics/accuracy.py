@@ -1,13 +1,13 @@
-"""Accuracies in percent, and the average over views that the published test protocol takes.
+"""Accuracies in percent, and the published test protocol's average over views.
 
-Action accuracy of a compositional model comes in two kinds that agree for the best guess, verb and noun both right:
+A compositional model has two kinds of action accuracy. They agree for k = 1: verb and noun must both be right.
 
 - joint (`action_accuracy`): all (verb, noun) pairs are ranked by the product of their probabilities, and the right
-  one is among the `k` best. It is what EPIC-Kitchens-100's own scoring does.
+  pair is among the `k` best. EPIC-Kitchens-100's own scoring does this.
 - paired (`paired_accuracy`): the right verb is among the `k` best verbs and the right noun among the `k` best nouns,
-  as the published code's "top-5 action" counts. It is never lower, because `k * k` pairs count.
+  as in the published code's "top-5 action". It is never lower, because `k * k` pairs count.
 
-Of equal scores the class with the lower index comes first, as `argmax` has it: every figure speaks of the same guesses.
+Of equal scores the class with the lower index comes first, as in `argmax`: so every figure uses the same guesses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 def average_views(logits: Tensor) -> Tensor:
     """Logits `[..., views, classes]` -> probabilities `[..., classes]`: softmax of each view, then the mean.
 
-    In float64, as published, and therefore on the CPU: not every device has float64.
+    In float64 as in the published code, and so on the CPU: not every device has float64.
     """
     return logits.cpu().double().softmax(-1).mean(-2)
 
@@ -32,7 +32,7 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     Args:
         scores: [samples, classes], logits or probabilities, no NaN.
         labels: [samples], integers from 0 to classes - 1.
-        k: how many guesses count, 1 to classes.
+        k: number of guesses that count, 1 to classes.
 
     Raises:
         ValueError: shapes, labels or k that do not fit, no samples, or NaN among the scores.
@@ -49,7 +49,7 @@ def action_accuracy(verb: Tensor, noun: Tensor, verb_labels: Tensor, noun_labels
         noun: [samples, nouns], probabilities.
         verb_labels: [samples], integers.
         noun_labels: [samples], integers.
-        k: how many pairs count.
+        k: number of pairs that count.
 
     Raises:
         ValueError: shapes, labels or k that do not fit, no samples, or NaN among the probabilities.
@@ -66,8 +66,8 @@ def action_accuracy(verb: Tensor, noun: Tensor, verb_labels: Tensor, noun_labels
 def paired_accuracy(verb: Tensor, noun: Tensor, verb_labels: Tensor, noun_labels: Tensor, k: int = 1) -> float:
     """Percentage of samples whose verb is among the `k` best verbs and whose noun is among the `k` best nouns.
 
-    The published code's action accuracy. Arguments and errors as those of :func:`action_accuracy`, but `k` is at
-    most the number of verbs and at most that of nouns.
+    The published code's action accuracy. Arguments and errors as in :func:`action_accuracy`, but `k` is at most the
+    smaller of the two numbers of classes.
     """
     _check("verb", verb, verb_labels, k)
     _check("noun", noun, noun_labels, k)
@@ -79,7 +79,7 @@ def paired_accuracy(verb: Tensor, noun: Tensor, verb_labels: Tensor, noun_labels
 
 def top_classes(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` best scores of each row [samples, classes] and their classes, [samples, k] each, best first."""
-    values, indices = scores.sort(dim=1, descending=True, stable=True)  # topk leaves the order of equal scores open
+    values, indices = scores.sort(dim=1, descending=True, stable=True)  # topk does not fix the order of equal scores
     return values[:, :k], indices[:, :k]
 
 
@@ -92,8 +92,9 @@ def top_pairs(verb: Tensor, noun: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: number of pairs, 1 to verbs * nouns.
 
     Returns:
-        Probabilities `[samples, k]`, descending, and indices `[samples, k, 2]`; the first pair is always that of the
-        best verb and the best noun.
+        Probabilities `[samples, k]`, descending, and indices `[samples, k, 2]`. The first pair is always the best verb
+        with
+            the best noun.
 
     Raises:
         ValueError: `k` is outside its range.
@@ -104,7 +105,7 @@ def top_pairs(verb: Tensor, noun: Tensor, k: int) -> tuple[Tensor, Tensor]:
         top_classes(verb, min(k, verb.shape[1])),
         top_classes(noun, min(k, noun.shape[1])),
     )
-    # The pair of the i-th best verb and the j-th best noun has i * j - 1 pairs before it that are no worse.
+    # The pair of the i-th best verb and the j-th best noun follows i * j - 1 pairs that are at least as probable.
     ranks = torch.outer(torch.arange(1, p_verb.shape[1] + 1), torch.arange(1, p_noun.shape[1] + 1))
     row, column = (places.to(verb.device) for places in (ranks <= k).nonzero(as_tuple=True))
     values, order = top_classes(p_verb[:, row] * p_noun[:, column], k)

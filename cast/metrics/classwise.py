@@ -1,7 +1,7 @@
-"""What a model does class by class: F1, recall, and which classes it takes for which.
+"""Figures by class: F1, recall, and the confusions between classes.
 
-All figures are in percent. A class without samples and without guesses has no F1 and no recall: NaN here, and left
-out of every mean, so that a rare class missing from a test set doesn't count as a failure.
+All figures are in percent. A class without samples and without guesses has no F1 and no recall. They are NaN here and
+omitted from every mean, so that a rare class missing from a test set doesn't count as a failure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ClassF1:
 
 @dataclass(frozen=True)
 class Confusion:
-    """`count` samples of class `truth` were taken for class `guess`: `share` percent of that class's samples."""
+    """Of class `truth`, `count` samples were taken for class `guess`: `share` percent of that class's samples."""
 
     truth: int
     guess: int
@@ -54,7 +54,7 @@ def confusion_matrix(guesses: Tensor, labels: Tensor, classes: int) -> Tensor:
     Args:
         guesses: [samples], integers from 0 to classes - 1.
         labels: [samples], likewise.
-        classes: how many there are.
+        classes: number of classes.
 
     Raises:
         ValueError: no samples, other shapes, or an index outside its range.
@@ -71,7 +71,7 @@ def class_f1(matrix: Tensor) -> ClassF1:
     """Precision, recall and F1 of every class from a confusion matrix [classes, classes]."""
     counts = matrix.double()
     right, truths, guesses = counts.diagonal(), counts.sum(1), counts.sum(0)
-    # 0 / 0 is the NaN that says "no figure".
+    # 0 / 0 is NaN, which means "no figure".
     return ClassF1(
         precision=100 * right / guesses,
         recall=100 * right / truths,
@@ -81,12 +81,12 @@ def class_f1(matrix: Tensor) -> ClassF1:
 
 
 def mean_class_accuracy(matrix: Tensor) -> float:
-    """Mean over the classes with samples of the share of their samples that was told right (mean recall)."""
+    """Mean recall over the classes with samples."""
     return float(class_f1(matrix).recall.nanmean())
 
 
 def confusion_pairs(matrix: Tensor, count: int = 10) -> list[Confusion]:
-    """The `count` commonest mistakes, most samples first, then by share; fewer where fewer were made."""
+    """The `count` most frequent mistakes, by number of samples, then by share; fewer if there are fewer."""
     wrong = matrix.clone()
     wrong.fill_diagonal_(0)
     support = matrix.sum(1)

@@ -1,4 +1,4 @@
-"""One model against another on the same samples."""
+"""Comparison of two models on the same samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Paired:
-    """How two models' hits on the same samples relate.
+    """Two models' hits on the same samples.
 
-    `won` samples only the first model got right, `lost` only the second. `p_value` is that of McNemar's exact test,
-    two-sided: how likely so uneven a split of won and lost is if both models were equally good.
+    `won` counts samples that only the first model got right, `lost` those of the second. `p_value` is McNemar's exact
+    test, two-sided: the probability of so uneven a split if both models were equally good.
     """
 
     won: int
@@ -25,7 +25,7 @@ def paired_hits(ours: Tensor, theirs: Tensor) -> Paired:
     """Compare two models' hits, bool [samples] each.
 
     Raises:
-        ValueError: another number of samples in one than in the other.
+        ValueError: the numbers of samples differ.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"{len(ours)} samples cannot be compared with {len(theirs)}; they must be the same")
@@ -37,7 +37,7 @@ def _binomial_two_sided(fewer: int, total: int) -> float:
     """P(at most `fewer` or at least `total - fewer` heads) in `total` tosses of a fair coin."""
     if not total:
         return 1.0
-    # In logarithms: 0.5 ** 2000 is 0 in a double.
+    # In logarithms, because 0.5 ** 2000 is 0 in a double.
     tails = [_log_choose(total, heads) - total * math.log(2) for heads in range(fewer + 1)]
     highest = max(tails)
     return min(1.0, 2 * math.exp(highest) * math.fsum(math.exp(term - highest) for term in tails))
@@ -48,7 +48,7 @@ def _log_choose(total: int, chosen: int) -> float:
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a percentage (Wilson's score interval): what another sample of videos may give.
+    """95 % confidence interval of a percentage (Wilson's score interval), for another sample of videos.
 
     Raises:
         ValueError: `total` is below 1, or `hits` is not from 0 to `total`.

@@ -1,4 +1,4 @@
-"""Published figures, out of `published.yaml`: of CAST and of what it is compared with, each with its source."""
+"""Published figures of CAST and of other methods from `published.yaml`, each with its source."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ PUBLISHED = Path(__file__).with_suffix(".yaml")
 
 
 def read_published() -> dict[str, Any]:
-    """The file's sections by name; a table has `source`, `columns` and `rows`."""
+    """The file's sections by name. A table has `source`, `columns` and `rows`."""
     content: dict[str, Any] = parse_yaml(PUBLISHED.read_text(encoding="utf-8"))
     return content

@@ -31,10 +31,10 @@ TEMPORAL_FFN = Names("norm2", "mlp", "T_MLP_Adapter")
 
 
 class CASTBlock(BCAST):
-    """Self-attention, B-CAST, FFN on both streams (paper section 3.2, equations 3-5, as the published code computes).
+    """Self-attention, B-CAST, FFN on both streams (paper section 3.2, equations 3-5, in the published code's order).
 
-    It is a B-CAST rather than having one, because published checkpoints keep the exchange's tensors
-    directly under `blocks.i.`: so names need no translation anywhere.
+    The class inherits from BCAST, because published checkpoints keep the exchange's tensors directly under `blocks.i.`.
+    So no name needs translation.
     """
 
     attention: str
@@ -78,11 +78,11 @@ class CASTBlock(BCAST):
         return self._ffn_spatial(spatial), self._ffn_temporal(temporal)
 
     def _attend_spatial(self, spatial: Tensor) -> Tensor:
-        """Within each frame; the adapter has a skip of its own and no drop path."""
+        """Attention within each frame. The adapter has its own skip and no drop path."""
         return attend(spatial, self.clip_ln_1, self.clip_attn, self.S_Adapter, self.running, SPATIAL_ATTENTION, (2, 1))
 
     def _attend_temporal(self, temporal: Tensor) -> Tensor:
-        """Over all T*N tokens of a clip."""
+        """Attention over all T*N tokens of a clip."""
         return attend(temporal, self.norm1, self.attn, self.T_Adapter, self.running, TEMPORAL_ATTENTION, (1, 2))
 
     def _ffn_spatial(self, spatial: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class CASTBlock(BCAST):
         return feed_forward(temporal, self.norm2, self.mlp, self.T_MLP_Adapter, factor, self.running, TEMPORAL_FFN)
 
     def _drop_spatial(self, spatial: Tensor) -> Tensor | None:
-        """A new draw for the spatial stream: [B], or [B, 1+N] with equal rows, or None where nothing is dropped."""
+        """A new draw for the spatial stream: [B], or [B, 1+N] with equal rows, or None if nothing is dropped."""
         if not (self.training and self.drop_rate):
             return None
         batch, _, tokens, _ = spatial.shape
@@ -109,13 +109,13 @@ class CASTBlock(BCAST):
         return drop_factor((tokens,), self.drop_rate, spatial).expand(batch, tokens)
 
     def _drop_temporal(self, temporal: Tensor) -> Tensor | None:
-        """A new draw for the temporal stream: [B], or None where nothing is dropped."""
+        """A new draw for the temporal stream: [B], or None if nothing is dropped."""
         if not (self.training and self.drop_rate):
             return None
         return drop_factor((temporal.shape[0],), self.drop_rate, temporal)
 
     def attend_by(self, name: str) -> None:
-        """Say what attends, from the next call on: in the experts the one named, in the exchange what it has of it."""
+        """Choose the attention kernel from the next call on. The exchange takes its own equivalent of this name."""
         self.attention, self.expert_attention = attention.of_exchange(name), name
 
     @property
@@ -124,9 +124,9 @@ class CASTBlock(BCAST):
         return Running(self.backend, self.recompute, self.expert_attention)
 
     def obstacles(self) -> dict[str, str]:
-        """Op, in words -> the layer that must be called, so that no kernel can run the op, and why.
+        """Op, in words -> the layer that must be called, and why. No kernel can run such an op.
 
-        Ops that read all of their layers' weights are left out; see :mod:`cast_kernels.plain`.
+        Ops that read all weights of their layers are left out; see :mod:`cast_kernels.plain`.
         """
         halves = {
             "self-attention": (SPATIAL_ATTENTION, TEMPORAL_ATTENTION),
@@ -140,16 +140,16 @@ class CASTBlock(BCAST):
         return {what: reason for what, reason in found.items() if reason}
 
     def chosen_backend(self) -> str:
-        """What runs the exchange for a batch of the parameters' own dtype and device.
+        """The backend of the exchange for a batch of the parameters' dtype and device.
 
-        The backend; "modules" where a layer of it must be called, which a kernel asked for by name refuses.
+        "modules" if one of the exchange's layers must be called. A kernel asked for by name refuses such an exchange.
         """
         if self.backend in ("auto", "eager") and self.obstacle():
             return "modules"
         return backends.select("auto", self.problem()) if self.backend == "auto" else self.backend
 
     def refusal(self) -> str:
-        """Why the backend that was named cannot run the exchange for such a batch; "" if it can, or none was named."""
+        """Why the named backend cannot run the exchange for such a batch; "" if it can, or if no backend was named."""
         if self.backend == "auto" or not self.directions:
             return ""
         verdict = backends.can_run(self.backend, self.problem())

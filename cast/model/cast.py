@@ -25,7 +25,7 @@ from cast.model.weights.videomae import read_videomae
 from cast_kernels import Recompute, backends, plain
 from cast_kernels import attention as attentions
 
-#: Words for the dtype of the residual streams.
+#: Allowed words for the dtype of the residual streams.
 STREAM_DTYPES = ("auto", "autocast")
 
 #: Parameters that train: exchange, adapters, final norms, heads. The experts stay frozen (paper section 3).
@@ -43,17 +43,18 @@ class CAST(FixedPositions, Shared):
         heads: name -> classes: one head under any name ({"action": 400} if None), or {"verb": 97, "noun": 300}.
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
             Either way a layer that was replaced or has a hook is called (docs/model.md).
-        recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`,
-            see :class:`cast_kernels.Recompute`; `auto` is `cheap` on a CPU, and on a GPU a rule of shapes and the whole
-            memory (:mod:`cast_kernels.recompute`).
-        attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
-            `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why. `math`
-            is for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.
-        stream_dtype: of the residual streams between the blocks. `auto`: as PyTorch's operators leave them, float32
-            under autocast with float32 parameters. `autocast`: autocast's own dtype where it is on, else as `auto`:
-            fewer bytes, a rounding after each half block (docs/model.md has the cost). May be set at any time.
-        backend: of the compiled kernels, a name in `cast_kernels.backends.BACKENDS` that must run, see `fuse`; `auto`
-            takes the fastest that can.
+        recompute: the intermediate values that backward of fused ops computes again instead of keeping: `nothing`,
+            `cheap` or `all`, see :class:`cast_kernels.Recompute`. `auto` is `cheap` on a CPU; on a GPU it depends on
+            shapes and the whole memory (:mod:`cast_kernels.recompute`).
+        attention: the attention kernel of the experts on a GPU: `auto` (PyTorch's scaled_dot_product_attention),
+            `sdpa`, `flash-attn` or `xformers`. `cast_kernels.attention.explain` says which can run, and why. `math` is
+            for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.
+        stream_dtype: dtype of the residual streams between the blocks. `auto`: the result of PyTorch's operators, which
+            is float32 under autocast with float32 parameters. `autocast`: autocast's dtype while autocast is on, else
+            as `auto`. That is fewer bytes and one rounding after each half block (docs/model.md gives the cost). May be
+            set at any time.
+        backend: a name in `cast_kernels.backends.BACKENDS`, which must then run, see `fuse`. `auto` takes the fastest
+            that can.
         overrides: fields of CASTConfig.
 
     Raises:
@@ -79,11 +80,12 @@ class CAST(FixedPositions, Shared):
             raise ValueError(f"fused=False runs in eager PyTorch, and backend is {backend!r}; leave one out")
         self.config = config = make_config(variant, heads, **overrides)
         self.stream_dtype = stream_dtype
-        #: Class names by head, where they are known; save_pretrained keeps them.
+        #: Class names by head, or None if unknown; save_pretrained writes them.
         self.labels: dict[str, list[str]] | None = None
-        #: How the training's frames were sampled, where it is known; tests go by it, save_pretrained keeps it.
+        #: How the training sampled frames, or None if unknown. Tests sample in the same way; save_pretrained writes it.
         self.sampling: Sampling | None = None
-        #: Pixels to which the training shrank larger pictures first; None if it did not. Kept and obeyed likewise.
+        #: Training shrank larger pictures to so many pixels first; None if it did not. Used and written like
+        #: `sampling`.
         self.short_side: int | None = None
         dim = config.embed_dim
         self.clip_class_embedding: nn.Parameter = nn.Parameter(torch.randn(dim) * dim**-0.5)
@@ -105,7 +107,7 @@ class CAST(FixedPositions, Shared):
 
     @property
     def stream_dtype(self) -> str:
-        """Of the residual streams, a word of `STREAM_DTYPES`; see the constructor.
+        """The dtype of the residual streams, a word of `STREAM_DTYPES`; see the constructor.
 
         Raises:
             ValueError: another word.
@@ -133,9 +135,9 @@ class CAST(FixedPositions, Shared):
         return apply_heads(self, self.config, *self.features(video))
 
     def features(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Video -> pooled and normalised (spatial, temporal) features, [B, D] each: what the heads see."""
+        """Video -> pooled and normalised (spatial, temporal) features, [B, D] each: the heads' input."""
         spatial, temporal = self.tokens(video)
-        # Both norms come after the mean, which is not rounded to a 16-bit stream's dtype under autocast.
+        # Both norms follow the mean. Under autocast the mean stays in float32, though a stream may have 16 bits.
         kind = torch.promote_types(spatial.dtype, self.clip_class_embedding.dtype)
         means = spatial[:, :, 0].mean(1, dtype=kind), temporal.flatten(1, 2).mean(1, dtype=kind)
         return self.clip_ln_post(means[0]), self.vmae_fc_norm(means[1])
@@ -153,13 +155,14 @@ class CAST(FixedPositions, Shared):
         check_shape("videos", video, (3, config.num_frames, config.image_size, config.image_size))
         if video.device.type != "cpu" or not self._is_fused():
             return self._as_streams(*self._embed(video))
-        # PyTorch's bfloat16 convolutions take 1.9 s a clip on a processor without such instructions, float32 0.05 s.
+        # On a processor without bfloat16 instructions PyTorch's convolutions take 1.9 s a clip in bfloat16, 0.05 s in
+        # float32.
         with torch.autocast("cpu", enabled=False):
             streams = self._embed(video.to(self.clip_class_embedding.dtype))
         return self._as_streams(*streams)
 
     def _as_streams(self, spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor]:
-        """In the dtype that `stream_dtype` asks for; every block keeps it."""
+        """The streams in the dtype that `stream_dtype` asks for; every block keeps it."""
         device = spatial.device.type
         if self.stream_dtype == "auto" or not torch.is_autocast_enabled(device):
             return spatial, temporal
@@ -170,7 +173,7 @@ class CAST(FixedPositions, Shared):
         return any(block.backend != "eager" for _, block in self.cast_blocks())
 
     def cast_blocks(self) -> Iterator[tuple[str, CASTBlock]]:
-        """The blocks by their names in the model, also those that something was wrapped around."""
+        """The blocks by their names in the model, wrapped blocks included."""
         for index, child in enumerate(self.blocks):
             for name, module in [("", child)] if isinstance(child, CASTBlock) else child.named_modules():
                 if isinstance(module, CASTBlock):
@@ -188,11 +191,11 @@ class CAST(FixedPositions, Shared):
         return spatial.unflatten(0, (video.shape[0], grid[0])), temporal.unflatten(1, grid)
 
     def fuse(self, backend: str = "auto", attention: str | None = None) -> CAST:
-        """Let all ops run in the fastest backend that can (or the one named), from the next call on.
+        """Let all ops run in the fastest backend that can, or in the named one, from the next call on.
 
         Args:
             backend: "auto", or the one that must run.
-            attention: what attends, as the constructor has it; None leaves what was asked for before.
+            attention: the attention kernel, as in the constructor; None keeps the present one.
 
         Raises:
             ValueError: no such backend or attention.
@@ -211,11 +214,11 @@ class CAST(FixedPositions, Shared):
         return self.fuse("eager", attention)
 
     def explain(self) -> str:
-        """Print, and return, where the exchange runs, and which ops call a layer instead of reading weights, and why.
+        """Print and return the exchange's backend, and which ops call a layer instead of reading its weights, and why.
 
-        Where a backend was named that cannot run the exchange as the parameters are, without autocast, it says why.
-        Such an op runs by its modules in PyTorch, or is refused where a kernel was asked for by name: see
-        :mod:`cast_kernels.plain` and docs/model.md. `cast_kernels.explain` says for one exchange which backends can.
+        If a named backend cannot run the exchange with the parameters' dtype, without autocast, the text says why. An
+        op with such a layer runs by its modules in PyTorch, or is refused if a kernel was asked for by name: see
+        :mod:`cast_kernels.plain` and docs/model.md. `cast_kernels.explain` says which backends can run one exchange.
         """
         lines = [self.extra_repr()]
         for name, block in self.cast_blocks():
@@ -254,11 +257,11 @@ class CAST(FixedPositions, Shared):
             loads.append(("CLIP checkpoint", target, given, unknown))
         if videomae is not None:
             given, unknown = read_videomae(videomae, trust_pickle)
-            # CAST pools with a norm of its own, trained from scratch; the published code drops VideoMAE's too.
+            # CAST pools with its own norm, trained from scratch. The published code drops VideoMAE's norm too.
             given = {key: tensor for key, tensor in given.items() if not key.startswith("fc_norm.")}
             target = {key: tensor for key, tensor in own.items() if _VIDEOMAE.match(key)}
             loads.append(("VideoMAE checkpoint", target, given, unknown))
-        for load in loads:  # both, before either changes the model
+        for load in loads:  # check both before either changes the model
             check(*load)
         for load in loads:
             assign(*load)
@@ -266,7 +269,7 @@ class CAST(FixedPositions, Shared):
 
     @classmethod
     def _holding(cls, what: str, config: CASTConfig, tensors: Mapping[str, Tensor], fused: bool) -> CAST:
-        """A model around these very tensors, which saves initialising what is overwritten."""
+        """A model made of these tensors, without initialising weights that would be overwritten."""
         with torch.device("meta"):
             model = cls(config, fused=fused)
         check(what, model.state_dict(), tensors)

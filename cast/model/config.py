@@ -13,7 +13,7 @@ from cast_kernels import DIRECTIONS, WINDOWS
 #: Head layouts of the published models: one head over both experts, or noun and verb apart (Fig. 9).
 COMPOSITIONAL = frozenset({"verb", "noun"})
 
-#: Room for the rounding error of a ratio that was computed from two widths.
+#: Tolerance for the rounding error of a ratio of two widths.
 _ROUNDING = 1e-6
 
 
@@ -39,8 +39,8 @@ class CASTConfig:
         positions: whether the exchange has positional embeddings (Table 8).
         exchange_layers: 0-based blocks with an exchange (Table 1(f)); None = all. `range(9, 12)` is "layers 10-12".
         drop_path: rate at the last block; grows linearly from 0 at the first.
-        drop_path_mode: what a spatial draw drops. `official`: token positions, the same for the whole batch, as the
-            published code does in its token-first layout. `sample`: clips. Temporal draws drop clips in both.
+        drop_path_mode: how a spatial draw drops. `official`: token positions, the same for the whole batch, as in the
+            published code's token-first layout. `sample`: clips. Temporal draws drop clips in both.
         head_dropout: dropout rate before the heads.
         init_scale: factor on the heads' initial weights.
 
@@ -189,7 +189,7 @@ class CASTConfig:
         return bool(self.directions) and (self.exchange_layers is None or block in self.exchange_layers)
 
     def exchange_sizes(self) -> dict[str, Any]:
-        """What `cast_kernels.BCAST` takes of this configuration, but for the directions."""
+        """The arguments of `cast_kernels.BCAST` for this configuration, without the directions."""
         return {
             "dim": self.embed_dim,
             "bottleneck_dim": self.bottleneck_dim,
@@ -205,7 +205,7 @@ class CASTConfig:
         return asdict(self) | {"heads": self.classes}
 
 
-#: Named sizes; what is not listed keeps CASTConfig's default.
+#: Named sizes. Unlisted fields keep CASTConfig's default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},  # the paper's CAST-B/16
     "small": {"embed_dim": 384, "num_heads": 6},  # ViT-S/16 experts

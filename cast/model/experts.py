@@ -1,7 +1,7 @@
 """The two experts alone: CLIP's image tower and VideoMAE's encoder, under the names of their own checkpoints.
 
-CAST holds their layers inside its blocks; these modules serve to train small experts, to check weights,
-and as baselines.
+CAST has the same layers inside its blocks. These modules serve to train small experts, to check weights, and as
+baselines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cast.model.weights.source import Source
 from cast.model.weights.videomae import read_videomae
 from cast_kernels import attention as attentions
 
-#: Layers of either half of a block.
+#: Layers of the two halves of a block.
 CLIP_NAMES = (Names("ln_1", "attn"), Names("ln_2", "mlp"))
 VMAE_NAMES = (Names("norm1", "attn"), Names("norm2", "mlp"))
 
@@ -73,7 +73,7 @@ class VideoMAEBlock(nn.Module):
 
 
 class _Expert(nn.Module):
-    """What both experts share: heads, and a forward that ends in them."""
+    """Shared by both experts: heads, and a forward that ends in them."""
 
     def __init__(self, config: CASTConfig, heads: Mapping[str, int] | None) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class SpatialExpert(_Expert):
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
         heads: name -> classes; linear heads on the pooled features, to train the expert alone.
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
-        attention: what attends, as :class:`cast.CAST` has it.
+        attention: the attention kernel, as in :class:`cast.CAST`.
         overrides: fields of CASTConfig.
     """
 
@@ -167,7 +167,7 @@ class TemporalExpert(_Expert, FixedPositions):
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
         heads: name -> classes; linear heads on the pooled features, to train the expert alone.
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
-        attention: what attends, as :class:`cast.CAST` has it.
+        attention: the attention kernel, as in :class:`cast.CAST`.
         overrides: fields of CASTConfig.
     """
 
@@ -191,15 +191,15 @@ class TemporalExpert(_Expert, FixedPositions):
     def load(self, source: Source, trust_pickle: bool = False) -> TemporalExpert:
         """Take VideoMAE's weights: official (pre-trained or fine-tuned), MMAction2, transformers, TemporalExpert.
 
-        Positions are a formula of the model's own number of tokens, so weights of another image size fit.
+        The model computes positions from its own number of tokens, so weights of another image size fit.
 
         Args:
             source: path, state dict or module.
             trust_pickle: whether a torch file may run code while it loads.
 
         Raises:
-            ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file. `fc_norm`
-                may be absent, as it is after pre-training, and is then left as it was.
+            ValueError: missing keys, unknown keys, other shapes (all are listed), or an unreadable file. `fc_norm` may
+                be absent, as after pre-training; the model then keeps its own.
         """
         given, unknown = read_videomae(source, trust_pickle)
         target = {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("heads.")}
@@ -227,7 +227,9 @@ class TemporalExpert(_Expert, FixedPositions):
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
-    """[B, *expected] and floating-point, or a ValueError / TypeError that says what came."""
+    """Check that `x` is floating-point [B, *expected]; otherwise raise a ValueError or TypeError that names what `x`
+    is.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} came as {type(x).__name__}; the model takes a tensor")
     if tuple(x.shape[1:]) != expected or x.dim() != 1 + len(expected):

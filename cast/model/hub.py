@@ -21,7 +21,7 @@ from cast.model.labels import LABELS, read_labels
 from cast.model.weights.source import read_tensors
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-#: What is downloaded of a repository.
+#: The files to download of a repository.
 _PUBLISHED = [_CONFIG, _WEIGHTS, LABELS, SAMPLING, "README.md"]
 #: A repository's name on the Hub.
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,9 +36,8 @@ class Shared(
 ):
     """`save_pretrained`, `from_pretrained` and, inherited, `push_to_hub`, for a module with a `config`.
 
-    The directory has `config.json`, `model.safetensors` (official names), `labels.json` where class names are known,
-    `sampling.json` where it is known how the training's frames were sampled and shrunk, and a model card for whoever
-    publishes it.
+    The directory has `config.json`, `model.safetensors` (official names), and a model card. It has `labels.json` if
+    class names are known, and `sampling.json` if it is known how the training sampled frames and shrank pictures.
     """
 
     config: CASTConfig
@@ -46,7 +45,7 @@ class Shared(
     sampling: Sampling | None
     short_side: int | None
 
-    def save_pretrained(  # type: ignore[override]  # the mixin takes a configuration, which a model here has itself
+    def save_pretrained(  # type: ignore[override]  # a model has its own configuration, the mixin takes one
         self,
         directory: str | os.PathLike[str],
         *,
@@ -59,9 +58,9 @@ class Shared(
         """Write the model into a directory, made if need be.
 
         Args:
-            directory: receives the files; what it held of an earlier model is replaced, a model card stays.
+            directory: receives the files; they replace those of an earlier model, but a model card stays.
             config: not taken: the model's own configuration is written.
-            repo_id: repository of the Hub, `owner/name`; with `push_to_hub`, and the directory's name if None.
+            repo_id: repository of the Hub, `owner/name`, for `push_to_hub`; the directory's name if None.
             push_to_hub: whether to publish as well.
             model_card_kwargs: for the model card's template.
             push_to_hub_kwargs: see `huggingface_hub.PyTorchModelHubMixin.push_to_hub`.
@@ -75,7 +74,7 @@ class Shared(
         path.mkdir(parents=True, exist_ok=True)
         assert isinstance(self, nn.Module)
         tensors = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
-        # Under other names first: a kill while writing leaves the old checkpoint whole.
+        # Write under other names first: a kill during the writing then leaves the old checkpoint whole.
         save_file(tensors, path / f"{_WEIGHTS}.part", metadata={"format": "pt"})
         _write(path / f"{_CONFIG}.part", self.config.to_dict())
         names, known = [_WEIGHTS, _CONFIG], {LABELS: self.labels, SAMPLING: as_json(self.sampling, self.short_side)}
@@ -86,7 +85,7 @@ class Shared(
         for name in names:
             os.replace(path / f"{name}.part", path / name)
         for name in known.keys() - set(names):
-            (path / name).unlink(missing_ok=True)  # an earlier model's: this one's classes or clips are others
+            (path / name).unlink(missing_ok=True)  # belongs to an earlier model with other classes or clips
         card = path / "README.md"
         if not card.exists():
             self.generate_model_card(**(model_card_kwargs or {})).save(card)
@@ -95,7 +94,7 @@ class Shared(
         return self.push_to_hub(repo_id=repo_id or path.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # of the mixin's options those that have a meaning here
+    def from_pretrained(  # type: ignore[override]  # only the mixin's options that have a meaning here
         cls,
         directory: str | os.PathLike[str],
         fused: bool = True,
@@ -106,10 +105,10 @@ class Shared(
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Self:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode and in the dtype that it had.
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode and in its stored dtype.
 
         Args:
-            directory: where it is; a name `owner/name` that is no directory is a repository of the Hub.
+            directory: a directory; `owner/name` that is no directory is a repository of the Hub.
             fused: whether compiled kernels may run.
             revision: of the repository; branch, tag or commit.
             token: for private repositories.
@@ -118,7 +117,7 @@ class Shared(
             force_download: whether to download again.
 
         Raises:
-            FileNotFoundError: `config.json` or `model.safetensors` is not there, or no such repository can be had.
+            FileNotFoundError: `config.json` or `model.safetensors` is missing, or there is no such repository.
             ValueError: no JSON, or tensors that do not fit the configuration; all are listed.
             TypeError: a configuration with fields that CASTConfig does not have.
         """
@@ -140,7 +139,7 @@ class Shared(
 
     @classmethod
     def _holding(cls, what: str, config: CASTConfig, tensors: Mapping[str, Tensor], fused: bool) -> Self:
-        """A model around these very tensors."""
+        """A model made of these tensors."""
         raise NotImplementedError
 
 
@@ -163,20 +162,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def is_repository(what: str | os.PathLike[str]) -> bool:
-    """Whether this names a repository of the Hub, rather than something on the disk."""
+    """Whether this names a repository of the Hub, and nothing on the disk."""
     return not Path(what).exists() and bool(_REPOSITORY.fullmatch(os.fspath(what)))
 
 
 def download(repository: str, **options: Any) -> Path:
-    """The directory that a repository of the Hub was downloaded to.
+    """The directory that contains the downloaded repository.
 
     Raises:
-        FileNotFoundError: it could not be had; the message says why.
+        FileNotFoundError: the download failed; the message says why.
     """
     try:
         return Path(snapshot_download(repository, allow_patterns=_PUBLISHED, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"{repository}: no such directory, and no such model could be had from the Hugging Face Hub ({reason})"
+            f"{repository}: no such directory, and the Hugging Face Hub gave no such model ({reason})"
         ) from None

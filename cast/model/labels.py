@@ -13,14 +13,15 @@ LABELS = "labels.json"
 
 
 def read_labels(directory: str | os.PathLike[str], classes: Mapping[str, int]) -> dict[str, list[str]] | None:
-    """Class names by head from `labels.json` in a directory; None where there is no such file.
+    """Class names by head from `labels.json` in a directory; None if there is no such file.
 
     Args:
-        directory: a checkpoint's.
+        directory: of a checkpoint.
         classes: number of classes by head.
 
     Raises:
-        ValueError: the file is no JSON, lacks a head or has another number of names than the head has classes.
+        ValueError: the file is no JSON, lacks a head, or the number of names of a head differs from its number of
+            classes.
     """
     path = Path(directory) / LABELS
     if not path.exists():
@@ -31,12 +32,12 @@ def read_labels(directory: str | os.PathLike[str], classes: Mapping[str, int]) -
 
 
 def numbers(classes: Mapping[str, int]) -> dict[str, list[str]]:
-    """The classes' numbers as their names, by head."""
+    """The classes' numbers as names, by head."""
     return {head: [str(index) for index in range(count)] for head, count in classes.items()}
 
 
 def check_names(what: str, names: object, classes: Mapping[str, int]) -> None:
-    """As many class names by head as the model has.
+    """Check that each head has as many class names as classes.
 
     Raises:
         ValueError: a head without a list, or with another number of names.

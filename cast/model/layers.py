@@ -39,7 +39,7 @@ class CLIPAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
-        """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
+        """[..., tokens, D] -> the same; `kernel` attends, see `cast_kernels.attention`."""
         return self.out_proj(_mix(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads, kernel))
 
     reading: Reading = Reading(forward, ("in_proj_weight", "in_proj_bias"), layers={"out_proj": LINEAR})
@@ -62,7 +62,7 @@ class VideoMAEAttention(nn.Module):
         self.proj: nn.Linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, kernel: str = "auto") -> Tensor:
-        """[..., tokens, D] -> the same; `kernel` is what attends, see `cast_kernels.attention`."""
+        """[..., tokens, D] -> the same; `kernel` attends, see `cast_kernels.attention`."""
         return self.proj(_mix(_added(self.qkv(x), self._bias()), self.num_heads, kernel))
 
     reading: Reading = Reading(forward, ("q_bias", "v_bias"), layers={"qkv": BARE_LINEAR, "proj": LINEAR})
@@ -82,12 +82,12 @@ def _joined(q_bias: Tensor, v_bias: Tensor) -> Tensor:
 
 
 def _added(x: Tensor, bias: Tensor) -> Tensor:
-    """In the dtype of x, as a linear layer adds its own bias under autocast."""
+    """x + bias in the dtype of x, as a linear layer adds its own bias under autocast."""
     return x + bias.to(x.dtype)
 
 
 def _mix(qkv: Tensor, num_heads: int, kernel: str) -> Tensor:
-    """Queries, keys and values side by side, [..., tokens, 3D] -> what the tokens see, [..., tokens, D]."""
+    """Queries, keys and values side by side, [..., tokens, 3D] -> the attention's result, [..., tokens, D]."""
     heads = qkv.reshape(-1, *qkv.shape[-2:]).unflatten(-1, (3, num_heads, -1))
     problem = SelfAttentionProblem(
         heads.shape[0], heads.shape[1], qkv.shape[-1] // 3, num_heads, 0, Recompute.CHEAP, qkv.dtype, qkv.device.type,
@@ -107,7 +107,7 @@ class CLIPMlp(nn.Module):
         self.c_proj: nn.Linear = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # silu(1.702 x) / 1.702 is QuickGELU; it keeps one tensor for backward where the product keeps two.
+        # silu(1.702 x) / 1.702 is QuickGELU. It keeps one tensor for backward; x * sigmoid(1.702 x) keeps two.
         return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
 
     reading: Reading = Reading(forward, layers={"c_fc": LINEAR, "c_proj": LINEAR})
@@ -159,9 +159,9 @@ class Adapter(nn.Module):
 
 
 class Running(NamedTuple):
-    """How ops run: which backend, what backward computes again (see `cast_kernels.bcast`), and what attends.
+    """How ops run: the backend, the recomputation in backward (see `cast_kernels.bcast`), and the attention kernel.
 
-    See `cast_kernels.attention` for the last.
+    `cast_kernels.attention` lists the kernels.
     """
 
     backend: str = "auto"
@@ -170,7 +170,7 @@ class Running(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What the layers of half a block are called where a message names them."""
+    """The names that messages give to the layers of half a block."""
 
     norm: str
     layer: str
@@ -178,16 +178,17 @@ class Names(NamedTuple):
 
 
 def _parts(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module | None) -> dict[str, nn.Module | None]:
-    """The modules of half a block, the last of which remembers how all are read: it is in one half block alone."""
+    """The modules of half a block. The last one belongs to one half block only, so `plain` keeps its verdict there."""
     if adapter is None:
         return {"norm": norm, "layer": layer}
     return {"norm": norm, "layer": layer, "adapter": adapter}
 
 
 def _read(norm: nn.Module, layer: nn.Module, adapter: nn.Module | None) -> tuple[bool, tuple[Tensor, ...]]:
-    """Whether the half block has no :func:`obstacle`, as a glance shows; and its tensors, norm, layer, adapter.
+    """Whether a glance shows that the half block has no :func:`obstacle`; and its tensors: norm, layer, adapter.
 
-    They are those of the layers' `tensors`, read without a call; none if a glance does not show them.
+    The tensors equal those of the layers' `tensors`, without the calls. The tuple is empty if a glance does not show
+    them.
     """
     read = plain.at_a_glance(layer if adapter is None else adapter, _parts(norm, layer, adapter))
     if read is None:
@@ -201,18 +202,18 @@ def _read(norm: nn.Module, layer: nn.Module, adapter: nn.Module | None) -> tuple
 
 
 def _called(norm: nn.LayerNorm, layer: Any, adapter: Adapter | None) -> tuple[Tensor, ...]:
-    """The half block's tensors from its layers' methods."""
+    """The half block's tensors, from its layers' methods."""
     return norm.weight, norm.bias, *layer.tensors(), *(() if adapter is None else adapter.tensors())
 
 
 def obstacle(norm: nn.Module | None, layer: nn.Module | None, adapter: nn.Module | None, names: Names) -> str:
-    """Which part of half a block must be called, so that no kernel can run it, and why; "" if none must.
+    """The part of half a block that must be called, and why, so that no kernel can run it; "" if there is none.
 
     Args:
         norm: before attention or FFN.
         layer: the attention or the FFN.
         adapter: its adapter, if it has one.
-        names: what the answer calls the three.
+        names: names of the three for the answer.
     """
     parts, owner = _parts(norm, layer, adapter), layer if adapter is None else adapter
     found = plain.global_obstacle() or plain.obstacle(names.norm, norm, NORM) or plain.obstacle(names.layer, layer)
@@ -237,7 +238,7 @@ def attend(
     `dims` says how many dimensions batch and tokens have, see `cast_kernels.self_attention`.
 
     Raises:
-        BackendError: a kernel was asked for by name that cannot run it, or reads a layer that must be called.
+        BackendError: the kernel asked for by name cannot run it, or would read a layer that must be called.
     """
     plain_layers, tensors = _read(norm, attention, adapter)
     found = "" if plain_layers else obstacle(norm, attention, adapter, names)
@@ -260,15 +261,15 @@ def _attend_by_modules(
     y = x + a
     if adapter is not None:
         y = y + adapter(a)
-    # Under autocast the branches have its dtype; the residual keeps the stream's.
+    # Under autocast the branches have autocast's dtype; the residual keeps the stream's.
     return y.to(x.dtype)
 
 
 def attended(attention: nn.Module, x: Tensor, kernel: str) -> Tensor:
-    """The attention, called: [..., tokens, D] -> the same.
+    """The attention layer, called: [..., tokens, D] -> the same.
 
     Raises:
-        BackendError: a kernel was asked for by name, and what stands in the attention's place takes none.
+        BackendError: a kernel was asked for by name, and the attention layer was replaced by one that takes no kernel.
     """
     if kernel == "auto":
         return attention(x)
@@ -276,7 +277,7 @@ def attended(attention: nn.Module, x: Tensor, kernel: str) -> Tensor:
         return attention(x, kernel)
     raise BackendError(
         f"attention={kernel!r} was asked for, but the attention was replaced by a {type(attention).__qualname__}, "
-        "which attends in a way of its own; use attention='auto'"
+        "which takes no kernel; use attention='auto'"
     )
 
 
@@ -294,7 +295,7 @@ def feed_forward(
     The published code halves the adapters beside the FFN. `row_scale` is a drop-path draw, broadcastable to [...].
 
     Raises:
-        BackendError: a kernel was asked for by name that cannot run it, or reads a layer that must be called.
+        BackendError: the kernel asked for by name cannot run it, or would read a layer that must be called.
     """
     plain_layers, tensors = _read(norm, mlp, adapter)
     found = "" if plain_layers else obstacle(norm, mlp, adapter, names)
@@ -330,7 +331,8 @@ class TubeletEmbedding(nn.Module):
         self.proj: nn.Conv3d = nn.Conv3d(3, dim, kernel_size=size, stride=size)
 
     def forward(self, video: Tensor) -> Tensor:
-        # Contiguous once here: every residual after it would keep the convolution's channel-first strides.
+        # Make the result contiguous once. Otherwise every later residual would keep the convolution's channel-first
+        # strides.
         return self.proj(video).flatten(2).transpose(1, 2).contiguous()
 
     reading: Reading = Reading(forward, layers={"proj": Reading(nn.Conv3d.forward, ("weight", "bias"))})
@@ -355,9 +357,10 @@ def sincos_table(length: int, dim: int, device: torch.device | str | None = None
 
 
 def init_linears(*modules: nn.Module) -> None:
-    """Every Linear in them: normal with std 0.02, bias 0; adapters' up-projections: 0.
+    """Initialise every Linear: weights normal with std 0.02, biases 0; up-projections of adapters 0.
 
-    The published code truncates at +-2, which is a hundred deviations away: the same values, drawn in half the time.
+    The published code truncates at +-2, a hundred deviations away: the distribution is the same, and this takes half
+    the time.
     """
     for layer in (layer for module in modules for layer in module.modules()):
         if isinstance(layer, nn.Linear):

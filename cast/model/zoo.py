@@ -1,4 +1,4 @@
-"""Published models by name. Their authors share them on Google Drive; nothing is downloaded here."""
+"""Published models by name. Their authors share them on Google Drive; this module downloads nothing from there."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Published:
     """A checkpoint of the authors.
 
     Args:
-        data: what it was trained on.
+        data: its training data.
         heads: name -> classes.
         result: top-1 accuracy in percent as the authors report it (of actions).
-        url: where they publish it (README of github.com/KHU-VLL/CAST).
+        url: the authors' page (README of github.com/KHU-VLL/CAST).
         variant: its sizes, a name in `cast.VARIANTS`.
-        sampling: of its test's frames; 2 x 3 views with uniform sampling, 5 x 3 with dense.
+        sampling: of the test's frames; 2 x 3 views with uniform sampling, 5 x 3 with dense.
     """
 
     data: str
@@ -77,16 +77,16 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: whether with the authors' weights, from a file that you downloaded; else newly initialised.
-        directory: where that file is, as `<name>.pth`, `.pt`, `.safetensors`, or a directory `<name>` with DeepSpeed's
-            or `save_pretrained`'s files; if None what the environment variable CAST_MODELS says, else ~/.cache/cast.
+        pretrained: whether with the authors' weights, from a file that you downloaded; otherwise newly initialised.
+        directory: place of that file: `<name>.pth`, `.pt`, `.safetensors`, or a directory `<name>` with DeepSpeed's or
+            `save_pretrained`'s files. If None, the environment variable CAST_MODELS gives it, else ~/.cache/cast.
         fused: whether compiled kernels may run.
         trust_pickle: whether a torch file may run code while it loads.
         overrides: fields of CASTConfig, for a new model.
 
     Raises:
         ValueError: no such name, overrides for pre-trained weights, or a file that holds another model.
-        FileNotFoundError: the file is not there; says where it is looked for and where to get it.
+        FileNotFoundError: the file is missing; the message says where it is looked for and where to get it.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, 1)
@@ -114,17 +114,17 @@ def create_model(
 
 
 def locate(what: str | os.PathLike[str]) -> Path:
-    """Where a model is on this disk: a file, or a directory; what is on the Hub only is downloaded.
+    """The path of a model on this disk, a file or a directory. A model that is only on the Hub is downloaded.
 
     Args:
         what: see :func:`load`.
 
     Raises:
-        FileNotFoundError: a published model whose file is not here, or a repository that can't be had.
+        FileNotFoundError: the file of a published model is missing, or there is no such repository.
     """
     name, path = os.fspath(what), Path(what)
     if path.exists():
-        # A training's directory has the finished model in it.
+        # A training's directory contains the finished model.
         inner = path / "model"
         return inner if (inner / _CONFIG).is_file() and not (path / _CONFIG).is_file() else path
     if name in MODELS:
@@ -133,7 +133,7 @@ def locate(what: str | os.PathLike[str]) -> Path:
 
 
 def load(what: str | os.PathLike[str], fused: bool = True, trust_pickle: bool = False) -> CAST:
-    """A model from wherever it is.
+    """A model from any of these sources.
 
     Args:
         what: a directory of `save_pretrained` or of a training, a published name, an official checkpoint's file or
@@ -143,7 +143,7 @@ def load(what: str | os.PathLike[str], fused: bool = True, trust_pickle: bool = 
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a file that can't be read, or holds something else.
+        ValueError: the file can't be read, or is no such model.
     """
     if os.fspath(what) in MODELS and not Path(what).exists():
         return create_model(os.fspath(what), fused=fused, trust_pickle=trust_pickle)

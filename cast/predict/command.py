@@ -1,4 +1,4 @@
-"""`cast predict`: a table for one video, a line of JSON for each of many and for each moment of a stream."""
+"""`cast predict`: a table for one video; a line of JSON for each of many, and for each moment of a stream."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ def main(
     timeout: float = TIMEOUT,
     graphs: bool = False,
 ) -> None:
-    """Print what the model at `checkpoint` sees in a video, a folder of videos or a stream.
+    """Print the answers of the model at `checkpoint` for a video, a folder of videos or a stream.
 
     Args:
         video: a video file or a folder of its frames; a folder of videos; a camera, an address or "-" for
             standard input.
         checkpoint: see :class:`Predictor`.
         top: guesses per head.
-        as_json: for one video JSON instead of a table; the others are JSON lines anyway.
+        as_json: JSON instead of a table for one video; the others are always JSON lines.
         sampling: see :class:`Predictor`.
-        every: frames between guesses about a stream; if not 0, a file is read as a stream too.
-        window: frames of a stream that a guess looks back on.
+        every: frames between guesses about a stream; if not 0, a file is also read as a stream.
+        window: last frames of a stream that a guess uses.
         batch: clips in a forward pass.
         trust_pickle: see :class:`Predictor`.
-        timeout: seconds until a stream must be open, and until each picture must come; 0 waits without an end.
+        timeout: seconds until a stream must be open, and until each picture must arrive; 0 waits forever.
         graphs: see :class:`Predictor`.
 
     Raises:
         VideoError: a video that can't be read.
-        ValueError: there is no usable checkpoint, an option below 1, no video in the folder, or files there that can't
-            be read; the others are predicted before it is raised.
+        ValueError: no usable checkpoint, an option below 1, no video in the folder, or unreadable files in it; the
+            others are predicted first.
     """
     what = os.fspath(video)
     live, folder = is_live(what), os.path.isdir(what) and not is_folder_of_frames(what)
     if not live and not folder:
-        decoder("pyav").frame_count(what)  # a bad file should not have to wait for the model
+        decoder("pyav").frame_count(what)  # a bad file fails before the model is loaded
     predictor = Predictor(checkpoint, top=top, sampling=sampling, batch=batch, trust_pickle=trust_pickle, graphs=graphs)
     if not predictor.sampling_known:
         places = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
@@ -105,7 +105,7 @@ def _folder(predictor: Predictor, folder: str) -> None:
 
 def _stream(predictor: Predictor, source: str, every: int, window: int, timeout: float) -> None:
     pipe = sys.stdin.buffer
-    # Without its buffer: Python can't end while a thread waits inside that one.
+    # Unbuffered: Python can't exit while a thread waits inside a buffered reader.
     pictures = frames(getattr(pipe, "raw", pipe) if source == "-" else source, timeout=timeout)
     for moment in predictor.stream(pictures, every, window):
         print(moment.to_json(indent=None), flush=True)

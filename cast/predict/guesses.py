@@ -1,4 +1,4 @@
-"""What a model answers: guesses by head, best first, with the classes' names."""
+"""A model's answer: guesses by head, best first, with the classes' names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 
 
 def path_of(video: PathLike) -> str:
-    """The file's path as text, or a TypeError that says what came."""
+    """The file's path as text, or a TypeError that names the type of `video`."""
     if isinstance(video, str | os.PathLike):
         return os.fspath(video)
     raise TypeError(
@@ -39,7 +39,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model sees in a video. `guesses` are by head, best first; odd bytes in the name `video` are escaped."""
+    """A model's answer for a video. `guesses` are by head, best first; bytes of `video` outside UTF-8 are escaped."""
 
     video: str
     frames: int
@@ -53,7 +53,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that gave no prediction, and why."""
+    """A video without a prediction, and the reason."""
 
     video: str
     error: str
@@ -65,7 +65,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a model sees in a stretch of a stream: frames `first` to `last`, both counted from 0 and included."""
+    """A model's answer for a part of a stream: frames `first` to `last`, counted from 0 and both included."""
 
     first: int
     last: int
@@ -77,10 +77,11 @@ class Moment:
 
 
 def load_labels(directory: PathLike, classes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Class names by head from `labels.json` in `directory`, or the class indices where there is no such file.
+    """Class names by head from `labels.json` in `directory`, or the class indices if there is no such file.
 
     Raises:
-        ValueError: the file is no JSON, lacks a head or has another number of names than the head has classes.
+        ValueError: the file is no JSON, lacks a head, or the number of names of a head differs from its number of
+            classes.
     """
     return read_labels(directory, classes) or numbers(classes)
 
@@ -91,7 +92,7 @@ def guess(probabilities: Mapping[str, Tensor], labels: Mapping[str, Sequence[str
     Args:
         probabilities: by head, [classes], on the CPU.
         labels: class names by head.
-        top: guesses per head, fewer where there are fewer classes.
+        top: guesses per head, fewer if there are fewer classes.
     """
     guesses = {head: _best(probabilities[head], labels[head], top) for head in _ordered(probabilities)}
     if probabilities.keys() == COMPOSITIONAL:
@@ -100,7 +101,7 @@ def guess(probabilities: Mapping[str, Tensor], labels: Mapping[str, Sequence[str
 
 
 def _ordered(heads: Mapping[str, Tensor]) -> list[str]:
-    return sorted(heads, reverse=True)  # verb before noun, as people say it
+    return sorted(heads, reverse=True)  # verb before noun, as in speech
 
 
 def _best(probabilities: Tensor, labels: Sequence[str], top: int) -> list[Guess]:

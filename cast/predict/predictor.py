@@ -1,4 +1,4 @@
-"""`Predictor`: a model with its class names, ready for videos, folders and streams."""
+"""`Predictor`: a model with its class names for videos, folders and streams."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from cast.video.folder import find_videos
 from cast.video.sampling import Sampling
 from cast.video.views import Protocol, normalise
 
-#: Frames of a stream that one guess looks back on, and frames from one guess to the next.
+#: Last frames of a stream that one guess uses, and frames from one guess to the next.
 WINDOW, EVERY = 64, 16
-#: Videos that are decoded while the model works.
+#: Most videos that are decoded ahead of the model.
 _AHEAD = 4
 _VIDEO = "video"
 
@@ -39,10 +39,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decoded:
-    """A video's clips, ready for a model: what :func:`decode` makes and :meth:`Predictor.answer` takes.
+    """A video's clips for a model: :func:`decode` makes them and :meth:`Predictor.answer` takes them.
 
     Args:
-        video: its path, odd bytes escaped.
+        video: its path; bytes outside UTF-8 are escaped.
         frames: of the whole video.
         clips: of all views, uint8 [views, 3, T, S, S].
     """
@@ -53,41 +53,40 @@ class Decoded:
 
 
 def decode(video: PathLike, protocol: Protocol) -> Decoded:
-    """Read the clips that a protocol looks at; needs no model, so that it may be done in another thread or process.
+    """Read a protocol's clips. This needs no model, so another thread or process may do it.
 
     Args:
         video: a video file, or a folder of frames.
-        protocol: a predictor's own, which can be pickled.
+        protocol: the predictor's; it can be pickled.
 
     Raises:
         VideoError: it can't be read as a video.
-        TypeError: no path, an array for example.
+        TypeError: not a path, for example an array.
     """
     path = path_of(video)
     return Decoded(printable(path), decoder(protocol.decoder).frame_count(path), protocol.read(path))
 
 
 class Predictor:
-    """Names actions. Probabilities are averaged over all views of the published test protocol.
+    """Names actions. Probabilities are means over all views of the published test protocol.
 
     Args:
-        model: a CAST, a baseline or an Ensemble; or where one is: a directory of `save_pretrained` or of a training, a
-            name in `cast.list_models()`, a repository of the Hugging Face Hub, or a file of the authors; or several of
-            these places, whose models answer as one by the mean of their probabilities.
-        labels: class names by head; if None those that the model came with, else the classes' numbers.
-        top: guesses per head, fewer where there are fewer classes.
+        model: a CAST, a baseline or an Ensemble; or its place: a directory of `save_pretrained` or of a training, a
+            name in `cast.list_models()`, a repository of the Hugging Face Hub, or a file of the authors; or several
+            such places, whose models' probabilities are averaged.
+        labels: class names by head; if None the model's own, else the classes' numbers.
+        top: guesses per head, fewer if there are fewer classes.
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2; 2 x 3 views) or "dense" (Kinetics-400; 5 x 3);
-            if None the one that the model was trained with, else uniform.
-        batch: clips in a forward pass; those of several videos go together.
-        device: where the model runs; the GPU if None and there is one.
+            if None that of the model's training, else uniform.
+        batch: clips in a forward pass, of several videos together.
+        device: the model's device; if None the GPU, if there is one.
         trust_pickle: whether a torch file may run code while it loads.
-        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.ground.graphs.Graphs`. Each number
-            of clips up to `batch` that comes twice gets one. Other weights are seen where they lie elsewhere or were
-            written in place; hooks, `fuse` and `unfuse` are not, once a number of clips came twice.
+        graphs: whether forward passes are replayed as CUDA graphs, see :class:`cast.ground.graphs.Graphs`. A number of
+            clips up to `batch` gets a graph when it occurs a second time. Afterwards the graph uses new weights if they
+            were written in place or moved; it ignores new hooks, `fuse` and `unfuse`.
 
     Raises:
-        ValueError: an option that makes no sense, graphs without a GPU, labels that do not fit, or a model that cannot
-            be read.
+        ValueError: an invalid option, graphs without a GPU, labels that do not fit, or a model that cannot be read.
         FileNotFoundError: no such model.
     """
 
@@ -121,7 +120,7 @@ class Predictor:
         if graphs:
             device = next(self.model.parameters()).device
             self._run = Graphs(self._forward, device, read=self._weights)
-        #: Whether the model says how its training's frames were sampled, or the caller did.
+        #: Whether the model or the caller gave the sampling of the training's frames.
         self.sampling_known: bool = bool(sampling or found.sampling)
         self.protocol: Protocol = Protocol(
             sampling or found.sampling or "uniform",
@@ -135,15 +134,15 @@ class Predictor:
 
         Raises:
             VideoError: it can't be read as a video.
-            TypeError: no path, an array for example.
+            TypeError: not a path, for example an array.
         """
         return self.answer([decode(video, self.protocol)])[0]
 
     def folder(self, folder: PathLike) -> Iterator[Prediction | Failure]:
-        """As :meth:`many`, for every video below a folder, in alphabetical order; a warning names what is left out.
+        """As :meth:`many`, for every video below a folder, in alphabetical order; a warning names omitted files.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no video.
         """
         found = find_videos(folder)
         if found.note:
@@ -154,7 +153,7 @@ class Predictor:
         """Name the action in each of many videos, in their order; a file that can't be read becomes a Failure.
 
         Raises:
-            TypeError: one path instead of many, or what is no path.
+            TypeError: one path instead of many, or an item that is not a path.
         """
         if isinstance(videos, str | os.PathLike):
             raise TypeError(
@@ -177,14 +176,14 @@ class Predictor:
     def stream(self, frames: Iterable[np.ndarray], every: int = EVERY, window: int = WINDOW) -> Iterator[Moment]:
         """Name the action in a stream, again and again.
 
-        A guess looks back on the last `window` frames, from which the model's frames are sampled as from a video; it
-        takes one view, cropped at the centre. The first comes when the window is full, the others every so many
-        frames, the last one where the stream ends.
+        A guess uses the last `window` frames: the model's frames are sampled from them as from a video, in one view,
+        cropped at the centre. The first guess comes when the window is full, the next ones every `every` frames, the
+        last one at the stream's end.
 
         Args:
             frames: pictures, uint8 RGB [H, W, 3], for example `cast.video.stream.frames("/dev/video0")`.
             every: frames from one guess to the next.
-            window: frames that one guess looks back on.
+            window: last frames that one guess uses.
 
         Raises:
             ValueError, TypeError: a frame of another shape or type, options below 1, or a stream without frames.
@@ -194,7 +193,7 @@ class Predictor:
             yield Moment(first, last, self._guesses(self._logits(clip[None])))
 
     def _ahead(self, videos: Iterable[PathLike]) -> Iterator[tuple[str, Future[Decoded]]]:
-        """Names, and clips that are decoded while others are looked at; FFmpeg works outside the interpreter's lock."""
+        """Names and clips, decoded in advance. FFmpeg works outside the interpreter's lock."""
         waiting: deque[tuple[str, Future[Decoded]]] = deque()
         with ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1)) as pool:
             for video in videos:
@@ -217,7 +216,7 @@ class Predictor:
         ]
 
     def _guesses(self, logits: Mapping[str, Tensor]) -> dict[str, list[Guess]]:
-        """From the logits [views, classes] of one video."""
+        """Guesses from the logits [views, classes] of one video."""
         return guess({head: average_views(values) for head, values in logits.items()}, self.labels, self.top)
 
     @torch.inference_mode()
@@ -253,5 +252,5 @@ def predict(
     top: int = 5,
     sampling: Sampling | None = None,
 ) -> Prediction:
-    """Name the action in one video with a model where it is; see :class:`Predictor` for arguments and errors."""
+    """Name the action in one video with a model in memory; see :class:`Predictor` for arguments and errors."""
     return Predictor(model, labels, top, sampling, batch=1)(video)

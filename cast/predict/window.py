@@ -15,12 +15,12 @@ from cast.video.views import Protocol
 
 
 class Window:
-    """The last pictures of a stream, at the model's size, so that a window of any camera takes little memory.
+    """The last pictures of a stream, at the model's size, so that any camera's window needs little memory.
 
     Args:
         protocol: sampling, frames and size of a clip.
         every: pictures from one clip to the next.
-        window: pictures that a clip is sampled from.
+        window: last pictures from which a clip is sampled.
 
     Raises:
         ValueError: `every` or `window` is below 1.
@@ -38,7 +38,7 @@ class Window:
         self._transform = view_transform(protocol.size, normalise=False)
 
     def clips(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, int, int]]:
-        """Clips uint8 [3, T, S, S], with the numbers of the first and the last picture that each was sampled from.
+        """Clips uint8 [3, T, S, S], each with the numbers of its window's first and last picture.
 
         Raises:
             ValueError, TypeError: a picture of another shape or type, or none at all.

@@ -38,7 +38,7 @@ _FREE = (
     "data.root", "data.workers", "data.decoder", "data.skip_list", "optim.micro_batch",
 )  # fmt: skip
 
-#: The encoder and the decoder, in VideoMAE's official layout.
+#: File with the encoder and the decoder, in VideoMAE's official layout.
 WEIGHTS = "videomae.safetensors"
 PICTURE = "reconstruction.png"
 
@@ -62,7 +62,7 @@ def build(settings: PretrainSettings) -> VideoMAE:
     """The autoencoder before the first step, in fp32 on the CPU.
 
     Raises:
-        ValueError: sizes or a mask that no model can have.
+        ValueError: impossible sizes or mask.
     """
     torch.manual_seed(settings.seed)
     return VideoMAE(
@@ -71,20 +71,20 @@ def build(settings: PretrainSettings) -> VideoMAE:
 
 
 def fit(settings: PretrainSettings, resume: bool = False, recipe: str = "") -> Progress:
-    """Pre-train by a recipe; the weights lie in `<out>/videomae.safetensors`.
+    """Pre-train by a recipe; the weights are written to `<out>/videomae.safetensors`.
 
     Args:
         settings: the recipe.
-        resume: whether to go on from the newest checkpoint in `<out>/checkpoints`.
+        resume: whether to continue from the newest checkpoint in `<out>/checkpoints`.
         recipe: the settings as YAML, kept as `<out>/settings.yaml`.
 
     Raises:
         ValueError: settings that do not fit each other or the data, or a loss that is not finite.
-        OSError: a file that is missing, damaged or cannot be written, or a training that `resume` should name.
+        OSError: a file that is missing, damaged or cannot be written; or a training in `out` already, without `resume`.
         MissingExtraError: a tracker, or matplotlib for the picture, is not installed.
     """
     if settings.pictures:
-        require("matplotlib", "demo")  # now, rather than after 800 epochs
+        require("matplotlib", "demo")  # fails now, and not after 800 epochs
     free = _FREE if settings.data.sampling == "dense" else (*_FREE, "stride")
     session = Session(settings, free, resume, recipe)
     samples, note = unlabelled(settings.data, "train")
@@ -127,7 +127,7 @@ def _finish(engine: Engine, accelerator: Accelerator, settings: PretrainSettings
 
 
 def _shown(settings: PretrainSettings, train: Sequence[Sample]) -> Tensor | None:
-    """The first clips of the validation videos, or of the training videos where there are no others."""
+    """The first clips of the validation videos, or of the training videos if there are no others."""
     samples = unlabelled(settings.data, "val")[0] if settings.data.val else train
     chosen = samples[: settings.pictures]
     if not chosen:

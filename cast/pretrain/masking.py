@@ -1,4 +1,4 @@
-"""Which tokens the encoder sees, and what the hidden ones should become."""
+"""The tokens that the encoder sees, and the targets of the hidden ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from cast.ground.transfer import to_device
 from cast.video.transforms import MEAN, STD
 
-#: Added to a patch's deviation, in units of pixels from 0 to 1, before dividing by it (the official code's value).
+#: Added to a patch's deviation before the division by it, for pixels from 0 to 1 (the official code's value).
 _EPS = 1e-6
 
 
@@ -22,19 +22,19 @@ class Mask(NamedTuple):
 
 
 def tube_mask(clips: int, frames: int, patches: int, ratio: float, device: torch.device | str = "cpu") -> Mask:
-    """Hide the same patches in all frames, so that nothing hidden is seen a moment later (paper section 3.3).
+    """Hide the same patches in all frames, so that no hidden patch is visible a moment later (paper section 3.3).
 
-    Drawn from PyTorch's generator of the CPU, so that the device does not matter.
+    PyTorch's generator of the CPU draws the mask, so it does not depend on the device.
 
     Args:
         clips: B.
         frames: T, tokens along time.
         patches: N, tokens of a frame.
-        ratio: share of the N that is hidden; m = floor(ratio * N) of them are.
-        device: where the result goes.
+        ratio: hidden share of the N patches; m = floor(ratio * N) are hidden.
+        device: of the result.
 
     Raises:
-        ValueError: nothing would be hidden, or nothing visible.
+        ValueError: nothing would be hidden, or everything.
     """
     hidden = hidden_patches(patches, ratio)
     order = torch.rand(clips, patches).argsort(1)
@@ -50,7 +50,7 @@ def hidden_patches(patches: int, ratio: float) -> int:
     """m, hidden patches of a frame.
 
     Raises:
-        ValueError: none, or all of them.
+        ValueError: none would be hidden, or all.
     """
     hidden = int(ratio * patches)
     if not 0 < hidden < patches:
@@ -76,17 +76,17 @@ def assemble(tokens: Tensor, frames: int, tubelet: int, patch: int) -> Tensor:
 
 
 def gather(tokens: Tensor, chosen: Tensor) -> Tensor:
-    """tokens [B, L, ...] at the numbers [B, K] -> [B, K, ...]."""
+    """The tokens [B, L, ...] with numbers [B, K] -> [B, K, ...]."""
     index = chosen.reshape(*chosen.shape, *([1] * (tokens.ndim - 2)))
     return tokens.gather(1, index.expand(*chosen.shape, *tokens.shape[2:]))
 
 
 def pixels(tokens: Tensor) -> Tensor:
-    """Tokens of a video that is normalised as the model's input -> pixels from 0 to 1. Channels come last in both."""
+    """Tokens of a video, normalised like the model's input -> pixels from 0 to 1. Channels come last in both."""
     mean, std = (to_device(torch.tensor(values, dtype=tokens.dtype), tokens.device) for values in (MEAN, STD))
     return tokens * std + mean
 
 
 def statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [B, K, 1, 3] that a patch's target is normalised with: of each channel of each token."""
+    """Mean and deviation [B, K, 1, 3] of each channel of each token, for the normalisation of targets."""
     return tokens.mean(2, keepdim=True), tokens.var(2, keepdim=True).sqrt() + _EPS

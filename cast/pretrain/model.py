@@ -1,4 +1,4 @@
-"""`VideoMAE`: the masked autoencoder whose encoder is a temporal expert, under the official names."""
+"""`VideoMAE`: a masked autoencoder with a temporal expert as encoder, under the official names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cast_kernels import plain
 
 
 class Reconstruction(NamedTuple):
-    """What the decoder made of hidden tokens, and what it should have made: [B, K, tubelet * patch * patch * 3]."""
+    """The decoder's output for hidden tokens, and its target: [B, K, tubelet * patch * patch * 3]."""
 
     prediction: Tensor
     target: Tensor
@@ -36,7 +36,7 @@ class Reconstruction(NamedTuple):
 
 
 class _Encoder(FixedPositions):
-    """VideoMAE's encoder, which looks at some tokens only."""
+    """VideoMAE's encoder of the visible tokens."""
 
     config: CASTConfig
 
@@ -49,7 +49,7 @@ class _Encoder(FixedPositions):
         self.norm: nn.LayerNorm = nn.LayerNorm(dim, eps=VMAE_EPS)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """Pixels [B, T*N, tubelet * patch * patch, 3] and the numbers [B, K] of those to see -> [B, K, D]."""
+        """Pixels [B, T*N, tubelet * patch * patch, 3] and the numbers [B, K] of the visible tokens -> [B, K, D]."""
         x = self._embed(gather(tokens, visible))
         x = x + gather(self.pos_embed.expand(len(x), -1, -1), visible)
         for block in self.blocks:
@@ -59,10 +59,10 @@ class _Encoder(FixedPositions):
     def _embed(self, seen: Tensor) -> Tensor:
         """Pixels [B, K, tubelet * patch * patch, 3] -> [B, K, D].
 
-        The published embedding is a convolution over all tokens; nine tenths of its work would be thrown away.
+        The published embedding is a convolution over all tokens; nine tenths of its results would not be used.
         """
         if plain.global_obstacle() or plain.obstacle("patch_embed", self.patch_embed):
-            # A layer that must be called sees each token as a video of its own.
+            # A layer that must be called gets each token as a separate video.
             size = (self.config.tubelet_size, self.config.patch_size, self.config.patch_size)
             videos = seen.flatten(0, 1).transpose(1, 2).unflatten(2, size)
             return self.patch_embed(videos).view(*seen.shape[:2], -1)
@@ -71,7 +71,7 @@ class _Encoder(FixedPositions):
 
 
 class _Decoder(nn.Module):
-    """A narrow transformer over all tokens, the hidden ones last; it answers for those."""
+    """A narrow transformer over all tokens, the hidden ones last. Its output is for the hidden ones."""
 
     def __init__(self, config: CASTConfig, out: int, running: Running) -> None:
         super().__init__()
@@ -88,19 +88,19 @@ class _Decoder(nn.Module):
 class VideoMAE(FixedPositions):
     """Masked autoencoder of videos (arXiv 2203.12602), with the official pre-training code's names.
 
-    The file that :meth:`save` writes is a VideoMAE checkpoint like any other: `CAST.load_experts(videomae=...)` and
-    `TemporalExpert.load` read it, and so does whatever reads the official ones.
+    :meth:`save` writes a VideoMAE checkpoint. `CAST.load_experts(videomae=...)`, `TemporalExpert.load` and readers of
+    the official checkpoints read it.
 
     Args:
         variant: a name in `cast.VARIANTS`, or a CASTConfig; only the experts' sizes are read.
-        decoder: sizes of the decoder, by default half the encoder's width and heads, as published for ViT-S, B and L.
-        mask_ratio: share of the patches that is hidden, the same ones in all frames.
+        decoder: sizes of the decoder; by default half the encoder's width and heads, as published for ViT-S, B and L.
+        mask_ratio: hidden share of the patches, the same patches in all frames.
         normalised: whether a patch's target has mean 0 and deviation 1 in each channel (the published choice).
         fused: whether blocks may run in compiled kernels; if not, they run in eager PyTorch.
-        attention: what attends, as :class:`cast.CAST` has it.
+        attention: the attention kernel, as in :class:`cast.CAST`.
 
     Raises:
-        ValueError: a ratio that hides nothing or everything, or sizes that no decoder can have.
+        ValueError: a ratio that hides nothing or everything, or impossible sizes of the decoder.
     """
 
     config: CASTConfig
@@ -131,9 +131,9 @@ class VideoMAE(FixedPositions):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Glorot's initialisation of matrices, the mask token's deviation 0.02: the official code's choices.
+        """Glorot's initialisation of matrices and a deviation of 0.02 for the mask token, as in the official code.
 
-        That code leaves the patch embedding and the layer between encoder and decoder with PyTorch's defaults.
+        The patch embedding and the layer between encoder and decoder keep PyTorch's defaults, as in that code.
         """
         for part in (self.encoder, self.decoder):
             for module in part.modules():
@@ -144,7 +144,7 @@ class VideoMAE(FixedPositions):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def draw(self, clips: int, device: torch.device | str = "cpu") -> Mask:
-        """A mask for so many clips, from PyTorch's generator of the CPU."""
+        """A mask for `clips` clips, from PyTorch's generator of the CPU."""
         config = self.config
         return tube_mask(clips, config.exchange_frames, config.num_patches, self.mask_ratio, device)
 
@@ -153,7 +153,7 @@ class VideoMAE(FixedPositions):
 
         Args:
             video: [B, 3, frames, H, W], floating-point, normalised with ImageNet's mean and deviation.
-            mask: what to hide; drawn anew if None.
+            mask: the tokens to hide; drawn if None.
 
         Returns:
             The hidden tokens, in the order of `mask.hidden`; pixels (time, row, column) times colours within each.
@@ -174,7 +174,7 @@ class VideoMAE(FixedPositions):
 
     @torch.no_grad()
     def target(self, tokens: Tensor) -> Tensor:
-        """What should become of tokens [B, K, tubelet * patch * patch, 3] of the input: [B, K, all of it]."""
+        """The targets of input tokens [B, K, tubelet * patch * patch, 3], flattened to [B, K, all of it]."""
         tokens = pixels(tokens.float())
         if self.normalised:
             mean, deviation = statistics(tokens)
@@ -182,7 +182,7 @@ class VideoMAE(FixedPositions):
         return tokens.flatten(2)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write encoder and decoder into one safetensors file, with what :meth:`read` needs in its header."""
+        """Write encoder and decoder into one safetensors file; its header has the settings for :meth:`read`."""
         about = {
             "config": self.config.to_dict(),
             "decoder": vars(self.decoder_settings),

@@ -1,4 +1,4 @@
-"""What the model sees, what it makes of it, and what was there: one picture for people."""
+"""A picture of the masked input, the model's reconstruction and the original."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cast.ground.optional import require
 from cast.pretrain.masking import Mask, assemble, gather, pixels, statistics, tubelets
 from cast.pretrain.model import VideoMAE
 
-#: Frames of a clip that are shown, evenly spaced.
+#: Frames shown of a clip, evenly spaced.
 _SHOWN = 8
 
 
@@ -20,13 +20,13 @@ _SHOWN = 8
 def reconstruct(model: VideoMAE, video: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
     """Masked, reconstructed and original videos, pixels from 0 to 1: [B, 3, frames, H, W] each.
 
-    Where targets are normalised, a hidden patch's own mean and deviation are put back into its reconstruction, as in
-    the paper's figures: the model was never asked for them.
+    If targets are normalised, a hidden patch's true mean and deviation are put into its reconstruction, as in the
+    paper's figures: the model does not predict them.
 
     Args:
         model: on the video's device.
-        video: [B, 3, frames, H, W], normalised as the model's input.
-        mask: what to hide.
+        video: [B, 3, frames, H, W], normalised like the model's input.
+        mask: the tokens to hide.
     """
     config = model.config
     prediction = model(video, mask).prediction.float()

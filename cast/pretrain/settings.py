@@ -1,4 +1,4 @@
-"""What a pre-training recipe can say. The defaults are VideoMAE's published ones."""
+"""The settings of a pre-training recipe. The defaults are VideoMAE's published ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cast.video.sampling import STRIDE
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """The decoder, which is thrown away after pre-training.
+    """The decoder; only the pre-training uses it.
 
     Args:
         depth: blocks.
@@ -27,12 +27,12 @@ class DecoderSettings:
         """The decoder's sizes.
 
         Raises:
-            ValueError: sizes that no transformer can have.
+            ValueError: impossible sizes.
         """
         width = encoder.embed_dim // 2 if self.width is None else self.width
         heads = max(1, encoder.num_heads // 2) if self.heads is None else self.heads
         try:
-            # Nothing exchanges here; any bottleneck that the heads divide will do.
+            # Nothing exchanges here, so any bottleneck that the heads divide is valid.
             return make_config(encoder, depth=self.depth, embed_dim=width, num_heads=heads, down_ratio=1.0)
         except ValueError as error:
             raise ValueError(f"the decoder of {self.depth} blocks, {width} channels, {heads} heads: {error}") from None
@@ -57,15 +57,15 @@ def _published() -> OptimSettings:
 class PretrainSettings(RecipeSettings):
     """A recipe of `cast pretrain`; videomae.safetensors and reconstruction.png go to <out>.
 
-    Labels are not used: `data.train: null` takes every video below `data.root`. Of the model the temporal expert's
-    sizes count; the rest of CAST's settings has no effect.
+    Labels are not used: `data.train: null` takes every video below `data.root`. Of the model only the temporal expert's
+    sizes have an effect.
 
     Args:
         optim: optimizer, batch and schedule.
         decoder: sizes of the decoder.
-        mask_ratio: share of the patches that is hidden.
+        mask_ratio: hidden share of the patches.
         normalised: whether each patch's target has mean 0 and deviation 1 in each colour.
-        stride: frames from one of a clip to the next, where data.sampling is dense.
+        stride: frames between two of a clip's frames, if data.sampling is dense.
         pictures: clips in reconstruction.png; 0 for no picture.
     """
 

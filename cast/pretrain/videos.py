@@ -1,4 +1,4 @@
-"""Videos to pre-train on; nobody asks for their labels."""
+"""Videos to pre-train on, without labels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cast.video.skips import DEFAULT_NAME, read_skips
 
 
 def unlabelled(settings: DataSettings, split: str) -> tuple[list[Sample], str]:
-    """The videos of a split without labels, and a line about those left out.
+    """The videos of a split without labels, and a line about omitted ones.
 
     Args:
-        settings: of the data set. Without an annotation file for training, all videos below its root are taken.
+        settings: of the data set. Without an annotation file for training, all videos below its root are used.
         split: "train" or "val".
 
     Raises:
@@ -28,7 +28,7 @@ def unlabelled(settings: DataSettings, split: str) -> tuple[list[Sample], str]:
 
 
 def _folder(settings: DataSettings) -> tuple[list[Sample], str]:
-    if not settings.root:  # as the recipe has it; Path would take it for the present directory
+    if not settings.root:  # the recipe's default; Path would read it as the present directory
         raise ValueError("data.root is empty; it must name the directory with the videos")
     root = Path(settings.root)
     if not root.is_dir():

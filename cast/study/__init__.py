@@ -22,15 +22,15 @@ def main(
 ) -> dict[str, Any]:
     """Train the rows of one or more tables, each with several seeds, and compare them with the paper.
 
-    A run that was killed goes on from its last checkpoint when it is started again with the same directory; a row
-    and seed that is finished is not trained again.
+    A killed run continues from its last checkpoint when it is started again with the same directory. Finished rows and
+    seeds are not trained again.
 
     Args:
         rows: tables of the paper (`table1a` to `table1h`, `table5`, `table7`, `table8`, or `all`), or YAML files
             in the form of the package's `rows.yaml`.
         out: receives `data/`, `seed-*/` (results and probabilities) and `study.json`.
-        seeds: how many times to train everything, with seeds 0, 1, ...
-        workers: trainings at a time, each in a process with one thread.
+        seeds: number of trainings of everything, with seeds 0, 1, ...
+        workers: trainings in parallel, each in a process with one thread.
         settings: data, sizes and budget.
 
     Returns:
@@ -38,7 +38,7 @@ def main(
 
     Raises:
         MissingExtraError: the extra `study` is not installed.
-        ValueError: unknown rows, numbers below 1, or `out` holds results with other settings.
+        ValueError: unknown rows, numbers below 1, or `out` has results with other settings.
     """
     for name, value in (("seeds", seeds), ("workers", workers)):
         if value < 1:
@@ -54,9 +54,9 @@ def main(
     experts = {expert for name in plan.trained() for expert in needed_experts(plan.models[name])}
     if unknown := sorted(experts - EXPERTS.keys()):
         raise ValueError(
-            f"no miniature of the expert {', '.join(unknown)}; there are {', '.join(EXPERTS)}. A model that is not to "
-            "be trained says why under 'miniature'"
+            f"no miniature of the expert {', '.join(unknown)}; there are {', '.join(EXPERTS)}. A model that is not "
+            "trained gives the reason under 'miniature'"
         )
     for module in ("sklearn", "PIL", *(["timm"] if any(name.startswith("timm:") for name in experts) else [])):
-        require(module, "study")  # before minutes of work
+        require(module, "study")  # fails now, and not after minutes of work
     return run(plan, Path(out), seeds, workers, settings or Settings(), Console())

@@ -1,4 +1,4 @@
-"""Writes the table of published figures: `python -m cast.study.comparison benchmarks/results/comparison.md`."""
+"""Write the table of published figures: `python -m cast.study.comparison benchmarks/results/comparison.md`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _mean(columns: Sequence[str], row: Sequence[Any], names: Sequence[str]) -> f
 
 
 def _check_means(headline: Mapping[str, Any]) -> list[str]:
-    """A sentence on the printed harmonic means that the row's own figures do not give, to one decimal."""
+    """A sentence about printed harmonic means that differ, to one decimal, from those of the row's own figures."""
     columns, off = headline["columns"], []
     for row in headline["rows"]:
         for column, names in (("hm_ssv2_k400", ("ssv2", "k400")), ("hm_all", ("verb", "noun", "ssv2", "k400"))):
@@ -103,7 +103,7 @@ def _check_means(headline: Mapping[str, Any]) -> list[str]:
 
 
 def _check_cost(dataset: Mapping[str, Any], headline: Mapping[str, Any]) -> list[str]:
-    """CAST's cost over all views is its cost a view times the views."""
+    """A sentence about CAST's cost over all views: the cost of a view times the views, beside the printed figure."""
     gflops = next(row for row in headline["rows"] if row[0] == "CAST")[headline["columns"].index("gflops")]
     row = next(row for row in dataset["rows"] if row[0] == "CAST")
     clips, crops = map(int, row[dataset["columns"].index("views")].split("x"))

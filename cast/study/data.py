@@ -1,4 +1,4 @@
-"""The digits data set, decoded once and kept in one file that all processes of a study share."""
+"""The digits data set, decoded once into a file that all processes of a study share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPLITS = ("plain", "train", "val")
 
 
 class StoredClips(CachedClips):
-    """Decoded clips out of the file; frames are chosen as CachedClips chooses them."""
+    """Decoded clips from the file, with CachedClips' choice of frames."""
 
     pixels: Tensor
     labels: dict[str, Tensor]
@@ -52,13 +52,13 @@ class StoredPictures:
 
 
 class StudyData:
-    """What a study trains and evaluates on, read from the file that :func:`prepare` wrote."""
+    """The data of a study, from the file that :func:`prepare` wrote."""
 
     def __init__(self, path: Path) -> None:
         self.stored: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
 
     def clips(self, split: str) -> StoredClips:
-        """`plain` (labelled with verbs alone), `train` or `val`."""
+        """The clips of `plain` (with verbs only), `train` or `val`."""
         heads = ("verb",) if split == "plain" else ("verb", "noun")
         labels = {head: self.stored[f"{split}.{head}"] for head in heads}
         return StoredClips(self.stored[f"{split}.pixels"], labels)
@@ -69,20 +69,20 @@ class StudyData:
 
 
 def prepare(directory: Path, sizes: Sizes, pictures: int, size: int, progress: Progress) -> Path:
-    """Make the data set, decode it, draw the pictures; what is there already is kept.
+    """Make the data set, decode it, draw the pictures; existing parts are kept.
 
     Args:
         directory: receives `videos/` and the file.
         sizes: clips of each split.
         pictures: number of stills.
         size: side of the models' input in pixels.
-        progress: called with what is being done, how much of it is done, and how much there is.
+        progress: called with the name of the step, its finished part and its total.
 
     Returns:
         The file for :class:`StudyData`.
 
     Raises:
-        ValueError: the directory holds a data set of other sizes.
+        ValueError: the directory has a data set of other sizes.
     """
     make_dataset(directory / "videos", sizes, progress=lambda done, total: progress("videos", done, total))
     path = directory / f"decoded-{size}px-{pictures}.pt"

@@ -1,4 +1,4 @@
-"""One training of a study: an expert, or a row's model on top of the experts; its result is a directory."""
+"""One training of a study: an expert, or a row's model on trained experts. Its result is a directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """Data, sizes and training of a study. `models` is the same for every row: that is the comparison."""
+    """Data, sizes and training of a study. All rows share `models`, so that they can be compared."""
 
     sizes: Sizes = field(default_factory=Sizes)
     pictures: int = 12_000
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """What to train: an expert by name, or a model of the plan."""
+    """A training: of an expert by name, or of a model of the plan."""
 
     name: str
     seed: int
@@ -58,21 +58,21 @@ class Job:
         return out / f"seed-{self.seed}" / kind / self.name.replace(":", "-")
 
     def identity(self, settings: Settings) -> str:
-        """Changes with whatever changes the result."""
-        # The number rises when training itself changes: 2 since CLIP's table of positions decays, as published.
+        """A hash of everything that influences the result."""
+        # The number rises when training itself changes. It is 2 since CLIP's table of positions decays, as published.
         what = {"training": 2, "settings": settings.to_dict(), "seed": self.seed, "name": self.name}
         if self.model is not None:
-            # Not `open` and `miniature`: what we write about a row does not change it.
+            # Without `open` and `miniature`: these notes about a row do not influence the result.
             what["model"] = asdict(replace(self.model, open="", miniature=""))
             what["design"] = asdict(DESIGNS[self.model.design])
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 def finished(job: Job, out: Path, settings: Settings) -> dict[str, Any] | None:
-    """The result of a former run, or None.
+    """The result of an earlier run, or None.
 
     Raises:
-        ValueError: the directory holds a result with other settings.
+        ValueError: the directory has a result with other settings.
     """
     path = job.directory(out) / RESULT
     if not path.exists():
@@ -84,7 +84,7 @@ def finished(job: Job, out: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def run_job(job: Job, out: Path, settings: Settings, data: Path) -> dict[str, Any]:
-    """Train on one thread, evaluate, and write the result; a job that was killed goes on from its last checkpoint.
+    """Train on one thread, evaluate, and write the result; a killed job continues from its last checkpoint.
 
     Returns:
         `identity`, `seconds` of training, `history` by epoch, and for a model `metrics` (percent) and `parameters`.
@@ -144,7 +144,7 @@ def ensemble_metrics(members: list[Job], out: Path, data: Path) -> dict[str, flo
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Two jobs on two cores are faster than two threads, and the number of threads changes the rounding."""
+    """Compute on one thread: two jobs on two cores are faster than two threads, and threads change the rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""A row's model in miniature."""
+"""The models of the tables' rows, in miniature."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cast.ground.optional import require
 from cast.model.config import make_config
 from cast.study.tables import Model
 
-#: Four blocks, so that the paper's last 3, 6 and 9 of 12 layers are the last 1, 2 and 3 here.
+#: Four blocks: the paper's last 3, 6 and 9 of 12 layers become the last 1, 2 and 3.
 MINIATURE = CASTConfig(**CONFIG.to_dict() | {"depth": 4})
 
-#: Expert -> what it learns from first: `pictures` (rendered stills) or `clips` (plain clips); and its labels.
+#: Expert -> its first data, `pictures` (rendered stills) or `clips` (plain clips), and their labels.
 EXPERTS: Mapping[str, tuple[str, str]] = {
     "clip": ("pictures", "noun"),
     "videomae": ("clips", "verb"),
-    # Stands for IN-21K's classes, which are not the task's: here odd or even.
+    # These labels stand for IN-21K's classes, which differ from the task's: odd or even.
     "timm:vit_base_patch16_224.augreg_in21k": ("pictures", "parity"),
     "timm:eva02_base_patch16_clip_224": ("pictures", "noun"),
 }
@@ -30,14 +30,14 @@ CLASSES = {"noun": HEADS["noun"], "verb": HEADS["verb"], "parity": 2}
 
 
 def needed_experts(model: Model) -> set[str]:
-    """Names of the experts in it."""
+    """Names of a model's experts."""
     if model.single:
         return {model.single[0]}
     return {DESIGNS[model.design].spatial, DESIGNS[model.design].temporal}
 
 
 def small_expert(name: str, seed: int, config: CASTConfig = MINIATURE) -> nn.Module:
-    """An expert with a head for what it learns first, initialised."""
+    """An expert with a head for its first labels, initialised."""
     if name == "clip":
         return spatial_expert(config, seed)
     if name == "videomae":
@@ -62,14 +62,14 @@ class PictureExpert(nn.Module):
 
 
 def timm_sizes(config: CASTConfig) -> dict[str, Any]:
-    """The configuration in the words of timm's vision transformers."""
+    """The configuration as timm's arguments."""
     names = {"image_size": "img_size", "patch_size": "patch_size", "embed_dim": "embed_dim"}
     names |= {"depth": "depth", "num_heads": "num_heads"}
     return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 def expert_weights(name: str, expert: nn.Module) -> dict[str, Tensor]:
-    """What a two-stream model loads of a trained expert."""
+    """The tensors of a trained expert that a two-stream model loads."""
     own = expert.body.state_dict() if isinstance(expert, PictureExpert) else expert.state_dict()
     return {key: tensor.contiguous() for key, tensor in own.items()}
 
@@ -77,7 +77,7 @@ def expert_weights(name: str, expert: nn.Module) -> dict[str, Tensor]:
 def miniature(
     model: Model, experts: Mapping[str, Mapping[str, Tensor]], seed: int, config: CASTConfig = MINIATURE
 ) -> nn.Module:
-    """The row's model at the study's size, on pre-trained experts given by name."""
+    """The row's model at the study's size, on pre-trained experts by name."""
     torch.manual_seed(seed)
     if model.single:
         single = initialise(SingleExpert(model.single[0], model.single[1], config))  # type: ignore[arg-type]

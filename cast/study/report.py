@@ -1,4 +1,4 @@
-"""Writes a study as a document: `python -m cast.study.report runs/study/study.json benchmarks/results/study.md`."""
+"""Write a study as a document: `python -m cast.study.report runs/study/study.json benchmarks/results/study.md`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def document(study: Mapping[str, Any], source: str, path: str) -> str:
 
     Args:
         study: content of `study.json`.
-        source, path: of the files, as the command that writes the text has them.
+        source, path: of the files, for the command in the text.
     """
     tables = list(study["tables"].values())
     head = _HEAD.format(
@@ -81,7 +81,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _against(orderings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is reversed, in words; nothing where nothing is."""
+    """A sentence about reversed orderings; nothing if there are none."""
     lines = [
         f"{o['metric']}: {o['better']} over {o['worse']} (paper {o['paper']:+.1f}, here {o['gain']:+.1f})"
         for o in orderings

@@ -1,4 +1,4 @@
-"""What a study found: accuracies over the seeds beside the paper's, and which of the paper's orderings hold."""
+"""A study's results: accuracies over the seeds beside the paper's, and the verdicts on the paper's orderings."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def table_results(table: Table, runs: Runs, seeds: Sequence[int], plan: Plan) ->
 
 
 def orderings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every pair of rows that the paper tells apart, and whether the miniature tells them apart the same way.
+    """Every pair of rows with different figures in the paper, and whether the miniature orders them in the same way.
 
-    A verdict is by seed, with the same seed on both sides: `holds` if every seed agrees with the paper, `reversed`
-    if every seed contradicts it, else `undecided`. The paper's own figures are of one training each.
+    A verdict compares seed by seed: `holds` if every seed agrees with the paper, `reversed` if every seed contradicts
+    it, else `undecided`. Each of the paper's own figures comes from one training.
     """
     found = []
     usable = [row for row in rows if row["paper"] is not None and "runs" in row]
@@ -61,7 +61,7 @@ def orderings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tally(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """metric -> verdict -> how many orderings."""
+    """metric -> verdict -> number of orderings."""
     verdicts = ("holds", "undecided", "reversed")
     return {
         metric: {v: sum(o["metric"] == metric and o["verdict"] == v for o in found) for v in verdicts}

@@ -1,4 +1,4 @@
-"""A study from nothing to its tables."""
+"""A study from its data to its tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, con
         experts = sorted({name for model in names for name in needed_experts(plan.models[model])})
         stages = [
             [Job(name, seed) for seed in range(seeds) for name in experts],
-            # Seed by seed, so that a run that is stopped has whole tables of fewer seeds.
+            # Seed by seed, so that a stopped run has whole tables of fewer seeds.
             [Job(name, seed, plan.models[name]) for seed in range(seeds) for name in names],
         ]
         results: dict[tuple[str, int], Result] = {}
@@ -82,11 +82,11 @@ def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, con
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes for trainings, or None for this one; an error or an interrupt lets none begin any more."""
+    """Processes for trainings, or None for this process. After an error no further training starts."""
     if workers == 1:
         yield None
         return
-    # Forking a process that runs threads (PyTorch's) can deadlock the child.
+    # Forking a process with threads (PyTorch's) can deadlock the child.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield pool
@@ -98,7 +98,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 def _all(
     work: Callable[[Job], Result], jobs: Sequence[Job], out: Path, settings: Settings, pool: ProcessPoolExecutor | None
 ) -> Iterator[tuple[Job, Result]]:
-    """Every job and its result, in the order in which they finish; those of former runs first."""
+    """Every job and its result: first those of earlier runs, then the others in the order in which they finish."""
     todo = []
     for job in jobs:
         result = finished(job, out, settings)
@@ -137,7 +137,7 @@ def _line(job: Job, result: Result) -> str:
 
 
 def print_table(console: Console, table: Result) -> None:
-    """The paper's figures beside ours, and how many orderings hold."""
+    """The paper's figures beside ours, and the numbers of orderings by verdict."""
     printed = Printed(title=escape(f"{table['source']}: {table['title']}"))
     printed.add_column("")
     for who in ("paper", "miniature"):

@@ -21,7 +21,7 @@ ROWS = Path(__file__).with_name("rows.yaml")
 
 @dataclass(frozen=True)
 class Model:
-    """How a row's model is built; see the head of `rows.yaml`."""
+    """The construction of a row's model; see the head of `rows.yaml`."""
 
     design: str = "cast"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -42,13 +42,13 @@ class Model:
         make_config("base", **self.config)
 
     def layers(self, depth: int) -> tuple[int, ...] | None:
-        """Blocks with an exchange, for CASTConfig: at least the last."""
+        """Blocks with an exchange, for CASTConfig: at least the last one."""
         return None if self.share == 1 else tuple(range(depth - max(1, round(depth * self.share)), depth))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. `paper`: top-1 accuracy of verb, noun and action in percent, None where it has none."""
+    """A line of a table. `paper`: top-1 accuracy of verb, noun and action in percent, None if it has none."""
 
     label: str
     model: str
@@ -73,7 +73,7 @@ class Plan:
     models: Mapping[str, Model]
 
     def trained(self) -> list[str]:
-        """Models to train, each once, in the order of the tables, an ensemble's members in its place."""
+        """Models to train, each once, in the order of the tables; members replace their ensemble."""
         names: dict[str, None] = {}
         for table in self.tables:
             for row in table.rows:
@@ -87,7 +87,7 @@ def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
     """All tables of a file.
 
     Raises:
-        ValueError: no such keys, a model that cannot be built, or a row that names an unknown one.
+        ValueError: other keys, an impossible model, or a row that names an unknown one.
     """
     try:
         content = parse_yaml(Path(path).read_text())
@@ -116,10 +116,10 @@ def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
 def select(names: Sequence[str]) -> Plan:
     """The tables with these names: of the paper (`table1a`, ..., or `all`), or all of a YAML file.
 
-    Rows by themselves (`lateral`, `rows/lateral`, as their recipes are called) become a table of their own.
+    Single rows (`lateral`, `rows/lateral`, the names of their recipes) become a separate table.
 
     Raises:
-        ValueError: an unknown name, or two models or tables that are called the same and differ.
+        ValueError: an unknown name, or two different models or tables with the same name.
     """
     paper = read_plan()
     rows = [row for name in names if (row := _row_named(name, paper))]
@@ -153,7 +153,7 @@ def select(names: Sequence[str]) -> Plan:
 
 
 def _row_named(name: str, paper: Plan) -> Row | None:
-    """The row of a model or of its recipe, labelled with its name; None if it is neither."""
+    """The row of a model or of its recipe, with its name as label; None for any other name."""
     path = Path(name)
     called = path.stem if "rows" in path.parts and path.suffix in ("", ".yaml") else name
     rows = (row for table in paper.tables for row in table.rows if row.model == called)

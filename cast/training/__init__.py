@@ -1,4 +1,4 @@
-"""Training: one engine for a process or many, recipes, checkpoints that survive a kill."""
+"""Training: one engine for one process or many, recipes, and checkpoints that survive a kill."""
 
 from cast.training.checkpoints import Checkpoints, load_trained
 from cast.training.engine import Engine, Plan, Source

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole at any moment, of what trains or of everything.
+"""Checkpoints of the trained weights or of all weights, whole at any moment.
 
 A checkpoint is a directory `step-<number>`:
 
-* `weights.safetensors`: parameters that train and persistent buffers, or, if asked for, the frozen ones too;
-* `optimizer.safetensors`: AdamW's moments, `ema.safetensors`: averaged weights, if there are any;
-* `engine/`: DeepSpeed's own files instead of `optimizer.safetensors`, under DeepSpeed;
+* `weights.safetensors`: trained parameters and persistent buffers, optionally the frozen parameters too;
+* `optimizer.safetensors`: AdamW's moments; `ema.safetensors`: averaged weights, if there are any;
+* `engine/`: under DeepSpeed, its own files instead of `optimizer.safetensors`;
 * `videos.safetensors`: a hash of every training video, 8 bytes each;
-* `state.json`: which training it is, where it stands, which frozen experts it belongs to, checksums of the files.
+* `state.json`: the training's identity, its progress, a hash of its frozen experts, checksums of the files.
 
-It is written under another name, flushed and renamed, and only then older ones go. So a kill, a full disk or a
-power cut at any point leaves this or the previous checkpoint whole.
+A checkpoint is written under another name, flushed and renamed. Only then are older ones removed. So a kill, a full
+disk or a power cut at any point leaves this or the previous checkpoint whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cast.training.tensors import (
     write_weights,
 )
 
-#: Which weights a checkpoint holds.
+#: The weights in a checkpoint.
 Weights = Literal["trainable", "full"]
 
 _STATE, _WEIGHTS, _MOMENTS, _AVERAGE, _VIDEOS, _ENGINE = (
@@ -62,14 +62,14 @@ class Checkpoints:
     """The newest states of a training in a directory.
 
     Args:
-        directory: holds nothing else; in a training on several machines all of them must see it.
+        directory: has nothing else in it; all machines of a training must see it.
         accelerator: of the training.
-        identity: what makes this training the one that it is; a checkpoint of another one is refused.
-        model: before it is prepared; its frozen parameters are hashed.
+        identity: identity of the training; a checkpoint of another one is refused.
+        model: the model before accelerate prepares it; its frozen parameters are hashed.
         weights: `trainable` leaves the frozen parameters out (180 MB instead of 870 for CAST-B/16 in fp32).
-        keep: how many of the newest stay.
-        videos: int64 [videos], a hash of each; a checkpoint whose identity differs in `videos` alone is then taken if
-            these are some of its own, in its order.
+        keep: number of newest checkpoints that stay.
+        videos: int64 [videos], a hash of each. A checkpoint whose identity differs in `videos` only is accepted if
+            these are a part of its videos, in its order.
     """
 
     directory: Path
@@ -94,13 +94,13 @@ class Checkpoints:
         self.videos = videos
         self.identity: Any = json.loads(json.dumps(identity))
         self._frozen = digest(model, frozen_names(model)) if accelerator.is_main_process else ""
-        # Set by attach(), once the model and the optimizer are where they train.
+        # attach() sets these once accelerate has prepared the model and the optimizer.
         self._model: nn.Module = model
         self._optimizer: torch.optim.Optimizer | None = None
         self._average: Average | None = None
 
     def attach(self, model: nn.Module, optimizer: Any, average: Average | None) -> None:
-        """What accelerate prepared: this is what is saved and loaded."""
+        """Take what accelerate prepared; its state is saved and loaded."""
         self._model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._average = average
@@ -113,7 +113,7 @@ class Checkpoints:
         """Write the present state.
 
         Raises:
-            CheckpointError: it could not be written; what was there before still is.
+            CheckpointError: it could not be written; the previous checkpoint is whole.
         """
         tensors = {_WEIGHTS: read_weights(self._model, self.weights == "full")}
         if self._average is not None:
@@ -129,18 +129,18 @@ class Checkpoints:
         on_main(self.accelerator, lambda: self._write(part, tensors, progress))
 
     def update(self, progress: Progress) -> None:
-        """Let the checkpoint of `progress.step`, which is there, tell another progress; tensors stay.
+        """Write another progress into the checkpoint of `progress.step`, which exists; tensors stay.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoint is as it was.
+            CheckpointError: it could not be written; the checkpoint is unchanged.
         """
         on_main(self.accelerator, lambda: self._update(self._place(progress), progress))
 
     def load(self) -> Progress | None:
-        """Put the newest checkpoint into model, optimizer and average; None if there is none.
+        """Load the newest checkpoint into model, optimizer and average; None if there is none.
 
         Raises:
-            ValueError: it is of another training, or belongs to other frozen weights.
+            ValueError: it belongs to another training, or to other frozen weights.
             CheckpointError: a file is missing or damaged, or not every process sees the same directory.
         """
         found = self._agreed_newest()
@@ -148,7 +148,7 @@ class Checkpoints:
             return None
         state: dict[str, Any] = on_main(self.accelerator, lambda: self._checked(found))
         write_weights(self._model, read_tensors(found / _WEIGHTS))
-        self._frozen = state["frozen"]  # a full checkpoint brings frozen weights of its own
+        self._frozen = state["frozen"]  # a full checkpoint has its own frozen weights
         if self._is_deepspeed:
             self.accelerator.load_state(str(found / _ENGINE), load_module_strict=self.weights == "full")
         elif self._optimizer is not None:
@@ -165,21 +165,21 @@ class Checkpoints:
         return bool(self.accelerator.distributed_type == "DEEPSPEED")
 
     def _save_engine(self, part: Path, progress: Progress) -> None:
-        """DeepSpeed's own files, which every process writes a part of."""
+        """Write DeepSpeed's own files; every process writes a part."""
         try:
-            # DeepSpeed's word for leaving the experts out.
+            # With this argument DeepSpeed leaves out the frozen experts.
             self.accelerator.save_state(str(part / _ENGINE), exclude_frozen_parameters=self.weights == "trainable")
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
-            # Raised where it happened, with no word to the others: they wait in DeepSpeed, and the launcher ends them.
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+            # Only this process raises. The others wait in DeepSpeed until the launcher ends them.
             written = sum(path.stat().st_size for path in _files(part))
             if self.accelerator.is_main_process:
                 shutil.rmtree(part, ignore_errors=True)
             raise self._unwritten(progress, error, f"more than {written / 1e6:.0f}") from None
-        self.accelerator.wait_for_everyone()  # accelerate does not, and the main process reads what the others write
+        self.accelerator.wait_for_everyone()  # the main process reads the others' files
 
     def _unwritten(self, progress: Progress, error: Exception, megabytes: str) -> CheckpointError:
         older = self.all()
-        left = f"{older[-1]} is whole" if older else "There was none before it"
+        left = f"{older[-1]} is whole" if older else "There is no earlier one"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return CheckpointError(
             f"cannot write the checkpoint of step {progress.step} into {self.directory}: {reason}. {left}. A "
@@ -192,7 +192,7 @@ class Checkpoints:
             part.mkdir(parents=True, exist_ok=True)
             for name, content in tensors.items():
                 write_tensors(part / name, content, {"frozen": self._frozen, "weights": self.weights})
-            for path in part.rglob("*"):  # DeepSpeed's files and folders; ours are on the disk already
+            for path in part.rglob("*"):  # DeepSpeed's files and folders; our tensors' files are flushed already
                 flush(path)
             scaler = self.accelerator.scaler
             state = {
@@ -220,8 +220,9 @@ class Checkpoints:
         return self.directory / f"step-{progress.step:08d}"
 
     def _update(self, path: Path, progress: Progress) -> None:
-        # Not a second checkpoint: a directory that has files cannot be replaced in one move, so a kill in between
-        # would leave neither, and no tensor has changed. One file can: a kill leaves the old state or the new one.
+        # Changes one file instead of writing a second checkpoint, because no tensor has changed. A directory with files
+        # cannot be replaced in one move, so a kill in between would leave neither. One file can be: a kill leaves the
+        # old state or the new one.
         part = path / f"{_STATE}.part"
         try:
             state = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -231,8 +232,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             part.unlink(missing_ok=True)
             raise CheckpointError(
-                f"cannot write the end of the epoch into {path}: {error}. If the checkpoint is still there, it is as "
-                "it was: make room, then start again with --resume, which validates again and repeats no step"
+                f"cannot write the end of the epoch into {path}: {error}. The checkpoint itself is "
+                "unchanged: make room, then start again with --resume, which validates again and repeats no step"
             ) from None
 
     def _agreed_newest(self) -> Path | None:
@@ -247,7 +248,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def _checked(self, path: Path) -> dict[str, Any]:
-        """The state of a checkpoint, if it is whole and of this training."""
+        """The state of a checkpoint, if it is whole and belongs to this training."""
         others = [str(other) for other in self.all() if other != path]
         advice = f"remove it to go on from {others[-1]}" if others else "there is no other one; start anew elsewhere"
         try:
@@ -257,12 +258,12 @@ class Checkpoints:
             raise CheckpointError(f"{path} is damaged ({error}): {advice}") from None
         if broken:
             raise CheckpointError(f"{path} is damaged: {', '.join(broken)} changed since it was written: {advice}")
-        # A setting that earlier versions did not have counts as null: that is what they did.
+        # A setting that an earlier version lacked counts as null, because null means that version's behaviour.
         theirs, ours = flat(state["identity"]), flat(self.identity)
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         if differing == [RULES]:
             raise ValueError(
-                f"{path} was written by an earlier version, which had another rule for {', '.join(ours[RULES])} "
+                f"{path} was written by an earlier version, with another rule for {', '.join(ours[RULES])} "
                 "(docs/training.md says which): go on with that version, or begin anew in another directory"
             )
         if differing and (differing != ["videos"] or not self._only_lost(path, state)):
@@ -274,31 +275,31 @@ class Checkpoints:
             )
         if state["weights"] == "trainable" and state["frozen"] != self._frozen:
             raise ValueError(
-                f"{path} holds only what trains, and belongs to frozen weights with the hash {state['frozen']}; "
-                f"this model's have {self._frozen}: load the same experts as then"
+                f"{path} has only trained weights, and belongs to frozen weights with the hash {state['frozen']}; "
+                f"this model's have {self._frozen}: load the same experts as in that training"
             )
         return state
 
     def _only_lost(self, path: Path, state: Mapping[str, Any]) -> bool:
-        """Whether this training's videos are some of the checkpoint's, in its order."""
+        """Whether this training's videos are a part of the checkpoint's, in its order."""
         if self.videos is None or _VIDEOS not in state["files"]:
             return False
         theirs = iter(read_tensors(path / _VIDEOS)["hashes"].tolist())
-        return all(video in theirs for video in self.videos.tolist())  # each search goes on where the last one ended
+        return all(video in theirs for video in self.videos.tolist())  # each search continues after the last match
 
 
 def planned_videos(directory: str | os.PathLike[str]) -> int | None:
-    """How many videos the training began with whose newest checkpoint lies in a directory; None if nothing says so."""
+    """The number of videos at the start of the training in a directory, from its newest checkpoint; None if unknown."""
     found = _whole(Path(directory))
     try:
         return int(json.loads((found[-1] / _STATE).read_text())["identity"]["samples"]) if found else None
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, which loading it says better
+    except (OSError, ValueError, KeyError, TypeError):  # damaged; the later load gives a better message
         return None
 
 
 def _whole(directory: Path) -> list[Path]:
     """Whole checkpoints in a directory, oldest first."""
-    # Nothing else: what is found here may be deleted, and people keep copies such as step-00000500-best.
+    # Matches this name only: files found here may be deleted, and people keep copies such as step-00000500-best.
     return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
@@ -308,16 +309,16 @@ def _files(directory: Path) -> list[Path]:
 
 
 def load_trained(model: nn.Module, checkpoint: str | os.PathLike[str], average: bool = False) -> None:
-    """Put a checkpoint's weights into a model that has the frozen experts they were trained with.
+    """Load a checkpoint's weights into a model with the frozen experts of its training.
 
     Args:
         model: of the same architecture, on any device.
         checkpoint: a directory `step-<number>`.
-        average: take the averaged weights (EMA) where the checkpoint has them.
+        average: take the averaged weights (EMA) for the parameters that have them.
 
     Raises:
         CheckpointError: a missing or damaged file.
-        ValueError: other frozen weights than the checkpoint belongs to, or other names.
+        ValueError: the checkpoint belongs to other frozen weights, or has other names.
     """
     path = Path(checkpoint)
     try:

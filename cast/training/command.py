@@ -28,7 +28,7 @@ _DESCRIPTION = (
 )
 _SWITCHES = {"resume": "go on from the newest checkpoint in the output directory, if there is one"}
 
-#: Settings that a resumed training may change: where things lie, who is told, what does not change the mathematics.
+#: Settings that a resumed training may change: paths, logs, and settings that do not change the mathematics.
 FREE = (
     "out", "log", "checkpoint", "experts.clip", "experts.videomae", "experts.spatial", "experts.temporal",
     "experts.cast", "experts.trust_pickle", "run.compile", "run.graphs", "run.deterministic", "run.fused",
@@ -53,16 +53,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Progress:
-    """Train by a recipe; the finished model lies in `<out>/model`, with averaged weights in `<out>/model-ema`.
+    """Train by a recipe. The finished model is written to `<out>/model`, one with averaged weights to
+    `<out>/model-ema`.
 
     Args:
         settings: the recipe.
-        resume: whether to go on from the newest checkpoint in `<out>/checkpoints`.
+        resume: whether to continue from the newest checkpoint in `<out>/checkpoints`.
         recipe: the settings as YAML, kept as `<out>/settings.yaml`.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the weights, or a loss that is not finite.
-        OSError: a file that is missing, damaged or cannot be written, or a training that `resume` should name.
+        ValueError: settings that do not fit each other, the data or the weights; or a loss that is not finite.
+        OSError: a file that is missing, damaged or cannot be written; or a training in `out` already, without `resume`.
         MissingExtraError: a tracker that is not installed.
     """
     session = Session(settings, FREE, resume, recipe)
@@ -72,7 +73,7 @@ def fit(settings: TrainSettings, resume: bool = False, recipe: str = "") -> Prog
     model, notes = build(settings, videos.classes)
     loader = session.loader(train)
     mix = make_mix(settings, videos.classes)
-    # Mixing smooths by itself.
+    # Mixing smooths the labels itself.
     plan = session.plan(loader, len(train), 0.0 if mix is not None else settings.data.augment.smoothing)
     checkpoints = session.checkpoints(model, train)
     if settings.run.compile:
@@ -135,7 +136,7 @@ class Validation:
             raise ValueError("the validation videos (data.val) have no labels; set data.val=null or validate_every=0")
         rank, world = accelerator.process_index, accelerator.num_processes
         self.loader: ClipLoader = ClipLoader(samples, settings.data, settings.optim.micro_batch, False, 0, rank, world)
-        # Sharded weights are gathered in every forward pass, so all processes must make equally many.
+        # FSDP gathers sharded weights in every forward pass, so all processes must run equally many.
         self.even: Any = accelerator.distributed_type == "FSDP" and world > 1
         if self.even and len(samples) < world:
             raise ValueError(f"{len(samples)} validation videos are fewer than {world} processes; set validate_every=0")
@@ -143,7 +144,7 @@ class Validation:
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`loss` and accuracy by head, for a model in evaluation mode."""
-        # Of each process: loss, hits of each head, clips; a process may have no video at all.
+        # For each process: loss, hits of each head, clips. A process may have no video at all.
         total = torch.zeros(len(self.heads) + 2, dtype=torch.float64, device=self.accelerator.device)
         last = None
         for last in self.loader.batches(0):

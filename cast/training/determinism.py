@@ -1,4 +1,4 @@
-"""`run.deterministic`: PyTorch's operators add up in one order, or say that they have none."""
+"""`run.deterministic`: PyTorch's operators add in a fixed order, or raise if they cannot."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from contextlib import contextmanager
 
 import torch
 
-#: Attention that may run where the order of additions counts. The packages' backward passes add as they finish.
+#: Attention kernels with a deterministic mode. The packages' backward passes add in the order in which parts finish.
 ATTENTIONS = ("auto", "sdpa", "math")
 
 
 class NondeterministicError(RuntimeError):
-    """An operator has no deterministic way; the message names it."""
+    """An operator has no deterministic version; the message names it."""
 
 
 def ask_cublas() -> None:
-    """Ask cuBLAS for workspaces that keep the order of additions; it reads this once, when it begins.
+    """Ask cuBLAS for workspaces that fix the order of additions. cuBLAS reads this once, when it starts.
 
-    What the user asked of it stays. PyTorch says so if that is not enough.
+    A value that the user set stays. PyTorch raises an error if that value is not enough.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Inside, if `on`, operators run deterministically; afterwards PyTorch's switches are as they were.
+    """While active, if `on`, operators run deterministically. Afterwards PyTorch's switches have their old values.
 
-    Of SDPA's kernels (PyTorch 2.14) flash and memory-efficient attention then have a backward pass with a fixed order,
-    and cuDNN's is left out, whose order changes.
+    In PyTorch 2.14 this gives SDPA's flash and memory-efficient attention a backward pass with a fixed order, and
+    excludes cuDNN's kernel, which has none.
 
     Raises:
-        NondeterministicError: an operator that cannot; PyTorch's message names it.
+        NondeterministicError: an operator without a deterministic version; PyTorch's message names it.
     """
     if not on:
         yield
@@ -40,7 +40,7 @@ def deterministic(on: bool) -> Iterator[None]:
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # which picks kernels by their time
+    torch.backends.cudnn.benchmark = False  # the benchmark picks kernels by their time
     try:
         yield
     except RuntimeError as error:

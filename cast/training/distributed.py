@@ -1,4 +1,4 @@
-"""One `Accelerator` for one process, many, FSDP2 or DeepSpeed, with nothing left to hidden defaults."""
+"""The `Accelerator` of a training, for one process, many, FSDP2 or DeepSpeed, without hidden defaults."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from cast.ground.graphs import check_device
 from cast.ground.processes import computes_on_cpu, join_processes
 
-#: fp32 has no autocast; the others keep fp32 weights.
+#: fp32 runs without autocast; with the others, weights stay in fp32.
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Run on the main process; every process gets what it returned, or raises what it raised.
+    """Run on the main process; every process gets its result, or raises its error.
 
-    So a full disk on one ends all of them, instead of leaving the others to wait.
+    So a full disk on one machine ends all processes, and none waits forever.
     """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -53,20 +53,20 @@ def make_accelerator(
 ) -> Accelerator:
     """The process group, precision and accumulation of a training.
 
-    What `accelerate launch` or `torchrun` put into the environment decides how processes work together; the
-    arguments, which come from the recipe, decide the mathematics.
+    The environment, set by `accelerate launch` or `torchrun`, decides how processes work together. The arguments come
+    from the recipe and decide the mathematics.
 
     Args:
         precision: of products; weights and moments stay in fp32 (but see docs/training.md on DeepSpeed).
         accumulate: micro-batches of an optimizer step.
-        micro_batch: clips of one of them, which DeepSpeed wants to know.
+        micro_batch: clips of a micro-batch; DeepSpeed needs it.
         clip_grad: greatest length of the gradient, or None.
         trackers: `tensorboard`, `wandb`.
         directory: where trackers write.
-        graphs: whether forward and backward are to be replayed as CUDA graphs.
+        graphs: whether forward and backward will be replayed as CUDA graphs.
 
     Raises:
-        ValueError: fp16 without a GPU; FSDP1; ZeRO-3; graphs without one, or where processes work together.
+        ValueError: fp16 without a GPU; FSDP1; ZeRO-3; graphs on a CPU, or with several processes.
     """
     if precision not in _NAMES:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(_NAMES)}")
@@ -84,7 +84,7 @@ def make_accelerator(
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # The official DeepSpeed configuration: initial_scale_power 7, loss_scale_window 128.
             GradScalerKwargs(init_scale=2.0**7, growth_interval=128),
-            # What autocast keeps of one recording must not be found in the next.
+            # Autocast's cache of one recording must not be used in the next.
             AutocastKwargs(cache_enabled=not graphs),
         ],
     )
@@ -93,7 +93,7 @@ def make_accelerator(
         if accelerator.distributed_type != "NO":
             raise ValueError(
                 f"run.graphs=true works in one process by itself, and this is {accelerator.distributed_type}: "
-                "what processes exchange during backward is not recorded. Set run.graphs=false"
+                "a graph does not record what processes exchange during backward. Set run.graphs=false"
             )
     if accelerator.distributed_type == "FSDP":
         _shard(accelerator.state.fsdp_plugin)
@@ -106,27 +106,27 @@ def make_accelerator(
 
 
 def deepspeed_settings(accumulate: int, micro_batch: int, clip_grad: float | None) -> dict[str, Any]:
-    """What a DeepSpeed configuration must say, because the recipe decides it.
+    """The entries of a DeepSpeed configuration that the recipe decides.
 
-    `gradient_clipping` above all: DeepSpeed 0.19.8 clips at 1.0 where nothing is said, unlike the version that the
-    published models were trained with.
+    `gradient_clipping` matters most: without an entry, DeepSpeed 0.19.8 clips at 1.0; the version that trained the
+    published models did not clip.
     """
     return {
         "gradient_accumulation_steps": accumulate,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_clipping": clip_grad or 0.0,
-        "zero_allow_untested_optimizer": True,  # AdamW is PyTorch's own, with our groups
+        "zero_allow_untested_optimizer": True,  # AdamW is PyTorch's, with our groups
     }
 
 
 def _shard(plugin: Any) -> None:
-    """FSDP2 computes as DDP does: autocast alone decides on precision, and gradients are added up in fp32.
+    """Make FSDP2 compute as DDP does: only autocast decides on precision, and gradients are added in fp32.
 
-    accelerate 1.15 would have FSDP2 round weights, inputs and outputs of each block, and the gradients that processes
-    add up, to the precision of the products.
+    By default accelerate 1.15 makes FSDP2 round to the precision of products: weights, inputs and outputs of each
+    block, and the gradients that processes add.
 
     Raises:
-        ValueError: FSDP1, whose weights no checkpoint of ours could hold.
+        ValueError: FSDP1; our checkpoints cannot hold its weights.
     """
     if plugin.fsdp_version != 2:
         raise ValueError(
@@ -136,7 +136,7 @@ def _shard(plugin: Any) -> None:
 
 
 def _forget_another_precision(name: str) -> None:
-    """accelerate keeps one precision for the life of a process; several trainings in one may differ."""
+    """Reset accelerate's precision. It keeps one for the life of a process, but several trainings in it may differ."""
     state = AcceleratorState._shared_state
     if state and state.get("_mixed_precision", name) != name:
         AcceleratorState._reset_state(reset_partial_state=False)

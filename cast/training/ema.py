@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights that train."""
+"""An exponential moving average of the trained weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cast.training.tensors import put, whole
 
 
 class Average:
-    """Follows the trained parameters of a model: average <- decay * average + (1 - decay) * weight after each step.
+    """Average of a model's trained parameters: average <- decay * average + (1 - decay) * weight after each step.
 
-    Frozen parameters have no average, so it costs as much memory as what trains.
+    Frozen parameters have no average, so the memory equals that of the trained parameters.
 
     Args:
-        model: the model that trains, where its parameters are during training.
+        model: the model in training, with its parameters on their final device.
         decay: share of the old average that stays (the official code's flag, off by default there: 0.9999).
     """
 
@@ -29,7 +29,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step's weights into account."""
+        """Add the weights after one step to the average."""
         self._mix(tuple(self._average.values()), tuple(p.detach() for p in self._weights.values()), 0)
 
     def read(self) -> dict[str, Tensor]:
@@ -37,13 +37,13 @@ class Average:
         return {name: whole(tensor) for name, tensor in self._average.items()}
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """What :meth:`read` returned."""
+        """Restore the averages that :meth:`read` returned."""
         for name, tensor in tensors.items():
             put(self._average[name], tensor)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averages as its weights."""
+        """While active, the model's weights are the averages."""
         kept = {name: p.detach().clone() for name, p in self._weights.items()}
         with torch.no_grad():
             for name, parameter in self._weights.items():

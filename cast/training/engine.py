@@ -1,9 +1,9 @@
-"""The loop: micro-batches to optimizer steps to epochs, the same for every number of processes.
+"""The training loop, from micro-batches to optimizer steps to epochs, for any number of processes.
 
-What a step sees is a function of (seed, epoch, position) alone, and so are the random numbers inside the model, which
-are seeded anew for each micro-batch. So a checkpoint needs no generator's state, and a run that was killed and resumed
-gives the same bits as one that was not, on the same machine with the same number of threads and processes; on a GPU
-where PyTorch's operators are deterministic, see `cast.training.determinism`.
+The inputs of a step depend only on (seed, epoch, position). The model's random numbers are seeded anew for each
+micro-batch. So a checkpoint needs no state of a generator. A run that was killed and resumed gives the same bits as an
+uninterrupted one, on the same machine with the same numbers of threads and processes. On a GPU this needs deterministic
+operators of PyTorch, see `cast.training.determinism`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ class MicroBatch(Protocol):
     @property
     def names(self) -> list[str]: ...
     def to(self, device: torch.device) -> MicroBatch:
-        """On another device, with whatever augmentation is still to be done."""
+        """The micro-batch on another device, after its remaining augmentation."""
         ...
 
 
 class Source(Protocol):
-    """Where micro-batches come from; `cast.video.loader.ClipLoader` is one."""
+    """A source of micro-batches, such as `cast.video.loader.ClipLoader`."""
 
     def __len__(self) -> int:
         """Micro-batches of this process in an epoch."""
         ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The epoch's micro-batches from number `start` on, the same ones however often they are asked for."""
+        """The epoch's micro-batches from number `start` on; equal in every call."""
         ...
 
 
-#: (what the model made of the videos, targets by head) -> the loss, and figures to log.
+#: (the model's answer, targets by head) -> the loss, and figures to log.
 Criterion = Callable[[Any, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 #: (video, labels, seed) -> video and targets by head: classes int64 [B], or shares of the classes [B, classes].
@@ -66,13 +66,13 @@ Mix = Callable[[Tensor, Mapping[str, Tensor], int], tuple[Tensor, dict[str, Tens
 
 #: A micro-batch with its number in the training.
 _Numbered = tuple[int, MicroBatch]
-#: The video's name among the tensors of a micro-batch; heads have names with letters.
+#: Name of the video among a micro-batch's tensors. No head has an empty name.
 _VIDEO = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training in the numbers that the loop needs.
+    """The numbers of one training that the loop needs.
 
     Args:
         epochs: passes over the data.
@@ -81,11 +81,11 @@ class Plan:
         micro_batch: clips of a micro-batch.
         rate: step, counted from 0 -> learning rate, before layer-wise decay.
         weight_decay, layer_decay: see :func:`cast.training.groups.parameter_groups`.
-        smoothing: label smoothing of single-class targets.
+        smoothing: label smoothing of targets that are single classes.
         clip_grad: greatest length of the gradient; None leaves it as it is.
-        ema: share of the old average that stays after a step; None keeps no average.
+        ema: share of the old average that stays after a step; None for no average.
         betas: of AdamW.
-        seed: of everything random inside the model.
+        seed: of all random numbers inside the model.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
         graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph; for one process on a GPU.
     """
@@ -115,13 +115,13 @@ class Engine:
     """Trains a model in place.
 
     Args:
-        model: from a batch of videos to logits by head; parameters that require no gradient stay as they are.
-        source: the data; heads without labels, and labels without a head, are an error.
-        plan: how to train.
+        model: from a batch of videos to logits by head; parameters without gradients stay frozen.
+        source: the data; a head without labels, or labels without a head, is an error.
+        plan: the numbers of the training.
         accelerator: of the training, with the plan's `accumulate`.
-        checkpoints: where states are kept; the newest is loaded before the first step.
-        mix: mixes the clips of a micro-batch and makes soft targets; None leaves them as they are.
-        criterion: what is minimised; if None the sum of the heads' cross-entropies.
+        checkpoints: directory of states; the newest is loaded before the first step.
+        mix: mixes the clips of a micro-batch and makes soft targets; None for no mixing.
+        criterion: computes the loss; if None the sum of the heads' cross-entropies.
     """
 
     source: Source
@@ -149,10 +149,11 @@ class Engine:
         if deepspeed and plan.ema is not None:
             raise ValueError("ema is not possible under DeepSpeed, which hides the fp32 weights: use DDP or FSDP2")
         groups = parameter_groups(model, plan.weight_decay, plan.layer_decay)
-        # eps as published. Fused, it is a few kernels, and can leave a step out without asking the host.
+        # eps as published. The fused AdamW runs few kernels, and can skip a step without waiting for the host.
         optimizer = torch.optim.AdamW(groups, lr=plan.rate(0), betas=plan.betas, eps=1e-8, fused=True)
         optimizer.register_step_pre_hook(self._leave_if_bad)
-        # A training that failed may have left some in this model; what accelerate prepared might not heed it then.
+        # A failed training may have left gradients in this model. `zero_grad` of the prepared optimizer might not
+        # remove them.
         optimizer.zero_grad(set_to_none=True)
         self._bad: Tensor | None = None
         self._steps_in_backward = deepspeed
@@ -162,7 +163,7 @@ class Engine:
         self._replayed = Graphs(self._whole, accelerator.device, self._gradients) if plan.graphs else None
         checkpoints.attach(self.model, self.optimizer, self.average)
         self.progress: Progress = checkpoints.load() or Progress()
-        self.accelerator.step = 0  # each step begins a new accumulation, also after an error
+        self.accelerator.step = 0  # each step starts a new accumulation, also after an error
 
     def run(
         self,
@@ -174,11 +175,11 @@ class Engine:
 
         Args:
             on_step: called after each step, on every process.
-            on_epoch: called after each epoch on every process, with the model in evaluation mode, which it must leave
-                as it was; what it returns joins the epoch's history. The epoch's checkpoint is written before, so if
-                this raises or is killed, the next run calls it again and repeats no step.
-            on_entry: called then with what the epoch adds to the history, on every process. If this raises, the next
-                run repeats `on_epoch` and it.
+            on_epoch: called after each epoch on every process, with the model in evaluation mode; it must not change
+                the model. Its result joins the epoch's history. The epoch's checkpoint is written before it. So if it
+                raises or is killed, the next run calls it again and repeats no step.
+            on_entry: called next, on every process, with the epoch's entry of the history. If it raises, the next run
+                repeats both calls.
 
         Returns:
             The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.
@@ -197,11 +198,11 @@ class Engine:
 
     @property
     def epoch(self) -> int:
-        """How many epochs' steps are done."""
+        """Number of epochs whose steps are done."""
         return self.progress.step // self.plan.steps_per_epoch
 
     def _run_steps(self, on_step: Callable[[Progress, Step], None]) -> None:
-        """The steps that are left of an epoch."""
+        """Run the remaining steps of an epoch."""
         position = self.progress.step % self.plan.steps_per_epoch
         batches = self.source.batches(self.epoch, position * self.plan.accumulate)
         ends = (self.progress.step, (self.epoch + 1) * self.plan.steps_per_epoch)
@@ -211,7 +212,7 @@ class Engine:
             for _ in range(position, self.plan.steps_per_epoch):
                 self._advance(ahead, on_step)
         finally:
-            close = getattr(batches, "close", None)  # a generator: let its workers go
+            close = getattr(batches, "close", None)  # if it is a generator, this ends its workers
             if close is not None:
                 close()
 
@@ -229,7 +230,7 @@ class Engine:
 
     @property
     def _epoch_is_due(self) -> bool:
-        """Whether the epoch's steps are done, but not what follows them: its sums are not history yet."""
+        """Whether an epoch's steps are done but not its end: its sums are not in the history yet."""
         return self.progress.step % self.plan.steps_per_epoch == 0 and bool(self.progress.sums)
 
     def _end_epoch(
@@ -237,7 +238,7 @@ class Engine:
         on_epoch: Callable[[nn.Module], dict[str, float]],
         on_entry: Callable[[Progress, dict[str, float]], None],
     ) -> None:
-        """Close an epoch whose checkpoint is on the disk already: a validation that raises loses no training."""
+        """Close an epoch. Its checkpoint is already written, so a validation that raises loses no training."""
         progress = self.progress
         means = {name: total / self.plan.steps_per_epoch for name, total in progress.sums.items()}
         self.model.eval()
@@ -248,7 +249,7 @@ class Engine:
         self.checkpoints.update(progress)
 
     def _step(self, batches: Ahead[_Numbered], began: float) -> Step:
-        """Launches all of a step, then begins with the next micro-batch, and only then waits for the device."""
+        """Launch a whole step, then start the next micro-batch, and only then wait for the device."""
         plan, accelerator, number = self.plan, self.accelerator, self.progress.step
         lr = plan.rate(number)
         for group in self.optimizer.param_groups:
@@ -267,7 +268,7 @@ class Engine:
         length = self._gradient_length()
         self._bad = figures.judge(accelerator, length)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self._replayed is None)  # a graph adds to the gradients that it knows
+        self.optimizer.zero_grad(set_to_none=self._replayed is None)  # a graph adds to the gradients of its recording
         batches.start()
         outcome = figures.read()
         self._check(outcome, names, figures)
@@ -290,7 +291,7 @@ class Engine:
         self.accelerator.backward(loss)
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Forward and backward as a graph holds them."""
+        """Forward and backward in the form that a graph records."""
         loss, found = self._forward(tensors)
         self.accelerator.backward(loss)
         return found
@@ -307,7 +308,7 @@ class Engine:
         return loss, {"loss": loss.detach(), **extra}
 
     def _prepare(self, numbered: _Numbered) -> dict[str, Tensor]:
-        """A micro-batch on the device, augmented and mixed: the video under no name of a head, and the targets."""
+        """A micro-batch on the device, augmented and mixed: the video under `_VIDEO`, and the targets by head."""
         index, batch = numbered
         device = self.accelerator.device
         ready = batch.to(device)
@@ -320,9 +321,9 @@ class Engine:
         return micro_seed(self.plan.seed, index, self.accelerator.process_index)
 
     def _gradient_length(self) -> Tensor | None:
-        """Length of the gradient, on the device, which is clipped on the way if the plan says so."""
+        """Length of the gradient, on the device; clips the gradient if the plan says so."""
         accelerator, limit = self.accelerator, self.plan.clip_grad
-        if self._steps_in_backward:  # and has clipped
+        if self._steps_in_backward:  # DeepSpeed has clipped already
             length = self.model.get_global_grad_norm()
             return None if length is None else torch.as_tensor(length, device=accelerator.device)
         if limit is not None:
@@ -333,18 +334,18 @@ class Engine:
         return full(length)
 
     def _leave_if_bad(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Tell the fused AdamW to leave weights and moments alone, on the device, after a step that was not finite."""
+        """After a step that was not finite, make the fused AdamW keep weights and moments, without a wait."""
         if self._bad is not None:
-            optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # fp16's scaler has put a part of it there
+            optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # includes the flag that fp16's scaler has set
 
     def _check(self, outcome: Outcome, names: list[list[str]], figures: Figures) -> None:
-        """Raise DivergenceError if the step was not finite; the weights are those before it."""
+        """Raise DivergenceError if the step was not finite. The weights are still those before it."""
         if not outcome.bad:
             return
         loss = outcome.values["loss"]
         if not math.isfinite(loss):
             self._diverged(f"the loss is {loss}", names, figures.broken())
-        # fp16's scaler, and DeepSpeed's, skips such steps, as it must.
+        # The scalers of fp16 and of DeepSpeed skip such steps by design.
         if self.accelerator.scaler is None and not self._steps_in_backward:
             what = f"the loss is finite, but the gradient's length is {outcome.length}"
             self._diverged(what, names, [True] * len(names))
@@ -364,10 +365,10 @@ class Engine:
 
 
 def classification(smoothing: float) -> Criterion:
-    """Cross-entropy summed over the heads, and each head's accuracy in percent where targets are single classes.
+    """Cross-entropy summed over the heads, and each head's accuracy in percent if targets are single classes.
 
     Args:
-        smoothing: of single-class targets; soft ones are smoothed already.
+        smoothing: of targets that are single classes; soft ones are smoothed already.
     """
 
     def criterion(logits: Any, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -387,7 +388,7 @@ def classification(smoothing: float) -> Criterion:
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Mean over the clips, in fp32 at least; a soft target is smoothed already."""
+    """Mean over the clips, at least in fp32. Soft targets are smoothed already."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, target, label_smoothing=smoothing if target.ndim == 1 else 0.0)
 

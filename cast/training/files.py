@@ -1,4 +1,4 @@
-"""Files that are whole or not there, with checksums that say so later."""
+"""Write files wholly or not at all, and compute their checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file and wait until the disk has it.
 
     Raises:
-        OSError: the disk is full, or refuses for another reason.
+        OSError: the disk is full, or the write failed for another reason.
     """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, with escapes for what no UTF-8 has, and wait until the disk has it."""
+    """Write a text file, with escapes for characters outside UTF-8, and wait until the disk has it."""
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
     flush(path)
 

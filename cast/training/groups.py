@@ -1,4 +1,4 @@
-"""Which parameters decay, and how fast each one learns."""
+"""The weight decay and the learning rate of each parameter."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
-#: Tables of positions and VideoMAE's mask token: the published codes exclude them from weight decay, but for CLIP's
-#: own table, `positional_embedding`.
+#: Tables of positions and VideoMAE's mask token. The published codes exclude them from weight decay, except CLIP's own
+#: table, `positional_embedding`.
 _POSITIONS = re.compile(r"(_pos|time_positional_embedding|pos_embed|mask_token)$")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-#: What comes before the first block, in CLIP's, VideoMAE's and timm's names.
+#: Parameters before the first block, in CLIP's, VideoMAE's and timm's names.
 _EMBEDDING = re.compile(
     r"(^|\.)((clip_)?(patch_embed|conv1|class_embedding|positional_embedding|ln_pre)"
     r"|cls_token|pos_embed|norm_pre|mask_token)\b"
 )
-#: Of these, what did not decay in an earlier version, and what learned at the rate of the heads.
+#: Those that did not decay in an earlier version, and those that had the heads' learning rate in it.
 _DECAYS_NOW = re.compile(r"(^|\.)(clip_)?positional_embedding$")
 _SLOWER_NOW = re.compile(r"(^|\.)((clip_)?ln_pre|cls_token|pos_embed|norm_pre|mask_token)\b")
 
@@ -24,18 +24,19 @@ _SLOWER_NOW = re.compile(r"(^|\.)((clip_)?ln_pre|cls_token|pos_embed|norm_pre|ma
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Parameters that require gradients, by weight decay and by learning-rate scale.
 
-    Vectors (biases and norms) and tables of positions do not decay, CLIP's table does, as in the published code.
+    Vectors (biases and norms) and tables of positions do not decay, except CLIP's table, which does as in the published
+    code.
 
     Args:
         model: any module; blocks are recognised by names with `blocks.<i>.`.
-        weight_decay: of everything else.
+        weight_decay: of all other parameters.
         layer_decay: see :func:`layer_scale`.
 
     Returns:
         Groups for a PyTorch optimizer, each with `lr_scale`, the factor on the scheduled rate.
 
     Raises:
-        ValueError: nothing requires gradients.
+        ValueError: no parameter requires gradients.
     """
     names = [name for name, _ in model.named_parameters()]
     depth = max((int(match[1]) + 1 for match in map(_BLOCK.search, names) if match), default=0)
@@ -53,7 +54,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
 def layer_scale(name: str, depth: int, decay: float) -> float:
     """Learning-rate factor of a parameter: decay^(depth - i) in block i, decay^(depth + 1) before block 0, else 1.
 
-    New parameters inside a block (adapters, exchange) are slowed down like the block, as in the published code.
+    The decay of a block also applies to its new parameters (adapters, exchange), as in the published code.
     """
     if match := _BLOCK.search(name):
         return decay ** (depth - int(match[1]))
@@ -61,7 +62,7 @@ def layer_scale(name: str, depth: int, decay: float) -> float:
 
 
 def grouped_otherwise_before(model: nn.Module, weight_decay: float, layer_decay: float) -> bool:
-    """Whether an earlier version gave a parameter that trains another weight decay or rate (docs/training.md)."""
+    """Whether an earlier version gave some trained parameter another weight decay or rate (docs/training.md)."""
     return any(
         (weight_decay and _DECAYS_NOW.search(name)) or (layer_decay != 1 and _SLOWER_NOW.search(name))
         for name, parameter in model.named_parameters()

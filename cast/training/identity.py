@@ -1,4 +1,4 @@
-"""What makes a training the one that it is: a checkpoint keeps this, and another training does not go on from it."""
+"""The identity of a training. A checkpoint keeps it; a training with another identity cannot resume from it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from cast.training.plain import plain
 
-if TYPE_CHECKING:  # clips that were made before need no package that reads videos
+if TYPE_CHECKING:  # training on clips in memory needs no package that reads videos
     from _typeshed import DataclassInstance
 
     from cast.video.annotations import Sample
 
-#: Of an identity: names of rules that an earlier version had otherwise and that matter to this training.
+#: Key of an identity: the names of changed rules that matter to this training.
 RULES = "rules"
 
 
 def lasting(settings: DataclassInstance, free: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from: all but `free`, such as `out` and `data.root`."""
+    """The settings that must be equal to resume from a checkpoint: all but `free`, such as `out` and `data.root`."""
     values = plain(settings)
     for name in free:
         section, _, key = name.partition(".")
@@ -35,24 +35,24 @@ def lasting(settings: DataclassInstance, free: Sequence[str]) -> dict[str, Any]:
 
 
 def changed_rules(**applies: bool) -> dict[str, list[str]]:
-    """The part of an identity that tells trainings apart from those of versions with other rules.
+    """The part of an identity that separates trainings from those of versions with other rules.
 
     Args:
-        applies: name of a rule that changed -> whether this training goes by it. If none does, the part is empty, and
-            checkpoints from before the change are gone on from.
+        applies: name of a changed rule -> whether this training uses it. If it uses none, the part is empty, and
+            checkpoints from before the change can be resumed.
     """
     names = sorted(name for name, does in applies.items() if does)
     return {RULES: names} if names else {}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Changes with the names, shapes and trained parts of a model's parameters."""
+    """A hash of the names, shapes and trained flags of a model's parameters."""
     parts = [f"{name} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def videos_digest(samples: Sequence[Sample], root: str) -> str:
-    """Changes with the videos' names, labels and order, on which every batch depends; not with where they lie."""
+    """A hash of the videos' names, labels and order, which determine every batch. It does not depend on `root`."""
     result = hashlib.sha256()
     for line in _video_lines(samples, root):
         result.update(line)
@@ -60,7 +60,7 @@ def videos_digest(samples: Sequence[Sample], root: str) -> str:
 
 
 def video_hashes(samples: Sequence[Sample], root: str) -> Tensor:
-    """int64 [videos]: 8 bytes for each video's name and labels, to tell later which ones are gone."""
+    """int64 [videos]: 8 bytes for each video's name and labels, to find out later which ones are gone."""
     digests = b"".join(hashlib.sha256(line).digest()[:8] for line in _video_lines(samples, root))
     return torch.from_numpy(np.frombuffer(digests, np.int64).copy())
 

@@ -1,4 +1,4 @@
-"""The engine on anything that can be indexed, by a recipe of a few numbers: for the demo and small experiments."""
+"""The engine for samples in memory, with a recipe of a few numbers: for the demo and small experiments."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from cast.training.progress import Progress
 
 
 class Clips(Protocol):
-    """What can be trained on."""
+    """Training samples by index."""
 
     def __len__(self) -> int: ...
 
     def batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """The samples `indices` as epoch `epoch` sees them: inputs [B, ...] and labels [B] by head."""
+        """The samples `indices` in the form of epoch `epoch`: inputs [B, ...] and labels [B] by head."""
         ...
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW as in the paper (Table 4). What the paper sets otherwise for large data is named below.
+    """A training's numbers: AdamW as in the paper (Table 4). The paper's values for large data are in brackets.
 
     Args:
         epochs: passes over the data.
-        batch_size: samples of an optimizer step, over all processes; an incomplete last batch is left out.
+        batch_size: samples of an optimizer step, over all processes; an incomplete last batch is omitted.
         lr: peak learning rate; it rises over `warmup` epochs, then falls to 0 as a half cosine.
         warmup: epochs (paper: 5).
-        weight_decay: on matrices; vectors (biases, norms) and position tables (but CLIP's own) have none.
-        layer_decay: block i of L trains at lr * layer_decay ** (L - i), what comes before block 0 one step slower, all
-            else at lr (paper: 0.75, in the ablations 0.8).
+        weight_decay: on matrices; vectors (biases, norms) and position tables (except CLIP's own) have none.
+        layer_decay: block i of L trains at lr * layer_decay ** (L - i), parameters before block 0 at one power more,
+            all others at lr (paper: 0.75, in the ablations 0.8).
         label_smoothing: of the cross-entropy (paper: 0.1); the heads' losses are added with equal weight.
         seed: of the batches' order and of PyTorch's generators.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end of each epoch.
@@ -70,7 +70,7 @@ class Recipe:
             raise ValueError(f"warmup is {self.warmup} epochs; it must be from 0 to epochs = {self.epochs}")
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of an optimizer step, counted from 0; the first one already has its share of the warm-up."""
+        """Learning rate of an optimizer step, counted from 0. The first step already has its share of the warm-up."""
         warmup, total = self.warmup * steps_per_epoch, self.epochs * steps_per_epoch
         if step < warmup:
             return self.lr * (step + 1) / max(warmup, 1)
@@ -116,7 +116,7 @@ class _Batch:
 
 
 class _Shuffled:
-    """Clips in another order each epoch, every process with its share of each batch."""
+    """Clips in a new order each epoch; every process gets its share of each batch."""
 
     def __init__(self, clips: Clips, recipe: Recipe, rank: int, world: int) -> None:
         self.clips, self.recipe, self.rank, self.world = clips, recipe, rank, world
@@ -145,13 +145,13 @@ def train(
     """Train in place, in fp32, from the last checkpoint in `directory` if it has one.
 
     Args:
-        model: from a batch of inputs to logits by head; parameters that require no gradient stay as they are.
-        clips: the data; heads without labels, and labels without a head, are an error.
-        recipe: how to train; a checkpoint of another recipe is an error.
+        model: from a batch of inputs to logits by head; parameters without gradients stay frozen.
+        clips: the data; a head without labels, or labels without a head, is an error.
+        recipe: the training's numbers; a checkpoint of another recipe is an error.
         directory: receives checkpoints; only the newest is kept.
         on_step: called after each step with its loss and accuracies, for example to show progress.
-        on_epoch: called after each epoch, in evaluation mode; what it returns joins the epoch's history.
-        criterion: what is minimised; if None the sum of the heads' cross-entropies.
+        on_epoch: called after each epoch, in evaluation mode; its result joins the epoch's history.
+        criterion: computes the loss; if None the sum of the heads' cross-entropies.
 
     Returns:
         The progress; its `history` has, per epoch, `epoch`, `loss`, accuracy by head, and what `on_epoch` returned.

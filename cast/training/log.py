@@ -1,4 +1,4 @@
-"""What a training tells: progress bars, `log.jsonl`, and trackers when asked."""
+"""A training's output: progress bars, `log.jsonl`, and trackers if asked for."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cast.ground.processes import peak_memory
 from cast.training.plain import flat
 from cast.training.progress import Progress, Step
 
-#: Keeps the run's id at Weights & Biases, in the training's directory.
+#: The file in the training's directory with the run's id at Weights & Biases.
 WANDB_ID = "wandb-id.txt"
 #: Module that a tracker needs; the extra has the tracker's name.
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_trackers(names: list[str]) -> None:
-    """Say now what accelerate would leave out silently.
+    """Raise for a missing tracker; accelerate would silently omit it.
 
     Raises:
         MissingExtraError: a tracker is not installed; the message has the command that installs it.
@@ -39,13 +39,13 @@ def check_trackers(names: list[str]) -> None:
 
 
 class JsonLines:
-    """One JSON object a line; what a resumed training does again is written once.
+    """A file with one JSON object a line; steps that a resumed training repeats have one line each.
 
     Args:
-        path: the file; lines of later steps or epochs than these are removed from it, and one that was cut off.
-        step: where the training stands.
-        epochs: how many of them are finished. One fewer than the steps make if the last one's validation failed, or
-            was killed before the checkpoint had it: it is done again, and so is its line.
+        path: the file. Lines of later steps or epochs than the two below are removed, and an incomplete last line.
+        step: the training's present step.
+        epochs: number of finished epochs. If the last validation failed or was killed before the checkpoint had it,
+            this is one fewer than the steps give: the validation runs again and writes its line again.
     """
 
     def __init__(self, path: Path, step: int, epochs: int) -> None:
@@ -60,19 +60,19 @@ class JsonLines:
         os.replace(part, path)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append a line and hand it to the system at once, so that a kill loses no line before it.
+        """Append a line and pass it to the system at once, so that a kill loses no earlier line.
 
-        A figure that is infinite or NaN becomes null, as JSON has neither.
+        An infinite figure or NaN becomes null, because JSON has neither.
 
         Raises:
-            OSError: the disk is full, or refuses for another reason.
+            OSError: the disk is full, or the write failed for another reason.
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_valid({"kind": kind, **values}), allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(
-                f"cannot write {self.path}: {error.strerror or error}. No checkpoint is touched by this: make room, "
+                f"cannot write {self.path}: {error.strerror or error}. The checkpoints are not affected: make room, "
                 "then start again with --resume"
             ) from None
 
@@ -90,16 +90,16 @@ class JsonLines:
 
 
 class Log:
-    """Tells about a training on its main process; on the others it is silent.
+    """Reports a training on its main process; silent on the others.
 
     Args:
         directory: receives `log.jsonl`, and the trackers' files.
         accelerator: of the training, made with the trackers.
-        steps: optimizer steps in all.
+        steps: all optimizer steps of the training.
         settings: written to the log's first line and to the trackers.
-        bars: whether to show progress bars, where the output is a terminal.
-        every: steps between lines and points.
-        console: where bars and lines for people go.
+        bars: whether to show progress bars on a terminal.
+        every: steps between lines of the file, and between trackers' points.
+        console: output for bars and lines of text.
     """
 
     directory: Path
@@ -127,10 +127,10 @@ class Log:
         self._lines: JsonLines | None = None
 
     def start(self, progress: Progress, note: str) -> None:
-        """Open everything; `note` is said to the person.
+        """Open everything, and print `note`.
 
         Raises:
-            ValueError: Weights & Biases refuses; says why, and what to do.
+            ValueError: Weights & Biases refuses; the message says why, and what to do.
         """
         parameters = {key: _plain(value) for key, value in flat(self.settings).items()}
         options = {"wandb": self._wandb_run(progress)} if "wandb" in map(str, self.accelerator.log_with) else {}
@@ -153,7 +153,7 @@ class Log:
             self._task = self._bars.add_task("training", total=self.steps, completed=progress.step)
 
     def _wandb_run(self, progress: Progress) -> dict[str, str]:
-        """Where Weights & Biases writes, and which run this is: a resumed training goes on in the run that it began."""
+        """Directory and id for Weights & Biases. A resumed training continues the run that it began."""
         if not self.speaks:
             return {}
         path = self.directory / WANDB_ID
@@ -165,7 +165,7 @@ class Log:
         return {"dir": str(directory), "name": directory.name, "id": name, "resume": "allow"}
 
     def step(self, progress: Progress, step: Step) -> None:
-        """One optimizer step."""
+        """Report one optimizer step."""
         if not self.speaks or self._lines is None:
             return
         self._speeds.append((step.clips, step.seconds))
@@ -182,7 +182,7 @@ class Log:
             self.accelerator.log(points, step=progress.step)
 
     def epoch(self, progress: Progress, entry: dict[str, float]) -> None:
-        """One finished epoch, `entry` as it stands in the history."""
+        """Report one finished epoch; `entry` is its entry in the history."""
         if not self.speaks or self._lines is None:
             return
         self._lines.write("epoch", step=progress.step, **entry)
@@ -196,7 +196,7 @@ class Log:
         )
 
     def end(self, note: str = "") -> None:
-        """Close everything; the training may have finished or failed."""
+        """Close everything after the training finished or failed."""
         if self._bars is not None:
             self._bars.stop()
         for tracker in self.accelerator.trackers:
@@ -217,7 +217,7 @@ class Log:
 
 
 def _valid(value: Any) -> Any:
-    """JSON has no infinity, which a gradient is that overflowed under fp16, and no NaN: null stands for both."""
+    """The value with null for infinity, which an overflowed fp16 gradient has, and for NaN; JSON has neither."""
     if isinstance(value, dict):
         return {key: _valid(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -244,5 +244,5 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What every tracker takes as a hyper-parameter."""
+    """The value in a form that every tracker takes as a hyper-parameter."""
     return value if isinstance(value, bool | int | float) else printable(str(value))

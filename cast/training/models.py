@@ -1,4 +1,4 @@
-"""The model that a recipe asks for, with its experts' weights, and the finished one as a directory."""
+"""The recipe's model with its experts' weights, and the finished model as a directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cast.model.config import CASTConfig, make_config
 from cast.training.settings import DOWNLOAD, ExpertSettings, TrainSettings
 from cast.training.tensors import read_weights
 
-#: What a recipe can train.
+#: Models that a recipe can train.
 Model: TypeAlias = CAST | TwoStream | SingleExpert
 
 
@@ -36,15 +36,15 @@ def configure(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> 
 
 
 def build(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> tuple[Model, list[str]]:
-    """The recipe's model as it is before the first step, in fp32 on the CPU: CAST, or a baseline of `cast.baselines`.
+    """The recipe's model before the first step, in fp32 on the CPU: CAST, or a baseline of `cast.baselines`.
 
     Returns:
-        The model, and what a person should know about its weights.
+        The model, and notes about its weights for the user.
 
     Raises:
         ValueError: no weights for an expert that stays frozen, or weights that do not fit.
         FileNotFoundError: no such file.
-        MissingExtraError: an expert of timm, which is not installed.
+        MissingExtraError: an expert of timm, and timm is not installed.
     """
     experts = settings.experts
     torch.manual_seed(settings.seed)
@@ -52,12 +52,12 @@ def build(settings: TrainSettings, classes: Mapping[str, Sequence[str]]) -> tupl
     if missing and not experts.train:
         whole = "a whole CAST as experts.cast, " if experts.design == "cast" else ""
         raise ValueError(
-            f"experts.{missing[0]} names no weights, and an expert that knows nothing teaches nothing. Give the file "
-            f"(docs/training.md says where weights come from), {whole}or experts.train=true to train the experts, too, "
-            "from nothing"
+            f"experts.{missing[0]} names no weights, and a frozen expert without weights is useless. Give the file "
+            f"(docs/training.md says where weights come from), {whole}or experts.train=true to train the experts too, "
+            "from random weights"
         )
     model = _make(settings, configure(settings, classes))
-    notes = [f"expert {name} starts from nothing" for name in missing]
+    notes = [f"expert {name} starts from random weights" for name in missing]
     if experts.cast:
         assert isinstance(model, CAST)
         notes += _start_from(model, experts.cast, experts.trust_pickle)
@@ -99,7 +99,7 @@ def _stream(model: TwoStream | SingleExpert, role: str) -> Stream:
 
 
 def _start_from(model: CAST, source: str, trust_pickle: bool) -> list[str]:
-    """Copy a whole CAST; heads with another number of classes stay new."""
+    """Copy the weights of a whole CAST; heads with another number of classes stay new."""
     path = Path(source)
     whole = CAST.from_pretrained(path) if path.is_dir() else load_official_checkpoint(path, trust_pickle=trust_pickle)
     given, own = whole.state_dict(), model.state_dict()
@@ -107,7 +107,7 @@ def _start_from(model: CAST, source: str, trust_pickle: bool) -> list[str]:
     differing = [
         key for key in own if key not in fresh and (key not in given or given[key].shape != own[key].shape)
     ] + [key for key in given if key not in own and not key.startswith("head")]
-    # The last adapters belong to the one-head layout; they may come or go with the heads.
+    # The last adapters belong to the one-head layout; either model may lack them.
     differing = [key for key in differing if "_last_Adapter" not in key]
     if differing:
         raise ValueError(f"experts.cast={source} does not fit the recipe's model: {', '.join(differing[:8])} differ")
@@ -117,10 +117,10 @@ def _start_from(model: CAST, source: str, trust_pickle: bool) -> list[str]:
 
 
 def _initialise(model: Model, experts: ExpertSettings, missing: Sequence[str]) -> None:
-    """Glorot's initialisation for the matrices of experts that start from nothing, as VideoMAE's pre-training has it.
+    """Glorot's initialisation for the matrices of experts without weights, as in VideoMAE's pre-training.
 
-    The standard deviation of fine-tuned models, 0.02, suits a width of 768; in small models the signal all but
-    vanishes with it.
+    The standard deviation of fine-tuned models, 0.02, fits a width of 768. In small models the signal almost vanishes
+    with it.
     """
     if isinstance(model, CAST):
         named = [(n, p) for n, p in model.named_parameters() if not TRAINABLE.search(n)]
@@ -134,9 +134,9 @@ def _initialise(model: Model, experts: ExpertSettings, missing: Sequence[str]) -
 
 
 def compile_blocks(model: nn.Module, backend: str) -> None:
-    """torch.compile of each block in place: names stay, and equal blocks are compiled once.
+    """Apply torch.compile to each block in place: names stay, and equal blocks are compiled once.
 
-    A baseline is compiled as a whole: its blocks hold what is new in them, and none runs by itself.
+    A baseline is compiled as a whole, because its blocks do not run alone.
 
     Raises:
         ValueError: no such backend.
@@ -151,12 +151,12 @@ def compile_blocks(model: nn.Module, backend: str) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor, not sharded, on the CPU; a call for all processes."""
+    """Every tensor, not sharded, on the CPU. All processes must call this."""
     return read_weights(model, everything=True)
 
 
 def blueprint(model: Model) -> Callable[[], Model]:
-    """What makes a model of the same build, without its weights."""
+    """A function that makes a model of the same configuration, without its weights."""
     config = model.config
     if isinstance(model, SingleExpert):
         expert, adapters = model.expert, model.adapters
@@ -176,15 +176,15 @@ def save_finished(
     directory: Path,
     short_side: int | None = None,
 ) -> None:
-    """A directory that `from_pretrained` and `cast evaluate` load, with class names and what tests must know of clips.
+    """Write a directory that `from_pretrained` and `cast evaluate` load, with class names and the clips' sampling.
 
     Args:
-        make: of the same build, without weights.
+        make: makes a model of the same configuration, without weights.
         tensors: the weights.
         classes: class names by head.
         sampling: of the training's frames.
         directory: receives the files.
-        short_side: what the training shrank larger pictures to, in pixels.
+        short_side: size in pixels to which the training shrank larger pictures.
     """
     model = make()
     model.load_state_dict(tensors)
@@ -195,6 +195,6 @@ def save_finished(
 
 
 def how_to_use(model: Model, directory: Path) -> str:
-    """What loads a finished model."""
+    """A sentence for the user: commands that load a finished model."""
     kind = "CAST" if isinstance(model, CAST) else f"cast.baselines.{type(model).__name__}"
     return f"{directory} loads with cast predict --checkpoint, cast evaluate and {kind}.from_pretrained"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plain(settings: DataclassInstance) -> dict[str, Any]:
-    """What JSON can hold, by section."""
+    """The settings as JSON values, by section."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return values
 

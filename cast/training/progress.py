@@ -1,4 +1,4 @@
-"""What the loop counts, and what it says about one step."""
+"""The loop's counters, and its report about one step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """Where a training stands. `history` has one entry per finished epoch: mean loss and accuracies in percent."""
+    """Progress of a training. `history` has one entry per finished epoch: mean loss and accuracies in percent."""
 
     step: int = 0
     seconds: float = 0.0  # spent in training steps, over all runs
     history: list[dict[str, float]] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)  # of the epoch under way
+    sums: dict[str, float] = field(default_factory=dict)  # of the unfinished epoch
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Step:
     """One optimizer step.
 
     Args:
-        figures: mean loss over the global batch, and accuracy by head in percent where targets are single classes.
+        figures: mean loss over the global batch, and accuracy by head in percent if targets are single classes.
         lr: scheduled learning rate, before layer-wise decay.
-        grad_norm: length of the whole gradient, before clipping; None where DeepSpeed does not tell.
+        grad_norm: length of the whole gradient, before clipping; None if DeepSpeed does not give it.
         clips: of the global batch.
-        seconds: from asking for the batch to the end of the step.
-        skipped: whether fp16's scaler left the weights alone because a gradient overflowed.
+        seconds: from the request for the batch to the end of the step.
+        skipped: whether fp16's scaler skipped the step because a gradient overflowed.
     """
 
     figures: dict[str, float]
@@ -40,7 +40,7 @@ class DivergenceError(ValueError):
     """The loss or a gradient is NaN or infinite; the weights are those before the step.
 
     Args:
-        message: what happened and what to try.
+        message: the event, and advice.
         step: the optimizer step, counted from 0.
         videos: names of the clips in the batches that failed.
     """

@@ -1,4 +1,4 @@
-"""From `RECIPE key=value ...` to typed settings; what is misspelt is an error that names the right spelling."""
+"""From `RECIPE key=value ...` to typed settings; an error about a misspelt key names the right spelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cast.ground.files import parse_yaml
 
 Settings = TypeVar("Settings")
 
-#: Where recipes lie: beside the package in a source tree, inside it when installed.
+#: Directories of recipes: beside the package in a source tree, inside it when installed.
 _HOMES = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
 
 
@@ -28,7 +28,7 @@ class Command(Generic[Settings]):
         recipe: the file; its stem names the run.
         settings: of the recipe, with the overrides.
         switches: flags such as `--resume` that were given.
-        yaml: the settings as a recipe that says everything.
+        yaml: the complete settings, as a recipe.
     """
 
     recipe: Path
@@ -56,7 +56,7 @@ def find_recipe(what: str) -> Path:
 
 
 def _spellings(recipe: Path) -> Iterator[Path]:
-    """What a recipe of the package may be called: `lateral`, `rows/lateral`, `recipes/rows/lateral`."""
+    """The names of a recipe of the package: `lateral`, `rows/lateral`, `recipes/rows/lateral`."""
     parts = recipe.with_suffix("").parts
     begin = len(parts) - 1 - parts[::-1].index("recipes")
     yield from (Path(*parts[i:]) for i in range(begin, len(parts)))
@@ -71,7 +71,7 @@ def parse(
         kind: dataclass of the settings, of dataclasses.
         arguments: a recipe, overrides as `key=value` or `--key=value`, switches.
         command: name of the command in messages.
-        description: what it does, for its help.
+        description: one sentence for its help.
         switches: flags and their help.
 
     Raises:
@@ -152,7 +152,7 @@ def _read(parser: ArgumentParser, what: str, overrides: Sequence[str]) -> tuple[
 
 
 def _content(parser: ArgumentParser, recipe: Path, known: Sequence[str], above: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe's values; those that it does not have are those of the recipe that it names as `base`."""
+    """A recipe's values. Missing ones come from the recipe in its key `base`."""
     if recipe in above:
         parser.error(f"{above[-1]} has the base {recipe}, which is based on it")
     try:
@@ -174,7 +174,7 @@ def _content(parser: ArgumentParser, recipe: Path, known: Sequence[str], above: 
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of both, values of `above` where it has some."""
+    """Sections of both; values of `above` replace those of `below`."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -192,7 +192,7 @@ def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _check(parser: ArgumentParser, key: str, known: Sequence[str], where: str) -> None:
-    """Stop at a key that no setting has; below a setting that is a mapping of its own, every key is allowed."""
+    """Stop at an unknown key. Inside a setting that is a mapping, every key is allowed."""
     parts = key.split(".")
     groups = {name for name in known if any(other.startswith(f"{name}.") for other in known)}
     ancestors = {".".join(parts[:n]) for n in range(1, len(parts))}
@@ -202,7 +202,7 @@ def _check(parser: ArgumentParser, key: str, known: Sequence[str], where: str) -
 
 
 def _hint(parser: ArgumentParser, key: str, known: Sequence[str], groups: Collection[str]) -> str:
-    """The setting that was meant; if none looks alike, all of the section: learning_rate looks like anything but lr."""
+    """The probable setting. If no name is similar, all names of the section: learning_rate does not look like lr."""
     section, _, name = key.rpartition(".")
     settings = [setting for setting in known if setting not in groups]
     beside = {setting.rpartition(".")[2]: setting for setting in settings if setting.rpartition(".")[0] == section}

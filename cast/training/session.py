@@ -1,4 +1,4 @@
-"""What `cast train` and `cast pretrain` do around the engine, the same for both."""
+"""The parts of `cast train` and `cast pretrain` around the engine, equal for both."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Validate = Callable[[nn.Module, int], dict[str, float]]
 
 
 class Session:
-    """One training by a recipe, from joining the processes to the finished files.
+    """One training by a recipe, from the start of the processes to the finished files.
 
     Args:
         settings: the recipe.
         free: settings that a resumed training may change, such as `out` and `data.root`.
-        resume: whether to go on from the newest checkpoint in `<out>/checkpoints`.
+        resume: whether to continue from the newest checkpoint in `<out>/checkpoints`.
         recipe: the settings as YAML, kept as `<out>/settings.yaml`.
 
     Raises:
-        ValueError: a batch or a precision that these processes cannot have.
+        ValueError: a batch or a precision that is impossible with these processes.
         MissingExtraError: a tracker that is not installed.
     """
 
@@ -67,7 +67,7 @@ class Session:
         )  # fmt: skip
 
     def loader(self, samples: Sequence[Sample], choose: Choose = train_indices) -> ClipLoader:
-        """The training clips of this process; epochs stay as long as those that a resumed training began with."""
+        """The training clips of this process. A resumed training keeps the length of its epochs."""
         settings = self.settings
         return ClipLoader(
             samples,
@@ -82,7 +82,7 @@ class Session:
         )
 
     def _planned(self, samples: Sequence[Sample]) -> int:
-        """Videos that the training began with."""
+        """Number of videos at the start of the training."""
         return self._began_with or len(samples)
 
     def plan(self, loader: ClipLoader, clips: int, smoothing: float = 0.0) -> Plan:
@@ -113,10 +113,10 @@ class Session:
         )
 
     def checkpoints(self, model: nn.Module, samples: Sequence[Sample]) -> Checkpoints:
-        """Where states are kept.
+        """The checkpoints of this training.
 
         Raises:
-            FileExistsError: there is a training in `out` already, and nobody asked to go on.
+            FileExistsError: `out` has a training already, and `resume` is off.
         """
         checkpoints = Checkpoints(
             self.out / "checkpoints",
@@ -138,7 +138,7 @@ class Session:
         return checkpoints
 
     def _changed_rules(self, model: nn.Module) -> dict[str, list[str]]:
-        """Which of the rules that were others in an earlier version (docs/training.md) this training goes by."""
+        """The rules that this training uses and that an earlier version had otherwise (docs/training.md)."""
         data, optim = self.settings.data, self.settings.optim
         return changed_rules(
             dense=data.sampling == "dense",
@@ -149,17 +149,17 @@ class Session:
 
     @staticmethod
     def _lost(checkpoints: Checkpoints) -> str:
-        """A line about training videos that were lost on the way, or nothing."""
+        """A line about training videos that are gone since the start, or nothing."""
         planned = checkpoints.identity["samples"]
         if checkpoints.videos is None or (left := len(checkpoints.videos)) == planned:
             return ""
         return (
             f"\n{left} of the {planned} training videos that this training began with are left. Its "
-            "schedule and the steps of an epoch stay; the order of each epoch, from here on, is drawn from those left"
+            "schedule and the steps of an epoch stay; from here on each epoch draws its order from those left"
         )
 
     def _begin(self) -> None:
-        """The directory, with the recipe in it: what cannot be written says so before the first step."""
+        """Create the directory and write the recipe, so that an unwritable `out` fails before the first step."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(self.out / "settings.yaml", self.recipe or json.dumps(plain(self.settings), indent=2))
@@ -182,9 +182,9 @@ class Session:
 
         Args:
             engine: made with this session's plan and checkpoints.
-            note: said at the beginning.
+            note: printed at the beginning.
             validate: called after each epoch.
-            finish: called at the end; what it returns says what was made.
+            finish: called at the end; its result names the finished files.
         """
         settings = self.settings
         log = Log(self.out, self.accelerator, engine.plan.steps, plain(settings), settings.log.bars, settings.log.every)
@@ -205,10 +205,10 @@ class Session:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """While a finished file is written.
+    """Turn errors of writing a finished file into a CheckpointError.
 
     Raises:
-        CheckpointError: it could not be; the message says how to write it without training again.
+        CheckpointError: the write failed; the message says how to repeat it without training again.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Everything that a recipe can say, typed. The defaults are the paper's for EPIC-KITCHENS-100 (Table 4)."""
+"""All settings of a recipe, typed. The defaults are the paper's for EPIC-KITCHENS-100 (Table 4)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from cast.training.determinism import ATTENTIONS
 from cast.training.distributed import Precision
 from cast.video.datasets import DataSettings
 
-#: Instead of a file: timm fetches the weights.
+#: This word instead of a file: timm downloads the weights.
 DOWNLOAD = "download"
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """The two experts, how they are joined, or a whole CAST to start from.
+    """The two experts and their connection, or a whole CAST to start from.
 
     Args:
-        design: how the experts are joined: cast, another construction of the paper's tables by its name in
-            cast.baselines.DESIGNS (lateral, late-add, clip-mvd, ...), or single-spatial or single-temporal, one expert
-            alone for all heads.
+        design: the connection of the experts: cast, another construction of the paper's tables by its name in
+            cast.baselines.DESIGNS (lateral, late-add, clip-mvd, ...), or single-spatial or single-temporal for one
+            expert with all heads.
         clip: file with CLIP's image tower (OpenAI's archive, open_clip, timm, transformers).
         videomae: file with VideoMAE's encoder (official layout or transformers).
-        spatial: file of the expert in the spatial role, where it is neither CLIP nor VideoMAE; for one of timm also
-            the word download, for the weights that belong to its name.
+        spatial: file of the expert in the spatial role, if it is neither CLIP nor VideoMAE; for an expert of timm also
+            the word download, for its own weights.
         temporal: the same for the temporal role.
         cast: checkpoint of a whole CAST to start from instead (a directory of save_pretrained, or an official file);
-            heads with another number of classes start anew
-        train: whether the experts train too; the paper freezes them. Only then may an expert start from nothing.
-        trust_pickle: whether these files may run code while they load; only for authors whom you trust.
+            heads with another number of classes start anew.
+        train: whether the experts train too; the paper freezes them. Only then may an expert start from random weights.
+        trust_pickle: whether these files may run code while they load; set it only for authors whom you trust.
     """
 
     design: str = "cast"
@@ -48,11 +48,11 @@ class ExpertSettings:
 
     def __post_init__(self) -> None:
         if self.cast and (self.clip or self.videomae):
-            raise ValueError("experts.cast holds both experts already: leave out experts.clip and experts.videomae")
+            raise ValueError("experts.cast has both experts already: leave out experts.clip and experts.videomae")
         if self.design == "ensemble":
             raise ValueError(
                 "experts.design is 'ensemble', which does not train: train single-spatial and single-temporal, then "
-                "average their answers (docs/study.md shows how)"
+                "average their answers (see docs/study.md)"
             )
         if self.design not in (*DESIGNS, *SINGLES):
             close = difflib.get_close_matches(self.design, [*DESIGNS, *SINGLES], 1)
@@ -74,7 +74,7 @@ class ExpertSettings:
 
     @property
     def roles(self) -> dict[str, str]:
-        """Role -> the expert that has it; a single expert has one."""
+        """Role -> its expert; a single expert has one role."""
         if self.design in SINGLES:
             return {self.design.removeprefix("single-"): SINGLES[self.design][0]}
         design = DESIGNS[self.design]
@@ -82,7 +82,7 @@ class ExpertSettings:
 
     @property
     def sources(self) -> list[str]:
-        """Settings that name these experts' weights, CLIP's and VideoMAE's by their names, others' by their roles."""
+        """Settings with the weights of these experts: CLIP's and VideoMAE's by their names, others' by their roles."""
         named = {name if name in ("clip", "videomae") else role: None for role, name in self.roles.items()}
         return list(named)
 
@@ -94,16 +94,16 @@ class OptimSettings:
     Args:
         epochs: passes over the data.
         total_batch: clips of an optimizer step, over all processes and micro-batches.
-        micro_batch: clips that one process computes at a time; lower it if memory runs out. How many micro-batches are
-            accumulated follows: total_batch / (micro_batch x processes).
-        lr: peak learning rate of 256 clips; the actual one is lr x total_batch / 256.
-        min_lr: where the cosine ends, scaled like lr.
+        micro_batch: clips that one process computes at a time; lower it if memory runs out. Accumulated micro-batches =
+            total_batch / (micro_batch x processes).
+        lr: peak learning rate for 256 clips; the actual one is lr x total_batch / 256.
+        min_lr: end of the cosine, scaled like lr.
         warmup_epochs: epochs in which the rate rises from 0.
-        weight_decay: of matrices; vectors and tables of positions (but CLIP's own, where it trains) have none.
+        weight_decay: of matrices; vectors and tables of positions (except CLIP's own, if it trains) have none.
         layer_decay: block i of L trains at rate x layer_decay^(L - i).
-        clip_grad: greatest length of the gradient; null leaves it alone.
-        ema: share of the old average that stays after each step, such as 0.9999; null keeps no average.
-        betas: how much of the gradient's running mean and mean square stays after each step.
+        clip_grad: greatest length of the gradient; null for no clipping.
+        ema: share of the old average that stays after each step, such as 0.9999; null for no average.
+        betas: shares of the gradient's running mean and mean square that stay after each step.
     """
 
     epochs: int = 50
@@ -144,14 +144,14 @@ class OptimSettings:
 
     @property
     def floor(self) -> float:
-        """Learning rate at its end."""
+        """Learning rate at the end of the schedule."""
         return self.min_lr * self.total_batch / 256
 
     def accumulate(self, processes: int) -> int:
         """Micro-batches of an optimizer step in each process.
 
         Raises:
-            ValueError: they do not make up the total batch; names micro-batches that would.
+            ValueError: they do not add up to the total batch; the message names micro-batches that would.
         """
         if self.total_batch % (self.micro_batch * processes):
             share, left = divmod(self.total_batch, processes)
@@ -170,20 +170,22 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How it is computed; none of it changes the mathematics beyond rounding.
+    """Settings of the computation; they change the mathematics only by rounding.
 
     Args:
         precision: of products; weights stay fp32. fp16 needs a GPU.
-        fused: whether compiled kernels may run, or eager PyTorch only.
-        recompute: what backward computes again in fused kernels: nothing, cheap parts or all; auto goes by
+        fused: whether compiled kernels may run; otherwise only eager PyTorch.
+        recompute: values that backward computes again in fused kernels: nothing, cheap parts or all; auto decides by
             the GPU's memory.
-        stream_dtype: of CAST's residual streams: auto, float32; autocast, that of precision, which must not be fp32.
-        attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
-        compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
-        graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph, which spares the host their
+        stream_dtype: dtype of CAST's residual streams: auto, float32; autocast, that of precision, which must not be
+            fp32.
+        attention: attention kernel of the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
+        compile: backend of torch.compile for the blocks, such as inductor; null for no compilation.
+        graphs: whether forward and backward of a micro-batch are replayed as a CUDA graph, which saves the host their
             launches; for one process on a GPU.
-        deterministic: whether two trainings on a GPU give the same bits, which costs time; an operator that cannot is
-            an error that names it. False by default, and then attention's backward pass adds up as its parts finish.
+        deterministic: whether two trainings on a GPU give the same bits, which costs time; an operator without a
+            deterministic version is an error that names it. With false, attention's backward pass adds in the order in
+            which its parts finish.
     """
 
     precision: Precision = "bf16"
@@ -203,19 +205,19 @@ class RunSettings:
             )
         if self.deterministic and self.attention not in ATTENTIONS:
             raise ValueError(
-                f"run.deterministic=true, but run.attention={self.attention} adds up in an order that changes; choose "
+                f"run.deterministic=true, but run.attention={self.attention} adds in a varying order; choose "
                 f"{', '.join(ATTENTIONS)}"
             )
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When a state is written, and what it holds.
+    """The times and contents of checkpoints.
 
     Args:
         every: optimizer steps between checkpoints; 0 writes one at the end of each epoch only.
-        keep: how many of the newest stay.
-        weights: trainable leaves the frozen experts out (180 MB instead of 870 for CAST-B/16); full has everything.
+        keep: number of newest checkpoints that stay.
+        weights: trainable omits the frozen experts (180 MB instead of 870 for CAST-B/16); full has everything.
     """
 
     every: int = 0
@@ -231,11 +233,11 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """Who is told. log.jsonl is always written.
+    """Outputs for the user. log.jsonl is always written.
 
     Args:
-        trackers: any of tensorboard and wandb, besides.
-        bars: progress bars, where the output is a terminal; a line per epoch otherwise.
+        trackers: any of tensorboard and wandb.
+        bars: progress bars on a terminal; otherwise a line per epoch.
         every: optimizer steps between lines of log.jsonl and between trackers' points.
     """
 
@@ -250,16 +252,16 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """What every recipe says.
+    """The settings of every recipe.
 
     Args:
         data: videos, annotations, sampling, augmentation.
         model: sizes and switches of the model.
         optim: optimizer, batch and schedule.
         run: precision, kernels, compilation.
-        checkpoint: states that a killed training goes on from.
+        checkpoint: states from which a killed training resumes.
         log: progress and figures.
-        out: directory for checkpoints, log.jsonl, settings.yaml and what is finished; empty for runs/<recipe>.
+        out: directory for checkpoints, log.jsonl, settings.yaml and the finished model; empty for runs/<recipe>.
         seed: of the data's order, augmentation, new weights, drop path and masks.
     """
 
@@ -282,7 +284,7 @@ class RecipeSettings:
 
     @property
     def directory(self) -> Path:
-        """Where everything goes."""
+        """The output directory."""
         return Path(self.out)
 
 
@@ -291,7 +293,7 @@ class TrainSettings(RecipeSettings):
     """A recipe of `cast train`; CAST's heads come from the data, and the finished model goes to <out>/model.
 
     Args:
-        experts: what the model starts from.
+        experts: the initial weights of the model.
         validate_every: epochs between validations (one centre view of each validation video); 0 for none.
     """
 

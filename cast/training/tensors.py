@@ -1,7 +1,7 @@
-"""A model's and an optimizer's tensors by name, whole, whatever shards them.
+"""A model's and an optimizer's tensors by name, whole even if they are sharded.
 
-Under FSDP2 a parameter is a DTensor of which each process holds a part. Reading makes it whole, on every process (a
-collective call); writing distributes it again. So a checkpoint does not depend on how many processes wrote it.
+Under FSDP2 a parameter is a DTensor, and each process has a part of it. Reading makes it whole on every process (a
+collective call); writing distributes it again. So a checkpoint does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-#: Of AdamW's state, what has the parameter's shape.
+#: AdamW's states that have the parameter's shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Not sharded, where it is."""
+    """The tensor, not sharded."""
     detached = tensor.detach()
     return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, not sharded."""
+    """The tensor on the CPU, contiguous, not sharded."""
     return full(tensor).cpu().contiguous()
 
 
@@ -42,13 +42,13 @@ def frozen_names(model: nn.Module) -> set[str]:
 
 
 def read_weights(model: nn.Module, everything: bool) -> dict[str, Tensor]:
-    """The state dict, without the frozen parameters unless `everything` is asked for."""
+    """The state dict, without the frozen parameters unless `everything` is True."""
     left_out = set() if everything else frozen_names(model)
     return {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def write_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors of :func:`read_weights` back into a model of the same names and shapes."""
+    """Load the tensors of :func:`read_weights` into a model with the same names and shapes."""
     own = model.state_dict()
     for name, tensor in tensors.items():
         put(own[name], tensor)
@@ -64,12 +64,12 @@ def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors of :func:`read_moments` back into an optimizer of the same parameters."""
+    """Load the tensors of :func:`read_moments` into an optimizer of the same parameters."""
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(":")
         parameter = parameters[name]
-        value = tensor.to(parameter.device, copy=True)  # the step's number; fused AdamW keeps it beside the parameter
+        value = tensor.to(parameter.device, copy=True)  # the step; fused AdamW keeps it on this device
         if moment in _MOMENTS:
             value = torch.zeros_like(parameter)
             put(value, tensor)
@@ -77,7 +77,7 @@ def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: M
 
 
 def digest(model: nn.Module, names: Iterable[str]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of these parameters, in the order of names; 16 digits of it."""
+    """The first 16 digits of SHA-256 over names, dtypes, shapes and bytes of these parameters, sorted by name."""
     result, parameters = hashlib.sha256(), dict(model.named_parameters())
     for name in sorted(names):
         tensor = whole(parameters[name])

@@ -1,14 +1,14 @@
-"""Annotation files: which videos there are and what they show.
+"""Annotation files: lists of videos and their labels.
 
 Two published layouts, both without a header line and with labels as class indices from 0:
 
 - compositional (EPIC-Kitchens-100): `video_id,verb,noun`, the file is `<video_id>.mp4`;
-- one label (Kinetics-400, Something-Something V2): `name.mp4 label`, separated by blanks or tabs. The older tools'
-  lists of frame folders are read too: `name pictures label`.
+- one label (Kinetics-400, Something-Something V2): `name.mp4 label`, separated by blanks or tabs. The lists of frame
+  folders by older tools are also read: `name pictures label`.
 
-Blank lines are skipped. Names may stand in quotes, and those with blanks at an end must. Of a test set, whose labels a
-challenge keeps to itself, both may have the names alone. A file with a header is read by `cast.video.tables`. A new
-layout is one more reader function that returns a list of `Sample`.
+Blank lines are skipped. Names may have quotes around them; names that begin or end with a blank need them. A challenge
+does not publish its test labels: a test set's file may have names only. `cast.video.tables` reads files with a header.
+A new layout is one more reader function that returns a list of `Sample`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Layout = Literal["compositional", "single", "csv"]
 class Sample:
     """One video, a file or a folder of frames, and its labels, head name -> class index.
 
-    `line` is where the annotation file says so, from 1; `pictures` is how many it says that the folder holds, if it
-    does.
+    `line` is its line in the annotation file, from 1. `pictures` is the number of pictures in the folder that the file
+    states, or None.
     """
 
     path: Path
@@ -42,16 +42,16 @@ class Sample:
     pictures: int | None = field(default=None, compare=False)
 
 
-#: What parts the words of a line and may surround them. Other white space of Unicode's may be part of a name.
+#: Separators of words in a line. Other white space of Unicode may be part of a name.
 BLANKS = " \t"
 _LAST_WORD = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
 
 
 def find_video(videos: PathLike, name: str) -> Path:
-    """Where a video of an annotation file lies: the file with that name, or with `.mp4` after it.
+    """The path of a video in an annotation file: the file with that name, or with `.mp4` added.
 
-    Where a name does not end as a video's does (`Cook.Cut_p02` does not) and there is no such `.mp4`, the file or the
-    folder of frames with that very name is taken.
+    If the name has no ending of a video (`Cook.Cut_p02` has none) and there is no such `.mp4`, the file or folder of
+    frames with exactly this name is taken.
     """
     path = Path(videos) / name
     if path.suffix.lower() in VIDEO_ENDINGS:
@@ -69,7 +69,7 @@ def read_compositional(
         annotations: the annotation file.
         videos: the directory of the video files.
         classes: number of classes by head, to check the labels against.
-        labelled: whether there must be labels; otherwise all lines may be `video_id` alone.
+        labelled: whether labels are required; otherwise all lines may have only `video_id`.
 
     Raises:
         ValueError: the file is missing, empty or has a line that doesn't fit; the message names file and line.
@@ -102,7 +102,7 @@ def read_single(
         videos: the directory of the video files.
         classes: number of classes by head, to check the labels against.
         head: name of the label.
-        labelled: whether there must be labels; otherwise all lines may be `name.mp4` alone.
+        labelled: whether labels are required; otherwise all lines may have only `name.mp4`.
 
     Raises:
         ValueError: the file is missing, empty or has a line that doesn't fit; the message names file and line.
@@ -127,7 +127,7 @@ def read_single(
 
 @dataclass(frozen=True)
 class _Line:
-    """What a line says: the video's name, labels by head, and how many pictures its folder has, if it says so."""
+    """The content of a line: the video's name, labels by head, and the number of pictures if the line states it."""
 
     name: str
     words: Mapping[str, str]
@@ -142,7 +142,7 @@ def _cells(line: str) -> list[str]:
 
 
 def trimmed(text: str, separator: str) -> str:
-    """Rows of cells without the blanks around them; those in quotes stay, which `csv` can't tell from the others."""
+    """Rows without the blanks around their cells. Quoted cells keep theirs; `csv` cannot do this."""
     blanks = f"[{BLANKS.replace(separator, '')}]"
     begin, end = rf"(?:^|(?<={separator}))", rf"(?={separator}|$)"
     around = rf'{begin}{blanks}*("(?:[^"]|"")*"){blanks}*{end}|{begin}{blanks}+|{blanks}+{end}'
@@ -150,7 +150,7 @@ def trimmed(text: str, separator: str) -> str:
 
 
 def _unquoted(name: str) -> str:
-    """Without the quotes around it, if there are any; in them a quote is written twice."""
+    """The name without quotes around it, if there are any; inside, a doubled quote means one."""
     mark = name[0]
     if mark in "\"'" and len(name) > 2 and name.endswith(mark):
         return name[1:-1].replace(mark * 2, mark)
@@ -199,7 +199,7 @@ def read_text(path: PathLike) -> str:
         ValueError: there is no such file, or it is not text.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
+        return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark first
     except FileNotFoundError:
         raise ValueError(f"{os.fspath(path)}: no such file") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
@@ -225,10 +225,10 @@ def _label(head: str, word: str, classes: Mapping[str, int] | None) -> int:
 
 
 def check_once(annotations: PathLike, samples: Sequence[Sample]) -> None:
-    """See that every line of an annotation file has a video of its own.
+    """Check that every line of an annotation file has a different video.
 
     Raises:
-        ValueError: a video is there twice; the message names the first such line and counts the others.
+        ValueError: a video occurs twice; the message names the first such line and counts the others.
     """
     first: dict[str, Sample] = {}
     again = []
@@ -238,21 +238,21 @@ def check_once(annotations: PathLike, samples: Sequence[Sample]) -> None:
     if again:
         other = first[os.path.normpath(again[0].path)]
         how = "the same labels as" if again[0].labels == other.labels else "other labels than"
-        more = f", and {len(again) - 1} more lines do the like" if len(again) > 1 else ""
+        more = f", and {len(again) - 1} more lines repeat videos" if len(again) > 1 else ""
         raise ValueError(
             f"{os.fspath(annotations)}:{again[0].line}: names {again[0].path.name} again, with {how} line {other.line}"
-            f"{more}: a line stands for a whole video, so remove all but one. Segments of a video are cut into files "
-            "of their own first, as EPIC-Kitchens' <narration_id>.mp4"
+            f"{more}: a line stands for a whole video, so remove all but one. If lines are segments of a video, cut "
+            "each into its own file first, as EPIC-Kitchens' <narration_id>.mp4"
         )
 
 
 def guess_layout(text: str) -> Layout:
-    """How an annotation file is written, by its first line."""
+    """The layout of an annotation file, from its first line."""
     line = next((line.strip(BLANKS) for line in text_lines(text) if line.strip(BLANKS)), "")
     try:
         cells = _cells(line)
     except ValueError:
-        return "csv"  # whose reader says where the fault is
+        return "csv"  # its reader names the fault
     if len(cells) == 3 and all(map(is_index, cells[1:])):
         return "compositional"
     words = _LAST_WORD.fullmatch(line)

@@ -1,13 +1,13 @@
-"""Augmentation of whole clips: what is drawn once per clip, and how it is applied to all of its frames.
+"""Augmentation of whole clips: random decisions once per clip, applied to all of its frames.
 
-Drawing and applying are apart. A `Plan` holds every random decision about one clip; it is drawn on the CPU, a
-function of the generator alone, and `apply` carries it out on whichever device the clip is. So all frames of a clip
-get the same parameters by construction, and augmentation on the training device gives what the loader's processes
-would give.
+Drawing and applying are separate. An `AugmentPlan` has all random decisions about one clip. It is drawn on the CPU and
+depends only on the generator. `apply` executes it on the clip's device. So all frames of a clip get the same
+parameters, and the training device computes the same augmentation as the loader's processes.
 
 The order is the published code's: RandAugment on the stored frames, normalisation, random resized crop (bilinear,
-without antialiasing), flip, erasing. Colour jitter, which that code accepts and ignores, comes first here. The crop
-is cut out before it is normalised and resized after: the same numbers, as resizing never looks beyond the crop.
+without antialiasing), flip, erasing. The published code accepts colour jitter and ignores it; here it comes first. The
+crop is cut out before normalisation and resized afterwards. The numbers are the same, because resizing reads no pixel
+outside the crop.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from cast.video.transforms import MEAN, STD
 
 Box = tuple[int, int, int, int]
 
-#: Random erasing as in the published code: share of the area, logarithm of height over width, tries until a box fits.
+#: Random erasing as in the published code: share of the area, logarithm of height / width, number of tries.
 _ERASED_AREA, _ERASED_ASPECT, _ERASING_TRIES = (0.02, 1 / 3), (math.log(0.3), -math.log(0.3)), 100
-#: Sides of multi-scale crops that are nearer to the target than so many pixels become it.
+#: A side of a multi-scale crop that differs from the target by fewer pixels becomes the target.
 _SNAP = 3
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How training clips are changed at random.
+    """Settings of random changes to training clips.
 
     Args:
         scale: smallest and largest share of the picture's area that a crop takes.
         ratio: smallest and largest width over height of a crop.
-        multiscale: VideoMAE's crop for pre-training instead of the two above: width and height are neighbours in this
-            list of shares of the shorter side (`size` itself if nearer than 3 pixels), at one of 13 fixed places; empty
-            for random resized crops.
-        flip: probability of mirroring left and right. Off by default: never for Something-Something V2, nor
-            wherever direction is part of the label.
+        multiscale: VideoMAE's crop for pre-training instead of `scale` and `ratio`. Width and height are neighbours in
+            this list of shares of the shorter side (`size` itself if nearer than 3 pixels), at one of 13 fixed places.
+            Empty for random resized crops.
+        flip: probability of mirroring left and right. Off by default: do not mirror Something-Something V2, nor any
+            videos whose labels name a direction.
         randaugment: in timm's notation, such as "rand-m7-n4-mstd0.5-inc1" (published code) or
             "rand-m9-mstd0.5-inc1" (the paper's "(9, 0.5)"); null for none.
         color_jitter: brightness, contrast and saturation change by a factor from 1 - x to 1 + x (paper: 0.4;
@@ -52,14 +52,14 @@ class AugmentSettings:
             0.3 to 1 / 0.3.
         mixup: alpha of mixup's Beta distribution; 0 for none.
         cutmix: alpha of CutMix; 0 for none.
-        mix_probability: how many of the batches are mixed.
-        mix_switch: with both, how many of the mixed batches get CutMix.
+        mix_probability: share of the batches that are mixed.
+        mix_switch: share of the mixed batches that get CutMix, if both are on.
         mix_mode: "batch" draws once per batch, "elem" once per clip.
-        smoothing: of the labels, whether mixed or not.
-        repeats: clips made of one decoded video, next to each other in the batch (repeated augmentation). Batches
-            count clips, so an epoch has that many times the steps; the published loop has that many times the clips in
-            a step instead, see docs/training.md.
-        on: where clips are augmented: in the loader's processes ("cpu"), or by `Batch.to` on the training device.
+        smoothing: of the labels, in mixed and unmixed batches.
+        repeats: clips made of one decoded video, next to each other in the batch (repeated augmentation). Batches count
+            clips, so an epoch has that many times the steps. In the published loop a step has that many times the clips
+            instead, see docs/training.md.
+        on: place of augmentation: the loader's processes ("cpu"), or the training device ("device"), by `Batch.to`.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -87,7 +87,7 @@ class AugmentSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (none) or a positive alpha")
         for name, highest in (("scale", 1.0), ("ratio", float("inf"))):
             low, high = getattr(self, name)
-            object.__setattr__(self, name, (low, high))  # a list cannot be hashed, and draws are cached by settings
+            object.__setattr__(self, name, (low, high))  # a list cannot be hashed, and `_transforms` caches by settings
             if not 0 < low <= high <= highest:
                 raise ValueError(f"{name} is {(low, high)}; it must ascend, above 0 and at most {highest}")
         object.__setattr__(self, "multiscale", tuple(self.multiscale))
@@ -104,25 +104,25 @@ class AugmentSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every random decision about one clip. Boxes are top, left, height, width in pixels."""
+    """All random decisions about one clip. Boxes are top, left, height, width in pixels."""
 
     crop: Box
     flip: bool = False
     operations: tuple[Operation, ...] = ()
     jitter: tuple[tuple[str, float], ...] = ()  # operation and factor, in the order of use
     erase: Box | None = None  # in the resized crop
-    noise: int = 0  # seed of what fills the erased box
+    noise: int = 0  # seed of the noise in the erased box
 
 
 def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.random.Generator) -> Plan:
-    """Decide what happens to one clip.
+    """Draw all random decisions about one clip.
 
     Args:
-        settings: what may happen.
+        settings: the allowed changes.
         size: side of the result in pixels.
         height: of the stored frames.
         width: of the stored frames.
-        rng: source of all randomness; the same state gives the same plan. PyTorch's generators stay as they are.
+        rng: source of all randomness; the same state gives the same plan. PyTorch's generators keep their states.
     """
     crops, jittering = _transforms(settings, size)
     operations = RandAugment.parse(settings.randaugment).draw(rng) if settings.randaugment else ()
@@ -151,9 +151,9 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
 
 
 def _erased(size: int, rng: np.random.Generator) -> Box | None:
-    """A box inside a picture of `size` x `size`, by the published limits; None if a hundred tries made none that fits.
+    """A box inside a picture of `size` x `size`, by the published limits; None if no try of a hundred fits.
 
-    torchvision's own erasing makes ten tries, and its result for none is the whole picture.
+    torchvision's own erasing tries ten times and then erases the whole picture.
     """
     for _ in range(_ERASING_TRIES):
         area = size * size * rng.uniform(*_ERASED_AREA)
@@ -165,7 +165,7 @@ def _erased(size: int, rng: np.random.Generator) -> Box | None:
 
 
 def _multiscale(shares: tuple[float, ...], size: int, height: int, width: int, rng: np.random.Generator) -> Box:
-    """A crop of VideoMAE's pre-training: two neighbouring sizes, on a grid of quarters of the room that is left.
+    """A crop of VideoMAE's pre-training: two neighbouring sizes, on a grid of quarters of the remaining room.
 
     The published code takes 13 of the grid's 25 points: corners, middles of the edges, centre, and the four between
     centre and corners.
@@ -180,7 +180,7 @@ def _multiscale(shares: tuple[float, ...], size: int, height: int, width: int, r
 
 
 def apply(plan: Plan, video: Tensor, size: int) -> Tensor:
-    """Carry out a plan.
+    """Execute a plan.
 
     Args:
         plan: from `draw`.
@@ -206,7 +206,7 @@ def apply(plan: Plan, video: Tensor, size: int) -> Tensor:
 
 
 def _noise(plan: Plan, video: Tensor) -> Tensor:
-    """New noise for every frame, as the published code draws it; from the CPU, so that the device does not matter."""
+    """New noise for every frame, as in the published code. The CPU draws it, so it does not depend on the device."""
     assert plan.erase is not None
     generator = torch.Generator().manual_seed(plan.noise)
     return torch.randn((len(video), 3, *plan.erase[2:]), generator=generator).to(video.device)
@@ -214,7 +214,7 @@ def _noise(plan: Plan, video: Tensor) -> Tensor:
 
 @cache
 def _transforms(settings: AugmentSettings, size: int) -> tuple[Any, Any]:
-    """torchvision's random crop and colour jitter, for their draws."""
+    """torchvision's random crop and colour jitter; only their draws are used."""
     from torchvision.transforms import v2
 
     amount = settings.color_jitter
@@ -223,7 +223,7 @@ def _transforms(settings: AugmentSettings, size: int) -> tuple[Any, Any]:
 
 
 def _blank(height: int, width: int) -> Tensor:
-    """A picture without memory: torchvision asks it for its height and width only."""
+    """A picture without memory: torchvision only reads its height and width."""
     return torch.empty(3, height, width, device="meta")
 
 

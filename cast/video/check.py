@@ -1,4 +1,4 @@
-"""`cast data check`: read every annotation, probe every video, write down what training cannot use."""
+"""`cast data check`: read every annotation, probe every video, write a list of videos that training cannot use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cast.video.probe import Fault, Probe, probe_all
 from cast.video.sizes import about_sizes
 from cast.video.skips import DEFAULT_NAME, FAULTS, SHORT, Skip, read_rows, write_skips
 
-#: Faults that are printed; the skip list has all.
+#: Printed faults; the skip list has all.
 _SHOWN = 20
 
-#: Classes without a video that are named.
+#: Most names of classes without a video in a message.
 _ABSENT = 5
-#: Videos of an annotation file that are named because they are annotated before, or hold another number of pictures.
+#: Most lines about videos annotated twice, or about wrong numbers of pictures, for each annotation file.
 _NAMED = 5
 
 
@@ -48,17 +48,17 @@ def look_at(
     progress: Callable[[int, int], None] = lambda done, total: None,
     every_frame: bool = False,
 ) -> tuple[list[Skip], Sizes]:
-    """Every video of every split that training cannot use, in the order of the annotations; and how large they all are.
+    """Every video of every split that training cannot use, in the order of the annotations; and the pictures' sizes.
 
     Args:
-        dataset: what to check; its present skip list plays no part.
+        dataset: the data set to check; its present skip list is ignored.
         workers: processes.
         progress: called with videos probed and videos in all.
         every_frame: decode all frames, not only those that validation takes.
 
     Raises:
         ValueError: an annotation file does not fit (the message names file and line), or `workers` is below 1.
-        MissingExtraError: the decoder is not there.
+        MissingExtraError: the decoder is not installed.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
@@ -91,9 +91,9 @@ def main(
     out: PathLike | None = None,
     every_frame: bool = False,
 ) -> None:
-    """Check a data set, print what is wrong and write its skip list, which is empty if nothing is.
+    """Check a data set, print its faults and write its skip list, which is empty if there are none.
 
-    Lines of the present list whose fault is none that a check finds were written by a person, and stay.
+    Lines of the present list with a fault that no check reports were written by a person, and stay.
 
     Raises:
         ValueError: there is no such data set, its annotations don't fit, or some videos can't be used.
@@ -107,7 +107,7 @@ def main(
         print(note, flush=True)
     named = dataset.settings.skip_list
     path = Path(out) if out else dataset.root / (DEFAULT_NAME if named in ("auto", "none") else named)
-    if not os.access(path.parent, os.W_OK):  # better now than when every video has been probed
+    if not os.access(path.parent, os.W_OK):  # fails now, and not after the probe of every video
         raise ValueError(f"{path}: its directory is not there or can't be written to; choose another file with --out")
     by_hand = [row for row in read_rows(path) if row.fault not in FAULTS] if path.is_file() else []
     kept = {row.path for row in by_hand}
@@ -124,7 +124,7 @@ def main(
         print(f"... and {len(faults) - _SHOWN} more in {path}")
     if faults:
         counts = ", ".join(f"{number} {fault}" for fault, number in sorted(Counter(f.fault for f in faults).items()))
-        tested = "; short ones are tested all the same" if any(skip.fault == SHORT for skip in faults) else ""
+        tested = "; tests still use the short ones" if any(skip.fault == SHORT for skip in faults) else ""
         raise ValueError(
             f"{len(faults)} videos can't be used ({counts}); {path} lists them, and training skips them{tested}"
         )
@@ -133,7 +133,7 @@ def main(
 
 
 def _gaps(dataset: VideoSet) -> list[str]:
-    """A line for each head with classes that no training video shows: a model learns to never answer them."""
+    """A line for each head with classes that no training video shows. A model learns never to answer such a class."""
     if "train" not in dataset.splits:
         return []
     seen = {head: {sample.labels[head] for sample in dataset.all_samples("train")} for head in dataset.classes}
@@ -146,13 +146,13 @@ def _gaps(dataset: VideoSet) -> list[str]:
 
 
 def _repeats(dataset: VideoSet) -> list[str]:
-    """A line for each video that is annotated in a split before, above all a test video that is trained on."""
+    """A line for each video that an earlier split has too. Above all this finds test videos in the training split."""
     first: dict[str, tuple[Path, Sample]] = {}
     files: set[Path] = set()
     lines = []
     for split in dataset.splits:
         file = dataset.annotations(split)
-        if file in files:  # val and test may be one
+        if file in files:  # val and test may have the same file
             continue
         files.add(file)
         again = []
@@ -172,7 +172,7 @@ def _repeats(dataset: VideoSet) -> list[str]:
 
 
 def _miscounted(dataset: VideoSet) -> list[str]:
-    """A line for each folder of frames that holds more or fewer pictures than its annotation says."""
+    """A line for each folder of frames with more or fewer pictures than its annotation states."""
     folders, lines = Folders(), []
     for split in dataset.splits:
         other = []
@@ -181,7 +181,7 @@ def _miscounted(dataset: VideoSet) -> list[str]:
                 continue
             try:
                 count = folders.frame_count(sample.path)
-            except VideoError:  # the probe names it
+            except VideoError:  # the probe reports it
                 continue
             if count != sample.pictures:
                 other.append(

@@ -12,22 +12,22 @@ from pathlib import Path
 from cast.ground.files import text_lines
 from cast.video.annotations import PathLike, read_text
 
-#: Files with class names that are looked for in a data set's directory, head -> names of the file.
+#: Files of class names to look for in a data set's directory, head -> names of the file.
 PUBLISHED = {
     "verb": ("EPIC_100_verb_classes.csv",),
     "noun": ("EPIC_100_noun_classes.csv", "EPIC_100_noun_classes_v2.csv"),
     "action": ("classes.txt", "kinetics_400_labels.csv", "labels.json", "something-something-v2-labels.json"),
 }
-#: Names by head in one file, looked for first.
+#: A file with names for all heads; looked for first.
 ALL_HEADS = "classes.json"
 
 
 def read_classes(path: PathLike, head: str) -> list[str]:
     """The class names of `head`, by index.
 
-    Formats, by the file's ending: `.json` a list of names, `{"head": [names]}`, or `{"name": index}` as
-    Something-Something V2 has it; `.csv` with a header that has `id` and `key` (EPIC-Kitchens-100), `name`, `label`
-    or `class`; any other text has one name a line.
+    The file's ending gives the format. `.json`: a list of names, `{"head": [names]}`, or `{"name": index}` as in
+    Something-Something V2. `.csv`: a header with `id` and `key` (EPIC-Kitchens-100), `name`, `label` or `class`. Any
+    other text has one name a line.
 
     Raises:
         ValueError: the file is missing, of none of these formats, or lacks an index; the message names the file.
@@ -48,7 +48,7 @@ def read_classes(path: PathLike, head: str) -> list[str]:
 
 
 def find_classes(root: Path, heads: Sequence[str]) -> dict[str, list[str]]:
-    """Names by head from the files that lie in `root`; empty unless there are some for every head."""
+    """Names by head from the files in `root`; empty unless there is a file for every head."""
     paths = {head: find_file(root, head) for head in heads}
     found = {head: read_classes(path, head) for head, path in paths.items() if path}
     return found if len(found) == len(paths) else {}

@@ -1,4 +1,4 @@
-"""A data set of clips for a DataLoader of one's own: deprecated, as `ClipLoader` and `Protocol` make all clips here."""
+"""Deprecated: a data set of clips for the caller's own DataLoader. `ClipLoader` and `Protocol` make all clips here."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cast.video.views import Protocol
 class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
     """Deprecated: :class:`cast.video.loader.ClipLoader` makes batches, :class:`cast.video.views.Protocol` tests' clips.
 
-    One clip per video: `(video, labels)`, video `[3, frames, size, size]` as the transform leaves it.
+    One clip per video: `(video, labels)`, video `[3, frames, size, size]` from the transform.
 
-    Training clips are random, but a function of (seed, epoch, index) alone: not of the number of workers, the order
-    of reading or what ran before. Call `set_epoch` before each epoch; it reaches persistent workers too.
+    Training clips are random, but depend only on (seed, epoch, index): not on the number of workers, the order of
+    reading or earlier calls. Call `set_epoch` before each epoch; persistent workers see it too.
     Validation clips take the middles of the video's segments (uniform) or its middle window (dense).
 
     Args:
@@ -34,12 +34,12 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         sampling: "uniform" or "dense"; see `cast.video.sampling`.
         frames: frames of a clip.
         seed: source of all randomness, together with epoch and index.
-        threads: decoding threads. DataLoader workers are processes already, so more than 1 slows them down.
-        short_side: pictures whose shorter side has more pixels are made smaller before the transform, see
-            `cast.video.shrink`; None leaves them as they are.
+        threads: decoding threads. DataLoader workers are already processes, so more than 1 slows them down.
+        short_side: pictures with a longer shorter side are shrunk before the transform, see `cast.video.shrink`; None
+            leaves them.
 
     Raises:
-        ValueError: there are no samples, or files of theirs are missing; the message counts them and names three.
+        ValueError: there are no samples, or their files are missing; the message counts these and names three.
     """
 
     transform: Transform
@@ -77,11 +77,11 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that random draws depend on."""
+        """The epoch of the random draws."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other clips from now on; the same ones whenever the same epoch is set."""
+        """Draw other clips from now on; the same epoch gives the same clips."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class VideoDataset(Dataset[tuple[Tensor, dict[str, int]]]):
         else:
             indices = Protocol(self.sampling, 1, 1, self.frames).indices(length)[0]
         frames = reader.read(sample.path, indices, self.threads)
-        # torchvision draws from torch's global generator: give it a seed of this clip, and leave it as it was.
+        # torchvision draws from torch's global generator: seed it for this clip, then restore it.
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(rng.integers(2**63)))
             return to_clip(frames, self.transform), dict(sample.labels)

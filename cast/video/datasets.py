@@ -1,4 +1,4 @@
-"""A data set as a whole: where annotations and videos lie, what the classes are called, what is skipped."""
+"""A data set: the places of annotations and videos, the names of classes, and the videos to skip."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from cast.video.tables import Table, read_table
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-#: More classes than any published set of videos has; larger "indices" are identifiers, which would fill the memory.
+#: More classes than any published set of videos has. Larger "indices" are identifiers, and would fill the memory.
 MOST_CLASSES = 100_000
 
-#: Words that a mirror exchanges.
+#: Words that mirroring exchanges.
 _MIRRORED = (("left", "right"), ("cw", "ccw"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"))
 
 _log = logging.getLogger(__name__)
@@ -47,26 +47,26 @@ class DataSettings:
 
     Args:
         root: directory of the data set; every other path is relative to it.
-        layout: of the annotation files: "compositional" (`video_id,verb,noun`), "single" (`name.mp4 label`, or of
+        layout: of the annotation files: "compositional" (`video_id,verb,noun`), "single" (`name.mp4 label`, or for
             folders of frames `name pictures label`), or "csv" (with a header).
         train: annotation file of the training videos; null if there is none.
         val: of the validation videos.
         test: of the test videos.
-        videos: directory of the files or folders of frames; "{split}" in it stands for train, val or test.
-        classes: how many classes each head has, or the file with their names: {"verb": 97, "noun": "nouns.csv"}; one
-            file name for all heads; null to take them from the annotations. With a number or null, names come from
-            the files that data sets publish, where one lies in `root`; it must have that number of them.
-        columns: layout "csv" only: what a column holds (path, verb, noun, action) -> its name in the header, where
-            it can't be guessed.
+        videos: directory of the files or folders of frames; "{split}" in it is replaced by train, val or test.
+        classes: the number of classes of each head, or the file with their names: {"verb": 97, "noun": "nouns.csv"};
+            one file name for all heads; null to take them from the annotations. With a number or null, the files that
+            data sets publish give the names, if `root` has them; the numbers must agree.
+        columns: layout "csv" only: role of a column (path, verb, noun, action) -> its name in the header, if it can't
+            be guessed.
         sampling: "uniform" (EPIC-Kitchens-100, Something-Something V2) or "dense" (Kinetics-400).
         frames: frames of a clip.
         size: side of a clip in pixels.
-        short_side: larger pictures are first shrunk to this, in tests too (docs/video.md); null leaves them alone.
+        short_side: larger pictures are first shrunk to this, in tests too (docs/video.md); null leaves them.
         decoder: "pyav", or "torchcodec" if it is installed.
         workers: processes that decode; 0 decodes in the training process.
-        skip_list: what `cast data check` found unusable: its file, "auto" for skip.csv in `root` if there is one, or
-            "none".
-        augment: how training clips are changed at random.
+        skip_list: the list of unusable videos by `cast data check`: its file, "auto" for skip.csv in `root` if it
+            exists, or "none".
+        augment: random changes to training clips.
     """
 
     root: str
@@ -104,16 +104,16 @@ class DataSettings:
 
     @property
     def heads(self) -> tuple[str, ...] | None:
-        """The labels' names, where the layout alone says so."""
+        """The labels' names, if the layout alone determines them."""
         return {"compositional": ("verb", "noun"), "single": ("action",)}.get(self.layout)
 
 
 class VideoSet:
-    """A data set that was found; reading its annotations waits until they are asked for.
+    """A data set. Its annotations are read on first use.
 
     Args:
-        settings: where everything lies.
-        stated: the YAML file that names its sampling; None where the sampling is a default, or a caller's.
+        settings: all settings of the data set.
+        stated: the YAML file that names its sampling; None if the sampling is a default or the caller's.
     """
 
     settings: DataSettings
@@ -151,7 +151,7 @@ class VideoSet:
 
     @cached_property
     def heads(self) -> tuple[str, ...]:
-        """Names of the labels: verb and noun, or action; none if no split has labels and no setting names them."""
+        """Names of the labels: verb and noun, or action. Empty if no split has labels and no setting names them."""
         if self.settings.heads:
             return self.settings.heads
         given = self.settings.classes
@@ -160,10 +160,10 @@ class VideoSet:
 
     @cached_property
     def classes(self) -> dict[str, list[str]]:
-        """Class names by head; indices as text where there are no names.
+        """Class names by head. Without names, the indices as text.
 
         Raises:
-            ValueError: a file with names can't be read, or names are given for other heads.
+            ValueError: a file of names can't be read, or names are given for other heads.
         """
         given = self.settings.classes
         if given is None:
@@ -182,13 +182,13 @@ class VideoSet:
         names = read_classes(path, head)
         if len(names) != entry:
             raise ValueError(
-                f"classes says {entry} for {head!r}, but {path} names {len(names)}: give the number of the file, or, "
-                "if it is not about these videos, move it elsewhere"
+                f"classes says {entry} for {head!r}, but {path} names {len(names)}: give that number, or, "
+                "if the file belongs to other videos, move it elsewhere"
             )
         return names
 
     def _from_annotations(self) -> dict[str, list[str]]:
-        """Names as the training annotations write them; for labels written as indices, up to the largest anywhere."""
+        """The names in the training annotations. For indices: numbers up to the largest in any split."""
         if self.settings.layout != "csv":
             samples = [sample for split in self.splits for sample in self._read(split, None)]
             everywhere = [sample.labels for sample in samples if sample.labels]
@@ -205,7 +205,7 @@ class VideoSet:
         return names
 
     def all_samples(self, split: str) -> list[Sample]:
-        """The videos of a split, those on the skip list included.
+        """The videos of a split, including those on the skip list.
 
         Raises:
             ValueError: no such split, or its annotations don't fit or name a video twice; the message names file and
@@ -229,7 +229,7 @@ class VideoSet:
 
     @cached_property
     def skip_list(self) -> Path | None:
-        """The file of videos to leave out; None if there is none.
+        """The list of videos to leave out; None if there is none.
 
         Raises:
             ValueError: the settings name one that does not exist.
@@ -247,17 +247,17 @@ class VideoSet:
         return read_skips(self.skip_list) if self.skip_list else {}
 
     def samples(self, split: str) -> list[Sample]:
-        """The videos of a split without those on the skip list; the first call says how many those are.
+        """The videos of a split without those on the skip list. The first call logs their number.
 
-        Short videos are left out of training only: the published code tests them, with frames that repeat. Videos
-        for validation or test may have no labels, but then none of them has.
+        Short videos are left out of training only: the published code tests them with repeated frames. Either all
+        videos of a validation or test split have labels, or none.
 
         Raises:
             ValueError: no such split, annotations that don't fit, or nothing is left.
         """
         everything = self.all_samples(split)
         kept = [sample for sample in everything if self._fault(sample, split) is None]
-        # Of several training processes the first one speaks.
+        # Of several training processes only the first one logs.
         if len(kept) < len(everything) and split not in self._told and os.environ.get("RANK", "0") == "0":
             _log.warning(self.skipped(split))
         self._told.add(split)
@@ -268,7 +268,7 @@ class VideoSet:
         return kept
 
     def _check_flip(self) -> None:
-        """A mirrored "left to right" shows another class, so refuse to make such clips."""
+        """Refuse to mirror clips if classes name a direction: a mirrored "left to right" shows another class."""
         for names in self.classes.values():
             words = [set(re.split(r"[^a-z]+", name.lower())) for name in names]
             for one, other in _MIRRORED:
@@ -282,7 +282,7 @@ class VideoSet:
                     )
 
     def skipped(self, split: str) -> str:
-        """How many videos of a split are left out and why, in one line."""
+        """The number of videos of a split that are left out, and the reasons, in one line."""
         reasons: dict[str, int] = {}
         for sample in self.all_samples(split):
             if fault := self._fault(sample, split):
@@ -294,13 +294,13 @@ class VideoSet:
         return f"{self.annotations(split)}: {total} of {count} videos are skipped ({why}), as {self.skip_list} says"
 
     def _fault(self, sample: Sample, split: str) -> str | None:
-        """Why a video is left out of a split, as the skip list says; None if it is not."""
+        """The skip list's reason to leave a video out of a split; None if there is none."""
         fault = self._skips.get(printable(os.path.relpath(sample.path, self.root)))
         return None if fault == SHORT and split != "train" else fault
 
 
 def _needs_labels(split: str) -> bool:
-    """A challenge keeps its test's labels to itself; nothing can be trained without."""
+    """Whether a split must have labels. A challenge does not publish its test labels; training needs them."""
     return split == "train"
 
 
@@ -319,14 +319,14 @@ def open_dataset(what: str | PathLike | DataSettings, root: str | PathLike | Non
     Args:
         what: a directory with train.csv or val.csv (and a `dataset.yaml`, if the guess below is wrong); a YAML file
             with a `data` section, such as a recipe; an annotation file; or settings.
-        root: directory of the data set, where `what` is not it.
+        root: directory of the data set, if `what` is not it.
 
     Returns:
-        The data set. Of a directory, layout and place of the videos are read off the annotations and the folders; an
-        annotation file alone becomes the split "val".
+        The data set. For a directory, layout and place of the videos are guessed from the annotations and the folders.
+            An annotation file alone becomes the split "val".
 
     Raises:
-        ValueError: there is nothing of that kind; the message says what was looked for.
+        ValueError: there is no such data set; the message says what was looked for.
     """
     if isinstance(what, DataSettings):
         return VideoSet(what)
@@ -365,13 +365,13 @@ def _from_yaml(path: Path, root: str | PathLike | None) -> VideoSet:
     try:
         namespace = parser.parse_object({"data": section})
         settings = parser.instantiate(namespace).data
-    except Exception as error:  # jsonargparse raises its own kinds
+    except Exception as error:  # jsonargparse raises its own types
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return VideoSet(settings, path if "sampling" in section else None)
 
 
 def guess_settings(root: Path, files: Mapping[Split, Path] | None = None) -> DataSettings:
-    """Settings read off a directory: which annotation files there are, how they are written, where the videos lie.
+    """Settings guessed from a directory: the annotation files, their layout, the place of the videos.
 
     Args:
         root: directory of the data set.

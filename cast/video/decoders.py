@@ -1,6 +1,6 @@
-"""The decoders that training can use. Each gives the exact frames that a player would show, by index.
+"""The decoders for training. Each returns exactly the frames that a player would show, by index.
 
-A directory in the place of a file is a folder of frames, see `cast.video.frame_folders`, whatever the decoder.
+If a path is a directory, it is a folder of frames for every decoder, see `cast.video.frame_folders`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Name = Literal["pyav", "torchcodec"]
 
 
 class Decoder(Protocol):
-    """What reads videos; errors are `cast.video.reader.VideoError`. Instances can be sent to other processes."""
+    """A reader of videos; errors are `cast.video.reader.VideoError`. Instances can be sent to other processes."""
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
-        """Number of frames that the file presents."""
+        """Number of frames that a player would show."""
         ...
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
-        """The frames `indices` as uint8 RGB `[T, H, W, 3]`, upright, and no larger than the decoder was told."""
+        """The frames `indices` as uint8 RGB `[T, H, W, 3]`, upright, shrunk to the decoder's short side."""
         ...
 
 
 class PyAV:
-    """The exact reader of `cast.video.reader`, which needs nothing but PyAV.
+    """The exact reader of `cast.video.reader`; it needs only PyAV.
 
     Args:
         short_side: see `cast.video.reader.read`.
@@ -50,7 +50,7 @@ class PyAV:
         self.short_side = short_side
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
-        """Number of frames that the file presents."""
+        """Number of frames that a player would show."""
         return reader.frame_count(path, threads)
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
@@ -73,7 +73,7 @@ class TorchCodec:
         _torchcodec()
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
-        """Number of frames that the file presents."""
+        """Number of frames that a player would show."""
         return len(_opened(path, threads).video)
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
@@ -88,7 +88,7 @@ class TorchCodec:
         try:
             if not opened.mirrored and (self.short_side is None or min(_sides(video)) <= self.short_side):
                 return video.get_frames_at(indices=wanted).data.numpy()
-            # One by one, so that a clip of large pictures is never in memory as a whole.
+            # One picture at a time, so that the memory never has a whole clip of large pictures.
             pictures = {
                 number: shrink(opened.upright(path, video.get_frame_at(number).data.numpy()), self.short_side)
                 for number in sorted(set(wanted))
@@ -100,18 +100,18 @@ class TorchCodec:
 
 @dataclass(frozen=True)
 class _Opened:
-    """torchcodec's decoder of a file, and the file's display matrix where it has one."""
+    """torchcodec's decoder of a file, and the file's display matrix or None."""
 
     video: Any
     matrix: Matrix | None
 
     @property
     def mirrored(self) -> bool:
-        """Whether torchcodec's pictures must still be mirrored: it goes by the matrix's angle alone."""
+        """Whether to mirror torchcodec's pictures: torchcodec uses only the matrix's angle."""
         return self.matrix is not None and self.matrix[0] * self.matrix[3] < self.matrix[1] * self.matrix[2]
 
     def upright(self, path: PathLike, picture: np.ndarray) -> np.ndarray:
-        """One of torchcodec's pictures `[H, W, 3]` as it is meant to be seen, contiguous."""
+        """One of torchcodec's pictures `[H, W, 3]` in its right orientation, contiguous."""
         if self.mirrored:
             stored = np.rot90(picture, -round(self.video.metadata.rotation / 90))
             picture = upright(path, stored, self.matrix)
@@ -123,13 +123,13 @@ def _sides(video: Any) -> tuple[int, int]:
 
 
 class _FilesAndFolders:
-    """A decoder of files, and beside it the reader of folders."""
+    """A decoder of files and a reader of folders."""
 
     def __init__(self, files: Decoder, short_side: int | None) -> None:
         self.files, self.folders = files, Folders(short_side)
 
     def frame_count(self, path: PathLike, threads: int = 0) -> int:
-        """Number of frames that the file presents, or of pictures in the folder."""
+        """Number of frames that a player would show, or of pictures in the folder."""
         return self._of(path).frame_count(path, threads)
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
@@ -140,7 +140,7 @@ class _FilesAndFolders:
         return self.folders if os.path.isdir(path) else self.files
 
 
-# Of this thread: a decoder has a position in its file.
+# One for each thread: a decoder has a position in its file.
 _last = threading.local()
 
 
@@ -168,7 +168,7 @@ def _opened(path: PathLike, threads: int) -> _Opened:
 
 
 def _matrix(path: PathLike) -> Matrix | None:
-    """The display matrix of a file's first picture, after a look whether it can be obeyed."""
+    """The display matrix of a file's first picture; raises VideoError if it is no quarter turn or mirroring."""
     with open_video(path, threads=1) as (container, stream):
         matrix = display_matrix(path, next(container.decode(stream)))
     upright(path, np.empty((1, 1, 3), np.uint8), matrix)
@@ -179,8 +179,8 @@ def _matrix(path: PathLike) -> Matrix | None:
 def _torchcodec() -> Any:
     try:
         module = require("torchcodec.decoders", "torchcodec")
-        # Without FFmpeg's libraries some versions fail at the import, others at the first file, which would look like
-        # a data set of damaged videos.
+        # Without FFmpeg's libraries some versions fail at the import, others at the first file. The latter would look
+        # like a data set of damaged videos.
         len(module.VideoDecoder(_one_frame()))
         return module
     except (RuntimeError, OSError) as error:
@@ -192,7 +192,7 @@ def _torchcodec() -> Any:
 
 
 def _one_frame() -> bytes:
-    """The smallest video: one black picture in MPEG-4, which PyAV's FFmpeg always encodes."""
+    """The smallest video: one black picture in MPEG-4; PyAV's FFmpeg can always encode it."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=25)
@@ -207,12 +207,11 @@ def _first_line(error: Exception) -> str:
 
 
 def decoder(name: Name, short_side: int | None = None) -> Decoder:
-    """The decoder of that name, which reads folders of frames too.
+    """The decoder of that name, extended to folders of frames.
 
     Args:
         name: "pyav" or "torchcodec".
-        short_side: frames whose shorter side has more pixels are made smaller, see `cast.video.shrink`; None leaves
-            them as they are.
+        short_side: frames with a longer shorter side are shrunk, see `cast.video.shrink`; None leaves them.
 
     Raises:
         ValueError: no such decoder.

@@ -1,4 +1,4 @@
-"""Opening video files, and one clear sentence for every file that is none."""
+"""Open video files; a clear one-sentence error for every other file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _ENDINGS = (
     ".ogv .ogm .rm .rmvb .dv .mxf .nut .ivf .obu .y4m .amv .insv .lrv .360 "
     ".h264 .264 .avc .h265 .265 .hevc .h266 .266 .vvc .mjpg .mjpeg"
 )
-#: Endings of the files that are taken for videos, in small letters.
+#: Endings of video files, in small letters.
 VIDEO_ENDINGS = frozenset(_ENDINGS.split())
 
-#: FFmpeg also turns these into pictures: text as a terminal would draw it, and lists of other files.
+#: FFmpeg also reads these formats: text drawn as on a terminal, and lists of other files.
 _NOT_VIDEO = {
     "tty": "a text file",
     "hls": "a playlist",
@@ -32,7 +32,7 @@ _NOT_VIDEO = {
     "dash": "a playlist",
     "sdp": "a playlist",
 }
-#: First bytes of the common containers, to tell a damaged video from a file that never was one: (offset, bytes).
+#: First bytes of common containers, (offset, bytes). They distinguish a damaged video from another kind of file.
 _SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"), (0, b"RIFF"), (0, b"\0\0\1\xba"))
 
 
@@ -41,17 +41,17 @@ class VideoError(ValueError):
 
 
 def video_error(path: PathLike, reason: str) -> VideoError:
-    """The error that says of `path` why it can't be read."""
+    """The error with the reason why `path` can't be read."""
     return VideoError(f"{printable(path)}: {reason}")
 
 
 @contextmanager
 def open_video(path: PathLike, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream; whatever FFmpeg raises inside becomes a `VideoError`."""
+    """The container and its first real video stream. FFmpeg's errors inside become `VideoError`."""
     check_file(path)
     try:
-        # "file:" keeps a name with a colon from being read as a protocol, and with it FFmpeg refuses playlists that
-        # point to the network.
+        # With "file:" FFmpeg does not read a name with a colon as a protocol, and refuses playlists that point to the
+        # network.
         with av.open(f"file:{os.fspath(path)}") as container:
             stream = _video_stream(path, container)
             stream.thread_type = "AUTO"
@@ -62,12 +62,12 @@ def open_video(path: PathLike, threads: int) -> Iterator[tuple[InputContainer, V
 
 
 def check_file(path: PathLike) -> None:
-    """Raise `VideoError` unless `path` is a readable file with something in it."""
+    """Raise `VideoError` unless `path` is a readable file that is not empty."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise video_error(path, "no such file") from None
-    except (OSError, ValueError) as error:  # a directory that may not be entered; a name too long, or with a zero byte
+    except (OSError, ValueError) as error:  # a directory without permission; a name too long, or with a zero byte
         raise video_error(path, f"can't be read: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(status.st_mode):
         raise video_error(path, "is a directory, not a video file")
@@ -86,7 +86,7 @@ def _video_stream(path: PathLike, container: InputContainer) -> VideoStream:
     if name == "image2" or name.endswith("_pipe"):
         raise video_error(path, "is a still image, not a video")
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # skip the cover of a song
             return stream
     kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
     raise video_error(path, f"holds no video, only {' and '.join(kinds) or 'headers'}")

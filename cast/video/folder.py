@@ -1,4 +1,4 @@
-"""The videos below a folder, and what else is there."""
+"""The videos below a folder, and a list of everything else there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cast.ground.files import printable
 from cast.video.files import VIDEO_ENDINGS, PathLike
 from cast.video.frame_folders import is_picture, numbered
 
-#: Files of one kind that a note names.
+#: Most names in a note for each kind of file.
 _NAMED = 5
 
 
 @dataclass
 class Folder:
-    """What was found below a folder.
+    """Result of a search below a folder.
 
     Args:
         root: the folder.
-        videos: files whose names end like a video's, and folders of numbered frames, sorted; hidden ones are left out.
-        left_out: why -> the other files and folders, sorted.
+        videos: files whose names end like a video's, and folders of numbered frames, sorted; without hidden ones.
+        left_out: reason -> the other files and folders, sorted.
     """
 
     root: Path
@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def note(self) -> str:
-        """What was left out: how many, why, and the first ones; empty if nothing was."""
+        """The omitted files: number, reason and first names; empty if there are none."""
         if not self.left_out:
             return ""
         parts = [f"{len(paths)} {why} ({self._first(paths)})" for why, paths in self.left_out.items()]
@@ -45,18 +45,18 @@ class Folder:
 
 
 def find_videos(folder: PathLike) -> Folder:
-    """Every video below a folder, and everything else by the reason for which it is none.
+    """Every video below a folder, and everything else with the reason for its omission.
 
-    Links to files and folders are followed. A folder is searched once, however many links lead to it or back to it, and
-    by its own name where that lies below `folder` too. The case of an ending plays no part. Pictures that are numbered
-    from 0 or 1, in a folder without videos, are the frames of one.
+    Links to files and folders are followed. A folder is searched once, even if several links lead to it or back to it.
+    Its own name below `folder` is preferred to a link's. Endings may be in capitals. In a folder without videos,
+    pictures numbered from 0 or 1 are the frames of one video.
 
     Raises:
-        ValueError: there is no video; the message says what there is.
+        ValueError: there is no video; the message lists the other files.
     """
     found = Folder(Path(folder))
     waiting, seen = deque([found.root]), set[tuple[int, int]]()
-    links: deque[Path] = deque()  # after all folders proper, so that these keep their names
+    links: deque[Path] = deque()  # visited after all real folders, so that these keep their names
     while waiting or links:
         place = (waiting or links).popleft()
         try:
@@ -66,7 +66,7 @@ def find_videos(folder: PathLike) -> Folder:
                 continue
             seen.add((status.st_dev, status.st_ino))
             inside = sorted(os.scandir(place), key=lambda entry: entry.name)
-            if not os.access(place, os.X_OK):  # names alone may be read: of no use
+            if not os.access(place, os.X_OK):  # without this permission only names can be read
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             _leave(found, f"folders that can't be read: {error.strerror}", place)

@@ -1,8 +1,8 @@
-"""Folders of frames: one picture file for each frame, numbered, as older tools and EPIC-Kitchens ship videos.
+"""Folders of frames: one numbered picture file for each frame, as older tools and EPIC-Kitchens ship videos.
 
-`img_00001.jpg`, `frame_0000000001.jpg`, `0.png`: whatever stands before the number, the numbers run from 0 or 1 without
-a gap, and frame `i` of `cast.video.decoders` is the i-th of them. A folder in which a picture is missing is refused, as
-every later frame would stand in a wrong place.
+`img_00001.jpg`, `frame_0000000001.jpg`, `0.png`: any text may precede the number. Numbers run from 0 or 1 without a
+gap; frame `i` of `cast.video.decoders` is picture number `i` in this order. A folder with a missing picture is refused,
+because every later frame would be shifted.
 
 Pillow reads the pictures: torchvision's own reader (0.29) ends the process at a PNG file with one wrong byte.
 """
@@ -22,14 +22,14 @@ from PIL import Image, ImageOps
 from cast.video.files import VIDEO_ENDINGS, PathLike, video_error
 from cast.video.shrink import shrink
 
-#: Endings of the files that are frames.
+#: Endings of pictures.
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-#: Folders whose numbering is kept in memory; one takes about 500 bytes.
+#: Most folders whose numbering stays in memory; one takes about 500 bytes.
 CACHED_FOLDERS = 4096
-#: Optical flow, which the tools of TSN's time put beside the frames: it is no picture of the scene.
+#: Optical flow, written beside the frames by tools of TSN's time: no picture of the scene.
 _FLOW = re.compile(r"flow_?[xy]?_")
 _NAME = re.compile(r"(.*?)(\d+)(\.[^.]+)")
-#: Pictures with eight bits a channel, which become RGB without a choice to be made, or with transparency.
+#: Modes with eight bits a channel that convert to RGB unambiguously, and modes with transparency.
 _PLAIN, _TRANSPARENT = ("RGB", "L", "P", "1", "CMYK", "YCbCr"), ("RGBA", "LA", "PA")
 
 
@@ -51,7 +51,7 @@ class Folders:
     """Reads folders of frames as `cast.video.decoders.Decoder` reads files.
 
     Args:
-        short_side: pictures whose shorter side has more pixels are made smaller, see `cast.video.shrink`.
+        short_side: pictures with a longer shorter side are shrunk, see `cast.video.shrink`.
     """
 
     def __init__(self, short_side: int | None = None) -> None:
@@ -61,12 +61,12 @@ class Folders:
         """Number of pictures in the folder.
 
         Raises:
-            VideoError: there are none, one is missing among them, or they can't be told apart from others.
+            VideoError: there are none, one is missing, or there are pictures of several kinds.
         """
         return _numbering(path).count
 
     def read(self, path: PathLike, indices: Sequence[int] | np.ndarray, threads: int = 0) -> np.ndarray:
-        """The frames `indices` as uint8 RGB `[T, H, W, 3]`, upright as their EXIF data says.
+        """The frames `indices` as uint8 RGB `[T, H, W, 3]`, turned as their EXIF data says.
 
         Grey, CMYK and palette pictures become RGB.
 
@@ -90,12 +90,12 @@ class Folders:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file's name ends as a picture's does."""
+    """Whether a file's name has the ending of a picture."""
     return os.path.splitext(name)[1].lower() in PICTURE_ENDINGS
 
 
 def is_folder_of_frames(path: PathLike) -> bool:
-    """Whether a directory itself holds pictures, and no videos; not if it can't be listed."""
+    """Whether a directory has pictures and no videos; False if it can't be listed."""
     try:
         names = _names(path)
     except OSError:
@@ -104,7 +104,7 @@ def is_folder_of_frames(path: PathLike) -> bool:
 
 
 def numbered(names: Iterable[str]) -> bool:
-    """Whether the pictures among some files are all numbered, from 0 or 1 on, and there are no videos."""
+    """Whether all pictures among the files are numbered from 0 or 1 on, and there are no videos."""
     shown = [name for name in names if not name.startswith(".")]
     found = [_NAME.fullmatch(name) for name in shown if is_picture(name)]
     numbers = [int(match[2]) for match in found if match]
@@ -129,12 +129,12 @@ def _numbering(path: PathLike) -> _Numbering:
 
 
 class _Misnumbered(Exception):
-    """Why the pictures of a folder are no video."""
+    """The reason why the pictures of a folder are no video."""
 
 
 @lru_cache(maxsize=CACHED_FOLDERS)
 def _read_numbering(path: str, changed: int) -> _Numbering:
-    """The numbering of a folder that changed last at some time, which says whether an earlier reading still holds."""
+    """The numbering of a folder. `changed`, its time of last change, makes the cache forget an older reading."""
     pictures = list(filter(is_picture, _names(path)))
     if not pictures:
         raise _Misnumbered(f"is a directory without frames: no file in it ends in {', '.join(PICTURE_ENDINGS)}")
@@ -166,7 +166,7 @@ def _in_sequence(prefix: str, ending: str, numbers: list[str]) -> _Numbering:
         raise _Misnumbered(f"lacks {name}, {missing} of its {found.count} frames are missing; extract them again")
     written = {prefix + number + ending for number in numbers}
     if odd := sorted(written - {found.name(index) for index in range(found.count)}):
-        raise _Misnumbered(f"has {odd[0]}, which is not numbered as the other frames are; rename it")
+        raise _Misnumbered(f"has {odd[0]}, which is not numbered like the other frames; rename it")
     return found
 
 
@@ -175,11 +175,11 @@ def _picture(folder: PathLike, name: str) -> np.ndarray:
     path = os.path.join(folder, name)
     try:
         with Image.open(path) as picture:
-            picture.verify()  # PNG's checksums, which loading leaves out
+            picture.verify()  # checks PNG's checksums, which `load` ignores
         with Image.open(path) as picture:
             picture.load()
-            return np.array(_as_rgb(picture))  # a copy, as PyTorch warns of an array that can't be written
-    except Exception as error:  # damaged files raise many kinds, SyntaxError among them
+            return np.array(_as_rgb(picture))  # a copy, because PyTorch warns of an array that can't be written
+    except Exception as error:  # damaged files raise many types, SyntaxError among them
         said = getattr(error, "strerror", None) or str(error).replace(path, "it")
         reason = " ".join(said.split()) or type(error).__name__
         raise video_error(folder, f"{name} can't be read as a picture ({reason})") from None

@@ -1,8 +1,8 @@
-"""Batches for training: decoded and augmented by worker processes, the same bits whatever those do.
+"""Batches for training, decoded and augmented by worker processes. Workers do not influence the bits.
 
-What a batch holds is a function of (seed, epoch, position, rank, world) alone. So a run may have any number of
-workers, may be resumed at any position, and when a worker dies (the kernel's out-of-memory killer, a crash in a
-decoder) its batch is made again by another one and nothing changes but the time it takes.
+A batch depends only on (seed, epoch, position, rank, world). So a run may have any number of workers and may resume at
+any position. If a worker dies (the kernel's out-of-memory killer, a crash in a decoder), another one makes its batch
+again. Only the time differs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from cast.video.workers import WorkerDied, WorkerError, context, items
 if TYPE_CHECKING:
     from cast.video.datasets import DataSettings
 
-#: Batches that each worker prepares ahead of time: with the batch's size, what bounds the memory.
+#: Batches that each worker prepares ahead; together with the batch's size this bounds the memory.
 AHEAD = 2
-#: Deaths of workers without a batch in between, after which the batch itself is to blame.
+#: After so many deaths of workers without a finished batch, the batch itself is the likely cause.
 MOST_DEATHS = 3
-# First words of the seeds, so that order and clips never share a stream.
+# First words of the seeds, so that order and clips never share a random stream.
 _ORDER, _CLIP = 1, 2
 
 _log = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class Batch:
     """One micro-batch.
 
     Args:
-        video: float32 `[B, 3, T, S, S]`, normalised; with `plans` uint8 `[B, T, 3, H, W]` as stored, each clip in the
+        video: float32 `[B, 3, T, S, S]`, normalised. With `plans`: uint8 `[B, T, 3, H, W]` as stored, each clip in the
             top left corner of the batch's largest picture.
         labels: head -> int64 `[B]`.
         names: the video files, for messages.
-        plans: what augmentation is still to be done, see :meth:`to`; and the size of each stored picture.
+        plans: the augmentation that :meth:`to` must do, and the height and width of each stored picture.
         size: side of the clips that the plans make.
     """
 
@@ -65,7 +65,7 @@ class Batch:
         return len(self.names)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device, augmented there if that is still to be done: float32 `[B, 3, T, S, S]`."""
+        """The batch on a device, float32 `[B, 3, T, S, S]`; augmented there if it has `plans`."""
         video = to_device(self.video, device)
         labels = {head: to_device(label, device) for head, label in self.labels.items()}
         if self.plans is not None:
@@ -77,10 +77,10 @@ class Batch:
 class ClipLoader:
     """Micro-batches of clips for one of `world` processes.
 
-    The processes share each global batch of `batch_size * world` clips: process `rank` gets every `world`-th video
-    of it, from `rank` on. Training draws a new order every epoch and leaves out an incomplete last global batch;
-    otherwise videos come in their order, with the middles of their segments (or the middle window), cropped at the
-    centre, and the last batch may be smaller.
+    The processes share each global batch of `batch_size * world` clips: process `rank` gets every `world`-th video of
+    it, from `rank` on. Training draws a new order every epoch and omits an incomplete last global batch. Otherwise
+    videos keep their order, each clip is the centre view (the segments' middles or the middle window, centre crop), and
+    the last batch may be smaller.
 
     Args:
         samples: the videos, the same on every process.
@@ -90,12 +90,13 @@ class ClipLoader:
         seed: source of all randomness.
         rank: number of this process.
         world: number of processes.
-        planned: videos that a training epoch is made for, if it began with more than there are now: it keeps its
-            length, and where those left don't fill it, the first of its order come a second time.
-        choose: which frames a training clip takes; worker processes get it, so it must pickle.
+        planned: number of videos for which a training epoch was planned, if more than there are now. The epoch keeps
+            its length; if the present videos don't fill it, the first ones of its order occur twice.
+        choose: chooses the frames of a training clip; worker processes get it, so it must pickle.
 
     Raises:
-        ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not there.
+        ValueError: too few samples for a batch, sizes that don't fit, missing files, or a decoder that is not
+            installed.
     """
 
     settings: DataSettings
@@ -151,7 +152,7 @@ class ClipLoader:
 
         Raises:
             VideoError: a video can't be read; the message names it.
-            WorkerError: workers die again and again at the same batch.
+            WorkerError: several workers in a row died at the same batch.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start is {start}; an epoch has batches 0 to {len(self) - 1}")
@@ -162,8 +163,8 @@ class ClipLoader:
             return
         done, deaths = 0, 0
         while done < len(keys):
-            # Of a worker that dies, finished batches may be lost on their way. So the next batch is made alone: when
-            # a worker dies again, it died of that one.
+            # When a worker dies, finished batches may be lost. So the next batch is made alone: if a worker dies again,
+            # that batch is the cause.
             ahead = keys[done : done + 1] if deaths else keys[done:]
             try:
                 for made in self._workers(ahead):
@@ -180,10 +181,10 @@ class ClipLoader:
                 _log.warning("a data worker died (%s); others take over, no clip is lost", death)
 
     def _keys(self, epoch: int) -> list[_Key]:
-        """What each micro-batch of this process is made of."""
+        """The key of each micro-batch of this process."""
         count, step = len(self._clips), self._per_step
         order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(count) if self.train else np.arange(count)
-        order = np.resize(order, self._videos)  # which begins anew where the order ends
+        order = np.resize(order, self._videos)  # begins again at the end of the order
         parts = [order[first : first + step][self.rank :: self.world] for first in range(0, self._videos, step)]
         return [_Key(epoch, tuple(part.tolist())) for part in parts[: len(self)]]
 
@@ -202,14 +203,14 @@ class ClipLoader:
 
 
 class _Key(NamedTuple):
-    """What a micro-batch is made of."""
+    """Epoch and videos of a micro-batch."""
 
     epoch: int
     videos: tuple[int, ...]
 
 
 class _Made(NamedTuple):
-    """A micro-batch as workers send it: tensors, and what pickles small."""
+    """A micro-batch in the form that workers send: tensors, and small picklable values."""
 
     video: Tensor
     labels: dict[str, Tensor]
@@ -229,10 +230,10 @@ def _as_it_is(made: Any) -> Any:
 
 
 class _Clips(Dataset[_Made | VideoError]):
-    """Makes micro-batches from their keys, or says why it can't: DataLoader would bury an error in a traceback.
+    """Makes micro-batches from their keys, or returns the error: DataLoader would bury it in a traceback.
 
-    Paths and labels are arrays, not objects: reading an object counts its references, and then every forked worker
-    ends up with a copy of a list of hundreds of thousands.
+    Paths and labels are arrays, not objects. Reading an object counts its references, and so each forked worker would
+    end up with its own copy of a list of hundreds of thousands.
     """
 
     def __init__(
@@ -298,7 +299,7 @@ class _Clips(Dataset[_Made | VideoError]):
 
     @contextmanager
     def _advice(self, index: int) -> Iterator[str]:
-        """Gives a video's path, and adds to the error of reading it how the video is left out."""
+        """Yield a video's path; on a VideoError, add the advice how to skip the video."""
         path = self._path(index)
         try:
             yield path

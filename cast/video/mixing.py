@@ -1,8 +1,8 @@
 """Mixup, CutMix and label smoothing for batches of clips with any number of label heads.
 
-All heads share the mixing: one lambda, one box, one partner for a clip. The partner is the batch reversed, as in the
-published code and in timm; `torchvision.transforms.v2.MixUp` rolls the batch by one instead, knows one label, and
-leaves a second one unmixed without a word. CutMix cuts the same box out of every frame.
+All heads share the mixing: one lambda, one box, one partner for a clip. The partner comes from the reversed batch, as
+in the published code and in timm. `torchvision.transforms.v2.MixUp` rolls the batch by one instead, and silently leaves
+a second label unmixed. CutMix cuts the same box out of every frame.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Mixing:
     Args:
         mixup_alpha: of mixup's Beta distribution, 0 for none (paper: 0.8).
         cutmix_alpha: of CutMix's, 0 for none (published scripts: none).
-        probability: how many of the batches (or clips, in mode "elem") are mixed.
-        switch_probability: with both kinds, how often it is CutMix.
+        probability: share of the batches (or clips, in mode "elem") that are mixed.
+        switch_probability: share of CutMix among mixed batches, if both kinds are on.
         smoothing: the share of a label that is spread evenly over all classes of its head (paper: 0.1).
         mode: "batch" draws once per batch, "elem" once per clip.
     """
@@ -41,7 +41,7 @@ class Mixing:
 
     @classmethod
     def of(cls, settings: AugmentSettings) -> Mixing:
-        """The mixing that augmentation settings ask for."""
+        """The mixing of some augmentation settings."""
         return cls(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
@@ -58,20 +58,20 @@ class Mixing:
         classes: Mapping[str, int],
         seed: int | Sequence[int] | np.random.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mix a batch; the arguments stay as they are.
+        """Mix a batch, without changing the arguments.
 
         Args:
             video: floating point `[B, 3, T, H, W]` (or any `[B, ..., H, W]`).
-            labels: class indices, head -> int64 `[B]`; on the CPU nothing waits for a GPU.
+            labels: class indices, head -> int64 `[B]`; on the CPU, reading them does not wait for a GPU.
             classes: number of classes by head.
-            seed: of all randomness; numbers such as (seed, epoch, position), or a generator, which moves on.
+            seed: of all randomness; numbers such as (seed, epoch, position), or a generator, whose state advances.
 
         Returns:
             The mixed video, and soft targets, head -> float32 `[B, classes]`; rows sum to 1. Targets are smoothed
             whether or not the batch was mixed.
 
         Raises:
-            ValueError: a head without a number of classes, or a label beyond it.
+            ValueError: a head without a number of classes, or a label that is too large.
         """
         rng = np.random.default_rng(seed)  # a generator passes through
         count = len(video)
@@ -108,14 +108,16 @@ class Mixing:
 
 @dataclass(frozen=True)
 class _Mix:
-    """What a clip keeps of itself: `share` of every pixel, or all outside of `box` (top, bottom, left, right)."""
+    """The part of a clip that stays: `share` of every pixel, or all outside of `box` (top, bottom, left, right)."""
 
     share: float = 1.0
     box: tuple[int, int, int, int] | None = None
 
 
 def _cut(share: float, height: int, width: int, rng: np.random.Generator) -> _Mix:
-    """A box of 1 - `share` of the picture around a random centre; what lies outside is cut off and not counted."""
+    """A box of 1 - `share` of the picture around a random centre. The part outside the picture is cut off and not
+    counted.
+    """
     side = (1 - share) ** 0.5
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
     y, x = int(rng.integers(height)), int(rng.integers(width))

@@ -1,8 +1,8 @@
-"""Upright pictures: what a file's display matrix says about turning and mirroring.
+"""Upright pictures: apply the turn or mirroring of a file's display matrix.
 
-A matrix is nine numbers, `a b u c d v x y w`: the pixel in column p and row q (rows count downwards) is shown at
-column `a p + c q`, row `b p + d q`, up to a shift. Of its parts only `a b c d` turn or mirror a picture. Their size,
-which says how large a player shows it, plays no part here, as little as non-square pixels do.
+A matrix is nine numbers, `a b u c d v x y w`. The pixel in column p and row q (rows count downwards) is shown at column
+`a p + c q`, row `b p + d q`, up to a shift. Only `a b c d` turn or mirror a picture. Their size says how large a player
+shows it; this module ignores it, and it ignores non-square pixels.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from av.video.frame import VideoFrame
 
 from cast.video.files import PathLike, video_error
 
-#: (a, b, c, d), of any common scale.
+#: (a, b, c, d), up to a common scale.
 Matrix = tuple[int, int, int, int]
-#: A direction may miss an axis by this tangent, of one degree: players take such a matrix for an exact quarter turn.
+#: Largest tangent between a direction and an axis, one degree: players take such a matrix for an exact quarter turn.
 _ALMOST = 0.0175
 
 
 def display_matrix(path: PathLike, frame: VideoFrame) -> Matrix | None:
-    """What a decoded picture's metadata says; None if it says nothing.
+    """The display matrix of a decoded picture; None if it has none.
 
     Args:
         path: the file, for the error.
@@ -33,27 +33,27 @@ def display_matrix(path: PathLike, frame: VideoFrame) -> Matrix | None:
     """
     try:
         found = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError as error:  # PyAV refuses all metadata of a picture if it does not know one kind
+    except ValueError as error:  # PyAV raises for all metadata of a picture if one kind is unknown to it
         raise video_error(path, f"has metadata that PyAV doesn't know ({error}); a newer PyAV may") from None
     if not isinstance(found, SideData):
         return None
     a, b, _, c, d, *_ = struct.unpack("9i", bytes(found))
-    return (a, b, c, d) if any((a, b, c, d)) else None  # nothing but zeros is what careless writers leave
+    return (a, b, c, d) if any((a, b, c, d)) else None  # careless writers leave only zeros
 
 
 def upright(path: PathLike, picture: np.ndarray, matrix: Matrix | None) -> np.ndarray:
-    """A stored picture as it is meant to be seen, in one of eight orientations.
+    """A stored picture in its right orientation, one of eight.
 
     Args:
         path: the file, for the error.
         picture: `[H, W, C]`.
-        matrix: of :func:`display_matrix`.
+        matrix: from :func:`display_matrix`.
 
     Returns:
         A view of the picture, `[H, W, C]` or `[W, H, C]`.
 
     Raises:
-        VideoError: the matrix turns by no multiple of 90 degrees, or distorts.
+        VideoError: the matrix turns by another angle than a multiple of 90 degrees, or distorts.
     """
     if matrix is None:
         return picture
@@ -73,5 +73,5 @@ def upright(path: PathLike, picture: np.ndarray, matrix: Matrix | None) -> np.nd
 
 
 def _along(main: int, other: int) -> bool:
-    """Whether a direction runs along the axis of its first part."""
+    """Whether a direction runs along the axis of its first component."""
     return abs(other) < abs(main) * _ALMOST

@@ -1,6 +1,6 @@
-"""Probing many videos at once: what is wrong with each, even if looking at one kills the process.
+"""Probe many videos at once for faults, even if reading one of them kills the process.
 
-This file does not import PyTorch, so that a fresh process is there in a moment.
+This file does not import PyTorch, so that a new process starts quickly.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cast.video.sampling import Sampling, view_indices
 
 #: The published code skips files of fewer bytes.
 SMALLEST = 1024
-#: Videos that a process gets at a time.
+#: Videos in a process's task.
 _CHUNK = 16
-#: Bytes of pictures that a process decodes at a time: 300 frames of 640 x 480.
+#: Bytes of pictures that a process decodes at once: 300 frames of 640 x 480.
 _MEMORY = 2**28
 
 #: A fault's name and the details.
@@ -31,7 +31,7 @@ Fault = tuple[str, str]
 
 
 class Result(NamedTuple):
-    """What a look at a file found: a fault if it has one, and width and height of its pictures if they can be seen."""
+    """Result for a file: its fault or None, and width and height of its pictures if they could be decoded."""
 
     path: str
     fault: Fault | None
@@ -40,13 +40,13 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """Looks at a video as training would: counts its frames and decodes those that validation takes.
+    """Reads a video as training would: counts its frames and decodes those of validation.
 
     Args:
-        frames: of a clip; fewer are a fault.
+        frames: of a clip; a video with fewer has a fault.
         sampling: "uniform" or "dense".
         decoder: name of the decoder.
-        every_frame: decode all frames, as training may take any.
+        every_frame: decode all frames, because training may take any.
     """
 
     frames: int
@@ -55,13 +55,13 @@ class Probe:
     every_frame: bool = False
 
     def __call__(self, path: str) -> Result:
-        """What is wrong with a file, if anything, and how large its pictures are."""
+        """The fault of a file, if any, and the size of its pictures."""
         file = Path(path)
         try:
             if not file.is_file() and not file.is_dir():
                 return Result(path, ("missing", "not a regular file" if file.exists() else "no such file"))
             size = SMALLEST if file.is_dir() else file.stat().st_size
-        except OSError as error:  # a name that is too long, a directory that may not be entered
+        except OSError as error:  # a name too long, a directory without permission
             return Result(path, ("missing", error.strerror or str(error)))
         if size < SMALLEST:
             return Result(path, ("empty", f"{size} bytes"))
@@ -79,7 +79,7 @@ class Probe:
         return Result(path, short, (pictures.shape[2], pictures.shape[1]))
 
     def chunk(self, paths: Sequence[str]) -> list[Result]:
-        """What is wrong with each of some files."""
+        """The results for some files."""
         return [self(path) for path in paths]
 
 
@@ -93,10 +93,10 @@ def probe_all(probe: Probe, paths: Sequence[str], workers: int) -> Iterator[Resu
     """Probe every file once, in any order.
 
     Args:
-        probe: what to do with each.
+        probe: applied to each file.
         paths: the files, each once.
-        workers: processes. A file that ends the process which reads it is a fault of that file; the others are probed
-            all the same.
+        workers: number of processes. If a file ends the process that reads it, that is the file's fault; the others are
+            still probed.
     """
     left = list(paths)
     while left:
@@ -139,5 +139,5 @@ def _one_by_one(probe: Probe, paths: Sequence[str]) -> Iterator[Result]:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forking a process that runs threads (the progress bar's) can deadlock the child.
+    # Forking a process with threads (the progress bar's) can deadlock the child.
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))

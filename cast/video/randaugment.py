@@ -1,4 +1,4 @@
-"""RandAugment as timm's notation and the published recipe mean it, on whole clips."""
+"""RandAugment in timm's notation, as in the published recipe, on whole clips."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Magnitudes run from 0 to this.
+#: The highest magnitude; the lowest is 0.
 _LEVELS = 10.0
-#: What is uncovered by a shifted, turned or sheared picture.
+#: Colour of the area that a shift, turn or shear uncovers.
 _GREY = 128.0
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation with its strength; a callable from uint8 `[T, 3, H, W]` to the same shape, all frames alike."""
+    """One operation with its strength: uint8 `[T, 3, H, W]` -> the same shape, equal for all frames."""
 
     name: str
     strength: float = 0.0
@@ -28,16 +28,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Draws `count` of 15 operations with replacement; each is carried out with `probability`.
+    """Draws `count` of 15 operations with replacement; executes each with `probability`.
 
-    The operations are timm's "increasing" ones: the larger the magnitude, the larger the change. They differ from
-    `torchvision.transforms.v2.RandAugment`, which has another set, carries out every one, has 31 levels and no noise.
+    These are timm's "increasing" operations: a larger magnitude gives a larger change.
+    `torchvision.transforms.v2.RandAugment` differs: it has other operations, executes each drawn one, has 31 levels and
+    no noise.
 
     Args:
         magnitude: 0 to 10.
         count: operations drawn for a clip.
-        deviation: of the magnitude, which is normally distributed and then cut to 0..10.
-        probability: of carrying out each one that was drawn.
+        deviation: of the magnitude, which is normally distributed and clipped to 0..10.
+        probability: of executing each drawn operation.
     """
 
     magnitude: float = 10.0
@@ -47,7 +48,7 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
-        """From timm's notation: "rand", then "-m" magnitude, "-n" count, "-mstd" deviation, "-p" probability, "-inc1".
+        """Parse timm's notation: "rand", then "-m" magnitude, "-n" count, "-mstd" deviation, "-p" probability, "-inc1".
 
         Raises:
             ValueError: the text is something else.
@@ -76,7 +77,7 @@ class RandAugment:
         return cls(count=count, **values)
 
     def draw(self, rng: np.random.Generator) -> tuple[Operation, ...]:
-        """The operations that one clip gets, in order, with their strengths and signs."""
+        """The operations of one clip, in order, with strengths and signs."""
         operations = []
         for index in rng.integers(len(_STRENGTHS), size=self.count):
             name = list(_STRENGTHS)[index]
@@ -96,7 +97,7 @@ _STRENGTHS: Mapping[str, Callable[[float, float], float]] = {
     "invert": lambda level, sign: 0.0,
     "rotate": lambda level, sign: sign * level * 30,  # degrees
     "posterize": lambda level, sign: 4 - int(level * 4),  # bits kept
-    "solarize": lambda level, sign: 256 - int(level * 256),  # inverted from this value on
+    "solarize": lambda level, sign: 256 - int(level * 256),  # inverted from this value upwards
     "solarize_add": lambda level, sign: int(level * 110),  # added to the dark half
     "color": lambda level, sign: 1 + sign * level * 0.9,
     "contrast": lambda level, sign: 1 + sign * level * 0.9,
@@ -135,10 +136,10 @@ def _solarize_add(video: Tensor, amount: float) -> Tensor:
 
 
 def _warp(video: Tensor, matrix: list[list[float]]) -> Tensor:
-    """Every output pixel (x, y, 1), in pixels from the top left corner, shows the input at `matrix` times it.
+    """The output at pixel p = (x, y, 1), in pixels from the top left corner, is the input at `matrix` p.
 
-    Bicubic; what lies outside of the picture is grey, without a blurred edge. torchvision's own warps of tensors
-    know no bicubic interpolation.
+    Bicubic. The area outside of the picture is grey, without a blurred edge. torchvision's own warps of tensors have no
+    bicubic interpolation.
     """
     frames, _, height, width = video.shape
     size = torch.tensor([width, height], dtype=torch.float32, device=video.device)
@@ -149,7 +150,7 @@ def _warp(video: Tensor, matrix: list[list[float]]) -> Tensor:
     )
     points = torch.stack([x, y, torch.ones_like(x)], -1) @ torch.tensor(matrix, device=video.device).T
     inside = ((points >= 0) & (points < size)).all(-1)
-    # All frames as channels of one picture: the sample points are worked out once.
+    # All frames are channels of one picture, so that the sample points are computed once.
     flat = video.reshape(1, frames * 3, height, width).float()
     grid = (points * 2 / size - 1)[None]
     flat = torch.nn.functional.grid_sample(flat, grid, mode="bicubic", padding_mode="border", align_corners=False)

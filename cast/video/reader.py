@@ -1,17 +1,17 @@
 """Exact frames of a video file, by index.
 
-`read(path, [0, 7, 7, 30])` returns the frames that a player would show as number 0, 7, 7 and 30, whatever the
-distance between key frames, the frame rate, or the cuts made without re-encoding. Positions are never computed
-from a frame rate: they come from the timestamps in the file.
+`read(path, [0, 7, 7, 30])` returns the frames that a player would show as number 0, 7, 7 and 30, whatever the distance
+between key frames, the frame rate, or cuts without re-encoding. Positions come from the timestamps in the file, never
+from a frame rate.
 
-How. A first pass over the packets decodes nothing and notes when each picture is shown; packets that an edit list
-cuts away are left out. Frame `i` is then the i-th smallest timestamp. To read, we seek to the last key frame at or
-before the first wanted picture and decode until the last wanted one, jumping from key frame to key frame where many
-lie between two wanted pictures. This serves the MP4 and Matroska families. Elsewhere packets don't tell reliably what
-will be shown (AVI, MPEG-TS, raw streams, GIF, ...), so those files are decoded from their start: slower, just as exact.
+Method. A first pass reads the packets without decoding and notes each picture's time; packets that an edit list cuts
+away are omitted. Frame `i` has the i-th smallest timestamp. To read, seek to the last key frame at or before the first
+wanted picture and decode until the last wanted one; jump over key frames if many lie between two wanted pictures. This
+works for the MP4 and Matroska families. In other containers (AVI, MPEG-TS, raw streams, GIF, ...) packets are not
+reliable, so those files are decoded from their start: slower, just as exact.
 
-Damage that the container or the decoder notices is an error: a concealed picture is not returned. Most video
-streams carry no checksums, though: changed bytes that still decode pass as wrong pixels (docs/video.md has counts).
+Damage that the container or the decoder notices raises an error: a concealed picture is not returned. But most video
+streams have no checksums: changed bytes that still decode give wrong pixels (docs/video.md has counts).
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from cast.video.shrink import shrink
 
 __all__ = ["VideoError", "frame_count", "read"]
 
-#: Indices kept in memory, least recently used dropped first; one of a 300-frame clip takes about 3 kB.
+#: Most indices in memory; the least recently used goes first. The index of a 300-frame clip takes about 3 kB.
 CACHED_FILES = 4096
-#: A jump to a key frame must pass over more frames than this, since the decoder works a few frames ahead of what it
-#: shows. Of H.264 with three B-frames, values of 4 to 8 take the same time (16 of 300 frames, Zen 3); 1 takes longer.
+#: A jump to a key frame must skip more frames than this, because the decoder works a few frames ahead of its output.
+#: For H.264 with three B-frames, values of 4 to 8 take the same time (16 of 300 frames, Zen 3); 1 takes longer.
 WORTH_A_JUMP = 4
-#: Codecs with one picture in every packet. Others hide some (VP8's alternate references), and only decoding everything
-#: between two frames shows that their numbers are not those of the packets.
+#: Codecs with one picture in every packet. Others have hidden pictures (VP8's alternate references), so their frame
+#: numbers differ from the numbers of packets. Only decoding everything in between shows that.
 JUMPS = frozenset({"h264", "hevc", "vp9", "av1"})
 
 
 @dataclass(frozen=True)
 class _Times:
-    """When the frames of a file are shown, and where decoding may start; in the stream's time units."""
+    """When each frame of a file is shown, and where decoding may start; in the stream's time units."""
 
     pts: np.ndarray  # int64 [count], ascending
     keys: np.ndarray  # int64 [keys, 2]: presentation and decoding time of every key frame, ascending
@@ -58,7 +58,7 @@ class _Times:
 
 @dataclass(frozen=True)
 class _Index:
-    """What a file shows. Without `times` the file is decoded from its start and frames are counted."""
+    """Number and times of a file's frames. Without `times`, it is decoded from its start and frames are counted."""
 
     count: int
     times: _Times | None = None
@@ -68,7 +68,7 @@ class _Packet(NamedTuple):
     pts: int | None
     dts: int | None
     is_key: bool
-    cut_away: bool  # by an edit list: needed to decode others, never shown
+    cut_away: bool  # by an edit list: never shown, but needed to decode others
 
 
 _indices: OrderedDict[tuple[str, int, int], _Index] = OrderedDict()
@@ -76,7 +76,7 @@ _lock = threading.Lock()
 
 
 def frame_count(path: PathLike, threads: int = 0) -> int:
-    """Number of frames that the file presents.
+    """Number of frames that a player would show.
 
     Args:
         path: a local video file.
@@ -93,26 +93,25 @@ def read(
 ) -> np.ndarray:
     """The frames `indices` (0-based, any order, repeats allowed) as uint8 RGB `[T, H, W, 3]`.
 
-    The display matrix of the file's metadata is applied, so frames are upright and not mirrored. Non-square pixels are
-    not undone.
+    The display matrix of the file's metadata is applied, so frames are upright and not mirrored. Non-square pixels
+    stay.
 
     Args:
         path: a local video file.
         indices: T frame numbers, each in `0 .. frame_count(path) - 1`.
         threads: decoding threads, 0 lets FFmpeg choose. Use 1 inside DataLoader workers.
-        short_side: frames whose shorter side has more pixels are made smaller one by one, see
-            `cast.video.shrink`; None leaves them as they are.
+        short_side: frames with a longer shorter side are shrunk one by one, see `cast.video.shrink`; None leaves them.
 
     Raises:
-        VideoError: the file can't be read as a video, has no such frame, is turned by no multiple of 90 degrees, or
-            the decoder reports damage before the frame.
+        VideoError: the file can't be read as a video, has no such frame, is turned by another angle than a multiple of
+            90 degrees, or the decoder reports damage before the frame.
     """
     wanted = [int(i) for i in indices]
     if not wanted:
         raise video_error(path, "no frame was asked for: indices is empty")
     frames = _decode(path, wanted, _index(path, threads), threads, short_side)
     if len(frames) < len(set(wanted)):
-        # The decoder contradicts the packets: from now on count what it shows of this file.
+        # The decoder contradicts the packets: from now on count the decoded frames of this file.
         counted = _remember(path, _count_by_decoding(path, threads))
         frames = _decode(path, wanted, counted, threads, short_side)
     return np.stack([frames[i] for i in wanted])
@@ -142,7 +141,7 @@ def _key(path: PathLike) -> tuple[str, int, int]:
 
 
 def _index_packets(path: PathLike) -> _Index | None:
-    """The index from one pass over the packets, or None where they don't tell what will be shown."""
+    """The index from one pass over the packets, or None if they don't determine the frames."""
     with open_video(path, threads=1) as (container, stream):
         if not container.format.name.startswith(("mov", "matroska")):
             return None
@@ -159,11 +158,11 @@ def _index_packets(path: PathLike) -> _Index | None:
 
 
 def _demux(path: PathLike, container: InputContainer, stream: VideoStream) -> tuple[list[_Packet], float]:
-    """The stream's packets, and when the last packet of any stream ends, in seconds."""
+    """The stream's packets, and the end of the last packet of any stream, in seconds."""
     packets: list[_Packet] = []
     end = 0.0
     for packet in container.demux():
-        if packet.size == 0:  # the demuxer's farewell, one per stream
+        if packet.size == 0:  # the demuxer's last packet of a stream is empty
             continue
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * (packet.time_base or 0)))
@@ -181,12 +180,12 @@ def _check_packet(path: PathLike, packet: Packet) -> None:
 def _check_complete(
     path: PathLike, container: InputContainer, stream: VideoStream, packets: list[_Packet], end: float
 ) -> None:
-    """Compare what is there with what the file's own header or index promises."""
+    """Compare the packets with the promises of the file's header or index."""
     if container.format.name.startswith("mov") and len(packets) < len(stream.index_entries):
         raise video_error(path, f"is truncated: {len(packets)} of {len(stream.index_entries)} frames are there")
     if container.format.name.startswith("matroska") and container.duration is not None:
         times = np.sort(np.array([packet.pts for packet in packets if packet.pts is not None], dtype=np.int64))
-        # The header's duration may or may not count how long the last picture stays.
+        # The header's duration may or may not include the time of the last picture.
         slack = 0.1 + 2 * float(int(np.diff(times).max(initial=0)) * (stream.time_base or 0))
         promised = container.duration / av.time_base
         if end < promised - slack:
@@ -206,7 +205,7 @@ def _count_by_decoding(path: PathLike, threads: int) -> _Index:
 def _decode(
     path: PathLike, wanted: Sequence[int], index: _Index, threads: int, short_side: int | None
 ) -> dict[int, np.ndarray]:
-    """The wanted frames by frame number, as far as the decoder shows them."""
+    """The wanted frames by number, as far as the decoder outputs them."""
     bad = [i for i in wanted if not 0 <= i < index.count]
     if bad:
         raise video_error(path, f"has frames 0 to {index.count - 1}, but frame {bad[0]} was asked for")
@@ -220,7 +219,7 @@ def _decode(
             parts = _parts(index.times, numbers)
         for part in parts:
             for number, frame in _frames(path, container, stream, index, part[0]):
-                if frame.is_corrupt:  # later frames are built on it
+                if frame.is_corrupt:  # later frames depend on it
                     raise video_error(path, f"is damaged: frame {number} can't be decoded whole")
                 if number in part:
                     picture = upright_rgb(path, frame, reformatter)
@@ -236,7 +235,7 @@ def _decode(
 
 
 def _parts(times: _Times, numbers: list[int]) -> list[list[int]]:
-    """Frame numbers, ascending, parted where a jump to a key frame is cheaper than decoding what lies between."""
+    """Ascending frame numbers, split where a jump to a key frame is cheaper than decoding the frames in between."""
     parts = [numbers[:1]]
     for last, number in itertools.pairwise(numbers):
         key = int(np.searchsorted(times.pts, _key_frame(times, number)[0]))
@@ -257,7 +256,7 @@ def _key_frame(times: _Times, number: int) -> tuple[int, int]:
 def _frames(
     path: PathLike, container: InputContainer, stream: VideoStream, index: _Index, first: int
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames with their numbers, frame `first` and all after it among them, as far as the decoder shows them."""
+    """Frames with their numbers, including frame `first` and all later ones, as far as the decoder outputs them."""
     if index.times is None:
         return enumerate(_decode_from_start(path, container, stream))
     return _from_key_frame(container, stream, index.times, first)
@@ -274,7 +273,7 @@ def _from_key_frame(
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Frames with their numbers, from the last key frame that is shown at or before frame `first`.
 
-    Ends at the first frame that the packets did not announce, or announced and the decoder skips.
+    Ends at the first frame that the packets did not announce, or that they announced and the decoder skips.
     """
     key_pts, key_dts = _key_frame(times, first)
     expected = int(np.searchsorted(times.pts, key_pts))
@@ -283,7 +282,7 @@ def _from_key_frame(
         number = None if frame.pts is None else int(np.searchsorted(times.pts, frame.pts))
         if number is None or number > expected or times.pts[number] != frame.pts:
             return
-        if number == expected:  # earlier ones hang on pictures before the key frame
+        if number == expected:  # earlier ones depend on pictures before the key frame
             yield number, frame
             expected += 1
 
@@ -291,11 +290,12 @@ def _from_key_frame(
 def _packets_from(
     container: InputContainer, stream: VideoStream, times: _Times, pts: int, dts: int
 ) -> Iterator[Packet]:
-    """The stream's packets from the key frame with these times on, or from one before it.
+    """The stream's packets from the key frame with these times on, or from an earlier key frame.
 
-    What a seek compares its target with depends on the container and on FFmpeg's version: decoding times, presentation
-    times, or, in MP4, those and how far decoding runs ahead at the file's start. A target that is too early leads to
-    the key frame before, and to twice the work; one that is too late may lead past the one that we want.
+    A seek compares its target with times that depend on the container and on FFmpeg's version: decoding times,
+    presentation times, or, in MP4, presentation times plus the decoder's delay at the file's start. A target that is
+    too early leads to an earlier key frame, and to twice the work. A target that is too late may skip the wanted key
+    frame.
     """
     ahead = int(times.keys[0, 0] - times.keys[0, 1]) if len(times.keys) else 0
     for target in (pts + ahead, pts, dts):
@@ -314,12 +314,12 @@ def upright_rgb(path: PathLike, frame: VideoFrame, reformatter: VideoReformatter
     Args:
         path: the file or stream, for the error.
         frame: the picture.
-        reformatter: one for all pictures of a file. A picture's own would prepare the conversion anew each time, which
-            takes three to four times as long as the conversion (340 x 256 pixels: 0.27 to 0.65 rather than 0.10 to
-            0.18 ms, Zen 3).
+        reformatter: one for all pictures of a file. A new one for each picture would prepare the conversion again each
+            time. That takes three to four times as long as the conversion (340 x 256 pixels: 0.27 to 0.65 instead of
+            0.10 to 0.18 ms, Zen 3).
 
     Raises:
-        VideoError: it is turned by no multiple of 90 degrees.
+        VideoError: it is turned by another angle than a multiple of 90 degrees.
     """
     picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
     return np.ascontiguousarray(upright(path, picture, display_matrix(path, frame)))

@@ -1,12 +1,12 @@
-"""Which frames of a video a model sees: the index rules of the published training and test protocols.
+"""The frames of a video that a model sees: the index rules of the published training and test protocols.
 
 `uniform` (EPIC-Kitchens-100, Something-Something V2): one frame from each of `frames` equal segments.
 `dense` (Kinetics-400): `frames` frames about four apart, from one place.
 
-Every function returns int64 indices, ascending, each in `0 .. length - 1`. Randomness comes from the generator
-that is passed in. The published code's own answers are compared in `tests/test_published.py`. Two differ on purpose,
-both in `uniform`: training repeats the frames of a video shorter than `frames` evenly (`0 0 1 1 2 3 3 ...`), where the
-published code shows frame 0 sixteen times; and a single view takes the segments' middles, not their starts.
+Every function returns int64 indices, ascending, each in `0 .. length - 1`. All randomness comes from the given
+generator. `tests/test_published.py` compares with the published code. Two rules differ on purpose, both in `uniform`.
+If a video is shorter than `frames`, training repeats its frames evenly (`0 0 1 1 2 3 3 ...`); the published code shows
+frame 0 sixteen times. And a single view takes the segments' middles, not their starts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PUBLISHED_VIEWS: dict[str, int] = {"uniform": 2, "dense": 5}
 #: Distance of the frames in dense sampling.
 STRIDE = 4
 
-#: What chooses the frames of a training clip: length, source of randomness, sampling, frames -> indices.
+#: Chooses the frames of a training clip: length, source of randomness, sampling, frames -> indices.
 Choose = Callable[[int, np.random.Generator, Sampling, int], np.ndarray]
 
 
@@ -32,10 +32,10 @@ def train_indices(
 ) -> np.ndarray:
     """Random indices for training.
 
-    `uniform`: one random frame from each of the segments of `length // frames` frames; the `length % frames` frames
-    at the end are never picked. `dense`: a window of `4 * frames` frames at a random place, read at even steps
-    (`0 4 8 12 17 21 ...`, as published: the last step ends at the window's end; no window holds the last frame); a
-    video that is no longer than the window is read whole at that pace, then its last frame repeated.
+    `uniform`: one random frame from each of the segments of `length // frames` frames; the last `length % frames`
+    frames are never taken. `dense`: a window of `4 * frames` frames at a random place, read at even steps (`0 4 8 12 17
+    21 ...`, as published: the last step ends at the window's end, and no window contains the last frame). A video that
+    is not longer than the window is read whole in such steps, and its last frame is repeated.
 
     Args:
         length: number of frames in the video, at least 1.
@@ -64,9 +64,9 @@ def _dense_window(length: int, rng: np.random.Generator, frames: int) -> np.ndar
 def stride_indices(
     length: int, rng: np.random.Generator, sampling: Sampling = "dense", frames: int = 16, stride: int = STRIDE
 ) -> np.ndarray:
-    """Random indices for VideoMAE's pre-training, where dense steps are exactly `stride` frames.
+    """Random indices for VideoMAE's pre-training. Dense steps are exactly `stride` frames.
 
-    `dense`: a window of `stride * frames` frames at a random place; in a video that is no longer, steps end before its
+    `dense`: a window of `stride * frames` frames at a random place. In a video that is not longer, steps end before its
     last frame and the last step is repeated, as in VideoMAE's code. `uniform`: as :func:`train_indices`.
 
     Args:
@@ -92,14 +92,14 @@ def view_indices(length: int, view: int, views: int, sampling: Sampling = "unifo
 
     `uniform`: with two views, view 0 takes the segments' starts and view 1 their middles (length 100: `0 6 12 18 ...`
     and `3 9 15 21 ...`); more views divide the segments further. `dense`: every fourth frame of the whole video, cut
-    into windows of `frames` at evenly spaced starts; where these are too few, the last is repeated (length 10:
-    `0 4 8 8 8 ...`). A single view takes the segments' middles (published: their starts, which are view 0 of 2), or
-    the middle window (published: none).
+    into windows of `frames` at evenly spaced starts; if there are too few frames, the last is repeated (length 10: `0 4
+    8 8 8 ...`). A single view takes the segments' middles (published: their starts, which are view 0 of 2), or the
+    middle window (published: none).
 
     Args:
         length: number of frames in the video, at least 1.
-        view: which view, `0 .. views - 1`.
-        views: how many there are; published are 2 for uniform, 5 for dense sampling.
+        view: number of the view, `0 .. views - 1`.
+        views: number of views; published are 2 for uniform, 5 for dense sampling.
         sampling: "uniform" or "dense".
         frames: number of indices.
     """

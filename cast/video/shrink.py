@@ -1,4 +1,4 @@
-"""Large pictures made smaller, one at a time, before anything else looks at them."""
+"""Shrink large pictures, one at a time, before any other step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def check_short_side(short_side: int | None, size: int) -> None:
-    """Raise ValueError for a shorter side below the clip's own, `size`: clips would be enlarged again."""
+    """Raise ValueError for a `short_side` below the clip's side, `size`: clips would be enlarged again."""
     if short_side is not None and short_side < size:
         raise ValueError(
             f"short_side is {short_side}, less than size {size}, to which clips would be enlarged again; make it "
@@ -15,16 +15,16 @@ def check_short_side(short_side: int | None, size: int) -> None:
 
 
 def shrink(picture: np.ndarray, short_side: int | None) -> np.ndarray:
-    """A picture whose shorter side has at most `short_side` pixels; a smaller one stays as it is.
+    """A picture whose shorter side has at most `short_side` pixels; a smaller one stays.
 
-    Bilinear with antialiasing, as PyTorch does it on bytes: each pixel of the result is a mean of the pixels around its
-    place, weighted by a triangle that reaches one pixel of the result to either side. The longer side is rounded to
-    the nearest pixel. The result is within 1 of 255 of the exact mean, and the same bits with AVX-512 as without any
+    Bilinear with antialiasing, in PyTorch's version for bytes: each result pixel is a mean of the pixels around its
+    place, weighted by a triangle that reaches one result pixel to either side. The longer side is rounded to the
+    nearest pixel. The result is within 1 of 255 of the exact mean. Its bits are the same with AVX-512 and without
     vector instructions, on any number of threads.
 
     Args:
         picture: uint8 `[H, W, 3]`.
-        short_side: in pixels; None leaves every picture as it is.
+        short_side: in pixels; None leaves every picture.
 
     Returns:
         uint8 `[H, W, 3]`, contiguous.
@@ -32,7 +32,7 @@ def shrink(picture: np.ndarray, short_side: int | None) -> np.ndarray:
     height, width = picture.shape[:2]
     if short_side is None or min(height, width) <= short_side:
         return picture
-    # Only here: probing a data set needs no PyTorch, and a process of it is there in a moment.
+    # Imported here: probing a data set needs no PyTorch, and its processes start quickly without it.
     import torch
     from torch.nn.functional import interpolate
 

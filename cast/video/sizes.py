@@ -1,4 +1,4 @@
-"""Which videos of a data set are so large that reading them takes most of the time, and how to make them smaller."""
+"""Find videos so large that reading them takes most of the time, and give a command that shrinks them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 from cast.ground.files import printable
 
-#: A shorter side of more pixels is large: 720p and more. Published sets are prepared at 240 to 320.
+#: A shorter side of more pixels is large: 720p and more. Published sets have 240 to 320.
 LARGE = 480
-#: What the command makes of it where the recipe names no short side.
+#: The short side in the command if the recipe names none.
 _USUAL = 320
 
 
 def about_sizes(sizes: Mapping[str, tuple[int, int]], short_side: int | None) -> list[str]:
-    """Lines about the large ones among some videos; none if there are none.
+    """Lines about the large videos among some; empty if there are none.
 
     Args:
-        sizes: file -> width and height of its pictures as they are shown.
+        sizes: file -> width and height of its pictures, upright.
         short_side: the recipe's `data.short_side`.
     """
     large = {path: size for path, size in sizes.items() if min(size) > LARGE}
@@ -37,10 +37,10 @@ def about_sizes(sizes: Mapping[str, tuple[int, int]], short_side: int | None) ->
 
 
 def scale(short_side: int) -> str:
-    """FFmpeg's filter that gives pictures this shorter side, the longer one even, as encoders want it."""
+    """FFmpeg's filter to this shorter side. The longer side is even, because encoders require it."""
     return f"scale=w='if(gt(iw,ih),-2,{short_side})':h='if(gt(iw,ih),{short_side},-2)'"
 
 
 def command(short_side: int) -> str:
-    """What makes a file with this shorter side; FFmpeg turns and mirrors pictures before it scales them."""
+    """The command that makes a file with this shorter side. FFmpeg turns and mirrors pictures before it scales them."""
     return f'ffmpeg -i LARGE.mp4 -vf "{scale(short_side)}" -c:a copy SMALL.mp4'

@@ -1,4 +1,4 @@
-"""The skip list: videos that `cast data check` or a person found unusable, and why. Training leaves them out."""
+"""The skip list: unusable videos with their faults, from `cast data check` or a person. Training leaves them out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import NamedTuple
 from cast.ground.files import printable
 from cast.video.annotations import PathLike, read_text
 
-#: In the data set's directory.
+#: Its name in the data set's directory.
 DEFAULT_NAME = "skip.csv"
-#: The fault of a video with fewer frames than a clip, which can be tested all the same.
+#: The fault of a video with fewer frames than a clip. Tests still use it.
 SHORT = "short"
-#: What `cast data check` finds. Lines with any other fault are a person's: a check keeps them.
+#: Faults that `cast data check` reports. Lines with another fault are a person's, and a check keeps them.
 FAULTS = ("missing", "empty", "undecodable", SHORT)
-#: The fault of a line that a person has added.
+#: The fault of a line that a person added.
 BY_HAND = "by hand"
 
 
 class Skip(NamedTuple):
     """One unusable video. `where` is annotation file and line.
 
-    `path` is relative to the data set's directory, and escaped as `cast.ground.files.printable` does it.
+    `path` is relative to the data set's directory, escaped by `cast.ground.files.printable`.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Skip(NamedTuple):
 
 
 def write_skips(path: PathLike, skips: Iterable[Skip]) -> None:
-    """Write a skip list; a run that is cut off leaves the previous one whole."""
+    """Write a skip list; an interrupted run leaves the previous one whole."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Skip._fields)
@@ -46,7 +46,7 @@ def write_skips(path: PathLike, skips: Iterable[Skip]) -> None:
 
 
 def read_rows(path: PathLike) -> list[Skip]:
-    """The lines of a skip list; cells that a line lacks are empty, and a fault that is not named is `BY_HAND`.
+    """The lines of a skip list. Cells missing in a line are empty; a missing fault is `BY_HAND`.
 
     Raises:
         ValueError: the file is missing or is no skip list.
@@ -58,12 +58,12 @@ def read_rows(path: PathLike) -> list[Skip]:
 
 
 def read_skips(path: PathLike) -> dict[str, str]:
-    """Path of each video to leave out -> what is wrong with it. Errors as in :func:`read_rows`."""
+    """Path of each video to leave out -> its fault. Errors as in :func:`read_rows`."""
     return {row.path: row.fault for row in read_rows(path)}
 
 
 def how_to_skip(video: PathLike, root: PathLike, skip_list: str) -> str:
-    """What to do about a video that a training can't read; `root` and `skip_list` as in the data settings."""
+    """Advice about a video that a training can't read; `root` and `skip_list` as in the data settings."""
     file = Path(root) / (DEFAULT_NAME if skip_list in ("auto", "none") else skip_list)
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow([printable(os.path.relpath(video, root)), BY_HAND])

@@ -1,8 +1,7 @@
-"""Pictures as they come: from a camera, a network address, a pipe, or a file read once from its start.
+"""Pictures from a camera, a network address, a pipe, or a file read once from its start.
 
-A thread of its own opens and decodes. FFmpeg may wait for a camera without an end, and nothing interrupts it there:
-neither a signal nor, for a device or a name that is being looked up, a time limit of its own. So the caller waits for
-the thread instead, as long as it wants to.
+A separate thread opens and decodes. FFmpeg may wait forever for a camera. Neither a signal interrupts it nor, for a
+device or during the look-up of a name, its own time limit. So the caller waits for the thread, as long as it wants.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from cast.video.reader import upright_rgb
 
 #: Cameras are opened through Video4Linux.
 _DEVICES = "/dev/"
-#: Seconds in which a stream must open, and in which each picture must come.
+#: Time limit in seconds to open a stream, and for each picture.
 TIMEOUT = 30.0
-#: Pictures that are decoded before they are asked for.
+#: Most pictures that are decoded ahead.
 _AHEAD = 2
-#: Seconds that FFmpeg gets beyond the caller's, so that the caller's message is the one that is seen.
+#: Seconds that FFmpeg's limit exceeds the caller's, so that the caller's message appears first.
 _LONGER = 1.0
-#: Seconds after which the thread looks whether its pictures are still wanted.
+#: Interval in seconds at which the thread checks whether its pictures are still wanted.
 _LOOK = 0.2
-#: What the thread says between the pictures.
+#: The thread's messages before the first and after the last picture.
 _OPEN, _END = "open", "end"
 
 
 def is_live(source: str) -> bool:
-    """Whether a name stands for a stream: a device, a network address, or "-" for standard input."""
+    """Whether a name is a stream: a device, a network address, or "-" for standard input."""
     return source == "-" or source.startswith(_DEVICES) or "://" in source
 
 
@@ -47,20 +46,20 @@ def frames(
     timeout: float | tuple[float, float] = TIMEOUT,
     **options: str,
 ) -> Iterator[np.ndarray]:
-    """Pictures of a stream, uint8 RGB [H, W, 3]; at most two are decoded before they are asked for.
+    """Pictures of a stream, uint8 RGB [H, W, 3]; at most two are decoded ahead.
 
-    A damaged picture is left out, as a stream must go on; `cast.video.reader` is for files, and exact. Waiting can be
-    interrupted (Ctrl-C); a thread that FFmpeg still holds then dies with the process.
+    Damaged pictures are omitted, because a stream must go on; use the exact `cast.video.reader` for files. Waiting can
+    be interrupted (Ctrl-C). A thread that still waits in FFmpeg then ends with the process.
 
     Args:
         source: a device such as /dev/video0, an address such as rtsp://..., a file, or an open binary file.
-        format: FFmpeg's name of the container or device, where it can't be guessed.
-        timeout: seconds until the stream must be open, and until each next picture must be there; two numbers where
-            they differ. 0 waits without an end. Files on the disk have no such limit.
+        format: FFmpeg's name of the container or device, if it can't be guessed.
+        timeout: seconds until the stream must be open, and until each next picture must arrive; two numbers if they
+            differ. 0 waits forever. Files on the disk have no such limit.
         options: FFmpeg's options, such as `framerate="30"`, `video_size="640x480"`, `rtsp_transport="tcp"`.
 
     Raises:
-        VideoError: it can't be opened, holds no video, breaks off with an error, or nothing comes in time.
+        VideoError: it can't be opened, has no video, breaks off with an error, or nothing arrives in time.
         ValueError: a timeout below 0.
     """
     limits = timeout if isinstance(timeout, tuple) else (timeout, timeout)
@@ -95,20 +94,20 @@ def _silent(name: str, what: str, seconds: float) -> VideoError:
 
 
 class _Thread:
-    """Runs a generator in a thread of its own, a few items ahead.
+    """Runs a generator in its own thread, a few items ahead.
 
     Args:
-        make: makes the generator, in the thread; its items, and then `_END`, or its error, are given to the caller.
+        make: makes the generator, in the thread. The caller gets its items and then `_END`, or its error.
     """
 
     def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
         self._made: Queue[Any] = Queue(_AHEAD)
         self._unwanted = threading.Event()
-        # A daemon, as an interrupted program must end though FFmpeg waits on.
+        # A daemon: an interrupted program must end even if FFmpeg still waits.
         threading.Thread(target=self._run, args=(make,), daemon=True).start()
 
     def next(self, seconds: float, late: Callable[[], Exception]) -> Any:
-        """The next item; `late()` is raised if it does not come in so many seconds, unless these are 0."""
+        """The next item; raises `late()` if none arrives in `seconds`, unless that is 0."""
         try:
             item = self._made.get(timeout=seconds or None)
         except Empty:
@@ -118,7 +117,7 @@ class _Thread:
         return item
 
     def stop(self) -> None:
-        """Let the thread end when it next has the word."""
+        """Let the thread end at its next check."""
         self._unwanted.set()
 
     def _run(self, make: Callable[[], Iterator[Any]]) -> None:
@@ -127,7 +126,7 @@ class _Thread:
                 if not self._give(item):
                     return
             self._give(_END)
-        except Exception as error:  # whatever it is, it is the caller's
+        except Exception as error:  # every error goes to the caller
             self._give(error)
 
     def _give(self, item: Any) -> bool:

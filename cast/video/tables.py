@@ -1,4 +1,4 @@
-"""Annotation files with a header: a column for the file and one label or a verb and a noun, as indices or as names."""
+"""Annotation files with a header: columns for the file, and for one label or a verb and a noun, as indices or names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from cast.ground.files import text_lines
 from cast.video.annotations import PathLike, Sample, find_video, is_index, read_text, trimmed
 
-#: Names that the columns of a CSV with a header may have, by what they hold; small letters, first found wins.
+#: Names of CSV columns by role; in small letters, the first match wins.
 COLUMNS = {
     "path": ("path", "video", "file", "filename", "video_path", "name", "narration_id", "video_id", "id"),
     "verb": ("verb_class", "verb"),
@@ -21,13 +21,13 @@ COLUMNS = {
     "action": ("label", "action", "class", "category"),
 }
 
-#: Columns that make EPIC-Kitchens' lines segments of a longer video.
+#: Columns that mark lines as segments of a longer video, in EPIC-Kitchens.
 _SEGMENT = ("start_frame", "stop_frame", "start_timestamp", "stop_timestamp")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV with a header, before its labels are turned into class indices.
+    """A CSV with a header. Labels are still words, not class indices.
 
     Args:
         annotations: the file, for messages.
@@ -48,7 +48,8 @@ class Table:
         return sorted({words[head] for _, _, words in self.rows})
 
     def samples(self, videos: PathLike, names: Mapping[str, Sequence[str]]) -> list[Sample]:
-        """The videos with class indices; a label is a name in `names[head]` or, where no label is one, an index.
+        """The videos with class indices. A label is a name in `names[head]`; if no label of a head is one, all are
+        indices.
 
         Raises:
             ValueError: a label is neither; the message names file and line.
@@ -73,13 +74,13 @@ class Table:
 def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None, labelled: bool = True) -> Table:
     """Read a CSV with a header: a column for the file, and `verb` and `noun` or one label.
 
-    The separator is a comma, semicolon or tab, whichever the header has. Where the videos lie: see :func:`find_video`.
+    The header's first comma, semicolon or tab is the separator. :func:`find_video` finds the videos.
 
     Args:
         annotations: the annotation file.
-        columns: what a column holds ("path", "verb", "noun", "action", or another head) -> its name in the header;
-            what is not named is found by the names in `COLUMNS`.
-        labelled: whether there must be labels; otherwise a table without any has no `heads`.
+        columns: role ("path", "verb", "noun", "action", or another head) -> name in the header. The names in `COLUMNS`
+            find the other roles.
+        labelled: whether labels are required; otherwise a table may have none, and then has no `heads`.
 
     Raises:
         ValueError: the file is missing or empty, lacks a column, or has a line that doesn't fit.
@@ -122,7 +123,7 @@ def read_table(annotations: PathLike, columns: Mapping[str, str] | None = None, 
 
 
 def _rows(where: str, reader: Any) -> Iterator[list[str]]:
-    """The rows of a `csv.reader` that have anything in them."""
+    """The rows of a `csv.reader` that are not empty."""
     try:
         yield from (cells for cells in reader if any(cell.strip() for cell in cells))
     except csv.Error as error:
@@ -130,7 +131,7 @@ def _rows(where: str, reader: Any) -> Iterator[list[str]]:
 
 
 def _columns(where: str, titles: list[str], given: Mapping[str, str], labelled: bool) -> dict[str, int]:
-    """What the columns hold -> their places: the path first, then the heads."""
+    """Role -> number of the column: the path first, then the heads."""
     if not labelled and not any(title in titles for role, title in given.items() if role != "path"):
         given = {role: title for role, title in given.items() if role == "path"}
     places = {}

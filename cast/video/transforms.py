@@ -1,7 +1,7 @@
-"""From decoded frames to what the model takes, with torchvision.transforms.v2.
+"""From decoded frames to the model's input, with torchvision.transforms.v2.
 
-A transform here is any callable from uint8 `[T, 3, H, W]` (a `torchvision.tv_tensors.Video`) to `[T, 3, size, size]`,
-so a `torchvision.transforms.v2.Compose` of your own fits. torchvision is imported only when one is built.
+A transform is any callable from uint8 `[T, 3, H, W]` (a `torchvision.tv_tensors.Video`) to `[T, 3, size, size]`, so
+your own `torchvision.transforms.v2.Compose` fits. torchvision is imported only when a transform is built.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def train_transform(
         size: side of the result in pixels.
         scale: smallest and largest share of the picture's area that a crop takes.
         ratio: smallest and largest width over height of a crop.
-        flip: mirror left and right at random. Leave off where direction is part of the label.
+        flip: mirror left and right at random. Leave it off if labels name a direction.
         normalise: give float32 with ImageNet's mean and deviation; if not, uint8.
     """
     from torchvision.transforms import v2
@@ -47,27 +47,27 @@ def train_transform(
 def view_transform(size: int = 224, crop: int = 0, crops: int = 1, normalise: bool = True) -> Transform:
     """The shorter side resized to `size`, then one of `crops` square crops along the longer side.
 
-    One crop is the centre; three are left, centre, right (or top, centre, bottom), the published test protocol. As
-    published, half a pixel goes to the even side for one crop, and is cut off for several.
+    One crop is the centre. Three are left, centre, right (or top, centre, bottom), the published test protocol. An
+    offset of half a pixel is rounded to even for one crop, and rounded down for several, as published.
 
     Args:
         size: side of the result in pixels.
-        crop: which crop, `0 .. crops - 1`.
-        crops: how many there are, evenly spaced from one end to the other.
+        crop: number of the crop, `0 .. crops - 1`.
+        crops: number of crops, evenly spaced from one end to the other.
         normalise: give float32 with ImageNet's mean and deviation; if not, uint8.
     """
     from torchvision.transforms import v2
 
     if crops < 1 or not 0 <= crop < crops:
         raise ValueError(f"crop is {crop} of {crops} crops; it must be from 0 to crops - 1")
-    # The published protocol resizes without antialiasing, so the experts' figures hold for that.
+    # The published protocol resizes without antialiasing; the published accuracies hold for that.
     steps: list[Callable] = [v2.Resize(size, antialias=False), _Cut(size, crop, crops)]
     return v2.Compose(steps + _normalisation(normalise))
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """A square of side `size` along whichever side is longer: number `crop` of `crops`, or the centre."""
+    """A square of side `size`, along the longer side: number `crop` of `crops`, or the centre."""
 
     size: int
     crop: int

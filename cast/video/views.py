@@ -1,8 +1,8 @@
-"""The views of a video: the clips that a test, a validation and a prediction look at, made from its file.
+"""The views of a video: the clips for a test, a validation and a prediction, made from its file.
 
 Published (paper section 4.2; the official code's semantics): `views` temporal views times `crops` square crops along
-the longer side, 2 x 3 for EPIC-Kitchens-100 and Something-Something V2, 5 x 3 for Kinetics-400; softmax of each clip's
-logits, then the mean over the clips.
+the longer side, 2 x 3 for EPIC-Kitchens-100 and Something-Something V2, 5 x 3 for Kinetics-400. The answer is the mean
+over the clips of the softmax of each clip's logits.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Protocol:
         crops: spatial crops of each view, evenly spaced along the longer side; 1 is the centre.
         frames: frames of a clip.
         size: side of a clip in pixels.
-        decoder: what reads the videos, see `cast.video.decoders`.
-        short_side: pictures whose shorter side has more pixels are made smaller first, see `cast.video.shrink`; None
-            leaves them as they are. It must be the one of the model's training.
+        decoder: name of the decoder, see `cast.video.decoders`.
+        short_side: pictures with a longer shorter side are first shrunk, see `cast.video.shrink`; None leaves them. It
+            must equal that of the model's training.
 
     Raises:
-        ValueError: a sampling that doesn't exist, or a number below 1.
+        ValueError: an unknown sampling, or a number below 1.
     """
 
     sampling: Sampling = "uniform"
@@ -65,11 +65,11 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """As the literature writes it, views before crops: 2x3."""
+        """The name in the literature, views before crops: 2x3."""
         return f"{self.views}x{self.crops}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that make it, for JSON; a short side only if there is one, as earlier versions knew none."""
+        """The constructor's arguments, for JSON. Without a short side it has no such entry, as in earlier versions."""
         values = asdict(self)
         if self.short_side is None:
             del values["short_side"]
@@ -80,11 +80,11 @@ class Protocol:
         return decoder(self.decoder, self.short_side)
 
     def centre(self) -> Protocol:
-        """The same with a single view, cropped at the centre, as in validation."""
+        """The same protocol with a single view, cropped at the centre, as in validation."""
         return replace(self, views=1, crops=1)
 
     def indices(self, length: int) -> np.ndarray:
-        """Which of so many frames each view takes, int64 [views, frames]."""
+        """The frames of each view in a video of `length` frames, int64 [views, frames]."""
         views = range(self.views)
         return np.stack([view_indices(length, view, self.views, self.sampling, self.frames) for view in views])
 
@@ -107,7 +107,7 @@ class Protocol:
 def normalise(clips: Tensor) -> Tensor:
     """uint8 [..., 3, T, S, S] -> float32 with ImageNet's mean and deviation, on the clips' device.
 
-    By torchvision's own functions, so that the bits are those of a transform that normalises.
+    Uses torchvision's own functions, so that the bits equal those of a transform that normalises.
     """
     from torchvision.transforms.v2 import functional
 

@@ -1,4 +1,4 @@
-"""Decoding processes that may die (the kernel's out-of-memory killer, a crash in a decoder), and how that is told."""
+"""Decoding processes that may die (the kernel's out-of-memory killer, a crash in a decoder), and messages about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 
 class WorkerError(RuntimeError):
-    """A decoding process died; the message says how, over which videos, and what to try."""
+    """A decoding process died; the message says how, at which videos, and what to try."""
 
 
 class WorkerDied(Exception):
@@ -24,7 +24,7 @@ class WorkerDied(Exception):
 
 
 def context() -> BaseContext:
-    """Where a DataLoader's processes come from: the default way, with a :class:`Flag` in place of each event."""
+    """Multiprocessing's default context for DataLoader, with a :class:`Flag` instead of each event."""
     usual = multiprocessing.get_context()
     return type("WorkerContext", (type(usual),), {"Event": lambda self: Flag()})()
 
@@ -32,9 +32,9 @@ def context() -> BaseContext:
 class Flag:
     """An event that nobody waits for, of one byte and without a lock.
 
-    DataLoader tells its processes by an event to end, and they look at it after every item. Multiprocessing's own takes
-    a lock for a look: a process that is killed in that moment never gives it back, and the next look of the training
-    itself waits for ever.
+    DataLoader ends its processes by an event, and they read it after every item. Multiprocessing's own event takes a
+    lock for each read. A process that is killed at that moment never releases the lock, and the training's next read
+    waits forever.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,11 @@ class Flag:
 
 
 def items(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a DataLoader makes.
+    """Yield the items of a DataLoader.
 
     Raises:
-        WorkerDied: one of its processes did, at the next item that it owed, at most about five seconds late.
+        WorkerDied: one of its processes died. It is raised at the next item of that process, at most about five seconds
+    later.
     """
     before = set(multiprocessing.active_children())
     iterator: Any = None
@@ -74,27 +75,27 @@ def items(loader: DataLoader[Any]) -> Iterator[Any]:
             raise
         raise WorkerDied(_how(dead) or str(error)) from error
     finally:
-        del iterator  # ends the workers that are left
+        del iterator  # ends the remaining workers
 
 
 def _how(dead: Sequence[Any]) -> str:
-    """How processes ended, such as "killed by SIGKILL"."""
+    """Causes of the processes' deaths, such as "killed by SIGKILL"."""
     codes = sorted({worker.exitcode for worker in dead})
     return ", ".join(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in codes)
 
 
 @contextmanager
 def _deaths_told_by_polling() -> Iterator[None]:
-    """Keep DataLoader from raising about dead workers wherever the main thread happens to be.
+    """Keep DataLoader's signal handler from raising about dead workers at an arbitrary place of the main thread.
 
-    Its signal handler would interrupt a training step, where nobody can make up for the worker; without the handler
-    the next request for a batch finds out, at most five seconds later.
+    The handler would interrupt a training step, which cannot replace the worker. Without it, the next request for a
+    batch detects the death, at most five seconds later.
     """
     if threading.current_thread() is not threading.main_thread():  # PyTorch sets no handler here
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
-    if getattr(before, "__module__", "").startswith("torch."):  # of another DataLoader, which polls as well
+    if getattr(before, "__module__", "").startswith("torch."):  # set by another DataLoader, which polls as well
         before = signal.SIG_DFL
     try:
         yield

@@ -1,4 +1,4 @@
-"""Class-wise F1, and which classes are taken for which."""
+"""Class-wise F1, and confusions of classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cast.evaluation.report import plots
 from cast.evaluation.report.html import table
 from cast.evaluation.summary import f1_gains, head_f1, matrix, ordered
 
-#: Up to so many classes are all drawn; of more, those that stand out are.
+#: Up to this number all classes are drawn; of more, only the two ends.
 _ALL = 40
-#: Classes drawn at either end where there are more.
+#: Classes drawn at either end.
 _ENDS = 15
 #: Confusions listed for each head.
 _PAIRS = 10
@@ -67,7 +67,7 @@ def _head(predictions: Predictions, baselines: Mapping[str, Predictions], head: 
 
 
 def _rank(present: Sequence[int], gains: Mapping[str, Sequence[float]], f1: Sequence[float]) -> list[int]:
-    """By the mean gain over the baselines, or by F1 where there are none; largest first."""
+    """Classes sorted by the mean gain over the baselines, or by F1 if there are none; largest first."""
 
     def figure(index: int) -> float:
         values = [values[index] for values in gains.values() if not math.isnan(values[index])]
@@ -81,7 +81,7 @@ def _order(gains: Mapping[str, Any]) -> str:
 
 
 def confusions(predictions: Predictions, summary: Mapping[str, Any]) -> str:
-    """The commonest mistakes of every head, and the whole matrix where it can be read."""
+    """The most frequent mistakes of every head, and the whole matrix if it is small enough to read."""
     parts = []
     for head in ordered(predictions.probabilities):
         pairs = summary["confusions"][head][:_PAIRS]

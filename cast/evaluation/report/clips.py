@@ -1,4 +1,4 @@
-"""Videos in the report: which are shown, their frames with all answers, and where the streams look in them."""
+"""Videos in the report: their choice, their frames with all answers, and the streams' attention in them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cast.model import CAST
 from cast.video.decoders import decoder
 from cast.video.views import Protocol, normalise
 
-#: Frames of a video that are shown.
+#: Frames shown of a video.
 _FRAMES = 8
-#: Blocks whose attention is shown: the first, the middle and the last that exchange.
+#: Number of blocks whose attention is shown: the first, the middle and the last with an exchange.
 _BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Group:
-    """Videos with the same outcome; `videos` are numbers of samples, `total` counts all of the kind."""
+    """Videos with the same outcome; `videos` are numbers of samples, `total` counts all with this outcome."""
 
     title: str
     videos: list[int]
@@ -37,7 +37,7 @@ class Group:
 
 
 def chosen(predictions: Predictions, baselines: Mapping[str, Predictions], each: int = 2) -> list[Group]:
-    """Up to `each` videos of every outcome, evenly spaced over the test set: nobody picked them.
+    """Up to `each` videos of every outcome, evenly spaced over the test set, not picked by hand.
 
     Outcomes are whether the model is right (about the action, or its only head) and whether any baseline is.
     """
@@ -64,7 +64,7 @@ def chosen(predictions: Predictions, baselines: Mapping[str, Predictions], each:
 
 
 def video_rows(groups: Sequence[Group], models: Mapping[str, Predictions], paths: Sequence[Path]) -> str:
-    """Every chosen video's frames beside what all models say; the first of `models` is the evaluated one."""
+    """Every chosen video's frames beside all models' answers; the first of `models` is the evaluated one."""
     parts = []
     for group in groups:
         parts.append(f"<h3>{escape(group.title)} <small>({group.total} videos)</small></h3>")
@@ -78,7 +78,7 @@ def _video(number: int, models: Mapping[str, Predictions], path: Path) -> str:
     truth = " ".join(own.classes[head][int(own.labels[head][number])] for head in heads)
     rows = [f"<tr><th>truth</th><th>{escape(truth)}</th></tr>"]
     first, *others = models
-    for name in (*others, first):  # the evaluated model last, as the answer to what the others said
+    for name in (*others, first):  # the evaluated model last, after the others' answers
         predictions = models[name]
         words = "<br>".join(_guess(predictions, head, number) for head in heads if head in predictions.probabilities)
         rows.append(f"<tr><td>{escape(name)}</td><td>{words}</td></tr>")
@@ -105,7 +105,7 @@ def _frames(path: Path) -> list[np.ndarray]:
 
 
 def attention_rows(model: CAST, protocol: Protocol, videos: Mapping[str, Path]) -> str:
-    """Where each stream looks in the other, for some videos by title: the middle clip of the first view."""
+    """The attention of each stream to the other, for some videos by title: the middle clip of the first view."""
     parts = []
     parameter = next(model.parameters())
     for title, path in videos.items():
@@ -117,7 +117,7 @@ def attention_rows(model: CAST, protocol: Protocol, videos: Mapping[str, Path]) 
 
 def _attention(clip: Tensor, maps: Sequence[Mapping[str, Attention]], model: CAST) -> str:
     tubelet = model.config.tubelet_size
-    frames = clip[:, tubelet - 1 :: tubelet].permute(1, 2, 3, 0).numpy()  # those that the spatial stream sees
+    frames = clip[:, tubelet - 1 :: tubelet].permute(1, 2, 3, 0).numpy()  # the spatial stream's frames
     numbers = sorted({0, (len(maps) - 1) // 2, len(maps) - 1})[:_BLOCKS]
     blocks = [index for index in range(model.config.depth) if model.config.exchanges(index)]
     parts = [f'<div class="clip">{strip(list(frames), "The frames", 96, 860)}</div>']

@@ -1,11 +1,11 @@
 """Learning curves from a training's log.
 
-A log is JSONL: one JSON object a line, as `cast train` writes it, or another trainer. A line has `step` (optimizer
-steps so far), `epoch` (a number, may be a fraction), or both, and any number of figures. Figures are sorted by their
-names: those with `loss` in it are losses, `lr` is the learning rate, and those that name an accuracy (`acc`, `top1`,
-`top5`, `verb`, `noun`, `action`, `harmonic`) are accuracies in percent. In lines with `"kind": "epoch"` all but
-validation figures are means over the epoch, drawn as `epoch <name>`. Everything else is ignored: other names, the
-settings in a line with `"kind": "start"`, and lines that are no JSON objects, for a kill may leave half a line.
+A log is JSONL, one JSON object a line, from `cast train` or another trainer. A line has `step` (optimizer steps so
+far), `epoch` (a number, possibly a fraction), or both, and any number of figures. The name decides the kind of a
+figure. A name with `loss` in it is a loss, `lr` is the learning rate, and a name with an accuracy in it (`acc`, `top1`,
+`top5`, `verb`, `noun`, `action`, `harmonic`) is an accuracy in percent. In lines with `"kind": "epoch"` all figures but
+those of the validation are means over the epoch, drawn as `epoch <name>`. Everything else is ignored: other names, the
+settings in a line with `"kind": "start"`, and lines that are no JSON objects, because a kill may leave half a line.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cast.ground.files import text_lines
 Series = dict[str, tuple[list[float], list[float]]]
 
 _ACCURACY = re.compile(r"(?<![a-z])(acc(?!um)|top[15]|verb|noun|action|harmonic)")
-#: Names of an epoch's line that are not means over the epoch.
+#: Names in an epoch's line that are not means over the epoch.
 _KEPT = re.compile(r"(step|epoch|kind)$|val")
-#: Curves of one diagram; more cannot be told apart.
+#: Curves of one diagram; more cannot be distinguished.
 _MOST = 8
 
 
@@ -52,7 +52,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     lines = [line for line in text_lines(path.read_text(encoding="utf-8-sig", errors="replace")) if line.strip()]
     parsed = [entry for entry in map(_parse, lines) if entry is not None]
     entries = [entry for entry in parsed if entry]
-    # Steps where every line has one: epochs may be whole numbers, which would draw all their steps at one place.
+    # Steps if every line has one. Epochs may be whole numbers, and would draw all their steps at one place.
     axis = "step" if entries and all("step" in entry for entry in entries) else "epoch"
     log = Log(axis, ignored_lines=len(lines) - len(parsed))
     for entry in entries:
@@ -109,7 +109,7 @@ def _add(log: Log, entry: Mapping[str, float]) -> None:
 
 
 def thinned(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], points: int = 400) -> Series:
-    """Means over runs of neighbours, so that no curve has more than `points`: a long training stays readable."""
+    """Means over runs of neighbours, at most `points` for each curve, so that a long training stays readable."""
     result: Series = {}
     for name, (across, up) in series.items():
         size = -(-len(across) // points)

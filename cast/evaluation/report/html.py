@@ -1,4 +1,4 @@
-"""Pieces of a report's page: style, tables, pictures. What comes from data is escaped by whoever puts it in."""
+"""Pieces of a report's page: style, tables, pictures. The caller escapes text from data."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def tiles(figures: Iterable[tuple[str, str]]) -> str:
-    """Large figures with a word each; text."""
+    """Large figures with a word each; both text."""
     items = (f'<div class="tile"><b>{escape(figure)}</b><span>{escape(name)}</span></div>' for name, figure in figures)
     return f'<div class="tiles">{"".join(items)}</div>'
 
 
 def verdict(word: str, right: bool) -> str:
-    """A guess, marked by colour and by sign."""
+    """A guess, marked right or wrong by colour and by sign."""
     return f'<span class="{"right" if right else "wrong"}">{escape(word)} {"✓" if right else "✗"}</span>'
 
 
@@ -76,7 +76,7 @@ def strip(frames: Sequence[np.ndarray], alt: str, height: int = 84, width: int =
     scale = min(height / row.shape[0], width / row.shape[1])
     picture, small = image.fromarray(row), scale >= 1
     if not small:
-        # Twice the size that is shown, for sharp screens.
+        # Twice the displayed size, for sharp screens.
         factor = min(1.0, 2 * scale)
         picture = picture.resize((round(row.shape[1] * factor), round(row.shape[0] * factor)), image.LANCZOS)
     size = f'width="{round(row.shape[1] * scale)}"'

@@ -1,4 +1,4 @@
-"""The report's sections. A section without anything to show is left out; the last one says how to get it."""
+"""The report's sections. Empty sections are omitted; the last section says how to get them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from cast.evaluation.summary import meanings, summarise, tasks
 from cast.model import CAST
 from cast.video.views import Protocol
 
-#: Videos whose attention is shown.
+#: Number of videos whose attention is shown.
 _ATTENTION = 2
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that the report shows. What is None or empty is left out.
+    """The content of the report. Entries that are None or empty are omitted.
 
     Args:
         title: of the page.
         predictions: the evaluated model's.
-        baselines: other models' on the same videos, by name, aligned.
-        protocol: how the test was made.
+        baselines: of other models on the same videos, by name, in the same order.
+        protocol: the clips of the test.
         paths: the videos' files, in the predictions' order.
-        model: for its attention, if it is a CAST.
+        model: needed for its attention, if it is a CAST.
         model_cost: its size and its multiply-accumulates.
-        cost: what the run took.
+        cost: the cost of the run.
         log: the training's curves.
         facts: more rows for the model card, name and text.
     """
@@ -122,7 +122,7 @@ def _accuracy(evidence: Evidence, summary: Mapping[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    """A figure's name for people; the exact name stays as the tooltip's code."""
+    """A figure's name as a title: `verb_top1` -> `Verb top-1`."""
     text = name.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5").replace("f1", "F1")
     return escape(text[0].upper() + text[1:])
 
@@ -158,7 +158,7 @@ def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
 
 
 def _as_point(published: Published) -> plots.Point:
-    # The paper's CAST beside the evaluated one.
+    # The paper's CAST stands beside the evaluated one.
     name = "CAST (paper)" if published.method == "CAST" else published.method
     return plots.Point(name, published.space, published.time)
 
@@ -257,15 +257,15 @@ def _card(evidence: Evidence) -> str:
 def _made(evidence: Evidence) -> str:
     missing = []
     if not evidence.predictions.labels:
-        missing.append("accuracies, for the data set has no labels")
+        missing.append("accuracies, because the data set has no labels")
     if not evidence.baselines:
         missing.append("comparisons with the experts (give their prediction files with --baselines.NAME FILE)")
     if evidence.log is None:
         missing.append("learning curves (give the training's JSONL log with --log FILE)")
     if evidence.model is None:
-        missing.append("attention and the model's size, for the answers were read from a file")
+        missing.append("attention and the model's size, because the answers were read from a file")
     elif not (isinstance(evidence.model, CAST) and _exchanges(evidence.model)):
-        missing.append("attention, which is drawn of a CAST with an exchange")
+        missing.append("attention, which only a CAST with an exchange has")
     used = meanings(evidence.predictions) if evidence.predictions.labels else {}
     parts = [facts((name.replace("_", " "), meaning) for name, meaning in used.items())] if used else []
     parts.append(

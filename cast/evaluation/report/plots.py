@@ -12,7 +12,7 @@ import numpy as np
 
 from cast.ground.optional import require
 
-#: Colours of models, told apart also by readers who don't tell red from green; the first is the evaluated model's.
+#: Colours of models, distinct for readers who confuse red and green; the first is the evaluated model's.
 COLOURS = ("#b5179e", "#0072b2", "#e69f00", "#666666", "#009e73", "#d55e00")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -29,13 +29,13 @@ class Point:
 def balance(
     points: Sequence[Point], reference: Sequence[Point], labels: tuple[str, str], lines: Sequence[Point] = ()
 ) -> str:
-    """Accuracy on the temporal task over accuracy on the spatial one, with lines of equal harmonic mean behind.
+    """Accuracy on the temporal task over accuracy on the spatial one, with lines of equal harmonic mean.
 
     Args:
-        points: the evaluated models, first the one that the report is about.
+        points: the evaluated models; the report's model comes first.
         reference: published methods, drawn small and grey.
         labels: names of the two axes, x first.
-        lines: results that have one coordinate only, the other one being NaN.
+        lines: results with one coordinate; the other one is NaN.
     """
     figure, axes = new_figure(6.4, 5.6)
     everything = [*points, *reference, *lines]
@@ -47,7 +47,7 @@ def balance(
     for number, point in enumerate(points):
         axes.scatter(
             point.space, point.time, s=80, color=COLOURS[number % 6], marker=_MARKERS[number % 6],
-            edgecolors="white", zorder=4, clip_on=False,  # whole also on an axis
+            edgecolors="white", zorder=4, clip_on=False,  # not cut off at an axis
         )  # fmt: skip
     for point in lines:
         draw = axes.axhline if math.isnan(point.space) else axes.axvline
@@ -62,7 +62,7 @@ def balance(
 
 
 def contours(axes: Any, x: tuple[float, float], y: tuple[float, float]) -> list[Any]:
-    """Grey lines of equal harmonic mean, about eight of them, with their values, which are returned."""
+    """Draw about eight grey lines of equal harmonic mean; returns the texts of their values."""
     grid_x, grid_y = np.meshgrid(np.linspace(max(x[0], 0.1), x[1], 200), np.linspace(max(y[0], 0.1), y[1], 200))
     mean = 2 * grid_x * grid_y / (grid_x + grid_y)
     step = next((step for step in (1, 2, 5, 10) if (mean.max() - mean.min()) / step <= 10), 20)
@@ -72,14 +72,14 @@ def contours(axes: Any, x: tuple[float, float], y: tuple[float, float]) -> list[
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Limits with room for names around the values; NaN counts for nothing."""
+    """Limits with room for names around the values; NaN is ignored."""
     known = [value for value in values if not math.isnan(value)]
     room = max(3.0, 0.12 * (max(known) - min(known)))
     return max(0.0, min(known) - room), min(100.0, max(known) + room)
 
 
 def _annotate(figure: Any, axes: Any, named: Sequence[tuple[Point, str, int]], values: Sequence[Any]) -> None:
-    """Names beside their points, each at the first of some places where it covers no other name, point or value."""
+    """Write each name beside its point, at the first of some places where it covers no other name, point or value."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
@@ -131,7 +131,7 @@ def bars(rows: Sequence[Bar], own: str, label: str) -> str:
     values = [0.0 if math.isnan(row.value) else row.value for row in rows]
     axes.barh(
         heights, values, height=0.62, color=COLOURS[0], alpha=0.75, label=plain_text(own)
-    )  # a gap's bar has no width
+    )  # an omitted stretch has no bar
     names = list(dict.fromkeys(name for row in rows for name in row.others))
     for number, name in enumerate(names, start=1):
         marks = [(row.others[name], height) for row, height in zip(rows, heights, strict=True) if name in row.others]
@@ -148,7 +148,7 @@ def bars(rows: Sequence[Bar], own: str, label: str) -> str:
 
 
 def sorted_gains(gains: Mapping[str, Sequence[float]]) -> str:
-    """All classes' gains over each baseline, sorted: how many classes gain, and how much."""
+    """All classes' gains over each baseline, sorted."""
     figure, axes = new_figure(8.4, 2.8)
     for number, (name, values) in enumerate(gains.items(), start=1):
         ordered = sorted((value for value in values if not math.isnan(value)), reverse=True)
@@ -162,7 +162,7 @@ def sorted_gains(gains: Mapping[str, Sequence[float]]) -> str:
 
 
 def heat(values: np.ndarray, x: str, y: str, names: Sequence[str] | None = None, size: float = 2.2) -> str:
-    """A matrix as colours, NaN in grey; with `names` on both axes where there are any."""
+    """A matrix as colours, NaN in grey, with `names` on both axes if given."""
     figure, axes = new_figure(size, size)
     image = axes.imshow(values, cmap="magma", vmin=0, vmax=max(float(np.nanmax(values)), 1e-9), aspect="equal")
     axes.set_facecolor("#d4d4d4")
@@ -199,7 +199,7 @@ def _short(name: str, length: int = 28) -> str:
 
 
 def plain_text(name: str) -> str:
-    """A name from data as matplotlib must get it: `$` begins no formula, and a leading `_` hides nothing."""
+    """A name from data, escaped for matplotlib: `$` must begin no formula, and a leading `_` must hide nothing."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -212,14 +212,14 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def plain(axes: Any) -> None:
-    """No lines above and to the right."""
+    """Remove the lines at the top and on the right."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def svg(figure: Any) -> str:
-    """The figure as an `<svg>` element; it is closed."""
+    """The figure as an `<svg>` element; the figure is closed."""
     matplotlib, text = require("matplotlib", "report"), io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "cast"}):  # the same bytes for the same figure
+    with matplotlib.rc_context({"svg.hashsalt": "cast"}):  # equal figures give equal bytes
         figure.savefig(text, format="svg", metadata={"Date": None})
     require("matplotlib.pyplot", "report").close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,4 +1,4 @@
-"""Checking a translated checkpoint against a model, and copying it in."""
+"""Compare a translated checkpoint with a model, and copy its tensors into the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check(what: str, target: Mapping[str, Tensor], given: Mapping[str, Tensor], unknown: Iterable[str] = ()) -> None:
-    """Every tensor of `target` is given in its shape, and nothing else is.
+    """Check that `given` has every tensor of `target` in its shape, and nothing else.
 
     Raises:
         ValueError: lists every missing key, every unexpected one, and every shape that differs.

@@ -14,7 +14,7 @@ from cast.model.weights.source import Source, read_tensors
 _BLOCK = r"transformer.resblocks.\1"
 _WB = r"(weight|bias)"
 
-#: The text side of a whole CLIP model, and its settings stored as tensors; CAST has no text side.
+#: The text tower of a whole CLIP model, and settings stored as tensors. CAST has no text tower.
 _TEXT = (
     r"transformer\..*|token_embedding\.weight|positional_embedding|text_projection|logit_scale|logit_bias"
     rf"|ln_final\.{_WB}|attn_mask|input_resolution|context_length|vocab_size"
@@ -60,10 +60,10 @@ _HUGGING_FACE: KeyMap = [
 
 
 def read_clip(source: Source, trust_pickle: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """CLIP's image tower under OpenAI's names without `visual.`, and the keys that no layout knows."""
+    """CLIP's image tower under OpenAI's names without `visual.`, and the keys that no pattern matches."""
     tensors = read_tensors(source, trust_pickle)
     if any(key.startswith("visual.") for key in tensors):
-        # A whole CLIP: text and image tower share names below their prefix.
+        # In a whole CLIP, text and image tower have equal names after their prefix.
         image = [(rf"visual\.{pattern}", name) for pattern, name in _OPENAI]
         return translate(tensors, [*image, (_TEXT, None)])
     if "cls_token" in tensors:
@@ -81,11 +81,11 @@ def read_clip(source: Source, trust_pickle: bool = False) -> tuple[dict[str, Ten
 def fit_positions(tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """The tensors of :func:`read_clip` with the position table for a model of another image size.
 
-    The patches' positions are resized as a picture, bicubic and with antialiasing in float32, as open_clip and timm do;
-    that of CLS stays. A table that is none of a square grid stays as it is, and so does not fit.
+    The patches' positions are resized like a picture, bicubic with antialiasing in float32, as in open_clip and timm.
+    The position of CLS stays. A table that is not of a square grid stays, and so does not fit.
 
     Args:
-        tensors: CLIP's, `positional_embedding` [1 + patches, D] among them.
+        tensors: CLIP's tensors with `positional_embedding` [1 + patches, D].
         tokens: 1 + patches of the model.
     """
     table = tensors.get("positional_embedding")

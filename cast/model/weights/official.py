@@ -1,4 +1,4 @@
-"""What the shapes in a published CAST checkpoint say about its configuration."""
+"""The configuration of a published CAST checkpoint, from its tensors' shapes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _DEFAULT_FRAMES = 16
 
 
 def read_official(source: Source, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """A CAST checkpoint under official names, out of any container and without prefixes."""
+    """The tensors of a CAST checkpoint under official names, without containers and prefixes."""
     return strip_prefixes(read_tensors(source, trust_pickle), ("backbone.", "encoder.", "model."))
 
 
 def infer_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> CASTConfig:
-    """Every size that leaves a trace in a shape or a name.
+    """The configuration, with every size that a shape or a name determines.
 
-    What leaves none: the number of attention heads (`num_heads`, else D / 64), drop path, and, where no window
-    runs along time or the model has no positional embeddings, the number of frames (16).
+    Nothing determines the number of attention heads (`num_heads`, else D / 64) and drop path. The number of frames is
+    16 if no window runs along time or the model has no positional embeddings.
 
     Raises:
-        ValueError: no CAST checkpoint, or sizes that no model has; says what is missing.
+        ValueError: no CAST checkpoint, or impossible sizes; the message says what is missing.
     """
     missing = [key for key in _NEEDED if key not in tensors]
     if missing:
@@ -73,7 +73,7 @@ def _heads(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _exchange(tensors: Mapping[str, Tensor], dim: int, depth: int) -> dict:
-    """The fields that say where and how the streams exchange, and `frames` where a table tells."""
+    """The fields of the exchange, and `frames` if a position table gives it."""
     layers = tuple(i for i in range(depth) if f"blocks.{i}.cross_s_down.weight" in tensors)
     if not layers:
         return {"directions": ()}

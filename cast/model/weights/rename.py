@@ -1,4 +1,4 @@
-"""Key maps: tables of (pattern, name), and how they are applied."""
+"""Key maps: tables of (pattern, name), and their application."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-#: (pattern for the whole key, our name). The name may use the pattern's groups; None = known and not needed;
-#: a name that ends in [q], [k] or [v] is one third of a packed tensor.
+#: (pattern for the whole key, our name). The name may use the pattern's groups. None: the key is known and not needed.
+#: A name that ends in [q], [k] or [v] is one third of a packed tensor.
 KeyMap = Sequence[tuple[str, str | None]]
 
 
@@ -17,7 +17,7 @@ def translate(tensors: Mapping[str, Tensor], key_map: KeyMap) -> tuple[dict[str,
     """Rename by the first pattern that matches, and pack separate query, key and value tensors.
 
     Returns:
-        Tensors under our names, and the keys that no pattern knows.
+        Tensors under our names, and the keys that no pattern matches.
     """
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -33,7 +33,7 @@ def translate(tensors: Mapping[str, Tensor], key_map: KeyMap) -> tuple[dict[str,
 
 
 def _pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join `name[q]`, `name[k]`, `name[v]` along the rows. An incomplete trio stays as it is, and so is unexpected."""
+    """Join `name[q]`, `name[k]`, `name[v]` along the rows. An incomplete trio stays, and is later unknown."""
     packed = dict(tensors)
     for name in [key.removesuffix("[q]") for key in tensors if key.endswith("[q]")]:
         parts = [f"{name}[{letter}]" for letter in "qkv"]

@@ -1,4 +1,4 @@
-"""From whatever a caller has (path, state dict, module) to a flat dictionary of tensors."""
+"""A flat dictionary of tensors from a path, a state dict or a module."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from cast.model.weights.torchscript import is_torchscript, read_torchscript
 
 Source = str | os.PathLike[str] | Mapping[str, object] | nn.Module
 
-#: Where training codes keep the weights inside a checkpoint: plain torch, VideoMAE, DeepSpeed.
+#: Keys under which training codes keep the weights in a checkpoint: plain torch, VideoMAE, DeepSpeed.
 _CONTAINERS = ("state_dict", "model", "module")
-#: Where they keep a moving average of the weights beside them: timm, VideoMAE, mmengine, and others' own loops.
+#: Keys under which they keep a moving average of the weights: timm, VideoMAE, mmengine, and others' own loops.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
-#: What an average counts its steps with: mmengine, PyTorch.
+#: Counters of steps beside an average: mmengine, PyTorch.
 _COUNTERS = ("steps", "n_averaged")
-#: What DeepSpeed calls the weights in a checkpoint's directory.
+#: DeepSpeed's name for the weights' file in a checkpoint's directory.
 DEEPSPEED = "mp_rank_00_model_states.pt"
-#: What a directory may hold, in order of preference: safetensors, transformers, DeepSpeed.
+#: Files of weights in a directory, in order of preference: safetensors, transformers, DeepSpeed.
 _FILES = ("model.safetensors", "pytorch_model.bin", DEEPSPEED)
-#: Prefixes that wrappers leave on keys: data parallelism, torch.compile.
+#: Prefixes that wrappers add to keys: data parallelism, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 
 _log = logging.getLogger(__name__)
 
 
 def read_tensors(source: Source, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """Tensors by name, containers and wrappers' prefixes taken off.
+    """Tensors by name, without containers and wrappers' prefixes.
 
-    Of a checkpoint with weights and a moving average of them (EMA), what stands in the weights' place is taken and a
-    warning says so; the average where it is alone.
+    If a checkpoint has weights and a moving average of them (EMA), the weights are taken, and a warning says so. If it
+    has only the average, the average is taken.
 
     Args:
         source: a file (safetensors, torch, TorchScript archive), a directory with one, a state dict, a module.
-        trust_pickle: whether a torch file may run code while it loads. Only for files whose author you trust; not
-            needed for files that hold nothing but tensors and plain containers, nor for TorchScript archives,
-            whose tensors are read without running their program.
+        trust_pickle: whether a torch file may run code while it loads. Set it only for files whose author you trust.
+            Files that have only tensors and plain containers do not need it. Nor do TorchScript archives: their tensors
+            are read without running their program.
 
     Raises:
         FileNotFoundError: no such file, or a directory without a known one.
@@ -68,7 +68,7 @@ def read_tensors(source: Source, trust_pickle: bool = False) -> dict[str, Tensor
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    """Take the prefixes off every key that has them, repeatedly.
+    """Remove the prefixes from every key, repeatedly.
 
     Raises:
         ValueError: two keys become the same.
@@ -85,7 +85,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> di
 
 
 def weights_file(source: str | os.PathLike[str]) -> Path:
-    """The file that holds the weights: `source` itself, or the best one of a directory.
+    """The file of the weights: `source` itself, or the preferred one of a directory.
 
     Raises:
         FileNotFoundError: no such file, or a directory without a known one.
@@ -107,7 +107,7 @@ def _read_file(path: Path, trust_pickle: bool) -> Mapping[str, object]:
             return load_file(path)
         if is_torchscript(path):
             return read_torchscript(path)
-        # Published checkpoints carry their training arguments; a Namespace is a bag of attributes and runs nothing.
+        # Published checkpoints contain their training arguments as a Namespace, which has attributes and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # torch and safetensors raise many types on damaged files, KeyError among them
@@ -120,7 +120,7 @@ def _read_file(path: Path, trust_pickle: bool) -> Mapping[str, object]:
 
 
 def _reason(error: Exception, trust_pickle: bool) -> str:
-    """One line; torch's own would advise to change arguments that are not ours."""
+    """The reason in one line; torch's own message advises arguments that these functions do not have."""
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and refused and not trust_pickle:
         return (
@@ -137,7 +137,7 @@ def _open_containers(found: Mapping[str, object]) -> Mapping[str, object]:
         _log.warning(
             "the checkpoint has weights under %r and others under %r: the former are taken. timm and VideoMAE keep the "
             "trained weights there and their moving average in the other place, mmengine the reverse; for the other "
-            "ones, load the file and pass what it has under %r",
+            "ones, load the file and pass its part %r",
             weights[0], average[0], average[0],
         )  # fmt: skip
     if weights:
@@ -148,7 +148,7 @@ def _open_containers(found: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _inside(found: Mapping[str, object], names: Iterable[str]) -> tuple[str, Mapping[str, object]] | None:
-    """The first of the names under which there are tensors or another container, and what is there."""
+    """The first name with tensors or another container under it, and that part."""
     for name in names:
         inner = found.get(name)
         if isinstance(inner, Mapping) and inner:

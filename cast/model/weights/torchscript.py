@@ -1,8 +1,8 @@
-"""Tensors out of a TorchScript archive, without running any of it.
+"""Read tensors from a TorchScript archive without running its program.
 
-`torch.jit.load` compiles the archive's program and may run parts of it. The weights need none of that: the
-archive is a zip file whose `data.pkl` holds the module tree, and whose `data/` holds the raw storages. An
-unpickler that knows plain containers, tensors and inert objects reads both, and refuses everything else.
+`torch.jit.load` compiles the archive's program and may run parts of it. The weights do not need that. The archive is a
+zip file: `data.pkl` has the module tree, `data/` has the raw storages. This unpickler accepts plain containers, tensors
+and inert objects, and refuses everything else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 class _Object:
-    """Stands for any module of the archive: a bag of attributes."""
+    """Stands for any module of the archive: an object with attributes."""
 
 
 def is_torchscript(path: Path) -> bool:
@@ -58,7 +58,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few names that a TorchScript module tree needs; every other one is refused, not imported."""
+    """Accepts the few names that a TorchScript module tree needs; refuses to import any other."""
 
     storage_bytes: Callable[[str], bytes]
 

@@ -15,7 +15,7 @@ _OFFICIAL: KeyMap = [
     (rf"blocks\.(\d+)\.(norm1|norm2|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_WB}", r"blocks.\1.\2.\3"),
     (r"blocks\.(\d+)\.attn\.(q_bias|v_bias|qkv\.weight)", r"blocks.\1.attn.\2"),
     (rf"fc_norm\.{_WB}", r"fc_norm.\1"),
-    (r"pos_embed", "pos_embed"),  # MVD keeps its own table; a model with VideoMAE's fixed one refuses it
+    (r"pos_embed", "pos_embed"),  # MVD has its own table; a model with VideoMAE's fixed table refuses it
     # The pre-training decoder, the norm before it, and classifiers.
     (rf"norm\.{_WB}|decoder\..*|encoder_to_decoder\.weight|mask_token|heads?\..*", None),
     # MVD's two decoders, of image and of video features.
@@ -43,7 +43,7 @@ _HUGGING_FACE: KeyMap = [
     (rf"{_LAYER}attention\.attention\.(v)alue\.weight", r"blocks.\1.attn.qkv.weight[\2]"),
     (rf"{_LAYER}attention\.attention\.(?:q_bias|query\.bias)", r"blocks.\1.attn.q_bias"),
     (rf"{_LAYER}attention\.attention\.(?:v_bias|value\.bias)", r"blocks.\1.attn.v_bias"),
-    # A key bias adds the same to all scores of a query, so softmax does not see it.
+    # A key bias adds the same number to all scores of a query, so softmax cancels it.
     (rf"{_LAYER}attention\.attention\.key\.bias", None),
     (rf"{_LAYER}attention\.output\.dense\.{_WB}", r"blocks.\1.attn.proj.\2"),
     (rf"{_LAYER}intermediate\.dense\.{_WB}", r"blocks.\1.mlp.fc1.\2"),
@@ -57,7 +57,7 @@ _HUGGING_FACE: KeyMap = [
 
 
 def read_videomae(source: Source, trust_pickle: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """VideoMAE's encoder under its official names without prefix, and the keys that no layout knows."""
+    """VideoMAE's encoder under its official names without prefix, and the keys that no pattern matches."""
     tensors = strip_prefixes(read_tensors(source, trust_pickle), ("videomae.",))
     if any("encoder.layer." in key for key in tensors):
         return translate(tensors, _HUGGING_FACE)
@@ -69,7 +69,7 @@ def read_videomae(source: Source, trust_pickle: bool = False) -> tuple[dict[str,
 
 
 def _without_sine_table(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MMAction2 keeps VideoMAE's fixed table with the weights; a table that was learned stays, and does not fit."""
+    """The tensors without MMAction2's copy of VideoMAE's fixed table. A learned table stays, and does not fit later."""
     table = tensors.get("pos_embed")
     if table is None or table.dim() != 3:
         return tensors
