@@ -1,4 +1,4 @@
-"""What users run without our kernels: B-CAST with the published code's order of operators and layouts."""
+"""B-CAST without our kernels, with the published code's order of operators and layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cast_kernels
 
 
 def to_published_layout(spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T, 1+N, D], [B, T, N, D] -> (1+N, B·T, D), (B, T·N, D), contiguous, as the published code holds them."""
+    """[B, T, 1+N, D], [B, T, N, D] -> (1+N, B·T, D), (B, T·N, D), contiguous: the published code's layouts."""
     return spatial.flatten(0, 1).transpose(0, 1).contiguous(), temporal.flatten(1, 2).contiguous()
 
 
@@ -23,12 +23,12 @@ def from_published_layout(spatial: Tensor, temporal: Tensor, frames: int) -> tup
 
 
 def published(module: cast_kernels.BCAST, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """B-CAST operator by operator as the published code orders them, for time and space windows.
+    """B-CAST in the published code's order of operators, for time and space windows.
 
-    Copies between layouts, stored scores, q scaled after its bias and the concatenation of CLS are part of it.
+    This includes its copies between layouts, its stored scores, q scaled after its bias and the concatenation of CLS.
 
     Args:
-        module: holds the parameters.
+        module: has the parameters.
         s: (1+N, B·T, D), token first.
         t: (B, T·N, D).
     """
@@ -70,7 +70,7 @@ def _attend(x: Tensor, y: Tensor, p: cast_kernels.Direction, heads: int) -> Tens
 
 
 class OneDNNLinears(TorchFunctionMode):
-    """Within it every linear layer runs in oneDNN instead of PyTorch's own choice of BLAS. Forward only."""
+    """While active, every linear layer runs in oneDNN instead of the BLAS that PyTorch chooses. Forward only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.linear:

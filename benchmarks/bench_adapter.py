@@ -1,8 +1,8 @@
-"""The adapter alone, the kernel around which the experts' halves are built on a GPU, beside eager and torch.compile.
+"""The adapter alone, which on a GPU is the kernel inside the experts' halves, beside eager and torch.compile.
 
     pytest benchmarks/bench_adapter.py --benchmark-only --device cuda
 
-A CPU has no kernel of it alone, so there are no rows there.
+A CPU has no separate kernel for it, so there are no rows there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def reference(expert: str, sizes: Sizes) -> Call:
 
 
 def _in_series(adapter: Any, x: Tensor, parameters: AdapterParameters) -> Tensor:
-    """As beside attention: the input is also the residual."""
+    """As in self-attention: the input is also the residual."""
     return adapter(x, parameters, residual=x)
 
 

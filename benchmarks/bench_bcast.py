@@ -1,9 +1,9 @@
-"""B-CAST at the paper's size: our backends beside everything a user would run instead, in one interleaved run.
+"""B-CAST at the paper's size: our backends beside the alternatives, in one interleaved run.
 
     pytest benchmarks/ --benchmark-only -k bcast
 
-A row's speed-up is taken against `eager, published code` of the same group, and shown only if every output and
-gradient of the row is within twice that eager's error against fp64.
+A row's speed-up is relative to `eager, published code` of the same group. It is shown only if each output and gradient
+has at most twice that eager's error against fp64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cast_kernels.ops.bcast import flops
 
 BASELINE = "eager, published code"
 TUNED = "eager, tuned (SDPA)"
-ONEDNN = "eager, tuned + oneDNN linears"  # forward only, as the operator has no gradient
+ONEDNN = "eager, tuned + oneDNN linears"  # forward only, because the operator has no gradient
 COMPILED = ("torch.compile, published code", "torch.compile, tuned (SDPA)")
 
 #: Device -> (kind, clips) of its groups.
@@ -74,7 +74,7 @@ def row_names(device: str, kind: Kind, work: str) -> tuple[str, ...]:
 
 
 def make_module(sizes: Sizes, **arguments: Any) -> cast_kernels.BCAST:
-    """A B-CAST with every parameter random, so that nothing multiplies by zero."""
+    """A B-CAST with only random parameters, so that nothing is multiplied by zero."""
     module = cast_kernels.BCAST(
         sizes.dim, sizes.bottleneck, sizes.heads, sizes.frames, sizes.patches, **arguments
     )  # fmt: skip
@@ -82,7 +82,7 @@ def make_module(sizes: Sizes, **arguments: Any) -> cast_kernels.BCAST:
 
 
 class Variant:
-    """One way to compute the exchange, in the layout that is native to it."""
+    """One way to compute the exchange, in its native layout."""
 
     def __init__(
         self, module: cast_kernels.BCAST, call: Callable[..., Streams], streams: Streams, kind: Kind,
@@ -109,7 +109,9 @@ class Variant:
     def forward_backward(self) -> list[Tensor]:
         inputs = self.inputs()
         outputs = self.call(*inputs)
-        grads = [g.to(x.dtype) for g, x in zip(self.grads, outputs, strict=True)]  # the published code's are AMP's
+        grads = [
+            g.to(x.dtype) for g, x in zip(self.grads, outputs, strict=True)
+        ]  # under AMP the published code's outputs have autocast's dtype
         return list(torch.autograd.grad(outputs, [*inputs, *self.module.parameters()], grads))
 
     def results(self, backward: bool) -> dict[str, Tensor]:
@@ -126,7 +128,7 @@ class Variant:
         return named
 
     def kept_bytes(self) -> int:
-        """That autograd keeps from forward to backward, inputs included, parameters not."""
+        """Bytes that autograd keeps from forward to backward, including inputs, without parameters."""
         return bytes_kept_for_backward(lambda: self.call(*self.inputs()), list(self.module.parameters()))
 
     def candidate(self, backward: bool) -> Candidate:
@@ -141,7 +143,9 @@ def make_streams(sizes: Sizes, batch: int, device: torch.device, dtype: torch.dt
 
 
 def exact_results(sizes: Sizes, batch: int, kind: Kind, device: torch.device, backward: bool) -> dict[str, Tensor]:
-    """Outputs and gradients in fp64 on the device, by the reference, of what the kind's inputs are."""
+    """Outputs and gradients by the reference in fp64 on the device, from inputs that are first rounded to the kind's
+    dtype.
+    """
     wide = make_module(sizes, backend="eager").to(device, kind.dtype).double()
     spatial, temporal = (x.double() for x in make_streams(sizes, batch, device, kind.dtype))
     variant = Variant(wide, partial(_reference, wide), (spatial, temporal), KINDS["fp32"])
@@ -194,7 +198,7 @@ def make_work(
         builders={name: partial(build, name, sizes, batch, kind, machine.device, backward) for name in rows},
         exact=partial(exact_results, sizes, batch, kind, machine.device, backward),
         flops=lambda: flops(module.problem(sizes.clips(batch))) * (3 if backward else 1),
-        # Streams in and out and the weights, and with backward as much again for the gradients.
+        # Streams in and out, and the weights; backward doubles this for the gradients.
         bytes=(2 * tensor_bytes(*streams) + parameters) * (2 if backward else 1),
         kind=kind,
         samples={"cpu": 9 if backward else 15, "cuda": 50}[device],

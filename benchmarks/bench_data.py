@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 pytest benchmarks/ --benchmark-only -k data
 
 A row is one worker's work on a clip: 16 of 300 frames of 340 x 256 pixels (H.264, a key frame every 12), made into
-float32 `[3, 16, 224, 224]`. Every clip is of a file that was not open before, as in the first epoch of a training, so
-that opening and indexing it count. Videos are drawn here: a moving texture with noise, so that there is something to
-decode.
+float32 `[3, 16, 224, 224]`. Every clip comes from a file that was not open before, as in the first epoch of a training,
+so the time includes opening and indexing. The videos are generated: a moving texture with noise, so that decoding has
+work.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from cast.video.sampling import Sampling, train_indices  # noqa: E402
 CPU_ONLY = True
 HEIGHT, WIDTH, FRAMES, SIZE = 256, 340, 300, 224
 PUBLISHED = "rand-m7-n4-mstd0.5-inc1"
-#: Clips that one call makes, each with its own random draws; every row makes the same ones.
+#: Clips of one call, each with its own random draws; all rows make the same clips.
 CLIPS = 12
-#: Samples of each row, at most, and seconds for all samples of a group.
+#: Most samples of each row, and seconds for all samples of a group.
 SAMPLES, GROUP_SECONDS = 9, 90.0
 
-#: Row -> decoder and augmentation; None decodes only.
+#: Row -> decoder and augmentation; with None it only decodes.
 ROWS: dict[str, tuple[Name, AugmentSettings | None]] = {
     "decode (pyav)": ("pyav", None),
     "decode (torchcodec)": ("torchcodec", None),
@@ -60,7 +60,7 @@ GROUPS: tuple[Sampling, ...] = ("uniform", "dense")
 
 
 def write_clip(path: Path, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> Path:
-    """A texture that moves two pixels a frame, with noise of its own in every frame."""
+    """Write a texture that moves two pixels a frame, with new noise in every frame."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, : width + 2 * frames]
     texture = 128 + 60 * np.sin(x / 11) * np.cos(y / 17) + 25 * rng.standard_normal(x.shape)
@@ -77,7 +77,7 @@ def write_clip(path: Path, frames: int = FRAMES, height: int = HEIGHT, width: in
 
 
 def make_clips(path: Path, name: str, sampling: Sampling, size: int = SIZE) -> Callable[[], object]:
-    """A call that makes :data:`CLIPS` clips as the row `name` says, each from a name of its own for the file."""
+    """A function that makes :data:`CLIPS` clips for the row `name`; each clip has its own name of the file."""
     reader_name, augment = ROWS[name]
     reader = decoder(reader_name)
     paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(CLIPS)]
@@ -92,7 +92,7 @@ def make_clips(path: Path, name: str, sampling: Sampling, size: int = SIZE) -> C
     kept = [read(seed) for seed in range(CLIPS)] if name.startswith(IN_MEMORY) else None
 
     def run() -> None:
-        exact_reader._indices.clear()  # torchcodec knows the last file only, which is another one
+        exact_reader._indices.clear()  # torchcodec caches only the last file, which is another one
         for seed in range(CLIPS):
             frames = kept[seed] if kept else read(seed)
             if augment:
@@ -104,7 +104,7 @@ def make_clips(path: Path, name: str, sampling: Sampling, size: int = SIZE) -> C
 
 @cache
 def measure_group(path: Path, sampling: Sampling) -> dict[str, dict[str, Any]]:
-    """All rows: name -> milliseconds and clips a second, of one clip."""
+    """All rows: name -> milliseconds of a clip, and clips a second."""
     steps, rows = {}, {}
     for name in ROWS:
         try:

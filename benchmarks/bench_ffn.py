@@ -1,9 +1,9 @@
-"""The FFN beside its adapter at the paper's size: our backends beside what a user would run instead, interleaved.
+"""The FFN and its adapter at the paper's size: our backends beside the alternatives, interleaved.
 
     pytest benchmarks/bench_ffn.py --benchmark-only
 
-A row's speed-up is taken against `eager` of the same group, and shown only if its output and every gradient are within
-twice that eager's error against fp64. The FFN is frozen and the adapter trained, as CAST trains its experts.
+A row's speed-up is relative to `eager` of the same group. It is shown only if the output and each gradient have at most
+twice that eager's error against fp64. The FFN is frozen and the adapter trained, as in CAST.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
 
 
 def flops(sizes: Sizes, shape: tuple[int, int], backward: bool) -> int:
-    """Forward's products; with backward, twice the adapter's and once the frozen FFN's on top."""
+    """Operations of the matrix products. Backward adds twice the adapter's and once the frozen FFN's."""
     rows = shape[0] * shape[1]
     forward = 4 * rows * sizes.dim * (sizes.hidden + sizes.adapter)
     return 2 * forward + 4 * rows * sizes.dim * sizes.adapter if backward else forward

@@ -1,11 +1,10 @@
-"""What the host needs to launch: B-CAST and a training step, as ratios to an older commit in one interleaved run.
+"""The host's time for launches: B-CAST and a training step, relative to an older commit in one interleaved run.
 
     pytest benchmarks/ --benchmark-only -k host
 
-No GPU is used, and one that is there is hidden: launches of ours are counted instead of made (`host_worker.py`).
-Machines differ, so the older commit's tree is taken from git's history and timed beside this one, sample by sample.
-Eager's time is an estimate: its operators times what one costs on tensors of size one, and its launches times
-:data:`LAUNCH_US`.
+Any GPU is hidden: our launches are counted, not made (`host_worker.py`). Machines differ, so the older commit's tree is
+taken from git's history and timed alternately with this one. Eager's time is an estimate: its number of operators times
+the time of one on tensors of size one, plus its launches times :data:`LAUNCH_US`.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from rich.table import Table
 
 CPU_ONLY = True
 ROOT = Path(__file__).parent.parent
-#: The commit before plans: what the ratios are to.
+#: The commit before plans. The ratios are relative to it.
 BASE = "7dd7dae"
-#: A launch by CUDA's driver, which no recorder pays. A common figure, not measured here.
+#: Time of a launch by CUDA's driver, which no recorder needs. A common figure, not measured here.
 LAUNCH_US = 2.5
-#: Interleaved samples of each tree, and steps of a sample.
+#: Interleaved samples of each tree, and steps in a sample.
 SAMPLES = 7
 STEPS = {"B-CAST forward": 800, "B-CAST forward, AMP": 800, "CAST-B training step, AMP": 9}
-#: Memory that a step frees is kept for the next, as PyTorch's allocator on a GPU does.
+#: These settings keep freed memory for the next step, as PyTorch's allocator on a GPU does.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
@@ -55,7 +54,7 @@ class Worker:
         """The worker's answer.
 
         Raises:
-            RuntimeError: it ended without one; its words are above.
+            RuntimeError: it ended without one; its output is above.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -74,7 +73,7 @@ class Worker:
 
 
 def base_tree(folder: Path) -> str:
-    """Put the tree of :data:`BASE` into the folder -> "", or why it could not be."""
+    """Put the tree of :data:`BASE` into the folder -> "", or the reason of a failure."""
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", BASE], capture_output=True, check=False)
     if archive.returncode:
         return f"{BASE} is not in git's history here: {archive.stderr.decode().strip().splitlines()[-1]}"
@@ -84,7 +83,7 @@ def base_tree(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, Worker | None, str]]:
-    """This tree's worker, the base's, and why there is no base."""
+    """This tree's worker, the base's, and the reason if there is no base."""
     folder = tmp_path_factory.mktemp("base")
     missing = base_tree(folder)
     ours, base = Worker(ROOT), None if missing else Worker(folder)
@@ -96,7 +95,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, Wo
 
 @pytest.fixture(scope="module")
 def rows(pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
-    """What was measured; shown at the end of the module."""
+    """The measured rows; printed at the end of the module."""
     found: list[dict[str, Any]] = []
     yield found
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")

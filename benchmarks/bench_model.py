@@ -1,10 +1,10 @@
-"""CAST-B/16 whole: inference, a training step and its peak memory, beside what a user would run instead.
+"""CAST-B/16 whole: inference, a training step and its peak memory, beside the alternatives.
 
     pytest benchmarks/ --benchmark-only -k model
 
-A row's speed-up is taken against `fused=False` of the same group, and shown only if every result (logits, and in
-training every gradient) is within twice that row's error against fp64. All weights are random, nothing is zero. On a
-GPU a training step is forward, loss, backward and a fused AdamW, and the errors are those of up to six of its clips.
+A row's speed-up is relative to `fused=False` of the same group. It is shown only if each result (logits, and in
+training each gradient) has at most twice that row's error against fp64. All weights are random; none is zero. On a GPU
+a training step is forward, loss, backward and a fused AdamW, and the errors are those of up to six of its clips.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROBLEMS = {
         for batch in GPU_BATCHES
         for kind in KINDS
         for work in ("inference", "training step", "training memory")
-        if not (kind == "fp16" and work != "inference")  # which is trained with a scaler, if at all
+        if not (kind == "fp16" and work != "inference")  # fp16 would need a scaler in training
     ],
 }  # fmt: skip
 #: Groups of tier `first`.
@@ -53,7 +53,7 @@ FIRST = {
     ("inference", "amp", 6): First(25),
     ("training step", "amp", 1): First(65),
 }
-#: Clips whose results are compared with fp64: more would not fit beside the rest.
+#: Clips whose results are compared with fp64; more would not fit into the memory.
 CHECKED = 6
 
 
@@ -76,13 +76,13 @@ def row_names(device: str, work: str, kind: Kind) -> tuple[str, ...]:
         return (BASELINE, *mine)
     peers = (COMPILED, *(f"{BASELINE} by {name}" for name in attentions(device, kind.compute)))
     if device == "cpu" and kind.autocast is not None:
-        peers = ()  # minutes of compiling for a kind whose products PyTorch's CPU code runs slowly
+        peers = ()  # compiling takes minutes, and PyTorch's CPU code is slow for this kind
     exported = tuple(EXPORTED) if (device, work, kind.name) == ("cpu", "inference", "fp32") else ()
     return (BASELINE, *peers, *mine, *exported)
 
 
 def build_model(name: str, sizes: Sizes, kind: Kind, device: torch.device) -> tuple[cast.CAST, Callable[..., Any]]:
-    """The model and what is called; all rows have the same weights."""
+    """The model and the function to call; all rows have the same weights."""
     options = dict(options_of(name, device) or {"backend": "eager"})
     backend = options.pop("backend")
     model = make_model(sizes.variant, device, **sizes.model, **options).fuse(backend).to(kind.dtype)
@@ -126,7 +126,7 @@ def training(
 
 @lru_cache(1)
 def exact(sizes: Sizes, kind: Kind, batch: int, device: torch.device, train: bool) -> dict[str, Tensor]:
-    """Logits, and gradients, in fp64 on the device, from what the kind makes of weights and video."""
+    """Logits, and gradients, in fp64 on the device, from weights and video rounded to the kind's dtype."""
     model = make_model(sizes.variant, device, **sizes.model).to(kind.dtype)
     video, labels = make_batch(model.config, sizes.clips(batch), device, kind.dtype)
     if train:
@@ -140,7 +140,7 @@ def make_work(
     train = work != "inference"
     candidate: Callable[..., Candidate] = partial(training, in_graph=device == "cuda") if train else inference
     if work == "training memory" and device == "cpu":
-        candidate = memory_apart  # resident memory is the whole process's
+        candidate = memory_apart  # resident memory belongs to the whole process
     return Work(
         builders={name: partial(candidate, name, sizes, kind, batch, machine.device) for name in rows},
         exact=None if work == "training memory" else partial(exact, sizes, kind, batch, machine.device, train),
@@ -154,7 +154,7 @@ def make_work(
 
 
 def memory_apart(name: str, sizes: Sizes, kind: Kind, batch: int, device: torch.device) -> Candidate:
-    """Peak memory of two training steps in a process of its own; the group of training steps checks gradients."""
+    """Peak memory of two training steps in a separate process. The group of training steps checks the gradients."""
     arguments = options_of(name, device) or {"backend": "eager"}
     found = measure_apart(sizes.variant, sizes.clips(batch), {**sizes.model, **arguments})
     return Candidate(lambda: None, dict, figures=found | {"above_mib": found["peak_mib"] - found["before_mib"]})

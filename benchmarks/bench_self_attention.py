@@ -1,9 +1,9 @@
-"""Self-attention with its adapter at the paper's sizes: our backends beside what a user would run, interleaved.
+"""Self-attention and its adapter at the paper's sizes: our backends beside the alternatives, interleaved.
 
     pytest benchmarks/bench_self_attention.py --benchmark-only
 
-A row's speed-up is taken against `eager` of the same group, and shown only if its output and every gradient are within
-twice that eager's error against fp64. Attention is frozen and the adapter trained, as CAST trains its experts.
+A row's speed-up is relative to `eager` of the same group. It is shown only if the output and each gradient have at most
+twice that eager's error against fp64. Attention is frozen and the adapter trained, as in CAST.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from variants import PACKAGES, attending, attentions, package_attention
 import cast_kernels
 from cast_kernels import SelfAttentionParameters
 
-#: PyTorch's own that tier `first` compares.
+#: PyTorch's kernels in tier `first`.
 KERNELS = ("flash", "efficient", "cudnn")
 
 
@@ -36,7 +36,7 @@ def reference(expert: str, sizes: Sizes) -> Call:
 
 
 def peer(expert: str, sizes: Sizes, name: str) -> Call:
-    """Eager with one attention kernel: a library's through our own option for it, PyTorch's by name."""
+    """Eager with one attention kernel: a library's by our option for it, PyTorch's by name."""
     attention = name.removeprefix(f"{BASELINE} by ")
     if attention in PACKAGES:
         package_attention(attention)
@@ -60,7 +60,7 @@ def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
 
 
 def flops(sizes: Sizes, shape: tuple[int, int], backward: bool) -> int:
-    """Matrix products of forward, or of forward and the backward that frozen attention and a trained adapter need."""
+    """Operations of forward's matrix products, plus those of a backward with frozen attention and a trained adapter."""
     batch, tokens = shape
     forward = 4 * sizes.dim + 2 * tokens + 2 * sizes.adapter
     more = 4 * sizes.dim + 4 * tokens + 4 * sizes.adapter if backward else 0

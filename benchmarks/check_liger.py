@@ -1,10 +1,9 @@
-"""liger-kernel's operations on the emulator: values against plain PyTorch, findings, seconds.
+"""Check liger-kernel's operations on the emulator: values against plain PyTorch, findings, seconds.
 
     pip install --no-deps liger-kernel==0.8.5
     python benchmarks/check_liger.py [--op rope ...] [--target sm_90 ...] [--folder benchmarks/evidence]
 
-Each operation's forward and backward run from what Triton compiles for the target, on the tensors of a CPU. Nothing
-here is a time of a GPU.
+Each operation's forward and backward run as Triton's code for the target, on a CPU's tensors. No time here is a GPU's.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ptx_emulator.triton import checking
 from ptx_emulator.triton.checker import counted
 from report import processor
 
-#: Of the emulator's notes: which warp is last decides a value's last bits.
+#: Part of the emulator's note about a value whose last bits depend on the order of the warps.
 ROUNDED = "differ by rounding"
 
 
@@ -40,7 +39,7 @@ def check(name: str, target: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache, checking(target, Path(cache)) as checker:
         try:
             row["error"] = error(differentiated(op.liger, op, torch.float32), exact)
-        except Exception as refused:  # what ends one operation must not end the table
+        except Exception as refused:  # one operation's failure must not end the table
             row["refused"] = f"{type(refused).__name__}: {refused}"
     told = checker.as_json()
     row["kernels"] = [kernel["kernel"] for kernel in told["kernels"]]
@@ -82,7 +81,7 @@ def page(made: dict[str, Any]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run, print and write; the exit status is 1 where an operation did not run to its end."""
+    """Run, print and write; the exit status is 1 if an operation did not finish."""
     parser = ArgumentParser(description="Check liger-kernel's operations on the PTX emulator.")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help="operations (all)")
     parser.add_argument("--target", nargs="+", choices=EMULATED, default=list(EMULATED), help="architectures (all)")

@@ -1,4 +1,4 @@
-"""One group of a benchmark: candidates that compute the same thing, checked against fp64, then timed in turn."""
+"""One group of a benchmark: candidates with the same result, compared with fp64, then timed in turn."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from variants import is_compiled
 from cast_kernels.gpu.machine import Machine, Step, require_usable
 from cast_kernels.gpu.timing import Elapsed, Spread, cold, interleave, speedups
 
-#: Seconds that one candidate may take to be built, compiled and checked.
+#: Seconds for building, compiling and checking one candidate.
 PREPARE_SECONDS = 300.0
-#: A sample repeats its call until so many seconds have passed: on a CPU enough for its scheduler's turns, on a GPU
-#: enough to hide the first launch and the events' own time.
+#: A sample repeats its call for so many seconds. On a CPU this averages over the scheduler's turns; on a GPU it hides
+#: the first launch and the events' own time.
 SAMPLE_SECONDS = {"cpu": 0.15, "cuda": 2e-3}
 
 Row = dict[str, Any]
@@ -32,17 +32,17 @@ def compare(
 ) -> dict[str, Row]:  # fmt: skip
     """Rows by name, in the order of `names`.
 
-    A row has speed-ups over the first, the baseline, only if each of its results is within twice the baseline's error.
-    A candidate that cannot run here is a row that says why ("missing"); one that raises is a row that says what
-    ("failed"), and the others are measured all the same.
+    A row has speed-ups over the first one, the baseline, only if each of its results has at most twice the baseline's
+    error. A candidate that cannot run here gives a row with the reason ("missing"). One that raises gives a row with
+    the error ("failed"). Both leave the other rows unaffected.
 
     Args:
-        machine: where they run.
-        work: what is measured.
+        machine: runs them.
+        work: the group's work.
         names: rows of it, the baseline first.
-        seconds: left for all of it.
-        kind_of_device: "cpu", or "cuda", whose rows are also timed with a cold L2 and as graphs.
-        show: is told each row as far as it is known, before anything that may end the process.
+        seconds: time left for the whole group.
+        kind_of_device: "cpu" or "cuda"; rows of "cuda" are also timed with a cold L2 and as graphs.
+        show: called with each row's known figures before any step that may end the process.
 
     Raises:
         UnusableError: a fault has ended the GPU's context.
@@ -55,7 +55,7 @@ def compare(
         row = group.rows[name] = {}
         show(name, {"failed": "the process ended while this row was built and checked"})
         if is_compiled(name):
-            torch._dynamo.reset()  # what another row compiled neither serves this one nor counts against its limit
+            torch._dynamo.reset()  # another row's compiled code is of no use, and counts against the limit
         machine.computed()
         limit = min(PREPARE_SECONDS, max(end - time.monotonic(), 1.0))
         with group.losing(name), time_limit(limit, f"building, compiling and checking {name}"):
@@ -65,7 +65,7 @@ def compare(
         show(name, row)
     for name in [name for name in group.ready if is_compiled(name)][:-1]:
         with group.losing(name):
-            group.ready[name].step()  # the last reset took its code
+            group.ready[name].step()  # the last reset dropped its code
     machine.free()
     if kind_of_device == "cuda":
         group.note("peak_mib", lambda candidate: machine.peak_bytes(candidate.step) / 2**20)
@@ -83,7 +83,7 @@ def compare(
 
 
 class _Group:
-    """Rows, and the candidates that still run: what one of them raises is that row's alone."""
+    """Rows, and the candidates that still run. An error of one candidate affects only its row."""
 
     def __init__(self, machine: Machine, show: Callable[[str, Row], None]) -> None:
         self.machine, self.show = machine, show
@@ -93,17 +93,17 @@ class _Group:
 
     @contextmanager
     def losing(self, name: str) -> Iterator[None]:
-        """Within it, what raises loses this row."""
+        """While active, an error loses only this row."""
         try:
             yield
         except Exception as error:
             self.lose(name, error)
 
     def lose(self, name: str, error: Exception) -> None:
-        """Say in the row what became of it, and free what it held.
+        """Write the error into the row, and free the candidate's memory.
 
         Raises:
-            UnusableError: it has ended the GPU's context.
+            UnusableError: the error has ended the GPU's context.
         """
         row = self.rows[name]
         if isinstance(error, Unavailable):
@@ -133,7 +133,7 @@ class _Group:
 
 
 def _forget(error: BaseException | None) -> None:
-    """Empty the frames through which it came: they hold tensors for as long as it is handled."""
+    """Empty the frames of an error's traceback: they hold tensors while the error is handled."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -143,12 +143,12 @@ def _prepare(build: Callable[[], Candidate], exact: Mapping[str, Tensor]) -> tup
     """The candidate and its errors."""
     candidate = build()
     errors = rms_error(candidate.results(), dict(exact)) if exact else {}
-    candidate.step()  # what a first step compiles, and allocates for good, is no part of what is measured
+    candidate.step()  # the first step compiles and allocates; it is not measured
     return candidate, errors
 
 
 def _judge(errors: Mapping[str, dict[str, float]], name: str, baseline: str, exact: Mapping[str, Tensor]) -> Row:
-    """What fp64 says of a row; nothing where it was not asked, or where there is no baseline."""
+    """A row's errors against fp64; empty without exact results or without a baseline."""
     if not exact or baseline not in errors:
         return {}
     worst, where = worst_ratio(errors[name], errors[baseline], dict(exact))
@@ -159,7 +159,7 @@ def _judge(errors: Mapping[str, dict[str, float]], name: str, baseline: str, exa
 
 
 def _time(group: _Group, baseline: str, samples: int, seconds: float, kind_of_device: str) -> None:
-    """Write every row's times into it: as launched; on a GPU with a cold L2 too, and the same as a graph."""
+    """Write every row's times: as launched; on a GPU also with a cold L2, and both as a graph."""
     machine, rows, each = group.machine, group.rows, SAMPLE_SECONDS[kind_of_device]
 
     def measure(mode: str, elapsed: Elapsed, share: float, sample_seconds: float) -> None:
@@ -175,7 +175,7 @@ def _time(group: _Group, baseline: str, samples: int, seconds: float, kind_of_de
         try:
             group.replays[name] = machine.capture(group.ready[name].step, pool)
         except RuntimeError as error:
-            require_usable(machine)  # a kernel that faulted is no step that cannot be captured
+            require_usable(machine)  # a kernel that faulted is another case than a step that cannot be captured
             rows[name]["no_graph"] = (str(error).splitlines() or [type(error).__name__])[0]
             pool = machine.graph_pool()
     measure("graph_", machine.elapsed_ms, 1 / 3, each)
@@ -205,8 +205,8 @@ def _share_memory(rows: Mapping[str, Row], baseline: str) -> None:
 def worst_ratio(errors: dict[str, float], baseline: dict[str, float], exact: dict[str, Tensor]) -> tuple[float, str]:
     """The largest error relative to the baseline's of the same tensor, and that tensor's name.
 
-    Below a quarter of a unit in fp32's last place of a tensor's largest value no arithmetic can be asked to be better,
-    so the baseline's error counts as at least that. A NaN is infinitely wrong.
+    The baseline's error counts as at least 2^-25 of the tensor's largest value. This is a quarter of a unit in fp32's
+    last place; no arithmetic can be expected to be better. A NaN counts as infinitely wrong.
     """
     ratios = {}
     for name, error in errors.items():

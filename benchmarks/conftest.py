@@ -1,4 +1,4 @@
-"""The options of a run, its rows in the order of their worth, and the report at the end."""
+"""Options of a run, the order of its rows by worth, and the report at the end."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU what is of most worth comes first, and files that say `CPU_ONLY` are left out unless they are named.
+    """On a GPU, sort rows by worth, and deselect files with `CPU_ONLY` unless they are named.
 
-    So are files that have no rows for the device.
+    Files without rows for the device are deselected too.
     """
     on_gpu = config.stash[_KEY].device == "cuda"
     named = {
@@ -90,7 +90,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _row(item: pytest.Item) -> Row | None:
     found = item.callspec.params.get("row") if hasattr(item, "callspec") else None
-    return found if isinstance(found, Row) else None  # no row at all is pytest's own mark
+    return found if isinstance(found, Row) else None  # a test without rows has pytest's own mark here
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,7 @@ def report(bench: Session) -> Report:
 
 @pytest.fixture
 def measure(bench: Session, benchmark: Any) -> Callable[[Row], None]:
-    """Measures a row with its group, hands it to pytest-benchmark, skips what cannot run here, fails what is wrong."""
+    """Measure a row with its group, pass it to pytest-benchmark; skip it if it cannot run, fail it if it is wrong."""
 
     def run(row: Row) -> None:
         found = bench.row(row)
@@ -115,7 +115,7 @@ def measure(bench: Session, benchmark: Any) -> Callable[[Row], None]:
             pytest.fail(f"{row.name}: {found['failed']}", pytrace=False)
         if "missing" in found:
             pytest.skip(found["missing"])
-        if is_ours(row.name) and not found.get("correct", True):  # a peer that misses the bound has no speed-up
+        if is_ours(row.name) and not found.get("correct", True):  # a peer that misses the bound only loses its speed-up
             where, ratio = found["worst_tensor"], found["worst_error_over_eager"]
             pytest.fail(f"{row.name}: the error of {where} is {ratio:.2f} times eager's", pytrace=False)
 

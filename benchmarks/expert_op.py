@@ -1,4 +1,4 @@
-"""An expert's op with random weights, run as CAST runs it: the expert frozen, its adapter trained."""
+"""An expert's op with random weights, as CAST runs it: the expert frozen, its adapter trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cast_kernels.gpu.machine import Machine
 BASELINE = "eager"
 COMPILED = "torch.compile"
 WORKS = ("inference", "training")  # forward; forward and the gradients of the input and the adapter
-#: Whose tokens attend together: of a clip, or of a frame with its CLS.
+#: The expert decides which tokens attend together: those of a clip, or those of a frame with its CLS.
 EXPERTS = ("temporal", "spatial")
 #: Device -> (kind, clips) of its groups.
 PROBLEMS = {"cpu": [("fp32", 1)], "cuda": [(kind, batch) for batch in GPU_BATCHES for kind in KINDS]}
@@ -28,14 +28,14 @@ Call = Callable[[Tensor, Any], Tensor]
 
 
 def shape_of(expert: str, sizes: Sizes, batch: int) -> tuple[int, int]:
-    """[batch, tokens] of so many clips."""
+    """[batch, tokens] for `batch` clips."""
     clips = sizes.clips(batch)
     return (clips, sizes.frames * sizes.patches) if expert == "temporal" else (clips * sizes.frames, 1 + sizes.patches)
 
 
 @dataclass(frozen=True)
 class Op:
-    """What a benchmark file says of its op.
+    """A benchmark file's description of its op.
 
     Args:
         name: of the op.
@@ -44,11 +44,11 @@ class Op:
         call: (expert, backend, more of our arguments) -> the call.
         reference: expert -> the call in fp64.
         flops: (expert, [batch, tokens], whether with backward) -> floating-point operations.
-        peers: (expert, row) -> the call of what is neither ours nor eager nor compiled.
-        peer_names: compute dtype, device -> their rows.
+        peers: (expert, row) -> the call of a row that is neither ours nor eager nor compiled.
+        peer_names: device, compute dtype -> the names of those rows.
         first: the groups of tier `first`, by (expert, kind, clips, work).
-        experts: whose shapes it is measured at.
-        devices: that it is measured on.
+        experts: the op is measured at their shapes.
+        devices: the op is measured on these.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Op:
             builders={name: partial(self._build, name, expert, sizes, kind, batch, machine, backward) for name in rows},
             exact=partial(self._exact, expert, sizes, kind, batch, machine, backward),
             flops=partial(self.flops, sizes, shape, backward),
-            # The stream in and out and the weights; backward reads them again and writes two streams more.
+            # The stream in and out, and the weights. Backward reads them again and writes two more streams.
             bytes=(2 * stream + tensor_bytes(*weights)) * (2 if backward else 1),
             kind=kind,
             samples={"cpu": 7 if backward else 9, "cuda": 50}[device],
@@ -124,7 +124,7 @@ class Op:
 
 
 def random_parameters(kind: type, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Any:
-    """`kind` of random tensors: nothing multiplies by zero. A first vector is LayerNorm's weight, around one."""
+    """`kind` of random tensors; none is zero. A leading vector is LayerNorm's weight, around one."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(s, generator=generator) * (s[-1] ** -0.5 if len(s) == 2 else 0.1) for s in shapes]
     if tensors[0].ndim == 1:
@@ -133,7 +133,7 @@ def random_parameters(kind: type, shapes: list[tuple[int, ...]], dtype: torch.dt
 
 
 class ExpertOp:
-    """One way to compute an op, forward and with the gradients that CAST wants: of its input and its adapter.
+    """One way to compute an op, forward and with CAST's gradients: of its input and its adapter.
 
     Args:
         call: (x, parameters) -> y, shaped like x.
@@ -153,7 +153,7 @@ class ExpertOp:
         self.x, self.grad = (torch.randn(shape, generator=generator).to(device, parameters[0].dtype) for _ in range(2))
 
     def double(self) -> ExpertOp:
-        """The same numbers in fp64, without autocast."""
+        """Convert to the same numbers in fp64, without autocast."""
         self.kind = KINDS["fp32"]
         self.parameters = type(self.parameters)(*(x.double() for x in self.parameters))
         self.x, self.grad = self.x.double(), self.grad.double()
@@ -182,7 +182,7 @@ class ExpertOp:
         return named
 
     def kept_bytes(self) -> int:
-        """That autograd keeps from forward to backward, the input included, parameters not."""
+        """Bytes that autograd keeps from forward to backward, including the input, without parameters."""
         return bytes_kept_for_backward(self.training_forward, list(self.parameters))
 
     def candidate(self, backward: bool) -> Candidate:

@@ -1,4 +1,4 @@
-"""What a benchmark file declares: groups of rows that compute the same thing, known before anything is measured."""
+"""The declarations in a benchmark file: groups of rows with the same result, listed before any measurement."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Kind:
 
     @property
     def compute(self) -> torch.dtype:
-        """Of dense products."""
+        """Dtype of dense products."""
         return self.autocast or self.dtype
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """What forward runs in."""
+        """The context of forward."""
         return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
 
-#: `amp` is what `cast train` runs: parameters and residual streams in float32, bfloat16 autocast.
+#: `amp` is the setting of `cast train`: parameters and residual streams in float32, bfloat16 autocast.
 KINDS = {
     kind.name: kind
     for kind in (
@@ -48,10 +48,10 @@ class Candidate:
     """One way to do a group's work.
 
     Args:
-        step: what is timed.
-        results: what is compared with fp64, by name.
-        kept_bytes: that autograd keeps from forward to backward, where there is a backward.
-        figures: what was measured of it already.
+        step: the function to time.
+        results: results by name, to compare with fp64.
+        kept_bytes: bytes that autograd keeps from forward to backward, if there is a backward.
+        figures: figures that are measured already.
     """
 
     step: Step
@@ -62,17 +62,18 @@ class Candidate:
 
 @dataclass
 class Work:
-    """What a group measures.
+    """The measurement of a group.
 
     Args:
-        builders: row -> how to make it; each holds memory only while its group is measured. The first is the baseline.
-        exact: the results in fp64; None where another group checks them.
+        builders: row -> a function that makes its candidate; candidates have memory only while their group is measured.
+            The first is the baseline.
+        exact: the results in fp64; None if another group checks them.
         flops: counts the floating-point operations of one step.
-        bytes: that a step must read and write at least; 0 where nobody counted them.
+        bytes: least bytes that a step must read and write; 0 if unknown.
         kind: of the group.
-        samples: of each row, at most.
-        seconds: that the samples should take together.
-        predicted: row -> milliseconds that a model of the GPU expects.
+        samples: most samples of each row.
+        seconds: target for all samples together.
+        predicted: row -> milliseconds predicted by a model of the GPU.
         memory_alone: whether only the peak memory of a step is measured.
     """
 
@@ -92,10 +93,10 @@ class First:
     """A group's place in tier `first`.
 
     Args:
-        worth: groups with a lower number are measured earlier on a GPU, whose minutes may be few.
-        attention: kernels whose rows are part of it.
-        levels: of recompute, beside the default.
-        peers: whether rows of others than ours are part of it, beside the baseline.
+        worth: groups with a lower number are measured earlier on a GPU, because its minutes may be few.
+        attention: kernels whose rows are included.
+        levels: of recompute, in addition to the default.
+        peers: whether other rows than ours and the baseline are included.
     """
 
     worth: int
@@ -104,7 +105,7 @@ class First:
     peers: bool = True
 
     def of(self, rows: tuple[str, ...], without: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """The group's rows that are part of it."""
+        """The group's rows in tier `first`."""
 
         def wanted(row: str) -> bool:
             if not self.peers and row != rows[0] and not row.startswith("cast_kernels"):
@@ -120,12 +121,12 @@ class Group:
     """Rows that are measured side by side.
 
     Args:
-        name: unique, as `-k` selects it.
+        name: unique; `-k` selects it.
         title: of its table.
         rows: their names, the baseline first.
-        work: what is measured, made on a machine.
-        first: its place in tier `first`; None: it is in tier `full` only.
-        without: rows that are in tier `full` only.
+        work: makes the measurement on a machine.
+        first: its place in tier `first`; None if it is only in tier `full`.
+        without: rows that are only in tier `full`.
     """
 
     name: str
@@ -157,9 +158,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
-    """How large the problems are. `small` rehearses a run where only the path matters, not the figures.
+    """Sizes of the problems. `small` is for a rehearsal: its figures mean nothing.
 
-    Its bottleneck is one that every backend takes; ops and model have the same sizes, and so the same kernels.
+    Its bottleneck is valid for every backend. Ops and model have the same sizes, and so the same kernels.
     """
 
     name: str

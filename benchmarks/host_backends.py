@@ -1,9 +1,10 @@
-"""What the host needs for B-CAST on backends `cuda` and `triton`, in turn in one process, launches counted, not made.
+"""The host's time for B-CAST on backends `cuda` and `triton`, alternately in one process; launches are counted, not
+made.
 
     python benchmarks/host_backends.py [SAMPLES]
 
-Of each backend its own functions, which an op calls below autograd, and the op as a module calls it. The least of the
-samples, each a mean of many steps in the time of this process, as `bench_host.py` has it.
+For each backend: its own functions, which an op calls below autograd, and the op as a module calls it. The figure is
+the least of the samples. A sample is the mean over many steps of this process's time, as in `bench_host.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ REPEATS = 400
 
 
 def caught(name: str, run: Step) -> Step:
-    """The operator's next call of a backend's function, to be made again."""
+    """A function that repeats the operator's next call of a backend's function."""
     own, calls = getattr(OPERATOR, name), []
 
     def catch(*inputs: Any) -> Any:
@@ -50,7 +51,7 @@ def caught(name: str, run: Step) -> Step:
 
 
 def steps(backend: str, autocast: bool) -> dict[str, Step]:
-    """By what is timed."""
+    """Name -> function to time."""
     dtype = torch.float32 if autocast else torch.bfloat16
     module = cast_kernels.BCAST(**SIZES, backend=backend, recompute="nothing").to(dtype)
     frames, patches, dim = SIZES["num_frames"], SIZES["num_patches"], SIZES["dim"]
@@ -64,7 +65,7 @@ def steps(backend: str, autocast: bool) -> dict[str, Step]:
     def both() -> object:
         return torch.autograd.grad(forward(), leaves, grads)
 
-    for _ in range(3):  # compile, and fill what is kept
+    for _ in range(3):  # compiles, and fills the caches
         both()
     return {
         "backend, forward": caught("forward", both), "backend, backward": caught("backward", both),
@@ -73,7 +74,7 @@ def steps(backend: str, autocast: bool) -> dict[str, Step]:
 
 
 def measure(samples: int, show: Callable[[str], object] = print) -> None:
-    """Print a line for each of what is timed."""
+    """Print a line for each function."""
     timed = {(backend, autocast): steps(backend, autocast) for autocast in (False, True) for backend in BACKENDS}
     least: dict[tuple[str, bool, str], float] = {}
     for _ in range(samples):
@@ -89,7 +90,7 @@ def measure(samples: int, show: Callable[[str], object] = print) -> None:
 
 
 def main(samples: int) -> None:
-    """Measure, with all launches counted."""
+    """Measure, with all launches counted and none made."""
     import triton
 
     driving, targets = driver_of_the_tree()

@@ -1,10 +1,10 @@
-"""One tree's host code, timed on demand: every launch of ours ends in a function that only counts.
+"""Time one tree's host code on demand; each of our launches calls a function that only counts.
 
     python host_worker.py CACHE     # with the tree first in PYTHONPATH
 
 Each line of stdin, "WORK REPEATS" or "eager WORK", is answered by a line of JSON. `bench_host.py` starts one worker for
-this tree and one for the commit that it compares with, and asks them in turn. PyTorch's own operators run, on the
-smallest tensors that keep every launch.
+this tree and one for the older commit, and asks them in turn. PyTorch's own operators do run, on the smallest tensors
+that need the same launches.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TARGET = "sm_90"
-#: B-CAST's smallest sizes: both directions and windows, positions; products in parts, so that `sum_parts` runs.
+#: B-CAST's smallest sizes with both directions and windows, positions, and products in parts, so that `sum_parts` runs.
 EXCHANGE: dict[str, Any] = {"dim": 64, "bottleneck_dim": 32, "num_heads": 2, "num_frames": 8, "num_patches": 16}
-#: CAST-B's twelve blocks, and everything else as small as it goes: PyTorch's products on a CPU take part of the time.
+#: CAST-B's twelve blocks with the smallest sizes, because PyTorch's products on a CPU take part of the time.
 MODEL: dict[str, Any] = {
     "image_size": 8, "patch_size": 8, "num_frames": 2, "embed_dim": 16, "depth": 12, "num_heads": 1, "mlp_ratio": 1.0,
     "adapter_ratio": 1.0, "down_ratio": 1.0,
 }  # fmt: skip
-#: Operators that launch nothing on a GPU, besides views.
+#: Operators without a launch on a GPU, in addition to views.
 _SILENT = ("empty", "detach", "new_empty", "empty_like", "empty_strided")
 
 Step = Callable[[], object]
@@ -60,7 +60,7 @@ def training(backend: str) -> Step:
     import cast
     import cast_kernels
 
-    # "auto" looks at the device, and a CPU is no GPU: what each tree keeps by default on a GPU with memory enough.
+    # "auto" depends on the device, and this is a CPU. This is each tree's default on a GPU with enough memory.
     level = "nothing" if hasattr(cast_kernels, "recompute") else "cheap"
     model = cast.CAST(**MODEL, recompute=level).fuse(backend).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
@@ -87,7 +87,7 @@ WORK: Mapping[str, Callable[[str], Step]] = {
 
 
 class Operators(TorchDispatchMode):
-    """Counts PyTorch's operators, and those of them that launch a kernel on a GPU."""
+    """Counts PyTorch's operators, and those that launch a kernel on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Operators(TorchDispatchMode):
 
 
 def microseconds(step: Step, repeats: int) -> float:
-    """Of one step, as the mean of so many in a row: of this process, so that who takes its core does not count."""
+    """Microseconds of one step, as the mean of `repeats`. The process's own time excludes other users of the core."""
     begin = time.process_time()
     for _ in range(repeats):
         step()
@@ -108,7 +108,9 @@ def microseconds(step: Step, repeats: int) -> float:
 
 
 def eager(work: str) -> dict[str, float]:
-    """Operators of eager PyTorch's step, and microseconds of one on tensors of size one."""
+    """Numbers of eager PyTorch's operators and launches in a step, and microseconds of one operator on tensors of size
+    one.
+    """
     step = WORK[work]("eager")
     step()
     with Operators() as counted:
@@ -119,7 +121,7 @@ def eager(work: str) -> dict[str, float]:
 
 
 def driver_of_the_tree() -> tuple[Any, Any]:
-    """The modules with the tree's own driver and targets: the older commit has them in another package."""
+    """The modules with the tree's driver and targets; the older commit has them in another package."""
     here = find_spec("ptx_emulator") and find_spec("ptx_emulator.triton")
     driving, targets = ("ptx_emulator.triton", "ptx_emulator") if here else ("cast_kernels.evidence",) * 2
     return import_module(f"{driving}.driver"), import_module(f"{targets}.targets")
@@ -131,7 +133,7 @@ def serve(cache: Path) -> None:
 
     driving, targets = driver_of_the_tree()
     torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it prepares each product anew: a millisecond
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it would spend a millisecond on preparing each product
     count = [0]
 
     def launch(*_: Any) -> None:
@@ -140,7 +142,7 @@ def serve(cache: Path) -> None:
     launcher = SimpleNamespace(enforces_limits=False, launch=None)
     with driving.offline_driver(targets.target(TARGET), launcher, cache):
         driver = triton.runtime.driver.active
-        driver.takes_tensors = False  # addresses, as a GPU's driver gets them
+        driver.takes_tensors = False  # addresses, as for a GPU's driver
         driver.launcher_cls = lambda source, metadata: launch
         steps: dict[str, Step] = {}
         for line in sys.stdin:
@@ -150,7 +152,7 @@ def serve(cache: Path) -> None:
             else:
                 if work not in steps:
                     steps[work] = WORK[work]("triton")
-                    for _ in range(3):  # compile, and fill what is kept
+                    for _ in range(3):  # compiles, and fills the caches
                         steps[work]()
                 count[0] = 0
                 answer = {"us": microseconds(steps[work], int(repeats)), "launches": count[0] / int(repeats)}

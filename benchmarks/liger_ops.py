@@ -1,4 +1,4 @@
-"""The operations of liger-kernel that a machine without a GPU can call, each beside the same in plain PyTorch."""
+"""The operations of liger-kernel that run without a GPU, each beside the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Outputs = Tensor | tuple[Tensor, ...]
 class Op(NamedTuple):
     """One operation."""
 
-    shapes: dict[str, tuple[int, ...]]  # of inputs that want a gradient, random normal
+    shapes: dict[str, tuple[int, ...]]  # of inputs with a gradient, random normal
     liger: Callable[..., Outputs]
-    plain: Callable[..., Outputs]  # the same in PyTorch; it gets float64
-    fixed: dict[str, Tensor] = {}  # noqa: RUF012  inputs that want none
-    backward: bool = True  # False: liger's own asks for a GPU
+    plain: Callable[..., Outputs]  # the same in PyTorch; its inputs are float64
+    fixed: dict[str, Tensor] = {}  # noqa: RUF012  inputs without a gradient
+    backward: bool = True  # False: liger's backward requires a GPU
 
 
 def _f() -> Any:
@@ -155,7 +155,7 @@ def _ce_tvd(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, T
     return F.cross_entropy(student, target, reduction="none"), apart
 
 
-#: Name -> the operation, at sizes for seconds in emulation.
+#: Name -> the operation, at sizes that take seconds in emulation.
 OPS: dict[str, Op] = {
     "rms_norm": Op(
         {"x": _ROWS, "w": (300,)}, lambda x, w: _f().liger_rms_norm(x, w, 1e-6, in_place=False),
@@ -282,7 +282,7 @@ OPS: dict[str, Op] = {
     ),
 }  # fmt: skip
 
-#: Name -> why it is no row: what a machine without a GPU cannot call.
+#: Name -> the reason why it has no row: it cannot be called without a GPU.
 LEFT_OUT = {
     "mlp": "asks that its tensors are on a CUDA device",
     "fused_linear_scaled_cross_entropy_tp": "asks for a CUDA device and a group of processes",
@@ -292,7 +292,7 @@ LEFT_OUT = {
 
 
 def inputs(op: Op) -> dict[str, Tensor]:
-    """The operation's random inputs, float32; those that want a gradient first."""
+    """The operation's random inputs, float32; those with a gradient first."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name, shape in op.shapes.items()} | op.fixed
 

@@ -1,4 +1,4 @@
-"""Measuring besides time: this machine's CPU as a machine, bytes kept for backward, peak memory, error against fp64."""
+"""Measurements other than time: the CPU as a machine, bytes kept for backward, peak memory, error against fp64."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cast_kernels.gpu.machine import Step
 
 
 class Unavailable(RuntimeError):
-    """A variant that cannot be measured here; the message says why and what would change it."""
+    """A variant that cannot be measured here; the message gives the reason and a remedy."""
 
 
 class CpuMachine:
-    """The processors of this machine: what of :class:`cast_kernels.gpu.machine.Machine` a CPU has."""
+    """This machine's processors, with the methods of :class:`cast_kernels.gpu.machine.Machine` that a CPU supports."""
 
     stand_in = ""
 
@@ -48,10 +48,10 @@ class CpuMachine:
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise :class:`Unavailable` in the main thread once `seconds` have passed, as soon as Python code runs again.
+    """Raise :class:`Unavailable` in the main thread after `seconds`, as soon as Python code runs again.
 
-    A compiler's own handlers must not swallow the signal's exception, so it is none that `except Exception` sees. The
-    timer that ran before (pytest-timeout's) goes on afterwards.
+    `except Exception` does not catch the signal's exception, so a compiler's handlers cannot swallow it. An earlier
+    timer (pytest-timeout's) continues afterwards.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -77,8 +77,8 @@ class _OutOfTimeError(BaseException):
 def peak_memory(run: Callable[[], object]) -> dict[str, float]:
     """Resident memory of this process, in MiB: `before_mib`, and the largest while `run` ran, `peak_mib`.
 
-    Read from the address space's own high-water mark, which is reset first: getrusage's would include what the parent
-    process held before this one replaced it.
+    The peak is the address space's own high-water mark, reset first. getrusage's would include the memory of the parent
+    process before this one replaced it.
 
     Raises:
         Unavailable: the system has no /proc with these counters.
@@ -111,14 +111,14 @@ def bytes_kept_for_backward(call: Callable[[], object], exclude: list[Tensor]) -
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = call()  # held until the sum is taken: a freed storage's address could come again
+        result = call()  # held until the sum is taken, because a freed storage's address could occur again
     total = sum(kept.values())
     del result
     return total
 
 
 def rms_error(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Root mean square of (ours - exact) for every tensor, in float64 where the tensors are."""
+    """Root mean square of (ours - exact) for every tensor, in float64 on the tensors' device."""
     assert ours.keys() == exact.keys()
     return {name: float((ours[name].double() - truth).square().mean().sqrt()) for name, truth in exact.items()}
 

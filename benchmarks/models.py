@@ -1,4 +1,4 @@
-"""The whole model as the benchmarks use it: random weights, results in fp64, a training step, and its FLOPs."""
+"""The whole model for the benchmarks: random weights, results in fp64, a training step, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def randomise(module: Module, seed: int = 0) -> Module:
-    """Noise on every parameter, reproducibly, so that nothing multiplies by zero and no gain is one.
+    """Put reproducible noise on every parameter, so that nothing is multiplied by zero and no gain is one.
 
-    Matrices get noise of unit gain, vectors of 0.1, which adapters' and exchange's up-projections need: they start at
-    zero. Two modules with the same parameters on the same device get the same values, whatever they held before. The
-    numbers are drawn on that device.
+    Matrices get noise of unit gain, vectors noise of 0.1. The up-projections of adapters and exchange need this,
+    because they start at zero. Two modules with the same parameters on the same device get the same values, whatever
+    their old ones. The numbers are drawn on that device.
     """
     parameters = dict(module.named_parameters())
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
@@ -45,15 +45,16 @@ def _is_gain(name: str, parameter: Tensor) -> bool:
 def make_model(
     variant: str | cast.CASTConfig = "base", device: torch.device = torch.device("cpu"), **arguments: Any  # noqa: B008
 ) -> cast.CAST:  # fmt: skip
-    """A randomised CAST for EPIC-Kitchens' heads in evaluation mode; every call with one variant has the same weights.
+    """A randomised CAST with EPIC-Kitchens' heads in evaluation mode; equal arguments give equal weights.
 
-    A run makes dozens, so none is initialised first: CAST-B takes 1.3 s of a CPU's time where it took 11.3, 4.1 of them
-    to initialise and 7.2 for noise that was drawn beside the weights. Where a GPU draws, 0.2 s are left for Python.
+    A run makes dozens of models, so this skips the usual initialisation. For CAST-B it takes 1.3 s of a CPU's time. It
+    took 11.3 s before: 4.1 for the initialisation and 7.2 for noise drawn on the CPU. If a GPU draws, 0.2 s of Python
+    remain.
 
     Args:
         variant: as `cast.CAST` takes it.
         device: of the weights.
-        arguments: more of `cast.CAST`'s: `fused`, fields of CASTConfig.
+        arguments: further arguments of `cast.CAST`: `fused`, fields of CASTConfig.
     """
     with torch.device("meta"):
         model = cast.CAST(variant, **{"heads": HEADS, **arguments})
@@ -71,14 +72,14 @@ def make_batch(
 
 
 class Training:
-    """A model's training step: forward, cross-entropy over the heads, backward, AdamW on what trains.
+    """A model's training step: forward, cross-entropy over the heads, backward, AdamW on the trained parameters.
 
     Args:
-        model: holds the parameters.
+        model: has the parameters.
         video, labels: as :func:`make_batch` returns them.
         call: computes the logits; the model itself if None.
-        kind: whose autocast forward runs in.
-        in_graph: whether the optimizer is one that a CUDA graph can hold: fused, its step count on the device.
+        kind: forward runs in its autocast.
+        in_graph: whether the optimizer must be capturable by a CUDA graph: fused, its step count on the device.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Training:
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, **options)
 
     def backward(self, clips: int | None = None) -> dict[str, Tensor]:
-        """Leave fresh gradients in the parameters, of the first `clips` if given; returns the logits by head."""
+        """Compute new gradients of the parameters, for the first `clips` if given; returns the logits by head."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.kind.context(self.video.device):
             logits = self.call(self.video[:clips])
@@ -105,9 +106,9 @@ class Training:
         self.optimizer.step()
 
     def results(self, clips: int | None = None) -> dict[str, Tensor]:
-        """The logits and every gradient, before any optimiser step, of the first `clips` if given.
+        """The logits and every gradient, before any optimizer step, of the first `clips` if given.
 
-        Not the loss: it is one number, and the error of one number says nothing about the arithmetic behind it.
+        The loss is omitted: it is one number, and its error says nothing about the arithmetic.
         """
         named = self.backward(clips)
         for name, parameter in self.model.named_parameters():
@@ -118,13 +119,13 @@ class Training:
 
 
 def exact_logits(model: cast.CAST, video: Tensor) -> dict[str, Tensor]:
-    """The logits in fp64, in PyTorch's own operators, of a model that is turned into one of fp64."""
+    """The logits in fp64 by PyTorch's own operators. Converts the model to fp64."""
     with torch.no_grad():
         return model.unfuse().double()(video.double())
 
 
 def exact_training(model: cast.CAST, video: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits and gradients in fp64; each block is computed twice, which keeps memory at one block's activations."""
+    """Logits and gradients in fp64. Each block is computed twice, so that memory holds only one block's activations."""
     model = model.unfuse().double()
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -134,8 +135,8 @@ def exact_training(model: cast.CAST, video: Tensor, labels: dict[str, Tensor]) -
 def count_flops(variant: str | cast.CASTConfig, batch: int, training: bool = False, **arguments: Any) -> int:
     """Floating-point operations of a forward, or of forward and backward, as torch counts them for `fused=False`.
 
-    Matrix products and convolutions, two operations per multiply-add: every clip has as many. So one clip is counted,
-    and a model once in a process: it takes 0.9 s, and 1.5 s with backward.
+    Counts matrix products and convolutions, two operations per multiply-add. Every clip has the same number, so one
+    clip is counted, once for each model in a process: this takes 0.9 s, and 1.5 s with backward.
     """
     return batch * _flops(make_config(variant, **{"heads": HEADS, **arguments}), 1, training)
 

@@ -1,4 +1,4 @@
-"""Peak memory of two training steps, in a process of its own.
+"""Peak memory of two training steps, in a separate process.
 
     python benchmarks/peak_memory.py '{"variant": "base", "batch": 2, "arguments": {"backend": "cpu"}}'
 
@@ -15,10 +15,10 @@ from typing import Any
 
 
 def measure_apart(variant: str, batch: int, arguments: dict[str, Any]) -> dict[str, float]:
-    """Resident MiB before the first training step, and the peak over two steps, of a fresh process.
+    """Resident MiB before the first training step and at the peak of two steps, in a new process.
 
     Args:
-        variant, arguments: as :func:`models.make_model` takes them, and the `backend` that runs.
+        variant, arguments: as in :func:`models.make_model`, and the `backend` to run.
         batch: clips of a step.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Inference engines that a user would export the model to, and how to run them beside PyTorch.
+"""Inference engines to which a user would export the model, for comparison with PyTorch.
 
-Every engine has a thread pool of its own, whose idle threads must not take cores from the next sample. ONNX Runtime's
-do not spin (by default they kept 0.06 to 0.08 of a core busy in the half second after a call, so they take none);
-OpenVINO's are not pinned (by default a worker stayed bound to one core between calls).
+Every engine has its own thread pool. Its idle threads must not take cores from the next sample. So ONNX Runtime's
+threads do not spin: by default they kept 0.06 to 0.08 of a core busy in the half second after a call. And OpenVINO's
+threads are not pinned: by default a worker stayed bound to one core between calls.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def need(*packages: str) -> list[Any]:
 
 
 def openvino(model: cast.CAST, video: Tensor, threads: int) -> Run:
-    """The model in OpenVINO, fp32 (left alone it may choose bf16), one stream, tuned for latency."""
+    """The model in OpenVINO, one stream, tuned for latency, in fp32 (by default it may choose bf16)."""
     (ov,) = need("openvino")
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer warns of every check of shapes
+        warnings.simplefilter("ignore")  # the tracer warns at every check of shapes
         converted = ov.convert_model(model, example_input=video, input=[list(video.shape)])
     options = {
         "PERFORMANCE_HINT": "LATENCY",

@@ -1,4 +1,4 @@
-"""The picture of measured speed-ups: of every group our row and the fastest exact row that a user has without us."""
+"""The picture of measured speed-ups: for every group our row and the fastest exact row without our kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ours(row: str) -> bool:
 
 
 def fastest(rows: Mapping[str, Row], of_ours: bool) -> tuple[str, Row] | None:
-    """Name and figures of the fastest row, ours or others', that has a speed-up; the baseline is one of the others."""
+    """Name and figures of the fastest row with a speed-up, ours or others'. The baseline is one of the others."""
     found = [(name, row) for name, row in rows.items() if row.get("speedup") is not None and ours(name) == of_ours]
     return max(found, key=lambda entry: entry[1]["speedup"], default=None)
 
@@ -38,7 +38,7 @@ def speedup_plot(groups: Mapping[str, Mapping[str, Row]], machine: str, path: Pa
 
     Args:
         groups: title -> row -> figures, as the benchmark keeps them.
-        machine: whose figures they are.
+        machine: name of the measured machine.
         path: of the picture.
     """
     from matplotlib import rc_context
@@ -56,7 +56,7 @@ def speedup_plot(groups: Mapping[str, Mapping[str, Row]], machine: str, path: Pa
 
 
 def _line(axes: Any, rows: Mapping[str, Row], height: int) -> None:
-    """Our default with its figure, our fastest level where it is another one, and the fastest of the others."""
+    """Draw our default with its figure, our fastest level if it differs, and the fastest of the others."""
     mine, best, peer = default(rows), fastest(rows, True), fastest(rows, False)
     assert mine is not None
     assert best is not None
@@ -96,7 +96,7 @@ def _finish(axes: Any, names: list[str], machine: str) -> None:
 
 
 def label(title: str) -> str:
-    """A group's title without what all groups share."""
+    """A group's title without the part that all groups share."""
     title = re.sub(r"forward\+backward", "forward + backward", title)
     title = re.sub(
         r": (CAST-B/16|768/384|768, adapter).*|768/3072, adapter 192, 1568 rows, |768, 12 heads, adapter 192, ",

@@ -1,4 +1,4 @@
-"""What `cast-kernels predict` expects of a GPU, for the rows that it has a model of."""
+"""Predictions by `cast-kernels predict` for the rows that have a model of a GPU."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cast_kernels.gpu.machine import Machine
 
 PREDICTIONS = Path(__file__).parent / "predictions"
 
-#: What "auto" takes on the GPUs and batches that are predicted (`tests/test_recompute.py`), then another level.
+#: The level of "auto" for the predicted GPUs and batches (`tests/test_recompute.py`), then another level.
 _LEVELS = ("nothing", "cheap")
-#: Work -> the phases that it consists of.
+#: Work -> its phases.
 _PHASES = {"inference": ("inference",), "training": ("forward", "backward")}
 
 
 def predicted(machine: Machine, device: str, kind: str, batch: int, work: str) -> dict[str, float]:
-    """Row -> milliseconds of B-CAST at the paper's size; empty if there is no prediction for this GPU or problem."""
+    """Row -> predicted milliseconds of B-CAST at the paper's size; empty if this GPU or problem has none."""
     if device != "cuda":
         return {}
     found = {}
@@ -35,7 +35,7 @@ def predicted(machine: Machine, device: str, kind: str, batch: int, work: str) -
 
 
 def predicted_model(machine: Machine, device: str, kind: str, batch: int, work: str) -> dict[str, float]:
-    """Row -> milliseconds of a whole CAST-B's GPU, as a graph runs it; empty if there is no prediction of it."""
+    """Row -> predicted milliseconds of a whole CAST-B as a graph on the GPU; empty without a prediction."""
     if device != "cuda" or kind != "amp" or work not in ("inference", "training step"):
         return {}
     names = {"eager AMP": "fused=False", "torch.compile": "torch.compile(fused=False)"}
@@ -49,21 +49,21 @@ def predicted_model(machine: Machine, device: str, kind: str, batch: int, work: 
 
 
 def _mine(work: str, level: str) -> str:
-    """The row of ours at a recompute level: the row without one is "auto", which takes what `_LEVELS` says first."""
+    """Our row at a recompute level. The row without a level is "auto", whose level comes first in `_LEVELS`."""
     name = next(name for name in ours("cuda", False) if name.endswith("triton"))
     return name if work == "inference" or level == _LEVELS[0] else f"{name}, recompute={level}"
 
 
 def prediction_of(gpu: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A GPU's entry in what `cast-kernels predict` wrote; empty if there is none.
+    """A GPU's entry in the files of `cast-kernels predict`; empty if there is none.
 
     Args:
-        gpu: `name`, in which the prediction's must be a word (a GH200 is no H200), and `multiprocessors`, of which it
-            must have as many (an H100 PCIe is no H100 SXM), where the prediction says.
+        gpu: `name` and `multiprocessors`. The prediction's name must be a word of `name` (a GH200 is no H200), and its
+            number of multiprocessors must be equal (an H100 PCIe is no H100 SXM).
         folder: of the predictions.
     """
     words = re.findall(r"[A-Z0-9]+", gpu["name"].upper())
-    if "NVL" in words:  # an H100 NVL has an SXM's multiprocessors, but another memory or power limit
+    if "NVL" in words:  # an H100 NVL has as many multiprocessors as an SXM, but another memory or power limit
         return {}
     for path in sorted(folder.glob("*.json")):
         if path.stem.upper() in words:

@@ -1,4 +1,4 @@
-"""The rows of a run: kept in a file as they come, shown as tables at the end."""
+"""The rows of a run: written to a file after each one, shown as tables at the end."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ import cast_kernels
 from cast_kernels.gpu import order
 from cast_kernels.gpu.rows import Row, cells, not_begun, notes, reason
 
-#: Where a run leaves its rows and environment unless told otherwise, beside what --benchmark-json keeps.
+#: Default file for a run's rows and environment, in addition to --benchmark-json.
 RESULTS = Path("runs/benchmarks.json")
 
-#: What stands in a row from the beginning of its group to its end.
+#: A row's text from the start of its group until its measurement ends.
 ENDED = "the run ended while this row's group was measured"
 
-#: Characters that the widest table may take: a terminal scrolls or folds, but nothing is cut off.
+#: Characters for the widest table. A terminal scrolls or folds; nothing is cut off.
 _WIDEST = 400
 
-#: Packages whose versions a reader must know.
+#: Packages whose versions a reader needs.
 PACKAGES = ("triton", "xformers", "flash-attn", "openvino", "onnxruntime", "onnx", "onnxscript", "numpy")
 
 
 class RowsError(ValueError):
-    """The file of rows cannot be used; the message says why and what to do."""
+    """The file of rows cannot be used; the message gives the reason and a remedy."""
 
 
 class Report:
-    """Rows of all groups, in the order in which they were measured: of one device at one size.
+    """Rows of all groups of one device and size, in the order of measurement.
 
     Args:
-        path: where they are kept; None for nowhere.
-        command: that measures them.
-        device, sizes: that they are of.
+        path: their file; None for no file.
+        command: the measuring command.
+        device, sizes: those of the rows.
 
     Raises:
-        RowsError: the path cannot be a file.
+        RowsError: a file cannot have this path.
     """
 
     def __init__(self, path: Path | None, command: str = "", device: str = "", sizes: str = "") -> None:
@@ -63,12 +63,12 @@ class Report:
         self.broken = ""
 
     def add(self, group: str, name: str, row: Row) -> None:
-        """Take a row and write the file anew: a fault or a kill loses nothing that is known."""
+        """Add a row and rewrite the file, so that a fault or a kill loses no known row."""
         self.groups.setdefault(group, {})[name] = row
         self.save()
 
     def begin(self, group: str, names: Iterable[str]) -> None:
-        """Say that these rows are measured now, in case nothing more can be said of them."""
+        """Mark these rows as in progress, in case the process ends before their measurement does."""
         self.groups.setdefault(group, {}).update({name: {"failed": ENDED} for name in names})
         self.save()
 
@@ -88,13 +88,13 @@ class Report:
         os.replace(part, self.path)
 
     def load(self, gpu: str = "") -> None:
-        """Take the rows that the file holds, but not those for which there was no time; nothing if there is no file.
+        """Load the file's rows, without those that had no time; nothing if there is no file.
 
         Args:
-            gpu: name of the one that is here, "" if that does not matter.
+            gpu: name of the present GPU, "" if that does not matter.
 
         Raises:
-            RowsError: the file holds something else, or rows of another device, GPU or size.
+            RowsError: the file has other contents, or rows of another device, GPU or size.
         """
         if self.path is None or not self.path.exists():
             return
@@ -116,7 +116,7 @@ class Report:
             self.groups[title] = {n: row for n, row in rows.items() if not not_begun(row)}
 
     def show(self) -> None:
-        """Print every group, and where its rows are."""
+        """Print every group, and the path of its rows."""
         self.save()
         console = Console(width=max(_WIDEST, Console().width))
         console.print()
@@ -143,7 +143,7 @@ class Report:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What a reader must know to judge the figures."""
+    """Facts that a reader needs to judge the figures."""
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
@@ -159,8 +159,9 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name; family and model too where /proc/cpuinfo has them, since a virtual machine's name may say no more
-    than the brand."""
+    """The processor's name, with family and model if /proc/cpuinfo has them: in a virtual machine the name may be only
+    the brand.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
@@ -177,7 +178,7 @@ def _version(package: str) -> str:
 
 
 def render(title: str, rows: dict[str, Row]) -> Table:
-    """One group as a table, each column as wide as its longest cell: a figure that is cut off is none."""
+    """One group as a table. Each column is as wide as its longest cell, so that no figure is cut off."""
     table = Table(title=title, title_justify="left")
     headers, lines = cells(rows)
     for number, header in enumerate(headers):
@@ -193,15 +194,15 @@ _ticks: deque[float] = deque()
 
 
 def recorded_time() -> float:
-    """pytest-benchmark's timer for rows that were timed already: the samples given to :func:`replay`, one by one.
+    """pytest-benchmark's timer for rows with earlier samples: it returns the samples of :func:`replay`, one by one.
 
-    So --benchmark-json keeps the interleaved samples instead of a second measurement of each variant alone.
+    So --benchmark-json has the interleaved samples, without a second measurement of each variant alone.
     """
     return _ticks.popleft() if _ticks else 0.0
 
 
 def replay(benchmark: Any, row: Row) -> None:
-    """Hand a row and its samples to pytest-benchmark. Its test must run under `recorded_time` as the timer."""
+    """Pass a row and its samples to pytest-benchmark. The test's timer must be `recorded_time`."""
     benchmark.extra_info.update({key: value for key, value in row.items() if not key.endswith("all_ms")})
     if "all_ms" not in row:
         return

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md and its plot from the measurements in benchmarks/results: `python benchmarks/tables.py`.
+"""Write docs/performance.md and its plot from the measurements in benchmarks/results: `python benchmarks/tables.py`.
 
 The terminal's tables, the report of `gpu-check` and this document have the same columns (`cast_kernels/gpu/rows.py`).
 """
@@ -25,7 +25,7 @@ MACHINES = {
     "zen4": "2 cores of an AMD EPYC, Zen 4 (family 25, model 17): AVX-512 with bfloat16",
     "zen3": "2 cores of an AMD EPYC, Zen 3 (family 25, model 1): AVX2",
 }
-#: Beginning of a file's name -> what it holds, in the order of the document.
+#: Beginning of a file's name -> its subject, in the order of the document.
 SUBJECTS = {
     "model": "CAST-B/16 whole",
     "bcast": "B-CAST",
@@ -54,13 +54,13 @@ _OLD = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one command measured.
+    """The measurements of one command.
 
     Args:
         subject: a key of :data:`SUBJECTS`.
         environment: machine, versions, date, command.
         groups: title -> row's name -> its figures.
-        whole: whether every row has the figures that the benchmark writes today.
+        whole: whether every row has all figures of the present benchmark.
     """
 
     subject: str
@@ -70,7 +70,7 @@ class Run:
 
 
 def runs(machine: str, folder: Path = RESULTS) -> list[Run]:
-    """Of a machine, in the order of the document."""
+    """A machine's runs, in the order of the document."""
     return [
         Run(subject, found["environment"], {title: completed(rows) for title, rows in found["groups"].items()}, whole)
         for subject in SUBJECTS
@@ -81,12 +81,12 @@ def runs(machine: str, folder: Path = RESULTS) -> list[Run]:
 
 
 def _recorded(content: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """The runs of a file: what `--rows` wrote is one; before there were several."""
+    """The runs of a file. `--rows` writes one run; an earlier version wrote several."""
     yield from ((found, False) for found in content["runs"]) if "runs" in content else [(content, True)]
 
 
 def completed(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows with spreads and paired ratios, from their samples; too few samples give no speed-up."""
+    """The rows with spreads and paired ratios computed from their samples. Too few samples give no speed-up."""
     baseline = next(iter(rows.values()))
     made = {}
     for name, row in rows.items():
@@ -122,7 +122,7 @@ def document(measured: Mapping[str, list[Run]]) -> str:
 
 
 def glance(found: list[Run]) -> str:
-    """A line for each group: the speed-ups of the fastest exact peer, of our default and of our fastest level."""
+    """A line for each group with the speed-ups of the fastest exact peer, our default and our fastest level."""
     text = [
         _line(["speed-up over eager (spread)", "fastest exact row without us", "ours, default", "ours, fastest level"]),
         _line(["---", "--:", "--:", "--:"]),
@@ -149,7 +149,7 @@ def _run(run: Run) -> str:
 
 
 def table(title: str, rows: Mapping[str, Row]) -> str:
-    """A group in Markdown, ours in bold, with the reasons for which figures are missing."""
+    """A group in Markdown, ours in bold, with the reasons for missing figures."""
     headers, lines = cells(rows)
     text = [f"\n**{title}**\n\n", _line(headers), _line(["---", *["--:"] * (len(headers) - 1)])]
     for name, *figures in lines:
@@ -163,7 +163,7 @@ def _line(words: list[str]) -> str:
     return f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |\n"
 
 
-#: Groups whose speed-ups the README names -> how it calls them.
+#: Beginning of a group's title -> its name in the README.
 _HEADLINES = {
     "model inference fp32": "inference",
     "model training step fp32": "a training step",
@@ -173,7 +173,7 @@ _HEADLINES = {
 
 
 def headline(found: list[Run]) -> str:
-    """What the README says: the speed-up of our default, and of the fastest exact row without us."""
+    """The README's sentence: the speed-ups of our default and of the fastest exact row without us."""
     said = []
     for run in found:
         for title, rows in run.groups.items():
@@ -185,7 +185,7 @@ def headline(found: list[Run]) -> str:
 
 
 def main(docs: Path) -> None:
-    """Write the document and its plot into the folder, and print what the README says of them."""
+    """Write the document and its plot into the folder, and print the README's sentence."""
     measured = {machine: runs(machine) for machine in MACHINES}
     (docs / "performance.md").write_text(document(measured))
     newest = next(machine for machine, found in measured.items() if found)

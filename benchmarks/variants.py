@@ -1,4 +1,4 @@
-"""The one list of ways to run an op: ours, taken from the backends that exist, and what people run without us."""
+"""The one list of variants of an op: ours, from the existing backends, and others'."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import cast_kernels
 from cast_kernels import Problem, _native, attention
 from cast_kernels.backends import can_run, left_to
 
-#: Device -> levels beside the default one, which is "cheap" on a CPU and on a GPU chosen by memory.
+#: Device -> levels in addition to the default, which is "cheap" on a CPU and depends on memory on a GPU.
 LEVELS = {"cpu": ("nothing", "all"), "cuda": ("nothing", "cheap", "all")}
 
 #: PyTorch's attention kernels by name, on a GPU.
@@ -28,24 +28,24 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-#: Other libraries' attention, where installed -> what to import.
+#: Other libraries' attention, if installed -> module to import.
 PACKAGES = {name: module for name, module in attention.ATTENTIONS.items() if module}
-#: Of these and of our backends, what takes 16-bit operands only.
+#: Of these and of our backends, those that take only 16-bit operands.
 _SIXTEEN_BITS = ("flash", "cudnn", "flash-attn", "cuda")
-#: B-CAST at the paper's size, of which a backend is asked whether it runs here at all.
+#: B-CAST at the paper's size, to ask a backend whether it runs here at all.
 _PAPER = Problem(1, 8, 196, 768, 384, 12, "time", "space", torch.bfloat16, "cpu")
 
 
 def ours(
     device: str, backward: bool, compute: torch.dtype = torch.bfloat16, op: str = "bcast"
 ) -> dict[str, dict[str, Any]]:
-    """Row -> arguments of our functions and modules. Forward alone repeats nothing, so it has the default only.
+    """Row -> arguments of our functions and modules. Forward alone recomputes nothing, so it has only the default.
 
     Args:
         device: "cpu" or "cuda".
-        backward: whether the row has one.
+        backward: whether the row has a backward.
         compute: of dense products.
-        op: that the row is of; one that a backend leaves to another has no row of that backend.
+        op: the row's op. If a backend leaves it to another, that backend has no row.
     """
     rows: dict[str, dict[str, Any]] = {}
     for backend in cast_kernels.backends.BACKENDS:
@@ -61,10 +61,10 @@ def ours(
 
 
 def options_of(name: str, device: torch.device) -> dict[str, Any] | None:
-    """The arguments of a row of ours, None of any other.
+    """The arguments of one of our rows; None for any other.
 
     Raises:
-        Unavailable: its backend was not built, or is for another GPU than this device.
+        Unavailable: its backend was not built, or needs another GPU.
     """
     rows = {row: options for kind in ("cpu", "cuda") for row, options in ours(kind, True).items()}
     backend = rows[name]["backend"] if name in rows else ""
@@ -78,7 +78,7 @@ def options_of(name: str, device: torch.device) -> dict[str, Any] | None:
 
 
 def is_second(name: str) -> bool:
-    """Whether it is a level of recompute of a backend that `auto` takes behind another: in tier `full` only."""
+    """Whether it is a recompute level of a backend that `auto` does not prefer. Such rows are only in tier `full`."""
     return name.startswith("cast_kernels, cuda, ")
 
 
@@ -91,14 +91,14 @@ def is_compiled(name: str) -> bool:
 
 
 def attentions(device: str, compute: torch.dtype) -> tuple[str, ...]:
-    """Names of the attention kernels that are compared on a device, besides what PyTorch chooses itself."""
+    """Names of the attention kernels to compare on a device, in addition to PyTorch's own choice."""
     if device == "cpu":
         return ()
     return tuple(n for n in (*SDPA, *PACKAGES) if compute != torch.float32 or n not in _SIXTEEN_BITS)
 
 
 def attending(name: str) -> Callable[[], AbstractContextManager[object]]:
-    """What forward runs in so that this kernel attends in PyTorch's place; "" leaves the choice to PyTorch.
+    """A context of forward in which this kernel replaces PyTorch's attention; "" leaves the choice to PyTorch.
 
     Raises:
         Unavailable: the package is not installed.
@@ -115,7 +115,7 @@ def package_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Another library's attention of q, k, v [groups, W, heads, head_dim].
 
     Raises:
-        Unavailable: it cannot be imported.
+        Unavailable: the package cannot be imported.
     """
     try:
         if name == "xformers":
@@ -129,7 +129,7 @@ def package_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 @contextmanager
 def _only(name: str) -> Iterator[None]:
-    """PyTorch's attention by one kernel or none; entering costs the host some microseconds a call."""
+    """PyTorch's attention by this kernel or an error. Entering takes some microseconds of the host for each call."""
     with sdpa_kernel(SDPA[name]):
         try:
             yield
@@ -140,7 +140,7 @@ def _only(name: str) -> Iterator[None]:
 
 
 class AttentionBy(TorchFunctionMode):
-    """Within it, attention in PyTorch's place is another library's, [groups, W, heads, head_dim] each."""
+    """While active, another library's attention replaces PyTorch's, on [groups, heads, W, head_dim] each."""
 
     def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -154,5 +154,5 @@ class AttentionBy(TorchFunctionMode):
 
 
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
-    """By torch.compile, for the shapes that it meets."""
+    """The call compiled by torch.compile, for the shapes that occur."""
     return torch.compile(call, dynamic=False)

@@ -5,16 +5,16 @@
     python examples/exchange_for_any_two_vits.py --spatial vit_base_patch16_clip_224 --temporal vit_small_patch8_224 \\
         --size 224 --pretrained                         # timm downloads the weights
 
-What `cast_kernels.BCAST` asks of the two streams at an exchange: spatial [B, T, 1+N, D] with one class token in front,
-temporal [B, T, N, D] without, so T, N and D must agree; dtype and device, too. Two models may differ in all but T:
+`cast_kernels.BCAST` needs two streams at an exchange: spatial [B, T, 1+N, D] with a class token first, temporal [B, T,
+N, D] without. So T, N, D, dtype and device must be equal. Two models may differ in everything except T:
 
-    width     a linear layer brings each stream to D, another one takes the answer back
-    patches   the finer grid is averaged to the coarser one; its answer goes to every patch that was averaged
+    width     a linear layer maps each stream to D, another one maps the result back
+    patches   the finer grid is averaged to the coarser one; each averaged patch gets the result
     depth     there are as many exchanges as the shallower model has blocks; the deeper one runs several in between
-    tokens    class token and registers of the temporal model stay out; a spatial model without class token is refused
+    tokens    class token and registers of the temporal model are left out; the spatial model must have a class token
 
-The exchange's up-projections start at zero, so before the first step both experts compute what they always did. CAST
-itself exchanges between attention and FFN; here it is after whole blocks, which leaves timm's code as it is.
+The exchange's up-projections start at zero, so before the first step both experts compute the same as alone. CAST
+itself exchanges between attention and FFN; here the exchange follows whole blocks, so timm's code is unchanged.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 import cast_kernels
 from cast_kernels import BCAST, AdapterParameters
 
-#: What a clip shows: the size is in every frame, whether it moves only between them.
+#: A clip's classes: each frame shows the size, and only a comparison of frames shows motion.
 CLASSES = ("a small square stands", "a small square moves", "a large square stands", "a large square moves")
 
 FITTING = "this example calls the parts of timm's VisionTransformer: choose a name that begins with vit_ or deit_"
 
 
 class Adapter(nn.Module):
-    """x + up(GELU(down(x))), with up zero at first, by the fused operator."""
+    """x + up(GELU(down(x))) by the fused operator; up starts at zero."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Adapter(nn.Module):
 
 
 class Expert(nn.Module):
-    """A frozen model of timm whose blocks are called one by one, its adapters, and its way into the exchange.
+    """A frozen model of timm whose blocks are called one by one, with adapters and projections to the exchange.
 
     Args:
         model: of timm's VisionTransformer.
@@ -68,7 +68,7 @@ class Expert(nn.Module):
         self.back = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(exchanges))
 
     def train(self, mode: bool = True) -> "Expert":
-        """Adapters train; the model stays in evaluation mode, without dropout."""
+        """Set the adapters to training; the model stays in evaluation mode, without dropout."""
         super().train(mode)
         self.model.eval()
         return self
@@ -79,7 +79,7 @@ class Expert(nn.Module):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(frames))))
 
     def run(self, number: int, x: Tensor) -> Tensor:
-        """The blocks between two exchanges, and an adapter."""
+        """Run the blocks between two exchanges, and an adapter."""
         for block in self.model.blocks[self.ends[number - 1] if number else 0 : self.ends[number]]:
             x = block(x)
         return self.adapters[number](x)
@@ -91,22 +91,22 @@ class Expert(nn.Module):
         return self.into[number](torch.cat([x[:, :1], patches], 1) if class_token else patches)
 
     def from_exchange(self, number: int, x: Tensor, added: Tensor, class_token: bool) -> Tensor:
-        """What the exchange has `added` [B*T, (1+)N, D], at the tokens [B*T, own tokens, width] that it came from."""
+        """Add the exchange's part `added` [B*T, (1+)N, D] to the tokens [B*T, own tokens, width]."""
         added = self.back[number](added)
         first, patches = added[:, : int(class_token)], added[:, int(class_token) :]
         patches = patches.unflatten(1, self.grid).movedim(-1, 1)
         patches = F.interpolate(patches, self.own_grid, mode="nearest").flatten(2).transpose(1, 2)
-        # Registers get nothing, nor does a class token that stays out.
+        # Registers get nothing, nor does a class token outside of the exchange.
         beside = x.new_zeros(len(x), self.prefix - first.shape[1], x.shape[2])
         return x + torch.cat([first, beside, patches], 1)
 
 
 class TwoViTs(nn.Module):
-    """Clips [B, 3, T, H, W] -> logits [B, classes]. The spatial model sees frames, the temporal one what changes.
+    """Clips [B, 3, T, H, W] -> logits [B, classes]. The spatial model gets frames, the temporal one their differences.
 
     Raises:
-        ValueError: a model that is built otherwise, a size that its patches do not divide, or a spatial model without
-            class token.
+        ValueError: another kind of model, a size that its patches do not divide, or a spatial model without class
+            token.
     """
 
     def __init__(self, spatial: Any, temporal: Any, frames: int, classes: int, dim: int, heads: int) -> None:
@@ -143,7 +143,7 @@ class TwoViTs(nn.Module):
         for number, exchange in enumerate(self.exchanges):
             s, t = self.spatial.run(number, s), self.temporal.run(number, t)
             given = self.spatial.to_exchange(number, s, True), self.temporal.to_exchange(number, t, False)
-            # It returns both with what it has added, which is what goes back.
+            # The exchange returns both streams including its additions; only the additions go back.
             taken = exchange(*(x.unflatten(0, (clips, frames)) for x in given))
             added = [after.flatten(0, 1) - before for after, before in zip(taken, given, strict=True)]
             s = self.spatial.from_exchange(number, s, added[0], True)
@@ -160,7 +160,7 @@ class TwoViTs(nn.Module):
 
 
 def make_clips(count: int, frames: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Clips [count, 3, frames, size, size] of a square over a still background, and which of CLASSES they show."""
+    """Clips [count, 3, frames, size, size] of a square over a still background, and their numbers in CLASSES."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(CLASSES), (count,), generator=rng)
     video = torch.randn(count, 3, 1, size, size, generator=rng).mul(0.3).repeat(1, 1, frames, 1, 1)

@@ -1,4 +1,4 @@
-"""Execute first_look.ipynb and write its outputs into it; a test compares them with what the cells say now.
+"""Execute first_look.ipynb and write its outputs into it; a test compares them with new outputs.
 
 pip install -e '.[examples]'
 python examples/execute_notebook.py
@@ -18,17 +18,17 @@ NOTEBOOK = HERE / "first_look.ipynb"
 
 
 def source_hash(notebook: NotebookNode) -> str:
-    """Changes with any line of code: outputs beside another hash are of other code."""
+    """A hash of the code. Outputs with another hash belong to other code."""
     code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """A copy with new outputs and nothing of when and where they were made.
+    """A copy with new outputs, without times and places.
 
     Args:
         notebook: cells to execute.
-        folder: the cells' working directory, which receives the files that they write.
+        folder: the cells' working directory, which receives their files.
 
     Raises:
         CellExecutionError: a cell failed.

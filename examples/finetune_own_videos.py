@@ -7,11 +7,11 @@
 
     my-videos/jump/0001.mp4, my-videos/jump/0002.mov, my-videos/turn left/a.mp4, ...
 
-This is `cast train own-data` opened up: the same recipe (recipes/own-data.yaml), settings, log, checkpoints and
-`--resume`, so that without --balance and --train-norms the weights have the same bits. Words such as optim.epochs=10
-change the recipe, as there; a setting that has an option here, such as out=X and --out X, is given once. HOOK marks
-where one changes what settings can't: the data, the model, the loss, what is measured after an epoch. Every fifth video
-of a class validates and never trains.
+This example is an open version of `cast train own-data`: the same recipe (recipes/own-data.yaml), settings, log,
+checkpoints and `--resume`. Without --balance and --train-norms the weights have the same bits. Words such as
+optim.epochs=10 change the recipe, as there. A setting that has an option here, such as out=X and --out X, may be given
+once. HOOK marks the places for changes that settings can't make: the data, the model, the loss, the figures after an
+epoch. Every fifth video of a class validates and never trains.
 """
 
 import argparse
@@ -39,17 +39,17 @@ from cast.video.annotations import Sample
 from cast.video.datasets import open_dataset
 from cast.video.folder import find_videos
 
-#: Options of this example -> the settings of the recipe that they are; either may give one, not both.
+#: Options of this example -> the same settings of the recipe; either may be given, not both.
 OPTIONS = {"--cast": "experts.cast", "--clip": "experts.clip", "--videomae": "experts.videomae", "--out": "out"}
-#: Settings that the folder of videos gives.
+#: Settings from the folder of videos.
 FROM_FOLDER = ("data.root", "data.train", "data.val")
 
 
 def read_settings(overrides: list[str], options: Mapping[str, str | None]) -> TrainSettings:
-    """The recipe with the command line's words, and with those of OPTIONS that were given.
+    """The recipe with the command line's words and with the given OPTIONS.
 
     Raises:
-        ValueError: a setting that is misspelt, given twice, or not for words; or no weights for an expert.
+        ValueError: a setting that is misspelt, given twice, or fixed by this example; or no weights for an expert.
     """
     words = {word.split("=", 1)[0] for word in overrides}
     if taken := sorted(words.intersection(FROM_FOLDER)):
@@ -74,10 +74,10 @@ def read_settings(overrides: list[str], options: Mapping[str, str | None]) -> Tr
 
 
 def list_videos(folder: Path, out: Path, every: int = 5) -> None:
-    """Write OUT/train.csv and OUT/val.csv: each video's path below `folder`, and its subfolder's name as the class.
+    """Write OUT/train.csv and OUT/val.csv: each video's path below `folder`, and its subfolder's name as its class.
 
     Raises:
-        ValueError: fewer than two classes, a class without videos, or none with enough to validate on.
+        ValueError: fewer than two classes, a class without videos, or no class with enough videos to validate.
     """
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
@@ -98,18 +98,18 @@ def list_videos(folder: Path, out: Path, every: int = 5) -> None:
 
 
 def train_norms(model: nn.Module) -> None:
-    """Let the frozen experts' LayerNorms train too: few numbers that adapt them to other pictures."""
+    """Let the frozen experts' LayerNorms train too: few parameters that adapt them to other pictures."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_(True)
 
 
 class Balanced:
-    """Cross-entropy in which every class weighs the same in all, however many videos it has.
+    """Cross-entropy with the same total weight for every class, however many videos it has.
 
     Args:
         samples: the training videos.
-        classes: how many there are by head.
+        classes: numbers of classes by head.
         smoothing: of targets that are single classes; mixup's are smoothed already.
     """
 
@@ -132,7 +132,7 @@ class Balanced:
 
 
 def finetune(settings: TrainSettings, resume: bool = False, balance: bool = False, norms: bool = False) -> Path:
-    """Train by a recipe; the directory of the finished model.
+    """Train by a recipe; returns the directory of the finished model.
 
     Raises:
         ValueError, OSError: as `cast.training.command.fit`.
@@ -141,15 +141,15 @@ def finetune(settings: TrainSettings, resume: bool = False, balance: bool = Fals
     accelerator, out = session.accelerator, session.out
     videos = open_dataset(settings.data)
     train, val = videos.samples("train"), videos.samples("val")
-    # HOOK, data: `train` is a list of samples, paths with labels; repeat, weigh or leave out as you like.
-    loader = session.loader(train)  # anything with `__len__` and `batches(epoch, start)` may take its place
+    # HOOK, data: `train` is a list of samples, paths with labels. Repeat, weigh or remove them.
+    loader = session.loader(train)  # anything with `__len__` and `batches(epoch, start)` may replace it
 
     # HOOK, model: CAST with its weights, experts frozen. Set requires_grad, replace layers, wrap them with LoRA.
     model, notes = build(settings, videos.classes)
     if norms:
         train_norms(model)
 
-    # HOOK, loss: what the model answers and the targets by head -> the loss, and figures for the log.
+    # HOOK, loss: the model's answer and the targets by head -> the loss, and figures for the log.
     mix = make_mix(settings, videos.classes)  # mixup, which makes soft targets
     smoothing = 0.0 if mix else settings.data.augment.smoothing
     counts = {head: len(names) for head, names in videos.classes.items()}
@@ -161,7 +161,7 @@ def finetune(settings: TrainSettings, resume: bool = False, balance: bool = Fals
     validation = Validation(settings, val, accelerator)
 
     def validate(unwrapped: nn.Module, epoch: int) -> dict[str, float]:
-        # HOOK, after each epoch: whatever you return is in log.jsonl and on the screen.
+        # HOOK, after each epoch: the result is written to log.jsonl and to the screen.
         return {f"val {name}": value for name, value in validation(unwrapped).items()}
 
     def finish() -> str:
@@ -177,7 +177,7 @@ def finetune(settings: TrainSettings, resume: bool = False, balance: bool = Fals
 
 
 def main(words: list[str] | None = None) -> None:
-    """Train, then predict some of the videos that did not."""
+    """Train, then predict some of the validation videos."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=Path, help="folder with a subfolder of videos for each class")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of recipes/own-data.yaml")

@@ -1,13 +1,13 @@
-"""Train a CAST in one sitting's reading: data, model, optimizer, loop, evaluation, checkpoint.
+"""Train a CAST, in one short file: data, model, optimizer, loop, evaluation, checkpoint.
 
     pip install -e '.[examples]'
     python examples/minimal_train.py             # about a minute on a CPU
     python examples/minimal_train.py --resume    # after a kill: goes on from the last checkpoint, to the same weights
     python examples/minimal_train.py --sizes published --clip ViT-B-16.pt --videomae videomae.pth   # for a GPU
 
-The data are made on the spot: a handwritten digit (scikit-learn has 1,797 scans) moves left, right, up or down over
-noise. The noun is the digit, the verb its direction, which no single frame tells. The evaluation shows scans that the
-training does not. For your own clips, replace `make_clips`; for videos there is `cast train` (docs/training.md).
+The data are generated: a handwritten digit (scikit-learn has 1,797 scans) moves left, right, up or down over noise. The
+noun is the digit; the verb is its direction, which no single frame shows. The evaluation uses other scans than the
+training. For your own clips, replace `make_clips`; for videos there is `cast train` (docs/training.md).
 """
 
 import argparse
@@ -24,22 +24,22 @@ from torch import Tensor
 import cast
 from cast.training import cosine, parameter_groups
 
-# The one place for sizes. "small" is ours, by trial. "published" is the paper's Table 4 for EPIC-KITCHENS-100, with a
-# batch for one GPU instead of its 384: the learning rate is 1e-3 for 256 clips.
+# All sizes. "small" is ours, found by trial. "published" is the paper's Table 4 for EPIC-KITCHENS-100 with a batch for
+# one GPU instead of 384: the learning rate is 1e-3 for 256 clips.
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "model": {"image_size": 32, "patch_size": 8, "num_frames": 8, "embed_dim": 64, "depth": 3, "num_heads": 4},
         "batch": 16, "lr": 2e-3, "weight_decay": 0.05, "layer_decay": 1.0, "warmup": 20, "smoothing": 0.0,
     },
     "published": {
-        "model": {"drop_path": 0.2},  # all else are the defaults of cast.CASTConfig: CAST-B/16, 16 frames of 224 x 224
+        "model": {"drop_path": 0.2},  # the rest are cast.CASTConfig's defaults: CAST-B/16, 16 frames of 224 x 224
         "batch": 6, "lr": 1e-3 * 6 / 256, "weight_decay": 0.05, "layer_decay": 0.75, "warmup": 500, "smoothing": 0.1,
     },
 }  # fmt: skip
 VERBS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 DIGITS = load_digits()
 SCANS, NOUNS = torch.tensor(DIGITS.images / 16).float(), torch.tensor(DIGITS.target)
-TRAINING, EVALUATION = range(1300), range(1300, len(SCANS))  # scans that each may show
+TRAINING, EVALUATION = range(1300), range(1300, len(SCANS))  # scans of each
 
 
 def make_clips(scans: range, count: int, config: cast.CASTConfig, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,7 +49,7 @@ def make_clips(scans: range, count: int, config: cast.CASTConfig, seed: int) -> 
     verb = torch.randint(len(VERBS), (count,), generator=rng)
     course = torch.tensor(list(VERBS.values()))[verb][:, None] * torch.linspace(-0.3, 0.3, frames)[:, None]
     middle = course + 0.4 * torch.rand(count, 1, 2, generator=rng) - 0.2  # of the digit; the frame goes from -1 to 1
-    zoom = 1.8  # the frame is so many digits wide
+    zoom = 1.8  # width of the frame in digits
     affine = torch.cat([zoom * torch.eye(2).expand(count, frames, 2, 2), -zoom * middle[..., None]], -1).flatten(0, 1)
     grid = F.affine_grid(affine, [count * frames, 1, size, size], align_corners=False)
     drawn = F.grid_sample(SCANS[which].repeat_interleave(frames, 0)[:, None], grid, align_corners=False)
@@ -71,15 +71,15 @@ def evaluate(model: cast.CAST, batch: int, batches: int = 20) -> dict[str, float
 
 
 def shown(accuracy: dict[str, float]) -> str:
-    """For a person to read."""
+    """The accuracies as a sentence."""
     return "scans that it never saw: " + ", ".join(f"{head} {percent:.1f} %" for head, percent in accuracy.items())
 
 
 def read_checkpoint(path: Path, begun: str, device: str) -> dict[str, Any]:
-    """The state of a training that was `begun` in the same way.
+    """The state of a training that was begun with the same options.
 
     Raises:
-        ValueError: it was begun otherwise, or the file is damaged or of something else.
+        ValueError: it was begun with others, or the file is damaged or no checkpoint.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path, begun: str, device: str) -> dict[str, Any]:
 
 
 def main(words: list[str] | None = None) -> dict[str, float]:
-    """Train by the command line's words; the last evaluation."""
+    """Train by the command line's words; returns the last evaluation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int, default=400, help="of the optimizer (400)")
@@ -112,7 +112,7 @@ def main(words: list[str] | None = None) -> dict[str, float]:
         parser.error(f"--resume: there is no {checkpoint}; leave --resume out, or name its directory with --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # rather now than after hours of training
+        tempfile.TemporaryFile(dir=args.out).close()  # fails now, and not after hours of training
     except OSError as error:
         parser.error(f"--out: {args.out} takes no files ({error}); name another directory")
 
@@ -127,7 +127,7 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     if not args.clip:
         model.requires_grad_(True)
         for name, weight in model.named_parameters():  # CAST's own deviation, 0.02, is for a width of 768
-            if weight.ndim > 1 and name.endswith("weight") and weight.any():  # what is zero starts there on purpose
+            if weight.ndim > 1 and name.endswith("weight") and weight.any():  # weights that are zero must start at zero
                 torch.nn.init.xavier_uniform_(weight.detach().flatten(1))
     model.to(device)
     groups = parameter_groups(model, sizes["weight_decay"], sizes["layer_decay"])  # each with its lr_scale
@@ -145,7 +145,7 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step) * group["lr_scale"]
-        torch.manual_seed(step)  # of drop path, so that a resumed training draws what an unbroken one would
+        torch.manual_seed(step)  # seeds drop path, so that a resumed training draws the same
         video, labels = make_clips(TRAINING, sizes["batch"], model.config, seed=step)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(video.to(device))

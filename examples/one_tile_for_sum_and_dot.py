@@ -2,8 +2,8 @@
 
     python examples/one_tile_for_sum_and_dot.py [--without-sum]
 
-In a pipelined loop one tile feeds `tl.dot` and `tl.sum`. For sm_90 Triton 3.8 and 3.9 let the copy of a later tile
-begin while `wgmma` may still read the same memory. docs/triton_6691.md reads the report.
+In a pipelined loop one tile is an operand of `tl.dot` and `tl.sum`. For sm_90, Triton 3.8 and 3.9 let the copy of a
+later tile begin while `wgmma` may still read the same memory. docs/triton_6691.md explains the report.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def product_and_sums(x, w, product, sums, k, SUM: tl.constexpr, M: tl.constexpr,
 
 
 def check(target: str, summed: bool) -> tuple[Checker, Tensor]:
-    """Launch the kernel once -> what was found, and the product's largest error."""
+    """Launch the kernel once -> the checker, and the product's largest error."""
     x, w = torch.randn(64, 256).bfloat16(), torch.randn(256, 64).bfloat16()
     product, sums = torch.zeros(64, 64), torch.zeros(64)
     with checking(target) as checker:
@@ -43,7 +43,7 @@ def check(target: str, summed: bool) -> tuple[Checker, Tensor]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if anything was found."""
+    """Print the report; 1 if there are findings."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--without-sum", action="store_true", help="the same loop with the product alone")
     parser.add_argument("--target", choices=("sm_80", "sm_90"), default="sm_90", help="architecture (sm_90)")

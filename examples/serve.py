@@ -1,22 +1,22 @@
-"""A small HTTP service: a video comes, its most probable classes go back as JSON.
+"""A small HTTP service: send a video, get its most probable classes as JSON.
 
     pip install -e '.[examples]'
     python examples/serve.py runs/demo-quick/seed-0/cast --port 8000  # what `cast demo --quick` leaves
     curl --data-binary @clip.mp4 'http://127.0.0.1:8000/predict?top=5'
     curl http://127.0.0.1:8000/health
 
-Why FastAPI and uvicorn: they hand over the request's body as it arrives, so that an upload is cut off at its limit
-rather than read first, and the rest is plain asyncio that one can read here. What LitServe would add, batches, is the
-forty lines of `Batches`. For the same reason the video is the request's body and not a form.
+Why FastAPI and uvicorn: they pass on the request's body as it arrives, so that an upload is stopped at its limit
+instead of read first; the rest is plain asyncio. LitServe would add batches, which are the forty lines of `Batches`
+here. For the same reason the video is the request's body and not a form.
 
-How a request goes: it takes one of `--waiting` places, or is sent away with 503 and Retry-After; its body goes into a
-file, up to `--megabytes`; a process of its own decodes the file, within `--decode-seconds` and `--memory`, and is
-killed if it does not; the clips of all requests that come within `--wait-ms` go through the model together. Only
-clips that were decoded get that far, so a bad video fails its own request and no other. After `--seconds` in all the
-answer is 504. Every error is JSON that says what came, what is allowed and what to do.
+The way of a request: it takes one of `--waiting` places, or gets 503 with Retry-After. Its body goes into a file, up to
+`--megabytes`. A separate process decodes the file within `--decode-seconds` and `--memory`, and is killed otherwise.
+The clips of all requests that arrive within `--wait-ms` go through the model together. Only decoded clips get that far,
+so a bad video fails only its own request. After `--seconds` in total the answer is 504. Every error is JSON that says
+what came, what is allowed and what to do.
 
-It listens to this machine alone unless --host says otherwise. Before the public: put it behind a proxy that has TLS,
-knows its users and limits how long a client may take to send its headers.
+It listens only to this machine unless --host is given. Before making it public, put it behind a proxy that has TLS,
+authenticates users and limits the time for sending headers.
 """
 
 import argparse
@@ -52,13 +52,13 @@ from cast.video.files import VideoError
 from cast.video.views import Protocol
 
 log = logging.getLogger("uvicorn.error")
-# Children are forked from a process that has imported what they need and runs no thread.
+# Children are forked from a process that has imported their modules and runs no thread.
 PROCESSES = get_context("forkserver")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost.
+    """The limits of a request.
 
     Args:
         waiting: requests at a time, from their first byte to their answer
@@ -92,10 +92,10 @@ class Refusal(Exception):
     """An answer other than a prediction.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         came: what the client sent, or what happened.
-        allowed: what would have been right.
-        do: what helps.
+        allowed: the allowed request.
+        do: advice.
         headers: of the answer.
     """
 
@@ -108,11 +108,11 @@ class Refusal(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-# ---- Decoding: each video in a process that may crash, hang or run out of memory by itself.
+# ---- Decoding: each video in a separate process, which may crash, hang or run out of memory.
 
 
 def decode_here(pipe: Connection, video: str, protocol: Protocol, limits: Limits) -> None:
-    """In the child: what became of the video goes into the pipe."""
+    """In the child: decode the video and send the result through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which answers this request first
     torch.set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
@@ -128,19 +128,22 @@ def decode_here(pipe: Connection, video: str, protocol: Protocol, limits: Limits
     except VideoError as error:
         short = f"or {limits.memory:g} GB of memory are too little, of which FFmpeg may say the same"
         found = None, 0, f"{str(error).removeprefix(f'{video}: ')}; {short}"
-        if getattr(error.__cause__, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # the latter: for one more thread
+        if getattr(error.__cause__, "errno", None) in (
+            errno.ENOMEM,
+            errno.EAGAIN,
+        ):  # EAGAIN: no memory for another thread
             found = None, 0, f"takes more memory than {limits.memory:g} GB to decode"
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocator raises the latter
         found = None, 0, f"takes more memory than {limits.memory:g} GB, or can't be cut into clips ({error})"
-    resource.setrlimit(resource.RLIMIT_DATA, before)  # what is sent takes some, too
+    resource.setrlimit(resource.RLIMIT_DATA, before)  # sending the result needs memory too
     pipe.send(found)
 
 
 def decode_elsewhere(video: Path, protocol: Protocol, limits: Limits) -> Decoded:
-    """A video's clips, from a process that lives no longer than it may.
+    """A video's clips, from a process with limited time.
 
     Raises:
-        Refusal: there are none.
+        Refusal: the video gave no clips.
     """
     ours, theirs = PROCESSES.Pipe(duplex=False)
     child = PROCESSES.Process(target=decode_here, args=(theirs, str(video), protocol, limits), daemon=True)
@@ -167,11 +170,11 @@ def decode_elsewhere(video: Path, protocol: Protocol, limits: Limits) -> Decoded
     return Decoded(video.name, frames, torch.from_numpy(clips))
 
 
-# ---- The model: requests that come together share a forward pass.
+# ---- The model: requests that arrive together share a forward pass.
 
 
 class Batches:
-    """Gathers decoded videos for a few milliseconds and gives the model up to `limits.batch` at once."""
+    """Collects decoded videos for a few milliseconds and gives the model up to `limits.batch` at once."""
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor, self.limits = predictor, limits
@@ -185,13 +188,13 @@ class Batches:
         return await answer
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Run until cancelled."""
         while True:
             batch = [await self.waiting.get()]
             await asyncio.sleep(self.limits.wait_ms / 1000)
             while len(batch) < self.limits.batch and not self.waiting.empty():
                 batch.append(self.waiting.get_nowait())
-            batch = [entry for entry in batch if not entry[1].done()]  # whose request has timed out
+            batch = [entry for entry in batch if not entry[1].done()]  # without requests that have timed out
             if batch:
                 await self._forward(batch)
 
@@ -200,7 +203,7 @@ class Batches:
         try:
             loop = asyncio.get_running_loop()
             predictions = await loop.run_in_executor(self.thread, self.predictor.answer, videos)
-        except Exception as error:  # out of memory, for one; the next batch may do better
+        except Exception as error:  # such as out of memory; the next batch may succeed
             log.exception("a forward pass of %d videos failed", len(batch))
             for _, answer in batch:
                 if not answer.done():
@@ -218,17 +221,17 @@ class Batches:
 
 
 class Service:
-    """Places, files and the way of a request through them."""
+    """Places, files, and the handling of a request."""
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor, self.limits = predictor, limits
-        self.inside, self.lately = 0, 1.0  # requests; how long the last one took, in seconds
-        self.decoders = ThreadPoolExecutor(limits.decoders, "decoder")  # each waits for a process
+        self.inside, self.lately = 0, 1.0  # requests in work; seconds of the last one
+        self.decoders = ThreadPoolExecutor(limits.decoders, "decoder")  # each thread waits for a process
         self.batches = Batches(predictor, limits)
 
     @asynccontextmanager
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
-        """What the service needs while it runs. It ends after the last request."""
+        """Resources of the running service. It closes after the last request."""
         with tempfile.TemporaryDirectory(prefix="cast-serve-") as folder:
             self.folder = folder
             PROCESSES.set_forkserver_preload(["__main__", __name__, "cast.predict"])
@@ -243,13 +246,13 @@ class Service:
 
     @staticmethod
     def _first_process() -> None:
-        """It imports for seconds what later ones find imported."""
+        """Start a process that takes seconds for the imports; later ones have them already."""
         child = PROCESSES.Process(target=int)
         child.start()
         child.join()
 
     async def predict(self, request: Request, top: int) -> dict[str, Any]:
-        """The way of a request."""
+        """Handle a request."""
         limits = self.limits
         if self.inside >= limits.waiting:
             came = f"a request beside {self.inside} others that are not answered yet"
@@ -279,13 +282,14 @@ class Service:
         return {"frames": prediction.frames, "views": prediction.views, "guesses": guesses}
 
     async def _receive(self, request: Request, file: Any) -> None:
-        """The request's body into a file, no further than it may go."""
+        """Write the request's body into a file, up to the limit."""
         most = int(self.limits.megabytes * 1e6)
         kind, length = request.headers.get("content-type", ""), request.headers.get("content-length", "")
         if kind.startswith("multipart/"):
             do = "send the file as it is: curl --data-binary @VIDEO"
             raise Refusal(415, f"a form ({kind.split(';')[0]})", "a request whose body is the video", do)
-        # A client that is cut off while it sends sees a broken connection, so as much again is received and dropped.
+        # A client that is cut off while it sends sees a broken connection. So the same amount again is received and
+        # dropped.
         if length.isdecimal() and int(length) > 2 * most:
             raise self._too_large(int(length))
         received = 0
@@ -307,7 +311,7 @@ class Service:
         return Refusal(413, f"{size:,} bytes, and perhaps more", allowed, do, {"Connection": "close"})
 
     def health(self) -> dict[str, Any]:
-        """What it is and does."""
+        """The state of the service."""
         batches = self.batches
         counts = {"passes": batches.passes, "videos": batches.videos, "largest_batch": batches.largest}
         heads = {head: len(names) for head, names in self.predictor.labels.items()}
@@ -318,7 +322,7 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
     """The service as an ASGI application.
 
     Args:
-        predictor: its `batch` becomes what a full batch of videos needs, and its `top` the most guesses of an answer.
+        predictor: its `batch` becomes the clips of a full batch of videos; its `top` is the most guesses of an answer.
         limits: of requests.
     """
     limits = limits or Limits()
@@ -328,12 +332,12 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
 
     @app.post("/predict")
     async def predict(request: Request, top: Annotated[int, Query(ge=1, le=predictor.top)] = predictor.top) -> Any:
-        """The most probable classes of the video that is the body, by head."""
+        """The most probable classes of the video in the body, by head."""
         return await service.predict(request, top)
 
     @app.get("/health")
     async def health() -> Any:
-        """Whether requests are answered, and what was done so far."""
+        """Whether requests are answered, and counts of the work so far."""
         return service.health()
 
     def answer(refusal: Callable[[Request, Any], Refusal]) -> Callable[[Request, Any], Awaitable[JSONResponse]]:
@@ -351,7 +355,7 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, answer(lambda request, error: Refusal(
         422, f"top={request.query_params.get('top')}", f"top from 1 to {predictor.top}", "correct top, or leave it out"
     )))  # fmt: skip
-    # Starlette logs the traceback of what nobody foresaw, and this is what the client sees of it.
+    # Starlette logs the traceback of an unexpected error; the client gets this answer.
     app.add_exception_handler(Exception, answer(lambda *_: Refusal(
         500, "a request that failed here", known, "try again; if it fails again, the service's log says why"
     )))  # fmt: skip
@@ -359,7 +363,7 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, after which requests that are inside are still answered."""
+    """Serve until SIGINT or SIGTERM, and then answer the requests in work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="as of cast predict: a directory, a file, a published name, owner/name")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")

@@ -223,7 +223,9 @@ def test_every_layer_of_either_expert_is_called_where_it_must_be(name: str) -> N
 def test_a_block_that_would_have_to_be_called_is_refused() -> None:
     model = small(OWN[0])
     handle = model.temporal.expert.blocks[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(TypeError, match=r"halves of an expert's block separately.*blocks\.1 has a forward hook.*on them"):
+    with pytest.raises(
+        TypeError, match=r"halves of an expert's block separately.*blocks\.1 has a forward hook.*on them"
+    ):
         model(small_video(model))
     handle.remove()
     blocks = model.spatial.expert.transformer.resblocks

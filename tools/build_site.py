@@ -1,8 +1,8 @@
-"""Builds the documentation site: `python tools/build_site.py [--out FOLDER] [--repository ADDRESS]`.
+"""Build the documentation site: `python tools/build_site.py [--out FOLDER] [--repository ADDRESS]`.
 
-Everything that is wrong is an error: a link or a cross reference that leads nowhere, a page that no list names, a
-public name without a docstring. The site needs no server and no network: open FOLDER/index.html.
-A second build reads what has changed since the first; `FOLDER-cache` has what was read.
+Every fault is an error: a link or cross reference without a target, a page that no list names, a public name without a
+docstring. The site needs no server and no network: open FOLDER/index.html. A second build reads only changed files;
+`FOLDER-cache` keeps the others' contents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The pages lie where their sources do, so the first one is a folder deeper than a reader opens.
+#: The site has the folders of the sources, so its first page is one folder deeper than the entry.
 _ENTRY = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of the documents: `python tools/draw_pictures.py [FOLDER]`."""
+"""Draw the documents' pictures: `python tools/draw_pictures.py [FOLDER]`."""
 
 from __future__ import annotations
 

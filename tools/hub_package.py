@@ -1,6 +1,6 @@
-"""Write `cast_kernels` as a repository that the package `kernels` loads: `python tools/hub_package.py OUT`.
+"""Write `cast_kernels` as a repository for the package `kernels`: `python tools/hub_package.py OUT`.
 
-docs/hub.md says what it holds, and what it leaves out and why.
+docs/hub.md describes its contents, and omissions with their reasons.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "cast_kernels"
 NAME = "cast-kernels"
-#: Of the repository's interface. 0 is the hub's word for one that may still change.
+#: Version of the repository's interface. For the hub, 0 is one that may still change.
 VERSION = 0
 #: The oldest `kernels` that reads this layout: no second folder inside a variant, a digest in the metadata.
 OLDEST_KERNELS = "0.17.0"
-#: What is no operation: the commands, and what developers and first runs on a GPU need. It imports more than torch.
+#: Parts that are no operations: commands, developers' tools, first runs on a GPU. They import more than torch.
 LEFT_OUT = ("evidence", "gpu", "cli.py", "info.py", "__main__.py")
-#: Variants that hold Python and Triton alone, and the architectures that `docs/evidence.md` has compiled kernels for.
-#: Triton compiles on the user's machine, so newer NVIDIA GPUs are in, as they are with PTX.
+#: Variants with only Python and Triton, and the architectures of the compiled kernels in `docs/evidence.md`. Triton
+#: compiles on the user's machine, so "+PTX" includes newer NVIDIA GPUs.
 VARIANTS: dict[str, list[str] | None] = {"cpu": None, "cuda": ["8.0+PTX"], "rocm": ["gfx942"]}
 NOT_BUILT = {"cpu": {"built": False, "reason": f"a package of the hub has none; pip install {NAME} has it"}}
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sources(package: Path) -> dict[str, bytes]:
-    """The files of a variant by their path in it, with relative imports: the hub gives the package another name."""
+    """The files of a variant by path, with relative imports, because the hub renames the package."""
     paths = {str(path.relative_to(package)): path for path in sorted(package.rglob("*.py"))}
     kept = {name: path for name, path in paths.items() if name.split("/")[0] not in LEFT_OUT}
     files = {name: relative(path.read_text(), name).encode() for name, path in kept.items()}
@@ -75,11 +75,11 @@ def relative(source: str, name: str) -> str:
     """The module's source with its imports from the package made relative.
 
     Args:
-        source: of one module.
+        source: of a module.
         name: its path in the package, such as "ops/bcast.py".
 
     Raises:
-        ValueError: it uses the package by name outside of an import, or imports it in a way that has no relative form.
+        ValueError: it uses the package by name outside of an import, or its import has no relative form.
     """
     lines, up = source.split("\n"), "." * (name.count("/") + 1)
     for node in ast.walk(ast.parse(source)):
@@ -102,14 +102,14 @@ def _ours(module: str) -> bool:
 
 
 def _replace(lines: list[str], node: ast.stmt, pattern: str, text: str) -> None:
-    """Put the text where the statement begins."""
+    """Replace the beginning of the statement."""
     line = lines[node.lineno - 1]
     head, tail = line[: node.col_offset], line[node.col_offset :]
     lines[node.lineno - 1] = head + re.sub(f"^{pattern}", text, tail)
 
 
 def write_variant(folder: Path, backend: str, architectures: list[str] | None, files: dict[str, bytes]) -> None:
-    """Write the files and `metadata.json`; the identifier, which is the package's name when loaded, is their hash."""
+    """Write the files and `metadata.json`. The identifier is their hash and becomes the package's name when loaded."""
     digests = {name: hashlib.sha256(content).digest() for name, content in sorted(files.items())}
     content = hashlib.sha256(b"".join(name.encode() + digest for name, digest in digests.items())).hexdigest()
     for name, data in files.items():

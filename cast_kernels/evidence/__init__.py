@@ -1,7 +1,7 @@
-"""What can be shown of the GPU kernels without a GPU: compiled for each architecture, executed in emulation.
+"""Evidence about the GPU kernels without a GPU: compiled for each architecture, executed in emulation.
 
-Nothing here is needed to run the library; `cast-kernels compile` and `cast-kernels emulate` are its commands. Modules
-here import `ptx_emulator`, which lies beside this package where it is installed, and in `tools/` of a checkout.
+The library runs without this package; `cast-kernels compile` and `cast-kernels emulate` are its commands. Its modules
+import `ptx_emulator`, which an installation has beside this package, and a checkout in `tools/`.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def find_emulator() -> None:
-    """Let `import ptx_emulator` find it.
+    """Make `import ptx_emulator` work.
 
     Raises:
         ModuleNotFoundError: it is in neither place.

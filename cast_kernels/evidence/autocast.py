@@ -1,7 +1,8 @@
-"""CUDA's autocast rules on tensors that lie on the CPU, real or fake.
+"""CUDA's autocast rules for tensors on the CPU, real or fake.
 
-PyTorch's CPU autocast leaves LayerNorm in the dtype of its input; CUDA's runs it in float32. Nothing else differs in
-what the ops here call: `tests/test_whole_model.py` compares a model's operators with those under CUDA's own rules.
+PyTorch's CPU autocast keeps LayerNorm in its input's dtype; CUDA's runs it in float32. For the operators that the ops
+here call there is no other difference: `tests/test_whole_model.py` compares a model's operators with those under CUDA's
+own rules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 @contextmanager
 def cuda_rules(dtype: torch.dtype | None, device: str = "cpu") -> Iterator[None]:
-    """Autocast to `dtype`, or none of it for None, for tensors on the CPU or on the device named."""
+    """Autocast to `dtype`, or no autocast for None, for tensors on the CPU or on `device`."""
     if dtype is None:
         yield
         return

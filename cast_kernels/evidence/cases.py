@@ -1,4 +1,4 @@
-"""Problems with nothing left at its initial value, how one is run in which dtypes, and the measure of its error."""
+"""Problems with random parameters, their run in given dtypes, and the measure of their error."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ import cast_kernels
 from cast_kernels.evidence.autocast import cuda_rules
 
 Scales = tuple[Tensor | None, Tensor | None]
-#: (dtype of products or None, the device's type) -> the context in which autocast holds.
+#: (dtype of products or None, the device's type) -> the context with autocast.
 Rules = Callable[[torch.dtype | None, str], AbstractContextManager[None]]
 #: Names of dtypes on the command line.
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-#: Dtypes that the residual streams may have under autocast.
+#: Dtypes of the residual streams under autocast.
 STREAMS: dict[str, torch.dtype] = {name: DTYPES[name] for name in ("fp32", "bf16")}
 
 
 class Kind(NamedTuple):
-    """Which dtypes a model runs in. Its fields are arguments of :func:`run`."""
+    """The dtypes of a model. Its fields are arguments of :func:`run`."""
 
-    dtype: torch.dtype  # of the parameters, and of the streams where `streams` does not say otherwise
+    dtype: torch.dtype  # of the parameters, and of the streams if `streams` is None
     autocast: torch.dtype | None = None
     streams: torch.dtype | None = None
 
     @property
     def compute(self) -> torch.dtype:
-        """Of the products' operands."""
+        """Dtype of the products' operands."""
         return self.autocast or self.dtype
 
 
-#: Everything in one dtype, or autocast: `amp` is what `cast train` runs, parameters and residual streams in float32
-#: and products in bfloat16; `amp16` is that with bfloat16 streams (the model's `stream_dtype="autocast"`).
+#: Everything in one dtype, or autocast. `amp` is the setting of `cast train`: parameters and residual streams in
+#: float32, products in bfloat16. `amp16` has bfloat16 streams (the model's `stream_dtype="autocast"`).
 KINDS: dict[str, Kind] = {name: Kind(dtype) for name, dtype in DTYPES.items()} | {
     "amp": Kind(torch.float32, torch.bfloat16),
     "amp16": Kind(torch.float32, torch.bfloat16, STREAMS["bf16"]),
@@ -50,8 +50,7 @@ KINDS: dict[str, Kind] = {name: Kind(dtype) for name, dtype in DTYPES.items()} |
 class Case:
     """Sizes and structure of one B-CAST call, and its numbers: the same everywhere, drawn in float32 on the CPU.
 
-    The defaults are the paper's with two clips. What is checked without a GPU, what is checked on one, and the tests
-    pose their problems as this class.
+    The defaults are the paper's with two clips. Checks without a GPU, checks on a GPU and tests all use this class.
     """
 
     batch: int = 2
@@ -76,7 +75,7 @@ class Case:
         return ", ".join(part for part in parts if part)
 
     def module(self, dtype: torch.dtype = torch.float32, backend: str = "auto") -> cast_kernels.BCAST:
-        """With every parameter random: no zero up-projection, no LayerNorm weight of one."""
+        """A module with only random parameters: no zero up-projection, no LayerNorm weight of one."""
         made = cast_kernels.BCAST(
             self.dim, self.bottleneck, self.heads, self.frames, self.patches, self.windows, self.directions,
             self.positions, backend, self.recompute,
@@ -95,18 +94,18 @@ class Case:
         return spatial, temporal
 
     def scales(self, dtype: torch.dtype = torch.float32) -> Scales:
-        """Drop-path factors with zeros among them: per token position on one stream, per clip on the other."""
+        """Drop-path factors, some of them zero: per token position on one stream, per clip on the other."""
         tokens, clips = self._draw()[1]
         return (tokens, clips) if tokens is None or clips is None else (tokens.to(dtype), clips.to(dtype))
 
     def output_grads(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """What backward starts from: a gradient of each output, and outputs have the inputs' shapes."""
+        """The gradients of both outputs, with the inputs' shapes."""
         inputs, _, generator = self._draw()
         spatial, temporal = (torch.randn(x.shape, generator=generator).to(dtype) for x in inputs)
         return spatial, temporal
 
     def _draw(self) -> tuple[tuple[Tensor, Tensor], Scales, torch.Generator]:
-        """Both streams, both scales, and the generator that draws the outputs' gradients next."""
+        """Both streams, both scales, and the generator, which next draws the outputs' gradients."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.batch, self.frames, self.patches, self.dim)
         spatial = torch.randn(shape[0], shape[1], shape[2] + 1, shape[3], generator=generator)
@@ -126,12 +125,12 @@ def run(
 
     Args:
         case: the problem.
-        backend: that must run it; None is the reference.
-        dtype: that inputs and parameters are rounded to.
+        backend: runs the problem; None is the reference.
+        dtype: inputs and parameters are rounded to it.
         exact: compute in float64 on the rounded numbers.
-        device: where it runs.
+        device: of the computation.
         autocast: dtype of the products under autocast, or None for no autocast.
-        streams: that the streams are rounded to, if not `dtype`.
+        streams: the streams are rounded to it, if given.
         rules: of autocast.
     """
     made = case.module(dtype, backend or "eager").to(device)
@@ -163,7 +162,7 @@ def run(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill every new uninitialised tensor with NaN, so that what a kernel leaves unwritten is seen."""
+    """Fill every new uninitialised tensor with NaN, so that unwritten elements are found."""
     settings = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -175,7 +174,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Error(NamedTuple):
-    """One tensor's error against fp64 beside eager's in the same dtype, both absolute."""
+    """One tensor's error against fp64 and eager's in the same dtype, both absolute."""
 
     name: str
     rms: float
@@ -186,7 +185,9 @@ class Error(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our root mean square to eager's; NaN if ours is, 0 where neither errs: a gradient that drop-path zeroed."""
+        """Our root mean square over eager's. NaN if ours is NaN; 0 if neither errs, as for a gradient that drop-path
+        zeroed.
+        """
         allowed = max(self.eager_rms, self.floor)
         if not self.rms:
             return 0.0
@@ -202,7 +203,7 @@ def compare(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, 
     """The errors of every tensor.
 
     Raises:
-        ValueError: the three do not hold the same tensors.
+        ValueError: the three have different tensors.
     """
     if not ours.keys() == eager.keys() == exact.keys():
         names = sorted((ours.keys() | eager.keys() | exact.keys()) - (ours.keys() & eager.keys() & exact.keys()))

@@ -1,7 +1,7 @@
-"""`cast-kernels compile`: every kernel that the product launches, compiled ahead of time, measured against gates.
+"""`cast-kernels compile`: compile every kernel that the product launches ahead of time, and judge it by gates.
 
-Known from this: that the kernels compile, what they take of the chip, which instructions they became. Not known: that
-they compute the right thing (`cast-kernels emulate`) and how fast they are (a GPU).
+This shows that the kernels compile, their resources, and their instructions. It does not show that they compute the
+right values (`cast-kernels emulate`) or how fast they are (a GPU).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from cast_kernels.evidence.rows import keep
 
 
 def compile_target(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> list[Row]:
-    """Compile what the product launches on one target in one dtype, and read the result.
+    """Compile the launches of one target and dtype, and read the results.
 
     Args:
         name: of the target.
         dtype: key of :data:`~cast_kernels.evidence.cases.KINDS`.
-        cases: run one after another; a kernel that several of them launch is one row.
+        cases: run in turn; a kernel of several cases is one row.
         cache: folder of compiled kernels.
     """
     return [read(record.first, dtype, among) for record, among in launched(name, dtype, cases, cache).values()]
 
 
 def launched(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> dict[str, tuple[Record, list[str]]]:
-    """Each compiled kernel that the cases launch on one target in one dtype, with the cases that launch it."""
+    """Each compiled kernel of one target and dtype, with the cases that launch it."""
     found: dict[str, tuple[Record, list[str]]] = {}
     for case in cases:
         with offline_driver(target(name), Recorder(), cache) as recorder:
@@ -56,7 +56,7 @@ def launched(name: str, dtype: str, cases: Sequence[AnyCase], cache: Path) -> di
 
 
 def read(launch: Launch, dtype: str, cases: Iterable[str]) -> Row:
-    """One compiled kernel as a row, not yet judged."""
+    """One compiled kernel as a row, before :func:`judge`."""
     asm, goal = launch.asm, launch.target
     found = resources(asm, launch.metadata.shared, launch.metadata.num_warps, goal)
     failures = dots_elsewhere(asm["ttgir"])
@@ -69,7 +69,7 @@ def read(launch: Launch, dtype: str, cases: Iterable[str]) -> Row:
 
 
 def describe_tile(launch: Launch) -> str:
-    """What was compiled in, by name: numbers, words and what is true; warps."""
+    """The compile-time arguments by name (numbers, words, true flags), and the warps."""
     parts = []
     for name, value in launch.constexprs.items():
         if name.isupper() and value is not None and value is not False:
@@ -83,20 +83,20 @@ _DOT = re.compile(
 
 
 def tensor_core_dots(ir: str) -> list[str]:
-    """Element types of the products in Triton's IR that a tensor core can take: 16-bit ones, and tf32."""
+    """Element types of the matrix products in Triton's IR that fit tensor cores: 16-bit types, and tf32."""
     products = (m for line in ir.splitlines() if (m := _DOT.search(line)))
     return [m["type"] for m in products if m["type"] in ("bf16", "f16") or "tf32" in m["operands"]]
 
 
 def dots_elsewhere(ttgir: str) -> list[str]:
-    """A failure for each kind of tensor-core product that Triton laid out for the ordinary multipliers instead."""
+    """A failure for each kind of such product that Triton laid out for the ordinary multipliers instead."""
     slow = [m for line in ttgir.splitlines() if (m := _DOT.search(line)) and (m["layout"] or "").startswith("#blocked")]
     kinds = {m["type"] for m in slow if m["type"] in ("bf16", "f16") or "tf32" in m["operands"]}
     return [f"a product of {kind} runs on the ordinary multipliers" for kind in sorted(kinds)]
 
 
 def render(rows: Sequence[Row]) -> Table:
-    """The kernels of one target and dtype as a table for people."""
+    """A table of the kernels of one target and dtype."""
     title = f"{rows[0].target} {rows[0].dtype}: compiled only, nothing was run"
     table = Table(title=title, title_justify="left")
     table.add_column("kernel", no_wrap=True)
@@ -122,18 +122,18 @@ def main(
     cache: Path | None = None,
     exceptions: Exceptions = EXCEPTIONS,
 ) -> int:
-    """Compile, two processes side by side, print, and return the exit code: 1 if a gate fails.
+    """Compile in two processes, print, and return the exit code: 1 if a gate fails.
 
     Args:
         targets: names of targets.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
-        json_file: where the rows go as JSON, of each target and dtype as it ends; see
+        json_file: file for the rows as JSON, written after each target and dtype; see
             :func:`~cast_kernels.evidence.rows.keep`.
-        cache: folder of compiled kernels that may be used again; None for a temporary one.
+        cache: folder of compiled kernels for reuse; None for a temporary one.
         exceptions: from the tile table.
     """
-    goals = [target(name) for name in targets]  # a wrong name must not wait for the compiler
+    goals = [target(name) for name in targets]  # a wrong name fails before the compiler runs
     console, rows = wide_console(), []
     with tempfile.TemporaryDirectory(prefix="cast-kernels-") as temporary:
         jobs = [(goal.name, dtype, PROBLEMS[problems], cache or Path(temporary)) for goal in goals for dtype in dtypes]
@@ -144,7 +144,7 @@ def main(
                 console.print(render(judged))
                 if json_file:
                     keep([asdict(row) for row in judged], json_file)
-    # One step does not launch everything that an exception may be for, and only "all" everything that may spill most.
+    # "step" does not launch every kernel with an exception; only "all" finds the largest numbers of spills.
     _report(console, rows, {} if problems == "step" else exceptions)
     if problems == "all":
         for key, largest in loose(rows, exceptions):

@@ -1,10 +1,10 @@
-"""torch.compile's yardstick: which kernels inductor makes of the whole model, and what each reads and writes.
+"""torch.compile for comparison: inductor's kernels of the whole model, with the bytes of each.
 
-Inductor itself decides: its graph passes, its choice of what backward computes again, and its scheduler run on tensors
-without memory, up to the point at which code would be written. What is fused is known from that, what it costs is the
-roofline of :mod:`cast_kernels.evidence.eager_model`. The scheduler is the CPU's, since there is no GPU: a GPU's splits
-long reductions and tiles otherwise, and may fuse a little less. Matrix products and attention stay the library's, as
-they do by default on a GPU (no max-autotune).
+Inductor itself decides: its graph passes, its choice of recomputation in backward, and its scheduler run on tensors
+without memory, up to the generation of code. This gives the fused kernels; the roofline of
+:mod:`cast_kernels.evidence.eager_model` gives their costs. Without a GPU the scheduler is the CPU's. A GPU's splits
+long reductions, tiles otherwise, and may fuse a little less. Matrix products and attention stay the library's, as by
+default on a GPU (no max-autotune).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.eager_model import Operation
 from cast_kernels.evidence.parts import Model, Part, parts
 
-#: Blocks of the two models that are compiled: the difference is a block, which is then counted as often as it comes.
+#: Depths of the two compiled models. Their difference is one block, which is then multiplied.
 _DEPTHS = (2, 3)
 
 
 def count(model: Model) -> dict[str, Counter[Operation]]:
-    """Phase (`forward`, and `backward` in training) -> how often the compiled model launches each kernel.
+    """Phase (`forward`, and `backward` in training) -> number of launches of each kernel in the compiled model.
 
     Args:
-        model: its backend is eager; `recompute` is inductor's own choice.
+        model: its backend is eager; inductor chooses the recomputation.
     """
     small, large = (_compiled(replace(model, depth=min(depth, model.depth))) for depth in _DEPTHS)
     more = max(model.depth - _DEPTHS[0], 0)
@@ -47,7 +47,7 @@ def count(model: Model) -> dict[str, Counter[Operation]]:
 
 
 def _compiled(model: Model) -> dict[str, Counter[Operation]]:
-    """Of a model as deep as it says."""
+    """The same for a model whose whole depth is compiled."""
     found: dict[str, Counter[Operation]] = {"forward": Counter()}
     if model.training:
         found["backward"] = Counter()
@@ -95,7 +95,7 @@ def _backend(found: dict[str, Counter[Operation]]) -> Any:
 
 
 def _schedule(found: dict[str, Counter[Operation]], module: Any, _inputs: Any, **options: Any) -> Any:
-    """What inductor's own `inner_compile` does, without code at its end. Uses inductor's inner names."""
+    """Inductor's own `inner_compile` without the generation of code. Uses inductor's internal names."""
     from torch._inductor.compile_fx import (
         _recursive_post_grad_passes,
         make_boxed_func,

@@ -1,4 +1,4 @@
-"""Where tables go."""
+"""The console for tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 
 from rich.console import Console
 
-#: Columns of a table that goes to a file or a log, where nobody can widen the window.
+#: Columns of a table in a file or a log.
 _WIDTH = 200
 
 
 def wide_console() -> Console:
-    """Standard output: as wide as the terminal, or wide enough for the tables."""
+    """Standard output, as wide as the terminal; elsewhere wide enough for the tables."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH)

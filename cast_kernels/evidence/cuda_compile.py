@@ -1,8 +1,7 @@
-"""`cast-kernels compile --cuda`: every kernel of csrc/cuda, assembled from the PTX that is embedded, measured against
-gates.
+"""`cast-kernels compile --cuda`: assemble every kernel of csrc/cuda from the embedded PTX, and judge it by gates.
 
-Known from this: what the kernels take of a multiprocessor, which instructions they became, whether ptxas had to change
-the order of their products. Not known: that they compute the right thing (tests/test_cuda_forward.py) and how fast.
+This shows the kernels' resources, their instructions, and whether ptxas changed the order of their products. It does
+not show that they compute the right values (tests/test_cuda_forward.py) or how fast they are.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from cast_kernels.evidence.cuda_launches import CudaLaunch, kept
 from cast_kernels.evidence.cuda_modules import modules, split
 from cast_kernels.evidence.defects import shown_by
 
-#: An address that nothing reads, since launches are only kept.
+#: An address that nothing reads, because launches are only recorded.
 _SOMEWHERE = 1 << 20
-#: Of `Recompute` in csrc/cuda/bcast.h.
+#: A value of `Recompute` in csrc/cuda/bcast.h.
 _NO_BACKWARD = 3
 
 
 class Told(NamedTuple):
-    """What ptxas says of one kernel."""
+    """Output of ptxas for one kernel."""
 
     registers: int  # of a thread
     stack_bytes: int  # of a thread
@@ -46,7 +45,7 @@ class Told(NamedTuple):
 
 
 def launched() -> dict[str, Launched]:
-    """How each kernel is launched, over every configuration for which there are kernels.
+    """Each kernel's launch parameters, over every supported configuration.
 
     Raises:
         RuntimeError: the CUDA kernels are not built.
@@ -70,7 +69,7 @@ def _configurations() -> Iterator[tuple[Any, int]]:
 
 
 def _call(problem: Any, recompute: int) -> None:
-    """A forward, and the backward that may follow."""
+    """Call a forward, and the backward if there is one."""
     cuda, two, all_parameters = _native.cuda(), [_SOMEWHERE] * 2, [_SOMEWHERE] * 28
     memory = {"recompute": recompute, "saved": _SOMEWHERE, "scratch": _SOMEWHERE, "stream": 0}
     given = {"problem": problem, "x": two, "parameters": all_parameters, "scale": two, **memory}
@@ -89,10 +88,10 @@ def _together(launches: Sequence[CudaLaunch]) -> Launched:
 
 
 def assemble(ptx: str, ptxas: str) -> tuple[bytes, str]:
-    """Machine code, and what ptxas says of it, with the options of the build.
+    """Machine code and the output of ptxas, with the options of the build.
 
     Raises:
-        RuntimeError: it does not assemble, with ptxas's own words.
+        RuntimeError: it does not assemble; the message is ptxas's.
     """
     goal = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory(prefix="cast-kernels-") as folder:
@@ -107,13 +106,13 @@ def assemble(ptx: str, ptxas: str) -> tuple[bytes, str]:
 
 
 def read(module: str, ptx: str, ptxas: str, known: Mapping[str, Launched]) -> list[CudaRow]:
-    """Assemble a module and read each of its kernels, not yet judged.
+    """Assemble a module and read each of its kernels, before :func:`judge`.
 
     Args:
         module: name of its source.
         ptx: its text.
         ptxas: path of the assembler.
-        known: how each kernel is launched.
+        known: launch parameters by kernel.
 
     Raises:
         RuntimeError: it does not assemble.
@@ -127,7 +126,7 @@ def read(module: str, ptx: str, ptxas: str, known: Mapping[str, Launched]) -> li
 
 
 def read_kernel(module: str, kernel: str, ptx: str, sass: str, told: Told, known: Launched | None) -> CudaRow:
-    """One kernel from the text of its PTX, the listing of its machine code and what ptxas said."""
+    """One kernel from its PTX, the listing of its machine code and the output of ptxas."""
     code, labels = read_sass(sass)
     inside = in_natural_loops(code, labels)
     spilling, found = spills(code), opcodes(code)
@@ -164,9 +163,9 @@ def _directive(ptx: str, name: str, missing: int) -> int:
 
 
 def hear(said: str) -> dict[str, Told]:
-    """What `ptxas -v` says of each kernel.
+    """The output of `ptxas -v` by kernel.
 
-    A note names its kernel; one that names none is every kernel's.
+    A note that names no kernel counts for every kernel.
     """
     blocks = re.split(r"Compiling entry function '(\w+)'", said)
     notes = [line.strip() for line in said.splitlines() if re.search(r"\bC75\d\d\b", line)]
@@ -195,7 +194,7 @@ def assembler() -> str:
     """The ptxas of the toolkit that built the kernels.
 
     Raises:
-        RuntimeError: it is not known, or not there any more.
+        RuntimeError: the build recorded no toolkit, or its ptxas is gone.
     """
     nvcc = _native.RECORD.get("cuda", {}).get("nvcc")
     path = Path(nvcc).with_name("ptxas") if nvcc else None
@@ -206,7 +205,7 @@ def assembler() -> str:
 
 
 def render(rows: Sequence[CudaRow], ptxas: str) -> Table:
-    """The kernels as a table for people."""
+    """A table of the kernels."""
     table = Table(title=f"sm_90a, ptxas {ptxas}: assembled only, nothing was run", title_justify="left")
     table.add_column("kernel", no_wrap=True)
     for heading in ("threads", "regs", "roles", "spills", "in loops", "shared", "CTAs", "SASS", "tensor core", "gates"):
@@ -225,12 +224,12 @@ def main(ptxas: str | None = None, json_file: Path | None = None) -> int:
     """Assemble, print, and return the exit code: 1 if a gate fails.
 
     Args:
-        ptxas: path of the assembler; None for the one that built the kernels.
-        json_file: where the rows go as JSON.
+        ptxas: path of the assembler; None for that of the build.
+        json_file: file for the rows as JSON.
 
     Raises:
-        RuntimeError: the CUDA kernels are not built, their own ptxas is missing, or one does not assemble them.
-        ValueError: the path is no ptxas's.
+        RuntimeError: the CUDA kernels are not built, the build's ptxas is missing, or a module does not assemble.
+        ValueError: the path is not a ptxas.
     """
     module = _native.cuda()
     path = ptxas or assembler()

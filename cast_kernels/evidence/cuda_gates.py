@@ -1,7 +1,7 @@
-"""The gates that every kernel of csrc/cuda must pass, and the kernels that may fail one: how far, and why.
+"""The gates for every kernel of csrc/cuda, and the exceptions: their limits and reasons.
 
-What each asks is what a GPU would show late or not at all: wgmmas that ptxas serialised, spills in loops, warpgroups
-that wait for registers for ever, a second CTA that does not fit, what a release of ptxas is known to do wrongly.
+The gates find faults that a GPU would show late or not at all: wgmmas that ptxas serialised, spills in loops,
+warpgroups that wait for registers forever, a second CTA that does not fit, and known defects of a ptxas release.
 """
 
 from __future__ import annotations
@@ -12,69 +12,69 @@ from typing import Any, NamedTuple
 
 from ptx_emulator.targets import target
 
-#: What the kernels are compiled for.
+#: The kernels' target.
 TARGET = target("sm_90")
-#: Module -> CTAs that an SM must hold at once: two of a row kernel hide each other's epilogues.
+#: Module -> number of CTAs that an SM must hold: two CTAs of a row kernel hide each other's epilogues.
 DESIGNED = {
     "bcast_prepare": 1, "bcast_project": 2, "bcast_attention": 2, "bcast_exchange": 2, "bcast_exchange_backward": 2,
     "bcast_attention_backward": 2, "bcast_project_backward": 2, "bcast_position_sums": 4, "bcast_weight_gradient": 1,
     "bcast_finish": 3,
 }  # fmt: skip
-#: Of a build on two cores at rest: not more than its processor time.
+#: Limit for the build's processor time, on two idle cores.
 MOST_SECONDS = 240
 MOST_BYTES = 8_000_000
 
 
 class Spilling(NamedTuple):
-    """How many spill instructions inside loops one kernel may have, and why it is kept all the same."""
+    """The allowed number of spill instructions inside loops of one kernel, and the reason."""
 
     instructions: int
     reason: str
 
 
-#: Kernel -> what the gates let pass, and print. No kernel needs one.
+#: Kernel -> its exception, which the command prints. No kernel needs one.
 EXCEPTIONS: dict[str, Spilling] = {}
-#: The assembler of which they are exact.
+#: The assembler for which the numbers are exact.
 EXACT = "13.0.88"
 
 
 @dataclass(frozen=True)
 class Launched:
-    """How the product launches one kernel, over all its configurations."""
+    """The product's launch parameters of one kernel, over all its configurations."""
 
-    threads: tuple[int, ...]  # of a CTA; each number that occurs
+    threads: tuple[int, ...]  # of a CTA; each occurring number
     clusters: tuple[int, ...]
-    shared_bytes: int  # dynamic, the most
+    shared_bytes: int  # dynamic, largest
 
 
 @dataclass(frozen=True)
 class CudaRow:
-    """One kernel, as it was assembled. Counts are of instructions in the code."""
+    """One assembled kernel. Counts are of instructions in the code."""
 
     module: str
     kernel: str
     launched: Launched | None  # None: no configuration launches it
-    threads: int  # of a CTA, as compiled; 0: the kernel has no launch bounds
+    threads: int  # of a CTA, as compiled; 0 without launch bounds
     cluster: int  # CTAs, as compiled
-    registers: int  # of a thread, when the kernel begins
-    roles: tuple[int, ...]  # what setmaxnreg changes them to
+    registers: int  # of a thread, at the start of the kernel
+    roles: tuple[int, ...]  # arguments of setmaxnreg
     stack_bytes: int  # of a thread
     spills: int
     loop_spills: int  # inside natural loops
     shared_bytes: int  # of a CTA, static and dynamic
-    ctas: int  # that fit on one SM; 0: none does
+    ctas: int  # on one SM; 0 if none fits
     tensor_core: str  # kinds of tensor-core instructions
     tensor_core_count: int
     instructions: int
     functions: int  # .func of the module's PTX
     notes: tuple[str, ...] = ()  # of ptxas: C75xx
-    defects: tuple[str, ...] = ()  # what the code shows of ptxas's known mistakes
+    defects: tuple[str, ...] = ()  # known defects of ptxas in the code
     failures: tuple[str, ...] = field(default=())
-    allowed: str = ""  # the exception that was needed, with its reason
+    allowed: str = ""  # the exception used, with its reason
 
 
 def judge(row: CudaRow, exceptions: Mapping[str, Spilling] = EXCEPTIONS) -> CudaRow:
-    """The row with the gates that it fails, and with the exception that it needed."""
+    """The row with its failed gates and its used exception."""
     failures = [*_launch(row), *_registers(row), *_fitting(row), *row.notes, *row.defects]
     if row.functions:
         failures.append(f"{row.functions} .func in the PTX of {row.module}: a kernel must be all inline")
@@ -88,7 +88,7 @@ def judge(row: CudaRow, exceptions: Mapping[str, Spilling] = EXCEPTIONS) -> Cuda
 
 
 def _launch(row: CudaRow) -> list[str]:
-    """What is compiled in must be what is launched."""
+    """The compiled launch bounds must equal the launch parameters."""
     if row.launched is None:
         return ["no configuration launches it: nothing is known of its shared memory"]
     if not row.threads:
@@ -104,11 +104,11 @@ def _launch(row: CudaRow) -> list[str]:
 
 
 def _registers(row: CudaRow) -> list[str]:
-    """`setmaxnreg.inc` waits for ever for registers that nobody gives back, and ptxas says nothing."""
+    """`setmaxnreg.inc` waits forever for registers that no warpgroup releases, and ptxas does not report it."""
     if not row.roles or not row.threads:
         return []
     warpgroups = row.threads // 128
-    # Each number is some warpgroup's; the rest have the largest, or what they began with.
+    # Each number belongs to some warpgroup. The others have the largest number, or their initial one.
     most = max(row.roles[-1], row.registers)
     taken = row.roles[-warpgroups:]
     total = sum(taken) + (warpgroups - len(taken)) * most
@@ -130,7 +130,7 @@ def _fitting(row: CudaRow) -> list[str]:
 
 
 def loose(rows: Sequence[CudaRow], exceptions: Mapping[str, Spilling] = EXCEPTIONS) -> list[str]:
-    """What is wrong with each exception that allows more than its kernel has: the rest hides the next spill.
+    """A message for each exception that allows more than its kernel has: the difference would hide the next spill.
 
     Args:
         rows: of all kernels, by the assembler of :data:`EXACT`.
@@ -147,11 +147,11 @@ def loose(rows: Sequence[CudaRow], exceptions: Mapping[str, Spilling] = EXCEPTIO
 
 
 def judge_build(record: Mapping[str, Any], module_bytes: int) -> list[str]:
-    """The gates that the build itself fails.
+    """The failed gates of the build itself.
 
     Args:
-        record: what setup.py recorded of it; without "processor_seconds" where it did not make the module.
-        module_bytes: of the module.
+        record: setup.py's record; without "processor_seconds" if it did not build the module.
+        module_bytes: size of the module.
     """
     found = []
     if record.get("processor_seconds", 0) > MOST_SECONDS:

@@ -1,7 +1,7 @@
-"""Launches of the CUDA kernels, taken in place of the driver: executed by the emulator, or only kept.
+"""Launches of the CUDA kernels, intercepted before the driver: executed by the emulator, or only recorded.
 
-Grids, arguments and tensor maps are those that csrc/cuda makes for a GPU; the PTX is the one from which its machine
-code was assembled. Nothing here asks for a driver.
+csrc/cuda makes the same grids, arguments and tensor maps as for a GPU. The PTX is the one from which the machine code
+was assembled. Nothing here needs a driver.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cast_kernels.evidence.cuda_modules import entries
 
 #: Numbers as csrc/cuda names them -> as PTX names them, and bytes of one.
 _TYPES = {"bf16": ("bf16", 2), "fp16": ("f16", 2), "fp32": ("f32", 4)}
-#: No access needs more: a buffer begins as far behind a multiple of this as the memory that it stands for.
+#: The largest alignment of an access. A buffer's address has the same remainder modulo this as the original memory.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """One launch, as csrc/cuda hands it to a recorder."""
+    """One launch, as csrc/cuda passes it to a recorder."""
 
     kernel: str
     grid: tuple[int, int, int]  # CTAs
@@ -39,16 +39,16 @@ class CudaLaunch:
     cluster: int  # CTAs
     shared_bytes: int  # dynamic, of a CTA
     argument: bytes  # the kernel's only one; its tensor maps are empty
-    places: tuple[Mapping[str, Any], ...]  # what lies in the argument besides plain numbers
+    places: tuple[Mapping[str, Any], ...]  # the parts of the argument that are no plain numbers
     target: Target
 
     def record(self) -> Record:
-        """The same with the memory behind its addresses, which the record's buffers view.
+        """The launch with the memory behind its addresses. The record's buffers are views of this memory.
 
-        Addresses whose bytes overlap are one buffer; around each lies nothing that the kernel may touch.
+        Overlapping ranges of addresses become one buffer. The kernel may touch nothing between the buffers.
 
         Raises:
-            KeyError: the module has no such kernel, so that a GPU could not launch it either.
+            KeyError: the module has no such kernel, so a GPU could not launch it either.
         """
         spans = _spans(self.places)
         buffers = {f"{start:#x}": _memory(start, stop) for start, stop in spans}
@@ -77,17 +77,17 @@ class Ran(NamedTuple):
     seconds: float
 
     def refuse_faults(self) -> None:
-        """Raise EmulationFault if it faulted, or if several warps wrote values to one word that differ."""
+        """Raise EmulationFault if the launch faulted, or if several warps wrote different values to one word."""
         if found := [*self.report.faults, *(note for note in self.report.notes if note.differs)]:
             raise EmulationFault(self.launch, found)
 
 
 @contextmanager
 def kept(name: str = "sm_90") -> Iterator[list[CudaLaunch]]:
-    """All launches inside go into the list, and none is executed.
+    """While active, all launches are appended to the list; none is executed.
 
     Raises:
-        RuntimeError: the CUDA kernels are not built, or launches are taken already.
+        RuntimeError: the CUDA kernels are not built, or launches are already intercepted.
     """
     launches: list[CudaLaunch] = []
     with taken(launches.append, name):
@@ -96,10 +96,10 @@ def kept(name: str = "sm_90") -> Iterator[list[CudaLaunch]]:
 
 @contextmanager
 def counted() -> Iterator[Callable[[], int]]:
-    """Launches inside are counted in C++ and reach neither a driver nor Python; calling the result tells how many.
+    """While active, launches are only counted, in C++; call the result to get their number.
 
     Raises:
-        RuntimeError: the CUDA kernels are not built, or launches are taken already.
+        RuntimeError: the CUDA kernels are not built, or launches are already intercepted.
     """
     kernels = _free()
     try:
@@ -113,17 +113,17 @@ def emulated(
     name: str = "sm_90", *, landing: str = "late", seed: int | None = None, checks: bool = True,
     engine: str | None = None, lane_order: bool = False, folder: Path | None = None,
 ) -> Iterator[list[Ran]]:  # fmt: skip
-    """The emulator executes all launches inside, on the memory that they name; the list has them with their reports.
+    """While active, the emulator executes all launches on their memory; the list has them with their reports.
 
     Args:
         name: of the target.
-        landing, seed, checks, engine, lane_order: as of `ptx_emulator.launch`.
-        folder: where each launch is written as a record, before it is executed: `00_bcast_prepare_bf16_bf16.npz`.
+        landing, seed, checks, engine, lane_order: as in `ptx_emulator.launch`.
+        folder: folder for a record of each launch, written before its execution: `00_bcast_prepare_bf16_bf16.npz`.
 
     Raises:
-        EmulationFault: at a launch that faults, or in which several warps wrote values to one word that differ.
-        RuntimeError: a kernel has what the emulator does not execute; the CUDA kernels are not built, or launches are
-            taken already.
+        EmulationFault: a launch faults, or several warps wrote different values to one word.
+        RuntimeError: a kernel has an instruction that the emulator does not support; the CUDA kernels are not built; or
+            launches are already intercepted.
     """
     ran: list[Ran] = []
     options: dict[str, Any] = {
@@ -140,16 +140,16 @@ def emulated(
 
 
 def execute(launch: CudaLaunch, file: Path | None = None, **options: Any) -> Ran:
-    """Execute one launch on the memory that it names; what was found is in the report.
+    """Execute one launch on its memory; findings are in the report.
 
     Args:
-        launch: what to run.
-        file: where it is written as a record before.
-        options: as of `ptx_emulator.launch`.
+        launch: the launch.
+        file: file for its record, written before the execution.
+        options: as in `ptx_emulator.launch`.
 
     Raises:
         EmulationFault: an error ended the launch.
-        RuntimeError: the kernel has what the emulator does not execute.
+        RuntimeError: the kernel has an instruction that the emulator does not support.
     """
     record, begin = launch.record(), time.perf_counter()
     if file is not None:
@@ -166,10 +166,10 @@ def execute(launch: CudaLaunch, file: Path | None = None, **options: Any) -> Ran
 
 @contextmanager
 def taken(take: Callable[[CudaLaunch], None], name: str = "sm_90") -> Iterator[None]:
-    """All launches inside go to this function, which may raise; `name` is that of the target.
+    """While active, this function gets all launches; it may raise. `name` is that of the target.
 
     Raises:
-        RuntimeError: the CUDA kernels are not built, or launches are taken already.
+        RuntimeError: the CUDA kernels are not built, or launches are already intercepted.
     """
     kernels, goal = _free(), target(name)
 
@@ -185,7 +185,7 @@ def taken(take: Callable[[CudaLaunch], None], name: str = "sm_90") -> Iterator[N
 
 
 def _free() -> Any:
-    """The native module, whose launches nobody takes."""
+    """The native module; raises if its launches are already intercepted."""
     kernels = _native.cuda()
     if kernels.is_recorded():
         raise RuntimeError("launches of the CUDA kernels are taken already: leave the other `with` first")
@@ -193,7 +193,7 @@ def _free() -> Any:
 
 
 def _spans(places: tuple[Mapping[str, Any], ...]) -> list[tuple[int, int]]:
-    """[start, stop) of the memory that some places name, those that overlap as one."""
+    """[start, stop) of the memory of some places; overlapping ranges are merged."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((place["address"], place["address"] + place["bytes"]) for place in places):
         if merged and start < merged[-1][1]:
@@ -208,7 +208,7 @@ def _memory(start: int, stop: int) -> np.ndarray:
 
 
 def _given(place: Mapping[str, Any], pointer: Pointer) -> Pointer | Tiled:
-    """What lies at a place: a pointer, or the tensor map that the driver would encode there."""
+    """The content of a place: a pointer, or the tensor map that the driver would encode there."""
     if "box" not in place:
         return pointer
     name, size = _TYPES[place["type"]]

@@ -1,4 +1,4 @@
-"""The PTX that is embedded in `cast_kernels._cuda`, kernel by kernel."""
+"""The PTX embedded in `cast_kernels._cuda`, by kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Entry(NamedTuple):
     """One kernel."""
 
     module: str  # name of its source
-    ptx: str  # a module of this kernel alone, with the names of source files, but without debuggers' sections
+    ptx: str  # a module with only this kernel, with the names of source files, without debuggers' sections
 
 
 @cache
@@ -41,7 +41,7 @@ def entries() -> dict[str, Entry]:
 
 
 def split(text: str) -> dict[str, str]:
-    """A module's text -> for each kernel a module of its own: what belongs to all, and the kernel.
+    """A module's text -> for each kernel a module with the shared text and only this kernel.
 
     Raises:
         ValueError: the braces of a kernel are not balanced.
@@ -58,7 +58,7 @@ def split(text: str) -> dict[str, str]:
 
 
 def _end(text: str, start: int) -> int:
-    """Behind the brace that closes the first one from `start` on."""
+    """The position after the brace that closes the first one from `start` on."""
     depth = 0
     for brace in re.compile("[{}]").finditer(text, start):
         depth += 1 if brace[0] == "{" else -1

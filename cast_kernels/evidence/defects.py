@@ -1,4 +1,4 @@
-"""Whether a compiled kernel shows what ptxas is known to do wrongly, as far as code can show it."""
+"""Known defects of ptxas in a compiled kernel, if the code shows them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from ptx_emulator.predict.resources import listing, opcodes, read_sass
 from ptx_emulator.predict.wgmma_registers import touched_early
 
-#: Of what ptxas touches too early, so many are named.
+#: Most registers in a message that ptxas uses too early.
 _NAMED = 3
 
 
 def shown(ptx: str, cubin: bytes, architecture: int) -> Iterator[str]:
-    """A failure for each kind of defect that one compiled kernel shows.
+    """A failure for each kind of defect in one compiled kernel.
 
-    A pattern in PTX is a failure whichever ptxas assembled it: which releases get it wrong is known in part only.
+    A pattern in PTX is a failure for every ptxas, because the defective releases are known only in part.
 
     Args:
-        ptx: the kernel's.
+        ptx: of the kernel.
         cubin: its machine code.
         architecture: 90 for sm_90.
     """
@@ -26,7 +26,7 @@ def shown(ptx: str, cubin: bytes, architecture: int) -> Iterator[str]:
 
 
 def shown_by(ptx: str, code: str, architecture: int) -> Iterator[str]:
-    """The same from nvdisasm's listing of the kernel."""
+    """The same, from nvdisasm's listing of the kernel."""
     if architecture == 90:
         touched = touched_early(code)
         yield from map(str, touched[:_NAMED])

@@ -1,8 +1,8 @@
-"""The yardstick: PyTorch's eager B-CAST under the same rules, operation by operation.
+"""PyTorch's eager B-CAST for comparison, operation by operation, by the same rules.
 
-Each operation that launches a kernel takes the longest of its FLOPs at a share of the tensor peak, its bytes at a share
-of DRAM's bandwidth, and a least time. The shares are what good library kernels reach; ours are given no such
-allowance, so a ratio of the two times is an upper bound of the speed-up.
+An operation that launches a kernel takes the longest of three times: its FLOPs at a share of the tensor peak, its bytes
+at a share of DRAM's bandwidth, and a least time. Good library kernels reach these shares. Our kernels get no such
+allowance, so the ratio of the two times is an upper bound of the speed-up.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TENSOR_SHARE = Constant(0.65, "of the tensor peak", "library GEMMs of this size"
 DRAM_SHARE = Constant(0.80, "of the DRAM bandwidth", "library elementwise kernels", assumed=True)
 LEAST = Constant(2.5e-6, "s", "a small kernel of a CUDA graph", assumed=True)
 
-#: Kinds of eager, of :data:`cast_kernels.evidence.cases.KINDS`.
+#: Kinds of eager, out of :data:`cast_kernels.evidence.cases.KINDS`.
 EAGER = ("bf16", "amp", "amp16")
 
 
-#: What PyTorch's library computes, by what is in an operator's name; all others move memory.
+#: Parts of the names of operators that PyTorch's library computes; all others only move memory.
 PRODUCTS = ("mm", "convolution")
 ATTENTION = ("scaled_dot_product",)
 
@@ -45,7 +45,7 @@ class Operation:
 
     @property
     def kind(self) -> str:
-        """`products`, `attention`, or `elementwise`: all that a compiler could fuse."""
+        """`products`, `attention`, or `elementwise`; a compiler could fuse the last."""
         for kind, words in (("products", PRODUCTS), ("attention", ATTENTION)):
             if any(word in self.name for word in words):
                 return kind
@@ -57,7 +57,7 @@ class Operation:
 
 @dataclass
 class Ledger(TorchDispatchMode):
-    """Notes every operation that launches a kernel: all but views and allocations."""
+    """Records every operation that launches a kernel: all except views and allocations."""
 
     operations: list[Operation] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_made_of_others(func):  # which are then seen one by one
+        if _is_made_of_others(func):  # the parts are then seen one by one
             with self:
                 return func.decompose(*args, **kwargs)
         out = self.compute(func, args, kwargs)
@@ -81,7 +81,7 @@ class Ledger(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def take(self) -> list[Operation]:
-        """Those since the last call."""
+        """The operations since the last call."""
         taken, self.operations = self.operations, []
         return taken
 
@@ -105,7 +105,7 @@ def _written(func: Any, args: Any, out: Any) -> list[Tensor]:
 
 
 def launches_nothing(func: Any) -> bool:
-    """Whether the operation makes a view or uninitialised memory, or answers a question on the host."""
+    """Whether the operation only makes a view or uninitialised memory, or computes on the host."""
     if func.namespace == "cast_kernels":
         return False
     words = ("empty", "_unsafe_view", "detach", "_fused_sdp_choice")
@@ -152,5 +152,5 @@ def trace(case: Case, kind: str) -> tuple[list[Operation], list[Operation]]:
 
 
 def seconds(operations: list[Operation], device: Device) -> float:
-    """One operation behind the other, without gaps."""
+    """The sum of all times, without gaps."""
     return sum(operation.seconds(device) for operation in operations)

@@ -1,7 +1,7 @@
-"""`cast-kernels emulate`: forward and backward from compiled PTX on CPU tensors, against fp64.
+"""`cast-kernels emulate`: forward and backward from compiled PTX on CPU tensors, compared with fp64.
 
-What runs is the product's own launch path; the emulator takes the place of the GPU. Known from this: the values that
-the compiled code computes, and that it broke no rule on the way. Not known: what ptxas makes of it, and how fast.
+The product's own launch path runs; the emulator replaces the GPU. This shows the values that the compiled code
+computes, and that it broke no rule. It does not show the result of ptxas, or the speed.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, eng
     """Run one case from compiled code and measure it.
 
     Args:
-        goal: what to compile for.
+        goal: target of the compilation.
         case: the problem.
         dtype: a key of :data:`~cast_kernels.evidence.cases.KINDS`.
         cache: folder of compiled kernels, None for a temporary one.
-        engine: of the emulator; None for the quickest that is built.
+        engine: of the emulator; None for the fastest that is built.
     """
     kind = KINDS[dtype]._asdict()
     exact, eager = run(case, None, exact=True, **kind), run(case, "eager", **kind)
@@ -65,7 +65,7 @@ def emulate(goal: Target, case: Case, dtype: str, cache: Path | None = None, eng
 
 
 def render_errors(outcome: Outcome) -> Table:
-    """Every tensor's error beside eager's."""
+    """Every tensor's error and eager's."""
     table = Table("tensor", "rms error", "eager's", "ratio", "largest", "eager's", "", title_justify="left")
     for e in outcome.errors:
         numbers = (f"{x:.2e}" for x in (e.worst, e.eager_worst))
@@ -73,7 +73,7 @@ def render_errors(outcome: Outcome) -> Table:
     return table
 
 
-#: Heading -> counter, or counter and what it would be without bank conflicts.
+#: Heading -> counter, and the counter without bank conflicts or "".
 _COLUMNS = {
     "tensor MFLOP": ("tensor_flops", ""),
     "instructions": ("warp_instructions", ""),
@@ -86,10 +86,10 @@ _COLUMNS = {
 
 
 def render_counters(outcome: Outcome) -> Table:
-    """What the emulator counted, by kernel, over all launches.
+    """The emulator's counters by kernel, over all launches.
 
-    Behind wavefronts: how many times the ideal. Native: the share of the instructions that compiled code executed.
-    Useful: the share of the tensor FLOPs that the algorithm needs.
+    Factors after wavefronts are relative to the ideal. Native: share of the instructions that compiled code executed.
+    Useful: share of the tensor FLOPs that the algorithm needs.
     """
     table = Table("kernel", title="executed in emulation; instructions are a warp's", title_justify="left")
     for heading in ("launches", "CTAs", *_COLUMNS, "native", "useful", "seconds"):
@@ -113,7 +113,7 @@ def _cell(runs: KernelRuns, counter: str, ideal: str) -> str:
 
 
 def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
-    """One run with every error and every counter, as JSON can hold it."""
+    """One run with all errors and counters, as JSON values."""
     useful = useful_flops(outcome.case)
     return {
         "target": goal.name,
@@ -129,12 +129,12 @@ def as_json(goal: Target, dtype: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-#: What tells one run in a file of runs from another.
+#: The fields that identify a run in a file of runs.
 _KEY = ("target", "dtype", "case", "engine")
 
 
 def keep(told: dict[str, Any], file: Path) -> None:
-    """Put a run into a file of runs, a line each: in the place of the same run if it is there, and the rest stays."""
+    """Write a run into a file with one run a line. It replaces the same run; the others stay."""
     runs = json.loads(file.read_text()) if file.exists() else []
     told = json.loads(json.dumps(told))  # tuples as the file has them
     at = next((n for n, run in enumerate(runs) if all(run.get(name) == told[name] for name in _KEY)), len(runs))
@@ -155,8 +155,8 @@ def main(
         targets: names out of :data:`~cast_kernels.evidence.problems.EMULATED`.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         size: key of :data:`SIZES`.
-        json_file: where errors and all counters go as JSON, each run as it ends; see :func:`keep`.
-        engine: of the emulator; None for the quickest that is built.
+        json_file: file for errors and all counters as JSON, written after each run; see :func:`keep`.
+        engine: of the emulator; None for the fastest that is built.
     """
     console, count, failed = wide_console(), 0, 0
     runs = [(target(name), dtype, case) for name in targets for dtype in dtypes for case in SIZES[size]]

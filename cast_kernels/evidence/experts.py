@@ -1,4 +1,4 @@
-"""One expert's half block, for `cast-kernels compile` and `gpu-check`: norm, activation and adapter are our kernels."""
+"""An expert's half block for `cast-kernels compile` and `gpu-check`: norm, activation and adapter are our kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ExpertCase:
 
 
 def expert_problem(case: ExpertCase, dtype: torch.dtype, device: torch.device) -> AnyProblem:
-    """What backends are asked about."""
+    """The problem in the form that backends take."""
     recompute = cast_kernels.Recompute(case.recompute)
     if case.op == "ffn":
         return cast_kernels.FFNProblem(
@@ -61,12 +61,12 @@ def run_expert(
 
     Args:
         case: the problem.
-        dtype: that the stream and the parameters are rounded to.
-        backend: that must run it; None is the reference.
+        dtype: the stream and the parameters are rounded to it.
+        backend: runs the problem; None is the reference.
         exact: compute in float64 on the rounded numbers.
-        device: where it runs. Inputs are drawn on the CPU, so they are the same everywhere.
+        device: of the computation. Inputs are drawn on the CPU, so they are the same everywhere.
         autocast: dtype of the products under CUDA's autocast rules, or None for no autocast.
-        streams: that the stream is rounded to, if not `dtype`.
+        streams: the stream is rounded to it, if given.
     """
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -80,7 +80,7 @@ def run_expert(
 
     parameters = _parameters(case, random)
     stream = streams or dtype
-    own = autocast or dtype if case.op == "adapter" else stream  # what the adapter reads is a product's result
+    own = autocast or dtype if case.op == "adapter" else stream  # the adapter's input is the result of a product
     x = given(torch.randn(case.rows, case.dim, generator=generator), own).requires_grad_()
     kept = given(torch.bernoulli(torch.full((case.rows,), 0.7), generator=generator), stream)
     leaves = {"x": x, **parameters._asdict()}

@@ -1,7 +1,7 @@
-"""The gates that every compiled kernel must pass, and the kernels that may fail one: how far, and why.
+"""The gates for every compiled kernel, and the exceptions: their limits and reasons.
 
-A gate is a number that a kernel's code must not exceed. An exception names one kernel of one table of tiles; what no
-kernel needs any more must go, or it hides the next spill.
+A gate is a number that a kernel's code must not exceed. An exception names one kernel of one table of tiles. Unneeded
+exceptions must be removed, because they would hide the next spill.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Key = tuple[str, str, int, bool]
 
 
 class Allowance(NamedTuple):
-    """What the gates of `cast-kernels compile` allow one kernel, and why the tile is kept all the same."""
+    """An exception for one kernel in `cast-kernels compile`, and the reason to keep its tile."""
 
     reason: str
     loop_spills: int = 0  # spill instructions inside loops, at most
-    tensor_core: str = ""  # opcode that may stand for the architecture's own, as "HMMA" on sm_90
+    tensor_core: str = ""  # opcode that may replace the architecture's own, as "HMMA" on sm_90
 
 
 Exceptions = Mapping[Key, Allowance]
@@ -35,7 +35,7 @@ _MMA_SYNC = (
     "and spills 48 times inside loops, `attention_backward` 9 times; 16 and 32 rows with mma.sync do neither"
 )
 
-#: (target, kernel, bits of an operand, whether d is above 384) -> what `cast-kernels compile` lets pass, and prints.
+#: (target, kernel, bits of an operand, whether d is above 384) -> the exception, which `cast-kernels compile` prints.
 EXCEPTIONS: dict[Key, Allowance] = {
     ("sm_80", "exchange", 16, False): Allowance(
         "one word once a step of 64 output columns, two with windows of (space, time); eight warps spill none and take "
@@ -119,21 +119,21 @@ class Row:
     dtype: str
     kernel: str
     tile: str  # constexprs and warps
-    cases: tuple[str, ...]  # in which it is launched
+    cases: tuple[str, ...]  # that launch it
     resources: Resources
     dots: int  # matrix products in Triton's IR
-    wide: bool = False  # a bottleneck above 384; False for a kernel that does not know it
+    wide: bool = False  # a bottleneck above 384; False for a kernel without one
     failures: tuple[str, ...] = field(default=())
-    allowed: str = ""  # the exception that was needed, with its reason
+    allowed: str = ""  # the exception used, with its reason
 
     @property
     def key(self) -> Key:
-        """As the tile table names it."""
+        """The row's key in the tile table."""
         return self.target, self.kernel, 8 * KINDS[self.dtype].compute.itemsize, self.wide
 
 
 def judge(row: Row, exceptions: Exceptions) -> Row:
-    """The row with the gates that it fails, and with the exception that it needed."""
+    """The row with its failed gates and its used exception."""
     goal, used = target(row.target), row.resources
     allowance = exceptions.get(row.key)
     failures, needed = list(row.failures), []
@@ -145,7 +145,7 @@ def judge(row: Row, exceptions: Exceptions) -> Row:
             needed.append(f"{spilled}, {allowance.loop_spills} allowed")
         else:
             failures.append(spilled + (f"; the exception allows {allowance.loop_spills}" if allowance else ""))
-    # Every kind counts: "HGMMA+HMMA" is a kernel in which one of several products fell back to mma.sync.
+    # Every kind counts: in "HGMMA+HMMA" one of several products fell back to mma.sync.
     kinds = used.tensor_core.split("+")
     others = [kind for kind in kinds if not re.fullmatch(goal.tensor_core, kind)]
     if row.dots and others:
@@ -160,19 +160,19 @@ def judge(row: Row, exceptions: Exceptions) -> Row:
 
 
 def unused(rows: Sequence[Row], exceptions: Exceptions) -> list[Key]:
-    """Exceptions of what was compiled that no kernel needed: they must go, or they hide the next spill."""
+    """Exceptions that no compiled kernel needed. They must be removed, because they would hide the next spill."""
     needed = {row.key for row in rows if row.allowed}
     compiled = {(row.key[0], *row.key[2:]) for row in rows}
     return [key for key in exceptions if (key[0], *key[2:]) in compiled and key not in needed]
 
 
 def loose(rows: Sequence[Row], exceptions: Exceptions) -> list[tuple[Key, int]]:
-    """Exceptions that allow more spill instructions than any kernel has, and the largest number found: the rest of what
-    they allow hides the next spill.
+    """Exceptions that allow more spill instructions than any kernel has, each with the largest number found. The
+    difference would hide the next spill.
 
     Args:
-        rows: judged, of every problem. Nothing is known of operand sizes of which a dtype was not compiled.
-        exceptions: those of :func:`unused` are left out.
+        rows: judged, of every problem. Operand sizes without a compiled dtype are unknown.
+        exceptions: without those of :func:`unused`.
     """
     compiled = {(row.target, row.dtype) for row in rows}
     found = []

@@ -1,7 +1,7 @@
-"""What the host needs for a step: a number of operators and launches, each at a cost that was measured or is stated.
+"""The host's time for a step: numbers of operators and launches, each with a measured or stated cost.
 
-`measure` times PyTorch's operators on one number each, so that what is timed is dispatch and autograd. What a launch of
-ours takes is measured by the benchmarks' group `host`. What a GPU's host needs is like this within a factor of two.
+`measure` times PyTorch's operators on tensors of one number, so that the time is dispatch and autograd. The benchmarks'
+group `host` measures our launches. The host of a GPU differs by at most a factor of two, by assumption.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cast_kernels.evidence.eager_model import Ledger
 
 _HERE = "on two shared x86-64 cores, 2026-11-29: `python -m cast_kernels.evidence.host`"
 OPERATOR = Constant(3.0, "us an operator, autograd included", f"measured on tensors of one number {_HERE}")
-#: A training step of CAST-B under AMP on a machine at rest: 26.8 ms, less 411 operators, over 658 launches.
+#: From a training step of CAST-B under AMP on an idle machine: 26.8 ms, less 411 operators, over 658 launches.
 TRITON = Constant(
     39.0, "us a launch of ours, Python around it included",
     "measured with launches counted instead of made on two shared x86-64 cores, 2026-11-29: "
@@ -30,12 +30,12 @@ GRAPH = Constant(100.0, "us a step", "one replay of a CUDA graph", assumed=True)
 
 
 def interpreted_us(operators: int, launches: int) -> float:
-    """Host time where Python calls each operator, `launches` of ours among the kernels."""
+    """Host time if Python calls each operator; `launches` of the kernels are ours."""
     return operators * (OPERATOR + LAUNCH) + launches * (TRITON + LAUNCH)
 
 
 def measure(repeats: int = 30) -> float:
-    """Microseconds of an operator, the median of so many runs of all of them, behind three that warm up."""
+    """Microseconds of an operator: the median over `repeats` runs of all of them, after three warm-up runs."""
     ledger = Ledger()
     with ledger:
         _operators()
@@ -43,7 +43,7 @@ def measure(repeats: int = 30) -> float:
 
 
 def _operators() -> None:
-    """Forward and backward of operators as a transformer has them, each on one number."""
+    """Forward and backward of a transformer's operators, each on one number."""
     x, weight, bias = (torch.ones(shape, requires_grad=True) for shape in ((1, 1), (1, 1), (1,)))
     y = x
     for _ in range(10):

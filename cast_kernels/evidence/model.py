@@ -1,4 +1,4 @@
-"""The speed model on recorded launches, and what is said beside every prediction of our kernels."""
+"""The speed model for recorded launches, and the label of every prediction of our kernels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LABEL = "predicted, unvalidated: no kernel of ours has been timed"
 def predict(
     launch: Launch, used: Resources, ctas: Sequence[Counters], code_ratio: float, device: Device
 ) -> Prediction:  # fmt: skip
-    """How long a launch takes at least.
+    """The least time of a launch.
 
     Args:
         launch: with its grid and arguments.
-        used: what its compiled kernel takes of a multiprocessor.
-        ctas: what single CTAs execute; each stands for an equal share of the grid, in its order.
-        code_ratio: machine instructions for one of PTX.
-        device: must have the launch's target.
+        used: resources of its compiled kernel on a multiprocessor.
+        ctas: counters of single CTAs; each stands for an equal share of the grid, in its order.
+        code_ratio: machine instructions per instruction of PTX.
+        device: its target must equal the launch's.
 
     Raises:
         ValueError: the kernel was compiled for another target.
@@ -42,10 +42,10 @@ def predict(
 
 
 def unique_bytes(launch: Launch) -> int:
-    """Bytes of the tensors that the kernel uses, each byte once: what DRAM must move at least.
+    """Bytes of the tensors that the kernel uses, each byte once: the least that DRAM must move.
 
-    A tensor counts once whether it is read, written or both: what a kernel writes and reads back is in L2. Parameters
-    that the compiler dropped do not count.
+    A tensor that is read and written counts once, because L2 has what a kernel writes and reads back. Parameters that
+    the compiler dropped do not count.
     """
     used = used_parameters(trace.kernel_of(launch))
     taken = [argument for position, argument in enumerate(launch.arguments) if position in used]

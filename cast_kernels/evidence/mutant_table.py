@@ -1,4 +1,4 @@
-"""`cast-kernels emulate --mutants`: what became of each planted fault, as a table, and as rows in a file."""
+"""`cast-kernels emulate --mutants`: the result of each planted fault, as a table and as rows in a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from cast_kernels.evidence.console import wide_console
 from cast_kernels.evidence.mutants import HARMLESS, Verdict, judge
 
-#: Of a row in a file.
+#: Columns of a row in a file.
 COLUMNS = (
     "target", "dtype", "problem", "kernel", "taken away", "line of the PTX", "instruction", "seen as, or why not",
     "caught",
@@ -38,12 +38,12 @@ def rows_of(goal: Target, dtype: str, verdicts: Iterable[tuple[str, Sequence[Ver
 
 
 def missed(rows: Iterable[Row]) -> list[Row]:
-    """Those that nothing saw and that have none of the checked reasons."""
+    """Mutants that nothing caught and that have none of the checked reasons."""
     return [row for row in rows if not row[8] and row[7] not in HARMLESS]
 
 
 def render(title: str, rows: Sequence[Row], by: Sequence[int] = (2, 3, 4)) -> Table:
-    """How many were planted, what caught them, and why nothing caught the others, by these columns."""
+    """Numbers of planted and caught faults, their detectors, and the reasons of the others, by these columns."""
     heads = [COLUMNS[column] for column in by]
     table = Table(*heads, "planted", "caught", "by", "not caught, because", title=title, title_justify="left")
     for cells in counted(rows, by):
@@ -69,20 +69,20 @@ def _words(words: Sequence[str]) -> str:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """What a file keeps: {"made": circumstances by target, dtype and problem, "columns": names, "mutants": rows}."""
+    """A file's content: {"made": circumstances by target, dtype and problem, "columns": names, "mutants": rows}."""
     return json.loads(file.read_text()) if file.exists() else {"made": {}, "columns": COLUMNS, "mutants": []}
 
 
 def keep(file: Path, goal: Target, dtype: str, problem: str, rows: Sequence[Row], made: Mapping[str, Any]) -> None:
-    """Put the rows of one problem into a file, in the place of earlier ones; others stay. A row a line.
+    """Write the rows of one problem into a file, one a line. They replace earlier ones of the problem; others stay.
 
     Args:
-        file: a new one is begun where there is none.
+        file: created if missing.
         goal: the target of the rows.
-        dtype: theirs.
-        problem: theirs.
-        rows: of these alone.
-        made: how they came about.
+        dtype: of the rows.
+        problem: of the rows.
+        rows: only those of the problem.
+        made: circumstances of the rows.
     """
     name = [goal.name, dtype, problem]
     kept = read(file)
@@ -98,15 +98,15 @@ def main(
     targets: Sequence[str], dtypes: Sequence[str], json_file: Path | None = None, engine: str | None = None,
     every: int = 1, only: Collection[str] | None = None,
 ) -> int:  # fmt: skip
-    """Plant all faults and print the tables; the exit code is 1 if one is not caught and no reason is known.
+    """Plant all faults and print the tables; the exit code is 1 if a fault is neither caught nor known to be harmless.
 
     Args:
         targets: names of targets.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
-        json_file: where a row of each mutant goes, problem by problem; see :func:`keep`.
-        engine: of the emulator; None for the quickest that is built.
-        every: take each n-th mutant of a kernel only.
-        only: names of the problems whose kernels are mutated; None for all.
+        json_file: file for a row of each mutant, written after each problem; see :func:`keep`.
+        engine: of the emulator; None for the fastest that is built.
+        every: take only each n-th mutant of a kernel.
+        only: problems whose kernels are mutated; None for all.
     """
     console, open_questions = wide_console(), 0
     engine = engine or default_engine()

@@ -1,19 +1,19 @@
-"""Faults planted in the PTX, to see that the emulator's checks see them: a barrier, a wait, a mask less.
+"""Faults planted in the PTX, to test the emulator's checks: one barrier, wait or mask fewer.
 
-Each kernel of a run is kept with its memory before and after. A mutant runs on that memory alone, so it costs one
-launch, and is caught if the emulator reports a fault, or if what the kernel wrote changes by more than eager's own
-rounding would. One that is not caught gets the reason, which the emulator's checks allow to tell:
+Each kernel of a run is kept with its memory before and after. A mutant runs on that memory, so it needs one launch. It
+is caught if the emulator reports a fault, or if the kernel's output changes by more than eager's own rounding. A mutant
+that is not caught gets a reason. The emulator's checks determine it:
 
-- They order accesses to shared memory by the barriers between them, not by the emulator's own order. So a barrier
-  whose loss they do not see lies between no two accesses of different warps to one word, on any path that ran.
-- The same holds for a wait: nothing that was in flight is read before another wait.
-- And for a proxy fence: the emulator knows of each word when it was written and who has passed a fence since, so
-  without this one no wgmma reads anything that was written after the writer's or the reader's last fence.
-- Where one of these three is gone, warps run far ahead of each other too, by priorities from two seeds: there is no
-  finding either, and every bit is as it was.
-- A second mutant, the probe, faults if the guard ever is false. If it does not, the guard kept nothing out here.
-- Lanes that the guard of a store keeps out store what another lane stores if, alone, they change nothing of what the
-  kernel left. So no store to a wrong place passes because a later one makes it good.
+- The checks order accesses to shared memory by barriers, not by the emulator's own order. So if they do not miss a
+  barrier, it separates no two accesses of different warps to one word, on any executed path.
+- The same holds for a wait: nothing in flight is read before another wait.
+- And for a proxy fence: for each word the emulator knows its last write and the warps that have passed a fence since.
+  So without this fence no wgmma reads anything written after the writer's or the reader's last fence.
+- If one of these three is missing, warps also run far apart, by priorities from two seeds. There is no finding
+  either, and all bits are equal.
+- A second mutant, the probe, faults if the guard is ever false. If it does not fault, the guard excluded nothing.
+- A store's guard excludes some lanes. If these lanes alone change nothing in the kernel's final memory, they store
+  what another lane stores. So a store to a wrong place does not pass because a later store repairs it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from cast_kernels.evidence.experts import run_expert
 from cast_kernels.evidence.problems import PLANTED, AnyCase, Planted
 from cast_kernels.triton import tiles
 
-#: Relative root mean square by which a mutant must change an output to be caught by its value. Eager's own error in
-#: bfloat16 is 2e-3 of an output, and the gate is twice that; float16 has three bits more. In float32 the kernels'
-#: products of three tf32 products differ from eager's by less.
+#: A mutant is caught by values if it changes an output by this relative root mean square. Eager's own error in bfloat16
+#: is 2e-3 of an output, and the threshold is twice that; float16 has three bits more. In float32 the kernels' products
+#: of three tf32 products differ less from eager's.
 THRESHOLDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
-#: Reasons for which a mutant computes the same as the kernel did, on every path that ran.
+#: Reasons why a mutant computes the same as its kernel, on every executed path.
 HARMLESS = (
     "separates nothing",
     "nothing in flight",
@@ -52,10 +52,10 @@ HARMLESS = (
     "stores what another lane stores",
 )
 
-#: Of the priorities by which warps run a mutant that took order away and that nothing saw.
+#: Seeds of the warps' priorities, for a mutant without an ordering instruction that nothing caught.
 SEEDS = (0, 1)
 
-#: Kind -> the part of an instruction that is taken away, and what stands there instead.
+#: Kind -> the removed part of an instruction, and its replacement.
 _EDITS: dict[str, tuple[re.Pattern[str], str]] = {
     "barrier": (re.compile(r"^\s*(?:bar\.sync|barrier\.sync)\b[^;]*;"), ""),
     "wait": (re.compile(r"^\s*(?:cp\.async\.wait_(?:group|all)|wgmma\.wait_group)\b[^;]*;"), ""),
@@ -68,10 +68,10 @@ _EDITS: dict[str, tuple[re.Pattern[str], str]] = {
     ),
 }
 
-#: What is taken away, in this order.
+#: The kinds, in this order.
 TAKEN = tuple(_EDITS)
 
-#: Kinds that order accesses -> what is known of one that nothing saw; each has a check of its own in the emulator.
+#: Ordering kinds -> the reason if nothing caught the mutant; the emulator has a check for each.
 _ORDER = {"barrier": "separates nothing", "wait": "nothing in flight", "proxy fence": "nothing to fence"}
 
 
@@ -88,17 +88,17 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happened to a mutant."""
+    """The result of a mutant."""
 
     mutant: Mutant
-    caught_by: str  # a fault's kind, "values", or "" if nothing saw it
-    change: float  # relative change of the output that changed most, infinite for what became NaN; 0 after a fault
-    why: str = ""  # nothing saw it
+    caught_by: str  # a fault's kind, "values", or "" if nothing caught it
+    change: float  # relative change of the most changed output, infinite for new NaN; 0 after a fault
+    why: str = ""  # if nothing caught it
 
 
 @dataclass
 class _Capture:
-    """A kernel's launch with its tensors' storages before it ran and after."""
+    """A kernel's launch with its tensors' storages before and after."""
 
     launch: Launch
     before: dict[int, Tensor]
@@ -121,7 +121,7 @@ class CapturingEmulator(Emulator):
 
 
 def _storages(launch: Launch) -> dict[int, Tensor]:
-    """Copies of all storages that the launch's tensors view, as bytes, by address."""
+    """Copies of all storages of the launch's tensors, as bytes, by address."""
     tensors = [a.value for a in launch.arguments if a.type.startswith("*")]
     return {t.untyped_storage().data_ptr(): _bytes(t).clone() for t in tensors}
 
@@ -131,7 +131,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def mutants(kernel: str, ptx: str) -> Iterator[Mutant]:
-    """Every single fault of the kinds above."""
+    """Every single fault of these kinds."""
     lines = ptx.splitlines()
     for number, line in enumerate(lines, 1):
         for kind, (pattern, replacement) in _EDITS.items():
@@ -144,17 +144,17 @@ def mutants(kernel: str, ptx: str) -> Iterator[Mutant]:
 def try_mutant(
     capture: _Capture, mutant: Mutant, engine: str | None = None, threshold: float = THRESHOLDS[torch.bfloat16]
 ) -> Verdict:
-    """Run the mutant on the memory that its kernel met.
+    """Run the mutant on its kernel's memory.
 
     Args:
         capture: the kernel's launch.
         mutant: the kernel with a fault.
         engine: of the emulator.
-        threshold: relative change of an output above which its values give the mutant away.
+        threshold: relative change of an output above which the mutant is caught.
     """
     kind, change = _run(capture, mutant, engine)
     if not kind and change <= threshold and mutant.kind in _ORDER:
-        for seed in SEEDS:  # by the interpreter, as the committed rows were made
+        for seed in SEEDS:  # in the interpreter, as for the committed rows
             kind, other = _run(capture, mutant, "interpreter", seed)
             change = max(change, other)
             if kind or change > threshold:
@@ -173,7 +173,7 @@ def _run(
     capture: _Capture, mutant: Mutant, engine: str | None, seed: int | None = None,
     start: Mapping[int, Tensor] | None = None,
 ) -> tuple[str, float]:  # fmt: skip
-    """What the emulator found, "" if nothing, and how far the output that changed most is from what it was."""
+    """The emulator's finding or "", and the relative change of the most changed output."""
     memory = {address: storage.clone() for address, storage in (start or capture.before).items()}
     arguments = tuple(_moved(argument, memory) for argument in capture.launch.arguments)
     emulator = Emulator(lambda _: mutant.text, seed=seed, engine=engine)
@@ -186,11 +186,11 @@ def _run(
 
 
 def _kept_out(mutant: Mutant) -> Mutant:
-    """The kernel with one store alone, of the lanes that the mutant's guard keeps out.
+    """The kernel with only one store, for the lanes that the mutant's guard excludes.
 
-    On memory as the kernel left it these change nothing if they store what another lane stores. In the mutant itself
-    a store to a wrong place may be made good by a later one, where warps and CTAs happen to run in that order.
-    It holds for kernels that do not change what they read; ours do not.
+    On the kernel's final memory these lanes change nothing if they store what another lane stores. In the mutant itself
+    a later store may repair a store to a wrong place, depending on the order of warps and CTAs. This is valid for
+    kernels that do not change their inputs; ours do not.
     """
     instruction = re.sub(r"^@(!?)", lambda m: "@" if m[1] else "@!", mutant.instruction)
     lines = [_STORE.sub("", line) for line in mutant.text.splitlines()]
@@ -200,12 +200,12 @@ def _kept_out(mutant: Mutant) -> Mutant:
 
 _STORE = re.compile(r"(@!?%p\d+\s+)?\bst\.global\b[^;]*;")
 
-#: Where no buffer is: added to an address by a probe.
+#: A probe adds this to an address; there is no buffer.
 _NOWHERE = 1 << 40
 
 
 def probe(mutant: Mutant) -> Mutant | None:
-    """The kernel as it was, with an access to nowhere wherever the mutant's guard is false; None without a guard."""
+    """The original kernel with an access to nowhere where the mutant's guard is false; None without a guard."""
     lines = mutant.text.splitlines()
     address = re.search(r"\[\s*(%rd\d+)\s*\+\s*\d+\s*\]", mutant.instruction)
     guard = re.match(r"@(!?)(%p\d+)\s", mutant.instruction)
@@ -226,7 +226,7 @@ def probe(mutant: Mutant) -> Mutant | None:
 
 
 def _why(capture: _Capture, mutant: Mutant, change: float, engine: str | None) -> str:
-    """Why nothing saw the mutant."""
+    """The reason why nothing caught the mutant."""
     if change:
         return f"changes values by {change:.1e} only"
     if mutant.kind in _ORDER:
@@ -240,7 +240,7 @@ def _why(capture: _Capture, mutant: Mutant, change: float, engine: str | None) -
 
 
 def _moved(argument: Argument, memory: dict[int, Tensor]) -> Argument:
-    """The argument on another copy of its storage."""
+    """The argument on a copy of its storage."""
     if not argument.type.startswith("*"):
         return argument
     old = argument.value
@@ -250,7 +250,7 @@ def _moved(argument: Argument, memory: dict[int, Tensor]) -> Argument:
 
 
 def _change(argument: Argument, moved: Argument, after: dict[int, Tensor]) -> float:
-    """Relative change of what the kernel left in a tensor; infinite if other elements are NaN than were."""
+    """Relative change of a tensor that the kernel left; infinite if other elements are NaN."""
     if not argument.type.startswith("*"):
         return 0.0
     right = _moved(argument, after).value.double()
@@ -266,7 +266,7 @@ def _change(argument: Argument, moved: Argument, after: dict[int, Tensor]) -> fl
 def captured(
     goal: Target, dtype: str, engine: str | None = None, problems: Mapping[str, Planted] = PLANTED
 ) -> dict[str, list[_Capture]]:
-    """Name of a problem -> the kernels that it launches and no problem before it does, each with its memory."""
+    """Name of a problem -> its kernels that no earlier problem launches, each with its memory."""
     kind = KINDS[dtype]
     found: dict[str, list[_Capture]] = {}
     seen: set[str] = set()
@@ -286,7 +286,7 @@ def captured(
 
 
 def as_for_many_rows(goal: Target, kind: Kind, case: AnyCase) -> AbstractContextManager[None]:
-    """Inside, no number of rows counts as few: kernels have the tiles that they have for many, at a small problem."""
+    """While active, no number of rows counts as few: a small problem gets the kernels' tiles for many rows."""
     width = case.bottleneck if isinstance(case, Case) else case.adapter
     key = (goal.name, 8 * kind.compute.itemsize, width)
     return tiles.trying(*key, replace(tiles.find_set(*key), few={}))
@@ -296,19 +296,19 @@ def judge(
     goal: Target, dtype: str, every: int = 1, engine: str | None = None, problems: Mapping[str, Planted] = PLANTED,
     only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, list[Verdict]]]:  # fmt: skip
-    """Try the mutants of every kernel that the problems launch: a problem's name, and what became of those it adds.
+    """Try the mutants of every kernel of the problems: a problem's name, and the verdicts on its new kernels.
 
     Args:
         goal: what to compile for.
         dtype: a key of :data:`~cast_kernels.evidence.cases.KINDS`.
-        every: take each n-th mutant of a kernel only.
+        every: take only each n-th mutant of a kernel.
         engine: of the emulator.
-        problems: small ones: each mutant runs a whole launch.
-        only: names of the problems whose kernels are mutated; None for all. The others are launched too, so a kernel
-            is mutated in the problem in which it would be without this.
+        problems: small ones, because each mutant runs a whole launch.
+        only: problems whose kernels are mutated; None for all. The others are launched too, so that each kernel belongs
+            to the same problem as without this.
     """
     found, threshold = captured(goal, dtype, engine, problems), THRESHOLDS[KINDS[dtype].compute]
-    gc.freeze()  # the collector looked through all of torch and Triton three times a mutant: 0.2 to 0.7 s of 0.4 to 1.1
+    gc.freeze()  # the collector visited all of torch and Triton three times for a mutant: 0.2 to 0.7 s of 0.4 to 1.1
     try:
         for name in found if only is None else [name for name in found if name in only]:
             yield (

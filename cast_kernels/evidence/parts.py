@@ -1,7 +1,7 @@
-"""CAST as a list of its parts: embedding, the five ops of a block, heads. Each runs by itself, forward and backward.
+"""CAST as a list of its parts: embedding, the five ops of a block, heads. Each runs alone, forward and backward.
 
-`cast_kernels` may not import the model, so the model's composition is written down here once more, on the same public
-ops. `tests/test_whole_model.py` holds it to `cast.CAST`: the same operators on the same sizes, in both directions.
+`cast_kernels` may not import the model, so this repeats the model's composition on the same public ops.
+`tests/test_whole_model.py` compares it with `cast.CAST`: the same operators on the same sizes, in both directions.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Model:
 
     batch: int = 6
     training: bool = True
-    streams: str = "fp32"  # key of cases.STREAMS; fp32 is what autocast makes of them
+    streams: str = "fp32"  # key of cases.STREAMS; fp32 is autocast's result
     recompute: str = "cheap"
-    drop_path: float = 0.2  # in training, in every block but the first
+    drop_path: float = 0.2  # in training, in every block except the first
     depth: int = 12
     frames: int = 8  # of the exchange; the video has as many tubelets
     tubelet: int = 2
@@ -52,14 +52,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model with the tensors that it needs, uninitialised."""
+    """A part of the model with its tensors, uninitialised."""
 
     name: str
-    times: int  # that the model has it
+    times: int  # number of occurrences in the model
     inputs: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
     call: Callable[..., Sequence[Tensor]]  # of the inputs, under autocast
-    loss: Callable[..., Sequence[Tensor]] | None = None  # of the outputs, behind autocast
+    loss: Callable[..., Sequence[Tensor]] | None = None  # of the outputs, outside autocast
 
     def forward(self, autocast: torch.dtype | None = None) -> list[Tensor]:
         """The part's outputs, or its loss, under CUDA's autocast rules."""
@@ -68,7 +68,7 @@ class Part:
         return list(outputs if self.loss is None else self.loss(*outputs))
 
     def backward(self, outputs: Sequence[Tensor]) -> None:
-        """Gradients of the inputs and parameters that want one. None is kept: `backward()` would add or copy them."""
+        """Compute gradients of the inputs and parameters, without keeping them: `backward()` would add or copy them."""
         outputs = [x for x in outputs if x.requires_grad]
         leaves = [x for x in (*self.inputs, *self.parameters) if x.requires_grad]
         if outputs:
@@ -76,12 +76,12 @@ class Part:
 
     @property
     def trained(self) -> int:
-        """Parameters that train, over all of the model's parts of this kind."""
+        """Number of trained parameters, over all parts of this kind."""
         return self.times * sum(p.numel() for p in self.parameters if p.requires_grad)
 
 
 def parts(model: Model, backend: str) -> list[Part]:
-    """The model's parts in their order; blocks behind the first are alike.
+    """The model's parts in order. All blocks after the first are equal.
 
     Args:
         model: the sizes.
@@ -114,7 +114,7 @@ def _stream(model: Model, spatial: bool, requires_grad: bool = True) -> Tensor:
 
 
 def _embedding(model: Model) -> Part:
-    """Nothing of it trains."""
+    """The embedding is frozen."""
     dim, side = model.dim, model.grid * model.patch
     video = torch.empty(model.batch, 3, model.frames * model.tubelet, side, side)
     conv2d, cls, table = _frozen(dim, 3, model.patch, model.patch), _frozen(dim), _frozen(1 + model.patches, dim)
@@ -144,9 +144,9 @@ def _adapter(model: Model) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _self_attention(name: str, model: Model, backend: str, times: int, first: bool, spatial: bool) -> Part:
-    """The first block's stream has no gradient: nothing before it trains."""
+    """The first block's stream has no gradient, because nothing before it trains."""
     dim = model.dim
-    biases = [_frozen(3 * dim)] if spatial else [_frozen(dim), _frozen(dim)]  # VideoMAE's keys have none
+    biases = [_frozen(3 * dim)] if spatial else [_frozen(dim), _frozen(dim)]  # VideoMAE's keys have no bias
     matrices = (_frozen(3 * dim, dim), _frozen(dim, dim), _frozen(dim))
     norm, adapter = (_frozen(dim), _frozen(dim)), _adapter(model)
 

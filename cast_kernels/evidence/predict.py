@@ -1,6 +1,6 @@
-"""`cast-kernels predict`: how long B-CAST takes at least, by the model, on GPUs that need not be here.
+"""`cast-kernels predict`: the least time of B-CAST by the model, without the GPU.
 
-The product's own launches are compiled for the GPU and traced; nothing is run and nothing is timed.
+The product's own launches are compiled for the GPU and traced; nothing runs and nothing is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cast_kernels.evidence.sampling import Corrections
 class Keeper:
     """Keeps every launch and runs none."""
 
-    enforces_limits = False  # a kernel over the limit is to be reported, not to end the prediction
+    enforces_limits = False  # a kernel over the limit is reported, and must not end the prediction
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
@@ -39,7 +39,7 @@ class Keeper:
         self.launches.append(launch)
 
     def take(self) -> list[Launch]:
-        """Those since the last call."""
+        """The launches since the last call."""
         taken, self.launches = self.launches, []
         return taken
 
@@ -51,9 +51,9 @@ def predict(
 
     Args:
         name: of the device.
-        cases: problems; `backward` says whether training is predicted beside inference.
-        cache: folder of compiled kernels that is used again, None for a temporary one.
-        emulated: correct the trace by what some CTAs of each kernel do in the emulator.
+        cases: problems; `backward` adds training to inference.
+        cache: folder of compiled kernels for reuse, None for a temporary one.
+        emulated: whether to correct the trace by executing some CTAs of each kernel in the emulator.
         kind: key of :data:`~cast_kernels.evidence.cases.KINDS`.
     """
     goal, runs = device(name), []
@@ -68,7 +68,7 @@ def predict(
 def predict_launches(
     launches: Iterable[Launch], goal: Device, corrections: Corrections | None = None
 ) -> list[Prediction]:
-    """Each launch by itself, from the trace of its PTX and the resources of its machine code."""
+    """Each launch alone, from the trace of its PTX and the resources of its machine code."""
     found = []
     for launch in launches:
         used = _resources(_Key(launch))
@@ -81,7 +81,7 @@ def predict_launches(
 
 
 class _Key:
-    """A launch that stands for all launches of its compiled kernel."""
+    """A launch as key for all launches of its compiled kernel."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -100,7 +100,7 @@ def _resources(key: _Key) -> Resources:
 
 
 def _phases(case: Case, keeper: Keeper, kind: Kind) -> Iterable[tuple[str, list[Launch]]]:
-    """The launches of each phase. Tensors are uninitialised: nothing reads them."""
+    """The launches of each phase. Tensors are uninitialised, because nothing reads them."""
     made = cast_kernels.BCAST(
         case.dim, case.bottleneck, case.heads, case.frames, case.patches, case.windows, case.directions,
         case.positions, "triton", case.recompute,

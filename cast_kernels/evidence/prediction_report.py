@@ -1,4 +1,4 @@
-"""Predictions as tables, as JSON, and as the Markdown beside it. Every one says that nothing was timed."""
+"""Predictions as tables, as JSON, and as Markdown. Each says that nothing was timed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.table import Table
 from cast_kernels.evidence import eager_model
 from cast_kernels.evidence.model import LABEL, UNCERTAINTY
 
-#: Phase -> how B-CAST is called. Training keeps for backward what its recompute level keeps.
+#: Phase of a B-CAST call. Training keeps for backward according to its recompute level.
 PHASES = ("inference", "forward", "backward")
-#: Where counters come from.
+#: Origin of the counters.
 TRACED = "traced: PTX's control flow was followed, every lane taken as active"
 EMULATED = "traced, and corrected by what a sample of programs executed in emulation"
-#: Kind -> which dtypes ours runs in.
+#: Kind -> its dtypes.
 _DTYPES = {
     "bf16": "in bfloat16 throughout",
     "fp16": "in float16 throughout",
@@ -28,7 +28,7 @@ _DTYPES = {
     "amp": "under autocast, streams and parameters in float32 and products in bfloat16, as `cast train` runs it",
     "amp16": "under autocast, streams in bfloat16, parameters in float32 and products in bfloat16",
 }
-#: Goals on H100, microseconds of the lower bound by batch; and backward's to forward's.
+#: Goals on H100: microseconds of the lower bound by batch; and backward over forward.
 FORWARD_GOALS = {6: 130.0, 32: 550.0}
 BACKWARD_GOAL = 2.2
 
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Eager:
-    """Eager by its own model."""
+    """Eager's time by its own model."""
 
     device: str
     batch: int
@@ -65,7 +65,7 @@ class Eager:
 
 
 def merge(launches: Iterable[Prediction]) -> list[tuple[int, Prediction]]:
-    """Launches of one kernel with the same grid and time -> how many, and one of them."""
+    """Launches of one kernel with the same grid and time -> their number, and one of them."""
     seen: dict[tuple[str, tuple[int, int, int], float], tuple[int, Prediction]] = {}
     for launch in launches:
         key = (launch.kernel, launch.grid, launch.us)
@@ -74,7 +74,7 @@ def merge(launches: Iterable[Prediction]) -> list[tuple[int, Prediction]]:
 
 
 def kernels(run: Run) -> Table:
-    """One phase's kernels as a table for people."""
+    """A table of one phase's kernels."""
     title = f"{run.device}, B={run.batch}, {run.phase}: at least {run.us:.0f} us; {LABEL}"
     table = Table("kernel", title=title, title_justify="left")
     for heading in ("launches", "CTAs", "a SM", "waves", "us", "bound by", *CEILINGS, "GFLOP", "DRAM MB", "floor us"):
@@ -90,7 +90,7 @@ def kernels(run: Run) -> Table:
 
 
 def collect(runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str) -> dict[str, Any]:
-    """Everything, as it is written to JSON: by device, then one entry a batch."""
+    """All results for JSON: by device, then one entry for each batch."""
     found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters, "recompute": recompute}
     found |= {"kind": kind, "dtypes": _DTYPES[kind], "assumptions": _shares(), "devices": {}}
     for name in dict.fromkeys(run.device for run in runs):
@@ -123,7 +123,7 @@ def _constants(name: str) -> dict[str, Any]:
 
 
 def constant(value: Constant) -> dict[str, Any]:
-    """As it is written to JSON."""
+    """The constant for JSON."""
     return {"value": float(value), "unit": value.unit, "source": value.source, "assumed": value.assumed}
 
 
@@ -161,7 +161,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _binding(launches: Sequence[Mapping[str, Any]]) -> str:
-    """Ceilings with their shares of the time, the largest first."""
+    """Ceilings with their shares of the time, largest first."""
     shares: dict[str, float] = {}
     for launch in launches:
         shares[launch["bound_by"]] = shares.get(launch["bound_by"], 0.0) + launch["us"]
@@ -171,7 +171,7 @@ def _binding(launches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary(found: Mapping[str, Any]) -> Table:
-    """All totals as a table for people."""
+    """A table of all totals."""
     table = Table(*_COLUMNS, title=f"microseconds, +-{UNCERTAINTY:.0%}; {LABEL}", title_justify="left")
     for cells in rows(found):
         table.add_row(*cells)
@@ -179,7 +179,7 @@ def summary(found: Mapping[str, Any]) -> Table:
 
 
 def targets(found: Mapping[str, Any]) -> list[str]:
-    """Each goal with what is predicted. The goals are for bfloat16 throughout."""
+    """Each goal and its prediction. The goals are for bfloat16 throughout."""
     if found["kind"] != "bf16":
         return []
     lines = []
@@ -199,13 +199,13 @@ def _goal(what: str, value: float, goal: float, unit: str) -> str:
 
 
 def failures(runs: Sequence[Run]) -> list[str]:
-    """Kernels that no multiprocessor could hold."""
+    """Kernels that fit no multiprocessor."""
     found = (f"FAIL  {run.device} {p.kernel}: {p.why_not}" for run in runs for p in run.launches if p.why_not)
     return list(dict.fromkeys(found))
 
 
 def write(found: Mapping[str, Any], folder: Path) -> None:
-    """One JSON file a device, and README.md with the tables of all that lie in the folder."""
+    """Write one JSON file for each device, and README.md with the tables of all files in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, entry in found["devices"].items():
         alone = {**found, "devices": {name: entry}}

@@ -1,7 +1,7 @@
-"""`cast-kernels compile --ptxas`: what other assemblers make of the PTX that Triton's own assembles.
+"""`cast-kernels compile --ptxas`: assemble the PTX of Triton's kernels by other releases of ptxas.
 
-Known from this: which instructions, registers and spills each makes of the same PTX, whether it reports wgmmas that it
-had to serialise, and whether its code shows a known defect. Not known: that the code computes the right thing.
+This shows each release's instructions, registers and spills for the same PTX, its reports of serialised wgmmas, and
+known defects in its code. It does not show that the code computes the right values.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from cast_kernels.evidence.defects import shown
 from cast_kernels.evidence.problems import PROBLEMS
 from cast_kernels.evidence.rows import keep
 
-#: Instructions that are compared: products, asynchronous and matrix copies, barriers, and places where a warp whose
-#: threads parted comes together.
+#: Compared instructions: products, asynchronous and matrix copies, barriers, and points of reconvergence of a warp's
+#: threads.
 _KINDS = re.compile(r"([HQIB]?G?MMA|UTC\w*MMA|LDGSTS|LDSM|STSM|LDTM|STTM|UTMA\w+|BAR|BSSY)$")
 
 
@@ -41,11 +41,11 @@ class Assembled:
     tile: str
     ptxas: str  # its release
     triton: bool  # whether Triton takes it for this target
-    refused: str = ""  # what ptxas said where it did not assemble; then nothing else is known
+    refused: str = ""  # the error of ptxas; then the other fields are empty
     registers: int = 0
     spills: int = 0
     loop_spills: int = 0
-    shared_bytes: int = 0  # per CTA: what Triton asks for at the launch, and what ptxas adds
+    shared_bytes: int = 0  # per CTA: Triton's request at the launch, and the addition by ptxas
     instructions: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
@@ -56,10 +56,10 @@ class RefusedError(RuntimeError):
 
 
 def assemble(ptx: str, path: str, fusion: bool = True) -> tuple[bytes, str]:
-    """Machine code, and what ptxas says of it, with the options that Triton 3.8 gives.
+    """Machine code and the output of ptxas, with Triton 3.8's options.
 
-    PTX names the version of its language, and ptxas refuses a newer one than it knows. A newer one is lowered to the
-    newest that this ptxas knows; what that does not have, ptxas names.
+    PTX names its language version, and ptxas refuses a newer one than its own. A newer version is lowered to the newest
+    that this ptxas supports; ptxas then names unsupported instructions.
 
     Args:
         ptx: of one kernel.
@@ -67,6 +67,7 @@ def assemble(ptx: str, path: str, fusion: bool = True) -> tuple[bytes, str]:
         fusion: whether it may fuse products and sums.
 
     Raises:
+        RefusedError: with the lines of ptxas's errors.
         RefusedError: with the lines in which ptxas says why.
     """
     goal = re.search(r"\.target\s+(\w+)", ptx)
@@ -74,7 +75,7 @@ def assemble(ptx: str, path: str, fusion: bool = True) -> tuple[bytes, str]:
     with tempfile.TemporaryDirectory(prefix="cast-kernels-") as folder:
         source, code = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(_lowered(ptx, release(version_of(path))))
-        # Triton: level 2 is its way around a mistake of ptxas 13.
+        # Triton sets level 2 because of a defect of ptxas 13.
         options = ["-lineinfo", "-v", "--regAllocOptLevel=2", *([] if fusion else ["--fmad=false"])]
         command = [path, *options, f"--gpu-name={name}", str(source), "-o", str(code)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -86,7 +87,7 @@ def assemble(ptx: str, path: str, fusion: bool = True) -> tuple[bytes, str]:
 
 
 def _lowered(ptx: str, known: Sequence[int]) -> str:
-    """With the newest version of PTX that a ptxas of this release reads, if the text names a newer one."""
+    """The text with the newest version of PTX that a ptxas of this release reads, if it names a newer one."""
     from triton.backends.nvidia.compiler import ptx_get_version
 
     named = re.search(r"\.version (\d+)\.(\d+)", ptx)
@@ -105,7 +106,7 @@ def read(launch: Launch, dtype: str, path: str, own: bool) -> Assembled:
         launch: of the kernel.
         dtype: of the products.
         path: of the ptxas.
-        own: whether Triton takes this one for the launch's target.
+        own: whether Triton takes this ptxas for the launch's target.
     """
     row = Assembled(launch.target.name, dtype, launch.kernel, describe_tile(launch), version_of(path), own)
     try:
@@ -124,7 +125,7 @@ def read(launch: Launch, dtype: str, path: str, own: bool) -> Assembled:
 
 
 def _serialised(said: str) -> Iterator[str]:
-    """What ptxas says of wgmmas that wait for each other because of how registers are used around them."""
+    """ptxas's reports of wgmmas that wait for each other because of the registers around them."""
     for code in sorted(set(re.findall(r"\(C75\d\d\)", said))):
         yield f"ptxas reports {code[1:-1]}: wgmmas are serialised, or waits added"
 
@@ -132,17 +133,17 @@ def _serialised(said: str) -> Iterator[str]:
 def compare(
     name: str, dtype: str, problems: str, paths: Sequence[str], cache: Path | None = None
 ) -> Iterator[Assembled]:
-    """Each kernel that the product launches, through the ptxas that Triton takes and then through others.
+    """Each kernel of the product, assembled by Triton's ptxas and then by others.
 
     Args:
         name: of a target.
         dtype: key of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
-        paths: of other assemblers; one of a release that was there before is left out.
+        paths: of other assemblers; a release that occurred before is skipped.
         cache: folder of compiled kernels; None for a temporary one.
 
     Raises:
-        ValueError: the target has no ptxas, or a path names none.
+        ValueError: the target has no ptxas, or a path is no ptxas.
     """
     goal = target(name)
     if goal.backend != "cuda":
@@ -159,7 +160,7 @@ def compare(
 
 
 def render(rows: Sequence[Assembled]) -> Table:
-    """One line for each assembler of one target and dtype: sums over the kernels that it assembled."""
+    """One line for each assembler of one target and dtype: sums over the assembled kernels."""
     title = f"{rows[0].target} {rows[0].dtype}: the same PTX through each ptxas; nothing was run"
     table = Table(title=title, title_justify="left")
     kinds = sorted({kind for row in rows for kind in row.kinds})
@@ -186,7 +187,7 @@ def summary(rows: Sequence[Assembled], kinds: Sequence[str]) -> list[str]:
 
 
 def differences(rows: Sequence[Assembled]) -> Iterator[str]:
-    """Where another assembler makes other kinds of instructions than Triton's, or more spills inside loops."""
+    """Differences between another assembler and Triton's: kinds of instructions, or more spills inside loops."""
     own = {(row.target, row.dtype, row.kernel, row.tile): row for row in rows if row.triton}
     for row in rows:
         first = own[row.target, row.dtype, row.kernel, row.tile]
@@ -208,16 +209,16 @@ def main(
     targets: Sequence[str], dtypes: Sequence[str], problems: str, paths: Sequence[str], json_file: Path | None = None,
     cache: Path | None = None,
 ) -> int:  # fmt: skip
-    """Assemble, print, and return the exit code: 1 if an assembler refused a kernel or its code shows a defect.
+    """Assemble, print, and return the exit code: 1 if an assembler refused a kernel or its code has a defect.
 
     Args:
         targets: names of targets that have a ptxas.
         dtypes: keys of :data:`~cast_kernels.evidence.cases.KINDS`.
         problems: key of :data:`PROBLEMS`.
-        paths: of assemblers beside Triton's own.
-        json_file: where the rows go as JSON, of each target and dtype as it ends; see
+        paths: of assemblers in addition to Triton's.
+        json_file: file for the rows as JSON, written after each target and dtype; see
             :func:`~cast_kernels.evidence.rows.keep`.
-        cache: folder of compiled kernels that may be used again; None for a temporary one.
+        cache: folder of compiled kernels for reuse; None for a temporary one.
     """
     console, rows = wide_console(), list[Assembled]()
     for name in targets:

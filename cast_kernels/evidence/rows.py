@@ -1,4 +1,4 @@
-"""Rows of evidence in a file, which commands write in parts."""
+"""Rows of evidence in a file that commands write in parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cast_kernels.evidence.problems import COMPILED
 
 
 def keep(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Put the rows of some targets and dtypes into a file, in the place of earlier ones of these; others stay.
+    """Write the rows of some targets and dtypes into a file. They replace earlier ones of these; others stay.
 
-    A row is a line, so that differences show; targets and dtypes stand in the order in which commands name them.
+    A row is a line, so that differences are visible. Targets and dtypes are in the commands' order.
 
     Args:
         rows: each with a "target" out of :data:`COMPILED` and a "dtype" out of :data:`KINDS`.
-        file: a new one is begun where there is none.
+        file: created if missing.
     """
     own = {(row["target"], row["dtype"]) for row in rows}
     before = json.loads(file.read_text()) if file.exists() else []

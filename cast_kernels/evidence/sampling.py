@@ -1,7 +1,7 @@
-"""What the trace cannot see, from the emulator: masked lanes, copies of nothing, bank conflicts.
+"""Corrections to the trace from the emulator: masked lanes, copies of nothing, bank conflicts.
 
-A few CTAs of each compiled kernel are executed once, at the smallest problem of a prediction. Each counter's ratio to
-the trace of the same CTAs then corrects the trace of every launch of that kernel, whatever its size.
+A few CTAs of each compiled kernel are executed once, at the smallest problem of a prediction. The ratio of each counter
+to the trace of the same CTAs then corrects the trace of every launch of that kernel, at all sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ptx_emulator.triton.launcher import place
 
 from cast_kernels.evidence import trace
 
-#: CTAs of each kernel that are executed.
+#: Executed CTAs of each kernel.
 SAMPLES = 4
 
 
@@ -27,7 +27,7 @@ class Corrections:
         self._ratios: dict[str, dict[str, float]] = {}
 
     def apply(self, launch: Launch, traced: Counters) -> Counters:
-        """The trace's counters as an execution would give them."""
+        """The trace's counters, corrected to those of an execution."""
         if launch.identity not in self._ratios:
             self._ratios[launch.identity] = self._measure(launch)
         ratios = self._ratios[launch.identity]

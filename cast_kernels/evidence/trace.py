@@ -1,4 +1,4 @@
-"""Counters of a recorded launch without running it: :mod:`ptx_emulator.predict.trace` on the PTX that was compiled."""
+"""Counters of a recorded launch without running it: :mod:`ptx_emulator.predict.trace` on its compiled PTX."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ptx_emulator.triton.driver import Launch
 
 
 def trace(launch: Launch, samples: int = SAMPLES) -> Counters:
-    """What the launch executes, from a sample of its CTAs.
+    """Counters of the launch, from a sample of its CTAs.
 
     Raises:
-        NotImplementedError: how often a loop runs depends on data.
+        NotImplementedError: the number of a loop's iterations depends on data.
     """
     return whole(ctas(launch, samples), launch.grid)
 
 
 def ctas(launch: Launch, samples: int = SAMPLES) -> list[Counters]:
-    """What single CTAs execute, a sample evenly over the grid, in its order.
+    """Counters of single CTAs, sampled evenly over the grid, in its order.
 
     Raises:
-        NotImplementedError: how often a loop runs depends on data.
+        NotImplementedError: the number of a loop's iterations depends on data.
     """
     values = [argument.value if isinstance(argument.value, int) else None for argument in launch.arguments]
     return traced_ctas(kernel_of(launch), launch.grid, launch.threads, values, samples)
 
 
 def length(launch: Launch) -> int:
-    """Instructions in the launch's PTX, each once."""
+    """Number of instructions in the launch's PTX."""
     return len(kernel_of(launch).instructions)
 
 

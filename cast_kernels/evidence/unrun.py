@@ -1,7 +1,7 @@
-"""Operators that are noted and not run, on real tensors without contents: what a step asks of PyTorch and of Triton.
+"""Record operators without running them, on real tensors without contents: a step's calls of PyTorch and of Triton.
 
-Triton's launches need tensors with addresses, which fake tensors have not. Here every operator gives uninitialised
-memory of the right kind, which nothing touches, so the largest batch costs no memory and no time.
+Triton's launches need tensors with addresses, which fake tensors lack. Here every operator returns uninitialised memory
+of the right shape. Nothing touches it, so the largest batch needs no memory and no time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`cast-kernels compile --cache`: what a CAST-B launches, compiled ahead into Triton's own cache.
+"""`cast-kernels compile --cache`: compile the kernels of a CAST-B ahead, into Triton's own cache.
 
-The first step on a GPU otherwise waits for it. The launches are the product's own, with its streams in float32 and
-autocast as `cast train` has it, and Triton makes the key of each kernel: so a process on that GPU finds what it looks
-for, if it has the same Triton and the same source.
+Otherwise the first step on a GPU waits for the compiler. The launches are the product's own, with streams in float32
+and the autocast of `cast train`. Triton itself makes each kernel's key. So a process on that GPU finds the kernels if
+it has the same Triton and the same source.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cast_kernels.evidence.cases import DTYPES
 from cast_kernels.evidence.parts import Model, parts
 from cast_kernels.evidence.unrun import Unrun
 
-#: Training and inference: many rows and few, for which tables have other tiles, at the levels that "auto" takes.
+#: Training and inference; many rows and few, because tables have separate tiles for few; at the levels of "auto".
 MODELS = tuple(
     Model(batch=batch, training=level != "", recompute=level or "cheap", drop_path=0.2 if level else 0.0)
     for batch in (6, 1)
@@ -32,13 +32,13 @@ MODELS = tuple(
 
 
 def fill(name: str, dtype: str, model: Model, cache: Path) -> int:
-    """Compile what one step of the model launches, and return how many kernels that are.
+    """Compile the kernels of one step of the model; returns their number.
 
     Args:
         name: of the target.
         dtype: of autocast, a key of :data:`~cast_kernels.evidence.cases.DTYPES`.
         model: the sizes, and whether it trains.
-        cache: folder that Triton looks into.
+        cache: Triton's cache folder.
     """
     with offline_driver(target(name), Recorder(), cache) as recorder:
         for part in parts(model, "triton"):
@@ -53,13 +53,13 @@ def main(
     names: Sequence[str] | None, dtypes: Sequence[str] | None, models: Sequence[Model] = MODELS,
     cache: Path | None = None,
 ) -> int:  # fmt: skip
-    """Compile with one process a core, say how far it is, and return the exit code.
+    """Compile with one process per core, report the progress, and return the exit code.
 
     Args:
-        names: of targets; None is the GPU of this machine.
+        names: of targets; None for this machine's GPU.
         dtypes: of autocast; None is bf16.
-        models: their launches.
-        cache: None is Triton's own folder, where every later process on this machine looks.
+        models: the kernels of these models are compiled.
+        cache: None for Triton's own folder, which every later process on this machine uses.
 
     Raises:
         RuntimeError: no target was named, and there is no GPU.
@@ -68,7 +68,7 @@ def main(
     goals = [target(name).name for name in names or [present()]]
     folder = cache or Path(triton.knobs.cache.dir)
     jobs = [(goal, dtype, model, folder) for goal in goals for dtype in dtypes or ("bf16",) for model in models]
-    # Steps share kernels, and two that start together would compile them twice: the largest step goes first, alone.
+    # Steps share kernels, and two parallel ones would compile them twice. So the largest step runs first, alone.
     done = 0
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), multiprocessing.get_context("spawn")) as pool:
         for waiting in (jobs[:1], jobs[1:]):
@@ -81,7 +81,7 @@ def main(
 
 
 def present() -> str:
-    """The GPU of this machine, as targets are named.
+    """The target's name of this machine's GPU.
 
     Raises:
         RuntimeError: there is none.

@@ -1,8 +1,8 @@
-"""`cast-kernels predict --model`: inference and training step of a whole CAST, on GPUs that need not be here.
+"""`cast-kernels predict --model`: inference and training step of a whole CAST, without the GPU.
 
-Three ways to run it: eager under autocast, torch.compile, and ours. Every kernel costs the longest of its FLOPs at a
-share of the tensor peak, its bytes at a share of DRAM's bandwidth, and a least time: the shares that library kernels
-reach, the same for all three. Ours is charged what the trace of its compiled launches says where that is longer.
+There are three ways to run it: eager under autocast, torch.compile, and ours. A kernel's cost is the longest of three
+times: its FLOPs at a share of the tensor peak, its bytes at a share of DRAM's bandwidth, and a least time. Library
+kernels reach these shares; all three ways have the same. Our kernels cost the time of their trace if that is longer.
 Predicted, never measured.
 """
 
@@ -30,9 +30,9 @@ from cast_kernels.evidence.parts import Model, Part, parts
 from cast_kernels.evidence.predict import Keeper, predict_launches
 from cast_kernels.evidence.unrun import Unrun
 
-#: Bytes that fused AdamW moves for a parameter in float32: reads weight, gradient and two moments, writes three.
+#: Bytes that fused AdamW moves for a float32 parameter: it reads weight, gradient and two moments, and writes three.
 _ADAMW_BYTES = 28
-#: What no fusion of ours can change: the library's products and attention, and the optimizer's bytes.
+#: Costs that no fusion of ours can change: the library's products and attention, and the optimizer's bytes.
 FIXED = ("products", "attention", "optimizer")
 
 
@@ -47,7 +47,7 @@ class Row:
     flops: float
     bytes: float
     us: float
-    bound: float  # for ours what the trace of the launches alone says; else as `us`
+    bound: float  # for ours the time of the launches' trace alone; else equal to `us`
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Way:
 
     @property
     def with_graphs(self) -> float:
-        """The same where the host replays a CUDA graph."""
+        """The same if the host replays a CUDA graph."""
         return max(self.us, host.GRAPH)
 
 
@@ -95,7 +95,7 @@ def predict(names: Sequence[str], models: Sequence[Model], cache: Path | None = 
 
 
 def operations(model: Model, backend: str = "eager") -> Iterator[tuple[Part, str, list[Operation]]]:
-    """What PyTorch launches, by part and phase, traced on tensors without memory. Not the optimizer's."""
+    """PyTorch's launches by part and phase, traced on tensors without memory, without the optimizer's."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         for part in parts(model, backend):
             ledger = Ledger()
@@ -104,7 +104,7 @@ def operations(model: Model, backend: str = "eager") -> Iterator[tuple[Part, str
 
 
 def _phases(part: Part, ledger: Ledger, training: bool) -> Iterator[str]:
-    """Run forward, then backward; the caller takes what was launched after each."""
+    """Run forward, then backward; the caller takes the launches after each."""
     with nullcontext() if training else torch.no_grad(), ledger:
         outputs = part.forward(torch.bfloat16)
     yield "forward"
@@ -152,7 +152,7 @@ def _rows(part: str, phase: str, found: Mapping[Operation, int], times: int, nam
 
 
 def _ours(goal: Device, model: Model, cache: Path | None) -> Way:
-    """PyTorch's operators by the ledger, our launches compiled and traced."""
+    """Our way: PyTorch's operators from the ledger, our launches compiled and traced."""
     rows: list[Row] = []
     failures: dict[str, None] = {}
     operators = launched = trained = 0
@@ -172,7 +172,7 @@ def _ours(goal: Device, model: Model, cache: Path | None) -> Way:
 
 
 def _launched(part: Part, phase: str, launches: Sequence[Prediction], goal: Device) -> list[Row]:
-    """Our launches of one part, a row for each kernel; `part` names the kernel behind the op."""
+    """The launches of one part, a row for each kernel; the row's `part` is the op and the kernel."""
     found: dict[str, list[Prediction]] = {}
     for one in launches:
         found.setdefault(one.kernel, []).append(one)
@@ -187,7 +187,7 @@ def _launched(part: Part, phase: str, launches: Sequence[Prediction], goal: Devi
 
 
 def charged(launch: Prediction, goal: Device) -> float:
-    """Microseconds of one of our launches: what the trace says, but no less than PyTorch's kernels are charged."""
+    """Microseconds of one of our launches: its trace's, or the rule's for PyTorch's kernels if that is more."""
     roofline = max(launch.flops / (TENSOR_SHARE * goal.peak), launch.dram_bytes / (DRAM_SHARE * goal.dram), LEAST)
     return max(launch.us, 1e6 * roofline)
 
@@ -200,7 +200,7 @@ def both(batches: Sequence[int], recompute: str, streams: Sequence[str]) -> list
 
 
 def as_json(way: Way) -> dict[str, Any]:
-    """One way with all its rows."""
+    """One way with all its rows, as JSON values."""
     return {
         "device": way.device, "model": asdict(way.model), "way": way.name, "gpu_us": way.us, "host_us": way.host_us,
         "kernels": way.kernels, "fixed_us": way.of(*FIXED), "without_graphs_us": way.without_graphs,
@@ -217,9 +217,9 @@ def main(
     Args:
         devices: names.
         batches: clips.
-        json_file: where all of it goes as JSON.
-        folder: where a JSON a GPU and README.md go.
-        cache: folder of compiled kernels that may be used again, None for a temporary one.
+        json_file: file for everything as JSON.
+        folder: folder for a JSON file of each GPU, and README.md.
+        cache: folder of compiled kernels for reuse, None for a temporary one.
         recompute: level of ours.
         streams: keys of :data:`~cast_kernels.evidence.cases.STREAMS`.
     """

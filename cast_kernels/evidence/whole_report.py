@@ -1,4 +1,4 @@
-"""Whole-model predictions as tables, JSON and Markdown. Every one says that nothing was timed."""
+"""Whole-model predictions as tables, JSON and Markdown. Each says that nothing was timed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cast_kernels.evidence import host
 from cast_kernels.evidence.model import LABEL, UNCERTAINTY
 from cast_kernels.evidence.prediction_report import constant, markdown_table
 
-#: In the order of the columns.
+#: The ways in the order of the columns.
 WAYS = ("eager AMP", "torch.compile", "ours")
-#: On H100 with float32 streams at six clips, times faster than the way named: aimed at, and accepted.
+#: Speed-ups over these ways on H100 with float32 streams at six clips: the goal, and the accepted least.
 GOALS = {"eager AMP": (1.45, 1.25), "torch.compile": (1.20, 1.05)}
 
 _COLUMNS = (
@@ -26,14 +26,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 _WHAT = ("kernels", "GB", "TFLOP", "ms")
-#: Ways whose kernels belong to one part each.
+#: Ways in which each kernel belongs to one part.
 _APART = ("eager AMP", "ours")
 
 Found = Mapping[str, Any]
 
 
 def grouped(ways: Iterable[Found]) -> list[dict[str, Found]]:
-    """The ways of one problem together: way -> its entry."""
+    """The ways of one problem together: name of the way -> its entry."""
     groups: dict[tuple[Any, ...], dict[str, Found]] = {}
     for way in ways:
         model = way["model"]
@@ -43,7 +43,7 @@ def grouped(ways: Iterable[Found]) -> list[dict[str, Found]]:
 
 
 def cells(group: Mapping[str, Found]) -> tuple[str, ...]:
-    """One line of the summary, in milliseconds; ratios above 1 say that ours is faster."""
+    """One line of the summary, in milliseconds; a ratio above 1 means that ours is faster."""
     ours, model = group["ours"], group["ours"]["model"]
 
     def ratio(what: str, way: str) -> str:
@@ -59,7 +59,7 @@ def cells(group: Mapping[str, Found]) -> tuple[str, ...]:
 
 
 def summary(ways: Iterable[Found]) -> Table:
-    """Totals for people."""
+    """A table of totals."""
     table = Table(title=f"milliseconds, +-{UNCERTAINTY:.0%}; {LABEL}", title_justify="left")
     rows = [cells(group) for group in grouped(ways)]
     for name, *column in zip(_COLUMNS, *rows, strict=True):  # no word is cut short
@@ -70,7 +70,7 @@ def summary(ways: Iterable[Found]) -> Table:
 
 
 def goals(ways: Iterable[Found]) -> list[str]:
-    """The goals of a training step at six clips on H100 with float32 streams, with what is predicted."""
+    """The goals of a training step at six clips on H100 with float32 streams, and the predictions."""
     lines = []
     for group in grouped(ways):
         ours, model = group["ours"], group["ours"]["model"]
@@ -86,7 +86,7 @@ def goals(ways: Iterable[Found]) -> list[str]:
 
 
 def by_part(group: Mapping[str, Found]) -> list[tuple[str, ...]]:
-    """Part and kind -> figures of eager and of ours; torch.compile fuses across parts."""
+    """Part and kind -> figures of eager and of ours. torch.compile is missing because it fuses across parts."""
     found: dict[tuple[str, str], dict[str, list[Found]]] = {}
     for way in _APART:
         for row in group[way]["rows"]:
@@ -106,7 +106,7 @@ def by_kind(group: Mapping[str, Found]) -> list[tuple[str, ...]]:
 
 
 def _figures(rows: Sequence[Found]) -> tuple[str, ...]:
-    """Kernels, GB, TFLOP and milliseconds of some rows; nothing where there is none."""
+    """Kernels, GB, TFLOP and milliseconds of some rows; empty without rows."""
     if not rows:
         return ("",) * len(_WHAT)
     kernels, moved, flops, us = (sum(row[what] for row in rows) for what in ("kernels", "bytes", "flops", "us"))
@@ -114,7 +114,7 @@ def _figures(rows: Sequence[Found]) -> tuple[str, ...]:
 
 
 def write(ways: Sequence[Found], folder: Path, command: str, date: str) -> None:
-    """One JSON file a GPU, and README.md with the tables of all that lie in the folder."""
+    """Write one JSON file for each GPU, and README.md with the tables of all files in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(way["device"] for way in ways):
         head = {"label": LABEL, "uncertainty": UNCERTAINTY, "command": command, "date": date, "host": _host()}
@@ -134,7 +134,7 @@ def _host() -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to a tenth: microseconds, bytes and FLOPs."""
+    """Round numbers to a tenth: microseconds, bytes and FLOPs."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""The first minutes with a GPU: build, check, time, and bring back what there is when the time is over.
+"""The first minutes with a GPU: build, check, time, and keep all results when the time is over.
 
-`tools/first_contact.sh` starts it. Only the processes that it starts need PyTorch; what runs them is the standard
-library's, so that it outlives whatever happens to them. docs/first_contact.md tells what comes back.
+`tools/first_contact.sh` starts it. Only its child processes need PyTorch. The parent uses only the standard library, so
+that it survives their crashes. docs/first_contact.md describes the output.
 """

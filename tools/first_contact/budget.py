@@ -1,21 +1,21 @@
-"""Seconds of the whole run."""
+"""The seconds of the whole run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-#: Kept for the end: what was found is written, and processes that do not end are killed.
+#: Kept for the end: writing the results, and killing processes that do not end.
 RESERVE = 30.0
 
 
 class Budget:
-    """What is left of a time that began when this was made.
+    """The remaining time of a run that began with this object.
 
     Args:
-        seconds: of the whole run.
-        reserve: of these, kept for the end.
-        clock: gives seconds, and never goes back.
+        seconds: all seconds of the run.
+        reserve: part of them kept for the end.
+        clock: returns seconds that never decrease.
     """
 
     def __init__(self, seconds: float, reserve: float = RESERVE, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,10 +27,10 @@ class Budget:
         return self._clock() - self._begin
 
     def left(self) -> float:
-        """Seconds until what is kept for the end."""
+        """Seconds until the reserve begins."""
         return max(0.0, self._end - self._clock())
 
     def allow(self, wanted: float, needed: float) -> float:
-        """Seconds that something gets which wants so many; 0 if fewer than `needed` are left."""
+        """Seconds granted of those wanted; 0 if fewer than `needed` are left."""
         given = min(wanted, self.left())
         return given if given >= needed else 0.0

@@ -1,4 +1,4 @@
-"""Installs the checkout, or says why the rest goes on without the native core, which no GPU kernel needs."""
+"""Install the checkout. If the native core cannot be built, the run continues, because no GPU kernel needs it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from first_contact.stages import ROOT
 
 COMMANDS = (
     [sys.executable, "-m", "pip", "install", "-e", ".", "--no-deps", "--no-build-isolation", "--no-index"],
-    [sys.executable, "setup.py", "build_ext", "--inplace"],  # where pip may not write into the environment
+    [sys.executable, "setup.py", "build_ext", "--inplace"],  # for an environment where pip may not write
 )
 INFO = [sys.executable, "-m", "cast_kernels", "info"]
-#: Ends with a line that says why, if the core is not there: a build that fails leaves it out and succeeds.
+#: Prints the reason if there is no core: a failed build omits the core and succeeds.
 CORE = [sys.executable, "-c", "from cast_kernels import _native; _native.core()"]
 
 
 def main() -> int:
-    """Build by the first command that can -> exit status: 0 where one could, and there is a native core."""
+    """Build by the first command that succeeds -> exit status: 0 if there is a new native core."""
     for command in COMMANDS:
         begin = time.perf_counter()
         print("+", *command, flush=True)
@@ -28,7 +28,7 @@ def main() -> int:
             break
     subprocess.run(INFO)
     loads = subprocess.run(CORE).returncode
-    if code and not loads:  # it was there before
+    if code and not loads:  # it is from an earlier build
         print(f"no command could build: exit status {code}; the native core that loads is an older one", flush=True)
     return code or loads
 

@@ -1,4 +1,4 @@
-"""The GPU, or what stands in for it in a rehearsal."""
+"""The GPU, or its replacement in a rehearsal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from cast_kernels.gpu import machine
 
-#: Whether no GPU is there, and `tests/rehearsal.py` takes its place.
+#: Whether `tests/rehearsal.py` replaces the GPU.
 EMULATED = bool(os.environ.get("FIRST_CONTACT_EMULATED"))
 
 
 @contextmanager
 def device() -> Iterator[machine.Machine]:
-    """The machine that everything runs on. What it replaces in a rehearsal must be imported inside.
+    """The machine for all work. A rehearsal replaces modules, so import them inside.
 
     Raises:
-        NoGPUError: there is none, and none is emulated.
+        NoGPUError: there is no GPU, and none is emulated.
     """
     if not EMULATED:
         yield machine.CudaMachine()

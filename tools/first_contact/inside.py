@@ -11,25 +11,25 @@ import torch
 from cast_kernels.gpu.machine import Machine, Step
 from cast_kernels.gpu.timing import Spread, host, interleave, speedups
 
-#: Steps before any is looked at: they compile and allocate.
+#: Warm-up steps, which compile and allocate.
 _WARM_UP = 3
-#: Samples of each step, at most, and seconds for all of them.
+#: Most samples of each step, and seconds for all of them.
 _SAMPLES, _SECONDS = 20, 4.0
-#: Kernels that are listed, those with the most time first.
+#: Most listed kernels, by time.
 _MOST_KERNELS = 40
-#: CUDA's queue holds about 1024 launches, and a host that finds it full waits for the GPU. Half of them is not full.
+#: CUDA's queue has room for about 1024 launches. A host that finds it full waits for the GPU. Half of that is safe.
 _QUEUE = 512
 
 
 def host_time(machine: Machine, steps: Mapping[str, Step]) -> dict[str, Any]:
-    """Milliseconds until the host has launched a step, timed in turn, and until the GPU has done it.
+    """Milliseconds until the host has launched a step, timed in turn, and until the GPU has finished it.
 
-    The host's time does not depend on the sizes, so they are those at which the GPU keeps up. Where it did not, so that
-    its queue may have been full, nothing is said of the host.
+    The host's time does not depend on the sizes, so these are small enough for the GPU to keep up. If it did not keep
+    up, its queue may have been full, and no host time is reported.
 
     Args:
-        machine: that they run on.
-        steps: name -> step; the first one's time is also told as a multiple of the others'.
+        machine: runs the steps.
+        steps: name -> step; the result also has the first one's time over the others'.
     """
     for step in steps.values():
         _warm_up(machine, step)
@@ -60,7 +60,7 @@ def _warm_up(machine: Machine, step: Step) -> None:
 
 
 def _kernels(machine: Machine, step: Step) -> list[tuple[str, int, float]]:
-    """(name, launches, milliseconds) of one step's kernels on the GPU, those with the most time first."""
+    """(name, launches, milliseconds) of one step's kernels on the GPU, longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if machine.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -74,7 +74,7 @@ def _kernels(machine: Machine, step: Step) -> list[tuple[str, int, float]]:
 
 
 def profile(machine: Machine, step: Step) -> dict[str, Any]:
-    """The kernels of one step by time on the GPU, and how many launches it makes."""
+    """The kernels of one step by time on the GPU, and its number of launches."""
     _warm_up(machine, step)
     kernels = _kernels(machine, step)
     for name, count, ms in kernels[:_MOST_KERNELS]:
@@ -86,7 +86,7 @@ def profile(machine: Machine, step: Step) -> dict[str, Any]:
 
 
 def loaded(machine: Machine) -> dict[str, Any]:
-    """Registers and spills of every kernel of ours that this process has loaded, as the driver says them."""
+    """Registers and spills, from the driver, of all our kernels that this process has loaded."""
     found = []
     for function in _functions():
         for cache in function.device_caches.values():
@@ -102,5 +102,5 @@ def loaded(machine: Machine) -> dict[str, Any]:
 def _functions() -> list[Any]:
     from triton.runtime.jit import JITFunction
 
-    # Not isinstance: PyTorch has objects that import or warn when they are asked for their class.
+    # Not isinstance: some objects of PyTorch import or warn when it reads their class.
     return [x for x in gc.get_objects() if type(x) is JITFunction and x.module.startswith("cast_kernels.")]

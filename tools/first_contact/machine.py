@@ -1,4 +1,4 @@
-"""What the machine is, as its own commands say it: one command after the other, whatever becomes of each."""
+"""A description of the machine by its own commands, run in turn; a failure does not stop the next one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Print what every command prints."""
+    """Run every command and print its output."""
     for command in COMMANDS:
         print(f"$ {' '.join(command).strip()}", flush=True)
         try:

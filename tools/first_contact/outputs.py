@@ -1,4 +1,4 @@
-"""The folder that comes back: few files of a bounded size, whole at every moment, whatever the disk does."""
+"""The output folder: few files of bounded size, whole at every moment, even on a full disk."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import os
 from pathlib import Path
 
-#: The most of one file that comes back is 16 MiB.
+#: The largest file that can be copied back is 16 MiB.
 LIMIT = 15 << 20
-#: A new text is written here before it takes its file's place.
+#: A new text is written under this name, then renamed.
 _PART = "part"
 
 
 class Outputs:
-    """Writes files; a disk that is full costs what did not fit, never the run.
+    """Writes files. On a full disk the run continues without the text that did not fit.
 
     Args:
         folder: made if it is not there.
@@ -32,7 +32,7 @@ class Outputs:
         (folder / _PART).unlink()
 
     def append(self, name: str, text: str) -> None:
-        """Add whole lines, or nothing of them."""
+        """Append whole lines or nothing."""
         path, data = self.folder / name, text.encode(errors="replace")
         before = path.stat().st_size if path.exists() else 0
         if before + len(data) > self.limit:
@@ -46,7 +46,7 @@ class Outputs:
             _shorten(path, before)
 
     def replace(self, name: str, text: str) -> None:
-        """Give the file this text; the one before stays where that fails."""
+        """Replace the file's text; on an error the earlier text stays."""
         part, data = self.folder / _PART, text.encode(errors="replace")
         if len(data) > self.limit:
             self.cut[name] = f"more than {self.limit} bytes"
@@ -61,6 +61,6 @@ class Outputs:
 
 
 def _shorten(path: Path, size: int) -> None:
-    """Take away the part of a line that a full disk still took."""
+    """Remove the part of a line that a full disk still took."""
     with contextlib.suppress(OSError):
         os.truncate(path, size)

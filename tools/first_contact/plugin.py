@@ -1,7 +1,7 @@
-"""pytest's part of the rows: which benchmarks there are, which begins, what was found.
+"""pytest's part of the rows: reports the benchmarks' names, starts and results.
 
-`pytest -p first_contact.plugin`. Rows that an earlier process began are left out. A GPU that can be used no more ends
-the process.
+`pytest -p first_contact.plugin`. Rows that an earlier process began are skipped. If the GPU becomes unusable, the
+process ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from first_contact.rows import BROKEN, Rows
 
 _KEY = pytest.StashKey[Rows]()
 _TOLD = pytest.StashKey[bool]()
-#: What a summary shows of a row; its samples are in the benchmarks' own file.
+#: A row's figures in a summary; its samples are in the benchmarks' own file.
 FIGURES = (
     *(f"{mode}{figure}" for figure in ("median_ms", "spread_ms", "speedup", "speedup_spread") for mode in MODES),
     "predicted_ms", "worst_error_over_eager", "worst_tensor", "peak_mib", "kept_mib", "gflops",
@@ -58,7 +58,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def _tell_ceilings(item: pytest.Item) -> None:
-    """Once, as soon as they are known: the GPU and what it can do at most."""
+    """Report the GPU and its ceilings once, as soon as they are known."""
     report = getattr(item.funcargs.get("bench"), "report", None)
     if report is not None and report.about_device and not item.config.stash.get(_TOLD, False):
         item.config.stash[_TOLD] = True
@@ -82,9 +82,9 @@ def _found(item: pytest.Item, report: pytest.TestReport) -> dict[str, Any]:
 
 
 def _row(item: pytest.Item) -> dict[str, Any]:
-    """What the benchmarks' session knows of the row, which has been measured by now."""
+    """The row's figures in the benchmarks' session; it has measured the row by now."""
     session, row = item.funcargs.get("bench"), item.funcargs.get("row")
     try:
         return dict(session.row(row)) if session is not None and row is not None else {}
-    except Exception:  # what it raised before is in the report
+    except Exception:  # the report has the earlier error
         return {}

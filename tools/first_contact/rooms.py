@@ -1,6 +1,6 @@
-"""Rows that no benchmark has, on the benchmarks' own problems: correctness first, repetition, one step from inside.
+"""Rows beside the benchmarks, on the benchmarks' problems: correctness, repetition, one step from inside.
 
-What it imports must find the device in place: `worker` brings it in after that.
+The imports need the device in place, so `worker` imports this module after it.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ from first_contact import inside
 from first_contact.device import EMULATED
 from first_contact.rows import Rows
 
-#: What a row is called -> how it is found.
+#: Name of a row -> the function that runs it.
 Room = Mapping[str, Callable[[], dict[str, Any]]]
 
 _FILES = (bench_bcast, bench_ffn, bench_self_attention, bench_adapter, bench_model)
-#: Our backends of a GPU, as the benchmarks name their rows; the first one has all ops.
+#: Our backends of a GPU, by the benchmarks' names; the first one has all ops.
 OURS = tuple(map(order.row_of, order.BACKENDS))
-#: Of the inputs of `gpu-check`'s problems: no figure here depends on chance.
+#: Seed of the inputs of `gpu-check`'s problems: no figure here depends on chance.
 SEED = 20
 SMALL_PLAN = replace(check.QUICK, cases=(Case(2, 2, 5, 32, 192, 6),), experts=(ExpertCase(20, 32, 48, 16, heads=2),))
-#: Why nothing is said of a result in a rehearsal.
+#: The reason for no verdict in a rehearsal.
 RECORDED = "some launches were recorded, not carried out"
-#: Groups whose rows of ours are checked, in order of worth.
+#: Groups whose rows of ours are compared with fp64, in order of worth.
 CHECKED = (
     "bcast amp B1 training", "ffn temporal amp B1 training", "self_attention temporal amp B1 training",
     "model training step amp B1", "bcast bf16 B1 training", "bcast fp16 B1 training", "bcast fp32 B1 training",
     "ffn spatial amp B1 training", "ffn temporal bf16 B1 training", "model inference bf16 B1",
     "bcast amp B6 training", "adapter temporal amp B1 training",
 )  # fmt: skip
-#: Groups whose bits are compared. Not attention over whole clips: PyTorch's backward of it may differ each time.
+#: Groups whose bits are compared. Attention over whole clips is missing: PyTorch's backward of it may vary between
+#: calls.
 REPEATED = (
     "bcast bf16 B6 training", "bcast amp B6 training", "ffn temporal amp B6 training",
     "adapter temporal amp B6 training", "bcast fp16 B6 training", "bcast fp32 B6 training",
 )  # fmt: skip
 #: Seconds of one of these rows.
 REPEAT_SECONDS = 5.0
-#: Of one tool: it ends itself before this process is killed, which would leave it running.
+#: Time limit of one tool. It ends before this process is killed; otherwise it would keep running.
 SANITIZER_SECONDS = 180.0
 
 
@@ -72,7 +73,7 @@ def rows_of(room: str, machine: Machine) -> Room:
 
 
 def correctness(machine: Machine, known: Mapping[str, Group]) -> Room:
-    """Each of our rows beside the group's baseline, both against fp64, new memory poisoned."""
+    """Each of our rows and the group's baseline, both compared with fp64, with new memory poisoned."""
     problems = {
         f"{name}, {row.removeprefix('cast_kernels, ')}": partial(compared, machine, known[name], row)
         for name in CHECKED
@@ -88,7 +89,7 @@ def correctness(machine: Machine, known: Mapping[str, Group]) -> Room:
 
 
 def checked(machine: Machine, case: check.AnyCase, dtype: str, backend: str) -> dict[str, Any]:
-    """One problem of `cast-kernels gpu-check`, by one backend."""
+    """One problem of `cast-kernels gpu-check` on one backend."""
     cases, experts = ((), (case,)) if isinstance(case, ExpertCase) else ((case,), ())
     plan = check.Plan(cases, (dtype,), experts)
     machine.computed()
@@ -99,7 +100,7 @@ def checked(machine: Machine, case: check.AnyCase, dtype: str, backend: str) -> 
 
 
 def compared(machine: Machine, group: Group, row: str) -> dict[str, Any]:
-    """The worst tensor of one row."""
+    """The worst tensor's errors of one row."""
     work, exact, eager = truth(machine, group)
     with poisoned_memory():
         try:
@@ -124,7 +125,7 @@ def truth(machine: Machine, group: Group) -> tuple[Work, dict[str, Tensor], dict
 
 
 def repetition(machine: Machine, known: Mapping[str, Group]) -> Room:
-    """The same call many times: Triton before 3.7.1 leaves out a fence on sm_90, and a race shows as other bits."""
+    """The same call many times. Triton before 3.7.1 omits a fence on sm_90, and a race would change bits."""
     return {
         f"{name}, {row.removeprefix('cast_kernels, ')}": partial(repeat, machine, known[name], row)
         for name in REPEATED
@@ -169,7 +170,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def step(machine: Machine, known: Mapping[str, Group]) -> Room:
-    """Training steps from inside: the host's time, kernels by time, and what was loaded for ours."""
+    """Training steps from inside: the host's time, kernels by time, and our loaded kernels."""
     one, six = (known[f"model training step amp B{batch}"] for batch in (1, 6))
     rows: dict[str, Callable[[], dict[str, Any]]] = {"host, B1": partial(_host, machine, one)}
     for row in (*OURS, six.rows[0]):
@@ -178,7 +179,7 @@ def step(machine: Machine, known: Mapping[str, Group]) -> Room:
 
 
 def _host(machine: Machine, group: Group) -> dict[str, Any]:
-    """Of the baseline and of each of ours that runs here."""
+    """The host's time of the baseline and of each of our rows that runs here."""
     builders, steps = group.work(machine).builders, {}
     for row in (group.rows[0], *OURS):
         with suppress(Unavailable):
@@ -205,7 +206,7 @@ def _sanitized(machine: Machine, tool: str) -> dict[str, Any]:
     return {"ok": result[0], "output": result[1]}
 
 
-#: Name -> its rows, from the machine and the benchmarks' groups by name.
+#: Name -> function from the machine and the benchmarks' groups (by name) to the rows.
 ROOMS: dict[str, Callable[[Machine, Mapping[str, Group]], Room]] = {
     "correctness": correctness, "repetition": repetition, "step": step, "sanitizer": sanitizer,
 }  # fmt: skip

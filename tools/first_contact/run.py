@@ -1,4 +1,4 @@
-"""The whole run: stage after stage within the minutes, each beside what it found."""
+"""The whole run: stage after stage within the minutes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from first_contact.summary import markdown, status
 SUMMARY = "summary.md"
 #: Exit status of bad usage.
 _USAGE = 2
-#: Seconds between two looks at the processes.
+#: Seconds between two checks of the processes.
 _LOOK = 0.1
 #: Seconds between two summaries while a stage runs.
 _SUMMARY_EVERY = 5.0
 
 
 class StoppedError(Exception):
-    """Someone ends the run; the message says who."""
+    """The run is stopped from outside; the message names the cause."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do everything -> exit status: 0 right, 1 something wrong, 2 bad usage, 3 right as far as the time went."""
+    """Run all stages -> exit status: 0 right, 1 something wrong, 2 bad usage, 3 right but incomplete."""
     parser = argparse.ArgumentParser(
         prog="first_contact.sh", description="What the first minutes with a GPU bring back."
     )
@@ -59,17 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def environment(emulated: bool) -> dict[str, str]:
-    """Of the processes: they find the checkout and its rooms without an installation."""
+    """The processes' environment, so that they find the checkout's packages without an installation."""
     folders = [ROOT, *(ROOT / name for name in ("tools", "benchmarks", *(["tests"] if emulated else [])))]
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # A worker of pytest-xdist, in which this may run, would have the benchmarks disabled.
+    # pytest-benchmark is disabled in a worker of pytest-xdist, and this may run in one.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     made = {**own, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     return {**made, "FIRST_CONTACT_EMULATED": "1"} if emulated else made
 
 
 def _minutes(text: str) -> float:
-    """An option's value: minutes of which something is left after what is kept for the end."""
+    """An option's minutes; they must exceed the reserve for the end."""
     least = 2 * RESERVE / 60
     try:
         minutes = float(text)
@@ -84,10 +84,10 @@ class Contact:
     """One run.
 
     Args:
-        outputs: takes what is found.
-        budget: of seconds.
+        outputs: takes the results.
+        budget: the run's seconds.
         environment: of the processes.
-        emulated: whether no GPU is there; the processes learn it from the environment.
+        emulated: whether there is no GPU; the processes read it from the environment.
     """
 
     def __init__(self, outputs: Outputs, budget: Budget, environment: Mapping[str, str], emulated: bool) -> None:
@@ -97,10 +97,10 @@ class Contact:
         self.skipped: list[str] = []
 
     def run(self, waves: Sequence[tuple[Stage, ...]]) -> int:
-        """Everything that the time allows -> exit status."""
+        """Run all stages that the time allows -> exit status."""
         self.skipped = [stage.name for wave in waves for stage in wave]
         previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-        # Should this process itself hang, in a write that does not return for example, the alarm gets it out.
+        # The alarm ends this process if it hangs itself, for example in a write that does not return.
         signal.setitimer(signal.ITIMER_REAL, self.budget.left() + RESERVE / 2)
         try:
             with tempfile.TemporaryDirectory(prefix="first-contact-", ignore_cleanup_errors=True) as scratch:
@@ -119,14 +119,14 @@ class Contact:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         self._summarise()
-        if SUMMARY in self.outputs.cut:  # what is there may be older
+        if SUMMARY in self.outputs.cut:  # the file may be older
             print(self._summary())
         code = status(self.found, self.skipped)
         print(f"first contact: exit status {code}; the report: {self.outputs.folder / SUMMARY}", flush=True)
         return code
 
     def _wave(self, wave: tuple[Stage, ...], scratch: Path) -> None:
-        """Run stages beside each other until the last has ended."""
+        """Run stages in parallel until the last has ended."""
         for stage in wave:
             seconds = self.budget.allow(stage.seconds, stage.needs)
             if seconds:
@@ -134,7 +134,7 @@ class Contact:
                 one = Running(stage, seconds, scratch, self.outputs, self.environment)
                 self.running.append(one)
                 self.found.append(one.found)
-                self.skipped.remove(stage.name)  # last: a signal before it leaves the stage among those not begun
+                self.skipped.remove(stage.name)  # last, so that a signal before it leaves the stage in the list
             else:
                 self._say(f"{stage.name} is not begun: {self.budget.left():.0f} s are left")
         due = time.monotonic() + _SUMMARY_EVERY
@@ -149,7 +149,7 @@ class Contact:
         self._summarise()
 
     def _look(self) -> None:
-        """Take leave of the stages that have ended."""
+        """Remove and report the stages that have ended."""
         for one in [one for one in self.running if one.finished()]:
             self.running.remove(one)
             found = one.found

@@ -1,4 +1,4 @@
-"""One stage while it runs: its processes, its rows, its time."""
+"""One running stage: its processes, its rows, its time."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from first_contact.outputs import Outputs
 from first_contact.rows import BROKEN
 from first_contact.stages import Stage
 
-#: File of everything that was found, a JSON object a line.
+#: File of all results, one JSON object a line.
 RESULTS = "results.jsonl"
-#: Why a stage ended that had not done everything.
+#: The reason of a stage that ended incomplete.
 OUT_OF_TIME = "its time was over"
-#: Bytes of one stage's output that are kept, from the beginning.
+#: Bytes kept of one stage's output, from its beginning.
 _MOST_LOG = 2 << 20
-#: Bytes that are read at a time.
+#: Bytes in one read.
 _CHUNK = 1 << 20
-#: Processes of one stage: each fault costs the start of another.
+#: Most processes of one stage; each fault needs a new one.
 _MOST_PROCESSES = 8
-#: Of Linux's <sys/prctl.h>.
+#: From Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
-#: pytest's exit status after tests that failed.
+#: pytest's exit status after failed tests.
 _SOME_FAILED = 1
-#: Seconds that a killed process is waited for: one that the driver holds does not end.
+#: Seconds to wait for a killed process; one that hangs in the driver does not end.
 _PATIENCE = 5.0
 
 
 @dataclass
 class Found:
-    """What is known of a stage."""
+    """The state of a stage."""
 
     stage: str
     about: str
-    ended: str = ""  # why not all of it ran
-    broken: bool = False  # whether that was its own fault
+    ended: str = ""  # why it is incomplete
+    broken: bool = False  # whether the stage itself caused that
     seconds: float = 0.0
     planned: list[str] = field(default_factory=list)
     begun: list[str] = field(default_factory=list)
@@ -51,17 +51,17 @@ class Found:
 
     @property
     def wrong(self) -> list[dict[str, Any]]:
-        """Rows that were not right."""
+        """Rows with a wrong result."""
         return [row for row in self.rows if row.get("ok") is False]
 
     @property
     def late(self) -> bool:
-        """Whether the time was too short for something."""
+        """Whether the time was too short for some row."""
         return bool(self.ended or self.missing or any(row.get("late") for row in self.rows))
 
     @property
     def missing(self) -> list[str]:
-        """Rows that were never begun."""
+        """Rows that were not begun."""
         return [name for name in self.planned if name not in self.begun]
 
 
@@ -69,12 +69,12 @@ class Running:
     """A stage from its first process to its last.
 
     Args:
-        stage: what runs.
-        seconds: most of it.
-        scratch: folder for what its processes write.
-        outputs: takes rows and output as they come.
+        stage: the stage to run.
+        seconds: its time limit.
+        scratch: folder for the files of its processes.
+        outputs: takes rows and output at once.
         environment: of its processes.
-        clock: gives seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Running:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0,
                 env={**self._environment, "FIRST_CONTACT_UNTIL": str(time.time() + seconds)},
-                preexec_fn=_end_with_parent,  # this process has one thread
+                preexec_fn=_end_with_parent,  # safe, because this process has one thread
             )  # fmt: skip
 
     def finished(self) -> bool:
-        """Look after the processes -> whether there is nothing more to wait for."""
+        """Collect output and check time limits -> whether the stage is over."""
         code = self._process.poll()
         self._collect()
         now = self._clock()
@@ -127,12 +127,12 @@ class Running:
         return self._lost(f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}")
 
     def _lost(self, why: str) -> bool:
-        """A process is gone: its row failed, and another process goes on if that leads anywhere."""
+        """A process ended: its row failed, and another process continues if there is reason to."""
         self.kill()
         self._collect()
         if self._row:
             self._keep({"row": self._row, "ok": False, "why_not": f"its process ended: {why}"})
-        if len(self.found.begun) == self._count:  # not even a row was begun: the next process would end as well
+        if len(self.found.begun) == self._count:  # no row was begun, so the next process would end in the same way
             return self._finish(f"{why}: {self._log.last}" if self._log.last else why, broken=True)
         if not self.found.missing:
             return self._finish("")
@@ -155,24 +155,24 @@ class Running:
         return True
 
     def bring(self) -> None:
-        """Copy the file that the processes keep beside their rows."""
+        """Copy the extra file of the processes."""
         path = self._scratch / self.stage.brings
         if self.stage.brings and path.exists():
             self.outputs.replace(path.name, path.read_text(errors="replace"))
 
     def stop(self, why: str) -> None:
-        """End it now, with what it has."""
+        """End the stage now; its results stay."""
         self._finish(why)
 
     def kill(self) -> None:
-        """End the process and its children."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE)
 
     def _collect(self) -> None:
-        """Take what the process wrote since the last look."""
+        """Read new output of the process."""
         while lines := self._log.new_lines():
             self._logged += len(lines)
             if self._logged <= _MOST_LOG:
@@ -197,7 +197,7 @@ class Running:
 
 
 def _end_with_parent() -> None:
-    """In the new process: let Linux kill it when the one that looks after it is gone."""
+    """Run in the child: make Linux kill it when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -210,23 +210,23 @@ def _filled(text: str, places: Mapping[str, str]) -> str:
 def _parsed(line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
-    except (ValueError, TypeError):  # a process that was killed while it wrote, or another's output
+    except (ValueError, TypeError):  # a process was killed while it wrote, or other output
         return {"row": "?", "ok": False, "why_not": f"no line of JSON: {line[:200]}"}
 
 
 class _Tail:
-    """What is added to a file, by whole lines."""
+    """Reads new lines of a growing file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.last, self._read = path, "", 0
         path.touch()
 
     def new_lines(self) -> str:
-        """At most a mebibyte of them."""
+        """New whole lines, at most a mebibyte."""
         return self._since(lambda data: data.rfind(b"\n") + 1 or (len(data) if len(data) == _CHUNK else 0))
 
     def rest(self) -> str:
-        """The last line, which has no end."""
+        """The last line, which may lack its end."""
         text = self._since(len)
         return text + "\n" if text else ""
 

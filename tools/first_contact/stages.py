@@ -1,4 +1,4 @@
-"""What is done, in order of worth."""
+"""The stages of a run, in order of worth."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of work, in processes of its own.
+    """One kind of work, in separate processes.
 
-    A stage of rows says at its start which there are, and before and after each that it begins and what was found. A
-    row in which its process dies or hangs costs that row: another process goes on with the next.
+    A stage of rows first reports the names of its rows. It reports the start of each row, and then its result. If a
+    process dies or hangs in a row, only that row is lost: another process continues with the next row.
     """
 
     name: str
     about: str
-    command: tuple[str, ...]  # {scratch} is a folder, {minutes} what is left for the process
-    seconds: float  # most of all its processes
-    needs: float = 5.0  # with less time left it is not begun
-    row_seconds: float = math.inf  # most of one row, the start of its process included
-    file: str = "log.txt"  # where its output goes
-    brings: str = ""  # a file that its processes write in {scratch}, and that comes back as well
+    command: tuple[str, ...]  # {scratch} is a folder, {minutes} the process's remaining time
+    seconds: float  # limit for all its processes together
+    needs: float = 5.0  # it does not start with less time left
+    row_seconds: float = math.inf  # limit for one row, including the start of its process
+    file: str = "log.txt"  # file of its output
+    brings: str = ""  # a file in {scratch} that its processes write, also copied to the output folder
 
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def rows(name: str, about: str, seconds: float, needs: float = 8.0, row_seconds:
 def benchmarks(
     name: str, about: str, seconds: float, which: str, emulated: bool, file: str = "benchmarks.json"
 ) -> Stage:
-    """Rows of `pytest benchmarks/`. A group of which the file holds rows already is not measured again."""
+    """Rows of `pytest benchmarks/`. A group with rows in the file is not measured again."""
     rehearsed = ("-p", "rehearsal", "--sizes", "small") if emulated else ()
     pytest = _python(
         "pytest", str(ROOT / "benchmarks"), "--benchmark-only", "--device", "cuda", "-k", which,
@@ -49,27 +49,29 @@ def benchmarks(
 
 ROOT = Path(__file__).resolve().parents[2]
 _COMPILED = "compiled.json"
-#: The one group whose torch.compile is worth a minute of compiling before anything else.
+#: The one group whose torch.compile is worth a minute of compiling before the other groups.
 COMPILED_STEP = "compile and model and training and step and amp and B6"
 
 
 def _compile(name: str, dtype: str, emulated: bool) -> Stage:
-    """For the GPU that is there; a rehearsal's compiles for Hopper. One process a dtype: its first step goes alone."""
+    """Compile for the present GPU; in a rehearsal for Hopper. One process for each dtype, because its first step runs
+    alone.
+    """
     target = ("--target", "sm_90") if emulated else ()
     command = _python("cast_kernels", "compile", *target, "--dtype", dtype, "--cache")
     return Stage(name, f"kernels of autocast to {dtype} into Triton's cache", command, 75)
 
 
-#: The minutes that the stages' seconds are made for.
+#: The stages' seconds add up to these minutes.
 MINUTES = 8.0
 
 
 def stages(emulated: bool, minutes: float = MINUTES) -> list[tuple[Stage, ...]]:
-    """What is done, in order of worth. Stages in one tuple run at the same time: none of them uses the GPU.
+    """The stages in order of worth. Stages in one tuple run at the same time, because none of them uses the GPU.
 
     Args:
-        emulated: whether a rehearsal's device stands in for the GPU.
-        minutes: of the whole run: stages get more or less of it in proportion, rows never less.
+        emulated: whether a rehearsal's device replaces the GPU.
+        minutes: of the whole run. Stages get a proportional share of it; rows never get less than their default.
     """
     scale = minutes / MINUTES
     return [tuple(_scaled(stage, scale) for stage in wave) for wave in _waves(emulated)]

@@ -1,4 +1,4 @@
-"""What was found, as Markdown that is whole at every moment of the run."""
+"""The results as Markdown, whole at every moment of the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VERDICTS = {
 
 
 def status(found: Sequence[Found], skipped: Sequence[str]) -> int:
-    """The exit status: 1 where something is wrong or broke, 3 where only the time was too short, else 0."""
+    """The exit status: 1 if something is wrong or broke, 3 if only the time was too short, else 0."""
     if any(stage.wrong or stage.broken for stage in found):
         return WRONG
     return INCOMPLETE if skipped or any(stage.late for stage in found) else RIGHT
@@ -31,11 +31,11 @@ def markdown(
     """The whole document.
 
     Args:
-        found: stages that were begun, one of which may still run.
-        skipped: names of stages that were not.
-        seconds: since the beginning.
-        emulated: whether no GPU was there.
-        cut: file -> why it does not hold everything.
+        found: begun stages; the last may still run.
+        skipped: names of stages that were not begun.
+        seconds: since the start.
+        emulated: whether there was no GPU.
+        cut: file -> the reason why it is incomplete.
     """
     lines = ["# First contact with a GPU", "", *([EMULATED, ""] if emulated else [])]
     lines += [f"{_VERDICTS[status(found, skipped)]} {seconds:.0f} s.", "", "## Stages", ""]

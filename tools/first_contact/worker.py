@@ -1,4 +1,4 @@
-"""`python -m first_contact.worker ROOM`: the rows of one room, one after the other, each told at once."""
+"""`python -m first_contact.worker ROOM`: run the rows of one room in turn; report each at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from first_contact.rows import BROKEN, Rows
 
 
 def main() -> int:
-    """Do a room's rows until the time is over -> exit status."""
+    """Run a room's rows until the time is over -> exit status."""
     rows = Rows()
     with device() as machine:
-        from first_contact.rooms import rows_of  # not before the device is in place
+        from first_contact.rooms import rows_of  # imported after the device is in place
 
         room = rows_of(sys.argv[1], machine)
         rows.plan(room)
@@ -25,7 +25,7 @@ def main() -> int:
             begin = time.perf_counter()
             try:
                 found = find()
-            except Exception as error:  # whatever it is, the next row may be right
+            except Exception as error:  # after any error, the next row may still be right
                 traceback.print_exc()
                 found = {"ok": False, "why_not": f"{type(error).__name__}: {error}"}
             rows.end(name, **found, s=time.perf_counter() - begin)

@@ -1,6 +1,6 @@
-"""The options of `pytest --ptx-target`, and nothing else: pytest imports this for every run of every suite.
+"""The options of `pytest --ptx-target`, and nothing else: pytest imports this in every run of every suite.
 
-The emulator, torch and Triton are imported where the option is given; see `ptx_emulator.triton.suite`.
+The emulator, torch and Triton are imported only with the option; see `ptx_emulator.triton.suite`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options; pytest calls this."""
+    """Add the options; pytest calls this."""
     group = parser.getgroup("ptx_emulator", "Triton's kernels, executed and checked without a GPU")
     group.addoption(
         "--ptx-target", choices=("sm_80", "sm_90"),
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin where the option is given; pytest calls this."""
+    """Start the emulator if the option is given; pytest calls this."""
     if config.getoption("ptx_target") is not None:
         from ptx_emulator.triton.suite import begin
 

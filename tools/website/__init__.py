@@ -1,4 +1,4 @@
-"""What Sphinx needs besides its own extensions to show this repository's documents and docstrings."""
+"""Sphinx extensions for this repository's documents and docstrings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from website import commands, docstrings, links
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Sphinx calls this for an extension."""
+    """Set up the extension; Sphinx calls this."""
     app.add_config_value("repository", "", "env")
     app.add_config_value("public_packages", [], "env")
     links.setup(app)

@@ -1,7 +1,7 @@
-"""The picture of where the bytes go: what B-CAST moves in forward and backward, and what it keeps in between.
+"""A picture of B-CAST's bytes: moved in forward and backward, and kept between them.
 
-Ours are the counts behind the committed predictions: of each launch the bytes of its tensors, each once. Eager's are
-those of each operator, read and written, traced on tensors without memory.
+Our counts are those of the committed predictions: for each launch, each byte of its tensors once. Eager's counts are
+the bytes that each operator reads and writes, traced on tensors without memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WIDTH, _LEFT, _BARS = 420, 156, 190
 
 _Run = Callable[[cast_kernels.BCAST, Tensor, Tensor], tuple[Tensor, Tensor]]
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-#: What runs, and the layouts in which it has the streams.
+#: What runs, and its layouts of the streams.
 _EAGER: dict[str, tuple[_Run, _Shapes]] = {
     "eager, published code": (published, ((197, CLIPS * 8, 768), (CLIPS, 8 * 196, 768))),
     "eager, tuned": (cast_kernels.BCAST.forward, ((CLIPS, 8, 197, 768), (CLIPS, 8, 196, 768))),
@@ -40,7 +40,7 @@ _EAGER: dict[str, tuple[_Run, _Shapes]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one way to run B-CAST moves and keeps, in bytes."""
+    """Bytes that one way to run B-CAST moves and keeps."""
 
     name: str
     forward: float
@@ -50,7 +50,7 @@ class Row:
 
 @cache
 def rows() -> list[Row]:
-    """The published code, PyTorch at its best, and ours at every level; the paper's size, bfloat16."""
+    """The published code, PyTorch's best, and ours at every level; the paper's size, bfloat16."""
     found = [_eager(name, *run) for name, run in _EAGER.items()]
     for level in cast_kernels.Recompute:
         told = json.loads((PREDICTIONS / level / "h100.json").read_text())
@@ -80,7 +80,7 @@ def _eager(name: str, run: _Run, shapes: _Shapes) -> Row:
 
 
 def _kept(run: _Run, shapes: _Shapes) -> int:
-    """Bytes that autograd keeps on a GPU, besides the streams and the parameters."""
+    """Bytes that autograd keeps on a GPU, without the streams and the parameters."""
     kept: dict[StorageWeakRef, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _kept(run: _Run, shapes: _Shapes) -> int:
 
 
 def _posed(device: str, shapes: _Shapes) -> tuple[cast_kernels.BCAST, list[Tensor]]:
-    """The module and its streams without memory; call it where tensors are fake."""
+    """The module and its streams without memory, for a context of fake tensors."""
     with unset_fake_temporarily(), torch.device("meta"):
         module = cast_kernels.BCAST(backend="eager").to(torch.bfloat16)
     streams = [torch.empty(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
@@ -105,7 +105,7 @@ def _posed(device: str, shapes: _Shapes) -> tuple[cast_kernels.BCAST, list[Tenso
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What PyTorch takes on a GPU, where there is none to choose it."""
+    """The attention that PyTorch chooses on a GPU."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 

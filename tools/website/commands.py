@@ -1,4 +1,4 @@
-"""The directive `command-help`: what a command line and each of its subcommands print for `--help`."""
+"""The directive `command-help`: the `--help` output of a command line and of each of its subcommands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sphinx.util.docutils import SphinxDirective
 
 #: Command line -> its module, which has `main` and `COMMANDS`.
 PROGRAMS = {"cast": "cast.cli", "cast-kernels": "cast_kernels.cli", "python -m ptx_emulator": "ptx_emulator.command"}
-_WIDTH = "84"  # columns, which a page has room for
+_WIDTH = "84"  # columns of a page
 
 
 def help_of(program: str, *words: str) -> str:
@@ -40,7 +40,7 @@ def help_of(program: str, *words: str) -> str:
 
 
 def subcommands(program: str) -> list[str]:
-    """Their names, in the order of the command's help."""
+    """Names of the subcommands, in the order of the command's help."""
     module = import_module(PROGRAMS[program])
     return [name if isinstance(name, str) else name.__name__ for name in module.COMMANDS]
 

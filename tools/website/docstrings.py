@@ -1,4 +1,4 @@
-"""What autodoc lacks for our docstrings: pages that they name, constants that a package exports, what must not lack."""
+"""Additions to autodoc: links to pages, comments of exported constants, and a check for missing docstrings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def comment(package: str, name: str) -> list[str]:
 
 
 class _Comments:
-    """Keeps napoleon from taking "word: text" in what is said of a constant, a field or a property for its type."""
+    """Keeps napoleon from reading "word: text" in the comment of a constant, field or property as a type."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -61,7 +61,7 @@ class _Comments:
 def _signature(
     app: Sphinx, what: str, name: str, given: Any, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Of a class the constructor's: a base may have a `__new__` that takes anything."""
+    """A class's signature from its constructor: a base may have a `__new__` with any arguments."""
     if what != "class" or signature != "(*args, **kwargs)":
         return signature, returns
     parameters = list(inspect.signature(given.__init__).parameters.values())[1:]
@@ -70,7 +70,7 @@ def _signature(
 
 
 def _by_last_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: nodes.Element) -> nodes.Element | None:
-    """Where a docstring's short name leads if one object of the site alone ends with it, as it is of another module."""
+    """The target of a docstring's short name from another module, if exactly one object of the site ends with it."""
     if node.get("refdomain") != "py":
         return None
     objects = env.domains.python_domain.objects
@@ -82,7 +82,7 @@ def _by_last_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, shown:
 
 
 def undocumented(package: str, name: str) -> Iterator[str]:
-    """What an exported name has without a docstring: itself, or its public functions, methods and fields."""
+    """Names without a docstring: an exported name, or its public functions, methods and fields."""
     given = getattr(import_module(package), name)
     if inspect.ismodule(given):
         functions = [
@@ -100,14 +100,14 @@ def undocumented(package: str, name: str) -> Iterator[str]:
 
 
 def _bare(kind: type) -> Iterator[str]:
-    """Public methods, properties and fields of a class that say nothing; fields may be named in its docstring."""
+    """Public methods, properties and fields of a class without a text. The class's docstring may describe fields."""
     comments = ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
     told = {name for owner, name in comments if owner == kind.__qualname__}
     told |= set(re.findall(r"^ +(\w+):", kind.__doc__ or "", re.M))
     members = {name: getattr(x, "__func__", x) for name, x in vars(kind).items() if not name.startswith("_")}
     functions = {name: x for name, x in members.items() if isinstance(x, property) or inspect.isfunction(x)}
     yield from (name for name, function in functions.items() if not function.__doc__)
-    if is_dataclass(kind) or issubclass(kind, tuple):  # annotations elsewhere are for type checkers
+    if is_dataclass(kind) or issubclass(kind, tuple):  # other classes' annotations are for type checkers
         fields = inspect.get_annotations(kind)
         yield from (name for name in fields if not name.startswith("_") and name not in told)
 
@@ -124,7 +124,7 @@ def _check(app: Sphinx, env: BuildEnvironment) -> None:
 
 def setup(app: Sphinx) -> None:
     comments = _Comments()
-    app.connect("autodoc-process-docstring", comments.before, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", comments.before, priority=400)  # napoleon has priority 500
     app.connect("autodoc-process-docstring", comments.after, priority=600)
     app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _by_last_name)

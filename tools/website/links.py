@@ -12,7 +12,7 @@ from sphinx.transforms import SphinxTransform
 
 
 class RepositoryLinks(SphinxTransform):
-    """Leads them to the repository on the web where its address is known; else shows the path in their place."""
+    """Point such links to the repository on the web if its address is known; otherwise show the path."""
 
     default_priority = 100
 
@@ -24,7 +24,7 @@ class RepositoryLinks(SphinxTransform):
                 node.replace_self(self._shown(node, path))
 
     def _path(self, node: nodes.Element) -> str | None:
-        """Of the file from the repository's root, if the node leads to one that is no page."""
+        """The path from the repository's root, if the node links to a file that is no page."""
         if node.get("reftype") != "myst" or node.get("refdomain") or "://" in node["reftarget"]:
             return None
         root, page = Path(self.env.srcdir), Path(self.env.doc2path(self.env.docname))

@@ -1,4 +1,4 @@
-"""The little of SVG that our pictures need: shapes and words on a white ground, the same bytes at every drawing."""
+"""Shapes and words as SVG on a white ground; equal drawings give equal bytes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Picture:
         self._parts.append(f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' fill='{fill}'{edge}/>")
 
     def define(self, name: str, steps: str, line: str, width: float) -> None:
-        """A path that `repeat` draws."""
+        """Define a path for `repeat`."""
         self._parts.append(f"<defs><path id='{name}' d='{steps}' stroke='{line}' stroke-width='{width:g}'/></defs>")
 
     def repeat(self, name: str, x: float, y: float) -> None:
-        """Draw what was defined, moved by x and y."""
+        """Draw the defined path, moved by x and y."""
         self._parts.append(f"<use href='#{name}' x='{x:g}' y='{y:g}'/>")
 
     def words(self, x: float, y: float, text: str, fill: str = INK, size: int = 13, style: str = "") -> None:
-        """A line of text from x to the right, on the base line y; `style` is more of SVG's attributes."""
+        """A line of text from x to the right, on the base line y; `style` has further SVG attributes."""
         more = f" {style}" if style else ""
         self._parts.append(f"<text x='{x:g}' y='{y:g}' font-size='{size}' fill='{fill}'{more}>{escape(text)}</text>")
 
     def text(self) -> str:
-        """The file."""
+        """The SVG file's text."""
         return "\n".join([self._head, *self._parts, "</svg>", ""])

@@ -1,4 +1,4 @@
-"""Pictures of the windows: which tokens attend together, as :func:`cast_kernels.reference.group` groups them."""
+"""Pictures of the windows: the tokens that attend together, as :func:`cast_kernels.reference.group` groups them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cast_kernels import WINDOWS, reference
 from website.svg import FAINT, Picture
 
 FRAMES, SIDE = 8, 14  # of CAST-B: 16 frames in tubelets of 2, 14 x 14 patches
-#: The token whose window is shown: frame, row, column.
+#: The token of the shown window: frame, row, column.
 CHOSEN = (3, 5, 8)
 ASKS, ANSWERS, WITH = "#c92a2a", "#1971c2", "#f59f00"
 _CELL, _GAP, _LEFT, _CLS = 6, 5, 8, 8
@@ -56,7 +56,7 @@ def draw(window: str) -> str:
 
 
 def _stream(picture: Picture, y: float, window: str, has_cls: bool, asks: bool) -> float:
-    """A row of frames, and the base line of what comes below; CLS stands above its frame, outside of every window."""
+    """Draw a row of frames; returns the base line below it. CLS is above its frame, outside of every window."""
     members = together(window)
     top = y + _CLS + 3 if has_cls else y
     for frame in range(FRAMES):
@@ -85,7 +85,7 @@ def _legend(picture: Picture, y: float) -> None:
 
 
 def _runs(patches: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Row, first column and length of each run of patches that lie side by side."""
+    """Row, first column and length of each run of adjacent patches."""
     marked = set(patches)
     for first in sorted(n for n in marked if n % SIDE == 0 or n - 1 not in marked):
         yield (
