@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cast
 
-Run = Callable[[], dict[str, Tensor]]
+Infer = Callable[[], dict[str, Tensor]]
 
 
 def need(*packages: str) -> list[Any]:
@@ -40,7 +40,7 @@ def need(*packages: str) -> list[Any]:
     return found
 
 
-def openvino(model: cast.CAST, video: Tensor, threads: int) -> Run:
+def openvino(model: cast.CAST, video: Tensor, threads: int) -> Infer:
     """The model in OpenVINO, one stream, tuned for latency, in fp32 (by default it may choose bf16)."""
     (ov,) = need("openvino")
     with torch.no_grad(), warnings.catch_warnings():
@@ -64,7 +64,7 @@ def openvino(model: cast.CAST, video: Tensor, threads: int) -> Run:
     return run
 
 
-def onnx_runtime(model: cast.CAST, video: Tensor, threads: int) -> Run:
+def onnx_runtime(model: cast.CAST, video: Tensor, threads: int) -> Infer:
     """The model in ONNX Runtime's CPU provider, fp32, all graph optimisations."""
     runtime, *_ = need("onnxruntime", "onnx", "onnxscript")
     with torch.no_grad():

@@ -53,7 +53,7 @@ _OLD = (
 
 
 @dataclass(frozen=True)
-class Run:
+class Recording:
     """The measurements of one command.
 
     Args:
@@ -69,10 +69,12 @@ class Run:
     whole: bool
 
 
-def runs(machine: str, folder: Path = RESULTS) -> list[Run]:
+def runs(machine: str, folder: Path = RESULTS) -> list[Recording]:
     """A machine's runs, in the order of the document."""
     return [
-        Run(subject, found["environment"], {title: completed(rows) for title, rows in found["groups"].items()}, whole)
+        Recording(
+            subject, found["environment"], {title: completed(rows) for title, rows in found["groups"].items()}, whole
+        )
         for subject in SUBJECTS
         for path in [folder / f"{subject}_{machine}.json"]
         if path.exists()
@@ -102,7 +104,7 @@ def completed(rows: Mapping[str, Row]) -> dict[str, Row]:
     return made
 
 
-def document(measured: Mapping[str, list[Run]]) -> str:
+def document(measured: Mapping[str, list[Recording]]) -> str:
     """The whole text of docs/performance.md."""
     groups = {title: rows for found in measured.values() for run in found for title, rows in run.groups.items()}
     parts = [_HEAD + "".join(f"- {note}\n" for note in notes(groups) if "below" not in note)]
@@ -121,7 +123,7 @@ def document(measured: Mapping[str, list[Run]]) -> str:
     return "".join(parts)
 
 
-def glance(found: list[Run]) -> str:
+def glance(found: list[Recording]) -> str:
     """A line for each group with the speed-ups of the fastest exact peer, our default and our fastest level."""
     text = [
         _line(["speed-up over eager (spread)", "fastest exact row without us", "ours, default", "ours, fastest level"]),
@@ -138,7 +140,7 @@ def glance(found: list[Run]) -> str:
     return "".join(text)
 
 
-def _run(run: Run) -> str:
+def _run(run: Recording) -> str:
     about = run.environment
     lines = [
         f"\n`{about['command']}`, {about['date']}, torch {about['torch']}, {about['threads']} threads.\n",
@@ -172,7 +174,7 @@ _HEADLINES = {
 }
 
 
-def headline(found: list[Run]) -> str:
+def headline(found: list[Recording]) -> str:
     """The README's sentence: the speed-ups of our default and of the fastest exact row without us."""
     said = []
     for run in found:

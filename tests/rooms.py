@@ -102,12 +102,12 @@ ROOMS = (
     Room("cast.video", "mp4 to clips; knows no model", "video ground"),
     Room(
         "cast.model", "the model: sizes, layers, experts, blocks, heads; its weights, names and directory",
-        "model ground.files ground.sampling cast_kernels",
+        "model ground.files ground.renamed ground.sampling cast_kernels",
     ),
     Room(
         "cast.baselines", "what the paper compares with",
         "baselines model.config model.layers model.experts model.heads model.weights ground.files ground.optional "
-        "cast_kernels",
+        "ground.renamed cast_kernels",
     ),
     Room("cast.training", "engine, recipes, checkpoints", "training model baselines video ground"),
     Room(

@@ -19,7 +19,7 @@ from cast.export import _FORMATS
 from cast.loading import load_checkpoint
 from cast.model import hub
 from cast.model.config import VARIANTS
-from cast.model.zoo import MODELS, Published, load
+from cast.model.zoo import MODELS, PublishedModel, load
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
@@ -37,7 +37,7 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = small_cast(num_heads=2, embed_dim=128)
     monkeypatch.setitem(VARIANTS, "small-test", model.config.to_dict())
     monkeypatch.setitem(
-        MODELS, NAME, Published("the tests", COUNTS, 1.0, "https://example.org", "small-test", sampling="dense")
+        MODELS, NAME, PublishedModel("the tests", COUNTS, 1.0, "https://example.org", "small-test", sampling="dense")
     )
     folder = tmp_path / "zoo"
     folder.mkdir()

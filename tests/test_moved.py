@@ -68,3 +68,21 @@ def test_a_pickle_of_before_the_move_is_read() -> None:
 def test_what_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"cast\.attic"):
         import_module("cast.attic")
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("cast.baselines.streams", "Stream", "ExpertStream"),
+        ("cast.evaluation.published", "Published", "PublishedResult"),
+        ("cast.model.zoo", "Published", "PublishedModel"),
+        ("cast.study.tables", "Plan", "StudyPlan"),
+        ("cast.video.augment", "Plan", "AugmentPlan"),
+    ],
+)
+def test_an_old_name_of_a_class_gives_it_with_a_warning(module: str, old: str, new: str) -> None:
+    home = import_module(module)
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.{old} is now {new}"):
+        assert getattr(home, old) is getattr(home, new)
+    with pytest.raises(AttributeError, match="has no attribute 'Never'"):
+        home.Never  # noqa: B018

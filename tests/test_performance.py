@@ -56,7 +56,7 @@ def test_a_row_where_a_peer_is_faster_is_called_behind() -> None:
         "eager": samples(4.0, 4.0, 4.0), "tuned": samples(2.0, 2.0, 2.0), "cast_kernels, cpu": samples(3.0, 3.0, 3.0),
         "cast_kernels, cpu, recompute=nothing": samples(1.0, 1.0, 1.0),
     }  # fmt: skip
-    run = tables.Run("bcast", {}, {"bcast fp32": tables.completed(rows)}, True)
+    run = tables.Recording("bcast", {}, {"bcast fp32": tables.completed(rows)}, True)
     line = tables.glance([run]).splitlines()[-1]
     assert line == ("| B-CAST fp32 | tuned: 2.00 (2.00..2.00) | 1.33 (1.33..1.33) (behind) | 4.00 (4.00..4.00) |")
 

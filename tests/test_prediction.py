@@ -24,8 +24,8 @@ from cast_kernels.evidence import eager_model, model, trace
 from cast_kernels.evidence import predict as predicting
 from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.cases import Case, run
+from cast_kernels.evidence.corrections import Corrections
 from cast_kernels.evidence.problems import PREDICTED
-from cast_kernels.evidence.sampling import Corrections
 
 PREDICTIONS = Path(__file__).parent.parent / "benchmarks/predictions"
 H100 = device("H100")
@@ -105,7 +105,7 @@ def test_the_floor_is_a_roofline_at_the_best_instruction() -> None:
 def test_what_does_not_fit_is_said() -> None:
     made = model.predict(launched(1), taking(0), [Counters()], 1.0, H100)
     assert "no CTA fits" in made.why_not
-    runs = [report.Run("H100", 6, "forward", (made,))]
+    runs = [report.PhasePrediction("H100", 6, "forward", (made,))]
     assert report.failures(runs) == [f"FAIL  H100 k: {made.why_not}"]
 
 

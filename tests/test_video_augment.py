@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from cast.video.augment import AugmentSettings, Plan, _multiscale, apply, draw
+from cast.video.augment import AugmentPlan, AugmentSettings, _multiscale, apply, draw
 from cast.video.transforms import MEAN, STD
 
 SIZE = 32
@@ -24,7 +24,7 @@ def video(frames: int = 4, height: int = 60, width: int = 80) -> torch.Tensor:
     return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def plan(settings: AugmentSettings, seed: int, height: int = 60, width: int = 80) -> Plan:
+def plan(settings: AugmentSettings, seed: int, height: int = 60, width: int = 80) -> AugmentPlan:
     return draw(settings, SIZE, height, width, np.random.default_rng(seed))
 
 
@@ -113,8 +113,8 @@ def test_jitter_stays_within_its_bounds_and_takes_all_orders() -> None:
     expected = video()
     for name, factor in jitter:
         expected = getattr(v2.functional, f"adjust_{name}")(expected, factor)
-    whole = Plan(crop=(0, 0, 60, 80), jitter=jitter)
-    assert torch.equal(apply(whole, video(), SIZE), apply(Plan(crop=(0, 0, 60, 80)), expected, SIZE))
+    whole = AugmentPlan(crop=(0, 0, 60, 80), jitter=jitter)
+    assert torch.equal(apply(whole, video(), SIZE), apply(AugmentPlan(crop=(0, 0, 60, 80)), expected, SIZE))
 
 
 @pytest.mark.parametrize(

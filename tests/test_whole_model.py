@@ -128,7 +128,7 @@ def test_what_is_not_run_is_what_would_run() -> None:
         assert Counter(unrun.operations) == Counter(real.operations), part.name
 
 
-def ways(**changes: Any) -> list[whole_model.Way]:
+def ways(**changes: Any) -> list[whole_model.WayToRun]:
     return list(whole_model.predict(["H100"], [replace(TINY, **changes)]))
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 import cast
 from cast.model import hub, zoo
-from cast.model.zoo import MODELS, Published, create_model, load
+from cast.model.zoo import MODELS, PublishedModel, create_model, load
 
 HEADS = {"verb": 3, "noun": 4}
 NAMES = {"verb": ["open", "close", "cut"], "noun": ["door", "tap", "onion", "drawer"]}
@@ -32,7 +32,9 @@ def model() -> cast.CAST:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A published model of the smallest size, and the directory where it should be."""
-    monkeypatch.setitem(MODELS, "cast_tiny_test", Published("the tests", HEADS, 1.0, "https://example.org", "tiny"))
+    monkeypatch.setitem(
+        MODELS, "cast_tiny_test", PublishedModel("the tests", HEADS, 1.0, "https://example.org", "tiny")
+    )
     monkeypatch.setenv("CAST_MODELS", str(tmp_path))
     return tmp_path
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cast.baselines.saved import load_saved, read_saved, write_saved
-from cast.baselines.streams import Stream
+from cast.baselines.streams import ExpertStream
 from cast.baselines.two_stream import make_stream
 from cast.model.config import CASTConfig, make_config
 from cast.model.layers import Adapter, Running, drop_factor, init_linears
@@ -47,7 +47,9 @@ class SingleExpert(nn.Module):
         if adapters == "aim" and expert != "clip":
             raise ValueError(f"adapters 'aim' are CLIP's; the expert is {expert!r}, choose 'cast' or 'none'")
         self.expert = expert
-        self.stream: Stream = make_stream(expert, config, Running("auto" if fused else "eager", recompute, attention))
+        self.stream: ExpertStream = make_stream(
+            expert, config, Running("auto" if fused else "eager", recompute, attention)
+        )
         self.stream.requires_grad_(adapters == "none")
         self.stream.last_norm().requires_grad_(True)
         names = {"none": (), "cast": ("Adapter", "MLP_Adapter"), "aim": ("Adapter", "MLP_Adapter", "Time_Adapter")}
@@ -84,7 +86,7 @@ class SingleExpert(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def load_expert(self, source: Source, trust_pickle: bool = False) -> SingleExpert:
-        """Put pre-trained weights into the expert; see `Stream.load`."""
+        """Put pre-trained weights into the expert; see `ExpertStream.load`."""
         self.stream.load(source, trust_pickle)
         return self
 

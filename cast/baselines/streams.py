@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cast.ground.renamed import renamed
 from cast.model.config import CASTConfig
 from cast.model.experts import CLIP_NAMES, VMAE_NAMES, CLIPBlock, SpatialExpert, TemporalExpert, VideoMAEBlock
 from cast.model.layers import Adapter, Running, attend, attended, feed_forward
@@ -18,7 +19,7 @@ from cast.model.weights.videomae import read_videomae
 from cast_kernels import plain
 
 
-class Stream(nn.Module):
+class ExpertStream(nn.Module):
     """The interface of an expert in a two-stream model, for both roles.
 
     Attributes:
@@ -76,7 +77,7 @@ class Stream(nn.Module):
         return video[:, :, size - 1 :: size].transpose(1, 2).flatten(0, 1)
 
 
-class CLIPStream(Stream):
+class CLIPStream(ExpertStream):
     """CLIP's image tower on single frames; CLS is the pooled token."""
 
     prefix = 1
@@ -120,7 +121,7 @@ class CLIPStream(Stream):
         return block  # type: ignore[return-value]
 
 
-class VideoMAEStream(Stream):
+class VideoMAEStream(ExpertStream):
     """VideoMAE's encoder on whole clips, all T*N tokens in one attention; the mean of the tokens is pooled."""
 
     prefix = 0
@@ -189,3 +190,6 @@ def _check_halves(name: str, block: nn.Module, kind: type[nn.Module]) -> None:
 def rows(factor: Tensor | None) -> Tensor | None:
     """[B] -> [B, 1, 1], one factor for all tokens of a clip."""
     return None if factor is None else factor[:, None, None]
+
+
+__getattr__ = renamed(__name__, {"Stream": "ExpertStream"})

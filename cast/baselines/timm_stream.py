@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cast.baselines.streams import Stream, rows
+from cast.baselines.streams import ExpertStream, rows
 from cast.ground.optional import require
 from cast.model.config import CASTConfig
 from cast.model.layers import Adapter, Running
@@ -22,7 +22,7 @@ _BUILDS = ("timm.models.vision_transformer", "timm.models.eva")
 _NOT_NEEDED = ("head.", "fc_norm.", "text.", "logit_scale", "logit_bias", "visual.head.")
 
 
-class TimmStream(Stream):
+class TimmStream(ExpertStream):
     """A vision transformer of timm (VisionTransformer or Eva) on single frames; CLS is the pooled token.
 
     Runs in timm's own PyTorch code; the fused kernels do not replace it.

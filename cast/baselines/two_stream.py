@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cast.baselines.exchange import Bottleneck, Exchange, Lateral, Wide
 from cast.baselines.saved import load_saved, read_saved, write_saved
-from cast.baselines.streams import CLIPStream, MVDStream, Stream, VideoMAEStream
+from cast.baselines.streams import CLIPStream, ExpertStream, MVDStream, VideoMAEStream
 from cast.baselines.timm_stream import TimmStream
 from cast.model.config import CASTConfig, make_config
 from cast.model.heads import apply_heads, build_heads
@@ -67,7 +67,7 @@ class Design:
             )
 
 
-def make_stream(name: str, config: CASTConfig, running: Running, **timm_options: Any) -> Stream:
+def make_stream(name: str, config: CASTConfig, running: Running, **timm_options: Any) -> ExpertStream:
     """The expert with this name and random weights.
 
     Raises:
@@ -75,7 +75,7 @@ def make_stream(name: str, config: CASTConfig, running: Running, **timm_options:
     """
     if name.startswith("timm:"):
         return TimmStream(name.removeprefix("timm:"), config, running, **timm_options)
-    streams: dict[str, type[Stream]] = {"clip": CLIPStream, "videomae": VideoMAEStream, "mvd": MVDStream}
+    streams: dict[str, type[ExpertStream]] = {"clip": CLIPStream, "videomae": VideoMAEStream, "mvd": MVDStream}
     if name not in streams:
         raise ValueError(f"unknown expert {name!r}; there are {', '.join(streams)}, and timm:NAME for timm's models")
     return streams[name](config, running)
@@ -133,8 +133,8 @@ class TwoStream(nn.Module):
         self.design, self.config = design or Design(), make_config(config, **overrides)
         config, running = self.config, Running("auto" if fused else "eager", recompute, attention)
         options = self.timm_options = {role: dict(chosen) for role, chosen in (timm_options or {}).items()}
-        self.spatial: Stream = make_stream(self.design.spatial, config, running, **options.get("spatial", {}))
-        self.temporal: Stream = make_stream(self.design.temporal, config, running, **options.get("temporal", {}))
+        self.spatial: ExpertStream = make_stream(self.design.spatial, config, running, **options.get("spatial", {}))
+        self.temporal: ExpertStream = make_stream(self.design.temporal, config, running, **options.get("temporal", {}))
         prefixes = (self.spatial.prefix, self.temporal.prefix)
         for name in ("spatial", "temporal"):
             self.get_submodule(name).requires_grad_(self.design.trained == "all")
@@ -189,13 +189,13 @@ class TwoStream(nn.Module):
             temporal = self._feed(self.temporal, index, temporal, block.adapter("T_MLP_Adapter"))
         return self.spatial.pool(spatial), self.temporal.pool(temporal)
 
-    def _attend(self, stream: Stream, index: int, x: Tensor, block: TwoStreamBlock, letter: str) -> Tensor:
+    def _attend(self, stream: ExpertStream, index: int, x: Tensor, block: TwoStreamBlock, letter: str) -> Tensor:
         over_time = block.adapter(f"{letter}_Time_Adapter")
         if over_time is not None:
             x = stream.attend_over_time(index, x, over_time)
         return self._dropped(index, x, stream.attend(index, x, block.adapter(f"{letter}_Adapter")))
 
-    def _feed(self, stream: Stream, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
+    def _feed(self, stream: ExpertStream, index: int, x: Tensor, adapter: Adapter | None) -> Tensor:
         factor = None if adapter is None else self._draw(index, x)
         return self._dropped(index, x, stream.feed(index, x, adapter, factor))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cast.ground.renamed import renamed
 from cast.metrics.published import read_published
 
 #: Source of the figures, as the plot's note names it.
@@ -17,7 +18,7 @@ SOURCE = "arXiv 2311.18825, table 2"
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """A method's top-1 accuracies in percent: on the spatial task (nouns or K400), and on the temporal one."""
 
     method: str
@@ -25,12 +26,12 @@ class Published:
     time: float
 
 
-def _points(space: str, time: str) -> tuple[Published, ...]:
+def _points(space: str, time: str) -> tuple[PublishedResult, ...]:
     """Every method that has a figure in both columns, without the star that marks the authors' own run."""
     table = read_published()["headline"]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     both = [row for row in rows if row[space] is not None and row[time] is not None]
-    return tuple(Published(row["method"].rstrip("*"), float(row[space]), float(row[time])) for row in both)
+    return tuple(PublishedResult(row["method"].rstrip("*"), float(row[space]), float(row[time])) for row in both)
 
 
 EK100 = _points("noun", "verb")
@@ -42,3 +43,6 @@ def dataset_name(classes: Mapping[str, int]) -> str | None:
     """`EK100`, `SSV2` or `K400` if the numbers of classes are theirs; nothing else is compared."""
     known = {"EK100": {"verb": 97, "noun": 300}, "SSV2": {"action": 174}, "K400": {"action": 400}}
     return next((name for name, counts in known.items() if counts == dict(classes)), None)
+
+
+__getattr__ = renamed(__name__, {"Published": "PublishedResult"})

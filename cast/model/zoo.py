@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cast.ground.renamed import renamed
 from cast.ground.sampling import Sampling
 from cast.model.cast import CAST, load_official_checkpoint
 from cast.model.config import make_config
@@ -23,7 +24,7 @@ _ZOO = "https://github.com/KHU-VLL/CAST#model-zoo"
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedModel:
     """A checkpoint of the authors.
 
     Args:
@@ -47,14 +48,14 @@ def _drive(file: str) -> str:
     return f"https://drive.google.com/file/d/{file}/view"
 
 
-MODELS: dict[str, Published] = {
-    "cast_base_ek100": Published(
+MODELS: dict[str, PublishedModel] = {
+    "cast_base_ek100": PublishedModel(
         "EPIC-KITCHENS-100", {"verb": 97, "noun": 300}, 49.3, _drive("1pW5tMWG2N5zqQOOPcrawwQpIAhPFMoVx")
     ),
-    "cast_base_ssv2": Published(
+    "cast_base_ssv2": PublishedModel(
         "Something-Something V2", {"action": 174}, 71.6, _drive("1RrAVF4tlpZCPYNY49M0pKQfopP6p6Vir")
     ),
-    "cast_base_k400": Published(
+    "cast_base_k400": PublishedModel(
         "Kinetics-400", {"action": 400}, 85.3, _drive("16ndsBVNjRuJMRM40P0-a3Q1JVA8tNLK7"), sampling="dense"
     ),
 }
@@ -156,7 +157,7 @@ def load(what: str | os.PathLike[str], fused: bool = True, trust_pickle: bool = 
         raise ValueError(f"{path / _CONFIG}: {error}") from None
 
 
-def _find(name: str, published: Published, directory: str | os.PathLike[str] | None) -> Path:
+def _find(name: str, published: PublishedModel, directory: str | os.PathLike[str] | None) -> Path:
     folder = Path(directory or os.environ.get(VARIABLE) or _HOME).expanduser()
     for path in (folder / name, *(folder / f"{name}{ending}" for ending in _ENDINGS)):
         if path.exists():
@@ -166,3 +167,6 @@ def _find(name: str, published: Published, directory: str | os.PathLike[str] | N
         f"{name}). Download the checkpoint of {published.data} from {published.url} ({_ZOO}) and save it under this "
         f"name; {VARIABLE} or directory= names another place"
     )
+
+
+__getattr__ = renamed(__name__, {"Published": "PublishedModel"})

@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cast.study.tables import Plan, Table
+from cast.study.tables import StudyPlan, Table
 
 METRICS = ("verb", "noun", "action")
 #: (model, seed) -> accuracies in percent.
 Runs = Mapping[tuple[str, int], Mapping[str, float]]
 
 
-def table_results(table: Table, runs: Runs, seeds: Sequence[int], plan: Plan) -> dict[str, Any]:
+def table_results(table: Table, runs: Runs, seeds: Sequence[int], plan: StudyPlan) -> dict[str, Any]:
     """One table: rows with the paper's figures and ours, and the orderings."""
     rows = []
     for row in table.rows:

@@ -22,12 +22,12 @@ from cast.study.data import prepare
 from cast.study.jobs import Job, Settings, ensemble_metrics, finished, run_job
 from cast.study.models import needed_experts
 from cast.study.results import METRICS, table_results, tally
-from cast.study.tables import Plan
+from cast.study.tables import StudyPlan
 
 Result = dict[str, Any]
 
 
-def run(plan: Plan, out: Path, seeds: int, workers: int, settings: Settings, console: Console) -> Result:
+def run(plan: StudyPlan, out: Path, seeds: int, workers: int, settings: Settings, console: Console) -> Result:
     """See :func:`cast.study.main`; returns the content of study.json."""
     began = time.perf_counter()
     with _bars(console) as bars:
@@ -114,7 +114,7 @@ def _all(
         yield futures[future], future.result()
 
 
-def _about(name: str, plan: Plan, results: dict[tuple[str, int], Result], seeds: int) -> Result:
+def _about(name: str, plan: StudyPlan, results: dict[tuple[str, int], Result], seeds: int) -> Result:
     own = [results[name, seed] for seed in range(seeds)]
     return {
         "open": plan.models[name].open,

@@ -13,6 +13,7 @@ import yaml
 from cast.baselines import DESIGNS
 from cast.baselines.two_stream import Adapters
 from cast.ground.files import parse_yaml
+from cast.ground.renamed import renamed
 from cast.model.config import make_config
 
 #: The paper's own rows.
@@ -66,7 +67,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """Tables, and the models that their rows name."""
 
     tables: tuple[Table, ...]
@@ -83,7 +84,7 @@ class Plan:
         return list(names)
 
 
-def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
+def read_plan(path: str | os.PathLike[str] = ROWS) -> StudyPlan:
     """All tables of a file.
 
     Raises:
@@ -110,10 +111,10 @@ def read_plan(path: str | os.PathLike[str] = ROWS) -> Plan:
                 raise ValueError(f"{path}, model {name}: unknown member {member!r}; there are {', '.join(models)}")
             if models[member].members or models[member].miniature:
                 raise ValueError(f"{path}, model {name}: the member {member!r} is not trained itself")
-    return Plan(tables, models)
+    return StudyPlan(tables, models)
 
 
-def select(names: Sequence[str]) -> Plan:
+def select(names: Sequence[str]) -> StudyPlan:
     """The tables with these names: of the paper (`table1a`, ..., or `all`), or all of a YAML file.
 
     Single rows (`lateral`, `rows/lateral`, the names of their recipes) become a separate table.
@@ -135,11 +136,11 @@ def select(names: Sequence[str]) -> Plan:
             )
     if rows:
         chosen = Table("chosen", "Chosen rows", "Paper", tuple(dict.fromkeys(rows)))
-        plans.insert(0, Plan((chosen,), paper.models))
+        plans.insert(0, StudyPlan((chosen,), paper.models))
     if "all" in wanted:
         wanted = list(known)
     if wanted:
-        plans.insert(0, Plan(tuple(known[name] for name in dict.fromkeys(wanted)), paper.models))
+        plans.insert(0, StudyPlan(tuple(known[name] for name in dict.fromkeys(wanted)), paper.models))
     models: dict[str, Model] = {}
     for plan in plans:
         for name, model in plan.models.items():
@@ -149,10 +150,10 @@ def select(names: Sequence[str]) -> Plan:
     for table in (table for plan in plans for table in plan.tables):
         if tables.setdefault(table.name, table) != table:
             raise ValueError(f"two files define the table {table.name!r} differently; rename one")
-    return Plan(tuple(tables.values()), models)
+    return StudyPlan(tuple(tables.values()), models)
 
 
-def _row_named(name: str, paper: Plan) -> Row | None:
+def _row_named(name: str, paper: StudyPlan) -> Row | None:
     """The row of a model or of its recipe, with its name as label; None for any other name."""
     path = Path(name)
     called = path.stem if "rows" in path.parts and path.suffix in ("", ".yaml") else name
@@ -199,3 +200,6 @@ def _table(path: str, name: str, entry: Mapping[str, Any], models: Mapping[str, 
             raise ValueError(f"{path}, {name}: unknown model {row.get('model')!r}; there are {', '.join(models)}")
         rows.append(Row(str(row["label"]), row["model"], _paper(f"{path}, {name}, {row['label']}", row.get("paper"))))
     return Table(name, str(entry.get("title", name)), str(entry.get("source", path)), tuple(rows))
+
+
+__getattr__ = renamed(__name__, {"Plan": "StudyPlan"})

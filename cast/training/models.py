@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cast.baselines import DESIGNS, SINGLES, SingleExpert, TwoStream
-from cast.baselines.streams import Stream
+from cast.baselines.streams import ExpertStream
 from cast.ground.sampling import Sampling, write_sampling
 from cast.model import CAST, TRAINABLE, load_official_checkpoint
 from cast.model.config import CASTConfig, make_config
@@ -92,9 +92,9 @@ def _load_experts(model: Model, experts: ExpertSettings) -> None:
             _stream(model, role).load(source, experts.trust_pickle)
 
 
-def _stream(model: TwoStream | SingleExpert, role: str) -> Stream:
+def _stream(model: TwoStream | SingleExpert, role: str) -> ExpertStream:
     stream = model.stream if isinstance(model, SingleExpert) else model.get_submodule(role)
-    assert isinstance(stream, Stream)
+    assert isinstance(stream, ExpertStream)
     return stream
 
 

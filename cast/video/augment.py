@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cast.ground.renamed import renamed
 from cast.video.randaugment import Operation, RandAugment
 from cast.video.transforms import MEAN, STD
 
@@ -103,7 +104,7 @@ class AugmentSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AugmentPlan:
     """All random decisions about one clip. Boxes are top, left, height, width in pixels."""
 
     crop: Box
@@ -114,7 +115,10 @@ class Plan:
     noise: int = 0  # seed of the noise in the erased box
 
 
-def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.random.Generator) -> Plan:
+__getattr__ = renamed(__name__, {"Plan": "AugmentPlan"})
+
+
+def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.random.Generator) -> AugmentPlan:
     """Draw all random decisions about one clip.
 
     Args:
@@ -140,7 +144,7 @@ def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.
         if settings.color_jitter:
             drawn = jittering.make_params([])
             jitter = tuple((name, float(drawn[f"{name}_factor"])) for name in _jitter_order(drawn["fn_idx"].tolist()))
-    return Plan(
+    return AugmentPlan(
         crop=box,
         flip=flip,
         operations=operations,
@@ -179,7 +183,7 @@ def _multiscale(shares: tuple[float, ...], size: int, height: int, width: int, r
     return down * ((height - high) // 4), across * ((width - wide) // 4), high, wide
 
 
-def apply(plan: Plan, video: Tensor, size: int) -> Tensor:
+def apply(plan: AugmentPlan, video: Tensor, size: int) -> Tensor:
     """Execute a plan.
 
     Args:
@@ -205,7 +209,7 @@ def apply(plan: Plan, video: Tensor, size: int) -> Tensor:
     return video.transpose(0, 1).contiguous()
 
 
-def _noise(plan: Plan, video: Tensor) -> Tensor:
+def _noise(plan: AugmentPlan, video: Tensor) -> Tensor:
     """New noise for every frame, as in the published code. The CPU draws it, so it does not depend on the device."""
     assert plan.erase is not None
     generator = torch.Generator().manual_seed(plan.noise)

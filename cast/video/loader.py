@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cast.ground.transfer import to_device
 from cast.video.annotations import Sample
-from cast.video.augment import AugmentSettings, Plan, apply, draw
+from cast.video.augment import AugmentPlan, AugmentSettings, apply, draw
 from cast.video.decoders import decoder
 from cast.video.files import VideoError
 from cast.video.sampling import Choose, train_indices
@@ -58,7 +58,7 @@ class Batch:
     video: Tensor
     labels: dict[str, Tensor]
     names: list[str]
-    plans: list[tuple[Plan, int, int]] | None = None
+    plans: list[tuple[AugmentPlan, int, int]] | None = None
     size: int = 0
 
     def __len__(self) -> int:
@@ -215,7 +215,7 @@ class _Made(NamedTuple):
     video: Tensor
     labels: dict[str, Tensor]
     names: list[str]
-    plans: list[tuple[Plan, int, int]] | None
+    plans: list[tuple[AugmentPlan, int, int]] | None
     size: int
 
 
@@ -307,7 +307,9 @@ class _Clips(Dataset[_Made | VideoError]):
             advice = how_to_skip(path, self.settings.root, self.settings.skip_list)
             raise VideoError(f"{error}; {advice}") from None
 
-    def _plan(self, augment: AugmentSettings, pictures: np.ndarray, rng: np.random.Generator) -> tuple[Plan, int, int]:
+    def _plan(
+        self, augment: AugmentSettings, pictures: np.ndarray, rng: np.random.Generator
+    ) -> tuple[AugmentPlan, int, int]:
         height, width = pictures.shape[1:3]
         return draw(augment, self.settings.size, height, width, rng), height, width
 

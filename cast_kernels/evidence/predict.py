@@ -23,8 +23,8 @@ from cast_kernels.evidence import prediction_report as report
 from cast_kernels.evidence.autocast import cuda_rules
 from cast_kernels.evidence.cases import KINDS, Case, Kind
 from cast_kernels.evidence.console import wide_console
-from cast_kernels.evidence.prediction_report import Run
-from cast_kernels.evidence.sampling import Corrections
+from cast_kernels.evidence.corrections import Corrections
+from cast_kernels.evidence.prediction_report import PhasePrediction
 
 
 class Keeper:
@@ -46,7 +46,7 @@ class Keeper:
 
 def predict(
     name: str, cases: Sequence[Case], cache: Path | None = None, emulated: bool = False, kind: str = "amp"
-) -> list[Run]:
+) -> list[PhasePrediction]:
     """Predict every phase of each case.
 
     Args:
@@ -61,7 +61,9 @@ def predict(
     with offline_driver(goal.target, Keeper(), cache) as keeper:
         for case in cases:
             for phase, launches in _phases(case, keeper, KINDS[kind]):
-                runs.append(Run(name, case.batch, phase, tuple(predict_launches(launches, goal, corrections))))
+                runs.append(
+                    PhasePrediction(name, case.batch, phase, tuple(predict_launches(launches, goal, corrections)))
+                )
     return runs
 
 

@@ -34,7 +34,7 @@ BACKWARD_GOAL = 2.2
 
 
 @dataclass(frozen=True)
-class Run:
+class PhasePrediction:
     """One phase at one batch size."""
 
     device: str
@@ -73,7 +73,7 @@ def merge(launches: Iterable[Prediction]) -> list[tuple[int, Prediction]]:
     return list(seen.values())
 
 
-def kernels(run: Run) -> Table:
+def kernels(run: PhasePrediction) -> Table:
     """A table of one phase's kernels."""
     title = f"{run.device}, B={run.batch}, {run.phase}: at least {run.us:.0f} us; {LABEL}"
     table = Table("kernel", title=title, title_justify="left")
@@ -89,7 +89,9 @@ def kernels(run: Run) -> Table:
     return table
 
 
-def collect(runs: Sequence[Run], eager: Sequence[Eager], counters: str, kind: str, recompute: str) -> dict[str, Any]:
+def collect(
+    runs: Sequence[PhasePrediction], eager: Sequence[Eager], counters: str, kind: str, recompute: str
+) -> dict[str, Any]:
     """All results for JSON: by device, then one entry for each batch."""
     found: dict[str, Any] = {"label": LABEL, "uncertainty": UNCERTAINTY, "counters": counters, "recompute": recompute}
     found |= {"kind": kind, "dtypes": _DTYPES[kind], "assumptions": _shares(), "devices": {}}
@@ -198,7 +200,7 @@ def _goal(what: str, value: float, goal: float, unit: str) -> str:
     return f"{'met   ' if value <= goal else 'missed'}  {what}: {value:.{digits}f}{unit}, goal {goal:g}{unit}"
 
 
-def failures(runs: Sequence[Run]) -> list[str]:
+def failures(runs: Sequence[PhasePrediction]) -> list[str]:
     """Kernels that fit no multiprocessor."""
     found = (f"FAIL  {run.device} {p.kernel}: {p.why_not}" for run in runs for p in run.launches if p.why_not)
     return list(dict.fromkeys(found))

@@ -51,7 +51,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Way:
+class WayToRun:
     """One way to run one model on one device."""
 
     device: str
@@ -85,7 +85,7 @@ class Way:
         return max(self.us, host.GRAPH)
 
 
-def predict(names: Sequence[str], models: Sequence[Model], cache: Path | None = None) -> Iterator[Way]:
+def predict(names: Sequence[str], models: Sequence[Model], cache: Path | None = None) -> Iterator[WayToRun]:
     """Every way to run each model, on every device."""
     for model in models:
         yield from _eager(names, model)
@@ -114,17 +114,17 @@ def _phases(part: Part, ledger: Ledger, training: bool) -> Iterator[str]:
         yield "backward"
 
 
-def _eager(names: Sequence[str], model: Model) -> Iterator[Way]:
+def _eager(names: Sequence[str], model: Model) -> Iterator[WayToRun]:
     traced = list(operations(model))
     count = sum(part.times * len(found) for part, _, found in traced)
     trained = sum(part.trained for part, phase, _ in traced if phase == "forward")
     for name in names:
         rows = [row for part, phase, ops in traced for row in _rows(part.name, phase, Counter(ops), part.times, name)]
         rows += _optimizer(trained, model, name)
-        yield Way(name, model, "eager AMP", tuple(rows), host.interpreted_us(count, 0))
+        yield WayToRun(name, model, "eager AMP", tuple(rows), host.interpreted_us(count, 0))
 
 
-def _compiled(names: Sequence[str], model: Model) -> Iterator[Way]:
+def _compiled(names: Sequence[str], model: Model) -> Iterator[WayToRun]:
     counted = compiled_model.count(model)
     kernels = sum(sum(found.values()) for found in counted.values())
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -132,7 +132,7 @@ def _compiled(names: Sequence[str], model: Model) -> Iterator[Way]:
     for name in names:
         rows = [row for phase, found in counted.items() for row in _rows("all", phase, found, 1, name)]
         rows += _optimizer(trained, model, name)
-        yield Way(name, model, "torch.compile", tuple(rows), host.COMPILED * kernels)
+        yield WayToRun(name, model, "torch.compile", tuple(rows), host.COMPILED * kernels)
 
 
 def _optimizer(trained: int, model: Model, name: str) -> list[Row]:
@@ -151,7 +151,7 @@ def _rows(part: str, phase: str, found: Mapping[Operation, int], times: int, nam
         yield Row(part, phase, label, sum(own.values()), flops, moved, us, us)
 
 
-def _ours(goal: Device, model: Model, cache: Path | None) -> Way:
+def _ours(goal: Device, model: Model, cache: Path | None) -> WayToRun:
     """Our way: PyTorch's operators from the ledger, our launches compiled and traced."""
     rows: list[Row] = []
     failures: dict[str, None] = {}
@@ -168,7 +168,7 @@ def _ours(goal: Device, model: Model, cache: Path | None) -> Way:
                 operators += part.times * sum(found.values())
                 launched += part.times * len(launches)
     rows += _optimizer(trained, model, goal.name)
-    return Way(goal.name, model, "ours", tuple(rows), host.interpreted_us(operators, launched), tuple(failures))
+    return WayToRun(goal.name, model, "ours", tuple(rows), host.interpreted_us(operators, launched), tuple(failures))
 
 
 def _launched(part: Part, phase: str, launches: Sequence[Prediction], goal: Device) -> list[Row]:
@@ -199,7 +199,7 @@ def both(batches: Sequence[int], recompute: str, streams: Sequence[str]) -> list
     return [replace(one, drop_path=one.drop_path if one.training else 0.0) for one in base]
 
 
-def as_json(way: Way) -> dict[str, Any]:
+def as_json(way: WayToRun) -> dict[str, Any]:
     """One way with all its rows, as JSON values."""
     return {
         "device": way.device, "model": asdict(way.model), "way": way.name, "gpu_us": way.us, "host_us": way.host_us,

@@ -14,7 +14,7 @@ from torch import nn
 from cast.evaluation.cost import ModelCost
 from cast.evaluation.inference import Cost
 from cast.evaluation.predictions import Predictions
-from cast.evaluation.published import EK100, K400_SSV2, SOURCE, Published, dataset_name
+from cast.evaluation.published import EK100, K400_SSV2, SOURCE, PublishedResult, dataset_name
 from cast.evaluation.report import classes, clips, plots
 from cast.evaluation.report.curves import Log, thinned
 from cast.evaluation.report.html import facts, page, table, tiles
@@ -134,7 +134,7 @@ def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
     everyone = {own: summary["metrics"]} | {n: entry["metrics"] for n, entry in summary["baselines"].items()}
     note = ""
     if evidence.predictions.compositional:
-        reference: tuple[Published, ...] = EK100 if known == "EK100" else ()
+        reference: tuple[PublishedResult, ...] = EK100 if known == "EK100" else ()
         points = [plots.Point(n, m["noun_top1"], m["verb_top1"]) for n, m in everyone.items() if "noun_top1" in m]
         labels, lines = ("noun accuracy, %", "verb accuracy, %"), []
     elif known in ("K400", "SSV2"):
@@ -157,7 +157,7 @@ def _balance(evidence: Evidence, summary: Mapping[str, Any]) -> str:
     )
 
 
-def _as_point(published: Published) -> plots.Point:
+def _as_point(published: PublishedResult) -> plots.Point:
     # The paper's CAST stands beside the evaluated one.
     name = "CAST (paper)" if published.method == "CAST" else published.method
     return plots.Point(name, published.space, published.time)
