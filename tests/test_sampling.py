@@ -64,7 +64,7 @@ def test_a_model_keeps_its_sampling(dense: Path, tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "sampling.json").write_text(content)
     with pytest.raises(
-        ValueError, match=r"sampling\.json( is no JSON|: must hold .*uniform.* or .*dense.*; remove it)"
+        ValueError, match=r"sampling\.json( is no JSON|: must have .*uniform.* or .*dense.*; remove the file)"
     ):
         read_sampling(tmp_path)
 
@@ -111,7 +111,7 @@ def test_evaluate_goes_by_the_model(
     root = write_dataset(tmp_path / "data", 2)
     for name, model, words in (
         ("a", dense, "5x3 views, dense sampling: as the model was trained"),
-        ("b", unknown, "2x3 views, uniform sampling: the default, as neither the model nor"),
+        ("b", unknown, "2x3 views, uniform sampling: the default, because neither the model nor"),
     ):
         arguments = ["evaluate", str(model), str(root), "--out", str(tmp_path / name), "--workers", "0"]
         assert main(arguments) == 0

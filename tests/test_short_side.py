@@ -110,7 +110,7 @@ def test_a_finished_training_says_it(tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "sampling.json").write_text(content)
     for read_part in (read_sampling, read_short_side):
-        with pytest.raises(ValueError, match=r'sampling\.json: must hold .* and "short_side" in pixels'):
+        with pytest.raises(ValueError, match=r'sampling\.json: must have .* and "short_side" in pixels'):
             read_part(tmp_path)
 
 

@@ -106,7 +106,7 @@ def test_their_accuracies_are_reported(tmp_path: Path, capsys: pytest.CaptureFix
     for figures in (summary["metrics"], summary["baselines"]["other"]["metrics"]):
         assert {name: figures[name] for name in expected} == expected
         assert figures["action_top1"] == 40.0
-    assert "of the 2 videos of participants who are not in the training" in summary["meanings"]["unseen_action_top1"]
+    assert "for the 2 videos of participants who are not in the training" in summary["meanings"]["unseen_action_top1"]
     low, high = summary["confidence_95"]["tail_action"]
     assert 0 < low < 25 < high < 100
     assert "tail_action_top1" in capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(room, "write_tensors", refuse)
-    with pytest.raises(CheckpointError, match=r"No space left on device\. There was none before it"):
+    with pytest.raises(CheckpointError, match=r"No space left on device\. There is no earlier one"):
         engine(tmp_path, PointNet(), plan=PLAN).run()
     assert names(tmp_path) == []
 

@@ -161,7 +161,7 @@ def test_a_number_of_classes_takes_the_names_of_the_published_file(tmp_path: Pat
     assert open_dataset(DataSettings(str(tmp_path), **settings)).classes == {"action": ["jump left", "jump right"]}
     with pytest.raises(ValueError, match="a mirrored 'jump left' is no longer one"):
         labels(tmp_path, **settings, augment=AugmentSettings(flip=0.5))
-    message = r"classes says 3 for 'action', but .*kinetics_400_labels\.csv names 2: give the number of the file"
+    message = r"classes says 3 for 'action', but .*kinetics_400_labels\.csv names 2: give that number"
     with pytest.raises(ValueError, match=message):
         labels(tmp_path, **(settings | {"classes": {"action": 3}}))
 

@@ -69,7 +69,7 @@ def save(name: str, **arguments: Any) -> Any:
         (save("cover.jpg"), "has cover.jpg among its frames, which has no number"),
         (save("img_00021.png"), "has frames of 2 kinds, img_*.jpg and img_*.png; leave one"),
         (save("depth_00001.jpg"), "has frames of 2 kinds, depth_*.jpg and img_*.jpg"),
-        (save("img_000021.jpg"), "has img_000021.jpg, which is not numbered as the other frames are"),
+        (save("img_000021.jpg"), "has img_000021.jpg, which is not numbered like the other frames"),
         (save("img_0001.jpg"), "img_0"),  # number 1 twice: which one is frame 0?
     ],
 )
