@@ -18,8 +18,8 @@ import cast_kernels
 from cast_kernels import Problem, _native, attention
 from cast_kernels.backends import can_run, left_to
 
-#: Device -> levels beside the default one, which is "cheap" on a CPU and on a GPU chosen by memory.
-LEVELS = {"cpu": ("nothing", "all"), "cuda": ("nothing", "cheap", "all")}
+#: Device -> levels beside the default one. Memory chooses the default, which is "nothing" wherever memory is not short.
+LEVELS = {"cpu": ("cheap", "all"), "cuda": ("nothing", "cheap", "all")}
 
 #: PyTorch's attention kernels by name, on a GPU.
 SDPA = {

@@ -44,8 +44,8 @@ class CAST(FixedPositions, Shared):
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
             Either way a layer that was replaced or has a hook is called (docs/model.md).
         recompute: what backward computes again in fused ops instead of finding it kept, `nothing`, `cheap` or `all`,
-            see :class:`cast_kernels.Recompute`; `auto` is `cheap` on a CPU, and on a GPU a rule of shapes and the whole
-            memory (:mod:`cast_kernels.recompute`).
+            see :class:`cast_kernels.Recompute`; `auto` is a rule of shapes and of the device's whole memory
+            (:mod:`cast_kernels.recompute`).
         attention: what attends inside the experts on a GPU, `auto` (PyTorch's scaled_dot_product_attention), `sdpa`,
             `flash-attn` or `xformers`; see `cast_kernels.attention`, whose `explain` says which can, and why. `math`
             is for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.

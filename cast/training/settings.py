@@ -176,7 +176,7 @@ class RunSettings:
         precision: of products; weights stay fp32. fp16 needs a GPU.
         fused: whether compiled kernels may run, or eager PyTorch only.
         recompute: what backward computes again in fused kernels: nothing, cheap parts or all; auto goes by
-            the GPU's memory.
+            the memory of the GPU, or of the machine where there is none.
         stream_dtype: of CAST's residual streams: auto, float32; autocast, that of precision, which must not be fp32.
         attention: what attends in the experts on a GPU: auto, sdpa, math, flash-attn, xformers.
         compile: backend of torch.compile for the blocks, such as inductor; null leaves them alone.
