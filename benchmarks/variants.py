@@ -18,8 +18,8 @@ import cast_kernels
 from cast_kernels import Problem, _native, attention
 from cast_kernels.backends import can_run, left_to
 
-#: Device -> levels in addition to the default, which is "cheap" on a CPU and depends on memory on a GPU.
-LEVELS = {"cpu": ("nothing", "all"), "cuda": ("nothing", "cheap", "all")}
+#: Device -> levels in addition to the default, which is "nothing" where memory is not short, else "cheap".
+LEVELS = {"cpu": ("cheap", "all"), "cuda": ("nothing", "cheap", "all")}
 
 #: PyTorch's attention kernels by name, on a GPU.
 SDPA = {

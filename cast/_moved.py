@@ -42,9 +42,8 @@ class Moved:
         warnings.warn(f"the module {old} is now {MOVED[old]}", DeprecationWarning, stacklevel=2)
         new = import_module(MOVED[old])
         sys.modules[old] = new
-        for inner in iter_modules(
-            getattr(new, "__path__", ())
-        ):  # otherwise Python would load a package's modules a second time
+        # Otherwise Python would load a package's modules a second time.
+        for inner in iter_modules(getattr(new, "__path__", ())):
             sys.modules[f"{old}.{inner.name}"] = import_module(f"{MOVED[old]}.{inner.name}")
 
 

@@ -68,7 +68,7 @@ ROOMS = (
     Room("cast_kernels.cpu", "backend: native C++", "cpu problem _native"),
     Room("cast_kernels.triton", "backend: GPU kernels", "triton problem attention compiling versions"),
     Room("cast_kernels.cuda", "backend: CUDA C++ for Hopper", "cuda problem compiling _native"),
-    Room("cast_kernels.recompute", 'what `recompute="auto"` means', "problem compiling triton"),
+    Room("cast_kernels.recompute", 'what `recompute="auto"` means', "problem compiling cpu triton"),
     Room("cast_kernels.backends", "which backend runs a problem", "problem _native eager cpu cuda triton"),
     Room(
         "cast_kernels.ops", "checks, registered operators, public functions",

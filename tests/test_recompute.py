@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from cast.model.layers import Running
 from cast.training.settings import RunSettings
 from cast_kernels import AdapterProblem, FFNProblem, Problem, Recompute, SelfAttentionProblem
 from cast_kernels import recompute as levels
+from cast_kernels.cpu import bcast as cpu_bcast
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -70,8 +73,8 @@ def test_the_rule(batch: int, gib: float, expected: str, memory: Callable[[float
     memory(gib)
     _, ffn, *_ = problems(batch)
     assert levels.resolve("auto", ffn, GPU) == expected
-    assert levels.kept(ffn) == batch * 1576 * (3072 + 192) * 2
-    assert (levels.kept(ffn) <= levels.allowed(GPU)) == (expected == "nothing")
+    assert levels.kept(ffn, GPU) == batch * 1576 * (3072 + 192) * 2
+    assert (levels.kept(ffn, GPU) <= levels.allowed(GPU)) == (expected == "nothing")
 
 
 @pytest.mark.parametrize("batch", [1, 6, 32])
@@ -85,7 +88,7 @@ def test_a_step_keeps_at_most_a_sixth_of_the_memory(memory: Callable[[float], No
     """At the largest batch that keeps everything: what twelve blocks keep because of the rule."""
     memory(80)
     largest = max(b for b in range(1, 64) if all(levels.resolve("auto", p, GPU) == "nothing" for p in problems(b)))
-    together = 12 * sum(map(levels.kept, problems(largest)[:5]))
+    together = 12 * sum(levels.kept(problem, GPU) for problem in problems(largest)[:5])
     assert 80 * GIB / 8 < together < 80 * GIB / 6
 
 
@@ -102,12 +105,59 @@ def test_what_is_asked_for_is_what_runs(memory: Callable[[float], None]) -> None
             assert levels.resolve("auto", problem, GPU) == "cheap"
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_elsewhere_it_is_cheap(device: str) -> None:
+def on_cpu(batch: int) -> list[Any]:
+    """The same calls on a CPU, in float32."""
+    return [replace(problem, device="cpu", autocast=None) for problem in problems(batch)]
+
+
+@pytest.mark.parametrize(("gib", "largest"), [(8, 2), (16, 5), (24, 7), (64, 20)])
+def test_the_rule_on_a_cpu(gib: float, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an exchange, which keeps most."""
+    monkeypatch.setattr(levels, "_host_memory", lambda: int(gib * GIB))
+    for batch, expected in [(largest, "nothing"), (largest + 1, "cheap")]:
+        exchange, *rest = on_cpu(batch)
+        assert levels.resolve("auto", exchange, CPU) == expected
+        assert levels.kept(exchange, CPU) == batch * cpu_bcast.saved_words(exchange, "nothing") * 4
+        assert all(levels.kept(one, CPU) < levels.kept(exchange, CPU) for one in rest)
+    with torch.no_grad():
+        assert levels.resolve("auto", on_cpu(1)[0], CPU) == "cheap"
+
+
+def test_a_step_on_a_cpu_keeps_at_most_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the largest batch that keeps everything: what twelve blocks keep, and five streams a block."""
+    monkeypatch.setattr(levels, "_host_memory", lambda: 24 * GIB)
+    calls = on_cpu(7)
+    streams = 5 * 7 * (1576 + 1568) // 2 * 768 * 4
+    together = 12 * (sum(levels.kept(one, CPU) for one in calls[:5]) + streams)
+    assert 24 * GIB / 3 < together < 24 * GIB / 2
+
+
+def test_a_containers_and_a_launchers_share_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(levels, "_CONTAINER", (limit, tmp_path / "absent"))
+    machine = levels._host_memory()
+    assert machine == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for text, expected in [("max", machine), (str(machine * 2), machine), (str(GIB), GIB)]:
+        limit.write_text(text + "\n")
+        assert levels._host_memory() == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert levels._host_memory() == GIB // 4
+
+
+def test_on_other_devices_it_is_cheap() -> None:
     for problem in problems(1):
-        assert levels.resolve("auto", replace(problem, device=device), torch.device(device)) == "cheap"
+        assert levels.resolve("auto", replace(problem, device="meta"), torch.device("meta")) == "cheap"
+    assert levels.explain(problems(1)[0], torch.device("meta")) == "recompute='auto' is 'cheap' on meta"
+
+
+def test_an_ops_problem_has_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
     case = ffn_cases.Case()
-    assert cast_kernels.ops.ffn.pose(case.x(), case.parameters()).recompute is Recompute.CHEAP
+    for gib, expected in [(24, Recompute.NOTHING), (1e-6, Recompute.CHEAP)]:
+        monkeypatch.setattr(levels, "_host_memory", lambda gib=gib: int(gib * GIB))
+        assert cast_kernels.ops.ffn.pose(case.x(), case.parameters()).recompute is expected
 
 
 def test_it_is_the_default_everywhere() -> None:
@@ -116,7 +166,7 @@ def test_it_is_the_default_everywhere() -> None:
     assert [block.recompute for _, block in model.cast_blocks()] == ["auto"]
 
 
-def test_explain_prints_the_rules_numbers(memory: Callable[[float], None]) -> None:
+def test_explain_prints_the_rules_numbers(memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     memory(80)
     _, ffn, *_ = problems(6)
     text = levels.explain(ffn, GPU)
@@ -124,9 +174,15 @@ def test_explain_prints_the_rules_numbers(memory: Callable[[float], None]) -> No
         "recompute='auto' is 'nothing': 'nothing' keeps 58.9 MiB of a call and is taken up to 455.1 MiB, 1/180 of the "
         "80.0 GiB of cuda:0"
     )
-    assert levels.explain(ffn, CPU) == "recompute='auto' is 'cheap' on cpu"
+    monkeypatch.setattr(levels, "_host_memory", lambda: 16 * GIB)
+    assert levels.explain(on_cpu(6)[0], CPU) == (
+        "recompute='auto' is 'cheap': 'nothing' keeps 167.5 MiB of a call and is taken up to 146.3 MiB, 1/112 of the "
+        "16.0 GiB of memory that a process has here"
+    )
     module = cast_kernels.BCAST(16, 16, 1, 2, 3)
-    assert "is 'cheap' on cpu" in cast_kernels.explain(module, torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 3, 16))
+    assert "recompute='auto' is 'nothing'" in cast_kernels.explain(
+        module, torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 3, 16)
+    )
 
 
 @pytest.mark.parametrize(("gib", "level"), [(80, "nothing"), (0.01, "cheap")])

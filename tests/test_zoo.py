@@ -188,7 +188,8 @@ def test_without_a_network_the_error_says_both(monkeypatch: pytest.MonkeyPatch) 
         raise LocalEntryNotFoundError("outgoing traffic is disabled\nand more")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"me/digits: no such directory, and the Hugging Face Hub gave no such model \(outgoing"):
+    expected = r"me/digits: no such directory, and the Hugging Face Hub gave no such model \(outgoing"
+    with pytest.raises(FileNotFoundError, match=expected):
         cast.CAST.from_pretrained("me/digits")
     with pytest.raises(FileNotFoundError, match="nothing: no such directory; give one that save_pretrained wrote"):
         cast.CAST.from_pretrained("nothing")

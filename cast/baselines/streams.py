@@ -6,6 +6,8 @@ none).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -192,4 +194,4 @@ def rows(factor: Tensor | None) -> Tensor | None:
     return None if factor is None else factor[:, None, None]
 
 
-__getattr__ = renamed(__name__, {"Stream": "ExpertStream"})
+__getattr__: Callable[[str], object] = renamed(__name__, {"Stream": "ExpertStream"})

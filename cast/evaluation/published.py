@@ -7,7 +7,7 @@ other figures; these are table 2's. Methods without both figures are omitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cast.ground.renamed import renamed
@@ -45,4 +45,4 @@ def dataset_name(classes: Mapping[str, int]) -> str | None:
     return next((name for name, counts in known.items() if counts == dict(classes)), None)
 
 
-__getattr__ = renamed(__name__, {"Published": "PublishedResult"})
+__getattr__: Callable[[str], object] = renamed(__name__, {"Published": "PublishedResult"})

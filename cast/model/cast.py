@@ -44,8 +44,8 @@ class CAST(FixedPositions, Shared):
         fused: whether exchange, attention and FFNs may run in compiled kernels; if not, they run in eager PyTorch.
             Either way a layer that was replaced or has a hook is called (docs/model.md).
         recompute: the intermediate values that backward of fused ops computes again instead of keeping: `nothing`,
-            `cheap` or `all`, see :class:`cast_kernels.Recompute`. `auto` is `cheap` on a CPU; on a GPU it depends on
-            shapes and the whole memory (:mod:`cast_kernels.recompute`).
+            `cheap` or `all`, see :class:`cast_kernels.Recompute`. `auto` decides by shapes and by
+            the whole memory of the device (:mod:`cast_kernels.recompute`).
         attention: the attention kernel of the experts on a GPU: `auto` (PyTorch's scaled_dot_product_attention),
             `sdpa`, `flash-attn` or `xformers`. `cast_kernels.attention.explain` says which can run, and why. `math` is
             for experts and exchange: with `fused=False` the model can be differentiated twice, and in forward mode.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,4 +170,4 @@ def _find(name: str, published: PublishedModel, directory: str | os.PathLike[str
     )
 
 
-__getattr__ = renamed(__name__, {"Published": "PublishedModel"})
+__getattr__: Callable[[str], object] = renamed(__name__, {"Published": "PublishedModel"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -202,4 +202,4 @@ def _table(path: str, name: str, entry: Mapping[str, Any], models: Mapping[str, 
     return Table(name, str(entry.get("title", name)), str(entry.get("source", path)), tuple(rows))
 
 
-__getattr__ = renamed(__name__, {"Plan": "StudyPlan"})
+__getattr__: Callable[[str], object] = renamed(__name__, {"Plan": "StudyPlan"})

@@ -176,7 +176,7 @@ class RunSettings:
         precision: of products; weights stay fp32. fp16 needs a GPU.
         fused: whether compiled kernels may run; otherwise only eager PyTorch.
         recompute: values that backward computes again in fused kernels: nothing, cheap parts or all; auto decides by
-            the GPU's memory.
+            the memory of the GPU, or without a GPU by that of the machine.
         stream_dtype: dtype of CAST's residual streams: auto, float32; autocast, that of precision, which must not be
             fp32.
         attention: attention kernel of the experts on a GPU: auto, sdpa, math, flash-attn, xformers.

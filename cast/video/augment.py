@@ -13,6 +13,7 @@ outside the crop.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -115,7 +116,7 @@ class AugmentPlan:
     noise: int = 0  # seed of the noise in the erased box
 
 
-__getattr__ = renamed(__name__, {"Plan": "AugmentPlan"})
+__getattr__: Callable[[str], object] = renamed(__name__, {"Plan": "AugmentPlan"})
 
 
 def draw(settings: AugmentSettings, size: int, height: int, width: int, rng: np.random.Generator) -> AugmentPlan:

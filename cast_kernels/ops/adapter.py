@@ -57,7 +57,7 @@ def adapter(
         scale: factor of the branch.
         row_scale: broadcastable to x.shape[:-1], multiplies the branch (drop path); constant.
         recompute: "nothing" keeps the values before GELU for backward, A elements a row in the compute dtype; "cheap"
-            and "all" keep nothing besides `x` and multiply again; "auto" decides by shapes and the GPU's memory
+            and "all" keep nothing besides `x` and multiply again; "auto" decides by shapes and the device's memory
             (:mod:`cast_kernels.recompute`). Backend eager ignores it.
         backend: "auto", or the one that must run.
 

@@ -57,7 +57,7 @@ def bcast(
         spatial_scale: factor of the spatial branch before the residual sum, [B] or [B, 1+N]; constant.
         temporal_scale: factor of the temporal branch, [B]; constant.
         recompute: how much backward computes again, see :class:`cast_kernels.Recompute`; "auto" decides by shapes and
-            the GPU's memory (:mod:`cast_kernels.recompute`). Backend eager ignores it.
+            the device's memory (:mod:`cast_kernels.recompute`). Backend eager ignores it.
         backend: "auto", or the one that must run.
         attention: "auto", or "math": two matrix products and a softmax, with second and forward-mode derivatives; only
             backend eager runs it.

@@ -61,8 +61,8 @@ def ffn(
         adapter_scale: factor of the adapter's branch, the published code's 0.5.
         row_scale: broadcastable to x.shape[:-1], multiplies the adapter's branch (drop path); constant.
         recompute: "nothing" keeps the values before both activations for backward, F + A of them a row; "cheap" and
-            "all" multiply again; "auto" decides by shapes and the GPU's memory (:mod:`cast_kernels.recompute`). Backend
-            cpu also keeps two floats a row. Gradients have the same bits with all. Backend eager ignores it.
+            "all" multiply again; "auto" decides by shapes and the device's memory (:mod:`cast_kernels.recompute`).
+            Backend cpu also keeps two floats a row. Gradients have the same bits with all. Backend eager ignores it.
         backend: "auto", or the one that must run.
 
     Returns:

@@ -65,7 +65,7 @@ def self_attention(
             more: "nothing" 5 D + A (queries, keys, values, attention's output, a, the adapter's hidden values), "cheap"
             4 D (without the last two), "all" D (attention's output alone). Backward computes the rest again, with the
             same bits. Backend triton: PyTorch's operators keep their own, and "nothing" adds A elements a token.
-            Backend eager ignores it. "auto" decides by shapes and the GPU's memory (:mod:`cast_kernels.recompute`).
+            Backend eager ignores it. "auto" decides by shapes and the device's memory (:mod:`cast_kernels.recompute`).
         backend: "auto", or the one that must run.
         attention: "auto", or the kernel that must attend, a key of :data:`cast_kernels.attention.ATTENTIONS`; backend
             cpu has its own and takes "auto" only. :func:`cast_kernels.attention.explain` lists which can run, and why.
