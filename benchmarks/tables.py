@@ -48,7 +48,7 @@ How to read the tables:
 
 _OLD = (
     "Measured by an earlier version of the benchmark, which had other groups and kept fewer samples of slow rows. "
-    f"A row with fewer than {FEWEST} has no speed-up here.\n"
+    f"A row with fewer than {FEWEST} has no speed-up here. Our default level of recomputing was `cheap` then.\n"
 )
 
 
