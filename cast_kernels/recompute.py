@@ -60,6 +60,8 @@ def resolve(recompute: Recompute | str, problem: Any, device: torch.device) -> R
         return Recompute(recompute)
     if device.type not in PART or not torch.is_grad_enabled():  # without a backward nothing is kept anyway
         return Recompute.CHEAP
+    if torch.compiler.is_exporting():  # the program is for every batch, and a comparison would limit it
+        return Recompute.CHEAP
     return Recompute.NOTHING if kept(problem, device) <= allowed(device) else Recompute.CHEAP
 
 

@@ -42,8 +42,10 @@ EXCHANGE = (
     "prepare", "project_again", "exchange", "exchange_backward", "attention_backward", "project_backward",
     "position_sums", "weight_gradient", "finish",
 )  # fmt: skip
-#: What a rehearsal of both backends launches.
-OF_BOTH = KERNELS | ({f"bcast_{name}" for name in EXCHANGE} if _native.CUDA is not None else set())
+#: What a rehearsal of both backends launches. By default forward keeps everything, so nothing is projected again.
+OF_BOTH = KERNELS | (
+    {f"bcast_{name}" for name in {*EXCHANGE} - {"project_again"}} if _native.CUDA is not None else set()
+)
 #: Triton's kernels of the same step, and those of its own exchange, which are none of it.
 EXPERTS = {"adapter_forward", "adapter_backward", "norm", "norm_backward", "activate", "activate_backward"}
 NONE_OF_IT = KERNELS - EXPERTS - {"weight_gradient", "sum_parts", "reduce_rows"}

@@ -143,6 +143,7 @@ def test_launches_of_a_step(cache: Path) -> None:
 def test_nothing_is_launched_for_what_is_frozen(trained: str, launched: list[str], cache: Path) -> None:
     """Each launch that is left leads to a wanted gradient; tests/interpreted compares them with a full backward's."""
     module, inputs = CASE.module(BF16, "triton"), CASE.inputs(BF16, grad=trained == "inputs")
+    module.recompute = "cheap"
     assert trained == "inputs" or trained in dict(module.named_parameters())
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name == trained)
@@ -228,6 +229,7 @@ def test_heads_of_64_channels_have_a_tile_of_their_own_in_long_windows(heads: in
 def test_streams_and_parameters_of_different_dtypes_compile(cache: Path) -> None:
     """As autocast lets them differ: one kernel serves both streams, so its two branches must see the same types."""
     module = CASE.module(backend="triton")
+    module.recompute = "cheap"
     module.cross_s_down.to(BF16)
     module.ln_t_cross.to(BF16)
     module.t2s_cross.to(BF16)

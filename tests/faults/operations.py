@@ -41,7 +41,7 @@ FAULTS = [
           ("cast_kernels/ops/_casts.py", "if t is not None and not t.requires_grad and", "if t is not None and")),
     # --- what is kept, and the first call
     fault("everything kept whatever it takes", RULE,
-          (LEVELS, "if kept(problem) <= allowed(device) else", "if True else")),
+          (LEVELS, "if kept(problem, device) <= allowed(device) else", "if True else")),
     fault("a level that was asked for is overruled", RULE, (LEVELS, "if check(recompute) != AUTO:", "if False:")),
     fault("what is free decides what is kept", RULE,
           (LEVELS, "torch.cuda.get_device_properties(index).total_memory", "torch.cuda.mem_get_info(index)[0]")),
