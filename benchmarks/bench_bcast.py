@@ -82,7 +82,7 @@ def make_module(sizes: Sizes, **arguments: Any) -> cast_kernels.BCAST:
 
 
 class Variant:
-    """One way to compute the exchange, in its native layout."""
+    """One way to compute the exchange, on inputs in the layout that it expects: batch first, or token first."""
 
     def __init__(
         self, module: cast_kernels.BCAST, call: Callable[..., Streams], streams: Streams, kind: Kind,

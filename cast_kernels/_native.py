@@ -1,5 +1,7 @@
-"""The native core and the CUDA kernels, or why there are none. All is decided at import, so that compilers see
-constants."""
+"""The native core and the CUDA kernels, or the reason that one is missing.
+
+Both are decided once, at import, so that torch.compile sees constants.
+"""
 
 from __future__ import annotations
 

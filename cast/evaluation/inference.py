@@ -175,7 +175,7 @@ class _Videos(Dataset[Tensor | VideoError]):
 def _decoded(
     chunks: Sequence[range], paths: Sequence[Any], protocol: Protocol, workers: int
 ) -> Iterator[tuple[range, Tensor]]:
-    """Each chunk with its clips, uint8 [videos, clips, 3, T, S, S]."""
+    """Each range of video indices with these videos' decoded clips, uint8 [videos, clips, 3, T, side, side]."""
     order = [index for chunk in chunks for index in chunk]
     loader = DataLoader(
         _Videos(paths, protocol),

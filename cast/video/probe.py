@@ -21,9 +21,9 @@ from cast.video.sampling import Sampling, view_indices
 
 #: The published code skips files of fewer bytes.
 SMALLEST = 1024
-#: Videos in a process's task.
+#: A process gets this many videos at a time.
 _CHUNK = 16
-#: Bytes of pictures that a process decodes at once: 300 frames of 640 x 480.
+#: A process holds at most this many bytes of decoded pictures: about 290 frames of 640 x 480.
 _MEMORY = 2**28
 
 #: A fault's name and the details.

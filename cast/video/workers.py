@@ -20,7 +20,7 @@ class WorkerError(RuntimeError):
 
 
 class WorkerDied(Exception):
-    """A process of a DataLoader died; the message says how, such as "killed by SIGKILL"."""
+    """A worker process of a DataLoader died; the message says how, for example "killed by SIGKILL"."""
 
 
 def context() -> BaseContext:

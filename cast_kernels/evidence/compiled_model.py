@@ -33,7 +33,7 @@ def count(model: Model) -> dict[str, Counter[Operation]]:
     """Phase (`forward`, and `backward` in training) -> number of launches of each kernel in the compiled model.
 
     Args:
-        model: its backend is eager; inductor chooses the recomputation.
+        model: its backend must be eager. Its recompute level has no effect: inductor chooses what to compute again.
     """
     small, large = (_compiled(replace(model, depth=min(depth, model.depth))) for depth in _DEPTHS)
     more = max(model.depth - _DEPTHS[0], 0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cast_kernels.gpu.machine import Machine, Step
 
-#: Least samples of every step, however short the time: fewer have no spread.
+#: Take at least this many samples of every step, even if the time is over: fewer are too few for a spread.
 FEWEST = 3
 #: From this number of samples on, the spread is their middle half, which leaves out a stray sample; below, it is their
 #: range.

@@ -54,14 +54,13 @@ static inline i64 entries_in_flight(const SelfAttentionProblem& p) {
   return fit < 1 ? 1 : fit < most ? fit : most;
 }
 
-// Offsets in floats; a part that is not kept takes no room. `qkv` is [batch][3 * heads][tokens][head_dim], so one head
-// of one entry is three contiguous matrices; the other parts are rows.
+// Each field is the offset of a part in one buffer, in floats. A part that is not kept has size zero.
 struct SelfAttentionSaved {
-  i64 qkv;
+  i64 qkv;                   // [batch][3 * heads][tokens][head_dim]: three contiguous matrices for a head
   i64 attended;              // [rows, dim], before the output projection
   i64 row_max, inverse_sum;  // [batch][heads][tokens], base-2 softmax statistics
   i64 statistics;            // [rows][2], LayerNorm's mean and 1 / standard deviation
-  i64 projected, hidden;     // [rows, dim] a; [rows, adapter] before GELU
+  i64 projected, hidden;     // [rows, dim], the adapter's input; [rows, adapter], before GELU
   i64 total;
 };
 

@@ -172,7 +172,8 @@ inline bool product_commit(Cta& c, const Op&, const u8* mask) {
   return mask == nullptr && c.n % 128 == 0;
 }
 
-// Where the chunks of an operand lie behind its start, before the swizzle: as chunk_addresses of descriptors.py.
+// The offset of each chunk of an operand from the operand's start, before the swizzle. `chunk_addresses` in descriptors.py
+// computes the same.
 inline void chunk_offsets(u64 descriptor, i64 width, i64 size, Chunks& out) {
   const i64 leading = i64(descriptor >> 16 & 0x3FFF) << 4, stride = i64(descriptor >> 32 & 0x3FFF) << 4;
   const i64 each = kChunk / size;

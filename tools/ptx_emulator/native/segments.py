@@ -39,7 +39,8 @@ class Segment:
 
 
 def cut(program: Program, accesses: Accesses, encoder: Encoder) -> dict[int, list[Segment | int]]:
-    """The segments of each block, by its first instruction, and the places of the actions between them."""
+    """First instruction of a basic block -> its segments in order, and between them the places in the block's body of
+    instructions that the interpreter executes."""
     patterns = Patterns(encoder, program.kernel.instructions)
     ranges = [range(block.first, block.first + len(block.body)) for block in program.blocks]
     numbers = np.array([number for some in ranges for number in some], np.int64)

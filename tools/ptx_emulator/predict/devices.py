@@ -1,6 +1,7 @@
-"""The GPUs whose speed is predicted, each constant with where it comes from.
+"""The GPUs whose speed is predicted, and the source of each constant.
 
-What is marked as an assumption was not measured by us, nor found in a vendor's document: a prediction can be no better.
+A constant that is marked as an assumption was neither measured by us nor found in a vendor's document. A prediction
+that uses it is no more reliable than that assumption.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class Bulk(Part):
         return count > 0
 
     def store(self, copy: Leaving, thread: int, text: str) -> None:
-        """A thread starts a copy to global memory."""
+        """Start a thread's copy from shared to global memory: check its addresses and count it. It lands later."""
         m, box = self.m, copy.box
         m.shared.check(box.shared, box.unit, box.unit, text)
         heap = box.heap[box.inside]
